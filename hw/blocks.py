@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every block that can be generated on its own, and what a manifest says about one."""
+
+from collections.abc import Callable
+
+from amaranth.hdl import Shape, ShapeCastable
+from amaranth.lib import data, stream, wiring
+
+from .rtl.activations import ActivationBuffer
+from .rtl.array import SystolicArray
+from .rtl.column import Columns
+from .rtl.column_control import ColumnControl
+from .rtl.core import Core
+from .rtl.drain import Drain
+from .rtl.fifo import StreamFifo
+from .rtl.float_out import FloatOut
+from .rtl.header import HeaderReader
+from .rtl.pe import ProcessingElement
+from .rtl.sequencer import Sequencer
+from .rtl.walker import CommandFork, Walker
+from .rtl.weights import WeightSplitter, WordAssembler
+from .spec.config import AcceleratorConfig
+from .spec.layout import StreamLayout
+from .spec.manifest import Field, Port
+
+BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
+    "core": Core,
+    "pe": ProcessingElement,
+    "array": SystolicArray,
+    "columns": Columns,
+    "float_out": FloatOut,
+    "activations": ActivationBuffer,
+    "splitter": WeightSplitter,
+    "assembler": WordAssembler,
+    "header": HeaderReader,
+    "sequencer": lambda config: Sequencer(config, Core(config).word_fifo_depth),
+    "column_control": ColumnControl,
+    "drain": lambda config: Drain(config, Columns(config).drain_latency),
+    "fifo": lambda config: StreamFifo(StreamLayout(config).word_bits, Core(config).word_fifo_depth),
+    "fork": lambda config: CommandFork(config, ("a", "b", "c")),
+    "walker": lambda config: Walker(
+        config,
+        {
+            "token": lambda command: command.tokens,
+            "slice": lambda command: command.group_slices,
+            "group": lambda command: command.groups,
+            "tile": lambda command: command.out_tiles,
+        },
+    ),
+}
+
+_PROPERTIES = (
+    "latency",
+    "hop",
+    "scale_delay",
+    "ring_delay",
+    "drain_latency",
+    "chain_latency",
+    "read_latency",
+    "sum_latency",
+    "lead",
+    "lanes",
+    "depth",
+    "fifo_depth",
+    "word_fifo_depth",
+)
+
+
+def _fields(shape) -> dict[str, Field]:
+    if not isinstance(shape, data.StructLayout):
+        return {}
+    fields = {}
+    for name, part in shape:
+        inner, elements = part.shape, 1
+        if isinstance(inner, data.ArrayLayout):
+            inner, elements = inner.elem_shape, inner.length
+        fields[str(name)] = Field(part.offset, part.width, Shape.cast(inner).signed, elements)
+    return fields
+
+
+def _port(direction: wiring.Flow, shape) -> Port:
+    raw = Shape.cast(shape)
+    if isinstance(shape, data.ArrayLayout):
+        elem = Shape.cast(shape.elem_shape)
+        fields = {"element": Field(0, raw.width, elem.signed, shape.length)}
+    elif isinstance(shape, ShapeCastable):
+        fields = _fields(shape)
+    else:
+        fields = {"value": Field(0, raw.width, raw.signed)}
+    return Port("in" if direction == wiring.In else "out", raw.width, fields)
+
+
+def describe_ports(component: wiring.Component) -> tuple[dict[str, Port], dict[str, Port]]:
+    """The component's ports outside and inside streams, as the manifest lists them."""
+    ports, streams = {}, {}
+    for name, member in component.signature.members.items():
+        if member.is_signature:
+            if not isinstance(member.signature, stream.Signature):
+                raise TypeError(f"port {name} is neither a signal nor a stream")
+            streams[name] = _port(member.flow, member.signature.members["payload"].shape)
+        else:
+            ports[name] = _port(member.flow, member.shape)
+    return ports, streams
+
+
+def describe_properties(component: wiring.Component) -> dict[str, int]:
+    """The figures that a component states about itself."""
+    values = {name: getattr(component, name, None) for name in _PROPERTIES}
+    return {name: value for name, value in values.items() if isinstance(value, int)}

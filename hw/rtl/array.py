@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The systolic array: ``tile x tile`` processing elements with wavefront weight loading."""
+
+from amaranth.hdl import Const, Module, signed
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+
+from ..spec.config import AcceleratorConfig
+from ..spec.layout import StreamLayout
+from .delay import delay
+from .pe import ProcessingElement
+
+
+class SystolicArray(wiring.Component):
+    """Multiplies slices: ``psums[c] = sum_r activations[r] * weights[r, c]``, one token per cycle.
+
+    Activations move one column per cycle, psums one row per cycle, and the weights of a slice ride the same
+    diagonal: row r of a slice is delayed until its activation arrives, column c of it by c cycles more. All delays
+    are fixed, so a new slice may start every cycle, and no net spans more than one element.
+
+    Members
+    -------
+    activations : signed mantissas of one token's K-slice, all rows in the same cycle
+    load : this token is the first of a slice
+    words : the weights: word w of the slice whose first token comes in cycle t is due in cycle t + w
+    psums : signed; column c of a token comes ``latency + c`` cycles after its activations
+
+    Throughput: 1 token per cycle; a slice takes ``max(tokens, words_per_slice)`` cycles.
+    """
+
+    def __init__(self, config: AcceleratorConfig):
+        self.config = config
+        self.stream = StreamLayout(config)
+        super().__init__(
+            {
+                "activations": In(data.ArrayLayout(signed(config.activation_bits), config.tile)),
+                "load": In(1),
+                "words": In(self.stream.rows_per_word // self.stream.slices_per_word * self.stream.row_bits),
+                "psums": Out(data.ArrayLayout(signed(config.psum_bits), config.tile)),
+            }
+        )
+
+    @property
+    def latency(self) -> int:
+        """Cycles from ``activations`` to ``psums[0]``."""
+        return ProcessingElement.latency + (self.config.tile - 1) * ProcessingElement.hop
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        tile = self.config.tile
+        psums = [Const(0, signed(self.config.psum_bits))] * tile
+        for row in range(tile):
+            activation = delay(m, self.activations[row], row, name=f"activation_r{row}")
+            load = delay(m, self.load, row, name=f"load_r{row}")
+            weights = self._row_weights(m, row)
+            for column in range(tile):
+                m.submodules[f"pe_{row}_{column}"] = pe = ProcessingElement(self.config)
+                m.d.comb += [
+                    pe.activation_in.eq(activation),
+                    pe.load_in.eq(load),
+                    pe.weight.eq(weights[column]),
+                    pe.psum_in.eq(psums[column]),
+                ]
+                activation, load, psums[column] = pe.activation_out, pe.load_out, pe.psum_out
+        m.d.comb += [self.psums[column].eq(psums[column]) for column in range(tile)]
+        return m
+
+    def _row_weights(self, m: Module, row: int) -> list:
+        """The weights of one row, column c due c cycles after column 0: what is left of the row rides east."""
+        bits, width = self.stream.row_bits, self.config.weight_bits
+        offset = row % self.stream.rows_per_word * bits
+        rest = delay(m, self.words[offset : offset + bits], self.stream.row_delay(row), name=f"weights_r{row}")
+        weights = []
+        for column in range(self.config.tile):
+            weights.append(rest[:width])
+            if column < self.config.tile - 1:
+                rest = delay(m, rest[width:], 1, name=f"weights_r{row}_c{column + 1}")
+        return weights

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A first-in first-out buffer between two streams, in distributed memory."""
+
+from amaranth.hdl import Module, Signal
+from amaranth.lib import stream, wiring
+from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import In, Out
+
+
+class StreamFifo(wiring.Component):
+    """FIFO with first-word fall-through. Latency 1 cycle, throughput 1 transfer per cycle.
+
+    Reads are asynchronous, so it maps to distributed RAM: meant for tens of entries.
+
+    Parameters
+    ----------
+    shape : shape of the payload
+    depth : entries, a power of two
+
+    Members
+    -------
+    i, o : input and output stream
+    level : entries held, ``0..depth``
+    """
+
+    latency = 1
+
+    def __init__(self, shape, depth: int):
+        if depth < 2 or depth & (depth - 1):
+            raise ValueError(f"FIFO depth is a power of two from 2 up, not {depth}")
+        self.shape, self.depth = shape, depth
+        super().__init__(
+            {"i": In(stream.Signature(shape)), "o": Out(stream.Signature(shape)), "level": Out(range(depth + 1))}
+        )
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        m.submodules.memory = memory = Memory(shape=self.shape, depth=self.depth, init=[])
+        write, read = memory.write_port(), memory.read_port(domain="comb")
+        full = Signal()
+        level = Signal.like(self.level)
+        push, pop = self.i.valid & self.i.ready, self.o.valid & self.o.ready
+        m.d.comb += [
+            self.i.ready.eq(~full),
+            self.o.valid.eq(level != 0),
+            self.o.payload.eq(read.data),
+            self.level.eq(level),
+            write.data.eq(self.i.payload),
+            write.en.eq(push),
+        ]
+        m.d.sync += write.addr.eq(write.addr + push)
+        m.d.sync += read.addr.eq(read.addr + pop)
+        with m.If(push & ~pop):
+            m.d.sync += [level.eq(level + 1), full.eq(level == self.depth - 1)]
+        with m.Elif(pop & ~push):
+            m.d.sync += [level.eq(level - 1), full.eq(0)]
+        return m
+
+
+
+
+class Counter(wiring.Component):
+    """Credit counter: ``value + add - take``, both at once if need be. Latency 1 cycle.
+
+    Members
+    -------
+    add, take : amounts for this cycle; the user keeps the value within ``0..limit``
+    value : the count
+    """
+
+    def __init__(self, limit: int, *, add: int = 1, take: int = 1, init: int = 0):
+        self.init = init
+        super().__init__({"add": In(range(add + 1)), "take": In(range(take + 1)), "value": Out(range(limit + 1), init=init)})
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        m.d.sync += self.value.eq(self.value + self.add - self.take)
+        return m

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The processing element: one multiply-accumulate of the weight-stationary array."""
+
+from amaranth.hdl import Module, Signal, signed, unsigned
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In, Out
+
+from ..spec.config import AcceleratorConfig
+
+
+class ProcessingElement(wiring.Component):
+    """Multiplies the activations that pass by with the weight it holds and adds to the psum that comes from above.
+
+    Registers A (activation), B (weight), M (product) and P (psum), as in a DSP48E2 slice. The weight arrives together
+    with the first activation it is for; ``load`` enables B. Nothing is reset: validity is known outside the array.
+
+    Members
+    -------
+    activation_in, activation_out : signed X, west to east, 1 cycle
+    load_in, load_out : take ``weight`` for this activation and those after it; travels with the activation, 1 cycle
+    weight : unsigned q
+    psum_in, psum_out : signed partial sum, north to south; ``psum_in`` is needed 2 cycles after its activation
+    """
+
+    latency = 3
+    """Cycles from ``activation_in`` to ``psum_out``."""
+    hop = 1
+    """Cycles from ``psum_in`` to ``psum_out``, and from ``activation_in`` to ``activation_out``."""
+
+    def __init__(self, config: AcceleratorConfig):
+        self.config = config
+        activation, psum = signed(config.activation_bits), signed(config.psum_bits)
+        super().__init__(
+            {
+                "activation_in": In(activation),
+                "activation_out": Out(activation),
+                "load_in": In(1),
+                "load_out": Out(1),
+                "weight": In(unsigned(config.weight_bits)),
+                "psum_in": In(psum),
+                "psum_out": Out(psum),
+            }
+        )
+
+    def elaborate(self, platform) -> Module:
+        config = self.config
+        m = Module()
+        a = Signal(signed(config.activation_bits), reset_less=True)
+        b = Signal(config.weight_bits, reset_less=True)
+        product = Signal(signed(config.activation_bits + config.weight_bits), reset_less=True)
+        p = Signal(signed(config.psum_bits), reset_less=True)
+        load = Signal(reset_less=True)
+        with m.If(self.load_in):
+            m.d.sync += b.eq(self.weight)
+        m.d.sync += [
+            a.eq(self.activation_in),
+            load.eq(self.load_in),
+            product.eq(a * b),
+            p.eq(self.psum_in + product),
+        ]
+        m.d.comb += [self.activation_out.eq(a), self.load_out.eq(load), self.psum_out.eq(p)]
+        return m

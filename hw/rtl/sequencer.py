@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sequencer: decides in every cycle which token and which weights enter the array."""
+
+from amaranth.hdl import Module, Mux, Signal
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In, Out
+
+from ..spec.config import AcceleratorConfig
+from ..spec.layout import StreamLayout
+from .activations import BANKS, bank_slices
+from .column import ring_depth
+from .fifo import Counter
+from .header import HeaderReader
+from .walker import Walker, command_signature
+
+
+class Sequencer(wiring.Component):
+    """Walks output tile, group, K-slice and token, and starts each slice once all that it needs is there.
+
+    A slice takes ``max(tokens, words_per_slice)`` cycles and is never interrupted. It starts when all its words are
+    in the FIFO and, in a layer's first output tile, its activations in the buffer; an output tile also waits for its
+    header and for room in the ring of sums. So nothing inside the array ever stalls.
+
+    Members
+    -------
+    command : the layers
+    word_pushed : a word has entered the FIFO
+    tile_ready : an output tile's header has been read
+    slice_ready : a slice of activations can be read
+    ring_release : an entry of the ring of sums is free again
+    token : a token enters; outputs are registered, ``latency`` cycles after the decision
+    load : it is the first of its slice
+    address : of its activations
+    pop : a word leaves the FIFO (after all its slices, where it holds several)
+    place : which slice of the word, where it holds several
+
+    Throughput: 1 token or 1 word per cycle, without a gap between slices, tiles and layers.
+    """
+
+    latency = 1
+
+    def __init__(self, config: AcceleratorConfig, fifo_depth: int):
+        self.config, self.fifo_depth = config, fifo_depth
+        self.stream = StreamLayout(config)
+        super().__init__(
+            {
+                "command": In(command_signature(config)),
+                "word_pushed": In(1),
+                "tile_ready": In(1),
+                "slice_ready": In(1),
+                "ring_release": In(1),
+                "token": Out(1),
+                "load": Out(1),
+                "address": Out(range(BANKS * bank_slices(config))),
+                "pop": Out(1),
+                "place": Out(range(max(2, self.stream.slices_per_word))),
+            }
+        )
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        config, words = self.config, self.stream.words_per_slice
+
+        def slice_cycles(command):
+            return Mux(command.tokens > words, command.tokens, words)
+
+        m.submodules.walker = walker = Walker(
+            config,
+            {
+                "phase": slice_cycles,
+                "slice": lambda command: command.group_slices,
+                "group": lambda command: command.groups,
+                "tile": lambda command: command.out_tiles,
+            },
+        )
+        wiring.connect(m, wiring.flipped(self.command), walker.command)
+        phase = Signal(range(max(config.max_tokens, words) + 1))
+        token, word = Signal(), Signal()
+        m.d.comb += [token.eq(phase < walker.current.tokens), word.eq(phase < words)]
+
+        step = self._gate(m, walker, token, word)
+        m.d.comb += walker.step.eq(step)
+        with m.If(step):
+            m.d.sync += phase.eq(Mux(walker.last.phase, 0, phase + 1))
+        m.d.sync += [self.token.eq(step & token), self.load.eq(step & walker.first.phase)]
+        self._address(m, walker, step & token)
+        return m
+
+    def _gate(self, m: Module, walker: Walker, token: Signal, word: Signal) -> Signal:
+        """Credits for everything a slice needs; returns the condition to advance."""
+        config, slots = self.config, ring_depth(self.config)
+        tile_starts, slice_starts = Signal(), walker.first.phase
+        m.d.comb += tile_starts.eq(slice_starts & walker.first.slice & walker.first.group)
+        m.d.sync += [self.pop.eq(0)]
+
+        m.submodules.words = words = Counter(self.fifo_depth)
+        m.submodules.headers = headers = Counter(HeaderReader.tiles_ahead)
+        m.submodules.slices = slices = Counter(BANKS * bank_slices(config))
+        m.submodules.ring = ring = Counter(slots, add=config.max_tokens)
+        fresh = walker.first.tile & ~walker.current.reuse
+        go = Signal()
+        step = Signal()
+        m.d.comb += [
+            go.eq(
+                (words.value >= self.stream.words_per_slice)
+                & (~fresh | (slices.value != 0))
+                & (~tile_starts | ((headers.value != 0) & (ring.value + walker.current.tokens <= slots)))
+            ),
+            step.eq(walker.active & (go | ~slice_starts)),
+            words.add.eq(self.word_pushed),
+            headers.add.eq(self.tile_ready),
+            slices.add.eq(self.slice_ready),
+            ring.take.eq(self.ring_release),
+        ]
+        with m.If(step):
+            m.d.comb += [
+                headers.take.eq(tile_starts),
+                slices.take.eq(slice_starts & fresh),
+                ring.add.eq(Mux(tile_starts, walker.current.tokens, 0)),
+            ]
+            self._pop(m, walker, words, word)
+        return step
+
+    def _pop(self, m: Module, walker: Walker, words: Counter, word: Signal) -> None:
+        per_word = self.stream.slices_per_word
+        if per_word == 1:
+            m.d.comb += words.take.eq(word)
+            m.d.sync += self.pop.eq(word)
+            return
+        # A word holds several slices, and the next output tile starts with a new word.
+        place = Signal(range(per_word))
+        finished = walker.last.phase & ((place == per_word - 1) | walker.tile_end)
+        m.d.comb += words.take.eq(finished)
+        m.d.sync += [self.pop.eq(finished), self.place.eq(place)]
+        with m.If(walker.last.phase):
+            m.d.sync += place.eq(Mux(finished, 0, place + 1))
+
+    def _address(self, m: Module, walker: Walker, advance) -> None:
+        """Activations are read in the order in which they lie, once per output tile."""
+        base = bank_slices(self.config)
+        following = Signal.like(self.address)
+        fresh_bank = walker.bank ^ ~walker.command.payload.reuse
+        m.d.sync += self.address.eq(following)
+        with m.If(advance):
+            m.d.sync += following.eq(following + 1)
+        with m.If(walker.step & walker.tile_end):
+            m.d.sync += following.eq(Mux(walker.bank, base, 0))
+        with m.If(walker.command.valid & walker.command.ready):
+            m.d.sync += following.eq(Mux(fresh_bank, base, 0))

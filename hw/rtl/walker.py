@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nested loops over a layer, driven by commands: what sequencer, column heads, drain and header reader share."""
+
+from collections.abc import Callable, Mapping
+
+from amaranth.hdl import Cat, Module, Signal, Value
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from ..spec.command import command_fields
+from ..spec.config import AcceleratorConfig
+from .fifo import StreamFifo
+
+
+def command_layout(config: AcceleratorConfig) -> data.StructLayout:
+    """The core's command as an Amaranth layout."""
+    return data.StructLayout(command_fields(config))
+
+
+def command_signature(config: AcceleratorConfig) -> stream.Signature:
+    """A stream of commands."""
+    return stream.Signature(command_layout(config))
+
+
+class Walker(wiring.Component):
+    """Walks the nested loops of one command after another, without a cycle between two commands.
+
+    Each loop counts down and keeps its first and last flags in registers, so ``step`` reaches a flag's users after
+    one AND per nesting level: these flags set the clock of the whole core. Throughput 1 step per cycle.
+
+    Parameters
+    ----------
+    loops : from the innermost outwards, the name of each loop and the function from a command to its bound
+
+    Members
+    -------
+    command : commands, taken when the walker is idle or makes the last step of the one before
+    active : a command is being walked
+    current : that command
+    step : advance; only while ``active``
+    first, last : one flag per loop: it is in its first, its last iteration
+    done : with ``step``: this is the command's last step
+    bank : the bank of activations that the current command uses; every command that brings its own takes the other
+    tile_end : with ``step``: this is the last step of an iteration of the outermost loop
+    """
+
+    def __init__(self, config: AcceleratorConfig, loops: Mapping[str, Callable[[data.View], Value]]):
+        self.config, self.loops = config, dict(loops)
+        flags = data.StructLayout(dict.fromkeys(self.loops, 1))
+        super().__init__(
+            {
+                "command": In(command_signature(config)),
+                "active": Out(1),
+                "current": Out(command_layout(config)),
+                "step": In(1),
+                "first": Out(flags),
+                "last": Out(flags),
+                "done": Out(1),
+                "bank": Out(1, init=1),
+                "tile_end": Out(1),
+            }
+        )
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        load = Signal()
+        outermost = list(self.loops)[-1]
+        m.d.comb += [
+            self.tile_end.eq(Cat(self.last[name] for name in list(self.loops)[:-1]).all()),
+            self.done.eq(self.tile_end & self.last[outermost]),
+            self.command.ready.eq(~self.active | (self.step & self.done)),
+            load.eq(self.command.valid & self.command.ready),
+        ]
+        with m.If(load):
+            m.d.sync += [
+                self.active.eq(1),
+                self.current.eq(self.command.payload),
+                self.bank.eq(self.bank ^ ~self.command.payload.reuse),
+            ]
+        with m.Elif(self.step & self.done):
+            m.d.sync += self.active.eq(0)
+        inner_last = self.step
+        for name, bound in self.loops.items():
+            inner_last = self._loop(m, name, bound, load, inner_last)
+        return m
+
+    def _loop(self, m: Module, name: str, bound, load: Value, advance: Value) -> Value:
+        """One loop; returns the condition on which the next outer one advances."""
+        limit, next_limit = Value.cast(bound(self.current)), Value.cast(bound(self.command.payload))
+        left = Signal(len(limit), name=f"{name}_left")
+        first, last = self.first[name], self.last[name]
+        wrap = Signal(name=f"{name}_wrap")
+        m.d.comb += wrap.eq(advance & last)
+        with m.If(load):
+            m.d.sync += [left.eq(next_limit), first.eq(1), last.eq(next_limit == 1)]
+        with m.Elif(wrap):
+            m.d.sync += [left.eq(limit), first.eq(1), last.eq(limit == 1)]
+        with m.Elif(advance):
+            m.d.sync += [left.eq(left - 1), first.eq(0), last.eq(left == 2)]
+        return wrap
+
+
+class CommandFork(wiring.Component):
+    """Gives every command to several users, each behind a FIFO of its own, so that none waits for another.
+
+    Latency 1 cycle, throughput 1 command per cycle.
+
+    Parameters
+    ----------
+    users : names of the outputs
+    depth : commands that each output holds
+
+    Members
+    -------
+    command : the commands
+    <user> : one stream per user
+    """
+
+    def __init__(self, config: AcceleratorConfig, users: tuple[str, ...], depth: int = 4):
+        self.config, self.users, self.depth = config, users, depth
+        signature = command_signature(config)
+        super().__init__({"command": In(signature), **{user: Out(signature) for user in users}})
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        fifos = [StreamFifo(command_layout(self.config), self.depth) for _ in self.users]
+        room = Cat(fifo.i.ready for fifo in fifos).all()
+        m.d.comb += self.command.ready.eq(room)
+        for user, fifo in zip(self.users, fifos, strict=True):
+            m.submodules[user] = fifo
+            m.d.comb += [fifo.i.payload.eq(self.command.payload), fifo.i.valid.eq(self.command.valid & room)]
+            wiring.connect(m, fifo.o, wiring.flipped(getattr(self, user)))
+        return m

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``AcceleratorConfig``: what one generated accelerator can do, validated once, with every width derived from it."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+
+SCALE_BITS = 16
+"""Bits of a scale mantissa ``sm``, signed."""
+EXPONENT_BITS = 8
+"""Bits of a row exponent ``E[n]`` and of a token exponent ``e[m]``, signed."""
+FIXED_ZERO_POINT_BITS = 16
+"""Bits of a zero point with ``zero_point="fixed"``, signed."""
+FIXED_FRACTION_BITS = 11
+"""Fraction bits ``f`` of a zero point with ``zero_point="fixed"``."""
+FLOAT_BITS = 32
+"""Bits of a result: IEEE 754 binary32."""
+MAX_N = 1 << 18
+"""Most output rows of one layer (Qwen2.5's vocabulary, 151,936 rows, fits)."""
+MAX_SUM_BITS = 64
+"""Widest accumulator: numpy's int64 is the definition of the numerics."""
+
+_CHOICES = {
+    "tile": (4, 8, 16, 32),
+    "weight_bits": tuple(range(2, 9)),
+    "activation_bits": tuple(range(8, 17)),
+    "zero_point": ("integer", "fixed"),
+    "ports": (1, 2, 4),
+    "port_width": (32, 64, 128),
+    "max_group_size": (32, 64, 128, 256),
+}
+_RANGES = {"max_tokens": (1, 64), "max_k": (32, 32_768)}
+
+
+class ConfigError(ValueError):
+    """A value that no accelerator, or not this one, can be built or used with. The message names rule and value."""
+
+
+def signed_bits(bound: int) -> int:
+    """Width of a two's complement number that holds every value from ``-bound`` to ``bound``."""
+    return bound.bit_length() + 1
+
+
+@dataclass(frozen=True)
+class AcceleratorConfig:
+    """Parameters of one accelerator. Frozen and hashable; everything else derives from these fields.
+
+    Parameters
+    ----------
+    tile : rows (along K) and columns (along N) of the systolic array: 4, 8, 16 or 32
+    weight_bits : bits of a quantised weight ``q``, 2 to 8
+    activation_bits : bits of an activation mantissa ``X``, 8 to 16
+    zero_point : ``"integer"`` (unsigned, ``weight_bits``) or ``"fixed"`` (signed 16 bits, 11 of them fraction)
+    ports : weight ports, 1, 2 or 4
+    port_width : bits a port carries per cycle, 32, 64 or 128
+    max_tokens : most tokens M of one layer, up to 64
+    max_k : most in_features K of one layer, padding included, up to 32,768; a multiple of ``tile``
+    max_group_size : longest group the accumulators hold; the packer splits longer ones, which is exact
+
+    Raises
+    ------
+    ConfigError : a value outside its rule; the message names the rule and the value
+    """
+
+    tile: int = 16
+    weight_bits: int = 4
+    activation_bits: int = 16
+    zero_point: str = "integer"
+    ports: int = 4
+    port_width: int = 128
+    max_tokens: int = 16
+    max_k: int = 8192
+    max_group_size: int = 128
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or value not in choices:
+                raise ConfigError(f"{name} is one of {', '.join(map(str, choices))}, not {value!r}")
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise ConfigError(f"{name} is a whole number from {low} to {high:,}, not {value!r}")
+        if self.max_k % self.tile:
+            raise ConfigError(f"max_k is a multiple of the tile ({self.tile}), not {self.max_k}")
+        if self.sum_bits > MAX_SUM_BITS:
+            raise ConfigError(
+                f"the sum over max_k={self.max_k} takes {self.sum_bits} bits, and the numerics are defined in"
+                f" {MAX_SUM_BITS}: lower max_k, weight_bits or activation_bits"
+            )
+
+    # Formats
+
+    @property
+    def beat_bits(self) -> int:
+        """Bits of one beat of the weight stream, over all ports."""
+        return self.ports * self.port_width
+
+    @property
+    def beat_bytes(self) -> int:
+        """Bytes of one beat of the weight stream, over all ports."""
+        return self.beat_bits // 8
+
+    @property
+    def fraction_bits(self) -> int:
+        """``f``: fraction bits of a zero point."""
+        return FIXED_FRACTION_BITS if self.zero_point == "fixed" else 0
+
+    @property
+    def zero_point_bits(self) -> int:
+        """Bits of one zero point."""
+        return FIXED_ZERO_POINT_BITS if self.zero_point == "fixed" else self.weight_bits
+
+    @property
+    def zero_point_signed(self) -> bool:
+        """Whether a zero point is two's complement."""
+        return self.zero_point == "fixed"
+
+    # Largest magnitudes, from which every width follows
+
+    @property
+    def activation_max(self) -> int:
+        """Largest magnitude of an activation mantissa; the format is symmetric, so -2^(bits-1) never occurs."""
+        return (1 << (self.activation_bits - 1)) - 1
+
+    @property
+    def weight_max(self) -> int:
+        """Largest quantised weight."""
+        return (1 << self.weight_bits) - 1
+
+    @property
+    def centred_max(self) -> int:
+        """Largest magnitude of ``q * 2^f - z``."""
+        if self.zero_point == "integer":
+            return self.weight_max
+        z_max = 1 << (FIXED_ZERO_POINT_BITS - 1)
+        return (self.weight_max << self.fraction_bits) + z_max
+
+    @property
+    def scale_max(self) -> int:
+        """Largest magnitude of a scale mantissa; symmetric, like the activations."""
+        return (1 << (SCALE_BITS - 1)) - 1
+
+    @property
+    def psum_bits(self) -> int:
+        """Signed width of a column's partial sum over one K-slice."""
+        return signed_bits(self.tile * self.weight_max * self.activation_max)
+
+    @property
+    def group_bits(self) -> int:
+        """Signed width of ``P``: the sum of ``q * X`` over a group."""
+        return signed_bits(self.max_group_size * self.weight_max * self.activation_max)
+
+    @property
+    def activation_sum_bits(self) -> int:
+        """Signed width of ``A``: the sum of ``X`` over a group."""
+        return signed_bits(self.max_group_size * self.activation_max)
+
+    @property
+    def centred_bits(self) -> int:
+        """Signed width of ``V = P * 2^f - z * A``."""
+        return signed_bits(self.max_group_size * self.centred_max * self.activation_max)
+
+    @property
+    def sum_bits(self) -> int:
+        """Signed width of ``Y``: the sum of ``sm * V`` over the groups."""
+        return signed_bits(self.max_k * self.centred_max * self.activation_max * self.scale_max)
+
+    @property
+    def exponent_sum_bits(self) -> int:
+        """Signed width of the power of two that scales ``Y``: ``E[n] - 15 + e[m] - f``."""
+        return signed_bits((2 << (EXPONENT_BITS - 1)) + SCALE_BITS - 1 + self.fraction_bits)
+
+    # Identity
+
+    def to_dict(self) -> dict:
+        """The parameters as a JSON-ready dictionary."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "AcceleratorConfig":
+        """Inverse of :meth:`to_dict`; unknown or missing names raise :class:`ConfigError`."""
+        names = {field.name for field in fields(cls)}
+        if set(values) != names:
+            raise ConfigError(f"a config has the fields {', '.join(sorted(names))}, not {', '.join(sorted(values))}")
+        return cls(**values)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the parameters, 64 hexadecimal digits: software refuses hardware of another config by it."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run one bench: generate its Verilog, build it for a simulator, run it, and read what passed.
+
+cocotb-test knows the command lines and the environment that cocotb needs. What is added here: generated Verilog and
+built simulators are cached by content, every tool's output goes to a log, and a run cannot hang.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sim.benches import Bench
+
+__all__ = ["SIMULATORS", "Result", "SetupError", "manifest", "require", "run_bench", "settings", "stop"]
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "sim"
+SIMULATORS = ("verilator", "icarus")
+
+# -Wall, and a warning ends the build. Only the ports are visible to cocotb: a public inside would stop most of
+# Verilator's optimisations. The benches are short, so a quick compilation beats a quick simulation.
+VERILATOR_ARGS = ["-Wall", "--public-depth", "1"]
+VERILATOR_MAKE_ARGS = ["-j2", "OPT_FAST=-O1", "OPT_SLOW=-O0", "OPT_GLOBAL=-O1"]
+TIMESCALE = "1ns/1ps"
+WAIVERS = ROOT / "sim" / "waivers.vlt"
+
+_running: set[subprocess.Popen[bytes]] = set()
+
+
+class SetupError(Exception):
+    """Something about the machine or the request, in one line; the command line exits with 2."""
+
+
+@dataclass
+class Result:
+    """What became of one bench."""
+
+    bench: Bench
+    simulator: str
+    seed: int
+    passed: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    """Failing tests and the first line of the reason."""
+    seconds: float = 0.0
+    log: Path = BUILD
+
+    @property
+    def ok(self) -> bool:
+        """Whether tests ran and all of them passed."""
+        return bool(self.passed) and not self.failed
+
+
+def settings() -> dict[str, Any]:
+    """Inside a bench: its ``params`` and ``settings`` in one dictionary."""
+    return json.loads(os.environ.get("GRISTMILL_SETTINGS", "{}"))
+
+
+def manifest() -> dict[str, Any]:
+    """Inside a bench: the manifest of the hardware under test."""
+    return json.loads(Path(os.environ["GRISTMILL_MANIFEST"]).read_text())
+
+
+def require(simulator: str) -> None:
+    """Check that a simulator is there, and make the virtual environment's tools reachable."""
+    if simulator not in SIMULATORS:
+        raise SetupError(f"Simulator must be one of {', '.join(SIMULATORS)}, not {simulator!r}")
+    here = str(Path(sys.executable).parent)
+    if here not in os.environ["PATH"].split(os.pathsep):
+        os.environ["PATH"] = here + os.pathsep + os.environ["PATH"]
+    if simulator == "icarus" and not (shutil.which("iverilog") and shutil.which("vvp")):
+        raise SetupError("Simulator icarus needs iverilog on PATH; install Debian package iverilog")
+    if simulator == "verilator" and not shutil.which("verilator"):
+        raise SetupError("Simulator verilator needs verilator on PATH; run `make venv`")
+
+
+def run_bench(bench: Bench, simulator: str, seed: int) -> Result:
+    """Run one bench; whatever goes wrong with it is a failure in the result, with a log."""
+    require(simulator)
+    begin = time.monotonic()
+    run_dir = BUILD / "runs" / f"{re.sub('[^A-Za-z0-9_=.,]+', '-', bench.name).strip('-')}.{simulator}"
+    result = Result(bench, simulator, seed)
+    with _locked(run_dir):
+        shutil.rmtree(run_dir, ignore_errors=True)
+        run_dir.mkdir(parents=True)
+        try:
+            verilog, manifest_path = _generate(bench, run_dir / "generate.log", result)
+            built = _build(bench, simulator, verilog, run_dir / "build.log", result)
+            result.log = run_dir / "run.log"
+            _simulate(bench, simulator, built, manifest_path, seed, run_dir, result)
+        except _StepFailed as failure:
+            result.failed[failure.step] = str(failure)
+    result.seconds = time.monotonic() - begin
+    return result
+
+
+class _StepFailed(Exception):
+    def __init__(self, step: str, message: str):
+        super().__init__(message)
+        self.step = step
+
+
+def _generate(bench: Bench, log: Path, result: Result) -> tuple[Path, Path | None]:
+    """Verilog and manifest of the bench's block, from the cache when neither hw/ nor the request has changed."""
+    if bench.verilog is not None:
+        return bench.verilog.resolve(), None
+    options = [part for name, value in bench.params.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    sources = {str(p.relative_to(ROOT)): p.read_bytes() for p in sorted((ROOT / "hw").rglob("*.py"))}
+    key = _digest(bench.top, options, importlib.metadata.version("amaranth"), sources)
+    out = BUILD / "verilog" / f"{bench.top}-{key}"
+    with _locked(out):
+        if not out.exists():
+            result.log = log
+            scratch = _scratch(out)
+            command = [sys.executable, "-m", "hw.build", "--top", bench.top, *options, "--out", str(scratch)]
+            _execute(command, log, "hw.build", cwd=ROOT, timeout=300)
+            scratch.rename(out)
+    return out / "gristmill.v", out / "manifest.json"
+
+
+def _build(bench: Bench, simulator: str, verilog: Path, log: Path, result: Result) -> Path:
+    """Directory of the built simulator, from the cache when it was built before."""
+    if simulator == "icarus":
+        version: object = subprocess.run(["iverilog", "-V"], capture_output=True, text=True, check=False).stdout[:64]
+        arguments: list[object] = [TIMESCALE]
+    else:
+        version = importlib.metadata.version("verilator")
+        arguments = [TIMESCALE, VERILATOR_ARGS, VERILATOR_MAKE_ARGS, WAIVERS.read_bytes()]
+    key = _digest(simulator, version, importlib.metadata.version("cocotb"), sys.prefix, arguments, verilog.read_bytes())
+    out = BUILD / "built" / f"{bench.top}-{simulator}-{key}"
+    with _locked(out):
+        if not out.exists():
+            result.log = log
+            scratch = _scratch(out)
+            _simulator(bench, simulator, verilog, scratch, log, f"{simulator} build", 900, compile_only=True).run()
+            scratch.rename(out)
+    return out
+
+
+def _simulate(
+    bench: Bench, simulator: str, built: Path, manifest_path: Path | None, seed: int, run_dir: Path, result: Result
+) -> None:
+    results_xml = run_dir / "results.xml"
+    env = {
+        "COCOTB_RESULTS_FILE": str(results_xml),
+        "COCOTB_ANSI_OUTPUT": "0",
+        "GRISTMILL_SETTINGS": json.dumps({**bench.params, **bench.settings}),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    if manifest_path is not None:
+        env["GRISTMILL_MANIFEST"] = str(manifest_path)
+    if simulator == "verilator":
+        env["COCOTB_TRUST_INERTIAL_WRITES"] = "1"  # its writes are right, and cocotb need not emulate them
+    try:
+        _simulator(
+            bench,
+            simulator,
+            Path(),
+            built,
+            result.log,
+            "simulation",
+            bench.timeout,
+            extra_env=env,
+            seed=seed,
+            work_dir=run_dir,
+        ).run()
+    except _StepFailed as failure:
+        result.failed[failure.step] = str(failure)
+    # The exit code says nothing about the tests.
+    if results_xml.exists():
+        for case in ET.parse(results_xml).iter("testcase"):
+            name = case.get("name", "?")
+            bad = [child for child in case if child.tag in ("failure", "error")]
+            if bad:
+                reason = (bad[0].get("message") or bad[0].text or bad[0].tag).strip()
+                result.failed[name] = reason.splitlines()[0] if reason else bad[0].tag
+            elif case.find("skipped") is None:
+                result.passed.append(name)
+    if not result.passed and not result.failed:
+        result.failed["simulation"] = f"{bench.module} ran no test at all"
+
+
+def _simulator(
+    bench: Bench, simulator: str, verilog: Path, sim_dir: Path, log: Path, step: str, timeout: int, **options: Any
+) -> Any:
+    """A cocotb-test simulator whose commands go through `_execute`, which either only builds or only runs."""
+    from cocotb_test import simulator as cocotb_simulator
+
+    base = {"verilator": cocotb_simulator.Verilator, "icarus": cocotb_simulator.Icarus}[simulator]
+
+    class Simulator(base):
+        def run(self) -> None:
+            self.logger.setLevel("ERROR")  # its remarks about skipped compilations are for its own cache
+            self.set_env()
+            for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # of the make that started us; not for Verilator's
+                self.env.pop(name, None)
+            command = self.build_command()
+            for part in command if self.compile_only else command[-1:]:
+                part = [argument for argument in part if argument != "--public-flat-rw"]
+                _execute(part, log, step, cwd=self.work_dir, timeout=timeout, env=self.env)
+
+    return Simulator(
+        toplevel=f"gristmill_{bench.top}" if bench.verilog is None else bench.top,
+        module=bench.module,
+        sim_build=str(sim_dir),
+        verilog_sources=[str(WAIVERS), str(verilog)] if simulator == "verilator" else [str(verilog)],
+        python_search=[str(ROOT)],
+        timescale=TIMESCALE,
+        **(dict(compile_args=VERILATOR_ARGS, make_args=VERILATOR_MAKE_ARGS) if simulator == "verilator" else {}),
+        **options,
+    )
+
+
+def _execute(
+    command: list[str], log: Path, step: str, cwd: Path | str, timeout: int, env: Mapping[str, str] | None = None
+) -> None:
+    """Run a command with its output in `log`; ask it what it waits for, and kill it, when the time is over."""
+    with log.open("ab") as stream:
+        stream.write(f"$ {' '.join(map(str, command))}\n".encode())
+        stream.flush()
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            cwd=cwd,
+            env=env,
+            start_new_session=True,
+        )
+        _running.add(process)
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            waiting = _ask_what_it_waits_for(process, log) if step == "simulation" else "the tool"
+            raise _StepFailed(step, f"not done after {timeout} s; it waited for {waiting}") from None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            _running.discard(process)
+    if code:
+        raise _StepFailed(step, f"exit code {code}: {_complaint(log)}")
+
+
+def stop() -> None:
+    """Kill every tool and simulation that is running now, for instance because the user has interrupted the run."""
+    for process in list(_running):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _ask_what_it_waits_for(process: subprocess.Popen[bytes], log: Path) -> str:
+    process.send_signal(signal.SIGUSR1)  # sim.streams answers it
+    for _ in range(30):
+        time.sleep(0.1)
+        if named := re.findall(r"^WAITING FOR (.*)$", log.read_text(errors="replace"), re.MULTILINE):
+            return "; ".join(named)
+    return "nothing it could name: the simulator itself does not come back"
+
+
+def _complaint(log: Path) -> str:
+    """The line of a log that most likely says what was wrong."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    telling = [line for line in lines if re.search(r"%(Error|Warning)|\berror\b", line, re.IGNORECASE)]
+    return (telling[0] if telling else lines[-1])[:300]
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _scratch(out: Path) -> Path:
+    """An empty directory beside `out`, to be renamed when it is complete."""
+    scratch = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    return scratch
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a directory against other threads and other processes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real activations of a model's linear layers, and onnxruntime's own answers to them.
+
+A copy of the graph, in memory, gets the layers' tensors as additional outputs. onnxruntime then runs it on the CPU with
+float32 arithmetic: accuracy_level is set to 0 in the copy, because at 4 (what exporters write) onnxruntime rounds the
+activations to 8 bits itself and is no reference any more.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from sw.errors import UserError, one_line
+from sw.feeds import build_feeds
+from sw.linear import QuantizedLinear
+from sw.onnx_file import OnnxFile
+from sw.onnx_import import Linears
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """One layer at work: x float32 [M, K] goes in, y float32 [M, N] is the tensor `layer.output_name`.
+
+    y holds the bias only if layer.bias_in_node; compare with layer.float_output(x).
+    """
+
+    layer: QuantizedLinear
+    x: np.ndarray
+    y: np.ndarray
+
+
+def capture_inputs(
+    linears: Linears,
+    input_ids: Sequence[int] | None = None,
+    *,
+    tokens: int = 8,
+    seed: int = 0,
+    threads: int = 0,
+    limit_mib: int = 256,
+) -> Iterator[Captured]:
+    """Runs the layers' model over a token sequence (or over noise, see sw.feeds) and yields them at work, in order.
+
+    linears: all or a slice of what sw.onnx_import found.
+    input_ids: the tokens of one sequence, M of them. tokens, seed: size and seed of the noise for models without
+    input_ids. threads: 0 for onnxruntime's own choice. limit_mib: layers and tensors held at one time; a model that
+    needs more is run several times (one layer is always taken whole).
+    Raises UserError if onnxruntime refuses the model or a layer's activations or outputs are not finite.
+    """
+    session, model_inputs = _open(linears, threads)
+    feeds = build_feeds(linears.file, session, input_ids, tokens, seed)
+    rows = len(input_ids) if input_ids else tokens
+    for batch in _batches(linears, rows, limit_mib << 20):
+        wanted = {name for layer in batch for name in (layer.input_name, layer.output_name)} - model_inputs
+        try:
+            values = feeds | dict(zip(wanted, session.run(list(wanted), feeds), strict=True))
+        except Exception as error:
+            raise UserError(f"{linears.file.path}: onnxruntime failed to run it ({one_line(error)})") from error
+        for layer in batch:
+            x = _matrix(values[layer.input_name], layer.k, f"layer {layer.name}: its activations")
+            y = _matrix(values[layer.output_name], layer.n, f"layer {layer.name}: its outputs")
+            yield Captured(layer, x, y)
+
+
+def reference_session(
+    path: Path, model: onnx.ModelProto, extra_outputs: Sequence[str] = (), threads: int = 0
+) -> onnxruntime.InferenceSession:
+    """A CPU session for `model` (which is changed) with more outputs, its MatMulNBits nodes at accuracy_level 0.
+
+    path: the file that the model was loaded from; its external data is found beside it.
+    Raises UserError if onnxruntime refuses the model.
+    """
+    present = {output.name for output in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in extra_outputs if name not in present)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
+                attribute.i = 0
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    for key, value in {
+        # Spinning threads would burn the processor that other work (the simulated device) needs between two runs.
+        "session.intra_op.allow_spinning": "0",
+        "session.qdq_matmulnbits_accuracy_level": "0",
+        "session.model_external_initializers_file_folder_path": str(path.absolute().parent),
+    }.items():
+        options.add_session_config_entry(key, value)
+    try:
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise UserError(f"{path}: onnxruntime refuses the model ({one_line(error)})") from error
+
+
+def _open(linears: Linears, threads: int) -> tuple[onnxruntime.InferenceSession, set[str]]:
+    # Read again: the importer's copy of the graph stays as it is.
+    model = OnnxFile(linears.file.path).model
+    initializers = {tensor.name for tensor in model.graph.initializer}
+    model_inputs = {item.name for item in model.graph.input} - initializers
+    names = dict.fromkeys(name for pair in linears.tensors for name in pair)
+    outputs = [name for name in names if name not in model_inputs]
+    return reference_session(linears.file.path, model, outputs, threads), model_inputs
+
+
+def _batches(linears: Linears, rows: int, limit: int) -> Iterator[list[QuantizedLinear]]:
+    batch: list[QuantizedLinear] = []
+    held = 0
+    for layer in linears:
+        size = layer.q.nbytes + layer.scales.nbytes + layer.zero_points.nbytes + 4 * rows * (layer.n + layer.k)
+        if batch and held + size > limit:
+            yield batch
+            batch, held = [], 0
+        batch.append(layer)
+        held += size
+    if batch:
+        yield batch
+
+
+def _matrix(values: np.ndarray, columns: int, what: str) -> np.ndarray:
+    if values.shape[-1] != columns:
+        raise UserError(f"{what} are {list(values.shape)}, expected {columns} columns")
+    matrix = np.ascontiguousarray(values.reshape(-1, columns), dtype=np.float32)
+    if not np.isfinite(matrix).all():
+        raise UserError(f"{what} are not finite (NaN or infinity)")
+    return matrix

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Llama or Qwen2 decoder as an ONNX graph for onnxruntime, whatever file its weights came from.
+
+Inputs and outputs carry the names that onnxruntime-genai and optimum use:
+    input_ids int64 [batch, sequence], attention_mask int64 [batch, total_sequence] (1 = attend),
+    past_key_values.{i}.key and .value float32 [batch, kv_heads, past_sequence, head_size]
+    -> logits float32 [batch, sequence, vocab], present.{i}.key and .value
+Quantised layers become MatMulNBits nodes named /model/layers.{i}/self_attn/q_proj/MatMulNBits and so on, with
+accuracy_level 0 (float32 arithmetic); their biases are separate Add nodes.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from onnx import TensorProto
+
+from sw.errors import UserError
+from sw.linear import FloatLinear, QuantizedLinear
+from sw.onnx_writer import CONTRIB, OnnxWriter
+
+Linear = QuantizedLinear | FloatLinear
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of a decoder: sizes in elements, context_length in tokens.
+
+    rope_factors: float32 [head_size / 2] that divide the rotary frequencies (Llama 3.1), or None.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    layer_count: int
+    head_count: int
+    kv_head_count: int
+    head_size: int
+    vocab_size: int
+    context_length: int
+    rope_theta: float
+    norm_epsilon: float
+    rope_factors: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.head_count % self.kv_head_count:
+            raise UserError(f"{self.head_count} heads are not a multiple of {self.kv_head_count} key-value heads")
+        if self.head_size % 2:
+            raise UserError(f"head size {self.head_size} is odd: rotary embedding needs pairs")
+
+    def rotary_cache(self) -> tuple[np.ndarray, np.ndarray]:
+        """(cos, sin), float32 [context_length, head_size / 2]."""
+        frequencies = self.rope_theta ** (-np.arange(0, self.head_size, 2) / self.head_size)
+        if self.rope_factors is not None:
+            frequencies = frequencies / self.rope_factors
+        angles = np.outer(np.arange(self.context_length), frequencies)
+        return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """The weights of one layer; the norms are float32 [hidden_size]. Rows of q and k are in Hugging Face's order
+    (the two halves of a head are rotated against each other).
+    """
+
+    input_norm: np.ndarray
+    q_proj: Linear
+    k_proj: Linear
+    v_proj: Linear
+    o_proj: Linear
+    post_attention_norm: np.ndarray
+    gate_proj: Linear
+    up_proj: Linear
+    down_proj: Linear
+
+
+def write_decoder(
+    directory: Path,
+    config: DecoderConfig,
+    embedding: np.ndarray,
+    layers: Iterable[DecoderLayer],
+    final_norm: np.ndarray,
+    head: Linear | None = None,
+    metadata: dict[str, str] | None = None,
+) -> Path:
+    """Writes model.onnx and model.onnx.data into `directory` and returns the path of the former.
+
+    embedding: float32 [vocab, hidden]. layers: consumed one by one. head: None ties the head to the embedding, which
+    is then stored once. Raises UserError where weights and config disagree.
+    """
+    _expect("embedding", embedding.shape, (config.vocab_size, config.hidden_size))
+    with OnnxWriter(directory, "decoder") as writer:
+        graph = _DecoderGraph(writer, config)
+        graph.begin(embedding)
+        count = 0
+        for layer in layers:
+            graph.layer(count, layer)
+            count += 1
+        _expect("the number of layers", (count,), (config.layer_count,))
+        graph.end(final_norm, head)
+        writer.save(metadata or {})
+        return writer.path
+
+
+class _DecoderGraph:
+    """The nodes of one decoder. `residual` and `branch` are the two tensors that the next norm adds up."""
+
+    def __init__(self, writer: OnnxWriter, config: DecoderConfig):
+        self.writer = writer
+        self.config = config
+        self.residual = ""
+        self.branch = ""
+
+    def begin(self, embedding: np.ndarray) -> None:
+        w = self.writer
+        ids = w.input("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"])
+        mask = w.input("attention_mask", TensorProto.INT64, ["batch_size", "total_sequence_length"])
+        w.output("logits", TensorProto.FLOAT, ["batch_size", "sequence_length", self.config.vocab_size])
+        cos, sin = self.config.rotary_cache()
+        w.tensor("cos_cache", cos)
+        w.tensor("sin_cache", sin)
+        one = w.tensor("one", np.array([1], np.int64))
+        # GroupQueryAttention wants the index of the last token of every sequence, and the padded length.
+        path = "/model/attention_mask"
+        total = w.node(f"{path}/ReduceSum", "ReduceSum", [mask, one], keepdims=0)
+        last = w.node(f"{path}/Sub", "Sub", [total, one])
+        w.node(f"{path}/Cast", "Cast", [last], ["seqlens_k"], to=TensorProto.INT32)
+        shape = w.node(f"{path}/Shape", "Shape", [mask], start=1, end=2)
+        scalar = w.node(f"{path}/Squeeze", "Squeeze", [shape])
+        w.node(f"{path}/Cast_1", "Cast", [scalar], ["total_sequence_length"], to=TensorProto.INT32)
+        table = w.tensor("model.embed_tokens.weight", embedding)
+        self.residual = w.node("/model/embed_tokens/Gather", "Gather", [table, ids])
+
+    def layer(self, index: int, layer: DecoderLayer) -> None:
+        w, c = self.writer, self.config
+        path = f"/model/layers.{index}"
+        q_size, kv_size = c.head_count * c.head_size, c.kv_head_count * c.head_size
+        x = self.norm(f"{path}/input_layernorm", layer.input_norm)
+        attention = f"{path}/self_attn"
+        q = self.linear(f"{attention}/q_proj", x, layer.q_proj, c.hidden_size, q_size)
+        k = self.linear(f"{attention}/k_proj", x, layer.k_proj, c.hidden_size, kv_size)
+        v = self.linear(f"{attention}/v_proj", x, layer.v_proj, c.hidden_size, kv_size)
+        attended = self.attention(index, f"{attention}/GroupQueryAttention", q, k, v)
+        self.branch = self.linear(f"{attention}/o_proj", attended, layer.o_proj, q_size, c.hidden_size)
+
+        x = self.norm(f"{path}/post_attention_layernorm", layer.post_attention_norm)
+        gate = self.linear(f"{path}/mlp/gate_proj", x, layer.gate_proj, c.hidden_size, c.intermediate_size)
+        up = self.linear(f"{path}/mlp/up_proj", x, layer.up_proj, c.hidden_size, c.intermediate_size)
+        sigmoid = w.node(f"{path}/mlp/act_fn/Sigmoid", "Sigmoid", [gate])
+        silu = w.node(f"{path}/mlp/act_fn/Mul", "Mul", [gate, sigmoid])
+        product = w.node(f"{path}/mlp/Mul", "Mul", [silu, up])
+        self.branch = self.linear(f"{path}/mlp/down_proj", product, layer.down_proj, c.intermediate_size, c.hidden_size)
+
+    def end(self, final_norm: np.ndarray, head: Linear | None) -> None:
+        w, c = self.writer, self.config
+        x = self.norm("/model/norm", final_norm)
+        if head is None:
+            table = "model.embed_tokens.weight"
+            w.node("/lm_head/FusedMatMul", "FusedMatMul", [x, table], ["logits"], CONTRIB, transB=1)
+        else:
+            self.linear("/lm_head", x, head, c.hidden_size, c.vocab_size, output="logits")
+
+    def attention(self, index: int, name: str, q: str, k: str, v: str) -> str:
+        w, c = self.writer, self.config
+        for kind in ("key", "value"):
+            for way, length in (("past_key_values", "past_sequence_length"), ("present", "total_sequence_length")):
+                declare = w.input if way == "past_key_values" else w.output
+                shape = ["batch_size", c.kv_head_count, length, c.head_size]
+                declare(f"{way}.{index}.{kind}", TensorProto.FLOAT, shape)
+        past = [f"past_key_values.{index}.key", f"past_key_values.{index}.value"]
+        return w.node(
+            name,
+            "GroupQueryAttention",
+            [q, k, v, *past, "seqlens_k", "total_sequence_length", "cos_cache", "sin_cache"],
+            [f"{name}/output_0", f"present.{index}.key", f"present.{index}.value"],
+            CONTRIB,
+            num_heads=c.head_count,
+            kv_num_heads=c.kv_head_count,
+            do_rotary=1,
+        )
+
+    def norm(self, name: str, weight: np.ndarray) -> str:
+        """Adds branch to residual (but for the first norm, which has no branch) and normalises the sum."""
+        w, c = self.writer, self.config
+        _expect(name, weight.shape, (c.hidden_size,))
+        gamma = w.tensor(f"{name.strip('/').replace('/', '.')}.weight", weight.astype(np.float32))
+        outputs = [f"{name}/output_0"]
+        if not self.branch:
+            inputs = [self.residual, gamma]
+            op, domain = "SimplifiedLayerNormalization", ""
+        else:
+            inputs = [self.residual, self.branch, gamma]
+            op, domain = "SkipSimplifiedLayerNormalization", CONTRIB
+            self.residual = f"{name}/output_3"
+            outputs += ["", "", self.residual]
+        extra = {} if domain else {"axis": -1, "stash_type": 1}
+        return w.node(f"{name}/{op}", op, inputs, outputs, domain, epsilon=c.norm_epsilon, **extra)
+
+    def linear(self, path: str, x: str, layer: Linear, k: int, n: int, output: str = "") -> str:
+        _expect(path, (layer.n, layer.k), (n, k))
+        w = self.writer
+        tensor = path.strip("/").replace("/", ".")
+        outputs = [output] if output and layer.bias is None else []
+        if isinstance(layer, QuantizedLinear):
+            y = _matmul_nbits(w, path, tensor, x, layer, outputs)
+        else:
+            weight = w.tensor(f"{tensor}.weight", layer.weight)
+            y = w.node(f"{path}/FusedMatMul", "FusedMatMul", [x, weight], outputs, CONTRIB, transB=1)
+        if layer.bias is not None:
+            bias = w.tensor(f"{tensor}.bias", layer.bias)
+            y = w.node(f"{path}/Add", "Add", [y, bias], [output] if output else [])
+        return y
+
+
+def _matmul_nbits(w: OnnxWriter, path: str, tensor: str, x: str, layer: QuantizedLinear, outputs: list[str]) -> str:
+    if layer.bits not in (2, 4, 8):
+        raise UserError(f"{path}: MatMulNBits stores 2, 4 or 8 bits, not {layer.bits}")
+    block = layer.group_size
+    if block < 16 or block & (block - 1):
+        raise UserError(f"{path}: MatMulNBits needs a group size that is a power of two from 16, not {block}")
+    q = np.pad(layer.q, ((0, 0), (0, layer.groups * block - layer.k)))
+    inputs = [
+        x,
+        w.tensor(f"{tensor}.qweight", pack_bits(q, layer.bits).reshape(layer.n, layer.groups, -1)),
+        w.tensor(f"{tensor}.scales", layer.scales),
+    ]
+    if not layer.has_integer_zero_points:
+        inputs.append(w.tensor(f"{tensor}.zero_points", layer.zero_points))
+    elif np.any(layer.zero_points != 1 << (layer.bits - 1)):
+        inputs.append(w.tensor(f"{tensor}.qzeros", pack_bits(layer.zero_points, layer.bits)))
+    shape = {"K": layer.k, "N": layer.n, "bits": layer.bits, "block_size": block, "accuracy_level": 0}
+    return w.node(f"{path}/MatMulNBits", "MatMulNBits", inputs, outputs, CONTRIB, **shape)
+
+
+def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 [N, C] values of 2, 4 or 8 bits as uint8 [N, ceil(C * bits / 8)], the first in the low bits."""
+    per_byte = 8 // bits
+    values = np.pad(values, ((0, 0), (0, -values.shape[1] % per_byte)))
+    packed = np.zeros((values.shape[0], values.shape[1] // per_byte), np.uint8)
+    for i in range(per_byte):
+        packed |= values[:, i::per_byte] << (i * bits)
+    return packed
+
+
+def _expect(what: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if shape != expected:
+        raise UserError(f"{what} is {list(shape)}, but the model's configuration asks for {list(expected)}")

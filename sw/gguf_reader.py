@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GGUF files: metadata, float tensors, and quantised linear layers without any loss.
+
+Block formats (ggml, 32 weights a block along K, little endian):
+    Q4_0  d:f16 qs[16]         w = d * (q - 8)
+    Q4_1  d:f16 m:f16 qs[16]   w = d * q + m
+    Q8_0  d:f16 qs[32]:i8      w = d * q
+In a 4-bit block the low nibbles are elements 0 to 15 and the high nibbles elements 16 to 31.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from sw.errors import UserError, one_line
+from sw.linear import FloatLinear, QuantizedLinear
+
+BLOCK = 32
+QUANTISED = ("Q4_0", "Q4_1", "Q8_0")
+FLOATS = ("F32", "F16", "BF16")
+
+
+class GgufFile:
+    """A GGUF file, memory-mapped. Raises UserError if it is missing, truncated or not GGUF."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(f"no such file: {self.path}")
+        try:
+            reader = gguf.GGUFReader(self.path)
+            self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+            self._fields = reader.fields
+        except Exception as error:
+            # The reader checks nothing but the magic: a damaged file surfaces as whatever numpy trips over.
+            raise UserError(f"{self.path} is not a complete GGUF file ({one_line(error)})") from error
+
+    def __contains__(self, tensor: str) -> bool:
+        return tensor in self._tensors
+
+    def meta(self, key: str, default: Any = ...) -> Any:
+        """The value of a metadata key. Raises UserError if it is absent and no default is given."""
+        if key in self._fields:
+            return self._fields[key].contents()
+        if default is ...:
+            raise UserError(f"{self.path} has no metadata {key}")
+        return default
+
+    def float_tensor(self, name: str) -> np.ndarray:
+        """Any tensor that the gguf package can dequantise, as float32 [N, K] or [N]."""
+        tensor = self._tensor(name)
+        try:
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError:
+            raise UserError(f"{self.path}: tensor {name} is {tensor.tensor_type.name}, which cannot be read") from None
+        if not np.isfinite(values).all():
+            raise UserError(f"{self.path}: tensor {name} holds values that are not finite")
+        return np.ascontiguousarray(values, dtype=np.float32)
+
+    def linear(self, name: str) -> QuantizedLinear | FloatLinear:
+        """The linear layer of tensors `name`.weight and, where present, `name`.bias, without loss.
+
+        Raises UserError for block formats other than the module's (K-quants, for example).
+        """
+        tensor = self._tensor(f"{name}.weight")
+        kind = tensor.tensor_type.name
+        bias = self.float_tensor(f"{name}.bias") if f"{name}.bias" in self else None
+        if kind in FLOATS:
+            return FloatLinear(name, self.float_tensor(tensor.name), bias)
+        if kind not in QUANTISED:
+            known = ", ".join(QUANTISED + FLOATS)
+            raise UserError(f"{self.path}: tensor {tensor.name} is {kind}; linear layers may be {known}")
+        q, scales, zero_points, bits = decode_blocks(np.asarray(tensor.data), kind)
+        return QuantizedLinear(name, q, scales, zero_points, BLOCK, bits, bias)
+
+    def _tensor(self, name: str) -> "gguf.ReaderTensor":
+        if name not in self._tensors:
+            raise UserError(f"{self.path} has no tensor {name}")
+        return self._tensors[name]
+
+
+def decode_blocks(rows: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Raw GGUF blocks, uint8 [N, bytes of a row], as (q uint8 [N, K], scales [N, G], zero points [N, G], bits).
+
+    Zero points are uint8 for Q4_0 and Q8_0 and float32 for Q4_1.
+    """
+    n = rows.shape[0]
+    size = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}[kind]
+    blocks = np.ascontiguousarray(rows).reshape(n, -1, size)
+    scales = _halves(blocks, 0)
+    if kind == "Q8_0":
+        q = (blocks[:, :, 2:] ^ 0x80).reshape(n, -1)
+        return q, scales, np.full(scales.shape, 128, np.uint8), 8
+    nibbles = blocks[:, :, size - 16 :]
+    q = np.concatenate([nibbles & 15, nibbles >> 4], axis=2)
+    if kind == "Q4_0":
+        return q.reshape(n, -1), scales, np.full(scales.shape, 8, np.uint8), 4
+    minimum = _halves(blocks, 2)
+    # A block of equal weights has d = 0, and -m/d does not exist: it becomes the one step q = 1 of size m.
+    flat = scales == 0
+    zero_points = np.divide(-minimum, scales, out=np.zeros_like(scales), where=~flat)
+    q[flat] = 1
+    return q.reshape(n, -1), np.where(flat, minimum, scales), zero_points, 4
+
+
+def _halves(blocks: np.ndarray, offset: int) -> np.ndarray:
+    return np.ascontiguousarray(blocks[:, :, offset : offset + 2]).view("<f2")[:, :, 0].astype(np.float32)

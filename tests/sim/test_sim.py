@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every bench of sim/benches.py as a test, and proof that the runner notices what goes wrong."""
+
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from sim import harness, run
+from sim.benches import BENCHES, Bench
+
+HERE = Path(__file__).parent
+FIFO = Bench("tests.sim.tb_fifo", "fifo", verilog=HERE / "fifo.v")
+SEED = 20240607
+
+needs_icarus = pytest.mark.skipif(
+    not shutil.which("iverilog"), reason="no iverilog on PATH; install Debian package iverilog to run this"
+)
+
+
+def _bench_params():
+    """Every bench on Verilator, and the first one on Icarus too."""
+    for bench in BENCHES:
+        yield pytest.param(bench, "verilator", id=f"{bench.name}-verilator", marks=[pytest.mark.full] * bench.full)
+    for bench in BENCHES[:1]:
+        yield pytest.param(bench, "icarus", id=f"{bench.name}-icarus", marks=needs_icarus)
+
+
+@pytest.fixture(scope="module")
+def results(request: pytest.FixtureRequest):
+    """All selected benches, started at once on all cores; a test waits for its own only."""
+    wanted: dict[tuple[str, str], Future[harness.Result]] = {}
+    with ThreadPoolExecutor() as pool:
+        for item in request.session.items:
+            params = getattr(item, "callspec", None) and item.callspec.params  # type: ignore[attr-defined]
+            if params and item.name.startswith("test_bench["):
+                bench, simulator = params["bench"], params["simulator"]
+                wanted[bench.name, simulator] = pool.submit(harness.run_bench, bench, simulator, SEED)
+        yield wanted
+        pool.shutdown(wait=False, cancel_futures=True)
+        harness.stop()
+
+
+@pytest.mark.parametrize(("bench", "simulator"), list(_bench_params()))
+def test_bench(bench: Bench, simulator: str, results: dict[tuple[str, str], Future[harness.Result]]):
+    result = results[bench.name, simulator].result()
+    assert result.ok, run.summary([result])
+
+
+@pytest.mark.parametrize("simulator", ["verilator", pytest.param("icarus", marks=needs_icarus)])
+def test_stream_helpers(simulator: str):
+    result = harness.run_bench(FIFO, simulator, SEED)
+    assert result.ok, run.summary([result])
+    assert len(result.passed) == 6
+
+
+def _main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], benches: list[Bench], *argv: str):
+    monkeypatch.setattr(run, "BENCHES", benches)
+    code = run.main(argv)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def _variant(**settings: object) -> Bench:
+    return Bench(FIFO.module, FIFO.top, settings=settings, verilog=FIFO.verilog)
+
+
+def test_failing_bench_fails_the_run(monkeypatch, capsys):
+    code, out, _ = _main(monkeypatch, capsys, [FIFO, _variant(fail=True)], "--seed", "7")
+    assert code == 1
+    assert "FAILED tb_fifo[fail=True] verilator test_deliberately_wrong: a FIFO after reset must be full" in out
+    assert "build/sim/runs/tb_fifo-fail=True.verilator/run.log" in out
+    assert "2 benches: 12 tests passed, 1 failed" in out
+    assert "--seed 7 repeats this run" in out
+
+
+def test_passing_bench_passes_the_run(monkeypatch, capsys):
+    code, out, _ = _main(monkeypatch, capsys, [FIFO])
+    assert code == 0, out
+    assert "1 benches: 6 tests passed, 0 failed" in out
+
+
+def test_bench_without_tests_fails():
+    result = harness.run_bench(Bench("sim.packing", "fifo", verilog=FIFO.verilog), "verilator", SEED)
+    assert not result.ok
+    assert "simulation" in result.failed
+
+
+def test_hung_bench_is_killed_and_says_what_it_waited_for():
+    bench = Bench(FIFO.module, FIFO.top, settings={"hang": True}, verilog=FIFO.verilog, timeout=3)
+    result = harness.run_bench(bench, "verilator", SEED)
+    assert "not done after 3 s; it waited for pigs to fly" in result.failed["simulation"]
+
+
+def test_verilator_warning_fails_the_build(tmp_path: Path):
+    verilog = tmp_path / "careless.v"
+    verilog.write_text("module careless(input [7:0] a, output [3:0] y); assign y = a; endmodule\n")
+    result = harness.run_bench(Bench("tests.sim.tb_fifo", "careless", verilog=verilog), "verilator", SEED)
+    assert list(result.failed) == ["verilator build"]
+    assert "WIDTHTRUNC" in result.failed["verilator build"]
+    assert not list(harness.BUILD.glob("built/careless-verilator-????????????????"))
+
+
+def test_refused_parameters_fail_the_bench():
+    result = harness.run_bench(Bench("sim.tb.tb_none", "no_such_block", {"tile": 3}), "verilator", SEED)
+    assert list(result.failed) == ["hw.build"]
+
+
+def test_missing_icarus_names_the_package(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(HERE))
+    code, _, err = _main(monkeypatch, capsys, [FIFO], "--sim", "icarus")
+    assert code == 2
+    assert err == "error: Simulator icarus needs iverilog on PATH; install Debian package iverilog\n"
+
+
+def test_unknown_simulator_is_refused(monkeypatch, capsys):
+    code, _, err = _main(monkeypatch, capsys, [FIFO], "--sim", "modelsim")
+    assert code == 2
+    assert err == "error: Simulator must be one of verilator, icarus, not 'modelsim'\n"
+
+
+def test_nothing_to_run_is_not_a_pass(monkeypatch, capsys):
+    code, _, err = _main(monkeypatch, capsys, [FIFO], "-k", "nonsense")
+    assert code == 2
+    assert err == "error: No bench matches -k 'nonsense'\n"
+
+
+def test_select():
+    pe4, pe8 = (Bench("sim.tb.tb_pe", "pe", {"tile": tile}) for tile in (4, 8))
+    core = Bench("sim.tb.tb_core", "core", {"tile": 16, "ports": 4}, full=True)
+    benches = [pe4, pe8, core]
+    assert run.select(benches) == [pe4, pe8]
+    assert run.select(benches, full=True) == benches
+    assert run.select(benches, full=True, words="core or tile=8") == [pe8, core]
+    assert run.select(benches, words="pe and not tile=8") == [pe4]
+    assert [bench.params["tile"] for bench in run.select(benches, full=True, tile=32)] == [32, 32]
