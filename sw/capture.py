@@ -54,9 +54,10 @@ def capture_inputs(
     feeds = build_feeds(linears.file, session, input_ids, tokens, seed)
     rows = len(input_ids) if input_ids else tokens
     for batch in _batches(linears, rows, limit_mib << 20):
-        wanted = {name for layer in batch for name in (layer.input_name, layer.output_name)} - model_inputs
+        names = {name for layer in batch for name in (layer.input_name, layer.output_name)}
+        wanted = sorted(names - model_inputs)
         try:
-            values = feeds | dict(zip(wanted, session.run(list(wanted), feeds), strict=True))
+            values = feeds | dict(zip(wanted, map(np.asarray, session.run(wanted, feeds)), strict=True))
         except Exception as error:
             raise UserError(f"{linears.file.path}: onnxruntime failed to run it ({one_line(error)})") from error
         for layer in batch:
@@ -80,7 +81,8 @@ def reference_session(
             if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
                 attribute.i = 0
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    # Errors are raised as well, and reported once.
+    options.log_severity_level = 4
     options.intra_op_num_threads = threads
     for key, value in {
         # Spinning threads would burn the processor that other work (the simulated device) needs between two runs.

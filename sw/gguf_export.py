@@ -38,7 +38,7 @@ def export_gguf(source: Path, out: Path) -> Path:
     metadata = {"source": Path(source).name, "exporter": f"gristmill gguf_export {EXPORTER_VERSION}"}
     head = model.linear("output") if "output.weight" in model else None
     with atomic_directory(out) as work:
-        tokenizer.save(str(work / "tokenizer.json"))
+        (work / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         (work / "config.json").write_text(json.dumps(_config_json(model, config), indent=2) + "\n")
         write_decoder(
             work,

@@ -7,6 +7,8 @@ import numpy as np
 
 from sw.errors import UserError
 
+ROWS_AT_ONCE = 4096
+
 
 @dataclass(frozen=True, eq=False)
 class QuantizedLinear:
@@ -89,18 +91,21 @@ class QuantizedLinear:
         """Whether the zero points are stored as integers (float ones may still have integer values)."""
         return self.zero_points.dtype == np.uint8
 
-    def dequantise(self) -> np.ndarray:
-        """The weights as float32 [N, K]."""
+    def dequantise(self, rows: slice = slice(None)) -> np.ndarray:
+        """The weights as float32 [N, K], or those of some rows."""
         group = np.arange(self.k) // self.group_size
-        steps = self.q.astype(np.float32) - self.zero_points.astype(np.float32)[:, group]
-        return steps * self.scales[:, group]
+        steps = self.q[rows].astype(np.float32) - self.zero_points[rows].astype(np.float32)[:, group]
+        return steps * self.scales[rows][:, group]
 
     def float_output(self, x: np.ndarray) -> np.ndarray:
         """What the ONNX tensor `output_name` should hold for activations x [M, K]: float64 [M, N].
 
         The float definition, for error figures; the accelerator's integers are defined in hw.spec.numerics.
         """
-        y = x.astype(np.float64) @ self.dequantise().astype(np.float64).T
+        x = x.astype(np.float64)
+        # In slices: the head of a model with 150,000 tokens would be a gigabyte in float64.
+        slices = [slice(i, i + ROWS_AT_ONCE) for i in range(0, self.n, ROWS_AT_ONCE)]
+        y = np.concatenate([x @ self.dequantise(rows).astype(np.float64).T for rows in slices], axis=1)
         return y + self.bias if self.bias is not None and self.bias_in_node else y
 
     def with_rows(self, order: np.ndarray) -> "QuantizedLinear":

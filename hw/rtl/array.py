@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The systolic array: ``tile x tile`` processing elements with wavefront weight loading."""
 
-from amaranth.hdl import Const, Module, signed
+from amaranth.hdl import Const, Module, Signal, signed
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -48,9 +48,11 @@ class SystolicArray(wiring.Component):
     def elaborate(self, platform) -> Module:
         m = Module()
         tile = self.config.tile
-        psums = [Const(0, signed(self.config.psum_bits))] * tile
+        psums = [Const(0, self.config.psum_bits)] * tile
         for row in range(tile):
-            activation = delay(m, self.activations[row], row, name=f"activation_r{row}")
+            extended = Signal(signed(self.config.psum_bits), name=f"extended_r{row}")
+            m.d.comb += extended.eq(delay(m, self.activations[row], row, name=f"activation_r{row}"))
+            activation = extended.as_unsigned()
             load = delay(m, self.load, row, name=f"load_r{row}")
             weights = self._row_weights(m, row)
             for column in range(tile):

@@ -9,7 +9,6 @@ is eleven blocks of 32: packed zero points of an odd number of blocks have a pad
 """
 
 import argparse
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,15 +19,18 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+# name -> (embedding and head share their weights, options of the builder)
 VARIANTS = {
-    "genai_qwen2_symmetric": ["is_symmetric=true"],
-    "genai_qwen2_asymmetric": ["is_symmetric=false"],
-    "genai_qwen2_qdq": ["is_symmetric=true", "use_qdq=true"],
+    "genai_qwen2_symmetric": (False, ["is_symmetric=true"]),
+    "genai_qwen2_asymmetric": (False, ["is_symmetric=false"]),
+    "genai_qwen2_qdq": (False, ["is_symmetric=true", "use_qdq=true"]),
+    # With is_symmetric=false builder 0.18.0 writes a tied model that onnxruntime does not load.
+    "genai_qwen2_tied": (True, ["is_symmetric=true"]),
 }
 VOCAB = 256
 
 
-def make_huggingface_model(folder: Path) -> None:
+def make_huggingface_model(folder: Path, tied: bool) -> None:
     """Two layers, hidden size 128, biases on q, k and v as in every Qwen2; seeded."""
     torch.manual_seed(20240607)
     config = Qwen2Config(
@@ -39,7 +41,7 @@ def make_huggingface_model(folder: Path) -> None:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
@@ -76,13 +78,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    source = Path(tempfile.mkdtemp())
-    try:
-        make_huggingface_model(source)
-        for name, options in VARIANTS.items():
-            build(source, out / f"{name}.onnx", options)
-    finally:
-        shutil.rmtree(source)
+    for name, (tied, options) in VARIANTS.items():
+        with tempfile.TemporaryDirectory() as source:
+            make_huggingface_model(Path(source), tied)
+            build(Path(source), out / f"{name}.onnx", options)
 
 
 if __name__ == "__main__":

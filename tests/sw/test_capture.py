@@ -2,6 +2,7 @@
 """Activations and outputs of real graphs: every layer's output must be its input times the weights that we read."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,7 +14,7 @@ from sw.errors import UserError
 from sw.onnx_import import find_linears
 
 DATA = Path(__file__).parent / "data"
-GENAI = ["genai_qwen2_symmetric", "genai_qwen2_asymmetric", "genai_qwen2_qdq"]
+GENAI = ["genai_qwen2_symmetric", "genai_qwen2_asymmetric", "genai_qwen2_qdq", "genai_qwen2_tied"]
 IDS = [17, 3, 200, 45, 45, 9, 0]
 
 
@@ -24,7 +25,8 @@ def relative_error(work: Captured) -> float:
 
 @pytest.mark.parametrize("name", GENAI)
 def test_genai_builder(name):
-    """Qwen2 from onnxruntime-genai's builder: fused qkv with a separate bias, packed zero points, DequantizeLinear."""
+    """Qwen2 from onnxruntime-genai's builder: fused qkv with a separate bias, packed zero points, DequantizeLinear,
+    a head whose weights the embedding shares (GatherBlockQuantized)."""
     linears = find_linears(DATA / f"{name}.onnx")
     captured = list(capture_inputs(linears, IDS))
     # Two layers of qkv, o, gate, up and down, and the head.
@@ -56,7 +58,7 @@ def noise_model(bias="inside", dtype=TensorProto.FLOAT, scale=0.1) -> onnx.Model
         tensors[f"s{i}"] = (rng.standard_normal((32, k // 32)) * scale).astype(element)
         tensors[f"b{i}"] = rng.standard_normal(32).astype(element)
         inputs = [source, f"B{i}", f"s{i}", "", "", f"b{i}" if bias == "inside" else ""]
-        attributes = {"K": k, "N": 32, "bits": 4, "block_size": 32, "accuracy_level": 4}
+        attributes: dict[str, Any] = {"K": k, "N": 32, "bits": 4, "block_size": 32, "accuracy_level": 4}
         nodes.append(
             helper.make_node("MatMulNBits", inputs, [target], f"layer{i}", domain="com.microsoft", **attributes)
         )
@@ -124,12 +126,13 @@ def test_activations_that_are_not_finite(tmp_path):
         list(capture_inputs(linears[1:]))
 
 
-def test_token_ids_are_needed():
+def test_token_ids_are_needed(capfd):
     linears = find_linears(DATA / "genai_qwen2_symmetric.onnx")
     with pytest.raises(UserError, match=r"reads token ids \(input_ids\), and none were given"):
         list(capture_inputs(linears))
     with pytest.raises(UserError, match="onnxruntime failed to run it"):
         list(capture_inputs(linears, [100_000]))
+    assert capfd.readouterr().err == ""
 
 
 def test_model_that_onnxruntime_refuses(tmp_path):

@@ -265,6 +265,23 @@ def test_command_line(tmp_path):
     assert sorted(item.name for item in tmp_path.iterdir()) == ["bad.gguf", "m.gguf", "out"]
 
 
+@pytest.mark.parametrize("limit", [3_000, 30_000], ids=["tokenizer", "weights"])
+def test_full_disk(limit, tmp_path):
+    """A limit on the size of files stands in for the full disk."""
+    write_gguf(tmp_path / "m.gguf")
+    script = (
+        "import resource, signal, sys; import sw.gguf_export as e; from sw.errors import run_cli\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        f"sys.argv = ['x', {str(tmp_path / 'm.gguf')!r}, '--out', {str(tmp_path / 'new' / 'out')!r}]\n"
+        "run_cli(e.main)\n"
+    )
+    full = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert full.returncode == 2
+    assert full.stderr.startswith("error: cannot write to ")
+    assert full.stderr.count("\n") == 1
+    assert [item.name for item in tmp_path.iterdir()] == ["m.gguf"]
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_export_leaves_nothing(number, status, tmp_path):
     """The signal comes while the weights are being written."""

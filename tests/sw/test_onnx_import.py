@@ -2,6 +2,7 @@
 """Every form of quantised linear layer, read by sw.onnx_import and compared with what onnxruntime computes from it."""
 
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -42,19 +43,27 @@ def run(path: Path, x: np.ndarray, name="y") -> np.ndarray:
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return session.run([name], {"x": x})[0].astype(np.float64)
+    return np.asarray(session.run([name], {"x": x})[0], np.float64)
 
 
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
-def noise(k=K, dtype=np.float32) -> np.ndarray:
+def noise(k=K, dtype: Any = np.float32) -> np.ndarray:
     return np.random.default_rng(7).standard_normal((TOKENS, k)).astype(dtype)
 
 
 def nbits_model(
-    bits=4, block=32, k=K, zero_points="absent", flat=False, merged=False, bias="none", dtype=np.float32, **changes
+    bits=4,
+    block=32,
+    k=K,
+    zero_points="absent",
+    flat=False,
+    merged=False,
+    bias="none",
+    dtype: Any = np.float32,
+    **changes,
 ) -> onnx.ModelProto:
     """One MatMulNBits node. zero_points: absent, packed, float. flat: 1-D scales and zero points. merged: B is 2-D."""
     rng = np.random.default_rng(bits * 1000 + block + k)
@@ -71,7 +80,7 @@ def nbits_model(
     inputs = ["x", "B", "s", "z" if "z" in tensors else "", "", "b" if bias == "inside" else ""]
     if bias != "none":
         tensors["b"] = rng.standard_normal(N).astype(dtype)
-    attributes = {"K": k, "N": N, "bits": bits, "block_size": block, "accuracy_level": 0} | changes
+    attributes: dict[str, Any] = {"K": k, "N": N, "bits": bits, "block_size": block, "accuracy_level": 0} | changes
     product = "y" if bias != "add" else "product"
     nodes = [helper.make_node("MatMulNBits", inputs, [product], "layer", domain=CONTRIB, **attributes)]
     if bias == "add":
@@ -174,7 +183,7 @@ def dequantize_model(
     if not blocked:
         scales, zeros = scales.reshape(-1), zeros.reshape(-1)
     k_axis = int(transposed)
-    attributes = {"axis": k_axis, "block_size": block} if blocked else {"axis": 1 - k_axis}
+    attributes: dict[str, Any] = {"axis": k_axis, "block_size": block} if blocked else {"axis": 1 - k_axis}
     if axis is not None:
         attributes["axis"] = axis
     tensors = {"W": np.ascontiguousarray(weights).astype(dtype), "s": np.ascontiguousarray(scales)}
@@ -210,6 +219,32 @@ def test_dequantize_linear_per_row(transposed, tmp_path):
     (layer,) = find_linears(path)
     assert layer.group_size == K
     assert relative_error(layer.float_output(noise()), run(path, noise())) < 1e-5
+
+
+@pytest.mark.parametrize("zero_points", [False, True])
+def test_dequantize_linear_per_tensor(zero_points, tmp_path):
+    model = dequantize_model("uint8", blocked=False, zero_points=zero_points)
+    for tensor in model.graph.initializer:
+        if tensor.name in ("s", "z"):
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor)[0], tensor.name))
+    path = save(model, tmp_path)
+    (layer,) = find_linears(path)
+    assert layer.group_size == K
+    assert relative_error(layer.float_output(noise()), run(path, noise())) < 1e-5
+
+
+def test_dequantize_linear_float16_through_cast(tmp_path):
+    """Scales in half precision, the product in single precision."""
+    model = dequantize_model("int4")
+    for tensor in model.graph.initializer:
+        if tensor.name == "s":
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), "s"))
+    model.graph.node[0].output[0] = "half"
+    model.graph.node.insert(1, helper.make_node("Cast", ["half"], ["w"], to=TensorProto.FLOAT))
+    path = save(model, tmp_path)
+    (layer,) = find_linears(path)
+    # onnxruntime rounds every weight to half precision before the cast.
+    assert relative_error(layer.float_output(noise()), run(path, noise())) < 1e-3
 
 
 def test_dequantize_linear_short_last_group(tmp_path):
