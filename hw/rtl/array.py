@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The systolic array: ``tile x tile`` processing elements with wavefront weight loading."""
 
-from amaranth.hdl import Const, Module, Signal, signed
+from amaranth.hdl import Const, Module, Mux, Signal, signed
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -15,8 +15,9 @@ class SystolicArray(wiring.Component):
     """Multiplies slices: ``psums[c] = sum_r activations[r] * weights[r, c]``, one token per cycle.
 
     Activations move one column per cycle, psums one row per cycle, and the weights of a slice ride the same
-    diagonal: row r of a slice is delayed until its activation arrives, column c of it by c cycles more. All delays
-    are fixed, so a new slice may start every cycle, and no net spans more than one element.
+    diagonal: row r of a slice is delayed until its activation arrives and then held at the west edge until the next
+    slice, column c of it follows c cycles later. All delays are fixed, so a new slice may start every cycle, and no
+    net spans more than one element.
 
     Members
     -------
@@ -53,17 +54,15 @@ class SystolicArray(wiring.Component):
             extended = Signal(signed(self.config.psum_bits), name=f"extended_r{row}")
             m.d.comb += extended.eq(delay(m, self.activations[row], row, name=f"activation_r{row}"))
             activation = extended.as_unsigned()
-            load = delay(m, self.load, row, name=f"load_r{row}")
             weights = self._row_weights(m, row)
             for column in range(tile):
                 m.submodules[f"pe_{row}_{column}"] = pe = ProcessingElement(self.config)
                 m.d.comb += [
                     pe.activation_in.eq(activation),
-                    pe.load_in.eq(load),
                     pe.weight.eq(weights[column]),
                     pe.psum_in.eq(psums[column]),
                 ]
-                activation, load, psums[column] = pe.activation_out, pe.load_out, pe.psum_out
+                activation, psums[column] = pe.activation_out, pe.psum_out
         m.d.comb += [self.psums[column].eq(psums[column]) for column in range(tile)]
         return m
 
@@ -71,7 +70,13 @@ class SystolicArray(wiring.Component):
         """The weights of one row, column c due c cycles after column 0: what is left of the row rides east."""
         bits, width = self.stream.row_bits, self.config.weight_bits
         offset = row % self.stream.rows_per_word * bits
-        rest = delay(m, self.words[offset : offset + bits], self.stream.row_delay(row), name=f"weights_r{row}")
+        arriving = delay(m, self.words[offset : offset + bits], self.stream.row_delay(row), name=f"arriving_r{row}")
+        load = delay(m, self.load, row, name=f"load_r{row}")
+        held = Signal(bits, name=f"held_r{row}", reset_less=True)
+        rest = Signal(bits, name=f"weights_r{row}")
+        with m.If(load):
+            m.d.sync += held.eq(arriving)
+        m.d.comb += rest.eq(Mux(load, arriving, held))
         weights = []
         for column in range(self.config.tile):
             weights.append(rest[:width])

@@ -9,10 +9,10 @@ from ..spec.config import AcceleratorConfig
 
 
 class ProcessingElement(wiring.Component):
-    """Multiplies the activations that pass by with the weight it holds and adds to the psum that comes from above.
+    """Multiplies the activations that pass by with its weight and adds to the psum that comes from above.
 
-    Registers A (activation), B (weight), M (product) and P (psum), as in a DSP48E2 slice. The weight arrives together
-    with the first activation it is for; ``load`` enables B. Nothing is reset: validity is known outside the array.
+    Registers A (activation), B (weight), M (product) and P (psum), as in a DSP48E2 slice. Nothing is reset and
+    nothing is enabled: validity is known outside the array, and a weight stays because what feeds it does not change.
 
     Activations come sign-extended to the width of a psum. Modulo ``2**psum_bits`` signed and unsigned arithmetic
     agree and every psum fits, so nothing inside is ever extended again: that simulates twice as fast.
@@ -20,9 +20,10 @@ class ProcessingElement(wiring.Component):
     Members
     -------
     activation_in, activation_out : X, sign-extended, west to east, 1 cycle
-    load_in, load_out : take ``weight`` for this activation and those after it; travels with the activation, 1 cycle
-    weight : unsigned q
+    weight : unsigned q, in the cycle of the activation
     psum_in, psum_out : partial sum, north to south; ``psum_in`` is needed 2 cycles after its activation
+
+    Throughput: 1 multiply-accumulate per cycle.
     """
 
     latency = 3
@@ -37,8 +38,6 @@ class ProcessingElement(wiring.Component):
             {
                 "activation_in": In(word),
                 "activation_out": Out(word),
-                "load_in": In(1),
-                "load_out": Out(1),
                 "weight": In(config.weight_bits),
                 "psum_in": In(word),
                 "psum_out": Out(word),
@@ -52,14 +51,11 @@ class ProcessingElement(wiring.Component):
         b = Signal(config.weight_bits, reset_less=True)
         product = Signal(config.psum_bits, reset_less=True)
         p = Signal(config.psum_bits, reset_less=True)
-        load = Signal(reset_less=True)
-        with m.If(self.load_in):
-            m.d.sync += b.eq(self.weight)
         m.d.sync += [
             a.eq(self.activation_in),
-            load.eq(self.load_in),
+            b.eq(self.weight),
             product.eq((a * b)[: config.psum_bits]),
             p.eq((self.psum_in + product)[: config.psum_bits]),
         ]
-        m.d.comb += [self.activation_out.eq(a), self.load_out.eq(load), self.psum_out.eq(p)]
+        m.d.comb += [self.activation_out.eq(a), self.psum_out.eq(p)]
         return m
