@@ -6,8 +6,6 @@ built simulators are cached by content, every tool's output goes to a log, and a
 """
 
 import contextlib
-import fcntl
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -18,17 +16,16 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sim.benches import Bench
+from sim.cache import BUILD, ROOT, digest, generator_digest, locked, scratch
 
 __all__ = ["SIMULATORS", "Result", "SetupError", "manifest", "require", "run_bench", "settings", "stop"]
 
-ROOT = Path(__file__).resolve().parent.parent
-BUILD = ROOT / "build" / "sim"
 SIMULATORS = ("verilator", "icarus")
 
 # -Wall, and a warning ends the build. Only the ports are visible to cocotb: a public inside would stop most of
@@ -93,7 +90,7 @@ def run_bench(bench: Bench, simulator: str, seed: int) -> Result:
     begin = time.monotonic()
     run_dir = BUILD / "runs" / f"{re.sub('[^A-Za-z0-9_=.,]+', '-', bench.name).strip('-')}.{simulator}"
     result = Result(bench, simulator, seed)
-    with _locked(run_dir):
+    with locked(run_dir):
         shutil.rmtree(run_dir, ignore_errors=True)
         run_dir.mkdir(parents=True)
         try:
@@ -118,16 +115,15 @@ def _generate(bench: Bench, log: Path, result: Result) -> tuple[Path, Path | Non
     if bench.verilog is not None:
         return bench.verilog.resolve(), None
     options = [part for name, value in bench.params.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    sources = {str(p.relative_to(ROOT)): p.read_bytes() for p in sorted((ROOT / "hw").rglob("*.py"))}
-    key = _digest(bench.top, options, importlib.metadata.version("amaranth"), sources)
+    key = digest(bench.top, options, generator_digest())
     out = BUILD / "verilog" / f"{bench.top}-{key}"
-    with _locked(out):
+    with locked(out):
         if not out.exists():
             result.log = log
-            scratch = _scratch(out)
-            command = [sys.executable, "-m", "hw.build", "--top", bench.top, *options, "--out", str(scratch)]
+            partial = scratch(out)
+            command = [sys.executable, "-m", "hw.build", "--top", bench.top, *options, "--out", str(partial)]
             _execute(command, log, "hw.build", cwd=ROOT, timeout=300)
-            scratch.rename(out)
+            partial.rename(out)
     return out / "gristmill.v", out / "manifest.json"
 
 
@@ -139,14 +135,14 @@ def _build(bench: Bench, simulator: str, verilog: Path, log: Path, result: Resul
     else:
         version = importlib.metadata.version("verilator")
         arguments = [TIMESCALE, VERILATOR_ARGS, VERILATOR_MAKE_ARGS, WAIVERS.read_bytes()]
-    key = _digest(simulator, version, importlib.metadata.version("cocotb"), sys.prefix, arguments, verilog.read_bytes())
+    key = digest(simulator, version, importlib.metadata.version("cocotb"), sys.prefix, arguments, verilog.read_bytes())
     out = BUILD / "built" / f"{bench.top}-{simulator}-{key}"
-    with _locked(out):
+    with locked(out):
         if not out.exists():
             result.log = log
-            scratch = _scratch(out)
-            _simulator(bench, simulator, verilog, scratch, log, f"{simulator} build", 900, compile_only=True).run()
-            scratch.rename(out)
+            partial = scratch(out)
+            _simulator(bench, simulator, verilog, partial, log, f"{simulator} build", 900, compile_only=True).run()
+            partial.rename(out)
     return out
 
 
@@ -277,24 +273,3 @@ def _complaint(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     telling = [line for line in lines if re.search(r"%(Error|Warning)|\berror\b", line, re.IGNORECASE)]
     return (telling[0] if telling else lines[-1])[:300]
-
-
-def _digest(*parts: object) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-def _scratch(out: Path) -> Path:
-    """An empty directory beside `out`, to be renamed when it is complete."""
-    scratch = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    return scratch
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a directory against other threads and other processes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

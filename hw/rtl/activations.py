@@ -142,15 +142,17 @@ class ActivationBuffer(wiring.Component):
         config = self.config
         shape = signed(config.activation_sum_bits)
         terms = list(self.slices.payload.mantissas)
+        step = walker.step
         for stage in range(2):
             parts = []
             fan_in = 4 if stage == 0 else len(terms)
             for index in range(0, len(terms), fan_in):
                 part = Signal(shape, name=f"sum_{stage}_{index}", reset_less=True)
-                m.d.sync += part.eq(sum(terms[index : index + fan_in]))
+                with m.If(step):
+                    m.d.sync += part.eq(sum(terms[index : index + fan_in]))
                 parts.append(part)
             terms = parts
-        step = delay(m, walker.step, 2, name="sum_step", reset=True)
+            step = delay(m, step, 1, name=f"sum_step_{stage}", reset=True)
         first_slice = delay(m, walker.first.slice, 2, name="sum_first_slice")
         last_slice = delay(m, walker.last.slice, 2, name="sum_last_slice")
         done = delay(m, walker.step & walker.done, 2, name="sum_done", reset=True)

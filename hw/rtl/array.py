@@ -56,30 +56,25 @@ class SystolicArray(wiring.Component):
             activation = extended.as_unsigned()
             weights = self._row_weights(m, row)
             for column in range(tile):
-                m.submodules[f"pe_{row}_{column}"] = pe = ProcessingElement(self.config)
+                m.submodules[f"pe_{row}_{column}"] = pe = ProcessingElement(self.config, column)
                 m.d.comb += [
                     pe.activation_in.eq(activation),
-                    pe.weight.eq(weights[column]),
+                    pe.weights_in.eq(weights),
                     pe.psum_in.eq(psums[column]),
                 ]
-                activation, psums[column] = pe.activation_out, pe.psum_out
+                activation, weights, psums[column] = pe.activation_out, pe.weights_out, pe.psum_out
         m.d.comb += [self.psums[column].eq(psums[column]) for column in range(tile)]
         return m
 
-    def _row_weights(self, m: Module, row: int) -> list:
-        """The weights of one row, column c due c cycles after column 0: what is left of the row rides east."""
-        bits, width = self.stream.row_bits, self.config.weight_bits
+    def _row_weights(self, m: Module, row: int) -> Signal:
+        """The weights of one row at the west edge, from a slice's first token until the next slice's."""
+        bits = self.stream.row_bits
         offset = row % self.stream.rows_per_word * bits
         arriving = delay(m, self.words[offset : offset + bits], self.stream.row_delay(row), name=f"arriving_r{row}")
         load = delay(m, self.load, row, name=f"load_r{row}")
         held = Signal(bits, name=f"held_r{row}", reset_less=True)
-        rest = Signal(bits, name=f"weights_r{row}")
+        weights = Signal(bits, name=f"weights_r{row}")
         with m.If(load):
             m.d.sync += held.eq(arriving)
-        m.d.comb += rest.eq(Mux(load, arriving, held))
-        weights = []
-        for column in range(self.config.tile):
-            weights.append(rest[:width])
-            if column < self.config.tile - 1:
-                rest = delay(m, rest[width:], 1, name=f"weights_r{row}_c{column + 1}")
+        m.d.comb += weights.eq(Mux(load, arriving, held))
         return weights

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The header ring: row exponents, scales and zero points, prefetched and read strictly in order."""
 
-from amaranth.hdl import Cat, Module, Mux, Signal
+from amaranth.hdl import Cat, Const, Module, Mux, Signal
 from amaranth.lib import stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -58,17 +58,18 @@ class HeaderBuffer(wiring.Component):
         written = Signal(address_bits + 1)
         position = Signal(address_bits + 1 + unit_address_bits)
         offset, row = position[:unit_address_bits], position[unit_address_bits:]
+        no_offset = Const(0, unit_address_bits)
         push = Signal()
         m.d.comb += [
             self.beats.ready.eq((written - row)[: address_bits + 1] != self.depth),
             push.eq(self.beats.valid & self.beats.ready),
-            self.available.eq((Cat(offset & 0, written) - position)[: address_bits + 1 + unit_address_bits]),
+            self.available.eq((Cat(no_offset, written) - position)[: address_bits + 1 + unit_address_bits]),
         ]
         m.d.sync += written.eq(written + push)
 
         moved = Signal.like(position)
         m.d.comb += moved.eq(position + self.skip)
-        aligned = Cat(moved[:unit_address_bits] & 0, moved[unit_address_bits:] + moved[:unit_address_bits].any())
+        aligned = Cat(no_offset, moved[unit_address_bits:] + moved[:unit_address_bits].any())
         m.d.sync += position.eq(Mux(self.align, aligned, moved))
 
         offset_read = Signal.like(offset)

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was built once is kept: directories named by the content they were built from, safe between processes."""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["BUILD", "ROOT", "digest", "generator_digest", "locked", "scratch"]
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "sim"
+
+
+def digest(*parts: object) -> str:
+    """16 hexadecimal digits of the content of `parts`."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def generator_digest() -> str:
+    """Changes with anything that can change the generated Verilog, other than the options."""
+    sources = {str(p.relative_to(ROOT)): p.read_bytes() for p in sorted((ROOT / "hw").rglob("*.py"))}
+    return digest(importlib.metadata.version("amaranth"), importlib.metadata.version("pyosys"), sources)
+
+
+def scratch(out: Path) -> Path:
+    """An empty directory beside `out`, to be renamed when it is complete."""
+    directory = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    return directory
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a directory against other threads and other processes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the simulated device: hw.build, Verilator, g++, into one shared library with a C interface."""
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from sim.cache import BUILD, ROOT, digest, generator_digest, locked, scratch
+
+__all__ = ["Built", "DeviceBuildError", "build"]
+
+HARNESS = Path(__file__).with_name("core.cpp")
+TOP = "gristmill_core"
+# Nothing is traced, asserted or randomised: this is the fast path, the benches are the thorough one.
+VERILATOR_ARGS = ("--cc", "-O3", "--x-assign", "fast", "--x-initial", "fast", "--noassert", "-Wno-lint")
+# -O3 compiles longer and simulates no faster; -O1 simulates half as fast.
+COMPILER_ARGS = ("-std=c++17", "-O2", "-fPIC", "-DVM_TRACE=0")
+TIMEOUT = 900
+"""Seconds that one tool may take."""
+
+
+class DeviceBuildError(Exception):
+    """The device could not be built; one line says why, and where the log is."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """A device that is ready to load."""
+
+    library: Path
+    manifest: Path
+
+
+def _run(command: list[str], log: Path, **options) -> None:
+    with log.open("ab") as stream:
+        stream.write(f"$ {' '.join(command)}\n".encode())
+        stream.flush()
+        try:
+            code = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, timeout=TIMEOUT, check=False, **options
+            ).returncode
+        except subprocess.TimeoutExpired:
+            raise DeviceBuildError(f"{command[0]} was not done after {TIMEOUT} s; log: {log}") from None
+    if code:
+        lines = [line for line in log.read_text(errors="replace").splitlines() if "error" in line.lower()]
+        raise DeviceBuildError(f"{lines[0][:300] if lines else f'{command[0]} failed'} (log: {log})")
+
+
+def _generate(options: list[str]) -> Path:
+    """Directory of the core's Verilog and manifest."""
+    out = BUILD / "verilog" / f"core-{digest('core', options, generator_digest())}"
+    with locked(out):
+        if not out.exists():
+            print("generating the hardware ...", file=sys.stderr, flush=True)
+            partial = scratch(out)
+            # Its own message is the best there is, so it goes straight through.
+            run = subprocess.run(
+                [sys.executable, "-m", "hw.build", *options, "--out", str(partial)],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=TIMEOUT,
+                check=False,
+            )
+            if run.returncode:
+                shutil.rmtree(partial, ignore_errors=True)
+                lines = run.stderr.strip().splitlines() or ["hw.build failed"]
+                raise DeviceBuildError(lines[-1].removeprefix("error: "))
+            partial.rename(out)
+    return out
+
+
+def _compile(verilog: Path, partial: Path, log: Path) -> None:
+    root = Path(os.environ.get("VERILATOR_ROOT") or importlib.metadata.distribution("verilator").locate_file("verilator"))
+    model = partial / "model"
+    environment = {**os.environ, "VERILATOR_ROOT": str(root)}
+    command = [str(root / "bin" / "verilator_bin"), *VERILATOR_ARGS, "--top-module", TOP]
+    _run([*command, "--Mdir", str(model), str(verilog)], log, env=environment)
+    include = root / "include"
+    sources = [*sorted(model.glob("*.cpp")), HARNESS, include / "verilated.cpp", include / "verilated_threads.cpp"]
+    paths = [f"-I{model}", f"-I{include}", f"-I{include / 'vltstd'}"]
+
+    def compile_one(source: Path) -> str:
+        target = str(partial / f"{source.stem}.o")
+        _run(["g++", *COMPILER_ARGS, *paths, "-c", str(source), "-o", target], log)
+        return target
+
+    # The largest file first: it decides how long the whole takes.
+    sources.sort(key=lambda source: -source.stat().st_size)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sources))
+    _run(["g++", "-shared", *objects, "-o", str(partial / "libgristmill.so"), "-lpthread"], log)
+    shutil.rmtree(model)
+    for part in objects:
+        Path(part).unlink()
+
+
+def build(options: list[str]) -> Built:
+    """The device for these options of ``hw.build``, from the cache if nothing that goes into it has changed.
+
+    Raises
+    ------
+    DeviceBuildError : a tool is missing or fails, or an option is refused
+    """
+    if not shutil.which("g++"):
+        raise DeviceBuildError("the simulated device needs g++ on PATH; install Debian package g++")
+    generated = _generate(options)
+    verilog = generated / "gristmill.v"
+    version = importlib.metadata.version("verilator")
+    key = digest(version, VERILATOR_ARGS, COMPILER_ARGS, HARNESS.read_bytes(), verilog.read_bytes())
+    out = BUILD / "device" / key
+    with locked(out):
+        if not out.exists():
+            print("compiling the simulation (once per configuration) ...", file=sys.stderr, flush=True)
+            partial = scratch(out)
+            log = partial / "build.log"
+            _compile(verilog, partial, log)
+            shutil.copy(generated / "manifest.json", partial / "manifest.json")
+            partial.rename(out)
+    return Built(out / "libgristmill.so", out / "manifest.json")

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every device offers: memory, and linear layers computed from it and into it.
+
+Software deals in float32 and physical addresses. How a device gets from float32 to its own number formats is its own
+business; the results are those of hw.spec.numerics, bit for bit, on all of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+import numpy as np
+
+from hw.spec.config import AcceleratorConfig
+from hw.spec.layout import LayerLayout, stripe, unstripe
+from sw.errors import UserError
+
+PAGE = 4096
+"""Alignment in bytes of every buffer and of every port's region: no burst of a bus crosses such an address."""
+FLOAT_BYTES = 4
+
+
+class DeviceError(UserError):
+    """A device that did not answer, or was asked for something impossible. The message is one line."""
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Bytes `address` to `address + size - 1` of a device's memory; the address is a multiple of PAGE."""
+
+    address: int
+    size: int
+
+
+@dataclass(frozen=True)
+class LinearJob:
+    """One layer for one to max_tokens tokens: y[m, n] = sum_k x[m, k] * w[n, k].
+
+    Members
+    -------
+    name: of the layer, for messages.
+    layout: the layer's weight stream.
+    tokens: M.
+    weights: the weight stream as `weight_image` lays it out.
+    activations: float32 [M, layout.k], K padded with zeros; in memory before the job is submitted.
+    results: float32 [M, layout.n].
+    reuse: take the activations of the job before, in the same batch: same buffer, M, K and group size. A job without
+        loads them again, which costs time and changes nothing else.
+    """
+
+    name: str
+    layout: LayerLayout
+    tokens: int
+    weights: Buffer
+    activations: Buffer
+    results: Buffer
+    reuse: bool = False
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a finished job took.
+
+    Members
+    -------
+    name: of the layer.
+    cycles: from the last result of the job before (or the start of the batch) to this job's last; 0 without hardware.
+    beats: of the weight stream.
+    seconds: processor time of a simulation, or wall time.
+    """
+
+    name: str
+    cycles: int
+    beats: int
+    seconds: float
+
+
+class Device(Protocol):
+    """One accelerator and its memory. Also a context manager that closes it.
+
+    Members
+    -------
+    name: that `sw.devices.open_device` knows it by.
+    config: what the hardware can do.
+    """
+
+    name: str
+    config: AcceleratorConfig
+
+    def alloc(self, size: int) -> Buffer:
+        """Takes `size` bytes of memory. Raises DeviceError if that much is not free."""
+        ...
+
+    def free(self, buffer: Buffer) -> None:
+        """Gives a buffer back, which no unfinished job may use."""
+        ...
+
+    def write(self, buffer: Buffer, values: np.ndarray) -> None:
+        """Copies an array to the start of a buffer."""
+        ...
+
+    def read(self, buffer: Buffer, dtype: Any, shape: Sequence[int]) -> np.ndarray:
+        """Copies an array from the start of a buffer."""
+        ...
+
+    def submit(self, jobs: Sequence[LinearJob]) -> int:
+        """Starts a batch of jobs, which run in order, and returns its ticket at once.
+
+        Raises DeviceError for impossible jobs and UserError, with the layer's name, for activations that are not
+        finite; the batch then does not run at all.
+        """
+        ...
+
+    def wait(self, ticket: int, timeout: float) -> list[Completion]:
+        """Waits until a batch is done, up to `timeout` seconds; one completion per job. A ticket is good for one answer.
+
+        Raises DeviceError, which says what was waited for. The batch goes on after a timeout and may be waited for
+        again.
+        """
+        ...
+
+    def close(self) -> None:
+        """Stops what runs and gives everything back. Closing twice is harmless; any other use afterwards is an error."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+
+def region_bytes(layout: LayerLayout) -> int:
+    """Distance in bytes between two ports' regions of a layer's weights."""
+    size = layout.beats * layout.config.port_width // 8
+    return -(-size // PAGE) * PAGE
+
+
+def weight_bytes(layout: LayerLayout) -> int:
+    """Size in bytes of a layer's weights in memory."""
+    return layout.config.ports * region_bytes(layout)
+
+
+def weight_image(layout: LayerLayout, beats: np.ndarray) -> np.ndarray:
+    """A layer's beats as they lie in memory: uint8 [weight_bytes]; port p reads from `p * region_bytes` on."""
+    image = np.zeros((layout.config.ports, region_bytes(layout)), np.uint8)
+    image[:, : layout.beats * layout.config.port_width // 8] = stripe(layout.config, beats)
+    return image.reshape(-1)
+
+
+def image_beats(layout: LayerLayout, image: np.ndarray) -> np.ndarray:
+    """Inverse of `weight_image`: uint8 [beats, beat_bytes]."""
+    regions = image[: weight_bytes(layout)].reshape(layout.config.ports, -1)
+    return unstripe(layout.config, regions[:, : layout.beats * layout.config.port_width // 8])
+
+
+def check_jobs(config: AcceleratorConfig, jobs: Sequence[LinearJob]) -> None:
+    """Raises DeviceError, with the layer's name, if a batch asks for something that no device does."""
+    if not jobs:
+        raise DeviceError("a batch has at least one job")
+    before: LinearJob | None = None
+    written: set[int] = set()
+    for job in jobs:
+        layout = job.layout
+        if layout.config != config:
+            raise DeviceError(f"layer {job.name} is packed for other hardware (config {layout.config.digest[:16]})")
+        if not 1 <= job.tokens <= config.max_tokens:
+            raise DeviceError(f"layer {job.name}: M is 1 to max_tokens ({config.max_tokens}), not {job.tokens}")
+        for what, buffer, size in (
+            ("weights", job.weights, weight_bytes(layout)),
+            ("activations", job.activations, FLOAT_BYTES * job.tokens * layout.k),
+            ("results", job.results, FLOAT_BYTES * job.tokens * layout.n),
+        ):
+            if buffer.size < size:
+                raise DeviceError(f"layer {job.name}: its {what} take {size:,} bytes, the buffer has {buffer.size:,}")
+        if job.activations.address in written or job.activations.address == job.results.address:
+            raise DeviceError(f"layer {job.name} reads results of its own batch: submit it in the next one")
+        if job.reuse and (before is None or _operands(before) != _operands(job)):
+            raise DeviceError(f"layer {job.name} reuses activations, and the job before has others (or none is before)")
+        written.add(job.results.address)
+        before = job
+
+
+def _operands(job: LinearJob) -> tuple:
+    return job.activations, job.tokens, job.layout.k, job.layout.group_size
