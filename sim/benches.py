@@ -49,4 +49,31 @@ class Bench:
         return f"{stem}[{self.parameters.replace(' ', ',')}]" if self.parameters else stem
 
 
-BENCHES: list[Bench] = []
+
+
+# The smallest hardware that still has every feature: it builds in seconds on both simulators.
+_SMALL = dict(tile=4, ports=1, port_width=64, max_tokens=5, max_k=1024)
+_TILE_8 = dict(tile=8, weight_bits=8, activation_bits=12, zero_point="fixed", ports=2, port_width=128, max_k=1024)
+
+
+_TILE_16 = dict(tile=16, ports=4, port_width=128, max_tokens=16, max_k=1024)
+_TILE_32 = dict(tile=32, ports=4, port_width=128, max_tokens=16, max_k=1024)
+
+
+def _bench(
+    block: str, params: dict[str, object], full: bool = False, tb: str | None = None, **settings: object
+) -> Bench:
+    return Bench(f"sim.tb.tb_{tb or block}", block, params, settings, full)
+
+
+BENCHES: list[Bench] = [
+    _bench("pe", _SMALL),
+    _bench("array", _SMALL),
+    _bench("float_out", _SMALL),
+    _bench("float_out", _TILE_8),
+    _bench("core", _SMALL),
+    _bench("core", _TILE_8),
+    _bench("core", _TILE_16),
+    _bench("core", _TILE_16, tb="core_speed"),
+    _bench("core", _TILE_32, tb="core_speed"),
+]

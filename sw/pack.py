@@ -47,7 +47,9 @@ def fit(
     rule and the value, if the hardware cannot run the layer.
     """
     if bits > config.weight_bits:
-        raise UserError(f"layer {name}: its weights have {bits} bits, and weight_bits of the hardware is {config.weight_bits}")
+        raise UserError(
+            f"layer {name}: its weights have {bits} bits, and weight_bits of the hardware is {config.weight_bits}"
+        )
     try:
         quantise_zero_points(config, zero_points)
         return fit_layer(config, k, n, group_size)

@@ -49,7 +49,7 @@ class ActivationBuffer(wiring.Component):
 
     read_latency = 2
     """Cycles from an address to its data."""
-    sum_latency = 3
+    sum_latency = 4
     """Cycles from the last slice of a group to the moment when its sum may be read."""
 
     def __init__(self, config: AcceleratorConfig):
@@ -138,14 +138,14 @@ class ActivationBuffer(wiring.Component):
         ]
 
     def _store_sums(self, m: Module, walker: Walker, token: Signal) -> None:
-        """Adds up each slice in two cycles and the slices of a group in a third, ``sum_latency`` in all."""
+        """Adds up each slice and then the slices of a group: registers after the input, after sums of four, after
+        the sum of these; the group's accumulator is the fourth step."""
         config = self.config
         shape = signed(config.activation_sum_bits)
+        step, stages = walker.step, 3
         terms = list(self.slices.payload.mantissas)
-        step = walker.step
-        for stage in range(2):
+        for stage, fan_in in enumerate((1, 4, len(terms))):
             parts = []
-            fan_in = 4 if stage == 0 else len(terms)
             for index in range(0, len(terms), fan_in):
                 part = Signal(shape, name=f"sum_{stage}_{index}", reset_less=True)
                 with m.If(step):
@@ -153,10 +153,10 @@ class ActivationBuffer(wiring.Component):
                 parts.append(part)
             terms = parts
             step = delay(m, step, 1, name=f"sum_step_{stage}", reset=True)
-        first_slice = delay(m, walker.first.slice, 2, name="sum_first_slice")
-        last_slice = delay(m, walker.last.slice, 2, name="sum_last_slice")
-        done = delay(m, walker.step & walker.done, 2, name="sum_done", reset=True)
-        write_token = delay(m, token, 2, name="sum_token")
+        first_slice = delay(m, walker.first.slice, stages, name="sum_first_slice")
+        last_slice = delay(m, walker.last.slice, stages, name="sum_last_slice")
+        done = delay(m, walker.step & walker.done, stages, name="sum_done", reset=True)
+        write_token = delay(m, token, stages, name="sum_token")
 
         m.submodules.partial_sums = partial = Memory(shape=shape, depth=config.max_tokens, init=[])
         partial_write, partial_read = partial.write_port(), partial.read_port(domain="comb")

@@ -66,7 +66,7 @@ class Completion:
     name: of the layer.
     cycles: from the last result of the job before (or the start of the batch) to this job's last; 0 without hardware.
     beats: of the weight stream.
-    seconds: processor time of a simulation, or wall time.
+    seconds: processor time of a simulation since it finished the job before; wall time on a board.
     """
 
     name: str
@@ -112,7 +112,7 @@ class Device(Protocol):
         ...
 
     def wait(self, ticket: int, timeout: float) -> list[Completion]:
-        """Waits until a batch is done, up to `timeout` seconds; one completion per job. A ticket is good for one answer.
+        """Waits until a batch is done, up to `timeout` seconds; one completion per job. A ticket is good once.
 
         Raises DeviceError, which says what was waited for. The batch goes on after a timeout and may be waited for
         again.
@@ -120,7 +120,7 @@ class Device(Protocol):
         ...
 
     def close(self) -> None:
-        """Stops what runs and gives everything back. Closing twice is harmless; any other use afterwards is an error."""
+        """Stops what runs and gives everything back. Closing twice is harmless, other use an error."""
         ...
 
     def __enter__(self) -> Self: ...

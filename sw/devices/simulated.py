@@ -5,7 +5,7 @@ import bisect
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -142,21 +142,16 @@ class SimulatedDevice(ABC):
         batch = self._batches.get(ticket)
         if batch is None or batch.future is None:
             raise DeviceError(f"no batch has ticket {ticket}, or its answer was taken already")
-        try:
-            batch.future.result(timeout)
-        except TimeoutError:
-            if batch.future.done():
-                raise
+        wait([batch.future], timeout)
+        if not batch.future.done():
             done, total = len(batch.completions), len(batch.staged)
             name = batch.staged[min(done, total - 1)].job.name
             raise DeviceError(
                 f"device {self.name}: batch {ticket} took longer than {timeout:g} s,"
                 f" {done} of {total} jobs are done, waiting for the results of layer {name}"
-            ) from None
-        except DeviceError:
-            del self._batches[ticket]
-            raise
+            )
         del self._batches[ticket]
+        batch.future.result()
         return batch.completions
 
     def close(self) -> None:

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What sw.layers found, as a table for people, as JSON for programs, and as a bar while it runs."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import takewhile
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from hw.spec.config import AcceleratorConfig
+
+WIDTH_WITHOUT_TERMINAL = 120
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """One layer's run.
+
+    Members
+    -------
+    name, m, k, n, group_size, weight_bits: the model's layer and the tokens computed.
+    cycles: that the layer alone takes from an idle core, simulated; 0 without hardware. beats: of its weight stream.
+    bus_use: beats / cycles.
+    exact: every result equals the reference's, bit for bit.
+    max_abs_error, relative_error: against onnxruntime; see sw.layers.
+    device_seconds: processor time of the device.
+    """
+
+    name: str
+    m: int
+    k: int
+    n: int
+    group_size: int
+    weight_bits: int
+    cycles: int
+    beats: int
+    bus_use: float
+    exact: bool
+    max_abs_error: float
+    relative_error: float
+    device_seconds: float
+
+    def to_dict(self) -> dict:
+        """The JSON form: all but device_seconds."""
+        values = asdict(self)
+        del values["device_seconds"]
+        return values
+
+
+@dataclass(frozen=True)
+class Report:
+    """All layers. prompt_source: "tokenizer" or "bytes". seconds: wall time of the whole command."""
+
+    model: str
+    device: str
+    config: AcceleratorConfig
+    tokens: int
+    prompt_source: str
+    layers: Sequence[LayerResult]
+    seconds: float
+
+    def totals(self) -> dict:
+        """Sums and the worst error."""
+        cycles = sum(layer.cycles for layer in self.layers)
+        beats = sum(layer.beats for layer in self.layers)
+        device_seconds = sum(layer.device_seconds for layer in self.layers)
+        return {
+            "layers": len(self.layers),
+            "exact": sum(layer.exact for layer in self.layers),
+            "cycles": cycles,
+            "beats": beats,
+            "bus_use": beats / cycles if cycles else 0.0,
+            "max_abs_error": max(layer.max_abs_error for layer in self.layers),
+            "relative_error": max(layer.relative_error for layer in self.layers),
+            "cycles_per_second": cycles / device_seconds if device_seconds else 0.0,
+            "device_seconds": device_seconds,
+            "seconds": self.seconds,
+        }
+
+
+def print_json(report: Report) -> None:
+    """One document on stdout."""
+    document = {
+        "model": report.model,
+        "device": report.device,
+        "config": report.config.to_dict(),
+        "config_digest": report.config.digest,
+        "tokens": report.tokens,
+        "prompt_source": report.prompt_source,
+        "layers": [layer.to_dict() for layer in report.layers],
+        "totals": report.totals(),
+    }
+    print(json.dumps(document, indent=2))
+
+
+def print_table(report: Report) -> None:
+    """A row per layer and a line of totals on stdout."""
+    console = Console(width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL)
+    table = Table(show_footer=True)
+    totals = report.totals()
+    names = _short([layer.name for layer in report.layers])
+    table.add_column("layer", footer=f"{totals['layers']} layers", overflow="fold")
+    columns = (
+        ("M", ""),
+        ("K", ""),
+        ("N", ""),
+        ("group", ""),
+        ("bits", ""),
+        ("beats", f"{totals['beats']:,}"),
+        ("cycles", _cycles(totals["cycles"])),
+        ("bus use", _share(totals["bus_use"])),
+        ("exact", f"{totals['exact']}/{totals['layers']}"),
+        ("rel. error", f"{totals['relative_error']:.1e}"),
+    )
+    for title, footer in columns:
+        table.add_column(title, footer=footer, justify="right")
+    for name, layer in zip(names, report.layers):
+        numbers = (layer.m, layer.k, layer.n, layer.group_size, layer.weight_bits, f"{layer.beats:,}")
+        exact = "yes" if layer.exact else "[bold red]NO[/]"
+        found = (_cycles(layer.cycles), _share(layer.bus_use), exact, f"{layer.relative_error:.1e}")
+        table.add_row(name, *map(str, numbers), *found)
+    console.print(table)
+    console.print(_summary(report, totals), highlight=False, soft_wrap=True)
+
+
+def _summary(report: Report, totals: dict) -> str:
+    config = report.config
+    lines = [
+        f"{totals['exact']} of {totals['layers']} layers equal the numpy reference bit for bit; worst relative"
+        f" error against onnxruntime (max|y - y_ort| / max|y_ort|): {totals['relative_error']:.1e}",
+        f"hardware: tile {config.tile}, {config.weight_bits}-bit weights, {config.zero_point} zero points,"
+        f" {config.beat_bytes} bytes a beat, config {config.digest[:16]}",
+    ]
+    if totals["cycles"]:
+        lines.append(
+            f"cycles are simulated, each layer alone on an idle core; {totals['cycles_per_second'] / 1e6:.2f} million"
+            f" a second of processor time, {report.seconds:.0f} s in all"
+        )
+    else:
+        lines.append(f"device {report.device} has no hardware, so no cycles; {report.seconds:.0f} s in all")
+    if report.prompt_source == "bytes":
+        lines.append("no tokenizer.json beside the model: the prompt's bytes were its token ids")
+    return "\n".join(lines)
+
+
+def _cycles(value: int) -> str:
+    return f"{value:,}" if value else "-"
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f} %" if value else "-"
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """The names without the path parts that all begin or end with."""
+    if len(names) < 2:
+        return list(names)
+    parts = [name.split("/") for name in names]
+    first, last = _common(parts), _common([part[::-1] for part in parts])
+    short = ["/".join(part[first : len(part) - last]) for part in parts]
+    return short if all(short) else list(names)
+
+
+def _common(lists: Sequence[Sequence[str]]) -> int:
+    """How many first elements all lists share."""
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*lists)))
+
+
+@contextmanager
+def layer_progress(total: int) -> Iterator[Callable[[LayerResult], None]]:
+    """A bar on stderr; the function that it yields takes each finished layer. Without a terminal, some lines."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _plain_progress(total)
+        return
+    bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*bar, console=console, transient=True) as progress:
+        task = progress.add_task("layers", total=total)
+        yield lambda result: progress.update(task, advance=1, description=result.name)
+
+
+def _plain_progress(total: int) -> Callable[[LayerResult], None]:
+    done = 0
+
+    def advance(result: LayerResult) -> None:
+        nonlocal done
+        done += 1
+        if done * 10 // total != (done - 1) * 10 // total:
+            print(f"{done} of {total} layers", file=sys.stderr, flush=True)
+
+    return advance

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random layers, and what a device must answer to them, straight from the definition in the model's own groups."""
+
+import numpy as np
+
+from hw.spec.config import AcceleratorConfig
+from hw.spec.numerics import quantise_activations, quantise_scales, to_float32
+from sw.devices.base import Buffer, Device, LinearJob, weight_bytes, weight_image
+from sw.linear import QuantizedLinear
+from sw.pack import prepare
+
+
+def random_linear(rng, n, k, group_size, bits=4, zero_point="integer", name="layer") -> QuantizedLinear:
+    """A layer with scales of both signs over six orders of magnitude between rows, and a row of zeros."""
+    groups = -(-k // group_size)
+    scales = rng.standard_normal((n, groups)) * np.exp(rng.uniform(-7, 7, (n, 1)))
+    scales[n // 2] = 0
+    if zero_point == "integer":
+        zero_points = rng.integers(0, 1 << bits, (n, groups)).astype(np.uint8)
+    else:
+        zero_points = rng.uniform(-15, 15, (n, groups)).astype(np.float32)
+    q = rng.integers(0, 1 << bits, (n, k)).astype(np.uint8)
+    return QuantizedLinear(name, q, scales.astype(np.float32), zero_points, group_size, bits)
+
+
+def random_activations(rng, tokens, k) -> np.ndarray:
+    """float32 [tokens, k], tokens of very different size."""
+    return (rng.standard_normal((tokens, k)) * np.exp(rng.uniform(-7, 7, (tokens, 1)))).astype(np.float32)
+
+
+def expected(config: AcceleratorConfig, linear: QuantizedLinear, x: np.ndarray) -> np.ndarray:
+    """float32 [M, N] in plain int64, without padding, splitting of groups or packing."""
+    activations = quantise_activations(config, x)
+    mantissas, rows = quantise_scales(linear.scales)
+    zero_points = np.rint(linear.zero_points.astype(np.float64) * 2**config.fraction_bits).astype(np.int64)
+    total = np.zeros((len(x), linear.n), np.int64)
+    for group in range(linear.groups):
+        part = slice(group * linear.group_size, (group + 1) * linear.group_size)
+        steps = (linear.q[:, part].astype(np.int64) << config.fraction_bits) - zero_points[:, group : group + 1]
+        total += mantissas[:, group] * (activations.mantissas[:, part] @ steps.T)
+    return to_float32(total, rows + activations.exponents[:, None] - 15 - config.fraction_bits)
+
+
+def make_job(device: Device, linear: QuantizedLinear, x: np.ndarray, before: LinearJob | None = None) -> LinearJob:
+    """A job in the device's memory; with `before`, one that reuses its activations."""
+    layer = prepare(device.config, linear)
+    weights = device.alloc(weight_bytes(layer.layout))
+    device.write(weights, weight_image(layer.layout, layer.beats))
+    if before is None:
+        padded = layer.pad(x)
+        activations = device.alloc(padded.nbytes)
+        device.write(activations, padded)
+    else:
+        activations = before.activations
+    results = device.alloc(4 * len(x) * linear.n)
+    device.write(results, np.full(len(x) * linear.n, np.nan, np.float32))
+    return LinearJob(linear.name, layer.layout, len(x), weights, activations, results, before is not None)
+
+
+def read_results(device: Device, job: LinearJob) -> np.ndarray:
+    """float32 [M, N]."""
+    return device.read(job.results, np.float32, (job.tokens, job.layout.n))
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two float32 arrays are equal bit for bit: 0 and -0 are not."""
+    return a.dtype == b.dtype == np.float32 and np.array_equal(a.view(np.uint32), b.view(np.uint32))
+
+
+def free_job(device: Device, job: LinearJob) -> None:
+    """Gives a job's memory back."""
+    buffers: set[Buffer] = {job.weights, job.activations, job.results}
+    for buffer in buffers:
+        device.free(buffer)
