@@ -15,11 +15,6 @@ def ring_depth(config: AcceleratorConfig) -> int:
     return 1 << (2 * config.max_tokens - 1).bit_length()
 
 
-def drain_lanes(config: AcceleratorConfig) -> int:
-    """Results drained per cycle: one up to tile 16, two at tile 32, where one would take longer than the array."""
-    return max(1, config.tile // 16)
-
-
 def group_control(config: AcceleratorConfig) -> data.StructLayout:
     """What a column must know when a psum arrives."""
     return data.StructLayout(
@@ -34,7 +29,7 @@ def ring_control(config: AcceleratorConfig) -> data.StructLayout:
 
 def drain_slot(config: AcceleratorConfig) -> data.StructLayout:
     """One place on the drain chain: which columns it collects, where from, and what it has collected."""
-    lanes = drain_lanes(config)
+    lanes = config.drain_lanes
     return data.StructLayout(
         {
             "columns": range(max(2, config.tile // lanes)),
@@ -147,7 +142,7 @@ class Column(wiring.Component):
             write.en.eq(self.ring_in.write),
             drain.addr.eq(self.drain_in.address),
         ]
-        lanes = drain_lanes(config)
+        lanes = config.drain_lanes
         slot = Signal.like(self.drain_in, name="drain_hop", reset_less=True)
         m.d.sync += slot.eq(self.drain_in)
         lane_bits = lanes.bit_length() - 1

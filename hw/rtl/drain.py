@@ -8,7 +8,7 @@ from amaranth.lib.wiring import In, Out
 from ..spec.config import EXPONENT_BITS, FLOAT_BITS, SCALE_BITS, AcceleratorConfig
 from ..spec.layout import StreamLayout
 from .activations import BANKS
-from .column import drain_lanes, drain_slot, ring_depth
+from .column import drain_slot, ring_depth
 from .delay import delay
 from .fifo import Counter, StreamFifo
 from .float_out import FloatOut
@@ -17,7 +17,7 @@ from .walker import Walker, command_signature
 
 def result_payload(config: AcceleratorConfig) -> data.StructLayout:
     """One transfer of results: float32 bits of neighbouring columns, which of them exist, and the layer's end."""
-    lanes = drain_lanes(config)
+    lanes = config.drain_lanes
     return data.StructLayout({"values": data.ArrayLayout(FLOAT_BITS, lanes), "keep": lanes, "last": 1})
 
 
@@ -43,7 +43,7 @@ class Drain(wiring.Component):
 
     def __init__(self, config: AcceleratorConfig, chain_latency: int):
         self.config, self.chain_latency = config, chain_latency
-        self.lanes = drain_lanes(config)
+        self.lanes = config.drain_lanes
         super().__init__(
             {
                 "command": In(command_signature(config)),

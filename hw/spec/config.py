@@ -117,6 +117,11 @@ class AcceleratorConfig:
         """Whether a zero point is two's complement."""
         return self.zero_point == "fixed"
 
+    @property
+    def drain_lanes(self) -> int:
+        """Results drained per cycle: one up to tile 16, two at tile 32, where one would take longer than the array."""
+        return max(1, self.tile // 16)
+
     # Largest magnitudes, from which every width follows
 
     @property
