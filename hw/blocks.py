@@ -10,7 +10,7 @@ from .rtl.activations import ActivationBuffer
 from .rtl.array import SystolicArray
 from .rtl.column import Columns
 from .rtl.column_control import ColumnControl
-from .rtl.core import Core
+from .rtl.core import Core, word_fifo_depth
 from .rtl.drain import Drain
 from .rtl.fifo import StreamFifo
 from .rtl.float_out import FloatOut
@@ -33,10 +33,10 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "splitter": WeightSplitter,
     "assembler": WordAssembler,
     "header": HeaderReader,
-    "sequencer": lambda config: Sequencer(config, Core(config).word_fifo_depth),
+    "sequencer": lambda config: Sequencer(config, word_fifo_depth(config)),
     "column_control": ColumnControl,
-    "drain": lambda config: Drain(config, Columns(config).drain_latency),
-    "fifo": lambda config: StreamFifo(StreamLayout(config).word_bits, Core(config).word_fifo_depth),
+    "drain": lambda config: Drain(config, chain_latency=config.tile),
+    "fifo": lambda config: StreamFifo(StreamLayout(config).word_bits, word_fifo_depth(config)),
     "fork": lambda config: CommandFork(config, ("a", "b", "c")),
     "walker": lambda config: Walker(
         config,

@@ -56,6 +56,7 @@ _SMALL = dict(tile=4, ports=1, port_width=64, max_tokens=5, max_k=1024)
 _TILE_8 = dict(tile=8, weight_bits=8, activation_bits=12, zero_point="fixed", ports=2, port_width=128, max_k=1024)
 
 
+_NARROW = dict(tile=16, weight_bits=8, ports=1, port_width=32, max_k=1024)
 _TILE_16 = dict(tile=16, ports=4, port_width=128, max_tokens=16, max_k=1024)
 _TILE_32 = dict(tile=32, ports=4, port_width=128, max_tokens=16, max_k=1024)
 
@@ -71,6 +72,9 @@ BENCHES: list[Bench] = [
     _bench("array", _SMALL),
     _bench("float_out", _SMALL),
     _bench("float_out", _TILE_8),
+    *(_bench(block, _SMALL) for block in ("fifo", "fork", "walker", "splitter", "header")),
+    _bench("assembler", _NARROW),
+    _bench("header", _NARROW),
     _bench("core", _SMALL),
     _bench("core", _TILE_8),
     _bench("core", _TILE_16),

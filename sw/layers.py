@@ -150,7 +150,7 @@ def _finish(device: Device, running: _Running) -> LayerResult:
     # The tensor that onnxruntime gave contains the bias where the node adds it; the device computes the product.
     bias = layer.bias if layer.bias is not None and layer.bias_in_node else 0.0
     wanted = running.work.y[:m].astype(np.float64)
-    error = float(np.abs(y.astype(np.float64) + bias - wanted).max())
+    error = np.abs(y.astype(np.float64) + bias - wanted).max()
     return LayerResult(
         name=layer.name,
         m=m,
@@ -162,8 +162,9 @@ def _finish(device: Device, running: _Running) -> LayerResult:
         beats=completion.beats,
         bus_use=completion.beats / completion.cycles if completion.cycles else 0.0,
         exact=bool(np.array_equal(y.view(np.uint32), running.expected.view(np.uint32))),
-        max_abs_error=error,
-        relative_error=error / max(float(np.abs(wanted).max()), float(np.finfo(np.float32).tiny)),
+        # JSON knows no infinity, which a result that overflowed float32 would give.
+        max_abs_error=float(np.nan_to_num(error)),
+        relative_error=float(np.nan_to_num(error / max(np.abs(wanted).max(), np.finfo(np.float32).tiny))),
         device_seconds=completion.seconds,
     )
 

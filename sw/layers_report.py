@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -101,38 +102,36 @@ def print_json(report: Report) -> None:
 def print_table(report: Report) -> None:
     """A row per layer and a line of totals on stdout."""
     console = Console(width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL)
-    table = Table(show_footer=True)
     totals = report.totals()
-    names = _short([layer.name for layer in report.layers])
-    table.add_column("layer", footer=f"{totals['layers']} layers", overflow="fold")
-    columns = (
-        ("M", ""),
-        ("K", ""),
-        ("N", ""),
-        ("group", ""),
-        ("bits", ""),
-        ("beats", f"{totals['beats']:,}"),
-        ("cycles", _cycles(totals["cycles"])),
-        ("bus use", _share(totals["bus_use"])),
-        ("exact", f"{totals['exact']}/{totals['layers']}"),
-        ("rel. error", f"{totals['relative_error']:.1e}"),
-    )
-    for title, footer in columns:
-        table.add_column(title, footer=footer, justify="right")
-    for name, layer in zip(names, report.layers):
-        numbers = (layer.m, layer.k, layer.n, layer.group_size, layer.weight_bits, f"{layer.beats:,}")
-        exact = "yes" if layer.exact else "[bold red]NO[/]"
-        found = (_cycles(layer.cycles), _share(layer.bus_use), exact, f"{layer.relative_error:.1e}")
-        table.add_row(name, *map(str, numbers), *found)
+    rows = [_row(name, layer) for name, layer in zip(_short([layer.name for layer in report.layers]), report.layers)]
+    share = f"{totals['exact']}/{totals['layers']}"
+    numbers = (f"{totals['beats']:,}", _cycles(totals["cycles"]), _share(totals["bus_use"]), share)
+    footer = (f"{totals['layers']} layers", "", "", "", "", "", *numbers, f"{totals['relative_error']:.1e}")
+    titles = ("layer", "K", "N", "group", "bits", "beats", "cycles", "bus use", "exact", "error")
+    table = Table(show_footer=True, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column(titles[0], footer[0], overflow="fold")
+    for index in range(1, len(titles)):
+        # On a narrow terminal the names are folded and the numbers stay whole.
+        width = max(len(row[index]) for row in (*rows, footer))
+        table.add_column(titles[index], footer[index], justify="right", min_width=width)
+    for row, layer in zip(rows, report.layers):
+        table.add_row(*row, style=None if layer.exact else "bold red")
     console.print(table)
     console.print(_summary(report, totals), highlight=False, soft_wrap=True)
+
+
+def _row(name: str, layer: LayerResult) -> tuple[str, ...]:
+    shape = map(str, (layer.k, layer.n, layer.group_size, layer.weight_bits))
+    exact = "yes" if layer.exact else "NO"
+    found = (_cycles(layer.cycles), _share(layer.bus_use), exact, f"{layer.relative_error:.1e}")
+    return (name, *shape, f"{layer.beats:,}", *found)
 
 
 def _summary(report: Report, totals: dict) -> str:
     config = report.config
     lines = [
-        f"{totals['exact']} of {totals['layers']} layers equal the numpy reference bit for bit; worst relative"
-        f" error against onnxruntime (max|y - y_ort| / max|y_ort|): {totals['relative_error']:.1e}",
+        f"{totals['exact']} of {totals['layers']} layers equal the numpy reference bit for bit, M {report.tokens}",
+        f"error is against onnxruntime, max|y - y_ort| / max|y_ort|; the worst is {totals['relative_error']:.1e}",
         f"hardware: tile {config.tile}, {config.weight_bits}-bit weights, {config.zero_point} zero points,"
         f" {config.beat_bytes} bytes a beat, config {config.digest[:16]}",
     ]

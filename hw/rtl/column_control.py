@@ -65,19 +65,20 @@ class ColumnControl(wiring.Component):
         m.d.comb += walker.step.eq(self.token)
         group_ends = Signal()
         m.d.comb += group_ends.eq(self.token & walker.last.slice)
-        self._group_control(m, walker)
+        self._group_control(m, walker, group_ends)
         self._ring_control(m, walker, group_ends)
         self._records(m, walker, group_ends)
         self._sum_address(m, walker, group_ends)
         return m
 
-    def _group_control(self, m: Module, walker: Walker) -> None:
+    def _group_control(self, m: Module, walker: Walker, group_ends: Signal) -> None:
         token = Signal(range(self.config.max_tokens))
         with m.If(self.token):
             m.d.sync += token.eq(Mux(walker.last.token, 0, token + 1))
         m.d.comb += [
             self.group.valid.eq(delay(m, self.token, self.lead, name="valid", reset=True)),
             self.group.first_slice.eq(delay(m, walker.first.slice, self.lead, name="first_slice")),
+            self.group.ends.eq(delay(m, group_ends, self.lead, name="ends", reset=True)),
             self.group.token.eq(delay(m, token, self.lead, name="token")),
             self.group.sum.eq(self.sum_data),
         ]

@@ -44,6 +44,7 @@ class Drain(wiring.Component):
     def __init__(self, config: AcceleratorConfig, chain_latency: int):
         self.config, self.chain_latency = config, chain_latency
         self.lanes = config.drain_lanes
+        self.converters = [FloatOut(config) for _ in range(self.lanes)]
         super().__init__(
             {
                 "command": In(command_signature(config)),
@@ -62,7 +63,7 @@ class Drain(wiring.Component):
     @property
     def latency(self) -> int:
         """Cycles from the decision to drain a slot to its results at the FIFO's input."""
-        return 1 + self.chain_latency + FloatOut.latency
+        return 1 + self.chain_latency + self.converters[0].latency
 
     @property
     def fifo_depth(self) -> int:
@@ -140,14 +141,16 @@ class Drain(wiring.Component):
 
     def _convert(self, m: Module, room: Counter, keep: Value, last: Value, exponents: list[Signal]) -> None:
         m.submodules.fifo = fifo = StreamFifo(result_payload(self.config), self.fifo_depth)
-        for lane, exponent in enumerate(exponents):
-            m.submodules[f"float_out_{lane}"] = float_out = FloatOut(self.config)
+        back = delay(m, keep, 1 + self.chain_latency, name="keep", reset=True)
+        for lane, (exponent, float_out) in enumerate(zip(exponents, self.converters, strict=True)):
+            m.submodules[f"float_out_{lane}"] = float_out
             m.d.comb += [
+                float_out.valid.eq(back[lane]),
                 float_out.value.eq(self.drained.values[lane]),
                 float_out.exponent.eq(exponent),
                 fifo.i.payload.values[lane].eq(float_out.result),
             ]
-        kept = delay(m, keep, self.latency, name="keep", reset=True)
+        kept = delay(m, back, self.converters[0].latency, name="kept", reset=True)
         m.d.comb += [
             fifo.i.payload.keep.eq(kept),
             fifo.i.payload.last.eq(delay(m, last, self.latency, name="last")),

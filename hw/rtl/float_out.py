@@ -2,7 +2,7 @@
 """Integer sums to float32, rounded once."""
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, signed
-from amaranth.lib import wiring
+from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..spec.config import FLOAT_BITS, AcceleratorConfig
@@ -16,81 +16,94 @@ _EXPONENT_SPECIAL = 255
 class FloatOut(wiring.Component):
     """``value * 2**exponent`` as IEEE 754 binary32, half to even, as :func:`hw.spec.numerics.to_float32` defines it.
 
-    Overflow gives infinity, results below 2**-126 a zero of the same sign. Latency 5 cycles, throughput 1 per cycle.
+    Overflow gives infinity, results below 2**-126 a zero of the same sign. The leading one is shifted to the top by
+    one power of two per cycle. Registers move only for valid values, which saves power, and time in simulation.
+    Throughput 1 per cycle.
 
     Members
     -------
+    valid : there is a value
     value : signed sum Y
     exponent : signed power of two
-    result : bits of the float32
+    result : bits of the float32, ``latency`` cycles later
     """
-
-    latency = 5
 
     def __init__(self, config: AcceleratorConfig):
         self.config = config
+        # The magnitude of the most negative sum never occurs, so one bit less holds it; pad to a significand.
+        self.bits = max(config.sum_bits - 1, _FRACTION_BITS + 1)
         super().__init__(
             {
+                "valid": In(1),
                 "value": In(signed(config.sum_bits)),
                 "exponent": In(signed(config.exponent_sum_bits)),
                 "result": Out(FLOAT_BITS),
             }
         )
 
+    @property
+    def latency(self) -> int:
+        """Cycles from ``value`` to ``result``: magnitude, one per power of two, rounding, packing."""
+        return 3 + len(self._powers)
+
+    @property
+    def _powers(self) -> list[int]:
+        return list(reversed(range((self.bits - 1).bit_length())))
+
     def elaborate(self, platform) -> Module:
         m = Module()
-        width = self.config.sum_bits
-        # The magnitude of the most negative sum never occurs, so width - 1 bits hold it; pad to a significand.
-        bits = max(width - 1, _FRACTION_BITS + 1)
-
-        sign = Signal(reset_less=True)
-        magnitude = Signal(bits, reset_less=True)
-        m.d.sync += [sign.eq(self.value < 0), magnitude.eq(Mux(self.value < 0, -self.value, self.value))]
-        exponent = delay(m, self.exponent, 3, name="exponent")
-
-        shifted, zeros = self._normalise(m, magnitude)
-
-        # Rounding may carry into the exponent: adding to the packed number does both at once.
-        dropped = shifted[: bits - 1 - _FRACTION_BITS]
-        fraction = shifted[bits - 1 - _FRACTION_BITS : -1]
-        half, rest = (dropped[-1], dropped[:-1].any()) if len(dropped) else (Const(0, 1), Const(0, 1))
-        biased_shape = signed(self.config.exponent_sum_bits + 2)
-        biased = Signal(biased_shape)
-        packed = Signal(signed(biased_shape.width + _FRACTION_BITS), reset_less=True)
-        m.d.comb += biased.eq(exponent - zeros + (bits - 1 + _EXPONENT_BIAS))
-        m.d.sync += packed.eq(Cat(fraction, biased).as_signed() + (half & (rest | fraction[0])))
-        present = delay(m, shifted[-1], 1, name="present")
-        sign_out = delay(m, sign, 3, name="sign")
-
-        rounded = packed[_FRACTION_BITS:].as_signed()
-        with m.If(~present | (rounded <= 0)):
-            m.d.sync += self.result.eq(Cat(Const(0, FLOAT_BITS - 1), sign_out))
-        with m.Elif(rounded >= _EXPONENT_SPECIAL):
-            m.d.sync += self.result.eq(Cat(Const(0, _FRACTION_BITS), Const(_EXPONENT_SPECIAL, 8), sign_out))
-        with m.Else():
-            m.d.sync += self.result.eq(Cat(packed[: FLOAT_BITS - 1], sign_out))
+        shape = data.StructLayout(
+            {
+                "sign": 1,
+                "magnitude": self.bits,
+                # That of the magnitude's top bit, biased.
+                "exponent": signed(self.config.exponent_sum_bits + 2),
+            }
+        )
+        moving = self.valid
+        number = Signal(shape, name="number", reset_less=True)
+        with m.If(moving):
+            m.d.sync += [
+                number.sign.eq(self.value < 0),
+                number.magnitude.eq(Mux(self.value < 0, -self.value, self.value)),
+                number.exponent.eq(self.exponent + (self.bits - 1 + _EXPONENT_BIAS)),
+            ]
+        for power in self._powers:
+            moving = delay(m, moving, 1, name=f"moving_{power}", reset=True)
+            number = self._shift(m, moving, number, 1 << power)
+        self._round(m, moving, number)
         return m
 
-    def _normalise(self, m: Module, value: Signal) -> tuple[Signal, Signal]:
-        """Shift the leading one to the top, by powers of two in two cycles: the shifted value and how far."""
-        bits = len(value)
-        powers = list(reversed(range((bits - 1).bit_length())))
-        shift = Signal(len(powers))
-        for stage, part in enumerate((powers[: len(powers) // 2], powers[len(powers) // 2 :])):
-            shift_so_far = shift
-            shift = Signal(len(powers), name=f"shift_{stage}", reset_less=True)
-            m.d.sync += shift.eq(shift_so_far)
-            for power in part:
-                distance = 1 << power
-                empty = Signal(name=f"empty_{power}")
-                step = Signal(bits, name=f"step_{power}")
-                m.d.comb += [
-                    empty.eq(~value[-distance:].any()),
-                    step.eq(Mux(empty, Cat(Const(0, distance), value[:-distance]), value)),
-                ]
-                m.d.sync += shift[power].eq(empty)
-                value = step
-            register = Signal(bits, name=f"shifted_{stage}", reset_less=True)
-            m.d.sync += register.eq(value)
-            value = register
-        return value, shift
+    def _shift(self, m: Module, moving, number, distance: int):
+        """Shift left by ``distance`` if that many bits at the top are empty."""
+        shifted = Signal.like(number, name=f"shifted_{distance}", reset_less=True)
+        empty = ~number.magnitude[-distance:].any()
+        with m.If(moving):
+            m.d.sync += [
+                shifted.sign.eq(number.sign),
+                shifted.magnitude.eq(Mux(empty, number.magnitude << distance, number.magnitude)),
+                shifted.exponent.eq(Mux(empty, number.exponent - distance, number.exponent)),
+            ]
+        return shifted
+
+    def _round(self, m: Module, moving, number) -> None:
+        """Round to the fraction, then pack. Rounding may carry into the exponent, so the sum takes both at once."""
+        cut = self.bits - 1 - _FRACTION_BITS
+        dropped, fraction = number.magnitude[:cut], number.magnitude[cut:-1]
+        half, rest = (dropped[-1], dropped[:-1].any()) if cut else (Const(0, 1), Const(0, 1))
+        packed = Signal(signed(len(number.exponent) + _FRACTION_BITS), reset_less=True)
+        present, sign = Signal(reset_less=True), Signal(reset_less=True)
+        moving = delay(m, moving, 1, name="moving_round", reset=True)
+        with m.If(moving):
+            m.d.sync += [
+                packed.eq(Cat(fraction, number.exponent).as_signed() + (half & (rest | fraction[0]))),
+                present.eq(number.magnitude[-1]),
+                sign.eq(number.sign),
+            ]
+        rounded = packed[_FRACTION_BITS:].as_signed()
+        with m.If(~present | (rounded <= 0)):
+            m.d.sync += self.result.eq(Cat(Const(0, FLOAT_BITS - 1), sign))
+        with m.Elif(rounded >= _EXPONENT_SPECIAL):
+            m.d.sync += self.result.eq(Cat(Const(0, _FRACTION_BITS), Const(_EXPONENT_SPECIAL, 8), sign))
+        with m.Else():
+            m.d.sync += self.result.eq(Cat(packed[: FLOAT_BITS - 1], sign))

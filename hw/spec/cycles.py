@@ -11,7 +11,8 @@ _COMMAND_CYCLES = 2
 def pipeline_latency(config: AcceleratorConfig) -> int:
     """Cycles from the sequencer's decision on the last slice of an output tile to the tile's first result."""
     array = config.tile + 2
-    columns, drain, float_out = 7, config.tile + 1, 5
+    columns, drain = 7, config.tile + 1
+    float_out = 3 + (max(config.sum_bits - 1, 24) - 1).bit_length()
     return 1 + 2 + array + columns + drain + float_out + 1
 
 

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Watches streams and pulses, and remembers in which cycle each of them happened."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import cocotb
+from cocotb.triggers import RisingEdge
+
+__all__ = ["Monitor", "consecutive"]
+
+
+def consecutive(cycles: Sequence[int]) -> bool:
+    """Whether something happened in every cycle from the first to the last."""
+    return not cycles or list(cycles) == list(range(cycles[0], cycles[0] + len(cycles)))
+
+
+class Monitor:
+    """From its creation on, the cycles of every transfer of some streams and of every high cycle of some ports."""
+
+    def __init__(self, dut: Any, streams: Sequence[str] = (), pulses: Sequence[str] = ()):
+        self.now = 0
+        self.times: dict[str, list[int]] = {name: [] for name in (*streams, *pulses)}
+        self._watched = [
+            (self.times[name], (getattr(dut, f"{name}_valid"), getattr(dut, f"{name}_ready"))) for name in streams
+        ] + [(self.times[name], (getattr(dut, name),)) for name in pulses]
+        self._edge = RisingEdge(dut.clk)
+        cocotb.start_soon(self._run())
+
+    def __getitem__(self, name: str) -> list[int]:
+        return self.times[name]
+
+    async def _run(self) -> None:
+        while True:
+            await self._edge
+            for times, handles in self._watched:
+                if all(str(handle.value) == "1" for handle in handles):
+                    times.append(self.now)
+            self.now += 1

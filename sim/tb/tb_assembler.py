@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The word assembler: several narrow beats become one word, the first one lowest."""
+
+import cocotb
+
+from hw.spec.layout import StreamLayout
+from sim.streams import StreamSink, StreamSource, never, randomly, rng
+from sim.tb.common import begin, config, latency
+from sim.tb.monitor import Monitor, consecutive
+
+
+async def _assemble(dut, into, out_of, words=100):
+    source, sink = StreamSource(dut, "beats", dut.clk, into), StreamSink(dut, "words", dut.clk, out_of)
+    await begin(dut)
+    monitor = Monitor(dut, ("beats", "words"))
+    random, bits, per_word = rng(), config().beat_bits, StreamLayout(config()).beats_per_word
+    assert per_word > 1, "these parameters leave nothing to assemble"
+    beats = [int.from_bytes(random.bytes(bits // 8), "little") for _ in range(words * per_word)]
+    expected = [
+        sum(beat << (bits * place) for place, beat in enumerate(beats[first : first + per_word]))
+        for first in range(0, len(beats), per_word)
+    ]
+    source.send(beats)
+    assert await sink.take(words) == expected
+    await sink.quiet()
+    return source, monitor, per_word
+
+
+@cocotb.test()
+async def test_full_throughput(dut):
+    source, monitor, per_word = await _assemble(dut, never, never)
+    assert source.stalled_by_dut == 0
+    assert consecutive(monitor["beats"])
+    assert monitor["words"] == [t + latency() for t in monitor["beats"][per_word - 1 :: per_word]]
+
+
+@cocotb.test()
+@cocotb.parametrize(speeds=[(0.5, 0.5), (0.0, 0.9), (0.8, 0.0)])
+async def test_random_stalls(dut, speeds):
+    await _assemble(dut, randomly(speeds[0], rng(1)), randomly(speeds[1], rng(2)))
