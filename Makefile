@@ -66,7 +66,7 @@ lint: $(STAMP)  ## Check style and types
 	@echo "lint: ruff and pyright find nothing"
 
 bench: $(STAMP)  ## Measure cycles, bus use and simulation speed
-	@$(RUN) -m sim.bench
+	@$(RUN) -m sw.bench
 
 clean:  ## Remove everything that was built (.venv stays)
 	@rm -rf build dist .pytest_cache .ruff_cache

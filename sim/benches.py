@@ -73,6 +73,7 @@ BENCHES: list[Bench] = [
     _bench("float_out", _SMALL),
     _bench("float_out", _TILE_8),
     *(_bench(block, _SMALL) for block in ("fifo", "fork", "walker", "splitter", "header")),
+    *(_bench(block, _SMALL) for block in ("columns", "activations", "sequencer", "column_control", "drain")),
     _bench("assembler", _NARROW),
     _bench("header", _NARROW),
     _bench("core", _SMALL),

@@ -50,7 +50,7 @@ class Job(NamedTuple):
 
 def lanes(config: AcceleratorConfig) -> int:
     """Results in one transfer."""
-    return max(1, config.tile // 16)
+    return config.drain_lanes
 
 
 def _zero_point_range(config: AcceleratorConfig) -> tuple[int, int]:

@@ -163,7 +163,6 @@ async def test_banks(dut, stall):
     for number in range(len(bench.jobs)):
         held = len(bench.transfers)
         await bench.run(lambda b: True, lambda b: True)
-        bench.dut.release.value = 0
         target = bench.ends[min(number + 1, len(bench.jobs) - 1)]
         await bench.run(lambda b, target=target: len(b.transfers) >= target and not b.reads)
         await bench.run(lambda b: not b.due)

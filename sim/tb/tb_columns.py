@@ -62,8 +62,9 @@ class _Run:
         """The ports' values for every cycle."""
         c, length = self.c, self.total
         ports = {name: _junk(self.random, name, length) for name in ("psums", "zero_points", "scales", "group", "ring")}
-        ports["group"] = [value & ~1 for value in ports["group"]]  # valid is bit 0
-        ports["ring"] = [value & ~1 for value in ports["ring"]]  # and so is write
+        for port, flags in (("group", ("valid", "ends")), ("ring", ("write",))):
+            clear = ~payload(port).pack(**dict.fromkeys(flags, 1))[0]
+            ports[port] = [value & clear for value in ports[port]]
         psums = self.random.integers(-1000, 1000, (length, c.tile))
         group_size, last_part = self.weights.group_size, self.weights.group_size // c.tile - 1
         for t, tile, group, part, token in self.steps:
@@ -74,10 +75,16 @@ class _Run:
             for column in range(c.tile):
                 psums[t + column, column] = psum[column]
             total = int(self.sums[token, group]) if part == last_part else 0
-            (ports["group"][t],) = payload("group").pack(valid=1, first_slice=int(part == 0), token=token, sum=total)
-            if part == last_part:
-                (ports["zero_points"][t],) = payload("zero_points").pack(element=self.weights.zero_points[None, rows, group])
-                (ports["scales"][t],) = payload("scales").pack(element=self.weights.scale_mantissas[None, rows, group])
+            ends = int(part == last_part)
+            (ports["group"][t],) = payload("group").pack(
+                valid=1, first_slice=int(part == 0), ends=ends, token=token, sum=total
+            )
+            if ends:
+                for port, values in (
+                    ("zero_points", self.weights.zero_points),
+                    ("scales", self.weights.scale_mantissas),
+                ):
+                    (ports[port][t],) = payload(port).pack(element=values[None, rows, group])
                 entry = (tile * self.tokens + token) % self.ring
                 (ports["ring"][t + RING_DELAY],) = payload("ring").pack(
                     write=1, first_group=int(group == 0), address=entry

@@ -9,18 +9,23 @@ from sim.streams import rng
 from sim.tb.common import begin, config, latency, payload, trace
 
 
-async def _convert(dut, values, exponents):
-    """One conversion per cycle; the results must be those of the reference, bit for bit."""
+async def _convert(dut, values, exponents, gaps=0.0):
+    """One conversion per cycle, or with gaps; the results must be those of the reference, bit for bit."""
     values, exponents = np.asarray(values, np.int64), np.asarray(exponents, np.int64)
-    wait = latency()
-    padding = np.zeros(wait, np.int64)
+    wait, random = latency(), rng(len(values))
+    cycles = np.arange(len(values)) + np.cumsum(random.random(len(values)) < gaps)
+    total = cycles[-1] + 1 + wait
+    shown = random.integers(-_bound(), _bound(), total), random.integers(*_exponent_range(), total)
+    valid = np.zeros(total, int)
+    shown[0][cycles], shown[1][cycles], valid[cycles] = values, exponents, 1
     inputs = {
-        "value": payload("value").pack(value=np.concatenate([values, padding])),
-        "exponent": payload("exponent").pack(value=np.concatenate([exponents, padding])),
+        "value": payload("value").pack(value=shown[0]),
+        "exponent": payload("exponent").pack(value=shown[1]),
+        "valid": valid,
     }
     await begin(dut)
     record = await trace(dut, inputs, ["result"])
-    seen = np.array(record.raw("result", range(wait, len(values) + wait)), np.uint32)
+    seen = np.array(record.raw("result", cycles + wait), np.uint32)
     expected = to_float32(values, exponents).view(np.uint32)
     wrong = np.flatnonzero(seen != expected)
     if len(wrong):
@@ -40,13 +45,14 @@ def _exponent_range() -> tuple[int, int]:
 
 
 @cocotb.test()
-async def test_random(dut):
+@cocotb.parametrize(gaps=[0.0, 0.5])
+async def test_random(dut, gaps):
     """Magnitudes of every length, so that every shift of the normaliser occurs."""
     random, count = rng(), 4000
     lengths = random.integers(1, _bound().bit_length(), count, endpoint=True)
     values = np.array([int(random.integers(1 << 62)) >> (62 - int(n)) for n in lengths])
     values = np.minimum(values, _bound()) * random.choice([-1, 1], count)
-    await _convert(dut, values, random.integers(*_exponent_range(), count, endpoint=True))
+    await _convert(dut, values, random.integers(*_exponent_range(), count, endpoint=True), gaps)
 
 
 @cocotb.test()
@@ -54,7 +60,7 @@ async def test_every_exponent(dut):
     """Every exponent for the smallest, the largest and middling values: overflow and underflow at each end."""
     low, high = _exponent_range()
     exponents = np.arange(low, high + 1)
-    for value in (1, -1, _bound(), -_bound(), 0xFFFFFF, -0x1FFFFFF if _bound() > 0x1FFFFFF else -3):
+    for value in (0, 1, -1, _bound(), -_bound(), 0xFFFFFF, -0x1FFFFFF if _bound() > 0x1FFFFFF else -3):
         await _convert(dut, np.full(len(exponents), value), exponents)
 
 

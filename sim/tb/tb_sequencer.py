@@ -7,7 +7,7 @@ from cocotb.triggers import RisingEdge
 from hw.spec.command import LayerCommand
 from hw.spec.layout import StreamLayout
 from sim.models import random_layer
-from sim.streams import StreamSource, never, randomly, rng
+from sim.streams import StreamSource, cycle, never, randomly, rng
 from sim.tb.common import begin, config, latency
 
 HEADERS_AHEAD = 16
@@ -162,26 +162,22 @@ async def test_full_throughput(dut):
 
 
 @cocotb.test()
-async def test_latency(dut):
-    """The first outputs come ``latency`` cycles after the first cycle that sees all credits."""
-    for late in ("word_pushed", "tile_ready", "slice_ready"):
-        held = [True]
-        stalls = [(lambda: held[0]) if name == late else never for name in ("word_pushed", "tile_ready", "slice_ready")]
-        layers = _Layers(rng(), 1)
-        if late == "word_pushed":
-            source = StreamSource(dut, "command", dut.clk)
-            bench = _Bench(dut, layers, dict(zip(("word_pushed", "tile_ready", "slice_ready"), stalls)))
-            bench.stalls["ring_release"] = never
-            await begin(dut)
-            source.send(layers.commands)
-            task = cocotb.start_soon(bench.run())
-            for _ in range(40):
-                await RisingEdge(dut.clk)
-            assert not bench.starts
-            held[0] = False
-            await task
-            complete = bench.credits[late].given[layers.stream.words_per_slice - 1]
-            assert bench.starts[0] == complete + 1 + latency()
+@cocotb.parametrize(late=["word_pushed", "tile_ready", "slice_ready"])
+async def test_latency(dut, late):
+    """The first outputs come ``latency`` cycles after the first cycle that sees the last credit."""
+    held, layers = [True], _Layers(rng(), 1)
+    stalls = {name: never for name in ("word_pushed", "tile_ready", "slice_ready", "ring_release")}
+    stalls[late] = lambda: held[0]
+    source, bench = StreamSource(dut, "command", dut.clk), _Bench(dut, layers, stalls)
+    await begin(dut)
+    source.send(layers.commands)
+    task = cocotb.start_soon(bench.run())
+    await cycle(dut.clk, 60)
+    assert not bench.starts
+    held[0] = False
+    await task
+    needed = layers.stream.words_per_slice if late == "word_pushed" else 1
+    assert bench.starts[0] == bench.credits[late].given[needed - 1] + 1 + latency()
 
 
 @cocotb.test()
