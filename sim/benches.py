@@ -53,32 +53,60 @@ class Bench:
 
 # The smallest hardware that still has every feature: it builds in seconds on both simulators.
 _SMALL = dict(tile=4, ports=1, port_width=64, max_tokens=5, max_k=1024)
-_TILE_8 = dict(tile=8, weight_bits=8, activation_bits=12, zero_point="fixed", ports=2, port_width=128, max_k=1024)
-
-
-_NARROW = dict(tile=16, weight_bits=8, ports=1, port_width=32, max_k=1024)
+# Several slices in a word; one token only; few bits.
+_WIDE = dict(
+    tile=4, weight_bits=2, activation_bits=8, ports=4, port_width=128, max_tokens=1, max_k=1024, max_group_size=256
+)
+# Several beats in a word.
+_NARROW = dict(tile=16, weight_bits=8, ports=1, port_width=32, max_tokens=3, max_k=1024)
+# The widest sums, weights that do not fill a byte.
+_FIXED = dict(tile=8, weight_bits=7, zero_point="fixed", ports=2, port_width=128, max_tokens=9, max_k=2048)
+# The figures are promised for these two.
 _TILE_16 = dict(tile=16, ports=4, port_width=128, max_tokens=16, max_k=1024)
 _TILE_32 = dict(tile=32, ports=4, port_width=128, max_tokens=16, max_k=1024)
 
+# Every value that a parameter may have occurs here, and combinations that nothing in the quick list has.
+_SWEEP = [
+    dict(tile=4, weight_bits=3, activation_bits=9, ports=2, port_width=32, max_tokens=64, max_k=896, max_group_size=128),
+    dict(tile=4, weight_bits=8, activation_bits=16, zero_point="fixed", ports=1, port_width=32, max_tokens=2),
+    dict(tile=4, weight_bits=5, activation_bits=10, ports=4, port_width=64, max_tokens=7, max_k=4096),
+    dict(tile=8, weight_bits=4, activation_bits=16, ports=4, port_width=128, max_tokens=32, max_k=32768),
+    dict(tile=8, weight_bits=6, activation_bits=11, zero_point="fixed", ports=4, port_width=32, max_tokens=1),
+    dict(tile=8, weight_bits=2, activation_bits=13, ports=1, port_width=128, max_tokens=64, max_k=1024),
+    dict(tile=16, weight_bits=4, activation_bits=16, zero_point="fixed", ports=4, port_width=128, max_tokens=16),
+    dict(tile=16, weight_bits=8, activation_bits=8, ports=2, port_width=64, max_tokens=5),
+    dict(tile=16, weight_bits=5, activation_bits=14, ports=4, port_width=128, max_tokens=1, max_group_size=256),
+    dict(tile=16, weight_bits=3, activation_bits=12, ports=2, port_width=128, max_tokens=64, max_k=2048),
+    dict(tile=32, weight_bits=4, activation_bits=16, zero_point="fixed", ports=4, port_width=128, max_tokens=64),
+    dict(tile=32, weight_bits=8, activation_bits=15, ports=4, port_width=32, max_tokens=3, max_k=1024),
+    dict(tile=32, weight_bits=7, activation_bits=16, ports=4, port_width=128, max_tokens=17, max_k=2048),
+]
 
-def _bench(
-    block: str, params: dict[str, object], full: bool = False, tb: str | None = None, **settings: object
-) -> Bench:
-    return Bench(f"sim.tb.tb_{tb or block}", block, params, settings, full)
+
+def _bench(block: str, params: dict[str, object], tb: str = "", full: bool = False, **settings: object) -> Bench:
+    return Bench(f"sim.tb.tb_{tb or block}", block, params, settings, full, timeout=3600 if full else 600)
 
 
+# The first one also runs on Icarus in `make test`. The builds take most of the time, so a block has few of them.
 BENCHES: list[Bench] = [
-    _bench("pe", _SMALL),
-    _bench("array", _SMALL),
-    _bench("float_out", _SMALL),
-    _bench("float_out", _TILE_8),
-    *(_bench(block, _SMALL) for block in ("fifo", "fork", "walker", "splitter", "header")),
+    *(_bench(block, _SMALL) for block in ("pe", "array", "float_out", "fifo", "fork", "walker", "splitter", "header")),
     *(_bench(block, _SMALL) for block in ("columns", "activations", "sequencer", "column_control", "drain")),
-    _bench("assembler", _NARROW),
-    _bench("header", _NARROW),
+    *(_bench(block, _NARROW) for block in ("assembler", "array", "header", "sequencer")),
+    *(_bench(block, _FIXED) for block in ("columns", "float_out")),
+    _bench("sequencer", _WIDE),
+    _bench("drain", _TILE_32),
     _bench("core", _SMALL),
-    _bench("core", _TILE_8),
+    _bench("core", _WIDE),
+    _bench("core", _NARROW),
+    _bench("core", _FIXED),
     _bench("core", _TILE_16),
     _bench("core", _TILE_16, tb="core_speed"),
+    _bench("core", _TILE_32),
     _bench("core", _TILE_32, tb="core_speed"),
+    *(_bench("core", params, full=True, long=True) for params in _SWEEP),
+    *(
+        _bench(block, params, full=True)
+        for params in (_WIDE, _TILE_16, _TILE_32)
+        for block in ("array", "columns", "float_out", "activations", "splitter", "header", "column_control")
+    ),
 ]

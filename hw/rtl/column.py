@@ -219,12 +219,12 @@ class Columns(wiring.Component):
                 column.group_in.eq(group),
                 column.ring_in.eq(ring),
                 column.drain_in.eq(drain),
-                column.zero_point.eq(zeros[: config.zero_point_bits]),
-                column.scale.eq(scales[:SCALE_BITS]),
+                column.zero_point.eq(zeros.word_select(index, config.zero_point_bits)),
+                column.scale.eq(scales.word_select(index, SCALE_BITS)),
             ]
             group, ring, drain = column.group_out, column.ring_out, column.drain_out
-            if index < config.tile - 1:
-                zeros = delay(m, zeros[config.zero_point_bits :], 1, name=f"zero_points_c{index + 1}")
-                scales = delay(m, scales[SCALE_BITS:], 1, name=f"scales_c{index + 1}")
+            # The parts that no column further east uses are dropped by synthesis.
+            zeros = delay(m, zeros, 1, name=f"zero_points_c{index + 1}")
+            scales = delay(m, scales, 1, name=f"scales_c{index + 1}")
         m.d.comb += self.drained.eq(drain)
         return m

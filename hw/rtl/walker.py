@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping
 
 from amaranth.hdl import Cat, Module, Signal, Value
 from amaranth.lib import data, stream, wiring
+from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from ..spec.command import command_fields
 from ..spec.config import AcceleratorConfig
-from .fifo import StreamFifo
 
 
 def command_layout(config: AcceleratorConfig) -> data.StructLayout:
@@ -101,20 +101,22 @@ class Walker(wiring.Component):
 
 
 class CommandFork(wiring.Component):
-    """Gives every command to several users, each behind a FIFO of its own, so that none waits for another.
+    """Gives every command to several users, each at its own pace. Latency 1 cycle, throughput 1 command per cycle.
 
-    Latency 1 cycle, throughput 1 command per cycle.
+    One ring of commands with a read pointer per user; the slowest user decides when it is full.
 
     Parameters
     ----------
     users : names of the outputs
-    depth : commands that each output holds
+    depth : commands in the ring, a power of two
 
     Members
     -------
     command : the commands
     <user> : one stream per user
     """
+
+    latency = 1
 
     def __init__(self, config: AcceleratorConfig, users: tuple[str, ...], depth: int = 4):
         self.config, self.users, self.depth = config, users, depth
@@ -123,11 +125,27 @@ class CommandFork(wiring.Component):
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        fifos = [StreamFifo(command_layout(self.config), self.depth) for _ in self.users]
-        room = Cat(fifo.i.ready for fifo in fifos).all()
-        m.d.comb += self.command.ready.eq(room)
-        for user, fifo in zip(self.users, fifos, strict=True):
-            m.submodules[user] = fifo
-            m.d.comb += [fifo.i.payload.eq(self.command.payload), fifo.i.valid.eq(self.command.valid & room)]
-            wiring.connect(m, fifo.o, wiring.flipped(getattr(self, user)))
+        m.submodules.memory = memory = Memory(shape=command_layout(self.config), depth=self.depth, init=[])
+        write_port = memory.write_port()
+        # One bit more than the address tells a full ring from an empty one.
+        written = Signal(range(2 * self.depth))
+        push, full = Signal(), []
+        for user in self.users:
+            output, read_port = getattr(self, user), memory.read_port(domain="comb")
+            read = Signal.like(written, name=f"read_{user}")
+            m.d.comb += [
+                read_port.addr.eq(read),
+                output.payload.eq(read_port.data),
+                output.valid.eq(read != written),
+            ]
+            m.d.sync += read.eq(read + (output.valid & output.ready))
+            full.append((written ^ read) == self.depth)
+        m.d.comb += [
+            self.command.ready.eq(~Cat(full).any()),
+            push.eq(self.command.valid & self.command.ready),
+            write_port.addr.eq(written),
+            write_port.data.eq(self.command.payload),
+            write_port.en.eq(push),
+        ]
+        m.d.sync += written.eq(written + push)
         return m

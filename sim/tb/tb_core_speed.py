@@ -14,6 +14,8 @@ from sim.tb.common import config
 from sim.tb.core_driver import CoreDriver
 
 K, N, GROUP_SIZE = 896, 1152, 128
+TOLERANCE = 4
+"""Cycles by which the performance model may be wrong about a whole layer."""
 
 
 async def _measure(dut, tokens, limit):
@@ -24,6 +26,7 @@ async def _measure(dut, tokens, limit):
     bound = max(item.layer.beats, tokens * slices)
     cycles, predicted = await core.check([item]), layer_cycles(item.layer, tokens)
     dut._log.info("M %d: %d cycles, %d beats, bound %d, predicted %d", tokens, cycles, item.layer.beats, bound, predicted)
+    assert abs(cycles - predicted) <= TOLERANCE, f"M {tokens} took {cycles} cycles, hw.spec.cycles says {predicted}"
     assert cycles <= limit * bound, f"M {tokens} took {cycles} cycles, {cycles / bound:.3f} of {bound}"
 
 
