@@ -8,7 +8,7 @@ from amaranth.lib.wiring import In, Out
 from ..spec.config import AcceleratorConfig
 from ..spec.layout import StreamLayout
 from .delay import delay
-from .pe import ProcessingElement
+from .pe import WORD, ProcessingElement
 
 
 class SystolicArray(wiring.Component):
@@ -49,9 +49,9 @@ class SystolicArray(wiring.Component):
     def elaborate(self, platform) -> Module:
         m = Module()
         tile = self.config.tile
-        psums = [Const(0, self.config.psum_bits)] * tile
+        psums = [Const(0, WORD)] * tile
         for row in range(tile):
-            extended = Signal(signed(self.config.psum_bits), name=f"extended_r{row}")
+            extended = Signal(signed(WORD), name=f"extended_r{row}")
             m.d.comb += extended.eq(delay(m, self.activations[row], row, name=f"activation_r{row}"))
             activation = extended.as_unsigned()
             weights = self._row_weights(m, row)
@@ -63,7 +63,7 @@ class SystolicArray(wiring.Component):
                     pe.psum_in.eq(psums[column]),
                 ]
                 activation, weights, psums[column] = pe.activation_out, pe.weights_out, pe.psum_out
-        m.d.comb += [self.psums[column].eq(psums[column]) for column in range(tile)]
+        m.d.comb += [self.psums[column].eq(psums[column][: self.config.psum_bits]) for column in range(tile)]
         return m
 
     def _row_weights(self, m: Module, row: int) -> Signal:

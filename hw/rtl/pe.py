@@ -9,6 +9,10 @@ from ..spec.config import AcceleratorConfig
 from ..spec.layout import StreamLayout
 
 
+WORD = 32
+"""Bits of activations and psums inside the array; the widest psum (tile 32, 8-bit weights) takes 29."""
+
+
 class ProcessingElement(wiring.Component):
     """Multiplies the activations that pass by with its weight and adds to the psum that comes from above.
 
@@ -20,8 +24,9 @@ class ProcessingElement(wiring.Component):
     the columns further east, too; synthesis drops the ones that nobody there uses. Nothing is reset and nothing is
     enabled: validity is known outside the array, and a weight stays because what feeds it does not change.
 
-    Activations come sign-extended to the width of a psum. Modulo ``2**psum_bits`` signed and unsigned arithmetic
-    agree and every psum fits, so nothing inside is ever extended again: that simulates twice as fast.
+    Activations come sign-extended to ``WORD`` bits, which hold every psum. Modulo ``2**WORD`` signed and unsigned
+    arithmetic agree, so nothing inside is ever extended or cut: that simulates twice as fast. Only ``psum_bits`` of
+    what comes out are used, and synthesis drops the rest: the same cells on ECP5 as with exact widths.
 
     Members
     -------
@@ -39,30 +44,29 @@ class ProcessingElement(wiring.Component):
 
     def __init__(self, config: AcceleratorConfig, column: int = 0):
         self.config, self.column = config, column
-        word, row = config.psum_bits, StreamLayout(config).row_bits
+        row = StreamLayout(config).row_bits
         super().__init__(
             {
-                "activation_in": In(word),
-                "activation_out": Out(word),
+                "activation_in": In(WORD),
+                "activation_out": Out(WORD),
                 "weights_in": In(row),
                 "weights_out": Out(row),
-                "psum_in": In(word),
-                "psum_out": Out(word),
+                "psum_in": In(WORD),
+                "psum_out": Out(WORD),
             }
         )
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        bits = self.config.psum_bits
-        a = Signal(bits, reset_less=True)
+        a = Signal(WORD, reset_less=True)
         b = Signal.like(self.weights_in, reset_less=True)
-        product = Signal(bits, reset_less=True)
-        p = Signal(bits, reset_less=True)
+        product = Signal(WORD, reset_less=True)
+        p = Signal(WORD, reset_less=True)
         m.d.sync += [
             a.eq(self.activation_in),
             b.eq(self.weights_in),
-            product.eq((a * b.word_select(self.column, self.config.weight_bits))[:bits]),
-            p.eq((self.psum_in + product)[:bits]),
+            product.eq((a * b.word_select(self.column, self.config.weight_bits))[:WORD]),
+            p.eq((self.psum_in + product)[:WORD]),
         ]
         m.d.comb += [self.activation_out.eq(a), self.weights_out.eq(b), self.psum_out.eq(p)]
         return m
