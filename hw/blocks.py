@@ -17,7 +17,7 @@ from .rtl.float_out import FloatOut
 from .rtl.header import HeaderReader
 from .rtl.pe import ProcessingElement
 from .rtl.sequencer import Sequencer
-from .rtl.walker import CommandFork, Walker
+from .rtl.walker import TOKEN_LOOPS, CommandFork, Walker
 from .rtl.weights import WeightSplitter, WordAssembler
 from .spec.config import AcceleratorConfig
 from .spec.layout import StreamLayout
@@ -38,15 +38,7 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "drain": lambda config: Drain(config, chain_latency=config.tile),
     "fifo": lambda config: StreamFifo(StreamLayout(config).word_bits, word_fifo_depth(config)),
     "fork": lambda config: CommandFork(config, ("a", "b", "c")),
-    "walker": lambda config: Walker(
-        config,
-        {
-            "token": lambda command: command.tokens,
-            "slice": lambda command: command.group_slices,
-            "group": lambda command: command.groups,
-            "tile": lambda command: command.out_tiles,
-        },
-    ),
+    "walker": lambda config: Walker(config, TOKEN_LOOPS),
 }
 
 _PROPERTIES = (

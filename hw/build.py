@@ -3,7 +3,6 @@
 
 import argparse
 import hashlib
-import os
 import sys
 import tempfile
 import warnings
@@ -66,7 +65,7 @@ def write(out: Path, verilog: str, manifest: Manifest) -> None:
         for name, text in (("gristmill.v", verilog), ("manifest.json", manifest.to_json())):
             part = Path(folder, name)
             part.write_text(text)
-            os.replace(part, out / name)
+            part.replace(out / name)
 
 
 def summary(config: AcceleratorConfig, block: str, out: Path, verilog: str) -> str:
@@ -77,7 +76,7 @@ def summary(config: AcceleratorConfig, block: str, out: Path, verilog: str) -> s
                   f"{config.activation_bits}-bit activations, {config.zero_point} zero points"),
         ("weight stream", f"{config.ports} x {config.port_width} bits = {config.beat_bytes} bytes a cycle, "
                           f"{100 * stream.overhead:.2f} % over ideal at K 896, group 128"),
-        ("limits", f"M {config.max_tokens}, K {config.max_k:,}, groups of {config.max_group_size} (longer ones are split)"),
+        ("limits", f"M {config.max_tokens}, K {config.max_k:,}, groups of {config.max_group_size} (longer: split)"),
         ("exact widths", f"psum {config.psum_bits}, group {config.group_bits}, centred {config.centred_bits}, "
                          f"sum {config.sum_bits} bits"),
         ("header ring", f"up to {max_header_beats(config)} beats a header"),

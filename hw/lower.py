@@ -45,23 +45,23 @@ def port_map(component: wiring.Component) -> dict[str, tuple]:
 
 
 def share_modules(text: str, top: str) -> str:
-    """Keep one of each set of equal modules, bottom up: one PE for the whole array instead of one per place."""
+    """Keep one of each set of equal modules, bottom up: one PE per column instead of one per place."""
     bodies = {match[1]: match[2] for match in _MODULE.finditer(text)}
-    while True:
-        kept: dict[str, str] = {}
-        renamed: dict[str, str] = {}
-        for name, body in bodies.items():
-            first = kept.setdefault(body, name)
-            if first != name and name != top:
-                renamed[name] = first
-        if not renamed:
-            break
-        bodies = {
-            name: _CELL.sub(lambda cell: f"{cell[1]}\\{renamed.get(cell[2], cell[2])} ", body)
-            for name, body in bodies.items()
-            if name not in renamed
-        }
+    while renamed := _equal_modules(bodies, top):
+        bodies = {name: _rename_cells(body, renamed) for name, body in bodies.items() if name not in renamed}
     return "".join(f"module \\{name}\n{body}end\n" for name, body in bodies.items())
+
+
+def _equal_modules(bodies: dict[str, str], top: str) -> dict[str, str]:
+    """Modules that repeat an earlier one, with its name."""
+    kept: dict[str, str] = {}
+    return {
+        name: first for name, body in bodies.items() if (first := kept.setdefault(body, name)) != name and name != top
+    }
+
+
+def _rename_cells(text: str, names: dict[str, str]) -> str:
+    return _CELL.sub(lambda cell: f"{cell[1]}\\{names.get(cell[2], cell[2])} ", text)
 
 
 def _shorten(text: str, top: str) -> str:
@@ -77,7 +77,7 @@ def _shorten(text: str, top: str) -> str:
                 candidate = f"{top}_{last}_{count}"
             short[name] = candidate
     text = re.sub(r"^(module )\\(\S+)$", lambda m: f"{m[1]}\\{short[m[2]]}", text, flags=re.MULTILINE)
-    return _CELL.sub(lambda m: f"{m[1]}\\{short.get(m[2], m[2])} ", text)
+    return _rename_cells(text, short)
 
 
 def to_rtlil(component: wiring.Component, name: str) -> str:

@@ -10,7 +10,7 @@ from ..spec.layout import StreamLayout
 from .activations import BANKS, ActivationBuffer, bank_slices
 from .column import Column, group_control, ring_control, ring_depth, zero_point_shape
 from .delay import delay
-from .walker import Walker, command_signature
+from .walker import TOKEN_LOOPS, Walker, command_signature
 
 
 class ColumnControl(wiring.Component):
@@ -52,15 +52,7 @@ class ColumnControl(wiring.Component):
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        m.submodules.walker = walker = Walker(
-            self.config,
-            {
-                "token": lambda command: command.tokens,
-                "slice": lambda command: command.group_slices,
-                "group": lambda command: command.groups,
-                "tile": lambda command: command.out_tiles,
-            },
-        )
+        m.submodules.walker = walker = Walker(self.config, TOKEN_LOOPS)
         wiring.connect(m, wiring.flipped(self.command), walker.command)
         m.d.comb += walker.step.eq(self.token)
         group_ends = Signal()

