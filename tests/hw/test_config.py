@@ -53,7 +53,7 @@ def test_widths_that_the_design_promises():
     integer = AcceleratorConfig(max_k=8704)
     assert (integer.centred_bits, integer.sum_bits) == (27, 48)
     assert integer.fraction_bits == 0
-    fixed = AcceleratorConfig(max_k=8704, zero_point="fixed")
+    fixed = AcceleratorConfig(max_k=8192, zero_point="fixed")
     assert (fixed.centred_bits, fixed.sum_bits) == (39, 60)
     assert fixed.fraction_bits == 11
 

@@ -102,9 +102,18 @@ def test_verilator_warning_fails_the_build(tmp_path: Path):
     assert not list(harness.BUILD.glob("built/careless-verilator-????????????????"))
 
 
-def test_refused_parameters_fail_the_bench():
-    result = harness.run_bench(Bench("sim.tb.tb_none", "no_such_block", {"tile": 3}), "verilator", SEED)
+@pytest.mark.parametrize(
+    ("top", "tile", "reason"),
+    [
+        ("pe", 3, "exit code 2: error: tile is one of 4, 8, 16, 32, not 3"),
+        ("no_such_block", 4, "exit code 2: error: block is one of core, pe, "),
+    ],
+)
+def test_refused_parameters_fail_the_bench(top: str, tile: int, reason: str):
+    result = harness.run_bench(Bench("sim.tb.tb_pe", top, {"tile": tile}), "verilator", SEED)
     assert list(result.failed) == ["hw.build"]
+    assert result.failed["hw.build"].startswith(reason)
+    assert not result.passed
 
 
 def test_missing_icarus_names_the_package(monkeypatch, capsys):

@@ -215,6 +215,10 @@ def test_bad_jobs(device):
             device.submit([replace(job, **change)])
     with pytest.raises(DeviceError, match="reuses activations"):
         device.submit([job, replace(job, tokens=1, reuse=True)])
+    # The second job would read what the first one writes, and a device may read everything at the start.
+    chained = replace(job, results=job.activations, activations=job.weights)
+    with pytest.raises(DeviceError, match="layer layer reads results of its own batch"):
+        device.submit([chained, job])
     with pytest.raises(DeviceError, match="at least one job"):
         device.submit([])
     device.free(small)

@@ -112,6 +112,9 @@ def test_zero_point_that_does_not_fit(zero_point, values, message):
     with pytest.raises(UserError) as refused:
         prepare(config, linear)
     assert str(refused.value) == f"layer layer: {message}"
+    with pytest.raises(UserError) as refused:
+        fit(config, "layer", 64, 4, 32, 4, linear.zero_points[0])
+    assert str(refused.value) == f"layer layer: {message}"
 
 
 def test_scale_that_does_not_fit():
