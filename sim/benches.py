@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which benches there are, as plain data: one entry per cocotb module and parameter set."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,8 +50,6 @@ class Bench:
         return f"{stem}[{self.parameters.replace(' ', ',')}]" if self.parameters else stem
 
 
-
-
 # The smallest hardware that still has every feature: it builds in seconds on both simulators.
 _SMALL = dict(tile=4, ports=1, port_width=64, max_tokens=5, max_k=1024)
 # Several slices in a word; one token only; few bits.
@@ -67,7 +66,9 @@ _TILE_32 = dict(tile=32, ports=4, port_width=128, max_tokens=16, max_k=1024)
 
 # Every value that a parameter may have occurs here, and combinations that nothing in the quick list has.
 _SWEEP = [
-    dict(tile=4, weight_bits=3, activation_bits=9, ports=2, port_width=32, max_tokens=64, max_k=896, max_group_size=128),
+    dict(
+        tile=4, weight_bits=3, activation_bits=9, ports=2, port_width=32, max_tokens=64, max_k=896, max_group_size=128
+    ),
     dict(tile=4, weight_bits=8, activation_bits=16, zero_point="fixed", ports=1, port_width=32, max_tokens=2),
     dict(tile=4, weight_bits=5, activation_bits=10, ports=4, port_width=64, max_tokens=7, max_k=4096),
     dict(tile=8, weight_bits=4, activation_bits=16, ports=4, port_width=128, max_tokens=32, max_k=32768),
@@ -83,8 +84,8 @@ _SWEEP = [
 ]
 
 
-def _bench(block: str, params: dict[str, object], tb: str = "", full: bool = False, **settings: object) -> Bench:
-    return Bench(f"sim.tb.tb_{tb or block}", block, params, settings, full, timeout=3600 if full else 600)
+def _bench(block: str, params: Mapping[str, object], tb: str = "", full: bool = False, **settings: object) -> Bench:
+    return Bench(f"sim.tb.tb_{tb or block}", block, dict(params), settings, full, timeout=3600 if full else 600)
 
 
 # The first one also runs on Icarus in `make test`. The builds take most of the time, so a block has few of them.

@@ -3,7 +3,9 @@
 
 Every layer is compared twice. `exact`: all results equal those of hw.spec.numerics bit for bit, computed from the
 model's integers without packing. `relative_error`: max|y - y_ort| / max|y_ort| over the layer's M x N results, where
-y_ort is what onnxruntime computes in float32 from the same activations.
+y_ort is what onnxruntime computes in float32 from the same activations. They are those of the last M of the
+prompt's first 32 tokens (or first M). A model's first token, where its attention rests, is no typical input: a few
+outliers set its exponent, and with 16-bit activations some value projections of SmolLM2 then differ by 0.3 %.
 """
 
 import argparse
@@ -34,6 +36,8 @@ PROMPT = (
     " is ground once, at the speed of the water, and the flour is exactly what the miller expected it to be."
 )
 TOKENS = 16
+CONTEXT = 32
+"""Tokens of the prompt that onnxruntime computes, if M asks for no more; small test models have no longer context."""
 IN_FLIGHT = 2
 """Layers that the device holds at once: one runs while the next is packed and checked."""
 TIMEOUT = 3600.0
@@ -112,7 +116,7 @@ class _Running:
 
 
 def run_layers(device: Device, works: Iterator[Captured], tokens: int) -> Iterator[LayerResult]:
-    """Runs layers on the device with their first `tokens` activations and compares. At most IN_FLIGHT are held."""
+    """Runs layers on the device with the activations of the last `tokens` tokens and compares. At most IN_FLIGHT are held."""
     running: deque[_Running] = deque()
     for work in works:
         running.append(_start(device, work, tokens))
@@ -123,7 +127,7 @@ def run_layers(device: Device, works: Iterator[Captured], tokens: int) -> Iterat
 
 
 def _start(device: Device, work: Captured, tokens: int) -> _Running:
-    layer, config, x = work.layer, device.config, work.x[:tokens]
+    layer, config, x = work.layer, device.config, work.x[-tokens:]
     layout = pack.fit(config, layer.name, layer.k, layer.n, layer.group_size, layer.bits, layer.zero_points)
     weights = pack.integer_weights(config, layer, layout)
     prepared = pack.prepare(config, layer, weights)
@@ -149,7 +153,7 @@ def _finish(device: Device, running: _Running) -> LayerResult:
         device.free(buffer)
     # The tensor that onnxruntime gave contains the bias where the node adds it; the device computes the product.
     bias = layer.bias if layer.bias is not None and layer.bias_in_node else 0.0
-    wanted = running.work.y[:m].astype(np.float64)
+    wanted = running.work.y[-m:].astype(np.float64)
     error = np.abs(y.astype(np.float64) + bias - wanted).max()
     return LayerResult(
         name=layer.name,
@@ -184,7 +188,7 @@ def _parser() -> _Parser:
     parser = _Parser(prog="python -m sw.layers", description="A model's linear layers through a device, checked.")
     parser.add_argument("model", metavar="MODEL", help="an ONNX file, a folder with one, or smollm2")
     parser.add_argument("--device", required=True, help="reference (numpy) or rtl (the simulated Verilog)")
-    parser.add_argument("--tokens", type=int, metavar="M", help=f"tokens of the prompt to compute (default: {TOKENS})")
+    parser.add_argument("--tokens", type=int, metavar="M", help=f"tokens to compute (default: {TOKENS})")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N layers")
     parser.add_argument("--prompt", default=PROMPT, metavar="TEXT", help="whose activations to use")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of the table")
@@ -225,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.tokens and options.tokens > len(ids):
         raise UserError(f"--tokens {options.tokens} needs a longer prompt: this one has {len(ids)} tokens")
     tokens = options.tokens or min(TOKENS, config.max_tokens, len(ids))
-    works = capture_inputs(linears, ids[:tokens], tokens=tokens, threads=1)
+    works = capture_inputs(linears, ids[: max(tokens, CONTEXT)], tokens=tokens, threads=1)
 
     with open_device(options.device, **config.to_dict()) as device, layer_progress(len(linears)) as advance:
         results = []

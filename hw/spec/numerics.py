@@ -134,17 +134,19 @@ def group_sums(activations: Activations, group_size: int) -> np.ndarray:
 
 def accumulate(config: AcceleratorConfig, weights: Weights, activations: Activations) -> np.ndarray:
     """``Y[m, n] = sum_g sm * (P * 2^f - z * A)``: int64 [M, N], exact."""
-    n, k = weights.q.shape
-    tokens = activations.mantissas.shape[0]
-    size = weights.group_size
-    groups = k // size
-    # P stays far below 2**53, so the float64 product is exact, and BLAS makes it fast.
-    x = activations.mantissas.astype(np.float64).reshape(tokens, groups, size).transpose(1, 0, 2)
-    q = weights.q.astype(np.float64).reshape(n, groups, size).transpose(1, 2, 0)
-    products = np.matmul(x, q).astype(np.int64)
-    sums = group_sums(activations, size).T[:, :, None]
-    centred = (products << config.fraction_bits) - weights.zero_points.T[:, None, :] * sums
-    return (weights.scale_mantissas.T[:, None, :] * centred).sum(axis=0)
+    tokens, size = len(activations.mantissas), weights.group_size
+    sums = group_sums(activations, size)
+    x = activations.mantissas.astype(np.float64)
+    total = np.zeros((tokens, len(weights.q)), np.int64)
+    for group in range(sums.shape[1]):
+        part = slice(group * size, (group + 1) * size)
+        # P stays far below 2**53, so the float64 product is exact, and BLAS makes it fast.
+        value = (x[:, part] @ weights.q[:, part].T.astype(np.float64)).astype(np.int64)
+        value <<= config.fraction_bits
+        value -= weights.zero_points[:, group] * sums[:, group, None]
+        value *= weights.scale_mantissas[:, group]
+        total += value
+    return total
 
 
 def to_float32(values: np.ndarray, exponents: np.ndarray) -> np.ndarray:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The control at the column heads against the loop nest: flags, tokens, ring entries, sums and scales, cycle by cycle."""
+"""The control at the column heads against the loop nest: flags, tokens, ring entries, sums, scales, every cycle."""
 
 from typing import NamedTuple
 
@@ -114,15 +114,14 @@ class _Bench:
         def ago(cycles):
             return log[-1 - cycles] if len(log) > cycles else None
 
-        group = payload("group").unpack([self._int("group")]) if ago(lead) else None
-        assert str(dut.group.value)[-1] == str(int(group is not None)), "group.valid"
-        ends = str(dut.group.value)[-1 - payload("group").fields["ends"].offset]
-        assert ends == str(int(bool(group and ago(lead).last_slice))), "group.ends"
-        token = ago(lead)
-        if group and token:
-            assert (int(group["token"][0]), int(group["first_slice"][0])) == (token.token, token.first_slice)
+        token, flags, fields = ago(lead), str(dut.group.value)[::-1], payload("group").fields
+        assert flags[fields["valid"].offset] == str(int(token is not None)), "group.valid"
+        assert flags[fields["ends"].offset] == str(int(bool(token and token.last_slice))), "group.ends"
+        if token:
+            group = {name: int(values[0]) for name, values in payload("group").unpack([self._int("group")]).items()}
+            assert (group["token"], group["first_slice"]) == (token.token, token.first_slice)
             if token.last_slice:
-                assert int(group["sum"][0]) == int(self.sums[token.sum_address]), f"sum of {token}"
+                assert group["sum"] == int(self.sums[token.sum_address]), f"sum of {token}"
                 record, scale_bits = self.records[token.record], config().tile * SCALE_BITS
                 assert self._int("scales") == record & ((1 << scale_bits) - 1)
                 assert self._int("zero_points") == record >> scale_bits

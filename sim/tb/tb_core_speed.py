@@ -8,6 +8,7 @@ in them. The results are checked too.
 import cocotb
 
 from hw.spec.cycles import layer_cycles
+from hw.spec.layout import StreamLayout
 from sim.models import job
 from sim.streams import rng
 from sim.tb.common import config
@@ -17,6 +18,9 @@ K, N, GROUP_SIZE = 896, 1152, 128
 TOLERANCE = 4
 """Cycles by which the performance model may be wrong about a whole layer."""
 
+ARRAY_LIMITED = StreamLayout(config()).array_factor > 1
+"""A beat holds more slices than the array takes in a cycle, so there have to be cycles without a beat."""
+
 
 async def _measure(dut, tokens, limit):
     """One layer; returns its cycles over the bound ``max(beats, M * slices * out_tiles)``."""
@@ -25,7 +29,9 @@ async def _measure(dut, tokens, limit):
     slices = item.layer.k // config().tile * item.layer.out_tiles
     bound = max(item.layer.beats, tokens * slices)
     cycles, predicted = await core.check([item]), layer_cycles(item.layer, tokens)
-    dut._log.info("M %d: %d cycles, %d beats, bound %d, predicted %d", tokens, cycles, item.layer.beats, bound, predicted)
+    dut._log.info(
+        "M %d: %d cycles, %d beats, bound %d, predicted %d", tokens, cycles, item.layer.beats, bound, predicted
+    )
     assert abs(cycles - predicted) <= TOLERANCE, f"M {tokens} took {cycles} cycles, hw.spec.cycles says {predicted}"
     assert cycles <= limit * bound, f"M {tokens} took {cycles} cycles, {cycles / bound:.3f} of {bound}"
 
@@ -45,7 +51,7 @@ async def test_all_tokens(dut):
     await _measure(dut, config().max_tokens, 1.05)
 
 
-@cocotb.test()
+@cocotb.test(skip=ARRAY_LIMITED)
 async def test_no_idle_beat_between_layers(dut):
     """At M = 1 the core takes a beat in every cycle from the first of the first layer to the last of the last."""
     core, random = await CoreDriver.create(dut), rng()
@@ -53,7 +59,7 @@ async def test_no_idle_beat_between_layers(dut):
     assert core.idle_beats == 0, f"{core.idle_beats} cycles without a beat"
 
 
-@cocotb.test()
+@cocotb.test(skip=ARRAY_LIMITED)
 async def test_no_idle_beat_between_shapes(dut):
     """The same with layers of different shapes; short ones, too, as long as their results keep up."""
     core, random = await CoreDriver.create(dut), rng()

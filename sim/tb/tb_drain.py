@@ -56,7 +56,7 @@ class _Layer:
 class _Bench:
     """Plays the columns, the activation buffer and the header reader."""
 
-    def __init__(self, dut, random, count, whole=False, **stalls):
+    def __init__(self, dut, random, count, whole, stalls):
         self.dut, self.random, c = dut, random, config()
         self.layers: list[_Layer] = []
         for number in range(count):
@@ -155,8 +155,8 @@ class _Bench:
         return fields.pack(columns=slot["columns"], address=slot["address"], values=values[None])[0]
 
 
-async def _drain(dut, count, whole=False, **stalls):
-    bench = _Bench(dut, rng(), count, whole, **stalls)
+async def _drain(dut, count, whole=False, stalls=None):
+    bench = _Bench(dut, rng(), count, whole, stalls or {})
     await begin(dut)
     return await bench.run(), bench
 
@@ -181,4 +181,4 @@ async def test_partial_tiles(dut):
 async def test_random_stalls(dut, speeds):
     """A sink that stalls fills the FIFO, never more. Row exponents come in time: a tile only starts after them."""
     names = ("command", "results", "tile_done")
-    await _drain(dut, 10, **{name: randomly(p, rng(n)) for n, (name, p) in enumerate(zip(names, speeds))})
+    await _drain(dut, 10, stalls={name: randomly(p, rng(n)) for n, (name, p) in enumerate(zip(names, speeds))})

@@ -34,7 +34,7 @@ async def test_full_throughput(dut):
     assert source.stalled_by_dut == 0
     for user in USERS:
         assert consecutive(monitor[user])
-        assert monitor[user][0] - monitor["command"][0] == 1
+        assert monitor[user][0] - monitor["command"][0] == latency()
 
 
 @cocotb.test()

@@ -166,7 +166,7 @@ async def test_full_throughput(dut):
 async def test_latency(dut, late):
     """The first outputs come ``latency`` cycles after the first cycle that sees the last credit."""
     held, layers = [True], _Layers(rng(), 1)
-    stalls = {name: never for name in ("word_pushed", "tile_ready", "slice_ready", "ring_release")}
+    stalls = dict.fromkeys(("word_pushed", "tile_ready", "slice_ready", "ring_release"), never)
     stalls[late] = lambda: held[0]
     source, bench = StreamSource(dut, "command", dut.clk), _Bench(dut, layers, stalls)
     await begin(dut)

@@ -110,7 +110,7 @@ def test_dictionary_round_trip():
     assert AcceleratorConfig.from_dict(config.to_dict()) == config
     with pytest.raises(ConfigError, match=r"^a config has the fields .*tile.*, not tile$"):
         AcceleratorConfig.from_dict({"tile": 8})
-    with pytest.raises(ConfigError, match="not .*colour"):
+    with pytest.raises(ConfigError, match=r"not .*colour"):
         AcceleratorConfig.from_dict({**config.to_dict(), "colour": "red"})
 
 

@@ -242,7 +242,7 @@ def test_pack_checks_its_arrays():
         pack(layer, weights._replace(q=weights.q[:15]))
     with pytest.raises(ConfigError, match=re.escape("the layer is [16, 128] in 2 groups, not [16, 128] in 1")):
         pack(layer, weights._replace(scale_mantissas=weights.scale_mantissas[:, :1]))
-    with pytest.raises(ConfigError, match="^a weight is at most 15, not 16$"):
+    with pytest.raises(ConfigError, match=r"^a weight is at most 15, not 16$"):
         pack(layer, weights._replace(q=np.full_like(weights.q, 16)))
     with pytest.raises(ConfigError, match=r"^the layer's stream is uint8 \[\d+, 64\], not int64 "):
         unpack(layer, pack(layer, weights).astype(np.int64))

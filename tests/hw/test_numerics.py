@@ -162,10 +162,10 @@ def test_scales():
 
 
 def test_zero_points():
-    assert quantise_zero_points(CONFIG, [[0, 8, 15.0]]).tolist() == [[0, 8, 15]]
+    assert quantise_zero_points(CONFIG, np.array([[0, 8, 15.0]])).tolist() == [[0, 8, 15]]
     values = [0, 8.5, -8.25, 15.99951171875, 1 / 4096, 3 / 4096, -1 / 4096, -16]
     expected = [rounded(Fraction(v) * 2048) for v in values]
-    assert quantise_zero_points(FIXED, [values]).tolist() == [expected]
+    assert quantise_zero_points(FIXED, np.array([values])).tolist() == [expected]
 
 
 def test_float32():
@@ -195,18 +195,30 @@ def test_float32_flushes_to_a_zero_of_the_same_sign():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: quantise_activations(CONFIG, [[1, np.nan]]), r"finite numbers, not nan \(token 0, element 1\)"),
-        (lambda: quantise_activations(CONFIG, [[1, 2], [-np.inf, 1]]), r"finite .* not -inf \(token 1, element 0\)"),
-        (lambda: quantise_activations(CONFIG, [[1.0], [2.0**200]]), r"exponent of token 1 is 186, .* -128 to 127"),
-        (lambda: quantise_activations(CONFIG, [[2.0**-200]]), r"exponent of token 0 is -214, .* -128 to 127"),
-        (lambda: quantise_scales([[1, np.inf]]), r"scales are finite numbers, not inf \(row 0, group 1\)"),
-        (lambda: quantise_scales([[1.0], [2.0**130]]), r"exponent of row 1 is 131, .* -128 to 127"),
-        (lambda: quantise_scales([[2.0**-140]]), r"exponent of row 0 is -139, .* -128 to 127"),
-        (lambda: quantise_zero_points(CONFIG, [[7.5]]), r'^zero point 7.5 has a fraction: .* zero_point="fixed"'),
-        (lambda: quantise_zero_points(CONFIG, [[16]]), r"zero point 16 is outside the field's 0 to 15"),
-        (lambda: quantise_zero_points(CONFIG, [[-1]]), r"zero point -1 is outside the field's 0 to 15"),
-        (lambda: quantise_zero_points(FIXED, [[16]]), r"zero point 16 is outside the field's -16 to 15.9995"),
-        (lambda: quantise_zero_points(FIXED, [[np.nan]]), r"zero point nan is outside"),
+        (
+            lambda: quantise_activations(CONFIG, np.array([[1, np.nan]])),
+            r"finite numbers, not nan \(token 0, element 1\)",
+        ),
+        (
+            lambda: quantise_activations(CONFIG, np.array([[1, 2], [-np.inf, 1]])),
+            r"finite .* not -inf \(token 1, element 0\)",
+        ),
+        (
+            lambda: quantise_activations(CONFIG, np.array([[1.0], [2.0**200]])),
+            r"exponent of token 1 is 186, .* -128 to 127",
+        ),
+        (lambda: quantise_activations(CONFIG, np.array([[2.0**-200]])), r"exponent of token 0 is -214, .* -128 to 127"),
+        (lambda: quantise_scales(np.array([[1, np.inf]])), r"scales are finite numbers, not inf \(row 0, group 1\)"),
+        (lambda: quantise_scales(np.array([[1.0], [2.0**130]])), r"exponent of row 1 is 131, .* -128 to 127"),
+        (lambda: quantise_scales(np.array([[2.0**-140]])), r"exponent of row 0 is -139, .* -128 to 127"),
+        (
+            lambda: quantise_zero_points(CONFIG, np.array([[7.5]])),
+            r'^zero point 7.5 has a fraction: .* zero_point="fixed"',
+        ),
+        (lambda: quantise_zero_points(CONFIG, np.array([[16]])), r"zero point 16 is outside the field's 0 to 15"),
+        (lambda: quantise_zero_points(CONFIG, np.array([[-1]])), r"zero point -1 is outside the field's 0 to 15"),
+        (lambda: quantise_zero_points(FIXED, np.array([[16]])), r"zero point 16 is outside the field's -16 to 15.9995"),
+        (lambda: quantise_zero_points(FIXED, np.array([[np.nan]])), r"zero point nan is outside"),
     ],
 )
 def test_refusal_names_rule_and_value(call, message: str):
