@@ -116,7 +116,7 @@ class _Running:
 
 
 def run_layers(device: Device, works: Iterator[Captured], tokens: int) -> Iterator[LayerResult]:
-    """Runs layers on the device with the activations of the last `tokens` tokens and compares. At most IN_FLIGHT are held."""
+    """Runs layers on the device on the last `tokens` tokens and compares. At most IN_FLIGHT are held."""
     running: deque[_Running] = deque()
     for work in works:
         running.append(_start(device, work, tokens))
