@@ -92,10 +92,10 @@ def _bench(block: str, params: Mapping[str, object], tb: str = "", full: bool = 
 BENCHES: list[Bench] = [
     *(_bench(block, _SMALL) for block in ("pe", "array", "float_out", "fifo", "fork", "walker", "splitter", "header")),
     *(_bench(block, _SMALL) for block in ("columns", "activations", "sequencer", "column_control", "drain")),
-    *(_bench(block, _NARROW) for block in ("assembler", "array", "header", "sequencer")),
-    *(_bench(block, _FIXED) for block in ("columns", "float_out")),
+    *(_bench(block, _NARROW) for block in ("assembler", "sequencer")),
+    *(_bench(block, _FIXED) for block in ("array", "columns", "float_out")),
     _bench("sequencer", _WIDE),
-    _bench("drain", _TILE_32),
+    *(_bench(block, _TILE_32) for block in ("header", "drain")),
     _bench("core", _SMALL),
     _bench("core", _WIDE),
     _bench("core", _NARROW),
@@ -107,7 +107,8 @@ BENCHES: list[Bench] = [
     *(_bench("core", params, full=True, long=True) for params in _SWEEP),
     *(
         _bench(block, params, full=True)
-        for params in (_WIDE, _TILE_16, _TILE_32)
+        for params in (_NARROW, _WIDE, _TILE_16, _TILE_32)
         for block in ("array", "columns", "float_out", "activations", "splitter", "header", "column_control")
+        if (block, params) != ("header", _TILE_32)
     ),
 ]

@@ -7,7 +7,7 @@ in them. The results are checked too.
 
 import cocotb
 
-from hw.spec.cycles import layer_cycles
+from hw.spec.cycles import layer_cycles, tile_cycles
 from hw.spec.layout import StreamLayout
 from sim.models import job
 from sim.streams import rng
@@ -66,3 +66,14 @@ async def test_no_idle_beat_between_shapes(dut):
     shapes = [(896, 96), (1024, 32), (512, 64), (768, 33), (1024, 1), (896, 128)]
     await core.check([job(config(), random, k, n, GROUP_SIZE, 1) for k, n in shapes])
     assert core.idle_beats == 0, f"{core.idle_beats} cycles without a beat"
+
+
+@cocotb.test()
+async def test_no_idle_slice_between_layers(dut):
+    """Where the array is the limit (K well above tile**2, or the drain is), it takes a token slice in every cycle."""
+    core, random, count = await CoreDriver.create(dut), rng(), 10
+    jobs = [job(config(), random, 1024, 2 * config().tile, GROUP_SIZE, config().max_tokens) for _ in range(count)]
+    layer, tokens = jobs[0].layer, jobs[0].tokens
+    expected = layer_cycles(layer, tokens) + (count - 1) * layer.out_tiles * tile_cycles(layer, tokens)
+    cycles = await core.check(jobs)
+    assert abs(cycles - expected) <= TOLERANCE, f"{count} layers took {cycles} cycles, not {expected}"
