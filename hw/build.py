@@ -75,7 +75,8 @@ def summary(config: AcceleratorConfig, block: str, out: Path, verilog: str) -> s
         ("array", f"{config.tile} x {config.tile} PEs, {config.weight_bits}-bit weights, "
                   f"{config.activation_bits}-bit activations, {config.zero_point} zero points"),
         ("weight stream", f"{config.ports} x {config.port_width} bits = {config.beat_bytes} bytes a cycle, "
-                          f"{100 * stream.overhead:.2f} % over ideal at K 896, group 128"),
+                          f"{100 * stream.overhead:.2f} % over ideal at K {stream.typical_layer.k}, "
+                          f"group {stream.typical_layer.group_size}"),
         ("limits", f"M {config.max_tokens}, K {config.max_k:,}, groups of {config.max_group_size} (longer: split)"),
         ("exact widths", f"psum {config.psum_bits}, group {config.group_bits}, centred {config.centred_bits}, "
                          f"sum {config.sum_bits} bits"),

@@ -101,10 +101,17 @@ class StreamLayout:
 
     @property
     def overhead(self) -> float:
-        """Stream bits over ideal bits for K = 896, group 128: ideal is weights, scales and zero points alone."""
-        layer = LayerLayout(self.config, k=896, n=self.config.tile, group_size=128)
-        ideal = self.config.tile * 896 * self.config.weight_bits + layer.groups * self.record_bits
+        """Stream bits over ideal bits of the typical layer, less one: ideal is weights, scales, zero points alone."""
+        layer = self.typical_layer
+        ideal = self.config.tile * layer.k * self.config.weight_bits + layer.groups * self.record_bits
         return layer.beats * self.config.beat_bits / ideal - 1
+
+    @property
+    def typical_layer(self) -> "LayerLayout":
+        """One output tile of K = 896 in groups of 128, or as much of either as the config holds."""
+        config = self.config
+        size = min(128, config.max_group_size, config.max_k)
+        return LayerLayout(config, k=min(896, config.max_k) // size * size, n=config.tile, group_size=size)
 
     @property
     def array_factor(self) -> float:
