@@ -31,7 +31,8 @@ SIMULATORS = ("verilator", "icarus")
 # -Wall, and a warning ends the build. Only the ports are visible to cocotb: a public inside would stop most of
 # Verilator's optimisations. The benches are short, so a quick compilation beats a quick simulation.
 VERILATOR_ARGS = ["-Wall", "--public-depth", "1"]
-VERILATOR_MAKE_ARGS = ["-j2", "OPT_FAST=-O1", "OPT_SLOW=-O0", "OPT_GLOBAL=-O1"]
+# The wheel's makefile forgets the option that includes a precompiled header, which only larger models have.
+VERILATOR_MAKE_ARGS = ["-j2", "OPT_FAST=-O1", "OPT_SLOW=-O0", "OPT_GLOBAL=-O1", "CFG_CXXFLAGS_PCH_I=-include"]
 TIMESCALE = "1ns/1ps"
 WAIVERS = ROOT / "sim" / "waivers.vlt"
 
