@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from dataclasses import fields
 from pathlib import Path
+from typing import NoReturn
 
 from .blocks import BLOCKS, describe_ports, describe_properties
 from .lower import LowerError, to_verilog
@@ -93,8 +94,15 @@ def summary(config: AcceleratorConfig, block: str, out: Path, verilog: str) -> s
     return "\n".join(f"{name:>14}  {text}" for name, text in rows)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m hw.build", description="Generate an accelerator.")
+    parser = _Parser(prog="python -m hw.build", description="Generate an accelerator.")
     for item in fields(AcceleratorConfig):
         option = f"--{item.name.replace('_', '-')}"
         parser.add_argument(option, type=type(item.default), default=item.default, help=_HELP[item.name])

@@ -66,6 +66,8 @@ _TILE_32 = dict(tile=32, ports=4, port_width=128, max_tokens=16, max_k=1024)
 
 # Every value that a parameter may have occurs here, and combinations that nothing in the quick list has.
 _SWEEP = [
+    dict(tile=4, ports=1, port_width=64, max_k=64, max_group_size=32, max_tokens=3),
+    dict(tile=8, ports=4, port_width=128, max_k=32, max_group_size=256, max_tokens=1),
     dict(
         tile=4, weight_bits=3, activation_bits=9, ports=2, port_width=32, max_tokens=64, max_k=896, max_group_size=128
     ),

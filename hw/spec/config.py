@@ -76,7 +76,7 @@ class AcceleratorConfig:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or value not in choices:
+            if type(value) is not type(choices[0]) or value not in choices:
                 raise ConfigError(f"{name} is one of {', '.join(map(str, choices))}, not {value!r}")
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)

@@ -19,7 +19,9 @@ def pipeline_latency(config: AcceleratorConfig) -> int:
 def tile_cycles(layer: LayerLayout, tokens: int) -> int:
     """Cycles per output tile in the steady state, also from one layer to the next: the slowest of three.
 
-    The beats of the stream; the array, one token slice or one word per cycle; the drain.
+    The beats of the stream; the array, one token slice or one word per cycle; the drain. Where array and drain take
+    equally long and M is max_tokens, the real figure is about 2 % higher: the ring of sums holds two output tiles, and
+    the third one waits until the first has left.
     """
     slices = layer.groups * layer.group_slices
     array = slices * max(tokens, layer.stream.words_per_slice)
