@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The column post-processor: psums of slices become the exact sums ``Y`` of one output row."""
 
-from amaranth.hdl import Module, Mux, Signal, signed, unsigned
+from amaranth.hdl import Cat, Module, Mux, Signal, signed, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -143,11 +143,11 @@ class Column(wiring.Component):
             {"scaled": self.scale * r["centred"]},
             {"product": r["scaled"]},
         )
-        enable = self.group_in.ends
-        for index, stage in enumerate(stages):
+        moving = Signal(len(stages) - 1)
+        m.d.sync += moving.eq(Cat(self.group_in.ends, moving))
+        for stage, enable in zip(stages, Cat(self.group_in.ends, moving), strict=True):
             with m.If(enable):
                 m.d.sync += [r[name].eq(value) for name, value in stage.items()]
-            enable = delay(m, enable, 1, name=f"ends_{index}")
         return r["product"]
 
     def _accumulate_groups(self, m: Module, product: Signal) -> None:

@@ -6,7 +6,6 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..spec.config import FLOAT_BITS, AcceleratorConfig
-from .delay import delay
 
 _FRACTION_BITS = 23
 _EXPONENT_BIAS = 127
@@ -60,18 +59,19 @@ class FloatOut(wiring.Component):
                 "exponent": signed(self.config.exponent_sum_bits + 2),
             }
         )
-        moving = self.valid
+        # One bit per stage: there is a value in the register before it.
+        moving = Signal(self.latency - 1)
+        m.d.sync += moving.eq(Cat(self.valid, moving))
         number = Signal(shape, name="number", reset_less=True)
-        with m.If(moving):
+        with m.If(self.valid):
             m.d.sync += [
                 number.sign.eq(self.value < 0),
                 number.magnitude.eq(Mux(self.value < 0, -self.value, self.value)),
                 number.exponent.eq(self.exponent + (self.bits - 1 + _EXPONENT_BIAS)),
             ]
-        for power in self._powers:
-            moving = delay(m, moving, 1, name=f"moving_{power}", reset=True)
-            number = self._shift(m, moving, number, 1 << power)
-        self._round(m, moving, number)
+        for stage, power in enumerate(self._powers):
+            number = self._shift(m, moving[stage], number, 1 << power)
+        self._round(m, moving[len(self._powers)], number)
         return m
 
     def _shift(self, m: Module, moving, number, distance: int):
@@ -93,7 +93,6 @@ class FloatOut(wiring.Component):
         half, rest = (dropped[-1], dropped[:-1].any()) if cut else (Const(0, 1), Const(0, 1))
         packed = Signal(signed(len(number.exponent) + _FRACTION_BITS), reset_less=True)
         present, sign = Signal(reset_less=True), Signal(reset_less=True)
-        moving = delay(m, moving, 1, name="moving_round", reset=True)
         with m.If(moving):
             m.d.sync += [
                 packed.eq(Cat(fraction, number.exponent).as_signed() + (half & (rest | fraction[0]))),
