@@ -6,8 +6,10 @@ from collections.abc import Callable
 from amaranth.hdl import Shape, ShapeCastable
 from amaranth.lib import data, stream, wiring
 
+from .rtl.activation_unit import ActivationUnit
 from .rtl.activations import ActivationBuffer
 from .rtl.array import SystolicArray
+from .rtl.axi import AxiSignature
 from .rtl.column import Columns
 from .rtl.column_control import ColumnControl
 from .rtl.core import Core, word_fifo_depth
@@ -16,6 +18,7 @@ from .rtl.fifo import StreamFifo
 from .rtl.float_out import FloatOut
 from .rtl.header import HeaderReader
 from .rtl.pe import ProcessingElement
+from .rtl.read_manager import ReadManager
 from .rtl.sequencer import Sequencer
 from .rtl.walker import TOKEN_LOOPS, CommandFork, Walker
 from .rtl.weights import WeightSplitter, WordAssembler
@@ -30,6 +33,7 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "columns": Columns,
     "float_out": FloatOut,
     "activations": ActivationBuffer,
+    "activation_unit": ActivationUnit,
     "splitter": WeightSplitter,
     "assembler": WordAssembler,
     "header": HeaderReader,
@@ -37,6 +41,7 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "column_control": ColumnControl,
     "drain": lambda config: Drain(config, chain_latency=config.tile),
     "fifo": lambda config: StreamFifo(StreamLayout(config).word_bits, word_fifo_depth(config)),
+    "read_manager": lambda config: ReadManager(config.port_width),
     "fork": lambda config: CommandFork(config, ("a", "b", "c")),
     "walker": lambda config: Walker(config, TOKEN_LOOPS),
 }
@@ -86,6 +91,9 @@ def describe_ports(component: wiring.Component) -> tuple[dict[str, Port], dict[s
     """The component's ports outside and inside streams, as the manifest lists them."""
     ports, streams = {}, {}
     for name, member in component.signature.members.items():
+        if member.is_signature and isinstance(member.signature, AxiSignature):
+            # Its ports have the specification's names and need no description.
+            continue
         if member.is_signature:
             if not isinstance(member.signature, stream.Signature):
                 raise TypeError(f"port {name} is neither a signal nor a stream")

@@ -8,11 +8,13 @@ import tempfile
 from pathlib import Path
 
 from amaranth.back import rtlil
-from amaranth.hdl import Fragment, ValueCastable
+from amaranth.hdl import Elaboratable, Fragment, Module, Signal, Value, ValueCastable
 from amaranth.hdl._ast import SignalDict
 from amaranth.hdl._ir import PortDirection, build_netlist
 from amaranth.hdl._nir import Memory as NetlistMemory
 from amaranth.lib import wiring
+
+from .rtl.axi import AxiSignature
 
 _PASSES = ("proc", "opt -full", "clean", "check -assert")
 """Processes become registers and multiplexers, then everything is simplified: Verilator runs the result about eight
@@ -39,9 +41,53 @@ def port_map(component: wiring.Component) -> dict[str, tuple]:
     for path, member, value in component.signature.flatten(component):
         if isinstance(value, ValueCastable):
             value = value.as_value()
-        direction = PortDirection.Input if member.flow == wiring.In else PortDirection.Output
-        ports["_".join(map(str, path))] = (value, direction)
+        ports["_".join(map(str, path))] = (value, _direction(member.flow))
     return ports
+
+
+def _direction(flow: wiring.Flow) -> PortDirection:
+    return PortDirection.Input if flow == wiring.In else PortDirection.Output
+
+
+class _AxiPorts(Elaboratable):
+    """A component with its AXI channels taken apart, so that tools recognise the interfaces by their ports' names.
+
+    ``ports`` is what :func:`port_map` gives for other components; AXI signals are named ``m_axi_{port}_{signal}``.
+    """
+
+    def __init__(self, component: wiring.Component):
+        self.component = component
+        self.ports: dict[str, tuple] = {}
+        self._parts: list[tuple] = []
+        axi = {name for name, member in component.signature.members.items() if _is_axi(member)}
+        others = wiring.Signature({n: m for n, m in component.signature.members.items() if n not in axi})
+        for path, member, value in others.flatten(component):
+            self._add("_".join(map(str, path)), value, member.flow)
+        for name in sorted(axi):
+            signature = component.signature.members[name].signature
+            for (channel, part), member, value in signature.flatten(getattr(component, name)):
+                prefix = f"m_axi_{name}_{channel}"
+                if part == "payload":
+                    for field, _ in member.shape:
+                        self._add(f"{prefix}{field}", value[field], member.flow)
+                else:
+                    self._add(f"{prefix}{part}", value, member.flow)
+
+    def _add(self, name: str, value, flow: wiring.Flow) -> None:
+        value = Value.cast(value)
+        port = Signal(value.shape(), name=name)
+        self.ports[name] = (port, _direction(flow))
+        self._parts.append((value, port) if flow == wiring.In else (port, value))
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        m.submodules.inside = self.component
+        m.d.comb += [target.eq(source) for target, source in self._parts]
+        return m
+
+
+def _is_axi(member: wiring.Member) -> bool:
+    return member.is_signature and isinstance(member.signature, AxiSignature)
 
 
 def share_modules(text: str, top: str) -> str:
@@ -86,7 +132,11 @@ def to_rtlil(component: wiring.Component, name: str) -> str:
     As ``amaranth.back.rtlil.convert``, but memories start undefined: their zeros would be most of the text and of
     the time, and the design reads no entry before it has written it.
     """
-    netlist = build_netlist(Fragment.get(component, None), ports=port_map(component), name=name)
+    top, ports = component, None
+    if any(_is_axi(member) for member in component.signature.members.values()):
+        top = _AxiPorts(component)
+        ports = top.ports
+    netlist = build_netlist(Fragment.get(top, None), ports=ports or port_map(component), name=name)
     for cell in netlist.cells:
         if isinstance(cell, NetlistMemory):
             if any(cell.init):

@@ -96,6 +96,8 @@ BENCHES: list[Bench] = [
     *(_bench(block, _SMALL) for block in ("columns", "activations", "sequencer", "column_control", "drain")),
     *(_bench(block, _NARROW) for block in ("assembler", "sequencer")),
     *(_bench(block, _FIXED) for block in ("array", "columns", "float_out")),
+    *(_bench("activation_unit", params) for params in (_SMALL, _NARROW)),
+    _bench("read_manager", _SMALL),
     _bench("sequencer", _WIDE),
     *(_bench(block, _TILE_32) for block in ("header", "drain")),
     _bench("core", _SMALL),
@@ -106,6 +108,7 @@ BENCHES: list[Bench] = [
     _bench("core", _TILE_16, tb="core_speed"),
     _bench("core", _TILE_32),
     _bench("core", _TILE_32, tb="core_speed"),
+    *(_bench("read_manager", params, full=True) for params in (_NARROW, _TILE_16)),
     *(_bench("core", params, full=True, long=True) for params in _SWEEP),
     *(
         _bench(block, params, full=True)

@@ -57,6 +57,56 @@ class StreamFifo(wiring.Component):
         return m
 
 
+class BlockFifo(wiring.Component):
+    """FIFO with first-word fall-through in block memory, for hundreds of entries and more.
+
+    Latency 2 cycles, throughput 1 transfer per cycle. The read port's register is the output, so it holds one entry
+    more than its memory.
+
+    Parameters
+    ----------
+    shape : shape of the payload
+    depth : entries of the memory, a power of two
+
+    Members
+    -------
+    i, o : input and output stream
+    """
+
+    latency = 2
+
+    def __init__(self, shape, depth: int):
+        if depth < 2 or depth & (depth - 1):
+            raise ValueError(f"FIFO depth is a power of two from 2 up, not {depth}")
+        self.shape, self.depth = shape, depth
+        super().__init__({"i": In(stream.Signature(shape)), "o": Out(stream.Signature(shape))})
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        m.submodules.memory = memory = Memory(shape=self.shape, depth=self.depth, init=[])
+        write, read = memory.write_port(), memory.read_port()
+        # One bit more than the address tells a full memory from an empty one.
+        written, fetched = Signal(range(2 * self.depth)), Signal(range(2 * self.depth))
+        push, fetch = Signal(), Signal()
+        m.d.comb += [
+            self.i.ready.eq((written ^ fetched) != self.depth),
+            push.eq(self.i.valid & self.i.ready),
+            fetch.eq((written != fetched) & (~self.o.valid | self.o.ready)),
+            write.addr.eq(written[:-1]),
+            write.data.eq(self.i.payload),
+            write.en.eq(push),
+            read.addr.eq(fetched[:-1]),
+            read.en.eq(fetch),
+            self.o.payload.eq(read.data),
+        ]
+        m.d.sync += [
+            written.eq(written + push),
+            fetched.eq(fetched + fetch),
+            self.o.valid.eq(fetch | (self.o.valid & ~self.o.ready)),
+        ]
+        return m
+
+
 class Counter(wiring.Component):
     """Credit counter: ``value + add - take``, both at once if need be. Latency 1 cycle.
 
