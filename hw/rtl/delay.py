@@ -11,7 +11,7 @@ def delay(m: Module, value, cycles: int, *, name: str, reset: bool = False):
     """``value`` as it was ``cycles`` cycles ago, in registers without reset so that synthesis may use SRLs.
 
     With ``reset`` the registers start at 0: for bits that say whether other values mean anything. Several stages
-    share a register as long as it fits a machine word: the same hardware, and several times faster to simulate.
+    share a register as long as it fits a machine word: the same hardware, and fewer operations in simulation.
     """
     if not isinstance(value, (Value, ValueCastable)):
         raise TypeError(f"a delay takes a value, not {value!r}")

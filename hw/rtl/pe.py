@@ -24,8 +24,9 @@ class ProcessingElement(wiring.Component):
     enabled: validity is known outside the array, and a weight stays because what feeds it does not change.
 
     Activations come sign-extended to ``WORD`` bits, which hold every psum. Modulo ``2**WORD`` signed and unsigned
-    arithmetic agree, so nothing inside is ever extended or cut: that simulates twice as fast. Only ``psum_bits`` of
-    what comes out are used, and synthesis drops the rest: the same cells on ECP5 as with exact widths.
+    arithmetic agree, so nothing inside is ever extended or cut, which is what most of a simulation would be spent on.
+    Only ``psum_bits`` of what comes out are used, and synthesis drops the rest: the same cells on ECP5 as with exact
+    widths.
 
     Members
     -------
