@@ -19,9 +19,8 @@ HARNESS = Path(__file__).with_name("core.cpp")
 TOP = "gristmill_core"
 # Nothing is traced, asserted or randomised: this is the fast path, the benches are the thorough one.
 VERILATOR_ARGS = ("--cc", "-O3", "--x-assign", "fast", "--x-initial", "fast", "--noassert", "-Wno-lint")
-# The model is one long basic block that moves memory to memory. Scheduling it across its length only spills registers:
-# without, it ran up to 20 % faster here. -O3 compiles longer and runs no faster, -O1 runs slower.
-COMPILER_ARGS = ("-std=c++17", "-O2", "-fno-schedule-insns2", "-fno-gcse", "-fPIC", "-DVM_TRACE=0")
+# -O3 compiles longer and runs no faster, -O1 runs slower.
+COMPILER_ARGS = ("-std=c++17", "-O2", "-fPIC", "-DVM_TRACE=0")
 TIMEOUT = 900
 """Seconds that one tool may take."""
 
