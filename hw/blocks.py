@@ -9,7 +9,7 @@ from amaranth.lib import data, stream, wiring
 from .rtl.activation_unit import ActivationUnit
 from .rtl.activations import ActivationBuffer
 from .rtl.array import SystolicArray
-from .rtl.axi import AxiSignature
+from .rtl.axi import is_axi
 from .rtl.column import Columns
 from .rtl.column_control import ColumnControl
 from .rtl.core import Core, word_fifo_depth
@@ -91,7 +91,7 @@ def describe_ports(component: wiring.Component) -> tuple[dict[str, Port], dict[s
     """The component's ports outside and inside streams, as the manifest lists them."""
     ports, streams = {}, {}
     for name, member in component.signature.members.items():
-        if member.is_signature and isinstance(member.signature, AxiSignature):
+        if is_axi(member):
             # Its ports have the specification's names and need no description.
             continue
         if member.is_signature:

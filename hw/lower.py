@@ -14,7 +14,7 @@ from amaranth.hdl._ir import PortDirection, build_netlist
 from amaranth.hdl._nir import Memory as NetlistMemory
 from amaranth.lib import wiring
 
-from .rtl.axi import AxiSignature
+from .rtl.axi import is_axi
 
 _PASSES = ("proc", "opt -full", "clean", "check -assert")
 """Processes become registers and multiplexers, then everything is simplified: Verilator runs the result about eight
@@ -59,7 +59,7 @@ class _AxiPorts(Elaboratable):
         self.component = component
         self.ports: dict[str, tuple] = {}
         self._parts: list[tuple] = []
-        axi = {name for name, member in component.signature.members.items() if _is_axi(member)}
+        axi = {name for name, member in component.signature.members.items() if is_axi(member)}
         others = wiring.Signature({n: m for n, m in component.signature.members.items() if n not in axi})
         for path, member, value in others.flatten(component):
             self._add("_".join(map(str, path)), value, member.flow)
@@ -84,10 +84,6 @@ class _AxiPorts(Elaboratable):
         m.submodules.inside = self.component
         m.d.comb += [target.eq(source) for target, source in self._parts]
         return m
-
-
-def _is_axi(member: wiring.Member) -> bool:
-    return member.is_signature and isinstance(member.signature, AxiSignature)
 
 
 def share_modules(text: str, top: str) -> str:
@@ -133,7 +129,7 @@ def to_rtlil(component: wiring.Component, name: str) -> str:
     the time, and the design reads no entry before it has written it.
     """
     top, ports = component, None
-    if any(_is_axi(member) for member in component.signature.members.values()):
+    if any(is_axi(member) for member in component.signature.members.values()):
         top = _AxiPorts(component)
         ports = top.ports
     netlist = build_netlist(Fragment.get(top, None), ports=ports or port_map(component), name=name)

@@ -18,7 +18,6 @@ __all__ = [
     "activations_of",
     "beats",
     "job",
-    "lanes",
     "random_layer",
     "result_count",
     "results",
@@ -46,11 +45,6 @@ class Job(NamedTuple):
     def command(self) -> int:
         """The core's command for this job."""
         return LayerCommand.from_layer(self.layer, self.tokens, self.reuse).to_int(self.layer.config)
-
-
-def lanes(config: AcceleratorConfig) -> int:
-    """Results in one transfer."""
-    return config.drain_lanes
 
 
 def _zero_point_range(config: AcceleratorConfig) -> tuple[int, int]:
@@ -152,7 +146,7 @@ def results(job: Job) -> list[tuple[list[int], int, int]]:
     """What the core must return: (float32 bits of the existing lanes, keep, last) of every transfer."""
     config, layer = job.layer.config, job.layer
     y = linear(config, job.weights, job.activations).view(np.uint32)
-    width, transfers = lanes(config), []
+    width, transfers = config.drain_lanes, []
     for first in range(0, layer.n, config.tile):
         for token in range(job.tokens):
             for column in range(first, min(first + config.tile, layer.n), width):
@@ -168,5 +162,5 @@ def result_count(jobs: Sequence[Job]) -> int:
     for item in jobs:
         config, n = item.layer.config, item.layer.n
         whole, rest = divmod(n, config.tile)
-        total += item.tokens * (whole * config.tile // lanes(config) + -(-rest // lanes(config)))
+        total += item.tokens * (whole * config.tile // config.drain_lanes + -(-rest // config.drain_lanes))
     return total

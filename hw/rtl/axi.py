@@ -53,8 +53,10 @@ def read_layout(width: int) -> data.StructLayout:
 class AxiSignature(wiring.Signature):
     """Channels of an AXI port by their names in lower case. Ports come out as ``m_axi_{name}_{channel}{signal}``."""
 
-    def __init__(self, channels: dict[str, wiring.Member]):
-        super().__init__(channels)
+
+def is_axi(member: wiring.Member) -> bool:
+    """Whether a component's member is an AXI port."""
+    return member.is_signature and isinstance(member.signature, AxiSignature)
 
 
 def read_signature(width: int) -> AxiSignature:

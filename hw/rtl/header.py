@@ -8,13 +8,9 @@ from amaranth.lib.wiring import In, Out
 
 from ..spec.command import max_header_beats
 from ..spec.config import AcceleratorConfig
-from ..spec.layout import StreamLayout
+from ..spec.layout import StreamLayout, ceil_div
 from .fifo import StreamFifo
 from .walker import Walker, command_signature
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 class HeaderBuffer(wiring.Component):
@@ -148,8 +144,8 @@ class HeaderReader(wiring.Component):
         is_exponents = walker.first.item
         plan = []
         for size in (layout.record_units, layout.exponents_units):
-            chunks = _ceil_div(size, layout.beat_units)
-            chunk = _ceil_div(size, chunks)
+            chunks = ceil_div(size, layout.beat_units)
+            chunk = ceil_div(size, chunks)
             plan.append((chunks, chunk, size - (chunks - 1) * chunk))
         (chunks, chunk, last_chunk), (exp_chunks, exp_chunk, exp_last) = plan
         place = Signal(range(max(chunks, exp_chunks)))

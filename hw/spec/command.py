@@ -4,7 +4,7 @@
 from dataclasses import asdict, dataclass
 
 from .config import MAX_N, AcceleratorConfig, ConfigError
-from .layout import LayerLayout, StreamLayout
+from .layout import LayerLayout, StreamLayout, ceil_div
 
 
 def command_fields(config: AcceleratorConfig) -> dict[str, int]:
@@ -15,7 +15,7 @@ def command_fields(config: AcceleratorConfig) -> dict[str, int]:
         "tokens": config.max_tokens.bit_length(),
         "groups": slices.bit_length(),
         "group_slices": (config.max_group_size // config.tile).bit_length(),
-        "out_tiles": (-(-MAX_N // config.tile)).bit_length(),
+        "out_tiles": ceil_div(MAX_N, config.tile).bit_length(),
         "last_columns": config.tile.bit_length(),
         "header_beats": max_header_beats(config).bit_length(),
         "body_words": (slices * stream.words_per_slice).bit_length(),
@@ -72,7 +72,7 @@ class LayerCommand:
             groups=layer.groups,
             group_slices=layer.group_slices,
             out_tiles=layer.out_tiles,
-            last_columns=layer.n - (layer.out_tiles - 1) * layer.config.tile,
+            last_columns=layer.last_columns,
             header_beats=layer.header_beats,
             body_words=layer.body_words,
             reuse=int(reuse),

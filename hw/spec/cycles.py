@@ -2,7 +2,7 @@
 """The performance model: how many cycles the core takes for a layer, before any hardware is built."""
 
 from .config import AcceleratorConfig
-from .layout import LayerLayout, fit_layer
+from .layout import LayerLayout, ceil_div, fit_layer
 
 _COMMAND_CYCLES = 2
 """From the command to the first beat and to the first activations: fork and walker."""
@@ -23,8 +23,7 @@ def tile_cycles(layer: LayerLayout, tokens: int) -> int:
     equally long and M is max_tokens, the real figure is about 2 % higher: the ring of sums holds two output tiles, and
     the third one waits until the first has left.
     """
-    slices = layer.groups * layer.group_slices
-    array = slices * max(tokens, layer.stream.words_per_slice)
+    array = layer.slices * max(tokens, layer.stream.words_per_slice)
     drain = tokens * layer.config.tile // layer.config.drain_lanes
     return max(layer.tile_beats, array, drain)
 
@@ -33,13 +32,12 @@ def layer_cycles(layer: LayerLayout, tokens: int) -> int:
     """Cycles from the command to the last result of a layer that finds the core idle and its memory unlimited."""
     config, stream = layer.config, layer.stream
     words = stream.words_per_slice
-    last_columns = layer.n - (layer.out_tiles - 1) * config.tile
     lanes = config.drain_lanes
     first_words = words * stream.beats_per_word
     first_slice = _COMMAND_CYCLES + max(layer.header_beats + first_words, tokens)
-    one_tile = layer.groups * layer.group_slices * max(tokens, words)
+    one_tile = layer.slices * max(tokens, words)
     to_last_slice = max(layer.tile_beats - layer.header_beats - first_words, one_tile - max(tokens, words))
-    drain = (tokens - 1) * config.tile // lanes + -(-last_columns // lanes)
+    drain = (tokens - 1) * config.tile // lanes + ceil_div(layer.last_columns, lanes)
     steady = (layer.out_tiles - 1) * tile_cycles(layer, tokens)
     return first_slice + steady + to_last_slice + pipeline_latency(config) + drain
 

@@ -20,7 +20,8 @@ from .config import EXPONENT_BITS, MAX_N, SCALE_BITS, AcceleratorConfig, ConfigE
 from .numerics import Weights
 
 
-def _ceil_div(a: int, b: int) -> int:
+def ceil_div(a: int, b: int) -> int:
+    """``a / b`` rounded up."""
     return -(-a // b)
 
 
@@ -40,7 +41,7 @@ class StreamLayout:
     @property
     def beats_per_word(self) -> int:
         """Beats that make one word; more than 1 only where a beat is shorter than a row."""
-        return _ceil_div(self.row_bits, self.config.beat_bits)
+        return ceil_div(self.row_bits, self.config.beat_bits)
 
     @property
     def word_bits(self) -> int:
@@ -61,7 +62,7 @@ class StreamLayout:
     @property
     def words_per_slice(self) -> int:
         """Words of one slice (1 where a word holds several slices): the cycles that a slice takes at M = 1."""
-        return _ceil_div(self.config.tile, self.rows_per_word)
+        return ceil_div(self.config.tile, self.rows_per_word)
 
     def row_delay(self, row: int) -> int:
         """Cycles between the pop of the word that holds ``row`` and the arrival of the first token at that row."""
@@ -146,7 +147,7 @@ class LayerLayout:
         if self.k > config.max_k:
             raise ConfigError(f"K is at most max_k ({config.max_k:,}), not {self.k:,}")
         # Records are read from the header while the group before streams: they must not take longer than it does.
-        record_cycles = _ceil_div(self.stream.record_units, self.stream.beat_units)
+        record_cycles = ceil_div(self.stream.record_units, self.stream.beat_units)
         group_cycles = self.group_slices * self.stream.words_per_slice
         if record_cycles > group_cycles:
             raise ConfigError(
@@ -172,19 +173,28 @@ class LayerLayout:
     @property
     def out_tiles(self) -> int:
         """Output tiles, the last one perhaps partly filled."""
-        return _ceil_div(self.n, self.config.tile)
+        return ceil_div(self.n, self.config.tile)
+
+    @property
+    def last_columns(self) -> int:
+        """Columns in use in the last output tile."""
+        return self.n - (self.out_tiles - 1) * self.config.tile
+
+    @property
+    def slices(self) -> int:
+        """K-slices of one output tile."""
+        return self.groups * self.group_slices
 
     @property
     def header_beats(self) -> int:
         """Beats of one output tile's header."""
         units = self.stream.exponents_units + self.groups * self.stream.record_units
-        return _ceil_div(units, self.stream.beat_units)
+        return ceil_div(units, self.stream.beat_units)
 
     @property
     def body_words(self) -> int:
         """Words of one output tile's body."""
-        slices = self.groups * self.group_slices
-        return _ceil_div(slices, self.stream.slices_per_word) * self.stream.words_per_slice
+        return ceil_div(self.slices, self.stream.slices_per_word) * self.stream.words_per_slice
 
     @property
     def tile_beats(self) -> int:
@@ -223,7 +233,7 @@ def fit_layer(config: AcceleratorConfig, k: int, n: int, group_size: int) -> Lay
     layouts, reason = [], None
     for size in sizes:
         try:
-            layouts.append(LayerLayout(config, _ceil_div(k, size) * size, n, size))
+            layouts.append(LayerLayout(config, ceil_div(k, size) * size, n, size))
         except ConfigError as error:
             reason = error
     if not layouts:
@@ -296,10 +306,9 @@ def _unpack_header(layer: LayerLayout, header: np.ndarray) -> tuple[np.ndarray, 
 def _body_shape(layer: LayerLayout) -> tuple[int, int, int]:
     """Rows of one output tile's body as (runs, rows with weights, rows with padding) per run of whole words."""
     stream, tile = layer.stream, layer.config.tile
-    slices = layer.groups * layer.group_slices
     if stream.slices_per_word > 1:
-        return 1, slices * tile, layer.body_words * stream.rows_per_word
-    return slices, tile, stream.words_per_slice * stream.rows_per_word
+        return 1, layer.slices * tile, layer.body_words * stream.rows_per_word
+    return layer.slices, tile, stream.words_per_slice * stream.rows_per_word
 
 
 def _pack_body(layer: LayerLayout, q: np.ndarray) -> np.ndarray:

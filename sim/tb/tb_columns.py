@@ -6,7 +6,7 @@ import numpy as np
 
 from hw.spec.layout import LayerLayout
 from hw.spec.numerics import accumulate, group_sums
-from sim.models import activations_of, lanes, weights_of
+from sim.models import activations_of, weights_of
 from sim.streams import rng
 from sim.tb.common import begin, config, latency, manifest, payload, trace
 
@@ -51,7 +51,7 @@ class _Run:
             first = steps[-self.tokens][0]
             for token in range(self.tokens):
                 readable = next(t for t, *place in reversed(steps) if place[3] == token) + RING_DELAY + 1
-                for columns in range(self.c.tile // lanes(self.c)):
+                for columns in range(self.c.tile // self.c.drain_lanes):
                     drain_free = max(drain_free, readable, first)
                     drains.append((drain_free, tile, token, columns))
                     drain_free += 1
@@ -98,7 +98,7 @@ class _Run:
 
     def check(self, record):
         """Every drained sum, and the slot it came in."""
-        c, width = self.c, lanes(self.c)
+        c, width = self.c, self.c.drain_lanes
         expected = accumulate(c, self.weights, self.activations)
         cycles = [t + latency("drain_latency") for t, *_ in self.drains]
         seen = payload("drained").unpack(record.raw("drained", cycles), values=width)

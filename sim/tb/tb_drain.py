@@ -8,7 +8,7 @@ from cocotb.triggers import FallingEdge, RisingEdge
 from hw.spec.command import LayerCommand
 from hw.spec.config import EXPONENT_BITS
 from hw.spec.numerics import to_float32
-from sim.models import lanes, random_layer
+from sim.models import random_layer
 from sim.packing import pack_elements
 from sim.streams import StreamSink, StreamSource, cycle, never, randomly, rng
 from sim.tb.common import begin, config, latency, payload
@@ -40,7 +40,7 @@ class _Layer:
 
     def transfers(self):
         """(values, keep, last) in order."""
-        c, width = config(), lanes(config())
+        c, width = config(), config().drain_lanes
         exponents = self.token_exponents[:, None] + self.rows.reshape(1, -1) - 15 - c.fraction_bits
         y = to_float32(self.sums, exponents).view(np.uint32)
         out = []
@@ -147,7 +147,7 @@ class _Bench:
         """A slot as it comes back from the columns."""
         if set(bits) - {"0", "1"}:
             return 0
-        fields, width = payload("slot"), lanes(config())
+        fields, width = payload("slot"), config().drain_lanes
         slot = {name: int(values[0]) for name, values in fields.unpack([int(bits, 2)]).items() if name != "values"}
         entry = self.ring[slot["address"]]
         first = slot["columns"] * width

@@ -9,7 +9,7 @@ import numpy as np
 
 from hw.spec.command import LayerCommand
 from hw.spec.config import EXPONENT_BITS, AcceleratorConfig
-from hw.spec.layout import LayerLayout
+from hw.spec.layout import LayerLayout, ceil_div
 from hw.spec.manifest import Port
 from hw.spec.numerics import Activations
 from sw.devices.base import Completion, DeviceError, LinearJob
@@ -171,8 +171,7 @@ def activation_payload(config: AcceleratorConfig, port: Port, activations: Activ
 def result_count(layout: LayerLayout, tokens: int, lanes: int) -> int:
     """Transfers of a layer's results: every token of an output tile begins a new one."""
     tile = layout.config.tile
-    last = layout.n - (layout.out_tiles - 1) * tile
-    return tokens * ((layout.out_tiles - 1) * (tile // lanes) + -(-last // lanes))
+    return tokens * ((layout.out_tiles - 1) * (tile // lanes) + ceil_div(layout.last_columns, lanes))
 
 
 def gather_results(layout: LayerLayout, tokens: int, values: np.ndarray) -> np.ndarray:
@@ -196,6 +195,6 @@ def _words(payload: np.ndarray, words: int) -> np.ndarray:
 
 def _transfers_at_once(job: LinearJob, transfers: int) -> int:
     layout = job.layout
-    slices = layout.out_tiles * layout.groups * layout.group_slices
+    slices = layout.out_tiles * layout.slices
     cycles = max(layout.beats, job.tokens * slices, transfers)
     return -(-transfers * CYCLES_AT_ONCE // cycles)

@@ -4,7 +4,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +22,6 @@ from sw.devices.simulated import Memory
 from sw.errors import UserError
 from sw.layers import PROMPT, choose_config, layer_shapes, main, prompt_ids
 from sw.layers_report import _short
-from sw.models import resolve_model
 from sw.onnx_import import find_linears
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -38,15 +36,6 @@ TOTAL_KEYS = {
     *("cycles_per_second", "device_seconds", "seconds"),
 }
 AUTO: dict[str, int | str] = {"weight_bits": "auto", "zero_point": "auto"}
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
-    cache = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRISTMILL_CACHE", str(cache))
-        yield resolve_model("smollm2")
-    shutil.rmtree(cache)
 
 
 def command(*arguments, **environment):

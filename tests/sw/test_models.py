@@ -3,7 +3,6 @@
 
 import json
 import pydoc_data.topics
-import shutil
 import sys
 from pathlib import Path
 
@@ -18,15 +17,6 @@ from sw.errors import UserError
 from sw.gguf_reader import GgufFile
 from sw.models import packaged_gguf, resolve_model
 from sw.onnx_import import find_linears
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
-    cache = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRISTMILL_CACHE", str(cache))
-        yield resolve_model("smollm2")
-    shutil.rmtree(cache)
 
 
 @pytest.fixture(scope="module")
