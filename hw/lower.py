@@ -52,7 +52,8 @@ def _direction(flow: wiring.Flow) -> PortDirection:
 class _AxiPorts(Elaboratable):
     """A component with its AXI channels taken apart, so that tools recognise the interfaces by their ports' names.
 
-    ``ports`` is what :func:`port_map` gives for other components; AXI signals are named ``m_axi_{port}_{signal}``.
+    ``ports`` is what :func:`port_map` gives for other components; AXI signals are named as
+    :class:`hw.rtl.axi.AxiSignature` says.
     """
 
     def __init__(self, component: wiring.Component):
@@ -64,9 +65,9 @@ class _AxiPorts(Elaboratable):
         for path, member, value in others.flatten(component):
             self._add("_".join(map(str, path)), value, member.flow)
         for name in sorted(axi):
-            signature = component.signature.members[name].signature
-            for (channel, part), member, value in signature.flatten(getattr(component, name)):
-                prefix = f"m_axi_{name}_{channel}"
+            port = component.signature.members[name]
+            for (channel, part), member, value in port.signature.flatten(getattr(component, name)):
+                prefix = f"{'m' if port.flow == wiring.Out else 's'}_axi_{name}_{channel}"
                 if part == "payload":
                     for field, _ in member.shape:
                         self._add(f"{prefix}{field}", value[field], member.flow)

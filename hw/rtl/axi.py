@@ -5,8 +5,8 @@ from amaranth.hdl import unsigned
 from amaranth.lib import data, enum, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-ADDRESS_BITS = 40
-"""What the memory ports of a Zynq UltraScale+ take."""
+from ..spec.descriptor import ADDRESS_BITS
+
 MAX_BURST_BEATS = 256
 """Longest INCR burst."""
 BOUNDARY = 4096
@@ -50,18 +50,72 @@ def read_layout(width: int) -> data.StructLayout:
     return data.StructLayout({"id": unsigned(ID_BITS), "data": unsigned(width), "resp": Response, "last": 1})
 
 
+def write_layout(width: int) -> data.StructLayout:
+    """W."""
+    return data.StructLayout({"data": unsigned(width), "strb": unsigned(width // 8), "last": 1})
+
+
+def acknowledge_layout() -> data.StructLayout:
+    """B."""
+    return data.StructLayout({"id": unsigned(ID_BITS), "resp": Response})
+
+
 class AxiSignature(wiring.Signature):
-    """Channels of an AXI port by their names in lower case. Ports come out as ``m_axi_{name}_{channel}{signal}``."""
+    """Channels of an AXI port by their names in lower case, seen from the manager.
+
+    Ports of the generated Verilog are named ``m_axi_{name}_{channel}{signal}`` on a manager (an ``Out`` member) and
+    ``s_axi_{name}_{channel}{signal}`` on a subordinate (an ``In`` member).
+    """
 
 
 def is_axi(member: wiring.Member) -> bool:
     """Whether a component's member is an AXI port."""
-    return member.is_signature and isinstance(member.signature, AxiSignature)
+    if not member.is_signature:
+        return False
+    # That of an In member is the flipped one.
+    signature = member.signature if member.flow == Out else member.signature.flip()
+    return isinstance(signature, AxiSignature)
+
+
+def _read_channels(width: int) -> dict[str, wiring.Member]:
+    return {"ar": Out(stream.Signature(address_layout())), "r": In(stream.Signature(read_layout(width)))}
+
+
+def _write_channels(width: int) -> dict[str, wiring.Member]:
+    return {
+        "aw": Out(stream.Signature(address_layout())),
+        "w": Out(stream.Signature(write_layout(width))),
+        "b": In(stream.Signature(acknowledge_layout())),
+    }
 
 
 def read_signature(width: int) -> AxiSignature:
-    """The read half of a manager's port."""
-    return AxiSignature({"ar": Out(stream.Signature(address_layout())), "r": In(stream.Signature(read_layout(width)))})
+    """The read half of an AXI4 port."""
+    return AxiSignature(_read_channels(width))
+
+
+def write_signature(width: int) -> AxiSignature:
+    """The write half of an AXI4 port."""
+    return AxiSignature(_write_channels(width))
+
+
+def memory_signature(width: int) -> AxiSignature:
+    """A whole AXI4 port."""
+    return AxiSignature(_read_channels(width) | _write_channels(width))
+
+
+def lite_signature(address_bits: int) -> AxiSignature:
+    """An AXI4-Lite port of 32 bits."""
+    address = stream.Signature(data.StructLayout({"addr": unsigned(address_bits), "prot": 3}))
+    return AxiSignature(
+        {
+            "aw": Out(address),
+            "w": Out(stream.Signature(data.StructLayout({"data": 32, "strb": 4}))),
+            "b": In(stream.Signature(data.StructLayout({"resp": Response}))),
+            "ar": Out(address),
+            "r": In(stream.Signature(data.StructLayout({"data": 32, "resp": Response}))),
+        }
+    )
 
 
 def constant_address_fields(payload, width: int) -> list:

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The descriptor: one layer of work for the accelerator, and how its operands lie in memory.
+
+Memory layout of one linear layer:
+
+- activations: float32 [M, K], rows one after the other, K padded with zeros to whole groups;
+- weights: the stream of :mod:`hw.spec.layout`, striped over the ports; port p reads one contiguous region of
+  ``beats * port_bytes`` from ``weights + p * weights_stride`` on;
+- results: float32 [M, N], row m from ``results + m * result_pitch`` on.
+"""
+
+import enum
+from dataclasses import dataclass
+
+from .command import LayerCommand
+from .config import FLOAT_BITS, AcceleratorConfig, ConfigError
+from .layout import LayerLayout, ceil_div
+
+DESCRIPTOR_WORDS = 16
+"""32-bit words of a descriptor."""
+FLOAT_BYTES = FLOAT_BITS // 8
+WEIGHT_ALIGNMENT = 4096
+"""Bytes: of the weights and their stride. No burst crosses a multiple of it, so every burst is a long one."""
+DATA_ALIGNMENT = 64
+"""Bytes: of activations, results and the results' pitch."""
+ADDRESS_BITS = 40
+"""What the memory ports of a Zynq UltraScale+ take."""
+ADDRESS_LIMIT = (1 << ADDRESS_BITS) - (1 << 34)
+"""Addresses in a descriptor are below this, so that no region can reach the end of the address space."""
+
+
+class Opcode(enum.IntEnum):
+    """What a descriptor asks for. There is room for other units."""
+
+    LINEAR = 1
+
+
+@dataclass(frozen=True)
+class DescriptorField:
+    """Bits ``low`` to ``low + width - 1`` of the descriptor, bit 0 being the lowest of word 0."""
+
+    name: str
+    low: int
+    width: int
+    text: str
+
+
+FIELDS: tuple[DescriptorField, ...] = (
+    DescriptorField("opcode", 0, 8, "1: linear layer"),
+    DescriptorField("reuse", 8, 1, "take the activations of the descriptor before; M, groups and group size are its own"),
+    DescriptorField("interrupt", 9, 1, "completion sets interrupt_pending.done"),
+    DescriptorField("tokens", 16, 16, "M"),
+    DescriptorField("groups", 32, 16, "groups along K"),
+    DescriptorField("group_slices", 48, 16, "group size / tile"),
+    DescriptorField("out_features", 64, 32, "N"),
+    DescriptorField("header_beats", 96, 16, "beats of an output tile's header"),
+    DescriptorField("body_words", 112, 16, "words of an output tile's body"),
+    DescriptorField("activations", 128, 64, "address, a multiple of 64"),
+    DescriptorField("results", 192, 64, "address, a multiple of 64"),
+    DescriptorField("weights", 256, 64, "address of port 0's region, a multiple of 4096"),
+    DescriptorField("weights_stride", 320, 32, "bytes from one port's region to the next, a multiple of 4096"),
+    DescriptorField("result_pitch", 352, 24, "bytes from one row of results to the next, a multiple of 64"),
+)
+"""Every bit that is in no field is reserved and 0."""
+
+
+def result_pitch(n: int) -> int:
+    """Least bytes from one row of ``n`` results to the next."""
+    return ceil_div(FLOAT_BYTES * n, DATA_ALIGNMENT) * DATA_ALIGNMENT
+
+
+def region_bytes(layer: LayerLayout) -> int:
+    """Least bytes from one port's region of a layer's weights to the next."""
+    return ceil_div(layer.beats * layer.config.port_width // 8, WEIGHT_ALIGNMENT) * WEIGHT_ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """One layer as the accelerator takes it; the attributes are those of :data:`FIELDS`."""
+
+    tokens: int
+    groups: int
+    group_slices: int
+    out_features: int
+    header_beats: int
+    body_words: int
+    activations: int
+    results: int
+    weights: int
+    weights_stride: int
+    result_pitch: int
+    reuse: int = 0
+    interrupt: int = 0
+    opcode: int = Opcode.LINEAR
+
+    @classmethod
+    def from_layer(
+        cls,
+        layer: LayerLayout,
+        tokens: int,
+        *,
+        activations: int,
+        weights: int,
+        results: int,
+        reuse: bool = False,
+        interrupt: bool = False,
+    ) -> "Descriptor":
+        """The descriptor of ``layer`` for ``tokens`` tokens, with operands as close together as they may be.
+
+        Raises
+        ------
+        ConfigError : more tokens than the config holds, or fewer than 1
+        """
+        command = LayerCommand.from_layer(layer, tokens, reuse)
+        return cls(
+            tokens=command.tokens,
+            groups=command.groups,
+            group_slices=command.group_slices,
+            out_features=layer.n,
+            header_beats=command.header_beats,
+            body_words=command.body_words,
+            activations=activations,
+            results=results,
+            weights=weights,
+            weights_stride=region_bytes(layer),
+            result_pitch=result_pitch(layer.n),
+            reuse=int(reuse),
+            interrupt=int(interrupt),
+        )
+
+    def to_words(self) -> list[int]:
+        """The descriptor as DESCRIPTOR_WORDS 32-bit words.
+
+        Raises
+        ------
+        ConfigError : a value does not fit its field
+        """
+        whole = 0
+        for field in FIELDS:
+            value = getattr(self, field.name)
+            if not 0 <= value < 1 << field.width:
+                raise ConfigError(f"descriptor field {field.name} holds {field.width} bits, not {value}")
+            whole |= value << field.low
+        return [whole >> 32 * index & 0xFFFF_FFFF for index in range(DESCRIPTOR_WORDS)]
+
+
+def activation_beats(config: AcceleratorConfig, tokens: int, slices: int) -> int:
+    """Beats of one port that hold a layer's activations."""
+    return tokens * slices * (config.tile * FLOAT_BITS // config.port_width)
