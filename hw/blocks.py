@@ -6,6 +6,8 @@ from collections.abc import Callable
 from amaranth.hdl import Shape, ShapeCastable
 from amaranth.lib import data, stream, wiring
 
+from .rtl.accelerator import Accelerator
+from .rtl.activation_fetch import ActivationFetch
 from .rtl.activation_unit import ActivationUnit
 from .rtl.activations import ActivationBuffer
 from .rtl.array import SystolicArray
@@ -13,20 +15,26 @@ from .rtl.axi import is_axi
 from .rtl.column import Columns
 from .rtl.column_control import ColumnControl
 from .rtl.core import Core, word_fifo_depth
+from .rtl.descriptor_check import DescriptorCheck
 from .rtl.drain import Drain
+from .rtl.faults import Watchdog
 from .rtl.fifo import StreamFifo
 from .rtl.float_out import FloatOut
+from .rtl.gatherer import Gatherer
 from .rtl.header import HeaderReader
 from .rtl.pe import ProcessingElement
-from .rtl.read_manager import ReadManager
+from .rtl.read_manager import ReadManager, read_clients
+from .rtl.register_bank import RegisterBank
 from .rtl.sequencer import Sequencer
 from .rtl.walker import TOKEN_LOOPS, CommandFork, Walker
 from .rtl.weights import WeightSplitter, WordAssembler
+from .rtl.write_manager import WriteManager
 from .spec.config import AcceleratorConfig
 from .spec.layout import StreamLayout
 from .spec.manifest import Field, Port
 
 BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
+    "accelerator": Accelerator,
     "core": Core,
     "pe": ProcessingElement,
     "array": SystolicArray,
@@ -41,7 +49,13 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "column_control": ColumnControl,
     "drain": lambda config: Drain(config, chain_latency=config.tile),
     "fifo": lambda config: StreamFifo(StreamLayout(config).word_bits, word_fifo_depth(config)),
-    "read_manager": lambda config: ReadManager(config.port_width),
+    "read_manager": lambda config: ReadManager(config.port_width, read_clients(config)),
+    "gatherer": Gatherer,
+    "write_manager": lambda config: WriteManager(config.port_width),
+    "register_bank": lambda config: RegisterBank(),
+    "activation_fetch": ActivationFetch,
+    "descriptor_check": DescriptorCheck,
+    "watchdog": lambda config: Watchdog(config.ports + 1),
     "fork": lambda config: CommandFork(config, ("a", "b", "c")),
     "walker": lambda config: Walker(config, TOKEN_LOOPS),
 }
@@ -54,6 +68,9 @@ _PROPERTIES = (
     "drain_latency",
     "chain_latency",
     "read_latency",
+    "read_period",
+    "write_latency",
+    "write_period",
     "sum_latency",
     "lead",
     "lanes",

@@ -98,6 +98,10 @@ BENCHES: list[Bench] = [
     *(_bench(block, _FIXED) for block in ("array", "columns", "float_out")),
     *(_bench("activation_unit", params) for params in (_SMALL, _NARROW)),
     _bench("read_manager", _SMALL),
+    *(_bench("gatherer", params) for params in (_SMALL, _TILE_32)),
+    _bench("write_manager", _SMALL),
+    _bench("register_bank", _SMALL),
+    *(_bench("descriptor_check", params) for params in (_SMALL, _WIDE, _TILE_16)),
     _bench("sequencer", _WIDE),
     *(_bench(block, _TILE_32) for block in ("header", "drain")),
     _bench("core", _SMALL),
@@ -109,6 +113,8 @@ BENCHES: list[Bench] = [
     _bench("core", _TILE_32),
     _bench("core", _TILE_32, tb="core_speed"),
     *(_bench("read_manager", params, full=True) for params in (_NARROW, _TILE_16)),
+    *(_bench("write_manager", params, full=True) for params in (_NARROW, _TILE_16)),
+    *(_bench("gatherer", params, full=True) for params in (_NARROW, _TILE_16, dict(_TILE_32, port_width=32))),
     *(_bench("core", params, full=True, long=True) for params in _SWEEP),
     *(
         _bench(block, params, full=True)

@@ -28,7 +28,8 @@ class ActivationUnit(wiring.Component):
     command : the layers
     beats : float32 [M, K], rows one after the other, a whole number of beats each
     slices : for :class:`hw.rtl.activations.ActivationBuffer`
-    non_finite, out_of_range : stay set once a token had such an element or exponent
+    non_finite, out_of_range : a token of the layer held here had such an element or exponent; the layer then stays
+        here, and so does what follows it
 
     Throughput: 1 beat per cycle in, then 1 token slice per cycle out. Latency: ``latency`` cycles from the last beat
     to the first slice.
@@ -93,7 +94,7 @@ class ActivationUnit(wiring.Component):
             sender.command.payload.eq(loader.current),
             # By then the last token's exponent is in its place.
             loaded.eq(delay(m, loader.step & loader.done, _EXPONENT_CYCLES, name="loaded", reset=True)),
-            sender.command.valid.eq(loaded),
+            sender.command.valid.eq(loaded & ~self.non_finite & ~self.out_of_range),
         ]
         with m.If(start):
             m.d.sync += busy.eq(1)

@@ -35,6 +35,7 @@ class Core(wiring.Component):
     activations : mantissas and token exponents, slice by slice, all tokens of a slice in a row
     results : float32, output tile by output tile, token by token, columns ascending
     underrun : a design error was caught: scales came too late. Never set, checked in simulation
+    works, waits_activations, waits_output : what the sequencer does or waits for in this cycle
 
     Throughput: 1 beat per cycle and 1 token slice per cycle, whichever binds:
     ``max(beats, tokens * slices, results / lanes)`` cycles, without a gap between layers.
@@ -50,6 +51,9 @@ class Core(wiring.Component):
                 "activations": In(stream.Signature(activation_payload(config))),
                 "results": Out(stream.Signature(result_payload(config))),
                 "underrun": Out(1),
+                "works": Out(1),
+                "waits_activations": Out(1),
+                "waits_output": Out(1),
             }
         )
         self.array = SystolicArray(config)
@@ -123,6 +127,9 @@ class Core(wiring.Component):
             buffer.exponent_address.eq(drain.token_exponent_address),
             drain.token_exponent.eq(buffer.exponent_data),
             self.underrun.eq(control.underrun),
+            self.works.eq(sequencer.works),
+            self.waits_activations.eq(sequencer.waits_activations),
+            self.waits_output.eq(sequencer.waits_output),
         ]
         return m
 

@@ -1,137 +1,135 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The AXI4 read manager: one linear region of memory as a stream of beats."""
+"""The AXI4 read manager: linear regions of memory as streams of beats."""
 
-from amaranth.hdl import Module, Mux, Signal, unsigned
+from collections.abc import Mapping
+
+from amaranth.hdl import Cat, Module, Mux, Signal, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from .axi import ADDRESS_BITS, BOUNDARY, MAX_BURST_BEATS, constant_address_fields, is_error, read_signature
-from .fifo import BlockFifo, StreamFifo
+from ..spec.config import AcceleratorConfig
+from .activation_fetch import CHUNKS_AHEAD, chunk_beats
+from .axi import ADDRESS_BITS, constant_address_fields, is_error, read_signature
+from .burst_cutter import BurstCutter, max_burst_beats, region_layout
+from .fifo import BlockFifo, Counter, StreamFifo
 
-BEAT_COUNT_BITS = 28
-"""Bits of a job's length in beats: 4 GiB at 16 bytes a beat."""
+OUTSTANDING = 8
+"""Bursts that a port may have under way: 8 times 4 KiB cover 2,048 cycles of latency."""
 
 
-def read_job() -> data.StructLayout:
-    """A region to read: address, a multiple of the beat's bytes, and length in beats, at least 1."""
-    return data.StructLayout({"address": unsigned(ADDRESS_BITS), "beats": unsigned(BEAT_COUNT_BITS)})
+def read_clients(config: AcceleratorConfig) -> dict[str, int]:
+    """Who reads over a port, and beats of their FIFOs; activations first: they are few, and a whole layer waits."""
+    return {
+        "activations": CHUNKS_AHEAD * chunk_beats(config),
+        "weights": OUTSTANDING * max_burst_beats(config.port_width),
+    }
 
 
 class ReadManager(wiring.Component):
-    """Reads regions one after the other, in maximal INCR bursts that never cross a 4 KiB boundary.
+    """Reads regions for several clients over one port, each client's in order, in maximal bursts.
 
-    A burst is only asked for when the FIFO has room for all of it, so data never wait on the bus. The first burst of
-    a job follows the last one of the job before without a gap.
+    A burst is only asked for when its client's FIFO has room for all of it, so data never wait on the bus and no
+    client holds up another. Bursts of several clients are asked for one by one, the first client's first. All have
+    the same ID, so they come back in the order in which they were asked for.
 
     Parameters
     ----------
     width : bits of the port
-    outstanding : bursts that may be under way; the FIFO holds as many
+    clients : name and FIFO depth in beats, a power of two, of each client; the first has precedence
+    outstanding : bursts that may be under way, a power of two
 
     Members
     -------
-    job : regions to read
     axi : AR and R
-    beats : the data, in order
-    flush : give up: no new bursts, what is under way is taken and thrown away
-    under_way : bursts asked for and not yet received
+    <client>_regions : regions to read
+    <client>_beats : their data, in order
+    halt : ask for nothing more; what is under way is still received
+    under_way : bursts offered on AR and not yet received
     error : a burst was answered with SLVERR or DECERR; one cycle, with its address in ``error_address``
+    oldest : address of the burst that memory owes next, if any
 
-    Latency: 2 cycles from a job to its first AR, 2 from R to ``beats``. Throughput 1 beat per cycle.
+    Latency: 3 cycles from a region to its first AR, 2 from R to the client. Throughput 1 beat per cycle.
     """
 
-    def __init__(self, width: int, outstanding: int = 8):
-        if outstanding < 1 or outstanding & (outstanding - 1):
-            raise ValueError(f"outstanding bursts are a power of two, not {outstanding}")
-        self.width, self.outstanding = width, outstanding
-        self.beat_bytes = width // 8
-        self.burst_beats = min(MAX_BURST_BEATS, BOUNDARY // self.beat_bytes)
+    latency = BurstCutter.latency + 2
+    """Cycles from a region's transfer to the first cycle of ARVALID."""
+
+    def __init__(self, width: int, clients: Mapping[str, int], outstanding: int = OUTSTANDING):
+        if outstanding < 2 or outstanding & (outstanding - 1):
+            raise ValueError(f"outstanding bursts are a power of two from 2 up, not {outstanding}")
+        self.width, self.clients, self.outstanding = width, dict(clients), outstanding
+        members = {}
+        for name in clients:
+            members[f"{name}_regions"] = In(stream.Signature(region_layout()))
+            members[f"{name}_beats"] = Out(stream.Signature(width))
         super().__init__(
             {
-                "job": In(stream.Signature(read_job())),
                 "axi": Out(read_signature(width)),
-                "beats": Out(stream.Signature(width)),
-                "flush": In(1),
+                **members,
+                "halt": In(1),
                 "under_way": Out(range(outstanding + 1)),
                 "error": Out(1),
                 "error_address": Out(ADDRESS_BITS),
+                "oldest": Out(ADDRESS_BITS),
             }
         )
 
-    @property
-    def fifo_depth(self) -> int:
-        """Beats that the FIFO holds."""
-        return self.outstanding * self.burst_beats
-
     def elaborate(self, platform) -> Module:
         m = Module()
-        m.submodules.fifo = fifo = BlockFifo(unsigned(self.width), self.fifo_depth)
-        m.submodules.addresses = addresses = StreamFifo(unsigned(ADDRESS_BITS), max(2, self.outstanding))
-        # Beats of room that no burst under way has a claim on.
-        room = Signal(range(self.fifo_depth + 1), init=self.fifo_depth)
-        asked = self._ask(m, room, addresses)
-        self._receive(m, fifo, addresses)
-
-        taken = Signal()
-        m.d.comb += [
-            self.beats.payload.eq(fifo.o.payload),
-            self.beats.valid.eq(fifo.o.valid & ~self.flush),
-            fifo.o.ready.eq(self.beats.ready | self.flush),
-            taken.eq(fifo.o.valid & fifo.o.ready),
+        # What is under way: its client and, for the error register, its address.
+        tag = data.StructLayout({"client": range(max(2, len(self.clients))), "address": ADDRESS_BITS})
+        m.submodules.tags = tags = StreamFifo(tag, self.outstanding)
+        m.d.comb += [self.under_way.eq(tags.level), self.oldest.eq(tags.o.payload.address)]
+        requests = [
+            self._client(m, index, name, depth, tags) for index, (name, depth) in enumerate(self.clients.items())
         ]
-        # What a flush throws away on arrival never entered the FIFO and gives its room back all the same.
-        thrown = self.axi.r.valid & self.axi.r.ready & self.flush
-        m.d.sync += room.eq(room - asked + taken + thrown)
-        started = self.axi.ar.valid & self.axi.ar.ready
-        finished = self.axi.r.valid & self.axi.r.ready & self.axi.r.payload.last
-        m.d.sync += self.under_way.eq(self.under_way + started - finished)
-        return m
-
-    def _ask(self, m: Module, room: Signal, addresses: StreamFifo) -> Signal:
-        """Cuts jobs into bursts; returns the beats claimed in this cycle."""
-        address = Signal(ADDRESS_BITS)
-        left = Signal(BEAT_COUNT_BITS)
-        to_boundary = Signal(range(self.burst_beats + 1))
-        burst = Signal(range(self.burst_beats + 1))
-        beat_bits = (self.beat_bytes - 1).bit_length()
-        index_bits = (self.burst_beats - 1).bit_length()
-        asked = Signal.like(burst)
-        ar = self.axi.ar
-        free, go = ~ar.valid | ar.ready, Signal()
-        m.d.comb += [
-            # A burst ends where the next block of ``burst_beats`` begins; blocks divide 4 KiB.
-            to_boundary.eq(self.burst_beats - address[beat_bits : beat_bits + index_bits]),
-            burst.eq(Mux(left < to_boundary, left, to_boundary)),
-            go.eq((left != 0) & (burst <= room) & free & addresses.i.ready & ~self.flush),
-            asked.eq(Mux(go, burst, 0)),
-            addresses.i.payload.eq(address),
-            addresses.i.valid.eq(go),
-            self.job.ready.eq((left == 0) | (go & (left == burst))),
-        ]
-        m.d.comb += constant_address_fields(ar.payload, self.width)
-        with m.If(ar.ready):
-            m.d.sync += ar.valid.eq(0)
-        with m.If(go):
-            m.d.sync += [
-                ar.valid.eq(1),
-                ar.payload.addr.eq(address),
-                ar.payload.len.eq(burst - 1),
-                address.eq(address + (burst << beat_bits)),
-                left.eq(left - burst),
-            ]
-        with m.If(self.flush):
-            m.d.sync += left.eq(0)
-        with m.Elif(self.job.valid & self.job.ready):
-            m.d.sync += [address.eq(self.job.payload.address), left.eq(self.job.payload.beats)]
-        return asked
-
-    def _receive(self, m: Module, fifo: BlockFifo, addresses: StreamFifo) -> None:
+        self._ask(m, requests, tags)
         r = self.axi.r
         m.d.comb += [
             # Room was claimed before the burst was asked for.
             r.ready.eq(1),
-            fifo.i.payload.eq(r.payload.data),
-            fifo.i.valid.eq(r.valid & ~self.flush),
-            addresses.o.ready.eq(r.valid & r.payload.last),
+            tags.o.ready.eq(r.valid & r.payload.last),
         ]
-        m.d.sync += [self.error.eq(r.valid & is_error(r.payload.resp)), self.error_address.eq(addresses.o.payload)]
+        m.d.sync += [self.error.eq(r.valid & is_error(r.payload.resp)), self.error_address.eq(tags.o.payload.address)]
+        return m
+
+    def _client(self, m: Module, index: int, name: str, depth: int, tags: StreamFifo) -> tuple:
+        """A client's bursts, held back until there is room for them, and its FIFO; returns (bursts, may be asked)."""
+        cutter, fifo = BurstCutter(self.width), BlockFifo(unsigned(self.width), depth)
+        room = Counter(depth, add=1, take=max_burst_beats(self.width), init=depth)
+        m.submodules[f"{name}_cutter"], m.submodules[f"{name}_fifo"] = cutter, fifo
+        m.submodules[f"{name}_room"] = room
+        wiring.connect(m, wiring.flipped(getattr(self, f"{name}_regions")), cutter.regions)
+        wiring.connect(m, fifo.o, wiring.flipped(getattr(self, f"{name}_beats")))
+        fits = Signal(name=f"{name}_fits")
+        bursts = cutter.bursts
+        m.d.comb += [
+            fits.eq(bursts.valid & (bursts.payload.beats <= room.value)),
+            room.take.eq(Mux(bursts.valid & bursts.ready, bursts.payload.beats, 0)),
+            room.add.eq(fifo.o.valid & fifo.o.ready),
+            fifo.i.payload.eq(self.axi.r.payload.data),
+            fifo.i.valid.eq(self.axi.r.valid & (tags.o.payload.client == index)),
+        ]
+        return bursts, fits
+
+    def _ask(self, m: Module, requests: list[tuple], tags: StreamFifo) -> None:
+        """Offers the first client's burst that fits on AR."""
+        ar, free = self.axi.ar, Signal()
+        m.d.comb += free.eq((~self.axi.ar.valid | self.axi.ar.ready) & tags.i.ready & ~self.halt)
+        m.d.comb += constant_address_fields(ar.payload, self.width)
+        with m.If(ar.ready):
+            m.d.sync += ar.valid.eq(0)
+        earlier = Signal(len(requests) + 1)
+        m.d.comb += tags.i.valid.eq(free & Cat(fits for _, fits in requests).any())
+        for index, (bursts, fits) in enumerate(requests):
+            m.d.comb += [
+                earlier[index + 1].eq(earlier[index] | fits),
+                bursts.ready.eq(free & fits & ~earlier[index]),
+            ]
+            with m.If(bursts.valid & bursts.ready):
+                m.d.comb += [tags.i.payload.client.eq(index), tags.i.payload.address.eq(bursts.payload.address)]
+                m.d.sync += [
+                    ar.valid.eq(1),
+                    ar.payload.addr.eq(bursts.payload.address),
+                    ar.payload.len.eq((bursts.payload.beats - 1)[:8]),
+                ]

@@ -33,6 +33,8 @@ class Sequencer(wiring.Component):
     address : of its activations
     pop : a word leaves the FIFO (after all its slices, where it holds several)
     place : which slice of the word, where it holds several
+    works : a token or a word enters in this cycle
+    waits_activations, waits_output : it does not for want of activations, of room for sums
 
     Throughput: 1 token or 1 word per cycle, without a gap between slices, tiles and layers.
     """
@@ -54,6 +56,9 @@ class Sequencer(wiring.Component):
                 "address": Out(range(BANKS * bank_slices(config))),
                 "pop": Out(1),
                 "place": Out(range(max(2, self.stream.slices_per_word))),
+                "works": Out(1),
+                "waits_activations": Out(1),
+                "waits_output": Out(1),
             }
         )
 
@@ -98,15 +103,20 @@ class Sequencer(wiring.Component):
         m.submodules.slices = slices = Counter(BANKS * bank_slices(config))
         m.submodules.ring = ring = Counter(slots, add=config.max_tokens)
         fresh = walker.first.tile & ~walker.current.reuse
-        go = Signal()
-        step = Signal()
+        have_activations, have_room, go, step = Signal(), Signal(), Signal(), Signal()
         m.d.comb += [
+            have_activations.eq(~fresh | (slices.value != 0)),
+            have_room.eq(~tile_starts | (ring.value + walker.current.tokens <= slots)),
             go.eq(
                 (words.value >= self.stream.words_per_slice)
-                & (~fresh | (slices.value != 0))
-                & (~tile_starts | ((headers.value != 0) & (ring.value + walker.current.tokens <= slots)))
+                & have_activations
+                & (~tile_starts | (headers.value != 0))
+                & have_room
             ),
             step.eq(walker.active & (go | ~slice_starts)),
+            self.works.eq(step),
+            self.waits_activations.eq(walker.active & slice_starts & ~have_activations),
+            self.waits_output.eq(walker.active & ~have_room),
             words.add.eq(self.word_pushed),
             headers.add.eq(self.tile_ready),
             slices.add.eq(self.slice_ready),

@@ -47,7 +47,7 @@ class DescriptorField:
 
 FIELDS: tuple[DescriptorField, ...] = (
     DescriptorField("opcode", 0, 8, "1: linear layer"),
-    DescriptorField("reuse", 8, 1, "take the activations of the descriptor before; M, groups and group size are its own"),
+    DescriptorField("reuse", 8, 1, "take the activations of the descriptor before, which have the same shape"),
     DescriptorField("interrupt", 9, 1, "completion sets interrupt_pending.done"),
     DescriptorField("tokens", 16, 16, "M"),
     DescriptorField("groups", 32, 16, "groups along K"),

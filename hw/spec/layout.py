@@ -101,6 +101,16 @@ class StreamLayout:
         return self.record_bits // self.unit_bits
 
     @property
+    def record_cycles(self) -> int:
+        """Cycles that it takes to read one record."""
+        return ceil_div(self.record_units, self.beat_units)
+
+    @property
+    def min_group_slices(self) -> int:
+        """Slices of the shortest group during whose body the next group's record can be read."""
+        return ceil_div(self.record_cycles, self.words_per_slice)
+
+    @property
     def overhead(self) -> float:
         """Stream bits over ideal bits of the typical layer, less one: ideal is weights, scales, zero points alone."""
         layer = self.typical_layer
@@ -146,13 +156,12 @@ class LayerLayout:
             raise ConfigError(f"K is a whole number of groups of {size}, not {self.k:,}")
         if self.k > config.max_k:
             raise ConfigError(f"K is at most max_k ({config.max_k:,}), not {self.k:,}")
-        # Records are read from the header while the group before streams: they must not take longer than it does.
-        record_cycles = ceil_div(self.stream.record_units, self.stream.beat_units)
-        group_cycles = self.group_slices * self.stream.words_per_slice
-        if record_cycles > group_cycles:
+        # Records are read from the header while the group before streams.
+        least = self.stream.min_group_slices
+        if self.group_slices < least:
             raise ConfigError(
-                f"a group's scales take {record_cycles} cycles to read and may take {group_cycles}: "
-                f"group_size {size} is too small for tile {config.tile}"
+                f"group_size is at least {least * config.tile} at tile {config.tile}, so that a group's scales are read"
+                f" in the time that its weights take, not {size}"
             )
 
     @property

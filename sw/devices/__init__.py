@@ -4,10 +4,10 @@
 from hw.spec.config import AcceleratorConfig, ConfigError
 from sw.devices.base import Device
 from sw.devices.reference import ReferenceDevice
-from sw.devices.rtl import RtlDevice
+from sw.devices.rtl import DEFAULT_MEMORY, RtlDevice
 from sw.errors import UserError
 
-DEVICES = {"reference": ReferenceDevice, "rtl": RtlDevice}
+DEVICES = ("reference", "rtl")
 
 
 def check_device(name: str) -> None:
@@ -25,11 +25,13 @@ def make_config(**options: int | str) -> AcceleratorConfig:
         raise UserError(str(error)) from None
 
 
-def open_device(name: str, **options: int | str) -> Device:
+def open_device(name: str, memory: str = DEFAULT_MEMORY, **options: int | str) -> Device:
     """A device of hardware with these parameters (the fields of hw.spec.config.AcceleratorConfig).
 
+    memory: preset of rtl's memory model (sw.devices.library.MEMORIES); the others have none.
     rtl builds the simulation if it is not in the cache, which takes about half a minute and shows progress on stderr.
     Raises UserError for an unknown device, a config that does not exist, or hardware that cannot be built.
     """
     check_device(name)
-    return DEVICES[name](make_config(**options))
+    config = make_config(**options)
+    return RtlDevice(config, memory=memory) if name == "rtl" else ReferenceDevice(config)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every device offers: memory, and linear layers computed from it and into it.
 
-Software deals in float32 and physical addresses. How a device gets from float32 to its own number formats is its own
-business; the results are those of hw.spec.numerics, bit for bit, on all of them.
+Software deals in float32 and physical addresses. How memory is laid out is said in hw.spec.descriptor; the results are
+those of hw.spec.numerics, bit for bit, on all devices.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from hw.spec.config import AcceleratorConfig
+from hw.spec.descriptor import FLOAT_BYTES, region_bytes, result_pitch
 from hw.spec.layout import LayerLayout, stripe, unstripe
 from sw.errors import UserError
 
 PAGE = 4096
 """Alignment in bytes of every buffer and of every port's region: no burst of a bus crosses such an address."""
-FLOAT_BYTES = 4
 
 
 class DeviceError(UserError):
@@ -43,7 +43,7 @@ class LinearJob:
     tokens: M.
     weights: the weight stream as `weight_image` lays it out.
     activations: float32 [M, layout.k], K padded with zeros; in memory before the job is submitted.
-    results: float32 [M, layout.n].
+    results: float32 [M, layout.n], each row beginning at a multiple of `result_pitch`: see `read_results`.
     reuse: take the activations of the job before, in the same batch: same buffer, M, K and group size. A job without
         loads them again, which costs time and changes nothing else.
     """
@@ -106,16 +106,16 @@ class Device(Protocol):
     def submit(self, jobs: Sequence[LinearJob]) -> int:
         """Starts a batch of jobs, which run in order, and returns its ticket at once.
 
-        Raises DeviceError for impossible jobs and UserError, with the layer's name, for activations that are not
-        finite; the batch then does not run at all.
+        Raises DeviceError for impossible jobs; the batch then does not run at all.
         """
         ...
 
     def wait(self, ticket: int, timeout: float) -> list[Completion]:
         """Waits until a batch is done, up to `timeout` seconds; one completion per job. A ticket is good once.
 
-        Raises DeviceError, which says what was waited for. The batch goes on after a timeout and may be waited for
-        again.
+        Raises DeviceError, which says what was waited for, or why the batch failed: with the layer's name where its
+        activations are at fault. The batch goes on after a timeout and may be waited for again; a batch that failed
+        is over, and its results are undefined.
         """
         ...
 
@@ -128,15 +128,20 @@ class Device(Protocol):
     def __exit__(self, *exception: object) -> None: ...
 
 
-def region_bytes(layout: LayerLayout) -> int:
-    """Distance in bytes between two ports' regions of a layer's weights."""
-    size = layout.beats * layout.config.port_width // 8
-    return -(-size // PAGE) * PAGE
-
-
 def weight_bytes(layout: LayerLayout) -> int:
     """Size in bytes of a layer's weights in memory."""
     return layout.config.ports * region_bytes(layout)
+
+
+def result_bytes(layout: LayerLayout, tokens: int) -> int:
+    """Size in bytes of a layer's results in memory."""
+    return tokens * result_pitch(layout.n)
+
+
+def read_results(device: Device, job: LinearJob) -> np.ndarray:
+    """A finished job's results: float32 [M, N]."""
+    shape = job.tokens, result_pitch(job.layout.n) // FLOAT_BYTES
+    return device.read(job.results, np.float32, shape)[:, : job.layout.n]
 
 
 def weight_image(layout: LayerLayout, beats: np.ndarray) -> np.ndarray:
@@ -167,7 +172,7 @@ def check_jobs(config: AcceleratorConfig, jobs: Sequence[LinearJob]) -> None:
         for what, buffer, size in (
             ("weights", job.weights, weight_bytes(layout)),
             ("activations", job.activations, FLOAT_BYTES * job.tokens * layout.k),
-            ("results", job.results, FLOAT_BYTES * job.tokens * layout.n),
+            ("results", job.results, result_bytes(layout, job.tokens)),
         ):
             if buffer.size < size:
                 raise DeviceError(f"layer {job.name}: its {what} take {size:,} bytes, the buffer has {buffer.size:,}")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The simulated core as a shared library: how it is built and how it is called.
+"""The simulated accelerator as a shared library: how it is built and how it is called.
 
-sim.device builds it, in a process of its own; sim/device/core.cpp defines what is declared here.
+sim.device builds it, in a process of its own; sim/device/accelerator.cpp defines what is declared here.
 """
 
 import ctypes
@@ -9,40 +9,67 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from ctypes import POINTER, c_uint32, c_uint64, c_void_p
+import threading
+import time
+from collections.abc import Callable
+from ctypes import c_char_p, c_double, c_int, c_uint32, c_uint64, c_void_p
+from enum import IntEnum
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from hw.spec.config import AcceleratorConfig
 from hw.spec.manifest import Manifest, ManifestError
+from sw.devices.arena import MEMORY_BYTES, Arena, anonymous_memory
 from sw.devices.base import DeviceError
 from sw.errors import UserError
 
-STREAMS = ("command", "weights", "activations", "results")
-ALWAYS = 1 << 16
-"""A stall that never ends; N of ALWAYS cycles are stalled."""
+MEMORIES = ("ideal", "kv260-2400", "kv260-2133", "hostile")
+"""Presets of the memory model; sim/device says what they are."""
+CYCLES_AT_ONCE = 100_000
+"""Simulated cycles of one wait for the interrupt: about a tenth of a second."""
 
 
-class _Segment(ctypes.Structure):
-    _fields_ = [("data", c_void_p), ("transfers", c_uint64)]
+class Fault(IntEnum):
+    """What a simulated memory can be made to do wrong."""
+
+    NONE = 0
+    READ_ERROR = 1
+    WRITE_ERROR = 2
+    READ_SILENT = 3
+    WRITE_SILENT = 4
+    READ_BLOCKED = 5
+    WRITE_BLOCKED = 6
 
 
-class _Batch(ctypes.Structure):
+class Statistics(ctypes.Structure):
+    """What the memory has done so far. Bursts in bytes."""
+
     _fields_ = [
-        ("segments", POINTER(_Segment) * 4),
-        ("segment_count", c_uint64 * 4),
-        ("words", c_uint32 * 4),
-        ("stall", c_uint32 * 4),
-        ("seed", c_uint64),
-        ("patience", c_uint64),
-        ("finished", POINTER(c_uint64)),
-        ("cycles", c_uint64),
-        ("transfers", c_uint64 * 4),
-        ("waited", c_uint64 * 4),
-        ("underrun", c_uint32),
+        ("read_bytes", c_uint64),
+        ("write_bytes", c_uint64),
+        ("read_bursts", c_uint64),
+        ("write_bursts", c_uint64),
+        ("refreshes", c_uint64),
+        ("row_misses", c_uint64),
+        ("port_read_beats", c_uint64 * 4),
+        ("shortest_write_burst", c_uint64),
+        ("longest_write_burst", c_uint64),
     ]
+
+
+_FUNCTIONS: dict[str, tuple[Any, tuple]] = {
+    "gm_open": (c_void_p, (c_char_p, c_uint64)),
+    "gm_close": (None, (c_void_p,)),
+    "gm_map": (c_int, (c_void_p, c_uint64, c_uint64, c_void_p)),
+    "gm_write_register": (c_int, (c_void_p, c_uint32, c_uint32)),
+    "gm_read_register": (c_int, (c_void_p, c_uint32, ctypes.POINTER(c_uint32))),
+    "gm_run": (c_int, (c_void_p, c_uint64)),
+    "gm_problem": (c_char_p, (c_void_p,)),
+    "gm_cycles": (c_uint64, (c_void_p,)),
+    "gm_fault": (None, (c_void_p, c_int, c_uint64, c_uint64)),
+    "gm_statistics": (None, (c_void_p, ctypes.POINTER(Statistics))),
+    "gm_stream_limit": (c_double, (c_char_p, c_uint32, c_uint32, c_uint64, c_uint64)),
+}
 
 
 def build_library(config: AcceleratorConfig) -> tuple[Path, Path]:
@@ -78,18 +105,19 @@ def build_library(config: AcceleratorConfig) -> tuple[Path, Path]:
     return Path(places["library"]), Path(places["manifest"])
 
 
-class CoreLibrary:
-    """One simulated core. Not for several threads at once.
+class SimulatedPlatform:
+    """The verilated accelerator and its memory model. Implements sw.devices.platform.Platform; thread-safe.
 
-    Members
-    -------
-    manifest: of the core inside.
-    words: 32-bit words of one transfer, by stream.
+    Parameters
+    ----------
+    preset: of the memory, one of MEMORIES.
+    seed: of whatever is random in it.
 
-    Raises DeviceError if the files are not what `config` describes.
+    Raises UserError for an unknown preset, DeviceError if the files are not what `config` describes.
     """
 
-    def __init__(self, library: Path, manifest: Path, config: AcceleratorConfig):
+    def __init__(self, library: Path, manifest: Path, config: AcceleratorConfig, preset: str, seed: int = 1):
+        check_preset(preset)
         try:
             self.manifest = Manifest.load(manifest)
         except ManifestError as error:
@@ -97,70 +125,83 @@ class CoreLibrary:
         if self.manifest.config != config:
             digest = self.manifest.config.digest
             raise DeviceError(f"{manifest}: hardware of config {digest[:16]}, and {config.digest[:16]} is needed")
-        missing = [name for name in STREAMS if name not in self.manifest.streams]
-        if missing:
-            raise DeviceError(f"{manifest}: block {self.manifest.block} has no stream {missing[0]}")
+        if self.manifest.block != "accelerator":
+            raise DeviceError(f"{manifest}: block {self.manifest.block} is not the whole accelerator")
         try:
             self._library = ctypes.CDLL(os.fspath(library))
         except OSError as error:
             raise DeviceError(f"{library} cannot be loaded ({error})") from None
-        self._library.gm_open.restype = c_void_p
-        self._library.gm_close.argtypes = self._library.gm_reset.argtypes = [c_void_p]
-        self._library.gm_run.argtypes = [c_void_p, POINTER(_Batch)]
-        self.words = {name: -(-self.manifest.streams[name].width // 32) for name in STREAMS}
-        self._core = self._library.gm_open()
+        for name, (result, arguments) in _FUNCTIONS.items():
+            function = getattr(self._library, name)
+            function.restype, function.argtypes = result, arguments
+        self.preset = preset
+        self.memory = Arena(anonymous_memory(MEMORY_BYTES))
+        self._lock = threading.Lock()
+        self._device = self._library.gm_open(preset.encode(), seed)
+        bytes_at = self.memory.memory.ctypes.data
+        if self._library.gm_map(self._device, self.memory.base, MEMORY_BYTES, bytes_at):
+            raise DeviceError("the simulated memory could not be mapped")
 
-    def reset(self) -> None:
-        """Forgets whatever the core was doing."""
-        self._library.gm_reset(self._core)
+    def _call(self, function: Callable, *arguments: Any) -> int:
+        with self._lock:
+            if self._device is None:
+                raise DeviceError("the simulated accelerator is closed")
+            status = function(self._device, *arguments)
+            if status == -2:
+                problem = self._library.gm_problem(self._device).decode()
+                raise DeviceError(f"the hardware broke a rule of the bus: {problem}")
+        return status
+
+    def _access(self, what: str, function: Callable, offset: int, argument: Any) -> None:
+        status = self._call(function, offset, argument)
+        if status:
+            reason = "did not answer" if status < 0 else f"answered with error {status}"
+            raise DeviceError(f"the control port {reason} when register {offset:#x} was {what}")
+
+    def read_register(self, offset: int) -> int:
+        """See Platform."""
+        value = c_uint32()
+        self._access("read", self._library.gm_read_register, offset, ctypes.byref(value))
+        return value.value
+
+    def write_register(self, offset: int, value: int) -> None:
+        """See Platform."""
+        self._access("written", self._library.gm_write_register, offset, value)
+
+    def wait_interrupt(self) -> bool:
+        """See Platform: runs the simulation."""
+        return self._call(self._library.gm_run, CYCLES_AT_ONCE) == 1
+
+    def clock(self) -> float:
+        """See Platform."""
+        return time.thread_time()
+
+    def fault(self, fault: Fault, address: int = 0, size: int = 1 << 40) -> None:
+        """From now on the memory does this wrong in a range of addresses; Fault.NONE mends everything."""
+        with self._lock:
+            self._library.gm_fault(self._device, fault, address, size)
+
+    def statistics(self) -> Statistics:
+        """What the memory has done so far."""
+        statistics = Statistics()
+        with self._lock:
+            self._library.gm_statistics(self._device, ctypes.byref(statistics))
+        return statistics
+
+    def memory_limit(self, cycles: int = 200_000) -> float:
+        """Bytes per cycle that this memory gives to endless contiguous reads on all ports, simulated without us."""
+        config = self.manifest.config
+        return self._library.gm_stream_limit(self.preset.encode(), config.ports, config.port_width // 8, cycles, 1)
 
     def close(self) -> None:
-        """Frees the core; once only."""
-        self._library.gm_close(self._core)
-
-    def run(
-        self,
-        transfers: Mapping[str, Sequence[np.ndarray]],
-        stalls: Mapping[str, int],
-        seed: int,
-        patience: int,
-    ) -> "Run":
-        """Clocks the core until the last array of results is full.
-
-        transfers: by stream, uint32 arrays [transfers, words]; results are written to theirs. What follows the last
-        result of one call may be continued in the next: no cycle lies between them.
-        stalls: by stream, in how many of 65,536 cycles it pauses at random. patience: cycles without any transfer
-        after which the run is given up.
-        """
-        batch = _Batch(seed=seed, patience=patience)
-        for index, name in enumerate(STREAMS):
-            arrays = transfers[name]
-            assert all(a.dtype == np.uint32 and a.shape[1] == self.words[name] and a.flags.c_contiguous for a in arrays)
-            batch.segments[index] = (_Segment * len(arrays))(*(_Segment(a.ctypes.data, len(a)) for a in arrays))
-            batch.segment_count[index] = len(arrays)
-            batch.words[index] = self.words[name]
-            batch.stall[index] = stalls.get(name, 0)
-        finished = (c_uint64 * len(transfers["results"]))()
-        batch.finished = finished
-        gave_up = bool(self._library.gm_run(self._core, ctypes.byref(batch)))
-        return Run(batch, list(finished), gave_up)
+        """See Platform; closing twice is harmless."""
+        with self._lock:
+            if self._device is not None:
+                self._library.gm_close(self._device)
+                self._device = None
 
 
-class Run:
-    """What one call did.
-
-    Members
-    -------
-    gave_up: nothing moved for too long.
-    cycles: of this call.
-    finished: for each array of results, the cycle of its last transfer.
-    taken: transfers, by stream.
-    underrun: the core caught a design error.
-    """
-
-    def __init__(self, batch: _Batch, finished: list[int], gave_up: bool):
-        self.gave_up = gave_up
-        self.cycles = int(batch.cycles)
-        self.finished = finished
-        self.taken = {name: int(batch.transfers[index]) for index, name in enumerate(STREAMS)}
-        self.underrun = bool(batch.underrun)
+def check_preset(preset: str) -> None:
+    """Raises UserError if there is no such memory."""
+    if preset not in MEMORIES:
+        raise UserError(f"memory is one of {', '.join(MEMORIES)}, not {preset}")

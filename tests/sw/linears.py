@@ -5,7 +5,7 @@ import numpy as np
 
 from hw.spec.config import AcceleratorConfig
 from hw.spec.numerics import quantise_activations, quantise_scales, to_float32
-from sw.devices.base import Buffer, Device, LinearJob, weight_bytes, weight_image
+from sw.devices.base import Buffer, Device, LinearJob, result_bytes, weight_bytes, weight_image
 from sw.linear import QuantizedLinear
 from sw.pack import prepare
 
@@ -52,14 +52,9 @@ def make_job(device: Device, linear: QuantizedLinear, x: np.ndarray, before: Lin
         device.write(activations, padded)
     else:
         activations = before.activations
-    results = device.alloc(4 * len(x) * linear.n)
-    device.write(results, np.full(len(x) * linear.n, np.nan, np.float32))
+    results = device.alloc(result_bytes(layer.layout, len(x)))
+    device.write(results, np.full(results.size // 4, np.nan, np.float32))
     return LinearJob(linear.name, layer.layout, len(x), weights, activations, results, before is not None)
-
-
-def read_results(device: Device, job: LinearJob) -> np.ndarray:
-    """float32 [M, N]."""
-    return device.read(job.results, np.float32, (job.tokens, job.layout.n))
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:

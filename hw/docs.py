@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m hw.docs``: writes docs/README.md, the page from which a driver is written. ``--check`` only compares."""
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from string import Template
+
+from amaranth.hdl import Shape
+from amaranth.lib.wiring import Out
+
+from .rtl.axi import AxiSignature, lite_signature, memory_signature
+from .rtl.register_bank import CONTROL_ADDRESS_BITS
+from .spec import registers
+from .spec.config import AcceleratorConfig
+from .spec.descriptor import (
+    ADDRESS_BITS,
+    ADDRESS_LIMIT,
+    DATA_ALIGNMENT,
+    DESCRIPTOR_WORDS,
+    FIELDS,
+    WEIGHT_ALIGNMENT,
+    Descriptor,
+)
+from .spec.layout import LayerLayout
+from .spec.registers import ERROR_TEXTS, REGISTERS, WINDOW_BYTES, Access, Register
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "README.md"
+_TEMPLATE = Path(__file__).with_name("docs.in.md")
+_WORD = 32
+_SYMBOLIC = {"data": "W", "strb": "W/8"}
+"""Widths of a memory port's signals that depend on the config; W is its ``port_width``."""
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(head), ["---"] * len(list(head)), *map(list, rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _bits(low: int, width: int) -> str:
+    return str(low) if width == 1 else f"{low + width - 1}:{low}"
+
+
+# Registers
+
+
+def _offsets(register: Register) -> str:
+    last = register.end - 4
+    return f"`{register.offset:#05x}`" + (f" to `{last:#05x}`" if last > register.offset else "")
+
+
+def _reset(register: Register) -> str:
+    """Value after reset, of what software or its bits decide; what hardware shows is as it is."""
+    return "" if register.access in (Access.READ, Access.COMMAND) else f"{register.reset:#x}" if register.reset else "0"
+
+
+def _register_rows() -> Iterator[tuple[str, ...]]:
+    for register in REGISTERS:
+        size = f", {register.words} words" if register.words > 1 else ", 64 bits" if register.wide else ""
+        yield _offsets(register), f"**{register.name}**{size}", register.access.value, _reset(register), register.text
+        for field in register.fields:
+            yield f"bits {_bits(field.low, field.width)}", field.name, "", "", field.text
+
+
+def register_table() -> str:
+    """Every register, its fields below it."""
+    return _table(("offset", "name", "access", "after reset", "meaning"), _register_rows())
+
+
+def error_table() -> str:
+    """Every error code."""
+    rows = ((str(code.value), code.name, ERROR_TEXTS[code]) for code in registers.ErrorCode)
+    return _table(("code", "name", "meaning"), rows)
+
+
+# Descriptor
+
+
+def _label(name: str, width: int) -> str:
+    """A field's name if it fits, else its first letter."""
+    return (name if len(name) <= width else name[0]).center(width)
+
+
+def descriptor_diagram() -> str:
+    """The descriptor's words, two characters a bit, the highest bit on the left. Trailing reserved words are one."""
+    used = max(field.low + field.width for field in FIELDS)
+    words = -(-used // _WORD)
+    marks = (31, 24, 23, 16, 15, 8, 7, 0)
+    head = [" "] * 2 * _WORD
+    for bit in marks:
+        at = 2 * (_WORD - 1 - bit)
+        head[at : at + len(str(bit))] = str(bit)
+    lines = [f"word   {''.join(head).rstrip()}", f"      +{'-' * (2 * _WORD - 1)}+"]
+    for word in range(words):
+        cells = []
+        for low, width, name in reversed(list(_cells(word))):
+            whole = next((field for field in FIELDS if field.name == name and field.width > _WORD), None)
+            half = "" if whole is None else ", low word" if low + _WORD * word == whole.low else ", high word"
+            cells.append(_label(name + half, 2 * width - 1))
+        lines += [f"{word:4}  |{'|'.join(cells)}|", f"      +{'-' * (2 * _WORD - 1)}+"]
+    if words < DESCRIPTOR_WORDS:
+        rest = f"{words}-{DESCRIPTOR_WORDS - 1}"
+        lines += [f"{rest:>5} |{' ' * (2 * _WORD - 1)}|", lines[1]]
+    return "\n".join(lines)
+
+
+def _cells(word: int) -> Iterator[tuple[int, int, str]]:
+    """(low, width, name) of a word's parts from bit 0 up; the name is empty where bits are reserved."""
+    bit, end = _WORD * word, _WORD * (word + 1)
+    for field in sorted(FIELDS, key=lambda field: field.low):
+        low, high = max(field.low, bit), min(field.low + field.width, end)
+        if low < high:
+            if low > bit:
+                yield bit % _WORD, low - bit, ""
+            yield low % _WORD, high - low, field.name
+            bit = high
+    if bit < end:
+        yield bit % _WORD, end - bit, ""
+
+
+def descriptor_table() -> str:
+    """Every field of the descriptor."""
+
+    def place(low: int, width: int) -> str:
+        first, last = low // _WORD, (low + width - 1) // _WORD
+        return f"words {first} and {last}" if last > first else f"word {first}, {_bits(low % _WORD, width)}"
+
+    rows = ((f"`{field.name}`", place(field.low, field.width), field.text) for field in FIELDS)
+    return _table(("field", "place", "meaning"), rows)
+
+
+def example() -> str:
+    """A descriptor in numbers."""
+    layer = LayerLayout(AcceleratorConfig(), k=896, n=1150, group_size=128)
+    descriptor = Descriptor.from_layer(
+        layer, 2, activations=0x1000_0000, results=0x1001_0000, weights=0x2000_0000, interrupt=True
+    )
+    words = descriptor.to_words()
+    lines = [" ".join(f"{word:08x}" for word in words[at : at + 8]) for at in range(0, len(words), 8)]
+    return "\n".join(f"{8 * at:2}: {line}" for at, line in enumerate(lines))
+
+
+# Ports
+
+
+def _signals(prefix: str, signature: AxiSignature, symbols: dict[str, str]) -> list[tuple[str, ...]]:
+    """A row for each channel: what the manager drives, and what the subordinate drives."""
+    rows = []
+    for channel, member in signature.members.items():
+        forward = [
+            f"{channel}{name}" + (f"[{symbols.get(name, width)}]" if width > 1 else "")
+            for name, width in ((name, Shape.cast(part.shape).width) for name, part in _payload(member))
+        ]
+        sides = [", ".join([*forward, f"{channel}valid"]), f"{channel}ready"]
+        rows.append((f"`{prefix}_*`, {channel.upper()}", *(sides if member.flow == Out else reversed(sides))))
+    return rows
+
+
+def _payload(member) -> Iterable:
+    return member.signature.members["payload"].shape
+
+
+def port_table() -> str:
+    """Every signal of the AXI ports."""
+    rows = _signals("s_axi_ctrl", lite_signature(CONTROL_ADDRESS_BITS), {})
+    rows += _signals("m_axi_hp0", memory_signature(128), _SYMBOLIC)
+    return _table(("port, channel", "the manager drives", "the subordinate drives"), rows)
+
+
+# The page
+
+
+def page() -> str:
+    """The text of docs/README.md."""
+    values = {
+        "registers": register_table(),
+        "errors": error_table(),
+        "diagram": descriptor_diagram(),
+        "fields": descriptor_table(),
+        "example": example(),
+        "ports": port_table(),
+        "address_bits": ADDRESS_BITS,
+        "address_limit": f"{ADDRESS_LIMIT:#x}",
+        "control_address_bits": CONTROL_ADDRESS_BITS,
+        "data_alignment": DATA_ALIGNMENT,
+        "descriptor_words": DESCRIPTOR_WORDS,
+        "identification": f"{registers.IDENTIFICATION:#x}",
+        "version": registers.VERSION,
+        "queue_depth": registers.QUEUE_DEPTH,
+        "completions": registers.COMPLETIONS,
+        "timeout": f"{registers.DEFAULT_TIMEOUT:,}",
+        "weight_alignment": WEIGHT_ALIGNMENT,
+        "window_bytes": f"{WINDOW_BYTES:#x}",
+        **{f"at_{register.name}": f"{register.offset:#05x}" for register in REGISTERS},
+    }
+    return Template(_TEMPLATE.read_text()).substitute(values)

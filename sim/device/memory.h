@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+// The memory behind the accelerator's AXI ports: the caller's buffers at physical addresses, answered when a timing
+// model says so, and made to fail on request.
+//
+// In each fabric cycle: ask what is offered, take what moves, then step(). Addresses and beats must keep to AXI's
+// rules, which protocol.h checks.
+
+#ifndef GRISTMILL_MEMORY_H
+#define GRISTMILL_MEMORY_H
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "memory_timing.h"
+
+namespace gristmill {
+
+constexpr uint32_t MAX_PORT_BYTES = 16;
+constexpr uint64_t ADDRESS_LIMIT = uint64_t{1} << 40;
+
+enum Response : uint8_t { OKAY = 0, SLVERR = 2, DECERR = 3 };
+
+enum FaultKind {
+    CLEAR_FAULTS,      // all of them
+    READ_ERROR,        // bursts that touch the range are answered with SLVERR
+    WRITE_ERROR,       // the same, and nothing is written
+    READ_SILENCE,      // bursts that touch the range are not answered until faults are cleared
+    WRITE_SILENCE,     // the same: their B does not come
+    READS_REFUSED,     // ARREADY is low on all ports
+    WRITES_REFUSED,    // AWREADY and WREADY are low
+};
+
+struct Statistics {
+    uint64_t read_bytes, write_bytes;    // written are those with their strobe set
+    uint64_t read_bursts, write_bursts;  // addresses taken
+    uint64_t refreshes, row_misses;
+    uint64_t port_read_beats[MAX_PORTS];
+    uint64_t shortest_write_burst, longest_write_burst;  // bytes; 0 while there was none
+};
+
+// Which of the caller's bytes are at a physical address.
+class AddressSpace {
+  public:
+    bool map(uint64_t address, uint64_t size, void* bytes);  // false: overlaps, empty, or ends beyond 2^40
+    bool unmap(uint64_t address);                            // false: no mapping starts there
+
+    // The caller's memory for a range, or null if it is not all in one mapping.
+    uint8_t* find(uint64_t address, uint64_t size) {
+        // Neighbouring accesses nearly always want the mapping of the one before.
+        if (address - last_.address < last_.size && size <= last_.size - (address - last_.address)) {
+            return last_.bytes + (address - last_.address);
+        }
+        return search(address, size);
+    }
+
+  private:
+    struct Mapping {
+        uint64_t address, size;
+        uint8_t* bytes;
+    };
+    uint8_t* search(uint64_t address, uint64_t size);
+
+    std::vector<Mapping> mappings_;  // by address
+    Mapping last_ = {0, 0, nullptr};
+};
+
+struct ReadBeat {
+    const uint8_t* bytes;  // of the port's width; they live until the next beat is asked for
+    Response response;
+    bool last;
+};
+
+class Memory {
+  public:
+    Memory(std::unique_ptr<Timing> timing, uint32_t ports, uint32_t port_bytes)
+        : timing_(std::move(timing)), ports_(ports), port_bytes_(port_bytes) {}
+
+    AddressSpace space;
+
+    void reset();  // everything but the mappings: bursts, faults and statistics
+    void fault(int kind, uint64_t address, uint64_t size);
+    Statistics statistics() const;
+
+    // What is offered in this cycle.
+    bool read_ready(uint32_t port) const {
+        return timing_->offers.read_ready[port] && !reads_[port].full() && !reads_refused_;
+    }
+    bool read_valid(uint32_t port) const { return timing_->offers.read_valid[port] && !reads_[port].front().silent; }
+    ReadBeat read_beat(uint32_t port);
+    bool write_ready() const {
+        return timing_->offers.write_ready && writes_.size() + answers_.size() < MAX_BURSTS && !writes_refused_;
+    }
+    // W is only taken once its AW has been, be it in the same cycle.
+    bool data_ready() const { return timing_->offers.data_ready && !writes_.empty() && !writes_refused_; }
+    bool acknowledge_valid() const { return timing_->offers.acknowledge_valid && !answers_.front().silent; }
+    Response acknowledge_response() const { return answers_.front().response; }
+
+    // What moves in this cycle. Addresses are taken before beats.
+    void take_read_address(uint32_t port, uint64_t address, uint32_t beats);
+    void take_read_beat(uint32_t port);
+    void take_write_address(uint64_t address, uint32_t beats);
+    void take_write_beat(const uint8_t* bytes, uint32_t strobes);
+    void take_acknowledge();
+
+    void step() { timing_->step(); }
+
+  private:
+    struct Burst {
+        uint64_t address;  // of the next beat
+        uint32_t beats;    // still to come
+        uint32_t bytes;    // written so far
+        Response response;
+        bool silent;
+    };
+    struct Fault {
+        FaultKind kind;
+        uint64_t address, size;
+    };
+    Burst burst(uint64_t address, uint32_t beats, FaultKind error, FaultKind silence) const;
+    bool faulty(FaultKind kind, uint64_t address, uint64_t bytes) const;
+    bool copy(uint64_t address, const uint8_t* bytes, uint32_t strobes);
+
+    std::unique_ptr<Timing> timing_;
+    const uint32_t ports_, port_bytes_;
+    Ring<Burst, MAX_BURSTS> reads_[MAX_PORTS], writes_, answers_;
+    std::vector<Fault> faults_;
+    bool reads_refused_ = false, writes_refused_ = false;
+    uint8_t pieces_[MAX_PORTS][MAX_PORT_BYTES] = {};  // beats that are not in one mapping
+    Statistics statistics_ = {};
+};
+
+// Bytes per cycle that a preset gives to `ports` endless contiguous read streams; negative if the arguments are wrong.
+double stream_limit(const char* preset, uint32_t ports, uint32_t port_bytes, uint64_t cycles, uint64_t seed);
+
+}  // namespace gristmill
+
+#endif

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Buffers in one stretch of physical memory."""
+
+import bisect
+import mmap
+from contextlib import suppress
+
+import numpy as np
+
+from sw.devices.base import PAGE, Buffer, DeviceError
+
+MEMORY_BASE = 0x1000_0000
+"""Where a simulated device's memory begins: an address of 0, which somebody forgot to set, is outside."""
+MEMORY_BYTES = 2 << 30
+"""Address space of a simulated device; what is not allocated takes no memory."""
+
+
+def anonymous_memory(size: int) -> np.ndarray:
+    """`size` bytes of this process's memory as uint8, which take up room only once they are written."""
+    no_reserve = 0x4000  # MAP_NORESERVE of Linux; Python 3.11 has no name for it
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    return np.frombuffer(mmap.mmap(-1, size, flags=flags), np.uint8)
+
+
+class Arena:
+    """Allocates PAGE-aligned buffers, the lowest that is free.
+
+    Parameters
+    ----------
+    memory: uint8 [size], the bytes.
+    base: physical address of the first one, a multiple of PAGE.
+    """
+
+    def __init__(self, memory: np.ndarray, base: int = MEMORY_BASE):
+        self.memory, self.base = memory, base
+        self._starts: list[int] = []
+        self._sizes: dict[int, int] = {}
+
+    def alloc(self, size: int) -> Buffer:
+        """A buffer of any contents. Raises DeviceError if no gap is large enough."""
+        if size < 1:
+            raise DeviceError(f"a buffer has at least 1 byte, not {size}")
+        address = self.base
+        for start in self._starts:
+            if start - address >= size:
+                break
+            address = start + -(-self._sizes[start] // PAGE) * PAGE
+        if address + size > self.base + len(self.memory):
+            raise DeviceError(f"the device's memory ({len(self.memory):,} bytes) has no room for {size:,} more")
+        bisect.insort(self._starts, address)
+        self._sizes[address] = size
+        return Buffer(address, size)
+
+    def free(self, buffer: Buffer) -> None:
+        """Raises DeviceError for a buffer that is not allocated."""
+        self.view(buffer)
+        self._starts.remove(buffer.address)
+        del self._sizes[buffer.address]
+        mapping = self.memory.base
+        if isinstance(mapping, mmap.mmap):
+            with suppress(OSError):  # only gives memory back earlier
+                mapping.madvise(mmap.MADV_DONTNEED, buffer.address - self.base, buffer.size)
+
+    def view(self, buffer: Buffer) -> np.ndarray:
+        """The buffer's bytes: uint8 [size], writable. Raises DeviceError for a buffer that is not allocated."""
+        if self._sizes.get(buffer.address) != buffer.size:
+            raise DeviceError(f"no buffer of {buffer.size:,} bytes is allocated at address {buffer.address:#x}")
+        start = buffer.address - self.base
+        return self.memory[start : start + buffer.size]

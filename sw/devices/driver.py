@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The accelerator's driver: jobs become descriptors, interrupts become completions, error codes become messages."""
+
+from collections.abc import Iterator, Sequence
+
+from hw.spec.config import AcceleratorConfig
+from hw.spec.descriptor import Descriptor
+from hw.spec.refusal import refusal
+from hw.spec.registers import ERROR_TEXTS, IDENTIFICATION, VERSION, ErrorCode, config_digest
+from sw.devices.base import Buffer, Completion, DeviceError, LinearJob
+from sw.devices.batches import BatchDevice
+from sw.devices.platform import Platform, Registers
+
+PATIENCE = 8
+"""Times the hardware's own timeout without any progress until the driver gives up too."""
+COUNTERS = ("busy", "beats", "starved_weights", "starved_activations", "starved_output")
+
+
+class AcceleratorDevice(BatchDevice):
+    """An accelerator behind a platform. Implements sw.devices.base.Device.
+
+    Raises DeviceError if what is there is not the accelerator of `config`.
+    """
+
+    def __init__(self, config: AcceleratorConfig, platform: Platform):
+        self.platform, self.registers = platform, Registers(platform)
+        self._window: list[int | None] = []
+        try:
+            self._identify(config)
+            self._reset()
+            self.registers.set("interrupt_enable", "done", "error")
+        except BaseException:
+            platform.close()
+            raise
+        super().__init__(config, platform.memory)
+
+    def close(self) -> None:
+        """See Device."""
+        was_open = not self._closed
+        super().close()
+        if was_open:
+            self.platform.close()
+
+    def counters(self) -> dict[str, int]:
+        """The performance counters, in cycles and beats, since the device was opened."""
+        return {name: self.registers.read(name) for name in COUNTERS}
+
+    def run(self, jobs: Sequence[LinearJob]) -> Iterator[Completion]:
+        """See BatchDevice."""
+        registers, capabilities = self.registers, self._capabilities
+        status = registers.fields("status")
+        if status["running"] or status["resetting"] or status["error"]:
+            # Left over from a batch that was given up.
+            self._reset()
+        base, pushed, done = registers.read("completed"), 0, 0
+        before, clock, watch = 0, self.platform.clock(), _Watch(self)
+        while done < len(jobs):
+            while pushed < len(jobs) and pushed - done < capabilities["completions"] and self._has_room(pushed - done):
+                self._push(jobs[pushed])
+                if not pushed:
+                    before = registers.read("started")
+                pushed += 1
+            self.platform.wait_interrupt()
+            registers.set("interrupt_pending", "done")
+            if registers.fields("status")["error"]:
+                self._fail(jobs)
+            for index in range(done, (registers.read("completed") - base) % (1 << 32)):
+                cycle = registers.read("completion_cycles", (base + index) % capabilities["completions"])
+                now = self.platform.clock()
+                yield Completion(jobs[index].name, (cycle - before) % (1 << 32), jobs[index].layout.beats, now - clock)
+                before, clock, done = cycle, now, index + 1
+            if self.stopping.is_set():
+                self._reset()
+                return
+            watch.check(jobs[min(done, len(jobs) - 1)], done)
+
+    def _identify(self, config: AcceleratorConfig) -> None:
+        found = self.registers.read("identification")
+        if found != IDENTIFICATION:
+            raise DeviceError(f"there is no Gristmill accelerator: register identification is {found:#x}")
+        version = self.registers.read("version")
+        if version != VERSION:
+            raise DeviceError(f"the accelerator's registers have version {version}, this software knows {VERSION}")
+        digest = self.registers.read("config_digest")
+        if digest != config_digest(config):
+            raise DeviceError(
+                f"the accelerator was built from config {digest:08x}, and {config_digest(config):08x} is needed"
+            )
+        self._capabilities = self.registers.fields("capabilities")
+
+    def _has_room(self, in_flight: int) -> bool:
+        # As long as fewer than the queue holds are in flight, nobody needs to be asked.
+        depth = self._capabilities["queue_depth"]
+        return in_flight < depth or self.registers.fields("status")["queued"] < depth
+
+    def _push(self, job: LinearJob) -> None:
+        words = descriptor(job).to_words()
+        if len(self._window) != len(words):
+            self._window = [None] * len(words)
+        for index, word in enumerate(words):
+            # The window keeps what was written: neighbouring layers differ in a few words.
+            if self._window[index] != word:
+                self.registers.write("descriptor", word, index)
+                self._window[index] = word
+        self.registers.set("control", "push")
+
+    def _fail(self, jobs: Sequence[LinearJob]) -> None:
+        """Raises DeviceError for what stopped the accelerator, after making it fit for the next batch."""
+        code, address = self.registers.read("error_code"), self.registers.read("error_address")
+        try:
+            text = ERROR_TEXTS[ErrorCode(code)]
+        except ValueError:
+            text = f"error code {code}"
+        place = f" at address {address:#x}" if address else ""
+        name = self._culprit(jobs, address)
+        try:
+            self._reset()
+        except DeviceError as error:
+            raise DeviceError(f"{name}: {text}{place}; {error}") from None
+        raise DeviceError(f"{name}: {text}{place}")
+
+    def _culprit(self, jobs: Sequence[LinearJob], address: int) -> str:
+        def holds(buffer: Buffer) -> bool:
+            return buffer.address <= address < buffer.address + buffer.size
+
+        before = None
+        for job in jobs:
+            words = descriptor(job).to_words()
+            if refusal(self.config, words, before):
+                return f"layer {job.name}"
+            before = words
+            if any(map(holds, (job.weights, job.activations, job.results))):
+                return f"layer {job.name}"
+        return f"one of the layers from {jobs[0].name} to {jobs[-1].name}" if len(jobs) > 1 else f"layer {jobs[0].name}"
+
+    def _reset(self) -> None:
+        """Raises DeviceError if the reset does not end."""
+        self.registers.set("control", "reset")
+        watch = _Watch(self)
+        while self.registers.fields("status")["resetting"]:
+            self.platform.wait_interrupt()
+            watch.check(None, 0)
+        self.registers.set("interrupt_pending", "done", "error")
+
+
+class _Watch:
+    """Notices when nothing has moved for PATIENCE times the hardware's timeout, by the accelerator's own clock."""
+
+    def __init__(self, device: AcceleratorDevice):
+        self._registers = device.registers
+        self._limit = PATIENCE * self._registers.read("timeout")
+        self._seen: tuple[int, ...] = ()
+        self._since = 0
+
+    def check(self, job: LinearJob | None, done: int) -> None:
+        """Raises DeviceError, which says what was waited for."""
+        read = self._registers.read
+        now = read("cycles")
+        seen = done, read("beats"), read("reads_under_way"), read("writes_under_way")
+        if seen != self._seen:
+            self._seen, self._since = seen, now
+        elif self._limit and now - self._since > self._limit:
+            reads = sum(self._registers.fields("reads_under_way").values())
+            writes = read("writes_under_way")
+            owed = f"memory owes {reads} reads and {writes} writes"
+            what = f"layer {job.name}" if job else "the reset to end"
+            raise DeviceError(f"nothing moved for {now - self._since:,} cycles while waiting for {what}; {owed}")
+
+
+def descriptor(job: LinearJob) -> Descriptor:
+    """The descriptor of a job; its completion raises the interrupt."""
+    return Descriptor.from_layer(
+        job.layout,
+        job.tokens,
+        activations=job.activations.address,
+        weights=job.weights.address,
+        results=job.results.address,
+        reuse=job.reuse,
+        interrupt=True,
+    )

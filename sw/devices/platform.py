@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a driver needs of the machine around the accelerator: the same calls on a board and in simulation."""
+
+from typing import Protocol
+
+from hw.spec.registers import BY_NAME, offset
+from sw.devices.arena import Arena
+
+
+class Platform(Protocol):
+    """An accelerator's registers, its interrupt, and the memory that it shares with this process.
+
+    Members
+    -------
+    memory: what the accelerator reads and writes.
+    """
+
+    memory: Arena
+
+    def read_register(self, offset: int) -> int:
+        """The 32-bit register at a byte offset. Raises DeviceError if the accelerator does not answer or refuses."""
+        ...
+
+    def write_register(self, offset: int, value: int) -> None:
+        """Writes the 32-bit register at a byte offset. Raises DeviceError as `read_register` does."""
+        ...
+
+    def wait_interrupt(self) -> bool:
+        """Waits a fraction of a second for the interrupt line; returns whether it is high."""
+        ...
+
+    def clock(self) -> float:
+        """Seconds, for differences: wall time on a board, processor time of a simulation."""
+        ...
+
+    def close(self) -> None:
+        """Gives everything back."""
+        ...
+
+
+class Registers:
+    """The registers of hw.spec.registers by name."""
+
+    def __init__(self, platform: Platform):
+        self._platform = platform
+
+    def read(self, name: str, word: int = 0) -> int:
+        """A register's value, all 64 bits of a wide one."""
+        value = self._platform.read_register(offset(name, word))
+        if BY_NAME[name].wide:
+            value |= self._platform.read_register(offset(name, 1)) << 32
+        return value
+
+    def fields(self, name: str) -> dict[str, int]:
+        """A register's fields."""
+        value = self.read(name)
+        return {field.name: field.get(value) for field in BY_NAME[name].fields}
+
+    def write(self, name: str, value: int, word: int = 0) -> None:
+        """Writes a register."""
+        self._platform.write_register(offset(name, word), value)
+
+    def set(self, name: str, *fields: str) -> None:
+        """Writes a register with all bits of these fields set and the others 0."""
+        self.write(name, sum(BY_NAME[name].field(field).mask for field in fields))
