@@ -3,7 +3,7 @@
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from string import Template
 
@@ -13,7 +13,7 @@ from amaranth.lib.wiring import Out
 from .rtl.axi import AxiSignature, lite_signature, memory_signature
 from .rtl.register_bank import CONTROL_ADDRESS_BITS
 from .spec import registers
-from .spec.config import AcceleratorConfig
+from .spec.config import MAX_N, AcceleratorConfig
 from .spec.descriptor import (
     ADDRESS_BITS,
     ADDRESS_LIMIT,
@@ -27,19 +27,19 @@ from .spec.layout import LayerLayout
 from .spec.registers import ERROR_TEXTS, REGISTERS, WINDOW_BYTES, Access, Register
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "README.md"
-_TEMPLATE = Path(__file__).with_name("docs.in.md")
+TEMPLATE = PAGE.with_name("README.in.md")
 _WORD = 32
 _SYMBOLIC = {"data": "W", "strb": "W/8"}
 """Widths of a memory port's signals that depend on the config; W is its ``port_width``."""
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = [list(head), ["---"] * len(list(head)), *map(list, rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+def _table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], f"|{'---|' * len(head)}", *lines[1:]])
 
 
 def _bits(low: int, width: int) -> str:
-    return str(low) if width == 1 else f"{low + width - 1}:{low}"
+    return f"bit {low}" if width == 1 else f"bits {low + width - 1}:{low}"
 
 
 # Registers
@@ -60,7 +60,7 @@ def _register_rows() -> Iterator[tuple[str, ...]]:
         size = f", {register.words} words" if register.words > 1 else ", 64 bits" if register.wide else ""
         yield _offsets(register), f"**{register.name}**{size}", register.access.value, _reset(register), register.text
         for field in register.fields:
-            yield f"bits {_bits(field.low, field.width)}", field.name, "", "", field.text
+            yield _bits(field.low, field.width), field.name, "", "", field.text
 
 
 def register_table() -> str:
@@ -83,40 +83,34 @@ def _label(name: str, width: int) -> str:
 
 
 def descriptor_diagram() -> str:
-    """The descriptor's words, two characters a bit, the highest bit on the left. Trailing reserved words are one."""
+    """The descriptor's words, two characters a bit, the highest bit on the left; reserved words at its end as one."""
     used = max(field.low + field.width for field in FIELDS)
     words = -(-used // _WORD)
-    marks = (31, 24, 23, 16, 15, 8, 7, 0)
-    head = [" "] * 2 * _WORD
-    for bit in marks:
-        at = 2 * (_WORD - 1 - bit)
-        head[at : at + len(str(bit))] = str(bit)
-    lines = [f"word   {''.join(head).rstrip()}", f"      +{'-' * (2 * _WORD - 1)}+"]
+    inside = 2 * _WORD - 1
+    marks = "".join(f"{bit:<{2 * length}}" for bit, length in ((31, 7), (24, 8), (16, 8), (8, 8), (0, 1)))
+    line = f"      +{'-' * inside}+"
+    lines = [f"word   {marks.rstrip()}", line]
     for word in range(words):
-        cells = []
-        for low, width, name in reversed(list(_cells(word))):
-            whole = next((field for field in FIELDS if field.name == name and field.width > _WORD), None)
-            half = "" if whole is None else ", low word" if low + _WORD * word == whole.low else ", high word"
-            cells.append(_label(name + half, 2 * width - 1))
-        lines += [f"{word:4}  |{'|'.join(cells)}|", f"      +{'-' * (2 * _WORD - 1)}+"]
+        cells = reversed([_label(text, 2 * width - 1) for width, text in _cells(word)])
+        lines += [f"{word:5} |{'|'.join(cells)}|", line]
     if words < DESCRIPTOR_WORDS:
-        rest = f"{words}-{DESCRIPTOR_WORDS - 1}"
-        lines += [f"{rest:>5} |{' ' * (2 * _WORD - 1)}|", lines[1]]
+        lines += [f"{words}-{DESCRIPTOR_WORDS - 1} |{' ' * inside}|".rjust(len(line)), line]
     return "\n".join(lines)
 
 
-def _cells(word: int) -> Iterator[tuple[int, int, str]]:
-    """(low, width, name) of a word's parts from bit 0 up; the name is empty where bits are reserved."""
+def _cells(word: int) -> Iterator[tuple[int, str]]:
+    """(width, text) of a word's parts from bit 0 up; the text is empty where bits are reserved."""
     bit, end = _WORD * word, _WORD * (word + 1)
-    for field in sorted(FIELDS, key=lambda field: field.low):
+    for field in FIELDS:
         low, high = max(field.low, bit), min(field.low + field.width, end)
         if low < high:
             if low > bit:
-                yield bit % _WORD, low - bit, ""
-            yield low % _WORD, high - low, field.name
+                yield low - bit, ""
+            half = "" if field.width <= _WORD else ", low word" if low == field.low else ", high word"
+            yield high - low, field.name + half
             bit = high
     if bit < end:
-        yield bit % _WORD, end - bit, ""
+        yield end - bit, ""
 
 
 def descriptor_table() -> str:
@@ -124,7 +118,9 @@ def descriptor_table() -> str:
 
     def place(low: int, width: int) -> str:
         first, last = low // _WORD, (low + width - 1) // _WORD
-        return f"words {first} and {last}" if last > first else f"word {first}, {_bits(low % _WORD, width)}"
+        if last > first:
+            return f"words {first} and {last}"
+        return f"word {first}" + ("" if width == _WORD else f", {_bits(low % _WORD, width)}")
 
     rows = ((f"`{field.name}`", place(field.low, field.width), field.text) for field in FIELDS)
     return _table(("field", "place", "meaning"), rows)
@@ -187,6 +183,7 @@ def page() -> str:
         "descriptor_words": DESCRIPTOR_WORDS,
         "identification": f"{registers.IDENTIFICATION:#x}",
         "version": registers.VERSION,
+        "max_n": f"{MAX_N:,}",
         "queue_depth": registers.QUEUE_DEPTH,
         "completions": registers.COMPLETIONS,
         "timeout": f"{registers.DEFAULT_TIMEOUT:,}",
@@ -194,4 +191,22 @@ def page() -> str:
         "window_bytes": f"{WINDOW_BYTES:#x}",
         **{f"at_{register.name}": f"{register.offset:#05x}" for register in REGISTERS},
     }
-    return Template(_TEMPLATE.read_text()).substitute(values)
+    return Template(TEMPLATE.read_text()).substitute(values)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m hw.docs", description="Write docs/README.md.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page is not up to date")
+    check = parser.parse_args(arguments).check
+    text = page()
+    if not check:
+        PAGE.write_text(text)
+    elif not PAGE.exists() or PAGE.read_text() != text:
+        print("error: docs/README.md is not up to date; run python -m hw.docs", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

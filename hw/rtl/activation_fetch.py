@@ -13,8 +13,9 @@ from .fifo import StreamFifo
 
 CHUNK_BYTES = 1024
 """What a port reads before it is the next port's turn: long enough for DDR, short enough to spread a single token."""
-CHUNKS_AHEAD = 2
-"""Chunks that a port's FIFO holds: while one is taken the next arrives, from every port."""
+CHUNKS_AHEAD = 8
+"""Chunks that a port's FIFO holds: what is asked for late comes after 2,048 cycles of weights that were asked for
+before. With 128 bits that is the whole depth of a block RAM."""
 
 
 def chunk_beats(config: AcceleratorConfig) -> int:
@@ -43,6 +44,7 @@ class ActivationFetch(wiring.Component):
     regions_<p> : port p's chunks, for its read manager
     beats_<p> : port p's data
     beats : the blocks' data, in order
+    asking : regions are still to come for the last block
 
     Latency: 2 cycles from a block to its first region, none for the data. Throughput: 1 region and 1 beat per cycle.
     """
@@ -56,7 +58,9 @@ class ActivationFetch(wiring.Component):
         for port in range(config.ports):
             members[f"regions_{port}"] = Out(stream.Signature(region_layout()))
             members[f"beats_{port}"] = In(beats)
-        super().__init__({"blocks": In(stream.Signature(fetch_layout(config))), **members, "beats": Out(beats)})
+        super().__init__(
+            {"blocks": In(stream.Signature(fetch_layout(config))), **members, "beats": Out(beats), "asking": Out(1)}
+        )
 
     def elaborate(self, platform) -> Module:
         m = Module()
@@ -81,6 +85,7 @@ class ActivationFetch(wiring.Component):
             beats.eq(Mux(left < whole, left, whole)),
             self.blocks.ready.eq((left == 0) & lengths.i.ready),
             load.eq(self.blocks.valid & self.blocks.ready),
+            self.asking.eq(left != 0),
             lengths.i.valid.eq(load),
             lengths.i.payload.eq(self.blocks.payload.beats),
         ]

@@ -105,6 +105,7 @@ class Datapath(wiring.Component):
         m.submodules.fetch = fetch = ActivationFetch(config)
         wiring.connect(m, dispatcher.blocks, fetch.blocks)
         wiring.connect(m, fetch.beats, unit.beats)
+        m.d.comb += dispatcher.asking.eq(fetch.asking)
         layer = dispatcher.unit
         m.d.comb += [
             unit.command.payload.eq(layer.payload.command),

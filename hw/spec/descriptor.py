@@ -23,6 +23,8 @@ WEIGHT_ALIGNMENT = 4096
 """Bytes: of the weights and their stride. No burst crosses a multiple of it, so every burst is a long one."""
 DATA_ALIGNMENT = 64
 """Bytes: of activations, results and the results' pitch."""
+BANK_SPAN = 128 * 1024
+"""Bytes after which DDR4 memory of 64 bits comes back to the same bank: 16 banks with rows of 8 KiB."""
 ADDRESS_BITS = 40
 """What the memory ports of a Zynq UltraScale+ take."""
 ADDRESS_LIMIT = (1 << ADDRESS_BITS) - (1 << 34)
@@ -70,8 +72,23 @@ def result_pitch(n: int) -> int:
 
 
 def region_bytes(layer: LayerLayout) -> int:
-    """Least bytes from one port's region of a layer's weights to the next."""
+    """Bytes of one port's region of a layer's weights, in whole pages."""
     return ceil_div(layer.beats * layer.config.port_width // 8, WEIGHT_ALIGNMENT) * WEIGHT_ALIGNMENT
+
+
+def weights_stride(layer: LayerLayout) -> int:
+    """Bytes from one port's region of a layer's weights to the next, so that the ports never meet in a DRAM bank.
+
+    All ports read at the same pace. Were their regions a multiple of BANK_SPAN apart, they would all want another row
+    of the same bank all the time; so the regions begin evenly spread over the banks.
+    """
+    apart = BANK_SPAN // layer.config.ports
+    return apart + ceil_div(max(0, region_bytes(layer) - apart), BANK_SPAN) * BANK_SPAN
+
+
+def weight_bytes(layer: LayerLayout) -> int:
+    """Bytes of a layer's weights in memory, from the first port's region to the end of the last one's."""
+    return (layer.config.ports - 1) * weights_stride(layer) + region_bytes(layer)
 
 
 @dataclass(frozen=True)
@@ -105,7 +122,8 @@ class Descriptor:
         reuse: bool = False,
         interrupt: bool = False,
     ) -> "Descriptor":
-        """The descriptor of ``layer`` for ``tokens`` tokens, with operands as close together as they may be.
+        """The descriptor of ``layer`` for ``tokens`` tokens, with its weights' regions and its results' rows where
+        :func:`weights_stride` and :func:`result_pitch` put them.
 
         Raises
         ------
@@ -122,7 +140,7 @@ class Descriptor:
             activations=activations,
             results=results,
             weights=weights,
-            weights_stride=region_bytes(layer),
+            weights_stride=weights_stride(layer),
             result_pitch=result_pitch(layer.n),
             reuse=int(reuse),
             interrupt=int(interrupt),

@@ -45,13 +45,13 @@ class AddressSpace {
     bool map(uint64_t address, uint64_t size, void* bytes);  // false: overlaps, empty, or ends beyond 2^40
     bool unmap(uint64_t address);                            // false: no mapping starts there
 
-    // The caller's memory for a range, or null if it is not all in one mapping.
-    uint8_t* find(uint64_t address, uint64_t size) {
-        // Neighbouring accesses nearly always want the mapping of the one before.
-        if (address - last_.address < last_.size && size <= last_.size - (address - last_.address)) {
-            return last_.bytes + (address - last_.address);
-        }
-        return search(address, size);
+    // The caller's memory for a range, or null if it is not all in one mapping. Each reader (port) and the writer
+    // nearly always want the mapping that they had before, so it is kept for each of them.
+    uint8_t* find(uint32_t user, uint64_t address, uint64_t size) {
+        const Mapping& last = last_[user];
+        const uint64_t offset = address - last.address;
+        if (offset < last.size && size <= last.size - offset) return last.bytes + offset;
+        return search(user, address, size);
     }
 
   private:
@@ -59,10 +59,10 @@ class AddressSpace {
         uint64_t address, size;
         uint8_t* bytes;
     };
-    uint8_t* search(uint64_t address, uint64_t size);
+    uint8_t* search(uint32_t user, uint64_t address, uint64_t size);
 
     std::vector<Mapping> mappings_;  // by address
-    Mapping last_ = {0, 0, nullptr};
+    Mapping last_[MAX_PORTS + 1] = {};
 };
 
 struct ReadBeat {
@@ -87,7 +87,11 @@ class Memory {
         return timing_->offers.read_ready[port] && !reads_[port].full() && !reads_refused_;
     }
     bool read_valid(uint32_t port) const { return timing_->offers.read_valid[port] && !reads_[port].front().silent; }
-    ReadBeat read_beat(uint32_t port);
+    ReadBeat read_beat(uint32_t port) {
+        const Burst& burst = reads_[port].front();
+        const uint8_t* bytes = space.find(port, burst.address, port_bytes_);
+        return bytes ? ReadBeat{bytes, burst.response, burst.beats == 1} : piece(port);
+    }
     bool write_ready() const {
         return timing_->offers.write_ready && writes_.size() + answers_.size() < MAX_BURSTS && !writes_refused_;
     }
@@ -98,7 +102,13 @@ class Memory {
 
     // What moves in this cycle. Addresses are taken before beats.
     void take_read_address(uint32_t port, uint64_t address, uint32_t beats);
-    void take_read_beat(uint32_t port);
+    void take_read_beat(uint32_t port) {
+        Burst& burst = reads_[port].front();
+        burst.address += port_bytes_;
+        if (!--burst.beats) reads_[port].pop();
+        timing_->read_beat(port);
+        ++statistics_.port_read_beats[port];
+    }
     void take_write_address(uint64_t address, uint32_t beats);
     void take_write_beat(const uint8_t* bytes, uint32_t strobes);
     void take_acknowledge();
@@ -119,6 +129,7 @@ class Memory {
     };
     Burst burst(uint64_t address, uint32_t beats, FaultKind error, FaultKind silence) const;
     bool faulty(FaultKind kind, uint64_t address, uint64_t bytes) const;
+    ReadBeat piece(uint32_t port);
     bool copy(uint64_t address, const uint8_t* bytes, uint32_t strobes);
 
     std::unique_ptr<Timing> timing_;

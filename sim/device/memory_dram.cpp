@@ -66,7 +66,7 @@ static_assert(BURSTS + WINDOW + BUFFER <= MAX_BURSTS, "no port gets more bursts 
 struct Access {
     int64_t row;
     uint32_t bank;
-    uint32_t beats;
+    uint32_t bytes;
     bool last;  // of its burst
     Time since;  // when it reached the controller
 };
@@ -87,7 +87,7 @@ struct ReadBurst {
 
 struct Delivery {
     uint64_t cycle;
-    uint32_t beats;
+    uint32_t bytes;
 };
 
 class DramTiming final : public Timing {
@@ -115,7 +115,7 @@ class DramTiming final : public Timing {
     void step() override;
 
   private:
-    Access access_at(uint64_t address, uint32_t bytes, bool last, Time since) const;
+    static Access access_at(uint64_t address, uint32_t bytes, bool last, Time since);
     void fill_windows();
     void enter(uint32_t queue, const Access& access);
     bool open(const Access& access, bool head);
@@ -125,7 +125,7 @@ class DramTiming final : public Timing {
     void run_bus();
     Time earliest(uint32_t queue);
     void transfer(uint32_t queue, Time start);
-    void deliver(uint32_t port, Time end, uint32_t beats);
+    void deliver(uint32_t port, Time end, uint32_t bytes);
     void offer();
 
     const uint32_t ports_, port_bytes_;
@@ -171,14 +171,14 @@ void DramTiming::reset() {
 
 // Address map row:bank:column, without a hash, as the controller is set up by default: a contiguous stream stays in a
 // row for 8 KiB, and streams whose regions lie a multiple of 128 KiB apart do meet in the same bank.
-Access DramTiming::access_at(uint64_t address, uint32_t bytes, bool last, Time since) const {
+Access DramTiming::access_at(uint64_t address, uint32_t bytes, bool last, Time since) {
     const uint64_t place = address / ROW_BYTES;
-    return {static_cast<int64_t>(place / BANKS), static_cast<uint32_t>(place % BANKS), bytes / port_bytes_, last, since};
+    return {static_cast<int64_t>(place / BANKS), static_cast<uint32_t>(place % BANKS), bytes, last, since};
 }
 
 void DramTiming::read_beat(uint32_t port) {
     offers.read_valid[port] = false;
-    if (!--buffers_[port].front().beats) buffers_[port].pop();
+    if (!(buffers_[port].front().bytes -= port_bytes_)) buffers_[port].pop();
 }
 
 void DramTiming::write_beat() {
@@ -307,9 +307,9 @@ void DramTiming::run_bus() {
             start = earliest(WRITES);
         } else {
             // In turns; among those that can start at once the first one has it.
-            const uint32_t first = run_ < RUN ? last_ : last_ + 1;
-            for (uint32_t i = 0; i < ports_; ++i) {
-                const uint32_t port = (first + i) % ports_;
+            uint32_t port = run_ < RUN ? last_ : last_ + 1;
+            for (uint32_t i = 0; i < ports_; ++i, ++port) {
+                if (port >= ports_) port = 0;
                 const Time time = earliest(port);
                 if (time < start) start = time, chosen = port;
                 if (start <= std::max(bus_free_, now_) + SWITCH_CLOCKS * clock_) break;
@@ -330,7 +330,7 @@ void DramTiming::transfer(uint32_t queue, Time start) {
     bus_free_ = start + access_;
     if (queue != WRITES) {
         bank.closable = std::max(bank.closable, start + READ_TO_PRECHARGE);
-        deliver(queue, bus_free_ + CAS + slower_, access.beats);
+        deliver(queue, bus_free_ + CAS + slower_, access.bytes);
         return;
     }
     ++written_;
@@ -338,10 +338,10 @@ void DramTiming::transfer(uint32_t queue, Time start) {
     if (access.last) acknowledgements_.push(cycle_ + RETURN);
 }
 
-void DramTiming::deliver(uint32_t port, Time end, uint32_t beats) {
+void DramTiming::deliver(uint32_t port, Time end, uint32_t bytes) {
     Time& link = link_free_[LINK[port]];
     link = std::max(link, end) + LINK_CLOCKS * clock_;
-    buffers_[port].push({static_cast<uint64_t>((link + CYCLE - 1) / CYCLE) + RETURN, beats});
+    buffers_[port].push({static_cast<uint64_t>((link + CYCLE - 1) / CYCLE) + RETURN, bytes});
 }
 
 void DramTiming::offer() {

@@ -8,6 +8,8 @@
 
 namespace gristmill {
 
+constexpr uint32_t WRITER = MAX_PORTS;  // of the address space, behind the ports' reads
+
 bool AddressSpace::map(uint64_t address, uint64_t size, void* bytes) {
     if (!size || address >= ADDRESS_LIMIT || size > ADDRESS_LIMIT - address) return false;
     const auto next = std::find_if(mappings_.begin(), mappings_.end(), [&](auto& m) { return m.address >= address; });
@@ -21,18 +23,18 @@ bool AddressSpace::unmap(uint64_t address) {
     const auto found = std::find_if(mappings_.begin(), mappings_.end(), [&](auto& m) { return m.address == address; });
     if (found == mappings_.end()) return false;
     mappings_.erase(found);
-    last_ = {0, 0, nullptr};
+    for (auto& last : last_) last = {};
     return true;
 }
 
-uint8_t* AddressSpace::search(uint64_t address, uint64_t size) {
+uint8_t* AddressSpace::search(uint32_t user, uint64_t address, uint64_t size) {
     auto next = std::upper_bound(mappings_.begin(), mappings_.end(), address,
                                  [](uint64_t a, const Mapping& m) { return a < m.address; });
     if (next == mappings_.begin()) return nullptr;
     const Mapping& mapping = next[-1];
     const uint64_t offset = address - mapping.address;
     if (offset >= mapping.size || size > mapping.size - offset) return nullptr;
-    last_ = mapping;
+    last_[user] = mapping;
     return mapping.bytes + offset;
 }
 
@@ -87,26 +89,16 @@ void Memory::take_read_address(uint32_t port, uint64_t address, uint32_t beats) 
     ++statistics_.read_bursts;
 }
 
-ReadBeat Memory::read_beat(uint32_t port) {
+// A beat that is not in one mapping: mappings may meet within it, and what none of them holds reads as 0.
+ReadBeat Memory::piece(uint32_t port) {
     const Burst& burst = reads_[port].front();
-    const bool last = burst.beats == 1;
-    if (const uint8_t* bytes = space.find(burst.address, port_bytes_)) return {bytes, burst.response, last};
-    // Mappings may meet within a beat; what no mapping holds reads as 0.
     bool whole = true;
     for (uint32_t i = 0; i < port_bytes_; ++i) {
-        const uint8_t* byte = space.find(burst.address + i, 1);
+        const uint8_t* byte = space.find(port, burst.address + i, 1);
         pieces_[port][i] = byte ? *byte : 0;
         whole &= byte != nullptr;
     }
-    return {pieces_[port], whole ? burst.response : DECERR, last};
-}
-
-void Memory::take_read_beat(uint32_t port) {
-    Burst& burst = reads_[port].front();
-    burst.address += port_bytes_;
-    if (!--burst.beats) reads_[port].pop();
-    timing_->read_beat(port);
-    ++statistics_.port_read_beats[port];
+    return {pieces_[port], whole ? burst.response : DECERR, burst.beats == 1};
 }
 
 void Memory::take_write_address(uint64_t address, uint32_t beats) {
@@ -117,7 +109,7 @@ void Memory::take_write_address(uint64_t address, uint32_t beats) {
 
 // Writes the bytes whose strobes are set. Whether all of them are mapped.
 bool Memory::copy(uint64_t address, const uint8_t* bytes, uint32_t strobes) {
-    uint8_t* whole = space.find(address, port_bytes_);
+    uint8_t* whole = space.find(WRITER, address, port_bytes_);
     if (whole && strobes == (uint32_t{1} << port_bytes_) - 1) {
         std::memcpy(whole, bytes, port_bytes_);
         return true;
@@ -125,7 +117,7 @@ bool Memory::copy(uint64_t address, const uint8_t* bytes, uint32_t strobes) {
     bool mapped = true;
     for (uint32_t i = 0; i < port_bytes_; ++i) {
         if (!(strobes >> i & 1)) continue;
-        uint8_t* byte = space.find(address + i, 1);
+        uint8_t* byte = space.find(WRITER, address + i, 1);
         if (byte) *byte = bytes[i];
         mapped &= byte != nullptr;
     }

@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from hw.spec.config import AcceleratorConfig
-from hw.spec.descriptor import FLOAT_BYTES, region_bytes, result_pitch
+from hw.spec.descriptor import FLOAT_BYTES, result_pitch, weight_bytes, weights_stride
 from hw.spec.layout import LayerLayout, stripe, unstripe
 from sw.errors import UserError
 
@@ -128,11 +128,6 @@ class Device(Protocol):
     def __exit__(self, *exception: object) -> None: ...
 
 
-def weight_bytes(layout: LayerLayout) -> int:
-    """Size in bytes of a layer's weights in memory."""
-    return layout.config.ports * region_bytes(layout)
-
-
 def result_bytes(layout: LayerLayout, tokens: int) -> int:
     """Size in bytes of a layer's results in memory."""
     return tokens * result_pitch(layout.n)
@@ -145,16 +140,22 @@ def read_results(device: Device, job: LinearJob) -> np.ndarray:
 
 
 def weight_image(layout: LayerLayout, beats: np.ndarray) -> np.ndarray:
-    """A layer's beats as they lie in memory: uint8 [weight_bytes]; port p reads from `p * region_bytes` on."""
-    image = np.zeros((layout.config.ports, region_bytes(layout)), np.uint8)
-    image[:, : layout.beats * layout.config.port_width // 8] = stripe(layout.config, beats)
-    return image.reshape(-1)
+    """A layer's beats as they lie in memory: uint8 [weight_bytes], zeros between the ports' regions."""
+    image = np.zeros(weight_bytes(layout), np.uint8)
+    for region, part in zip(_regions(layout, image), stripe(layout.config, beats), strict=True):
+        region[:] = part
+    return image
 
 
 def image_beats(layout: LayerLayout, image: np.ndarray) -> np.ndarray:
     """Inverse of `weight_image`: uint8 [beats, beat_bytes]."""
-    regions = image[: weight_bytes(layout)].reshape(layout.config.ports, -1)
-    return unstripe(layout.config, regions[:, : layout.beats * layout.config.port_width // 8])
+    return unstripe(layout.config, np.stack(_regions(layout, image)))
+
+
+def _regions(layout: LayerLayout, image: np.ndarray) -> list[np.ndarray]:
+    """What each port reads."""
+    stride, size = weights_stride(layout), layout.beats * layout.config.port_width // 8
+    return [image[port * stride :][:size] for port in range(layout.config.ports)]
 
 
 def check_jobs(config: AcceleratorConfig, jobs: Sequence[LinearJob]) -> None:

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The generated page: up to date, complete, with links that lead somewhere and the layout's own formulas."""
+
+import re
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from hw import docs
+from hw.spec.config import AcceleratorConfig, ConfigError
+from hw.spec.descriptor import DESCRIPTOR_WORDS, FIELDS
+from hw.spec.layout import LayerLayout, ceil_div
+from hw.spec.registers import REGISTERS, ErrorCode
+
+FOLDER = docs.PAGE.parent
+
+
+def test_page_is_up_to_date(capsys: pytest.CaptureFixture[str]):
+    assert docs.main(["--check"]) == 0, "run python -m hw.docs"
+    assert capsys.readouterr() == ("", "")
+
+
+def test_check_finds_an_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    page = tmp_path / "README.md"
+    monkeypatch.setattr(docs, "PAGE", page)
+    for text in (None, docs.page() + "\n"):
+        if text is not None:
+            page.write_text(text)
+        assert docs.main(["--check"]) == 1
+        assert capsys.readouterr() == ("", "error: docs/README.md is not up to date; run python -m hw.docs\n")
+        assert (page.read_text() if page.exists() else None) == text
+    assert docs.main([]) == 0
+    assert page.read_text() == docs.page()
+    assert docs.main(["--check"]) == 0
+
+
+def test_everything_is_listed():
+    page = docs.page()
+    for register in REGISTERS:
+        row = next(line for line in page.splitlines() if f"**{register.name}**" in line)
+        assert f"{register.offset:#05x}" in row and register.access.value in row and register.text in row
+    fields = [field for register in REGISTERS for field in register.fields]
+    for name, text in ((field.name, field.text) for field in [*fields, *FIELDS]):
+        assert name in page and text in page, name
+    for code in ErrorCode:
+        assert re.search(rf"^\| {code.value} \| {code.name} \|", page, re.MULTILINE)
+
+
+def test_links_lead_somewhere():
+    page = docs.page()
+    headings = {line.lstrip("# ").lower().replace(" ", "-") for line in page.splitlines() if line.startswith("#")}
+    links = set(re.findall(r"\]\(([^)]*)\)", page))
+    assert {link[1:] for link in links if link.startswith("#")} <= headings
+    files = {link for link in links if not link.startswith("#")}
+    assert all((FOLDER / name).exists() for name in files)
+    others = {path.name for path in FOLDER.glob("*.md")} - {docs.PAGE.name, docs.TEMPLATE.name}
+    assert others <= files, "a page in docs/ that the first page does not name"
+
+
+def test_registers_in_the_text_exist():
+    """A word in backticks before an offset is the register at that offset."""
+    named = re.findall(r"`(\w+)(?:\.(\w+))?` \((0x[0-9a-f]{3})[,)]", docs.page())
+    assert len(named) >= 8
+    for name, field, offset in named:
+        register = next(register for register in REGISTERS if register.name == name)
+        assert register.offset == int(offset, 16)
+        assert not field or register.field(field)
+
+
+def test_diagram_has_every_bit():
+    """Two characters a bit: the borders between fields are where the fields are."""
+    lines = [line[7:-1] for line in docs.descriptor_diagram().splitlines() if line.rstrip().endswith("|")]
+    edges = {field.low for field in FIELDS} | {field.low + field.width for field in FIELDS}
+    for word, line in enumerate(lines[:-1]):
+        assert len(line) == 63
+        found = {32 * word + 31 - position // 2 for position in range(63) if line[position] == "|"}
+        assert found == {edge for edge in edges if 32 * word < edge < 32 * word + 32}
+    assert len(lines) - 1 + 4 == DESCRIPTOR_WORDS
+
+
+def test_words_of_the_example():
+    words = [int(word, 16) for line in docs.example().splitlines() for word in line.split(":")[1].split()]
+    assert len(words) == DESCRIPTOR_WORDS
+    assert words[0] == 2 << 16 | 1 << 9 | 1
+    assert words[2] == 1150
+    # 72 output tiles of 5 + 112 beats of 16 bytes a port.
+    assert words[3] == 112 << 16 | 5
+    assert words[10] == ceil_div(72 * 117 * 16, 4096) * 4096
+    assert words[11] == ceil_div(4 * 1150, 64) * 64
+
+
+@pytest.mark.parametrize("tile", [4, 8, 16, 32])
+def test_formulas(tile: int):
+    """What the page says about header_beats, body_words, beats and the shortest group is what the layout does."""
+    for bits, zero_point, ports, width in product(range(2, 9), ("integer", "fixed"), (1, 2, 4), (32, 64, 128)):
+        config = AcceleratorConfig(
+            tile=tile, weight_bits=bits, zero_point=zero_point, ports=ports, port_width=width, max_k=1024
+        )
+        z = bits if zero_point == "integer" else 16
+        beat_bits, row_bits = ports * width, tile * bits
+        beats_per_word = ceil_div(row_bits, beat_bits)
+        rows = beats_per_word * beat_bits // row_bits
+        slices_per_word = max(1, rows // tile)
+        words_per_slice = ceil_div(tile, min(rows, slices_per_word * tile))
+        for groups, group_slices, n in ((1, 1, 1), (3, 1, tile + 1), (1, 32 // tile, 5), (7, 128 // tile, 3 * tile)):
+            legal = group_slices * words_per_slice >= ceil_div(tile * (16 + z), beat_bits)
+            size = group_slices * tile
+            if not legal:
+                with pytest.raises(ConfigError, match="scales are read"):
+                    LayerLayout(config, k=groups * size, n=n, group_size=size)
+                continue
+            layer = LayerLayout(config, k=groups * size, n=n, group_size=size)
+            assert layer.header_beats == ceil_div(8 * tile + groups * tile * (16 + z), beat_bits)
+            assert layer.body_words == ceil_div(groups * group_slices, slices_per_word) * words_per_slice
+            assert layer.beats == ceil_div(n, tile) * (layer.header_beats + layer.body_words * beats_per_word)
