@@ -17,6 +17,7 @@ from .spec.config import MAX_N, AcceleratorConfig
 from .spec.descriptor import (
     ADDRESS_BITS,
     ADDRESS_LIMIT,
+    BANK_SPAN,
     DATA_ALIGNMENT,
     DESCRIPTOR_WORDS,
     FIELDS,
@@ -178,6 +179,7 @@ def page() -> str:
         "ports": port_table(),
         "address_bits": ADDRESS_BITS,
         "address_limit": f"{ADDRESS_LIMIT:#x}",
+        "bank_span": f"{BANK_SPAN:,}",
         "control_address_bits": CONTROL_ADDRESS_BITS,
         "data_alignment": DATA_ALIGNMENT,
         "descriptor_words": DESCRIPTOR_WORDS,

@@ -139,8 +139,9 @@ void write_channels(gm_device* device) {
     model.m_axi_hp0_wready = data_ready;
     const auto* bytes = reinterpret_cast<const uint8_t*>(&model.m_axi_hp0_wdata);
     protocol.write_data(model.m_axi_hp0_wvalid, data_ready, bytes, model.m_axi_hp0_wstrb, model.m_axi_hp0_wlast);
-    // What breaks a rule never reaches the memory model, which takes the rules for granted.
-    if (model.m_axi_hp0_wvalid && data_ready && !protocol.broken()) memory.take_write_beat(bytes, model.m_axi_hp0_wstrb);
+    // What breaks a rule never reaches the memory.
+    const bool taken = model.m_axi_hp0_wvalid && data_ready && !protocol.broken();
+    if (taken) memory.take_write_beat(bytes, model.m_axi_hp0_wstrb);
 }
 
 // One rising edge. Nothing in the design happens at a falling one, so instead of evaluating it, which would compute
@@ -250,7 +251,8 @@ int gm_write_register(gm_device* device, uint32_t offset, uint32_t value) {
         model.s_axi_ctrl_awvalid = address.active();
         model.s_axi_ctrl_wvalid = data.active();
         model.s_axi_ctrl_bready = response.active();
-        if (model.s_axi_ctrl_bvalid && !(address.done && data.done)) device->protocol.report("control port: B before its AW and W");
+        const bool asked = address.done && data.done;
+        if (model.s_axi_ctrl_bvalid && !asked) device->protocol.report("control port: B before its AW and W");
         address.done |= model.s_axi_ctrl_awvalid && model.s_axi_ctrl_awready;
         data.done |= model.s_axi_ctrl_wvalid && model.s_axi_ctrl_wready;
         return model.s_axi_ctrl_bready && model.s_axi_ctrl_bvalid ? model.s_axi_ctrl_bresp : -1;
@@ -291,7 +293,9 @@ const char* gm_problem(gm_device* device) { return device->protocol.problem().c_
 uint64_t gm_cycles(gm_device* device) { return device->cycles; }
 
 // Makes memory fail: see FaultKind in memory.h.
-void gm_fault(gm_device* device, int kind, uint64_t address, uint64_t size) { device->memory.fault(kind, address, size); }
+void gm_fault(gm_device* device, int kind, uint64_t address, uint64_t size) {
+    device->memory.fault(kind, address, size);
+}
 
 // Since the last reset.
 void gm_statistics(gm_device* device, gm_statistics_t* statistics) {

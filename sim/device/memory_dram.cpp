@@ -7,8 +7,8 @@
 // of slow ports and rides over refreshes. Time is in picoseconds, since no two clocks here divide each other.
 //
 // Where the constants come from: J is JEDEC JESD79-4 (speed bins 2400 16-16-16 and 2133 15-15-15), U the Zynq
-// UltraScale+ manual UG1085, C is calibrated. Three figures were calibrated against: four contiguous streams of 128
-// bits reach 15.9 GB/s at 2400 MT/s and 13.3 to 14.5 at 2133, and a read takes 200 to 280 ns, all measured on boards.
+// UltraScale+ manual UG1085. C is chosen or calibrated: four contiguous streams of 128 bits reached 15.9 to 16.0 GB/s
+// on KV260 boards (here: 15.8 at 2400 MT/s) or 13.3 (here: 14.4 at 2133), and a read takes 200 to 280 ns.
 
 #include <algorithm>
 
@@ -22,22 +22,18 @@ using Time = int64_t;  // picoseconds
 constexpr Time CYCLE = 4000;  // of the fabric, 250 MHz
 constexpr Time NEVER = INT64_MAX;
 
-constexpr uint32_t ACCESS_BYTES = 64;    // J: burst length 8 on 64 bits
-constexpr uint32_t BANKS = 16;           // J: four groups of four
-constexpr uint32_t ROW_BYTES = 8192;     // J: 1,024 columns of 64 bits
-constexpr uint32_t ACCESS_CLOCKS = 4;    // J: tCCD_S
-constexpr uint32_t CWL_CLOCKS = 12;      // J
+constexpr uint32_t ACCESS_BYTES = 64;         // J: burst length 8 on 64 bits, four clocks (tCCD_S)
+constexpr uint32_t BANKS = 16;                // J: four groups of four
+constexpr uint32_t ROW_BYTES = 8192;          // J: 1,024 columns of 64 bits
+constexpr uint32_t WRITE_LATENCY_CLOCKS = 12; // J: CWL
 constexpr uint32_t READ_TO_WRITE_CLOCKS = 6;  // J: CL + 2 - CWL beyond the transfer
-constexpr Time CAS = 13320;              // J: tAA, CL 16 at 2400; that and the next two are 14,065 at 2133
-constexpr Time ACTIVATE = 13320;         // J: tRCD
-constexpr Time PRECHARGE = 13320;        // J: tRP
-constexpr Time ROW_OPEN = 32000;         // J: tRAS
-constexpr Time READ_TO_PRECHARGE = 7500;   // J: tRTP
-constexpr Time WRITE_RECOVERY = 15000;     // J: tWR
-constexpr Time WRITE_TO_READ = 7500;       // J: tWTR_L
-constexpr Time BETWEEN_ACTIVATES = 5300;   // J: tRRD_S for rows of 2 KiB a chip
-constexpr Time REFRESH_INTERVAL = 7800000;  // J: tREFI up to 85 degrees
-constexpr Time REFRESH = 350000;            // J: tRFC of 8 Gb chips
+constexpr Time ROW_OPEN = 33000;              // J: tRAS at 2133; 32,000 at 2400
+constexpr Time READ_TO_PRECHARGE = 7500;      // J: tRTP
+constexpr Time WRITE_RECOVERY = 15000;        // J: tWR
+constexpr Time WRITE_TO_READ = 7500;          // J: tWTR_L
+constexpr Time BETWEEN_ACTIVATES = 5300;      // J: tRRD_S
+constexpr Time REFRESH_INTERVAL = 7800000;    // J: tREFI up to 85 degrees
+constexpr Time REFRESH = 350000;              // J: tRFC of 8 Gb chips
 
 // U: HP1 and HP2 meet at one 128-bit port of the controller; HP0 and HP3 have one each. A port of the controller moves
 // a beat per controller clock, which is half the DRAM's: 9.6 GB/s at 2400, more than two HP ports can take.
@@ -45,16 +41,16 @@ constexpr uint32_t LINKS = 3;
 constexpr uint32_t LINK[MAX_PORTS] = {0, 1, 1, 2};
 constexpr uint32_t LINK_CLOCKS = 2 * ACCESS_BYTES / 16;
 
-constexpr uint32_t BURSTS = 16;      // U: read commands that an HP port holds
-constexpr uint32_t WINDOW = 8;       // C: accesses of a port that the controller looks at; hides opening a row
-constexpr uint32_t BUFFER = 32;      // C: accesses in a port's read buffer, and in the write buffer: 2 KiB
-constexpr uint32_t RUN = 4;          // C: accesses that a port may have in a row while others wait
-constexpr uint32_t SWITCH_CLOCKS = 2;  // C: bus time lost between two ports; as tCCD_L - tCCD_S, the cost of meeting
-                                       // the same bank group again, which runs of one port avoid
-constexpr uint32_t REQUEST = 28;     // C: cycles from AR or W to the controller
-constexpr uint32_t RETURN = 26;      // C: cycles from the DRAM's pins to R or B
+constexpr uint32_t BURSTS = 16;  // C: bursts that a port accepts ahead of the controller
+constexpr uint32_t WINDOW = 8;   // C: accesses of a port that the controller looks at; hides the opening of rows
+constexpr uint32_t BUFFER = 32;  // C: accesses in a port's read buffer, and in the write buffer: 2 KiB
+constexpr uint32_t RUN = 4;      // C: accesses that a port may have in a row while others wait
+// C: bus time lost between two ports; as tCCD_L - tCCD_S, the cost of meeting the same bank group twice in a row.
+constexpr uint32_t SWITCH_CLOCKS = 2;
+constexpr uint32_t REQUEST = 28;       // C: cycles from AR or W to the controller
+constexpr uint32_t RETURN = 26;        // C: cycles from the controller to R or B
 constexpr Time PATIENCE = 32 * CYCLE;  // C: how long a row that is still wanted stays open when another one is, too
-// C: writes wait until they are worth two turnarounds, or one has waited for 100 cycles.
+// C: writes wait until they are worth two turnarounds, or one of them has waited for 100 cycles.
 constexpr uint32_t WRITE_BATCH = 24;
 constexpr Time WRITE_PATIENCE = 100 * CYCLE;
 
@@ -79,7 +75,7 @@ struct Bank {
     uint32_t hits = 0;     // accesses to the open row that stand in windows
 };
 
-struct ReadBurst {
+struct PendingBurst {
     uint64_t address;
     uint32_t bytes;
     Time visible;  // when the controller sees it
@@ -97,7 +93,7 @@ class DramTiming final : public Timing {
           port_bytes_(port_bytes),
           clock_(2000000 / megatransfers),
           access_(4 * 2000000 / megatransfers),
-          slower_(megatransfers < 2400 ? 745 : 0) {
+          core_(megatransfers < 2400 ? 14065 : 13320) {
         reset();
     }
 
@@ -129,7 +125,8 @@ class DramTiming final : public Timing {
     void offer();
 
     const uint32_t ports_, port_bytes_;
-    const Time clock_, access_, slower_;
+    const Time clock_, access_;  // J: tCK and four of it
+    const Time core_;            // J: tAA = tRCD = tRP: to a row's data, to open a row, to close one
 
     uint64_t cycle_ = 0;
     Time now_ = 0;            // start of the cycle
@@ -143,9 +140,9 @@ class DramTiming final : public Timing {
     uint32_t run_ = 0;        // how many times in a row
     Bank banks_[BANKS];
     Ring<Access, WINDOW> windows_[QUEUES];
-    Ring<ReadBurst, BURSTS> bursts_[MAX_PORTS];
+    Ring<PendingBurst, BURSTS> bursts_[MAX_PORTS];
     Ring<Delivery, BUFFER> buffers_[MAX_PORTS];
-    Ring<ReadBurst, BURSTS> incoming_;    // write bursts whose data are not all there
+    Ring<PendingBurst, BURSTS> incoming_;    // write bursts whose data are not all there
     Ring<Access, BUFFER> written_data_;   // accesses whose data are
     Ring<uint64_t, MAX_BURSTS> acknowledgements_;  // cycles
 };
@@ -182,7 +179,7 @@ void DramTiming::read_beat(uint32_t port) {
 }
 
 void DramTiming::write_beat() {
-    ReadBurst& burst = incoming_.front();
+    PendingBurst& burst = incoming_.front();
     burst.address += port_bytes_;
     burst.bytes -= port_bytes_;
     if (burst.address % ACCESS_BYTES && burst.bytes) return;
@@ -203,7 +200,7 @@ void DramTiming::fill_windows() {
     for (uint32_t port = 0; port < ports_; ++port) {
         auto& bursts = bursts_[port];
         while (!windows_[port].full() && !bursts.empty() && bursts.front().visible <= now_) {
-            ReadBurst& burst = bursts.front();
+            PendingBurst& burst = bursts.front();
             const uint32_t to_boundary = ACCESS_BYTES - burst.address % ACCESS_BYTES;
             const uint32_t bytes = std::min(to_boundary, burst.bytes);
             enter(port, access_at(burst.address, bytes, bytes == burst.bytes, now_));
@@ -238,14 +235,16 @@ void DramTiming::activate(const Access& access) {
     Bank& bank = banks_[access.bank];
     const Time closed = bank.row == NO_ROW
                             ? bank.closable
-                            : std::max({now_, bank.closable, bank.activated + ROW_OPEN}) + PRECHARGE + slower_;
+                            : std::max({now_, bank.closable, bank.activated + ROW_OPEN}) + core_;
     bank.activated = std::max({now_, closed, last_activate_ + BETWEEN_ACTIVATES});
     last_activate_ = bank.activated;
-    bank.ready = bank.activated + ACTIVATE + slower_;
+    bank.ready = bank.activated + core_;
     bank.row = access.row;
     bank.hits = 0;
     for (auto& window : windows_) {
-        for (uint32_t i = 0; i < window.size(); ++i) bank.hits += window[i].bank == access.bank && window[i].row == bank.row;
+        for (uint32_t i = 0; i < window.size(); ++i) {
+            bank.hits += window[i].bank == access.bank && window[i].row == access.row;
+        }
     }
     ++row_misses;
 }
@@ -254,7 +253,7 @@ void DramTiming::activate(const Access& access) {
 void DramTiming::refresh() {
     next_refresh_ += REFRESH_INTERVAL;
     ++refreshes;
-    const Time end = std::max(bus_free_, now_) + PRECHARGE + slower_ + REFRESH;
+    const Time end = std::max(bus_free_, now_) + core_ + REFRESH;
     bus_free_ = end;
     for (auto& bank : banks_) {
         bank = Bank();
@@ -272,7 +271,7 @@ void DramTiming::turn() {
         bool reads = false;
         for (uint32_t port = 0; port < ports_; ++port) reads |= !windows_[port].empty() && !buffers_[port].full();
         if (!reads || (!writes.empty() && written_ < BUFFER)) return;
-        bus_free_ = std::max(bus_free_, now_) + CWL_CLOCKS * clock_ + WRITE_TO_READ;
+        bus_free_ = std::max(bus_free_, now_) + WRITE_LATENCY_CLOCKS * clock_ + WRITE_TO_READ;
         writing_ = false;
         return;
     }
@@ -330,11 +329,11 @@ void DramTiming::transfer(uint32_t queue, Time start) {
     bus_free_ = start + access_;
     if (queue != WRITES) {
         bank.closable = std::max(bank.closable, start + READ_TO_PRECHARGE);
-        deliver(queue, bus_free_ + CAS + slower_, access.bytes);
+        deliver(queue, bus_free_ + core_, access.bytes);
         return;
     }
     ++written_;
-    bank.closable = std::max(bank.closable, bus_free_ + CWL_CLOCKS * clock_ + WRITE_RECOVERY);
+    bank.closable = std::max(bank.closable, bus_free_ + WRITE_LATENCY_CLOCKS * clock_ + WRITE_RECOVERY);
     if (access.last) acknowledgements_.push(cycle_ + RETURN);
 }
 

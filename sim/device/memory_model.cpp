@@ -171,7 +171,7 @@ double stream_limit(const char* preset, uint32_t ports, uint32_t port_bytes, uin
     uint64_t address[MAX_PORTS], taken = 0;
     uint32_t asked[MAX_PORTS] = {};  // beats under way
     // Regions lie somewhere in a gigabyte each: what a preset gives must not hang on how they meet in the banks.
-    for (uint32_t port = 0; port < ports; ++port) address[port] = (uint64_t{port} << 30) + (uint64_t{random.next() >> 4} & ~4095);
+    for (uint32_t port = 0; port < ports; ++port) address[port] = (uint64_t{port} << 30) + (random.next() >> 14 << 12);
     for (uint64_t cycle = 0; cycle < cycles; ++cycle) {
         for (uint32_t port = 0; port < ports; ++port) {
             if (timing->offers.read_valid[port]) timing->read_beat(port), --asked[port], ++taken;
@@ -187,6 +187,8 @@ double stream_limit(const char* preset, uint32_t ports, uint32_t port_bytes, uin
 
 }  // namespace gristmill
 
-extern "C" double gm_stream_limit(const char* preset, uint32_t ports, uint32_t port_bytes, uint64_t cycles, uint64_t seed) {
+// For ctypes; see stream_limit.
+extern "C" double gm_stream_limit(const char* preset, uint32_t ports, uint32_t port_bytes, uint64_t cycles,
+                                  uint64_t seed) {
     return gristmill::stream_limit(preset, ports, port_bytes, cycles, seed);
 }

@@ -6,6 +6,7 @@
 namespace gristmill {
 namespace {
 
+// One of each kind of read channel per port.
 enum Channel { READ_ADDRESS, READ_DATA = MAX_PORTS, WRITE_ADDRESS = 2 * MAX_PORTS, WRITE_DATA, ACKNOWLEDGE, CHANNELS };
 
 // Bursts wait for their latency, then give a beat a cycle, port by port in order. The behaviour draws the latencies and
@@ -112,7 +113,8 @@ class Hostile {
     explicit Hostile(uint64_t seed) : seed_(seed) {}
     void reset() {
         // Channels must not follow each other, or ports would never overtake each other.
-        for (uint32_t channel = 0; channel < CHANNELS; ++channel) tempers_[channel] = Temper(seed_ * CHANNELS + channel);
+        uint64_t seed = seed_ * CHANNELS;
+        for (auto& temper : tempers_) temper = Temper(seed++);
         latencies_ = Random(~seed_);
     }
     uint32_t read_latency() { return latencies_.between(1, 300); }

@@ -42,7 +42,8 @@ void Protocol::report(const char* format, ...) {
 void Protocol::check(const char* name, uint32_t port, AddressChannel& channel, bool valid, bool ready,
                      const Address& address) {
     if (!valid) {
-        if (channel.waiting) report("port %u: %sVALID fell before %s was taken", port, name, text(channel.shown).c_str());
+        if (!channel.waiting) return;
+        report("port %u: %sVALID fell before %s was taken", port, name, text(channel.shown).c_str());
     } else if (!channel.waiting) {
         check_burst(name, port, address);
     } else if (!(address == channel.shown)) {
@@ -91,23 +92,25 @@ void Protocol::write_data(bool valid, bool ready, const uint8_t* bytes, uint32_t
         // Adding the lowest strobe to a contiguous run carries all the way through it.
         const uint32_t carried = strobes + (strobes & -strobes);
         if (strobes & carried) report("port 0: strobes 0x%x are not contiguous", strobes);
-        if (!promised_.empty() && last != (promised_.front() == 1)) {
-            report("port 0: WLAST is %u with %u beats of the burst to come", last, promised_.front());
-        }
     } else if (strobes != shown.strobes || last != shown.last || std::memcmp(bytes, shown.bytes, port_bytes_)) {
         report("port 0: W changed before it was taken (strobes 0x%x to 0x%x, last %u to %u)", shown.strobes, strobes,
                shown.last, last);
     }
     // An address that is being offered counts: it cannot be withdrawn any more.
-    if (promised_.empty() && !write_address_.waiting) report("port 0: W without its AW (strobes 0x%x, last %u)", strobes, last);
+    if (promised_.empty() && !write_address_.waiting) {
+        report("port 0: W without its AW (strobes 0x%x, last %u)", strobes, last);
+    }
     shown.waiting = !ready;
     if (shown.waiting) {
         shown.strobes = strobes;
         shown.last = last;
         std::memcpy(shown.bytes, bytes, port_bytes_);
-    } else if (!promised_.empty() && !--promised_.front()) {
-        promised_.pop();
+        return;
     }
+    if (promised_.empty()) return;
+    uint32_t& left = promised_.front();
+    if (last != (left == 1)) report("port 0: WLAST is %u with %u beats of the burst to come", last, left);
+    if (!--left) promised_.pop();
 }
 
 }  // namespace gristmill

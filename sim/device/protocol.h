@@ -65,7 +65,8 @@ class Protocol {
         uint32_t strobes = 0;
         uint8_t bytes[MAX_PORT_BYTES] = {};
     };
-    void check(const char* name, uint32_t port, AddressChannel& channel, bool valid, bool ready, const Address& address);
+    void check(const char* name, uint32_t port, AddressChannel& channel, bool valid, bool ready,
+               const Address& address);
     void check_burst(const char* name, uint32_t port, const Address& address);
     void patience(const char* name, uint32_t port, uint32_t& wait, bool valid, bool ready) {
         wait = valid && !ready ? wait + 1 : 0;

@@ -4,7 +4,7 @@
 import ctypes
 import shutil
 import subprocess
-from ctypes import POINTER, byref, c_bool, c_char_p, c_double, c_int, c_uint8, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, byref, c_bool, c_char_p, c_double, c_int, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 
 import numpy as np
@@ -146,20 +146,20 @@ def memory(library: ctypes.CDLL):
         ("kv260-2400", 1, 16, 15.9, 16),
         ("kv260-2400", 2, 16, 31.5, 32),
         ("kv260-2400", 4, 8, 31.5, 32),
-        ("kv260-2400", 4, 16, 62.6, 64),  # 15.9 GB/s were measured: 63.6
+        ("kv260-2400", 4, 16, 62.3, 64),  # 15.9 GB/s were measured: 63.6
         ("kv260-2133", 4, 16, 53, 58),  # 13.3 GB/s were measured: 53.2
         ("hostile", 4, 16, 20, 50),
     ],
 )
 @pytest.mark.parametrize("seed", [1, 2])
 def test_stream_limit(library, preset, ports, port_bytes, low, high, seed):
-    assert low <= library.gm_stream_limit(preset.encode(), ports, port_bytes, 100_000, seed) <= high
+    assert low <= library.gm_stream_limit(preset.encode(), ports, port_bytes, 400_000, seed) <= high
 
 
 def test_stream_limit_refuses(library):
     for preset, ports, port_bytes, cycles in (
-        (b"ddr5", 4, 16, 100), (b"", 4, 16, 100), (b"ideal", 0, 16, 100), (b"ideal", 5, 16, 100), (b"ideal", 4, 32, 100),
-        (b"ideal", 4, 16, 0),
+        (b"ddr5", 4, 16, 100), (b"", 4, 16, 100), (b"ideal", 0, 16, 100), (b"ideal", 5, 16, 100),
+        (b"ideal", 4, 32, 100), (b"ideal", 4, 16, 0),
     ):  # fmt: skip
         assert library.gm_stream_limit(preset, ports, port_bytes, cycles, 1) < 0
     assert library.shim_open(b"ddr5", 1, 4, 16) is None
@@ -228,16 +228,15 @@ def test_dram_refresh(memory):
 def test_dram_turnarounds(memory):
     """Writes in small pieces cost the readers more than the same bytes in large ones."""
 
-    def beats(piece: int, pause: int) -> int:
+    def beats(piece: int) -> int:
         sut, data = memory("kv260-2400"), np.zeros(piece, np.uint8)
         sut.stream(100)
-        for index in range(20_000 // pause):
+        for index in range(20_480 // piece):  # a byte a cycle
             sut.write(4096 * index % (1 << 16), data)
-            sut.run(pause)
-        assert len(sut.events(B)) >= 20_000 // pause - 10
+            sut.run(piece)
         return sum(len(sut.events(R, port)) for port in range(4))
 
-    assert 1.02 < beats(2048, 2048) / beats(64, 64) < 1.2
+    assert 1.02 < beats(2048) / beats(64) < 1.2
 
 
 def _hostile_run(memory, seed: int) -> dict[tuple[int, int], np.ndarray]:
@@ -258,11 +257,11 @@ def test_hostile_is_reproducible(memory):
 def test_hostile_is_hostile(memory):
     runs = [_hostile_run(memory, seed) for seed in range(3)]
     for kind in range(5):
-        # Runs without a pause, short pauses, and long ones.
+        # Some without a pause, some with a short one, some with a long one.
         gaps = np.concatenate([np.diff(run[kind, port]) for run in runs for port in range(4)])
         assert gaps.min() == 1
         assert ((gaps > 1) & (gaps < 50)).any()
-        assert gaps.max() >= 1500
+        assert gaps.max() >= (1500 if kind in (AR, R) else 50)
     # Ports overtake each other: none is ahead all the time.
     counts = np.array(
         [[np.searchsorted(runs[0][R, port], cycle) for port in range(4)] for cycle in range(0, 60_000, 100)]
@@ -314,7 +313,7 @@ def test_map_refuses(memory, library):
 
 
 def test_unmapped(memory, library):
-    """Reads of nothing give zeros and DECERR, beat by beat; so do writes, and what is mapped is written all the same."""
+    """Reads of nothing give zeros and DECERR, beat by beat; so do writes, and what is mapped is written."""
     sut, size = memory(), 1 << 19
     sut.read(0, size - 32, 4)
     sut.read(0, 1 << 30, 1)
@@ -468,6 +467,10 @@ def test_legal(problem, cycles):
         ([_AW, _w(), _w(last=True), _w()], "cycle 3: port 0: W without its AW"),
         ([_AW, _w(last=True)], "WLAST is 1 with 2 beats"),
         ([_AW, _w(), _w()], "WLAST is 0 with 1 beats"),
+        (
+            [_address("aw", length=1, ready=False), _w(False, last=True), _address("aw", length=1), _w(last=True)],
+            "WLAST is 1 with 2 beats",
+        ),
         ([_AW, _w(strobes=0x0F0F)], "strobes 0xf0f are not contiguous"),
         ([_AW, _w(False), _w(byte=8)], "W changed before it was taken"),
         ([_AW, _w(False), _w(strobes=0xFF)], "W changed"),
