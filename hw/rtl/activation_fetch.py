@@ -8,11 +8,12 @@ from amaranth.lib.wiring import In, Out
 from ..spec.config import AcceleratorConfig
 from ..spec.descriptor import activation_beats
 from .axi import ADDRESS_BITS
-from .burst_cutter import region_layout
+from .burst_cutter import burst_layout
 from .fifo import StreamFifo
 
 CHUNK_BYTES = 1024
-"""What a port reads before it is the next port's turn: long enough for DDR, short enough to spread a single token."""
+"""What a port reads before it is the next port's turn: long enough for DDR, short enough to spread a single token.
+Chunks end at multiples of this, so that each of them is one burst: none crosses 4 KiB, none is too long."""
 CHUNKS_AHEAD = 8
 """Chunks that a port's FIFO holds: what is asked for late comes after 2,048 cycles of weights that were asked for
 before. With 128 bits that is the whole depth of a block RAM."""
@@ -41,22 +42,22 @@ class ActivationFetch(wiring.Component):
     Members
     -------
     blocks : what to fetch
-    regions_<p> : port p's chunks, for its read manager
+    bursts_<p> : port p's chunks, for its read manager
     beats_<p> : port p's data
     beats : the blocks' data, in order
-    asking : regions are still to come for the last block
+    asking : bursts are still to come for the last block
 
-    Latency: 2 cycles from a block to its first region, none for the data. Throughput: 1 region and 1 beat per cycle.
+    Latency: 1 cycle from a block to its first burst, none for the data. Throughput: 1 burst and 1 beat per cycle.
     """
 
-    latency = 2
+    latency = 1
 
     def __init__(self, config: AcceleratorConfig):
         self.config = config
         beats = stream.Signature(config.port_width)
         members = {}
         for port in range(config.ports):
-            members[f"regions_{port}"] = Out(stream.Signature(region_layout()))
+            members[f"bursts_{port}"] = Out(stream.Signature(burst_layout(config.port_width)))
             members[f"beats_{port}"] = In(beats)
         super().__init__(
             {"blocks": In(stream.Signature(fetch_layout(config))), **members, "beats": Out(beats), "asking": Out(1)}
@@ -64,10 +65,14 @@ class ActivationFetch(wiring.Component):
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        m.submodules.lengths = lengths = StreamFifo(unsigned(len(self.blocks.payload.beats)), 4)
+        m.submodules.lengths = lengths = StreamFifo(self._length_layout(), 4)
         self._ask(m, lengths)
         self._merge(m, lengths)
         return m
+
+    def _length_layout(self) -> data.StructLayout:
+        """What the two halves share of a block: its beats, and those of its first chunk that lie in the block before."""
+        return data.StructLayout({"beats": len(self.blocks.payload.beats), "missing": range(chunk_beats(self.config))})
 
     def _turn(self, m: Module, name: str, advance) -> Signal:
         """Whose turn it is. It goes on from block to block, so that short ones spread over the ports too."""
@@ -77,49 +82,55 @@ class ActivationFetch(wiring.Component):
         return port
 
     def _ask(self, m: Module, lengths: StreamFifo) -> None:
-        whole = chunk_beats(self.config)
-        address, left = Signal(ADDRESS_BITS), Signal.like(self.blocks.payload.beats)
-        beats, taken, load = Signal(range(whole + 1)), Signal(), Signal()
+        whole, block = chunk_beats(self.config), self.blocks.payload
+        beat_bits = (self.config.port_width // 8 - 1).bit_length()
+        page_bits = (CHUNK_BYTES - 1).bit_length()
+        address, left = Signal(ADDRESS_BITS), Signal.like(block.beats)
+        beats, room, taken, load = Signal(range(whole + 1)), Signal(range(whole + 1)), Signal(), Signal()
         port = self._turn(m, "asking_port", taken)
         m.d.comb += [
-            beats.eq(Mux(left < whole, left, whole)),
-            self.blocks.ready.eq((left == 0) & lengths.i.ready),
-            load.eq(self.blocks.valid & self.blocks.ready),
+            room.eq(whole - address[beat_bits:page_bits]),
+            beats.eq(Mux(left < room, left, room)),
             self.asking.eq(left != 0),
+            self.blocks.ready.eq(~self.asking & lengths.i.ready),
+            load.eq(self.blocks.valid & self.blocks.ready),
             lengths.i.valid.eq(load),
-            lengths.i.payload.eq(self.blocks.payload.beats),
+            lengths.i.payload.beats.eq(block.beats),
+            lengths.i.payload.missing.eq(block.address[beat_bits:page_bits]),
         ]
         for index in range(self.config.ports):
-            regions = getattr(self, f"regions_{index}")
+            bursts = getattr(self, f"bursts_{index}")
             m.d.comb += [
-                regions.payload.address.eq(address),
-                regions.payload.beats.eq(beats),
-                regions.valid.eq((left != 0) & (port == index)),
+                bursts.payload.address.eq(address),
+                bursts.payload.beats.eq(beats),
+                bursts.valid.eq(self.asking & (port == index)),
             ]
-            with m.If(regions.valid & regions.ready):
+            with m.If(bursts.valid & bursts.ready):
                 m.d.comb += taken.eq(1)
         with m.If(load):
-            m.d.sync += [address.eq(self.blocks.payload.address), left.eq(self.blocks.payload.beats)]
+            m.d.sync += [address.eq(block.address), left.eq(block.beats)]
         with m.Elif(taken):
-            m.d.sync += [address.eq(address + CHUNK_BYTES), left.eq(left - beats)]
+            m.d.sync += [address.eq((address[page_bits:] + 1) << page_bits), left.eq(left - beats)]
 
     def _merge(self, m: Module, lengths: StreamFifo) -> None:
         whole = chunk_beats(self.config)
-        left, in_chunk = Signal.like(self.blocks.payload.beats), Signal(range(whole))
-        taken, chunk_ends = Signal(), Signal()
+        left, place = Signal.like(self.blocks.payload.beats), Signal(range(whole))
+        active, taken, chunk_ends, block_ends = Signal(), Signal(), Signal(), Signal()
         port = self._turn(m, "merging_port", chunk_ends)
         m.d.comb += [
+            active.eq(left != 0),
             taken.eq(self.beats.valid & self.beats.ready),
-            chunk_ends.eq(taken & ((in_chunk == whole - 1) | (left == 1))),
-            lengths.o.ready.eq((left == 0) | (taken & (left == 1))),
+            block_ends.eq(taken & (left == 1)),
+            chunk_ends.eq((taken & (place == whole - 1)) | block_ends),
+            lengths.o.ready.eq(~active | block_ends),
         ]
         for index in range(self.config.ports):
             beats = getattr(self, f"beats_{index}")
-            turn = (left != 0) & (port == index)
+            turn = active & (port == index)
             with m.If(turn):
                 m.d.comb += [self.beats.payload.eq(beats.payload), self.beats.valid.eq(beats.valid)]
             m.d.comb += beats.ready.eq(turn & self.beats.ready)
-        with m.If(taken):
-            m.d.sync += [left.eq(left - 1), in_chunk.eq(Mux(chunk_ends, 0, in_chunk + 1))]
         with m.If(lengths.o.valid & lengths.o.ready):
-            m.d.sync += left.eq(lengths.o.payload)
+            m.d.sync += [left.eq(lengths.o.payload.beats), place.eq(lengths.o.payload.missing)]
+        with m.Elif(taken):
+            m.d.sync += [left.eq(left - 1), place.eq(place + 1)]

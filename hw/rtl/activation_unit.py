@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The activation unit: float32 from memory to the mantissas and exponents that the core takes."""
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, signed
 from amaranth.lib import data, stream, wiring
-from amaranth.lib.memory import Memory
+from amaranth.lib.memory import Memory, ReadPort
 from amaranth.lib.wiring import In, Out
 
 from ..spec.config import EXPONENT_BITS, FLOAT_BITS, AcceleratorConfig
@@ -102,8 +102,7 @@ class ActivationUnit(wiring.Component):
             m.d.sync += busy.eq(0)
         m.submodules.exponents = exponents = Memory(shape=signed(EXPONENT_BITS), depth=self.config.max_tokens, init=[])
         self._find_exponents(m, loader, exponents)
-        row, row_address = self._store(m, loader)
-        self._send(m, sender, exponents, row, row_address)
+        self._send(m, sender, exponents, self._store(m, loader))
         return m
 
     def _find_exponents(self, m: Module, loader: Walker, exponents: Memory) -> None:
@@ -122,7 +121,8 @@ class ActivationUnit(wiring.Component):
             m.d.comb += larger.eq(Mux(magnitude > beat, magnitude, beat))
             beat = larger
         of_beat, of_token = Signal(FLOAT_BITS - 1, reset_less=True), Signal(FLOAT_BITS - 1, reset_less=True)
-        m.d.sync += of_beat.eq(beat)
+        with m.If(step):
+            m.d.sync += of_beat.eq(beat)
         with m.If(delay(m, step, 1, name="step", reset=True)):
             fresh = delay(m, starts, 1, name="starts")
             m.d.sync += of_token.eq(Mux(fresh | (of_beat > of_token), of_beat, of_token))
@@ -143,8 +143,8 @@ class ActivationUnit(wiring.Component):
         with m.If(self.command.valid & self.command.ready & ~self.command.payload.reuse):
             m.d.sync += write.addr.eq(0)
 
-    def _store(self, m: Module, loader: Walker) -> tuple[Value, Signal]:
-        """The floats, one slice of one token per row, rows slice by slice; returns a row and its address."""
+    def _store(self, m: Module, loader: Walker) -> ReadPort:
+        """The floats, one slice of one token per row, rows slice by slice; returns where they are read."""
         config, parts = self.config, self.beats_per_slice
         m.submodules.store = store = Memory(
             shape=data.ArrayLayout(config.port_width, parts), depth=bank_slices(config), init=[]
@@ -163,17 +163,16 @@ class ActivationUnit(wiring.Component):
             write.addr.eq(address),
             write.data.eq(Cat(self.beats.payload for _ in range(parts))),
             write.en.eq(Mux(loader.step, 1 << part, 0)),
-            read.en.eq(1),
         ]
-        return delay(m, read.data.as_value(), 1, name="row"), read.addr
+        return read
 
-    def _send(self, m: Module, sender: Walker, exponents: Memory, row: Value, row_address: Signal) -> None:
+    def _send(self, m: Module, sender: Walker, exponents: Memory, rows: ReadPort) -> None:
         """Reads rows in order while the FIFO has room, and rounds them."""
         config = self.config
         payload = activation_payload(config)
         m.submodules.fifo = fifo = StreamFifo(payload, self._FIFO_DEPTH)
         m.submodules.room = room = Counter(self._FIFO_DEPTH, init=self._FIFO_DEPTH)
-        address, token = Signal.like(row_address), Signal(range(config.max_tokens))
+        address, token = Signal.like(rows.addr), Signal(range(config.max_tokens))
         read = exponents.read_port(domain="comb")
         step = Signal()
         m.d.comb += [
@@ -181,7 +180,7 @@ class ActivationUnit(wiring.Component):
             sender.step.eq(step),
             room.take.eq(step),
             room.add.eq(fifo.o.valid & fifo.o.ready),
-            row_address.eq(address),
+            rows.addr.eq(address),
             read.addr.eq(token),
         ]
         with m.If(step):
@@ -190,9 +189,16 @@ class ActivationUnit(wiring.Component):
                 token.eq(Mux(sender.last.token, 0, token + 1)),
             ]
         exponent = delay(m, read.data, 2, name="exponent")
+        # A row is read, taken out of the memory, and rounded; who has nothing to do rests.
+        moves = [delay(m, step, stage, name=f"moves_{stage}", reset=True) for stage in range(self.pipeline)]
+        m.d.comb += rows.en.eq(moves[0])
+        row = Signal.like(rows.data.as_value(), name="row", reset_less=True)
+        with m.If(moves[1]):
+            m.d.sync += row.eq(rows.data)
         for index in range(config.tile):
             m.submodules[f"mantissa_{index}"] = mantissa = Mantissa(config)
             m.d.comb += [
+                mantissa.moves.eq(Cat(moves[2:])),
                 mantissa.value.eq(row.word_select(index, FLOAT_BITS)),
                 mantissa.exponent.eq(exponent),
                 fifo.i.payload.mantissas[index].eq(mantissa.mantissa),

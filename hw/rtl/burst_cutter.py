@@ -56,19 +56,37 @@ class BurstCutter(wiring.Component):
         m = Module()
         beat_bytes, longest = self.width // 8, max_burst_beats(self.width)
         beat_bits, index_bits = (beat_bytes - 1).bit_length(), (longest - 1).bit_length()
-        address, left = Signal(ADDRESS_BITS), Signal(BEAT_COUNT_BITS)
-        to_boundary = Signal(range(longest + 1))
-        burst, taken = self.bursts.payload, self.bursts.valid & self.bursts.ready
+        burst, region = self.bursts.payload, self.regions.payload
+        # What is left of the region behind the burst on offer.
+        left, last = Signal(BEAT_COUNT_BITS), Signal()
+        load, taken = Signal(), Signal()
         m.d.comb += [
-            # A burst ends where the next block of ``longest`` beats begins; blocks divide 4 KiB.
-            to_boundary.eq(longest - address[beat_bits : beat_bits + index_bits]),
-            burst.address.eq(address),
-            burst.beats.eq(Mux(left < to_boundary, left, to_boundary)),
-            self.bursts.valid.eq(left != 0),
-            self.regions.ready.eq((left == 0) | (taken & (left == burst.beats))),
+            taken.eq(self.bursts.valid & self.bursts.ready),
+            self.regions.ready.eq(~self.bursts.valid | (taken & last)),
+            load.eq(self.regions.valid & self.regions.ready),
         ]
-        with m.If(self.regions.valid & self.regions.ready):
-            m.d.sync += [address.eq(self.regions.payload.address), left.eq(self.regions.payload.beats)]
+        first, following = Signal.like(burst.beats), Signal.like(burst.beats)
+        # A burst ends where the next block of ``longest`` beats begins; blocks divide 4 KiB. The first burst of a
+        # region may begin inside a block, all others begin one.
+        room = longest - region.address[beat_bits : beat_bits + index_bits]
+        m.d.comb += [
+            first.eq(Mux(region.beats < room, region.beats, room)),
+            following.eq(Mux(left < longest, left, longest)),
+        ]
+        with m.If(load):
+            m.d.sync += [
+                self.bursts.valid.eq(1),
+                burst.address.eq(region.address),
+                burst.beats.eq(first),
+                left.eq(region.beats - first),
+                last.eq(region.beats == first),
+            ]
         with m.Elif(taken):
-            m.d.sync += [address.eq(address + (burst.beats << beat_bits)), left.eq(left - burst.beats)]
+            m.d.sync += [
+                self.bursts.valid.eq(~last),
+                burst.address.eq(burst.address + (burst.beats << beat_bits)),
+                burst.beats.eq(following),
+                left.eq(left - following),
+                last.eq(left == following),
+            ]
         return m

@@ -10,6 +10,7 @@ from ..spec.registers import QUEUE_DEPTH
 from .activation_fetch import ActivationFetch
 from .activation_unit import ActivationUnit
 from .axi import ADDRESS_BITS, memory_signature, read_signature
+from .burst_cutter import BurstCutter
 from .core import Core
 from .descriptor_check import ERROR_BITS, DescriptorCheck, descriptor_layout
 from .dispatcher import Dispatcher
@@ -121,9 +122,11 @@ class Datapath(wiring.Component):
             outside = getattr(self, f"hp{port}")
             wiring.connect(m, reader.axi.ar, wiring.flipped(outside.ar))
             wiring.connect(m, wiring.flipped(outside.r), reader.axi.r)
-            wiring.connect(m, getattr(fetch, f"regions_{port}"), reader.activations_regions)
+            m.submodules[f"cutter_{port}"] = cutter = BurstCutter(config.port_width)
+            wiring.connect(m, getattr(fetch, f"bursts_{port}"), reader.activations_bursts)
             wiring.connect(m, reader.activations_beats, getattr(fetch, f"beats_{port}"))
-            wiring.connect(m, getattr(dispatcher, f"regions_{port}"), reader.weights_regions)
+            wiring.connect(m, getattr(dispatcher, f"regions_{port}"), cutter.regions)
+            wiring.connect(m, cutter.bursts, reader.weights_bursts)
             m.d.comb += [
                 reader.halt.eq(self.halt),
                 getattr(self, f"reads_under_way_{port}").eq(reader.under_way),

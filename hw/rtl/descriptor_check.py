@@ -95,8 +95,8 @@ class DescriptorCheck(wiring.Component):
             m.d.sync += [descriptor.eq(self.descriptors.payload), idle.eq(0)]
         with m.If(done):
             m.d.sync += [self.work.valid.eq(0), idle.eq(1)]
-        opcode_wrong, misaligned = self._rules(m, descriptor)
-        shape_wrong = self._shape(m, descriptor)
+        opcode_wrong, misaligned = self._rules(m, descriptor, ~idle)
+        shape_wrong = self._shape(m, descriptor, ~idle)
         # Registered with the stage before the last, so that the priority below is all that the last one does.
         m.d.comb += good.eq(~(opcode_wrong | misaligned | shape_wrong))
         with m.If(stage[-1]):
@@ -109,7 +109,7 @@ class DescriptorCheck(wiring.Component):
                 m.d.sync += self.error.eq(ErrorCode.ALIGNMENT)
         return m
 
-    def _rules(self, m: Module, descriptor) -> tuple[Signal, Signal]:
+    def _rules(self, m: Module, descriptor, busy) -> tuple[Signal, Signal]:
         """Opcode and alignment, which need no arithmetic."""
         opcode_wrong, misaligned = Signal(), Signal()
         raw = descriptor.as_value()
@@ -124,7 +124,8 @@ class DescriptorCheck(wiring.Component):
             bad += [address[: alignment.bit_length() - 1].any(), address >= ADDRESS_LIMIT]
         bad.append(descriptor.weights_stride[: WEIGHT_ALIGNMENT.bit_length() - 1].any())
         bad.append(descriptor.result_pitch[: DATA_ALIGNMENT.bit_length() - 1].any())
-        m.d.sync += [opcode_wrong.eq(Cat(wrong).any()), misaligned.eq(Cat(bad).any())]
+        with m.If(busy):
+            m.d.sync += [opcode_wrong.eq(Cat(wrong).any()), misaligned.eq(Cat(bad).any())]
         work = self.work.payload
         m.d.comb += [
             getattr(work, name).eq(getattr(descriptor, name))
@@ -132,7 +133,7 @@ class DescriptorCheck(wiring.Component):
         ]
         return opcode_wrong, misaligned
 
-    def _shape(self, m: Module, descriptor) -> Signal:
+    def _shape(self, m: Module, descriptor, busy) -> Signal:
         """Every count within its bounds, and those that follow from others equal to what they follow to."""
         config, layout, work = self.config, StreamLayout(self.config), self.work.payload
         tile_bits = config.tile.bit_length() - 1
@@ -155,7 +156,8 @@ class DescriptorCheck(wiring.Component):
         # Each a register, in the order in which they depend on each other.
         def register(name: str, expression, width: int) -> Signal:
             signal = Signal(width, name=name)
-            m.d.sync += signal.eq(expression)
+            with m.If(busy):
+                m.d.sync += signal.eq(expression)
             return signal
 
         widths = command_fields(config)

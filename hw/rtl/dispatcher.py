@@ -21,10 +21,11 @@ def unit_layout(config: AcceleratorConfig) -> data.StructLayout:
 
 
 class Dispatcher(wiring.Component):
-    """Every unit has a FIFO of its own, so that fetching, computing and writing may each be at another layer.
+    """Gives every unit its share as soon as the unit wants it. The next descriptor comes when all shares are gone.
 
-    A layer's weights are only asked for once all of its activations are: memory answers in order, and the layer cannot
-    start without its activations.
+    The core, the activation unit and the gatherer each have some layers in advance, so that fetching, computing and
+    writing may each be at another layer. A layer's weights are only asked for once all of its activations are: memory
+    answers in order, and the layer cannot start without its activations.
 
     Members
     -------
@@ -36,11 +37,10 @@ class Dispatcher(wiring.Component):
     regions_<p> : port p's weights
     jobs : its results
 
-    Latency 1 cycle, throughput 1 layer per cycle while no FIFO is full.
+    Latency 0 cycles for ``core``, ``blocks`` and ``regions``, 1 for the others; throughput 1 layer in 2 cycles.
     """
 
-    latency = StreamFifo.latency
-    _LAYERS_AHEAD = 4
+    _LAYERS_AHEAD = {"unit": 2, "jobs": 4}
 
     def __init__(self, config: AcceleratorConfig):
         self.config = config
@@ -56,29 +56,32 @@ class Dispatcher(wiring.Component):
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        work = self.work.payload
-        taken = []
+        reuse = self.work.payload.command.reuse
         sent = {name: Signal(name=f"{name}_sent") for name in self.outputs}
-        fetched = Signal()
-        m.d.comb += fetched.eq((sent["blocks"] | work.command.reuse) & ~self.blocks.valid & ~self.asking)
+        taken, done, fetched = [], Signal(), Signal()
+        m.d.comb += [
+            self.work.ready.eq(done),
+            fetched.eq((sent["blocks"] | reuse) & ~self.asking),
+        ]
         for name, layout in self.outputs.items():
-            m.submodules[f"{name}_fifo"] = fifo = StreamFifo(layout, self._LAYERS_AHEAD)
-            wanted = ~work.command.reuse if name == "blocks" else Const(1)
+            share = wiring.flipped(getattr(self, name))
+            if name in self._LAYERS_AHEAD:
+                m.submodules[f"{name}_fifo"] = fifo = StreamFifo(layout, self._LAYERS_AHEAD[name])
+                wiring.connect(m, fifo.o, share)
+                share = fifo.i
+            wanted = ~reuse if name == "blocks" else Const(1)
             may = fetched if name.startswith("regions") else Const(1)
-            taken.append(self._share(m, fifo, sent[name], wanted, may))
-            wiring.connect(m, fifo.o, wiring.flipped(getattr(self, name)))
-            m.d.comb += [fifo.i.payload[field].eq(value) for field, value in self._payload(name).items()]
-        m.d.comb += self.work.ready.eq(Cat(taken).all())
+            m.d.comb += [
+                share.valid.eq(self.work.valid & wanted & may & ~sent[name]),
+                *(share.payload[field].eq(value) for field, value in self._payload(name).items()),
+            ]
+            with m.If(share.valid & share.ready):
+                m.d.sync += sent[name].eq(1)
+            taken.append(~wanted | sent[name])
+        m.d.comb += done.eq(self.work.valid & Cat(taken).all())
+        with m.If(done):
+            m.d.sync += [flag.eq(0) for flag in sent.values()]
         return m
-
-    def _share(self, m: Module, fifo: StreamFifo, sent: Signal, wanted: Value, may: Value) -> Value:
-        """One unit takes its share of a layer once, whenever it can; returns whether it has or does now."""
-        m.d.comb += fifo.i.valid.eq(self.work.valid & wanted & may & ~sent)
-        with m.If(self.work.valid & self.work.ready):
-            m.d.sync += sent.eq(0)
-        with m.Elif(fifo.i.valid & fifo.i.ready):
-            m.d.sync += sent.eq(1)
-        return ~wanted | sent | (may & fifo.i.ready)
 
     def _payload(self, name: str) -> dict[str, Value]:
         work = self.work.payload

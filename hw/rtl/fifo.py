@@ -37,23 +37,25 @@ class StreamFifo(wiring.Component):
         m = Module()
         m.submodules.memory = memory = Memory(shape=self.shape, depth=self.depth, init=[])
         write, read = memory.write_port(), memory.read_port(domain="comb")
-        full = Signal()
-        level = Signal.like(self.level)
-        push, pop = self.i.valid & self.i.ready, self.o.valid & self.o.ready
+        # One bit more than the address tells a full memory from an empty one.
+        written, taken = Signal(range(2 * self.depth)), Signal(range(2 * self.depth))
+        push, pop = Signal(), Signal()
         m.d.comb += [
-            self.i.ready.eq(~full),
-            self.o.valid.eq(level != 0),
+            self.i.ready.eq((written ^ taken) != self.depth),
+            self.o.valid.eq(written != taken),
+            push.eq(self.i.valid & self.i.ready),
+            pop.eq(self.o.valid & self.o.ready),
+            self.level.eq(written - taken),
             self.o.payload.eq(read.data),
-            self.level.eq(level),
+            read.addr.eq(taken[:-1]),
+            write.addr.eq(written[:-1]),
             write.data.eq(self.i.payload),
             write.en.eq(push),
         ]
-        m.d.sync += write.addr.eq(write.addr + push)
-        m.d.sync += read.addr.eq(read.addr + pop)
-        with m.If(push & ~pop):
-            m.d.sync += [level.eq(level + 1), full.eq(level == self.depth - 1)]
-        with m.Elif(pop & ~push):
-            m.d.sync += [level.eq(level - 1), full.eq(0)]
+        with m.If(push):
+            m.d.sync += written.eq(written + 1)
+        with m.If(pop):
+            m.d.sync += taken.eq(taken + 1)
         return m
 
 

@@ -6,7 +6,6 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..spec.config import EXPONENT_BITS, AcceleratorConfig
-from .delay import delay
 
 FLOAT = data.StructLayout({"fraction": 23, "exponent": 8, "sign": 1})
 """IEEE 754 binary32."""
@@ -67,6 +66,7 @@ class Mantissa(wiring.Component):
 
     Members
     -------
+    moves : one bit a stage: the value in front of it is meant, and goes on; otherwise the stage rests
     value : float32
     exponent : of its token, so that the result fits
     mantissa : the result
@@ -78,6 +78,7 @@ class Mantissa(wiring.Component):
         self.config = config
         super().__init__(
             {
+                "moves": In(self.latency),
                 "value": In(FLOAT),
                 "exponent": In(signed(EXPONENT_BITS)),
                 "mantissa": Out(signed(config.activation_bits)),
@@ -89,20 +90,24 @@ class Mantissa(wiring.Component):
         value, bits = self.value, self.config.activation_bits
         # How far the significand moves right; from 25 places on nothing is left, not even after rounding.
         most = _SIGNIFICAND_BITS + 1
-        wanted = Signal(signed(EXPONENT_BITS + 3))
-        places = Signal(range(most + 1), reset_less=True)
+        places = Signal(signed(EXPONENT_BITS + 3), reset_less=True)
         number = Signal(_SIGNIFICAND_BITS, reset_less=True)
-        m.d.comb += wanted.eq(self.exponent + _UNIT_EXPONENT - Mux(value.exponent.any(), value.exponent, 1))
-        m.d.sync += [places.eq(Mux(wanted > most, most, wanted)), number.eq(significand(value))]
-
-        # Two bits below the result's lowest: the half, and whether anything lies below it.
-        moved = Signal(_SIGNIFICAND_BITS + most)
-        kept = Signal(bits, reset_less=True)
-        half, rest = Signal(reset_less=True), Signal(reset_less=True)
-        m.d.comb += moved.eq(Cat(Const(0, most), number) >> places)
-        m.d.sync += [kept.eq(moved[most:]), half.eq(moved[most - 1]), rest.eq(moved[: most - 1].any())]
-
-        rounded = Signal(bits)
-        m.d.comb += rounded.eq(kept + (half & (rest | kept[0])))
-        m.d.sync += self.mantissa.eq(Mux(delay(m, value.sign, 2, name="sign"), -rounded, rounded))
+        signs = [Signal(reset_less=True, name=f"sign_{stage}") for stage in range(2)]
+        with m.If(self.moves[0]):
+            m.d.sync += [
+                places.eq(self.exponent + _UNIT_EXPONENT - Mux(value.exponent.any(), value.exponent, 1)),
+                number.eq(significand(value)),
+                signs[0].eq(value.sign),
+            ]
+        moved = Signal(_SIGNIFICAND_BITS + most, reset_less=True)
+        with m.If(self.moves[1]):
+            m.d.sync += [
+                moved.eq(Cat(Const(0, most), number) >> Mux(places > most, most, places.as_unsigned())),
+                signs[1].eq(signs[0]),
+            ]
+        # Below the result's lowest bit lie the half, and what decides whether it is one.
+        kept, half, rest = moved[most:], moved[most - 1], moved[: most - 1].any()
+        sign = signs[1].replicate(bits)
+        with m.If(self.moves[2]):
+            m.d.sync += self.mantissa.eq(((kept + (half & (rest | kept[0])))[:bits] ^ sign) + signs[1])
         return m

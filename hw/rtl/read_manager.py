@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The AXI4 read manager: linear regions of memory as streams of beats."""
+"""The AXI4 read manager: bursts for several clients over one port."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from amaranth.lib.wiring import In, Out
 from ..spec.config import AcceleratorConfig
 from .activation_fetch import CHUNKS_AHEAD, chunk_beats
 from .axi import ADDRESS_BITS, constant_address_fields, is_error, read_signature
-from .burst_cutter import BurstCutter, max_burst_beats, region_layout
+from .burst_cutter import burst_layout, max_burst_beats
 from .fifo import BlockFifo, Counter, StreamFifo
 
 OUTSTANDING = 8
@@ -26,7 +26,7 @@ def read_clients(config: AcceleratorConfig) -> dict[str, int]:
 
 
 class ReadManager(wiring.Component):
-    """Reads regions for several clients over one port, each client's in order, in maximal bursts.
+    """Reads bursts for several clients over one port, each client's in order.
 
     A burst is only asked for when its client's FIFO has room for all of it, so data never wait on the bus and no
     client holds up another. Bursts of several clients are asked for one by one, the first client's first. All have
@@ -41,18 +41,18 @@ class ReadManager(wiring.Component):
     Members
     -------
     axi : AR and R
-    <client>_regions : regions to read
+    <client>_bursts : bursts to read, none of which crosses a 4 KiB boundary
     <client>_beats : their data, in order
     halt : ask for nothing more; what is under way is still received
     under_way : bursts offered on AR and not yet received
     error : a burst was answered with SLVERR or DECERR; one cycle, with its address in ``error_address``
     oldest : address of the burst that memory owes next, if any
 
-    Latency: 3 cycles from a region to its first AR, 2 from R to the client. Throughput 1 beat per cycle.
+    Latency: 1 cycle from a burst to AR, 2 from R to the client. Throughput 1 burst and 1 beat per cycle.
     """
 
-    latency = BurstCutter.latency + 2
-    """Cycles from a region's transfer to the first cycle of ARVALID."""
+    latency = 1
+    """Cycles from a burst's transfer to the first cycle of ARVALID."""
 
     def __init__(self, width: int, clients: Mapping[str, int], outstanding: int = OUTSTANDING):
         if outstanding < 2 or outstanding & (outstanding - 1):
@@ -60,7 +60,7 @@ class ReadManager(wiring.Component):
         self.width, self.clients, self.outstanding = width, dict(clients), outstanding
         members = {}
         for name in clients:
-            members[f"{name}_regions"] = In(stream.Signature(region_layout()))
+            members[f"{name}_bursts"] = In(stream.Signature(burst_layout(width)))
             members[f"{name}_beats"] = Out(stream.Signature(width))
         super().__init__(
             {
@@ -95,14 +95,11 @@ class ReadManager(wiring.Component):
 
     def _client(self, m: Module, index: int, name: str, depth: int, tags: StreamFifo) -> tuple:
         """A client's bursts, held back until there is room for them, and its FIFO; returns (bursts, may be asked)."""
-        cutter, fifo = BurstCutter(self.width), BlockFifo(unsigned(self.width), depth)
-        room = Counter(depth, add=1, take=max_burst_beats(self.width), init=depth)
-        m.submodules[f"{name}_cutter"], m.submodules[f"{name}_fifo"] = cutter, fifo
-        m.submodules[f"{name}_room"] = room
-        wiring.connect(m, wiring.flipped(getattr(self, f"{name}_regions")), cutter.regions)
+        m.submodules[f"{name}_fifo"] = fifo = BlockFifo(unsigned(self.width), depth)
+        m.submodules[f"{name}_room"] = room = Counter(depth, add=1, take=max_burst_beats(self.width), init=depth)
         wiring.connect(m, fifo.o, wiring.flipped(getattr(self, f"{name}_beats")))
         fits = Signal(name=f"{name}_fits")
-        bursts = cutter.bursts
+        bursts = getattr(self, f"{name}_bursts")
         m.d.comb += [
             fits.eq(bursts.valid & (bursts.payload.beats <= room.value)),
             room.take.eq(Mux(bursts.valid & bursts.ready, bursts.payload.beats, 0)),

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "memory_timing.h"
@@ -22,13 +23,13 @@ constexpr uint64_t ADDRESS_LIMIT = uint64_t{1} << 40;
 enum Response : uint8_t { OKAY = 0, SLVERR = 2, DECERR = 3 };
 
 enum FaultKind {
-    CLEAR_FAULTS,      // all of them
-    READ_ERROR,        // bursts that touch the range are answered with SLVERR
-    WRITE_ERROR,       // the same, and nothing is written
-    READ_SILENCE,      // bursts that touch the range are not answered until faults are cleared
-    WRITE_SILENCE,     // the same: their B does not come
-    READS_REFUSED,     // ARREADY is low on all ports
-    WRITES_REFUSED,    // AWREADY and WREADY are low
+    CLEAR_FAULTS,    // all of them
+    READ_ERROR,      // bursts that touch the range are answered with SLVERR
+    WRITE_ERROR,     // the same, and nothing is written
+    READ_SILENCE,    // bursts that touch the range are not answered until faults are cleared
+    WRITE_SILENCE,   // the same: their B does not come
+    READS_REFUSED,   // ARREADY is low on all ports
+    WRITES_REFUSED,  // AWREADY and WREADY are low
 };
 
 struct Statistics {

@@ -92,7 +92,7 @@ class Timing {
 // The model of a preset, or null if there is none of that name.
 std::unique_ptr<Timing> make_timing(const char* preset, uint32_t ports, uint32_t port_bytes, uint64_t seed);
 
-// What make_timing chooses from; see the files of the same names.
+// What make_timing chooses from: memory_simple.cpp and memory_dram.cpp.
 std::unique_ptr<Timing> make_ideal_timing(uint32_t ports);
 std::unique_ptr<Timing> make_hostile_timing(uint32_t ports, uint64_t seed);
 std::unique_ptr<Timing> make_dram_timing(uint32_t ports, uint32_t port_bytes, uint32_t megatransfers);

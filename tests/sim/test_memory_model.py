@@ -226,17 +226,17 @@ def test_dram_refresh(memory):
 
 
 def test_dram_turnarounds(memory):
-    """Writes in small pieces cost the readers more than the same bytes in large ones."""
+    """Results written in pieces of 1 KiB instead of 64 bytes gave readers 9 % more on a board."""
 
     def beats(piece: int) -> int:
-        sut, data = memory("kv260-2400"), np.zeros(piece, np.uint8)
-        sut.stream(100)
-        for index in range(20_480 // piece):  # a byte a cycle
+        sut, data = memory("kv260-2133"), np.zeros(piece, np.uint8)
+        sut.stream(200)
+        for index in range(20_480 // piece):  # a byte in two cycles
             sut.write(4096 * index % (1 << 16), data)
-            sut.run(piece)
+            sut.run(2 * piece)
         return sum(len(sut.events(R, port)) for port in range(4))
 
-    assert 1.02 < beats(2048) / beats(64) < 1.2
+    assert 1.05 < beats(1024) / beats(64) < 1.13
 
 
 def _hostile_run(memory, seed: int) -> dict[tuple[int, int], np.ndarray]:

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Always-on assertions on AXI ports of the hardware: what it may do on the bus, checked in every cycle of a test.
+
+A broken rule often gives right answers until another memory comes along. Rules and names: Arm IHI 0022.
+An :class:`AxiMonitor` looks at an AXI4 manager, reading, writing or both; a :class:`LiteMonitor` at an AXI4-Lite
+subordinate. They cost a few accesses to the simulator per cycle: addresses are only looked at while they are valid,
+answers only while some are owed, and data only while they wait.
+"""
+
+from collections import deque
+from typing import Any, NamedTuple
+
+import cocotb
+from cocotb.triggers import RisingEdge
+
+__all__ = ["AxiMonitor", "Burst", "LiteMonitor"]
+
+BOUNDARY = 4096
+FLOAT_BYTES = 4
+_ADDRESS_FIELDS = ("addr", "len", "size", "burst", "cache", "prot", "id")
+_INCR, _CACHE, _PROT, _ID = 1, 3, 0, 0
+
+
+class Burst(NamedTuple):
+    """A burst as it was offered: address and beats; of a write also the bytes that were written."""
+
+    address: int
+    beats: int
+
+
+class _Channel:
+    """One channel's valid, ready and payload, and the rule of every channel: what is valid stays until it is taken."""
+
+    def __init__(self, dut: Any, prefix: str, channel: str, fields: tuple[str, ...]):
+        self.name = f"{prefix}_{channel}".upper()
+        self.valid = getattr(dut, f"{prefix}_{channel}valid")
+        self.ready = getattr(dut, f"{prefix}_{channel}ready")
+        self.fields = tuple(getattr(dut, f"{prefix}_{channel}{field}") for field in fields)
+        self.waiting: tuple[int, ...] | None = None
+        """Payload of the transfer that has been offered and not taken."""
+        self.fresh = False
+        """Whether the transfer on offer was not there in the cycle before."""
+        self.taken = False
+        """Whether it is taken in this cycle."""
+
+    def look(self) -> bool:
+        """Whether there is a transfer on offer; checks that the one before was not withdrawn."""
+        if not self.valid.value:
+            assert self.waiting is None, f"{self.name}VALID was withdrawn"
+            self.taken = False
+            return False
+        self.fresh, self.taken = self.waiting is None, bool(self.ready.value)
+        if not (self.fresh and self.taken):
+            now = tuple(int(field.value) for field in self.fields)
+            assert self.waiting in (None, now), f"{self.name} changed from {self.waiting} to {now} before it was taken"
+            self.waiting = None if self.taken else now
+        return True
+
+
+class _Watched:
+    """Runs a check in every cycle; the rst pin starts it anew."""
+
+    def __init__(self, dut: Any):
+        self.dut = dut
+        self.now = 0
+        """Cycles seen so far."""
+        self.moved = 0
+        """Cycle of the last transfer on any channel."""
+        self._clear()
+        cocotb.start_soon(self._run())
+
+    def _clear(self) -> None:
+        raise NotImplementedError
+
+    def _cycle(self) -> None:
+        raise NotImplementedError
+
+    async def _run(self) -> None:
+        edge, rst = RisingEdge(self.dut.clk), self.dut.rst
+        while True:
+            await edge
+            self.now += 1
+            # In the first cycles it has no value yet.
+            if str(rst.value) == "0":
+                self._cycle()
+            else:
+                self._clear()
+
+
+class AxiMonitor(_Watched):
+    """The rules for an AXI4 manager, and what it did.
+
+    Parameters
+    ----------
+    prefix : of the port's signals, such as ``m_axi_hp0``; without AW or without AR it only reads or writes
+    width : bits of the port
+    outstanding : bursts that may be under way, of each direction
+    """
+
+    def __init__(self, dut: Any, prefix: str, width: int, outstanding: int = 8):
+        self.size, self.outstanding = width // 8, outstanding
+        self.reads: list[Burst] = []
+        """Every burst offered on AR."""
+        self.writes: list[Burst] = []
+        """Every burst offered on AW."""
+        self.written: list[int] = []
+        """Bytes written by each burst whose data were taken completely."""
+        self.beats = 0
+        """Beats taken on R."""
+        self._reading, self._writing = hasattr(dut, f"{prefix}_arvalid"), hasattr(dut, f"{prefix}_awvalid")
+        if self._reading:
+            self._ar = _Channel(dut, prefix, "ar", _ADDRESS_FIELDS)
+            self._r = _Channel(dut, prefix, "r", ("last",))
+        if self._writing:
+            self._aw = _Channel(dut, prefix, "aw", _ADDRESS_FIELDS)
+            self._w = _Channel(dut, prefix, "w", ("strb", "last", "data"))
+            self._b = _Channel(dut, prefix, "b", ())
+        super().__init__(dut)
+
+    @property
+    def reads_under_way(self) -> int:
+        """Bursts offered on AR and not yet answered completely."""
+        return len(self._owed_reads)
+
+    @property
+    def writes_under_way(self) -> int:
+        """Bursts offered on AW and not yet acknowledged."""
+        return len(self._owed_data) + self._unacknowledged
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing is under way."""
+        return not self.reads_under_way and not self.writes_under_way
+
+    def _clear(self) -> None:
+        self._owed_reads: deque[int] = deque()  # beats still to come of each burst
+        self._owed_data: deque[int] = deque()
+        self._unacknowledged = 0
+        self._bytes = 0
+        for name in ("_ar", "_r", "_aw", "_w", "_b"):
+            if hasattr(self, name):
+                getattr(self, name).waiting = None
+
+    def _cycle(self) -> None:
+        if self._reading:
+            # What is offered in this cycle is not answered in it: outputs depend on registers alone.
+            if self._owed_reads and self._r.look() and self._r.taken:
+                self._receive()
+            if self._ar.look():
+                self._address(self._ar, self.reads, self._owed_reads, self.reads_under_way)
+        if self._writing:
+            if self._unacknowledged and self._b.look() and self._b.taken:
+                self._unacknowledged -= 1
+                self.moved = self.now
+            if self._aw.look():
+                self._address(self._aw, self.writes, self._owed_data, self.writes_under_way)
+            if self._w.look():
+                self._data()
+
+    def _address(self, channel: _Channel, bursts: list[Burst], owed: deque[int], under_way: int) -> None:
+        """A burst keeps to the rules from the moment in which it is offered."""
+        if channel.taken:
+            self.moved = self.now
+        if not channel.fresh:
+            return
+        address, length, *constant = (int(field.value) for field in channel.fields)
+        beats, name = length + 1, channel.name
+        expected = [(self.size - 1).bit_length(), _INCR, _CACHE, _PROT, _ID]
+        assert constant == expected, f"{name} has size, burst, cache, prot and id {constant}, not {expected}"
+        assert address % self.size == 0, f"{name}ADDR {address:#x} is not a multiple of {self.size}"
+        end = address + beats * self.size - 1
+        assert address // BOUNDARY == end // BOUNDARY, f"{name}: {beats} beats from {address:#x} cross 4 KiB"
+        assert under_way < self.outstanding, f"{name} has {under_way + 1} bursts under way"
+        bursts.append(Burst(address, beats))
+        owed.append(beats)
+
+    def _receive(self) -> None:
+        self.moved = self.now
+        self.beats += 1
+        self._owed_reads[0] -= 1
+        last = bool(self._r.fields[0].value)
+        assert last == (self._owed_reads[0] == 0), "RLAST is wrong: the memory's fault"
+        if last:
+            self._owed_reads.popleft()
+
+    def _data(self) -> None:
+        """Data come after their address, end with WLAST, and only a burst's last beat leaves out its upper floats."""
+        channel = self._w
+        assert self._owed_data, f"{channel.name}: data before their address"
+        if not channel.taken:
+            return
+        self.moved = self.now
+        strobes, last = int(channel.fields[0].value), bool(channel.fields[1].value)
+        left = self._owed_data[0]
+        assert last == (left == 1), f"WLAST is {last} with {left} beats to come"
+        count = strobes.bit_count()
+        assert count and strobes == (1 << count) - 1 and count % FLOAT_BYTES == 0, f"WSTRB is {strobes:#x}"
+        assert last or count == self.size, f"WSTRB is {strobes:#x} in a beat that is not the burst's last"
+        self._bytes += count
+        self._owed_data[0] -= 1
+        if last:
+            self.written.append(self._bytes)
+            self._bytes = 0
+            self._owed_data.popleft()
+            self._unacknowledged += 1
+
+
+class LiteMonitor(_Watched):
+    """The rules for an AXI4-Lite subordinate: answers stay until they are taken, and nobody gets one unasked."""
+
+    def __init__(self, dut: Any, prefix: str):
+        requests = {name: (getattr(dut, f"{prefix}_{name}valid"), getattr(dut, f"{prefix}_{name}ready")) for name in
+                    ("aw", "w", "ar")}  # fmt: skip
+        self._requests = requests
+        self._b = _Channel(dut, prefix, "b", ("resp",))
+        self._r = _Channel(dut, prefix, "r", ("resp", "data"))
+        super().__init__(dut)
+
+    def _clear(self) -> None:
+        self._asked = dict.fromkeys(self._requests, 0)
+        self._b.waiting = self._r.waiting = None
+
+    def _cycle(self) -> None:
+        asked = self._asked
+        if self._b.look():
+            assert asked["aw"] and asked["w"], "BVALID without a write"
+            if self._b.taken:
+                asked["aw"] -= 1
+                asked["w"] -= 1
+        if self._r.look():
+            assert asked["ar"], "RVALID without a read"
+            asked["ar"] -= self._r.taken
+        for name, (valid, ready) in self._requests.items():
+            if valid.value and ready.value:
+                asked[name] += 1
