@@ -9,7 +9,7 @@ from ..spec.config import AcceleratorConfig
 from ..spec.descriptor import activation_beats
 from .axi import ADDRESS_BITS
 from .burst_cutter import burst_layout
-from .fifo import StreamFifo
+from .fifo import Counter, StreamFifo
 
 CHUNK_BYTES = 1024
 """What a port reads before it is the next port's turn: long enough for DDR, short enough to spread a single token.
@@ -39,6 +39,8 @@ def fetch_layout(config: AcceleratorConfig) -> data.StructLayout:
 class ActivationFetch(wiring.Component):
     """Cuts blocks into chunks, gives them to the ports in turn, and puts the data together again.
 
+    As the ports take turns, one counter of chunks keeps all of their FIFOs from overflowing.
+
     Members
     -------
     blocks : what to fetch
@@ -66,12 +68,14 @@ class ActivationFetch(wiring.Component):
     def elaborate(self, platform) -> Module:
         m = Module()
         m.submodules.lengths = lengths = StreamFifo(self._length_layout(), 4)
-        self._ask(m, lengths)
-        self._merge(m, lengths)
+        chunks = CHUNKS_AHEAD * self.config.ports
+        m.submodules.room = room = Counter(chunks, init=chunks)
+        self._ask(m, lengths, room)
+        self._merge(m, lengths, room)
         return m
 
     def _length_layout(self) -> data.StructLayout:
-        """What the two halves share of a block: its beats, and those of its first chunk that lie in the block before."""
+        """What the two halves share of a block: its beats, and how many its first chunk lacks."""
         return data.StructLayout({"beats": len(self.blocks.payload.beats), "missing": range(chunk_beats(self.config))})
 
     def _turn(self, m: Module, name: str, advance) -> Signal:
@@ -81,17 +85,20 @@ class ActivationFetch(wiring.Component):
             m.d.sync += port.eq(Mux(port == self.config.ports - 1, 0, port + 1))
         return port
 
-    def _ask(self, m: Module, lengths: StreamFifo) -> None:
+    def _ask(self, m: Module, lengths: StreamFifo, room: Counter) -> None:
         whole, block = chunk_beats(self.config), self.blocks.payload
         beat_bits = (self.config.port_width // 8 - 1).bit_length()
         page_bits = (CHUNK_BYTES - 1).bit_length()
         address, left = Signal(ADDRESS_BITS), Signal.like(block.beats)
-        beats, room, taken, load = Signal(range(whole + 1)), Signal(range(whole + 1)), Signal(), Signal()
+        beats, to_end = Signal(range(whole + 1)), Signal(range(whole + 1))
+        taken, load, may = Signal(), Signal(), Signal()
         port = self._turn(m, "asking_port", taken)
         m.d.comb += [
-            room.eq(whole - address[beat_bits:page_bits]),
-            beats.eq(Mux(left < room, left, room)),
+            to_end.eq(whole - address[beat_bits:page_bits]),
+            beats.eq(Mux(left < to_end, left, to_end)),
             self.asking.eq(left != 0),
+            may.eq(self.asking & (room.value != 0)),
+            room.take.eq(taken),
             self.blocks.ready.eq(~self.asking & lengths.i.ready),
             load.eq(self.blocks.valid & self.blocks.ready),
             lengths.i.valid.eq(load),
@@ -103,7 +110,7 @@ class ActivationFetch(wiring.Component):
             m.d.comb += [
                 bursts.payload.address.eq(address),
                 bursts.payload.beats.eq(beats),
-                bursts.valid.eq(self.asking & (port == index)),
+                bursts.valid.eq(may & (port == index)),
             ]
             with m.If(bursts.valid & bursts.ready):
                 m.d.comb += taken.eq(1)
@@ -112,7 +119,7 @@ class ActivationFetch(wiring.Component):
         with m.Elif(taken):
             m.d.sync += [address.eq((address[page_bits:] + 1) << page_bits), left.eq(left - beats)]
 
-    def _merge(self, m: Module, lengths: StreamFifo) -> None:
+    def _merge(self, m: Module, lengths: StreamFifo, room: Counter) -> None:
         whole = chunk_beats(self.config)
         left, place = Signal.like(self.blocks.payload.beats), Signal(range(whole))
         active, taken, chunk_ends, block_ends = Signal(), Signal(), Signal(), Signal()
@@ -123,6 +130,7 @@ class ActivationFetch(wiring.Component):
             block_ends.eq(taken & (left == 1)),
             chunk_ends.eq((taken & (place == whole - 1)) | block_ends),
             lengths.o.ready.eq(~active | block_ends),
+            room.add.eq(chunk_ends),
         ]
         for index in range(self.config.ports):
             beats = getattr(self, f"beats_{index}")

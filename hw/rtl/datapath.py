@@ -10,13 +10,13 @@ from ..spec.registers import QUEUE_DEPTH
 from .activation_fetch import ActivationFetch
 from .activation_unit import ActivationUnit
 from .axi import ADDRESS_BITS, memory_signature, read_signature
-from .burst_cutter import BurstCutter
 from .core import Core
 from .descriptor_check import ERROR_BITS, DescriptorCheck, descriptor_layout
 from .dispatcher import Dispatcher
 from .fifo import StreamFifo
 from .gatherer import Gatherer
 from .read_manager import OUTSTANDING, ReadManager, read_clients
+from .weight_fetch import WeightFetch
 from .write_manager import WriteManager
 
 
@@ -86,6 +86,15 @@ class Datapath(wiring.Component):
         wiring.connect(m, check.work, dispatcher.work)
         wiring.connect(m, dispatcher.core, core.command)
         wiring.connect(m, unit.slices, core.activations)
+        layer = dispatcher.unit
+        m.d.comb += [
+            unit.command.payload.eq(layer.payload.command),
+            unit.command.valid.eq(layer.valid),
+            layer.ready.eq(unit.command.ready),
+        ]
+        # Where the layer in the unit comes from, for the error register.
+        with m.If(layer.valid & layer.ready & ~layer.payload.command.reuse):
+            m.d.sync += self.activations_address.eq(layer.payload.address)
         m.d.comb += [
             self.queued.eq(queue.level),
             self.refused.eq(check.error),
@@ -101,32 +110,28 @@ class Datapath(wiring.Component):
         return m
 
     def _read(self, m: Module, dispatcher: Dispatcher, unit: ActivationUnit, core: Core) -> list[ReadManager]:
-        """Activations in turn from all ports; weights from all ports in step, a part of each beat from each."""
-        config = self.config
-        m.submodules.fetch = fetch = ActivationFetch(config)
-        wiring.connect(m, dispatcher.blocks, fetch.blocks)
-        wiring.connect(m, fetch.beats, unit.beats)
-        m.d.comb += dispatcher.asking.eq(fetch.asking)
-        layer = dispatcher.unit
+        """Activations in turn from all ports, weights from all ports in step."""
+        config, clients = self.config, read_clients(self.config)
+        m.submodules.activation_fetch = activations = ActivationFetch(config)
+        m.submodules.weight_fetch = weights = WeightFetch(config, clients["weights"])
+        wiring.connect(m, dispatcher.blocks, activations.blocks)
+        wiring.connect(m, dispatcher.regions, weights.regions)
+        wiring.connect(m, activations.beats, unit.beats)
+        wiring.connect(m, weights.beats, core.weights)
         m.d.comb += [
-            unit.command.payload.eq(layer.payload.command),
-            unit.command.valid.eq(layer.valid),
-            layer.ready.eq(unit.command.ready),
+            dispatcher.asking.eq(activations.asking),
+            # After a fault nothing enters the core: what memory gave may be wrong.
+            weights.halt.eq(self.halt),
         ]
-        # Where the layer in the unit comes from, for the error register.
-        with m.If(layer.valid & layer.ready & ~layer.payload.command.reuse):
-            m.d.sync += self.activations_address.eq(layer.payload.address)
         readers = []
         for port in range(config.ports):
-            m.submodules[f"reader_{port}"] = reader = ReadManager(config.port_width, read_clients(config), OUTSTANDING)
+            m.submodules[f"reader_{port}"] = reader = ReadManager(config.port_width, clients, OUTSTANDING)
             outside = getattr(self, f"hp{port}")
             wiring.connect(m, reader.axi.ar, wiring.flipped(outside.ar))
             wiring.connect(m, wiring.flipped(outside.r), reader.axi.r)
-            m.submodules[f"cutter_{port}"] = cutter = BurstCutter(config.port_width)
-            wiring.connect(m, getattr(fetch, f"bursts_{port}"), reader.activations_bursts)
-            wiring.connect(m, reader.activations_beats, getattr(fetch, f"beats_{port}"))
-            wiring.connect(m, getattr(dispatcher, f"regions_{port}"), cutter.regions)
-            wiring.connect(m, cutter.bursts, reader.weights_bursts)
+            for client, fetch in (("activations", activations), ("weights", weights)):
+                wiring.connect(m, getattr(fetch, f"bursts_{port}"), getattr(reader, f"{client}_bursts"))
+                wiring.connect(m, getattr(reader, f"{client}_beats"), getattr(fetch, f"beats_{port}"))
             m.d.comb += [
                 reader.halt.eq(self.halt),
                 getattr(self, f"reads_under_way_{port}").eq(reader.under_way),
@@ -135,14 +140,6 @@ class Datapath(wiring.Component):
             with m.If(reader.error):
                 m.d.comb += [self.read_error.eq(1), self.read_address.eq(reader.error_address)]
             readers.append(reader)
-        parts = [reader.weights_beats for reader in readers]
-        # After a fault nothing enters the core: what memory gave may be wrong.
-        every = Cat(*(part.valid for part in parts), ~self.halt).all()
-        m.d.comb += [
-            core.weights.payload.eq(Cat(part.payload for part in parts)),
-            core.weights.valid.eq(every),
-            *(part.ready.eq(every & core.weights.ready) for part in parts),
-        ]
         return readers
 
     def _write(self, m: Module, dispatcher: Dispatcher, core: Core) -> WriteManager:

@@ -8,11 +8,11 @@ from amaranth.lib.wiring import In, Out
 from ..spec.config import AcceleratorConfig
 from .activation_fetch import fetch_layout
 from .axi import ADDRESS_BITS
-from .burst_cutter import region_layout
 from .descriptor_check import work_layout
 from .fifo import StreamFifo
 from .gatherer import gather_layout
 from .walker import command_layout
+from .weight_fetch import weights_layout
 
 
 def unit_layout(config: AcceleratorConfig) -> data.StructLayout:
@@ -34,7 +34,7 @@ class Dispatcher(wiring.Component):
     unit : the same and its activations' address, for the activation unit
     blocks : its activations, unless it reuses those of the layer before
     asking : the last block has not been asked for completely
-    regions_<p> : port p's weights
+    regions : its weights
     jobs : its results
 
     Latency 0 cycles for ``core``, ``blocks`` and ``regions``, 1 for the others; throughput 1 layer in 2 cycles.
@@ -49,7 +49,7 @@ class Dispatcher(wiring.Component):
             "unit": unit_layout(config),
             "blocks": fetch_layout(config),
             "jobs": gather_layout(config),
-            **{f"regions_{port}": region_layout() for port in range(config.ports)},
+            "regions": weights_layout(),
         }
         outputs = {name: Out(stream.Signature(layout)) for name, layout in self.outputs.items()}
         super().__init__({"work": In(stream.Signature(work_layout(config))), **outputs, "asking": In(1)})
@@ -70,7 +70,7 @@ class Dispatcher(wiring.Component):
                 wiring.connect(m, fifo.o, share)
                 share = fifo.i
             wanted = ~reuse if name == "blocks" else Const(1)
-            may = fetched if name.startswith("regions") else Const(1)
+            may = fetched if name == "regions" else Const(1)
             m.d.comb += [
                 share.valid.eq(self.work.valid & wanted & may & ~sent[name]),
                 *(share.payload[field].eq(value) for field, value in self._payload(name).items()),
@@ -100,5 +100,4 @@ class Dispatcher(wiring.Component):
                 "pitch": work.result_pitch,
                 "interrupt": work.interrupt,
             }
-        port = int(name.rsplit("_", 1)[1])
-        return {"address": work.weights + work.weights_stride * port, "beats": work.weight_beats}
+        return {"address": work.weights, "stride": work.weights_stride, "beats": work.weight_beats}

@@ -175,7 +175,8 @@ class Gatherer(wiring.Component):
         for index in range(self.word_floats):
             m.d.comb += [
                 write.data[index].eq(self.results.payload.values[index % self.lanes]),
-                write.en[index].eq(step & (part == index // self.lanes)),
+                # The floats behind it come later or never; nothing is left there of another layer.
+                write.en[index].eq(step & (part <= index // self.lanes)),
             ]
 
     def _send(self, m: Module, memory: Memory, chunks: StreamFifo) -> None:

@@ -3,7 +3,7 @@
 
 from collections.abc import Mapping
 
-from amaranth.hdl import Cat, Module, Mux, Signal, unsigned
+from amaranth.hdl import Cat, Module, Signal, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -11,7 +11,7 @@ from ..spec.config import AcceleratorConfig
 from .activation_fetch import CHUNKS_AHEAD, chunk_beats
 from .axi import ADDRESS_BITS, constant_address_fields, is_error, read_signature
 from .burst_cutter import burst_layout, max_burst_beats
-from .fifo import BlockFifo, Counter, StreamFifo
+from .fifo import BlockFifo, StreamFifo
 
 OUTSTANDING = 8
 """Bursts that a port may have under way: 8 times 4 KiB cover 2,048 cycles of latency."""
@@ -28,14 +28,14 @@ def read_clients(config: AcceleratorConfig) -> dict[str, int]:
 class ReadManager(wiring.Component):
     """Reads bursts for several clients over one port, each client's in order.
 
-    A burst is only asked for when its client's FIFO has room for all of it, so data never wait on the bus and no
-    client holds up another. Bursts of several clients are asked for one by one, the first client's first. All have
-    the same ID, so they come back in the order in which they were asked for.
+    A client only asks for bursts for which its FIFO has room (it knows from what it asked for and what it took), so
+    data never wait on the bus and no client holds up another. Bursts of several clients are asked for one by one, the
+    first client's first. All have the same ID, so they come back in the order in which they were asked for.
 
     Parameters
     ----------
     width : bits of the port
-    clients : name and FIFO depth in beats, a power of two, of each client; the first has precedence
+    clients : name of each client and depth in beats, a power of two, of its FIFO; the first has precedence
     outstanding : bursts that may be under way, a power of two
 
     Members
@@ -80,48 +80,39 @@ class ReadManager(wiring.Component):
         tag = data.StructLayout({"client": range(max(2, len(self.clients))), "address": ADDRESS_BITS})
         m.submodules.tags = tags = StreamFifo(tag, self.outstanding)
         m.d.comb += [self.under_way.eq(tags.level), self.oldest.eq(tags.o.payload.address)]
-        requests = [
-            self._client(m, index, name, depth, tags) for index, (name, depth) in enumerate(self.clients.items())
-        ]
-        self._ask(m, requests, tags)
+        self._ask(m, tags)
+        for index, (name, depth) in enumerate(self.clients.items()):
+            m.submodules[f"{name}_fifo"] = fifo = BlockFifo(unsigned(self.width), depth)
+            wiring.connect(m, fifo.o, wiring.flipped(getattr(self, f"{name}_beats")))
+            m.d.comb += [
+                fifo.i.payload.eq(self.axi.r.payload.data),
+                fifo.i.valid.eq(self.axi.r.valid & (tags.o.payload.client == index)),
+            ]
         r = self.axi.r
         m.d.comb += [
-            # Room was claimed before the burst was asked for.
+            # There is room: see the class.
             r.ready.eq(1),
             tags.o.ready.eq(r.valid & r.payload.last),
         ]
         m.d.sync += [self.error.eq(r.valid & is_error(r.payload.resp)), self.error_address.eq(tags.o.payload.address)]
         return m
 
-    def _client(self, m: Module, index: int, name: str, depth: int, tags: StreamFifo) -> tuple:
-        """A client's bursts, held back until there is room for them, and its FIFO; returns (bursts, may be asked)."""
-        m.submodules[f"{name}_fifo"] = fifo = BlockFifo(unsigned(self.width), depth)
-        m.submodules[f"{name}_room"] = room = Counter(depth, add=1, take=max_burst_beats(self.width), init=depth)
-        wiring.connect(m, fifo.o, wiring.flipped(getattr(self, f"{name}_beats")))
-        fits = Signal(name=f"{name}_fits")
-        bursts = getattr(self, f"{name}_bursts")
-        m.d.comb += [
-            fits.eq(bursts.valid & (bursts.payload.beats <= room.value)),
-            room.take.eq(Mux(bursts.valid & bursts.ready, bursts.payload.beats, 0)),
-            room.add.eq(fifo.o.valid & fifo.o.ready),
-            fifo.i.payload.eq(self.axi.r.payload.data),
-            fifo.i.valid.eq(self.axi.r.valid & (tags.o.payload.client == index)),
-        ]
-        return bursts, fits
-
-    def _ask(self, m: Module, requests: list[tuple], tags: StreamFifo) -> None:
-        """Offers the first client's burst that fits on AR."""
+    def _ask(self, m: Module, tags: StreamFifo) -> None:
+        """Offers a burst of the first client that has one on AR."""
         ar, free = self.axi.ar, Signal()
-        m.d.comb += free.eq((~self.axi.ar.valid | self.axi.ar.ready) & tags.i.ready & ~self.halt)
-        m.d.comb += constant_address_fields(ar.payload, self.width)
+        requests = [getattr(self, f"{name}_bursts") for name in self.clients]
+        m.d.comb += [
+            free.eq((~ar.valid | ar.ready) & tags.i.ready & ~self.halt),
+            tags.i.valid.eq(free & Cat(bursts.valid for bursts in requests).any()),
+            *constant_address_fields(ar.payload, self.width),
+        ]
         with m.If(ar.ready):
             m.d.sync += ar.valid.eq(0)
         earlier = Signal(len(requests) + 1)
-        m.d.comb += tags.i.valid.eq(free & Cat(fits for _, fits in requests).any())
-        for index, (bursts, fits) in enumerate(requests):
+        for index, bursts in enumerate(requests):
             m.d.comb += [
-                earlier[index + 1].eq(earlier[index] | fits),
-                bursts.ready.eq(free & fits & ~earlier[index]),
+                earlier[index + 1].eq(earlier[index] | bursts.valid),
+                bursts.ready.eq(free & ~earlier[index]),
             ]
             with m.If(bursts.valid & bursts.ready):
                 m.d.comb += [tags.i.payload.client.eq(index), tags.i.payload.address.eq(bursts.payload.address)]

@@ -22,7 +22,7 @@ _INCR, _CACHE, _PROT, _ID = 1, 3, 0, 0
 
 
 class Burst(NamedTuple):
-    """A burst as it was offered: address and beats; of a write also the bytes that were written."""
+    """A burst as it was offered."""
 
     address: int
     beats: int
@@ -105,6 +105,8 @@ class AxiMonitor(_Watched):
         """Every burst offered on AW."""
         self.written: list[int] = []
         """Bytes written by each burst whose data were taken completely."""
+        self.acknowledged = 0
+        """Bursts acknowledged on B."""
         self.beats = 0
         """Beats taken on R."""
         self._reading, self._writing = hasattr(dut, f"{prefix}_arvalid"), hasattr(dut, f"{prefix}_awvalid")
@@ -151,6 +153,7 @@ class AxiMonitor(_Watched):
         if self._writing:
             if self._unacknowledged and self._b.look() and self._b.taken:
                 self._unacknowledged -= 1
+                self.acknowledged += 1
                 self.moved = self.now
             if self._aw.look():
                 self._address(self._aw, self.writes, self._owed_data, self.writes_under_way)
@@ -209,9 +212,10 @@ class LiteMonitor(_Watched):
     """The rules for an AXI4-Lite subordinate: answers stay until they are taken, and nobody gets one unasked."""
 
     def __init__(self, dut: Any, prefix: str):
-        requests = {name: (getattr(dut, f"{prefix}_{name}valid"), getattr(dut, f"{prefix}_{name}ready")) for name in
-                    ("aw", "w", "ar")}  # fmt: skip
-        self._requests = requests
+        self._requests = {
+            name: (getattr(dut, f"{prefix}_{name}valid"), getattr(dut, f"{prefix}_{name}ready"))
+            for name in ("aw", "w", "ar")
+        }
         self._b = _Channel(dut, prefix, "b", ("resp",))
         self._r = _Channel(dut, prefix, "r", ("resp", "data"))
         super().__init__(dut)

@@ -102,7 +102,7 @@ class _Bench:
             self.job.send(layer.job())
             self.results.send(layer.transfers(random))
 
-    async def check(self, cycles: int = 500_000) -> None:
+    async def check(self, cycles: int = 2_000_000) -> None:
         """Every piece and every float of it, and nothing more."""
         wanted = [piece for layer in self.layers for piece in layer.pieces()]
         size = config().port_width // 8
