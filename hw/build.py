@@ -35,7 +35,7 @@ _HEADER = """\
 """
 
 
-def generate(config: AcceleratorConfig, block: str = "core") -> tuple[str, Manifest]:
+def generate(config: AcceleratorConfig, block: str = "accelerator") -> tuple[str, Manifest]:
     """Verilog text and manifest of one block.
 
     Raises
@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     for item in fields(AcceleratorConfig):
         option = f"--{item.name.replace('_', '-')}"
         parser.add_argument(option, type=type(item.default), default=item.default, help=_HELP[item.name])
-    parser.add_argument("--top", default="core", help="generate this block alone (default: core)")
+    parser.add_argument("--top", default="accelerator", help="generate this block alone (default: the accelerator)")
     parser.add_argument("--out", type=Path, default=Path("build/hw"), metavar="DIR", help="folder to write to")
     return parser
 

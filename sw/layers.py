@@ -23,8 +23,10 @@ from hw.spec.numerics import NumericsError, quantise_activations
 from sw import pack
 from sw.capture import Captured, capture_inputs
 from sw.devices import check_device, make_config, open_device
-from sw.devices.base import Buffer, Device, LinearJob, weight_bytes, weight_image
+from sw.devices.base import Device, LinearJob, read_results, result_bytes, weight_bytes, weight_image
+from sw.devices.library import MEMORIES, check_preset
 from sw.devices.reference import reference_linear
+from sw.devices.rtl import DEFAULT_MEMORY
 from sw.errors import UserError, run_cli
 from sw.layers_report import LayerResult, Report, layer_progress, print_json, print_table
 from sw.models import resolve_model
@@ -111,7 +113,7 @@ class _Running:
 
     work: Captured
     ticket: int
-    buffers: tuple[Buffer, Buffer, Buffer]
+    job: LinearJob
     expected: np.ndarray
 
 
@@ -132,24 +134,25 @@ def _start(device: Device, work: Captured, tokens: int) -> _Running:
     weights = pack.integer_weights(config, layer, layout)
     prepared = pack.prepare(config, layer, weights)
     padded = prepared.pad(x)
-    sizes = weight_bytes(layout), padded.nbytes, 4 * len(x) * layer.n
+    sizes = weight_bytes(layout), padded.nbytes, result_bytes(layout, len(x))
     buffers = device.alloc(sizes[0]), device.alloc(sizes[1]), device.alloc(sizes[2])
     device.write(buffers[0], weight_image(layout, prepared.beats))
     device.write(buffers[1], padded)
-    ticket = device.submit([LinearJob(layer.name, layout, len(x), *buffers)])
+    job = LinearJob(layer.name, layout, len(x), *buffers)
+    ticket = device.submit([job])
     # While the device works.
     try:
         expected = reference_linear(config, weights, quantise_activations(config, padded))
     except NumericsError as error:
         raise UserError(f"layer {layer.name}: {error}") from None
-    return _Running(work, ticket, buffers, expected)
+    return _Running(work, ticket, job, expected)
 
 
 def _finish(device: Device, running: _Running) -> LayerResult:
-    layer, m = running.work.layer, len(running.expected)
+    layer, m, job = running.work.layer, len(running.expected), running.job
     (completion,) = device.wait(running.ticket, TIMEOUT)
-    y = device.read(running.buffers[2], np.float32, (m, layer.n))
-    for buffer in running.buffers:
+    y = read_results(device, job)
+    for buffer in (job.weights, job.activations, job.results):
         device.free(buffer)
     # The tensor that onnxruntime gave contains the bias where the node adds it; the device computes the product.
     bias = layer.bias if layer.bias is not None and layer.bias_in_node else 0.0
@@ -188,6 +191,9 @@ def _parser() -> _Parser:
     parser = _Parser(prog="python -m sw.layers", description="A model's linear layers through a device, checked.")
     parser.add_argument("model", metavar="MODEL", help="an ONNX file, a folder with one, or smollm2")
     parser.add_argument("--device", required=True, help="reference (numpy) or rtl (the simulated Verilog)")
+    parser.add_argument(
+        "--memory", metavar="PRESET", help=f"rtl's memory: {', '.join(MEMORIES)} (default: {DEFAULT_MEMORY})"
+    )
     parser.add_argument("--tokens", type=int, metavar="M", help=f"tokens to compute (default: {TOKENS})")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N layers")
     parser.add_argument("--prompt", default=PROMPT, metavar="TEXT", help="whose activations to use")
@@ -212,6 +218,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     started = time.monotonic()
     check_device(options.device)
+    if options.memory is not None:
+        check_preset(options.memory)
+        if options.device != "rtl":
+            raise UserError(f"--memory is for --device rtl, not {options.device}")
+    memory = options.memory or DEFAULT_MEMORY
     _positive(options.limit, "--limit")
     _positive(options.tokens, "--tokens")
     hardware = {item.name: getattr(options, item.name) for item in fields(AcceleratorConfig)}
@@ -231,12 +242,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokens = options.tokens or min(TOKENS, config.max_tokens, len(ids))
     works = capture_inputs(linears, ids[: max(tokens, CONTEXT)], tokens=tokens, threads=1)
 
-    with open_device(options.device, **config.to_dict()) as device, layer_progress(len(linears)) as advance:
+    with open_device(options.device, memory, **config.to_dict()) as device, layer_progress(len(linears)) as advance:
         results = []
         for result in run_layers(device, works, tokens):
             results.append(result)
             advance(result)
-    report = Report(str(model), options.device, config, tokens, source, results, time.monotonic() - started)
+    report = Report(str(model), options.device, memory, config, tokens, source, results, time.monotonic() - started)
     if options.json:
         print_json(report)
     else:

@@ -25,7 +25,8 @@ class LayerResult:
     Members
     -------
     name, m, k, n, group_size, weight_bits: the model's layer and the tokens computed.
-    cycles: that the layer alone takes from an idle core, simulated; 0 without hardware. beats: of its weight stream.
+    cycles: that the layer alone takes from an idle accelerator, simulated; 0 without hardware.
+    beats: of its weight stream.
     bus_use: beats / cycles.
     exact: every result equals the reference's, bit for bit.
     max_abs_error, relative_error: against onnxruntime; see sw.layers.
@@ -55,10 +56,18 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class Report:
-    """All layers. prompt_source: "tokenizer" or "bytes". seconds: wall time of the whole command."""
+    """All layers.
+
+    Members
+    -------
+    memory: preset of the simulated memory.
+    prompt_source: "tokenizer" or "bytes".
+    seconds: wall time of the whole command.
+    """
 
     model: str
     device: str
+    memory: str
     config: AcceleratorConfig
     tokens: int
     prompt_source: str
@@ -89,6 +98,7 @@ def print_json(report: Report) -> None:
     document = {
         "model": report.model,
         "device": report.device,
+        "memory": report.memory if report.device == "rtl" else None,
         "config": report.config.to_dict(),
         "config_digest": report.config.digest,
         "tokens": report.tokens,
@@ -137,8 +147,9 @@ def _summary(report: Report, totals: dict) -> str:
     ]
     if totals["cycles"]:
         lines.append(
-            f"cycles are simulated, each layer alone on an idle core; {totals['cycles_per_second'] / 1e6:.2f} million"
-            f" a second of processor time, {report.seconds:.0f} s in all"
+            f"cycles are simulated, memory {report.memory}, each layer alone on an idle accelerator;"
+            f" {totals['cycles_per_second'] / 1e6:.2f} million a second of processor time, {report.seconds:.0f} s in"
+            " all"
         )
     else:
         lines.append(f"device {report.device} has no hardware, so no cycles; {report.seconds:.0f} s in all")

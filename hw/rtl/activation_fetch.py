@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fetches a layer's activations over all read ports at once, so that no port has to carry them alone."""
 
-from amaranth.hdl import Module, Mux, Signal, unsigned
+from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from ..spec.config import AcceleratorConfig
+from ..spec.config import FLOAT_BITS, AcceleratorConfig
 from ..spec.descriptor import activation_beats
+from .activation_unit import row_layout
 from .axi import ADDRESS_BITS
 from .burst_cutter import burst_layout
 from .fifo import Counter, StreamFifo
@@ -14,9 +15,8 @@ from .fifo import Counter, StreamFifo
 CHUNK_BYTES = 1024
 """What a port reads before it is the next port's turn: long enough for DDR, short enough to spread a single token.
 Chunks end at multiples of this, so that each of them is one burst: none crosses 4 KiB, none is too long."""
-CHUNKS_AHEAD = 8
-"""Chunks that a port's FIFO holds: what is asked for late comes after 2,048 cycles of weights that were asked for
-before. With 128 bits that is the whole depth of a block RAM."""
+CHUNKS_AHEAD = 2
+"""Chunks that a port's FIFO holds: while one is handed over the next arrives, from every port."""
 
 
 def chunk_beats(config: AcceleratorConfig) -> int:
@@ -39,30 +39,42 @@ def fetch_layout(config: AcceleratorConfig) -> data.StructLayout:
 class ActivationFetch(wiring.Component):
     """Cuts blocks into chunks, gives them to the ports in turn, and puts the data together again.
 
-    As the ports take turns, one counter of chunks keeps all of their FIFOs from overflowing.
+    Each port's beats are joined to rows of ``tile`` floats before they wait in its FIFO, so that all ports together
+    deliver as fast as they read, although a chunk comes from one of them. As the ports take turns, one counter of
+    chunks keeps all FIFOs from overflowing.
 
     Members
     -------
     blocks : what to fetch
     bursts_<p> : port p's chunks, for its read manager
-    beats_<p> : port p's data
-    beats : the blocks' data, in order
+    beats_<p> : port p's data; always taken at once
+    rows : the blocks' data, in order
     asking : bursts are still to come for the last block
 
-    Latency: 1 cycle from a block to its first burst, none for the data. Throughput: 1 burst and 1 beat per cycle.
+    Latency: 1 cycle from a block to its first burst, 3 from a row's last beat to the row. Throughput: 1 burst and 1 row
+    per cycle, and 1 beat per cycle and port.
     """
 
     latency = 1
+    """Cycles from a block's transfer to its first burst."""
+    row_latency = 3
+    """Cycles from the last beat of a row to the row: joined, in the FIFO, chosen."""
 
     def __init__(self, config: AcceleratorConfig):
         self.config = config
+        self.row_beats = config.tile * FLOAT_BITS // config.port_width
         beats = stream.Signature(config.port_width)
         members = {}
         for port in range(config.ports):
             members[f"bursts_{port}"] = Out(stream.Signature(burst_layout(config.port_width)))
             members[f"beats_{port}"] = In(beats)
         super().__init__(
-            {"blocks": In(stream.Signature(fetch_layout(config))), **members, "beats": Out(beats), "asking": Out(1)}
+            {
+                "blocks": In(stream.Signature(fetch_layout(config))),
+                **members,
+                "rows": Out(stream.Signature(row_layout(config))),
+                "asking": Out(1),
+            }
         )
 
     def elaborate(self, platform) -> Module:
@@ -75,8 +87,14 @@ class ActivationFetch(wiring.Component):
         return m
 
     def _length_layout(self) -> data.StructLayout:
-        """What the two halves share of a block: its beats, and how many its first chunk lacks."""
-        return data.StructLayout({"beats": len(self.blocks.payload.beats), "missing": range(chunk_beats(self.config))})
+        """What the two halves share of a block: its rows, and how many its first chunk lacks."""
+        row_bits = (self.row_beats - 1).bit_length()
+        return data.StructLayout({"rows": len(self.blocks.payload.beats) - row_bits, "missing": range(self.chunk_rows)})
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of one chunk."""
+        return chunk_beats(self.config) // self.row_beats
 
     def _turn(self, m: Module, name: str, advance) -> Signal:
         """Whose turn it is. It goes on from block to block, so that short ones spread over the ports too."""
@@ -88,7 +106,7 @@ class ActivationFetch(wiring.Component):
     def _ask(self, m: Module, lengths: StreamFifo, room: Counter) -> None:
         whole, block = chunk_beats(self.config), self.blocks.payload
         beat_bits = (self.config.port_width // 8 - 1).bit_length()
-        page_bits = (CHUNK_BYTES - 1).bit_length()
+        page_bits, row_bits = (CHUNK_BYTES - 1).bit_length(), (self.row_beats - 1).bit_length()
         address, left = Signal(ADDRESS_BITS), Signal.like(block.beats)
         beats, to_end = Signal(range(whole + 1)), Signal(range(whole + 1))
         taken, load, may = Signal(), Signal(), Signal()
@@ -102,8 +120,8 @@ class ActivationFetch(wiring.Component):
             self.blocks.ready.eq(~self.asking & lengths.i.ready),
             load.eq(self.blocks.valid & self.blocks.ready),
             lengths.i.valid.eq(load),
-            lengths.i.payload.beats.eq(block.beats),
-            lengths.i.payload.missing.eq(block.address[beat_bits:page_bits]),
+            lengths.i.payload.rows.eq(block.beats >> row_bits),
+            lengths.i.payload.missing.eq(block.address[beat_bits + row_bits : page_bits]),
         ]
         for index in range(self.config.ports):
             bursts = getattr(self, f"bursts_{index}")
@@ -119,26 +137,47 @@ class ActivationFetch(wiring.Component):
         with m.Elif(taken):
             m.d.sync += [address.eq((address[page_bits:] + 1) << page_bits), left.eq(left - beats)]
 
+    def _join(self, m: Module, port: int) -> StreamFifo:
+        """A port's beats as rows, in a FIFO."""
+        beats, whole = getattr(self, f"beats_{port}"), Signal(row_layout(self.config), reset_less=True)
+        m.submodules[f"rows_{port}"] = fifo = StreamFifo(row_layout(self.config), CHUNKS_AHEAD * self.chunk_rows)
+        place, full = Signal(range(max(2, self.row_beats))), Signal()
+        last = (place == self.row_beats - 1) if self.row_beats > 1 else Const(1)
+        m.d.comb += [
+            # There is room: see the class.
+            beats.ready.eq(1),
+            fifo.i.payload.eq(whole),
+            fifo.i.valid.eq(full),
+        ]
+        m.d.sync += full.eq(beats.valid & last)
+        with m.If(beats.valid):
+            m.d.sync += [
+                place.eq(Mux(last, 0, place + 1)),
+                whole.eq(Cat(whole.as_value()[self.config.port_width :], beats.payload)),
+            ]
+        return fifo
+
     def _merge(self, m: Module, lengths: StreamFifo, room: Counter) -> None:
-        whole = chunk_beats(self.config)
-        left, place = Signal.like(self.blocks.payload.beats), Signal(range(whole))
+        fifos = [self._join(m, port) for port in range(self.config.ports)]
+        left, place = Signal.like(lengths.o.payload.rows), Signal(range(self.chunk_rows))
         active, taken, chunk_ends, block_ends = Signal(), Signal(), Signal(), Signal()
         port = self._turn(m, "merging_port", chunk_ends)
         m.d.comb += [
-            active.eq(left != 0),
-            taken.eq(self.beats.valid & self.beats.ready),
+            active.eq((left != 0) & (~self.rows.valid | self.rows.ready)),
+            taken.eq(active & Array(fifo.o.valid for fifo in fifos)[port]),
             block_ends.eq(taken & (left == 1)),
-            chunk_ends.eq((taken & (place == whole - 1)) | block_ends),
-            lengths.o.ready.eq(~active | block_ends),
+            chunk_ends.eq((taken & (place == self.chunk_rows - 1)) | block_ends),
+            lengths.o.ready.eq((left == 0) | block_ends),
             room.add.eq(chunk_ends),
+            *(fifo.o.ready.eq(active & (port == index)) for index, fifo in enumerate(fifos)),
         ]
-        for index in range(self.config.ports):
-            beats = getattr(self, f"beats_{index}")
-            turn = active & (port == index)
-            with m.If(turn):
-                m.d.comb += [self.beats.payload.eq(beats.payload), self.beats.valid.eq(beats.valid)]
-            m.d.comb += beats.ready.eq(turn & self.beats.ready)
+        with m.If(taken):
+            m.d.sync += self.rows.payload.eq(Array(fifo.o.payload.as_value() for fifo in fifos)[port])
+        with m.If(taken):
+            m.d.sync += self.rows.valid.eq(1)
+        with m.Elif(self.rows.ready):
+            m.d.sync += self.rows.valid.eq(0)
         with m.If(lengths.o.valid & lengths.o.ready):
-            m.d.sync += [left.eq(lengths.o.payload.beats), place.eq(lengths.o.payload.missing)]
+            m.d.sync += [left.eq(lengths.o.payload.rows), place.eq(lengths.o.payload.missing)]
         with m.Elif(taken):
             m.d.sync += [left.eq(left - 1), place.eq(place + 1)]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The activation unit: float32 from memory to the mantissas and exponents that the core takes."""
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal, signed
+from amaranth.hdl import Cat, Module, Mux, Signal, signed
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory, ReadPort
 from amaranth.lib.wiring import In, Out
@@ -13,8 +13,13 @@ from .fifo import Counter, StreamFifo
 from .float_in import Mantissa, TokenExponent
 from .walker import Walker, command_signature
 
-_EXPONENT_CYCLES = 4
-"""From a token's last beat until its exponent may be read: largest of the beat, of the token, exponent, memory."""
+_FAN_IN = 4
+"""Floats, or largest ones, that are compared with each other between two registers."""
+
+
+def row_layout(config: AcceleratorConfig) -> data.ArrayLayout:
+    """One token's K-slice as it lies in memory: float32 bits."""
+    return data.ArrayLayout(FLOAT_BITS, config.tile)
 
 
 class ActivationUnit(wiring.Component):
@@ -26,25 +31,23 @@ class ActivationUnit(wiring.Component):
     Members
     -------
     command : the layers
-    beats : float32 [M, K], rows one after the other, a whole number of beats each
+    rows : float32 [M, K], one token after the other, slice by slice
     slices : for :class:`hw.rtl.activations.ActivationBuffer`
     non_finite, out_of_range : a token of the layer held here had such an element or exponent; the layer then stays
         here, and so does what follows it
 
-    Throughput: 1 beat per cycle in, then 1 token slice per cycle out. Latency: ``latency`` cycles from the last beat
-    to the first slice.
+    Throughput: 1 token slice per cycle in, then 1 per cycle out. Latency: ``latency`` cycles from the last one in to
+    the first one out.
     """
 
     _FIFO_DEPTH = 16
 
     def __init__(self, config: AcceleratorConfig):
         self.config = config
-        self.floats_per_beat = config.port_width // FLOAT_BITS
-        self.beats_per_slice = config.tile // self.floats_per_beat
         super().__init__(
             {
                 "command": In(command_signature(config)),
-                "beats": In(stream.Signature(config.port_width)),
+                "rows": In(stream.Signature(row_layout(config))),
                 "slices": Out(stream.Signature(activation_payload(config))),
                 "non_finite": Out(1),
                 "out_of_range": Out(1),
@@ -57,16 +60,21 @@ class ActivationUnit(wiring.Component):
         return 2 + Mantissa.latency
 
     @property
+    def exponent_cycles(self) -> int:
+        """Cycles from a token's last row until its exponent may be read: largest of the row, of the token, exponent."""
+        levels = (self.config.tile.bit_length() - 1 + 1) // 2
+        return levels + 1 + TokenExponent.latency + 1
+
+    @property
     def latency(self) -> int:
-        """Cycles from the last beat to the first slice: largest, exponent, its memory, start, pipeline, FIFO."""
-        return _EXPONENT_CYCLES + 1 + self.pipeline + StreamFifo.latency
+        """Cycles from the last row in to the first slice out: exponent, start, pipeline, FIFO."""
+        return self.exponent_cycles + 1 + self.pipeline + StreamFifo.latency
 
     def elaborate(self, platform) -> Module:
         m = Module()
         m.submodules.loader = loader = Walker(
             self.config,
             {
-                "part": lambda command: Const(self.beats_per_slice),
                 "slice": lambda command: command.group_slices,
                 "group": lambda command: command.groups,
                 "token": lambda command: command.tokens,
@@ -89,11 +97,11 @@ class ActivationUnit(wiring.Component):
             self.command.ready.eq(~fresh | ~busy),
             loader.command.payload.eq(self.command.payload),
             loader.command.valid.eq(start),
-            self.beats.ready.eq(loader.active),
-            loader.step.eq(self.beats.valid & loader.active),
+            self.rows.ready.eq(loader.active),
+            loader.step.eq(self.rows.valid & loader.active),
             sender.command.payload.eq(loader.current),
             # By then the last token's exponent is in its place.
-            loaded.eq(delay(m, loader.step & loader.done, _EXPONENT_CYCLES, name="loaded", reset=True)),
+            loaded.eq(delay(m, loader.step & loader.done, self.exponent_cycles, name="loaded", reset=True)),
             sender.command.valid.eq(loaded & ~self.non_finite & ~self.out_of_range),
         ]
         with m.If(start):
@@ -106,29 +114,30 @@ class ActivationUnit(wiring.Component):
         return m
 
     def _find_exponents(self, m: Module, loader: Walker, exponents: Memory) -> None:
-        """The largest magnitude of each token: over the floats of a beat, then over its beats."""
-        magnitudes = [
-            self.beats.payload.word_select(i, FLOAT_BITS)[: FLOAT_BITS - 1] for i in range(self.floats_per_beat)
-        ]
+        """The largest magnitude of each token: over the floats of a row, then over its rows."""
         step, starts, ends = loader.step, Signal(), Signal()
         m.d.comb += [
-            starts.eq(loader.first.part & loader.first.slice & loader.first.group),
-            ends.eq(step & loader.last.part & loader.last.slice & loader.last.group),
+            starts.eq(loader.first.slice & loader.first.group),
+            ends.eq(step & loader.last.slice & loader.last.group),
         ]
-        beat = magnitudes[0]
-        for index, magnitude in enumerate(magnitudes[1:]):
-            larger = Signal(FLOAT_BITS - 1, name=f"larger_{index}")
-            m.d.comb += larger.eq(Mux(magnitude > beat, magnitude, beat))
-            beat = larger
-        of_beat, of_token = Signal(FLOAT_BITS - 1, reset_less=True), Signal(FLOAT_BITS - 1, reset_less=True)
-        with m.If(step):
-            m.d.sync += of_beat.eq(beat)
-        with m.If(delay(m, step, 1, name="step", reset=True)):
-            fresh = delay(m, starts, 1, name="starts")
-            m.d.sync += of_token.eq(Mux(fresh | (of_beat > of_token), of_beat, of_token))
+        magnitudes = [self.rows.payload[index][: FLOAT_BITS - 1] for index in range(self.config.tile)]
+        level, of_token = 0, Signal(FLOAT_BITS - 1, reset_less=True)
+        while len(magnitudes) > 1:
+            working = delay(m, step, level, name=f"step_{level}", reset=True)
+            parts = []
+            for first in range(0, len(magnitudes), _FAN_IN):
+                largest = Signal(FLOAT_BITS - 1, name=f"largest_{level}_{first}", reset_less=True)
+                with m.If(working):
+                    m.d.sync += largest.eq(self._largest(m, magnitudes[first : first + _FAN_IN]))
+                parts.append(largest)
+            magnitudes, level = parts, level + 1
+        of_row = magnitudes[0]
+        with m.If(delay(m, step, level, name="step_row", reset=True)):
+            fresh = delay(m, starts, level, name="starts")
+            m.d.sync += of_token.eq(Mux(fresh | (of_row > of_token), of_row, of_token))
         m.submodules.token_exponent = finder = TokenExponent(self.config)
         write = exponents.write_port()
-        done = delay(m, ends, 2 + finder.latency, name="ends", reset=True)
+        done = delay(m, ends, level + 1 + finder.latency, name="ends", reset=True)
         m.d.comb += [
             finder.largest.eq(of_token),
             write.data.eq(finder.exponent),
@@ -143,26 +152,28 @@ class ActivationUnit(wiring.Component):
         with m.If(self.command.valid & self.command.ready & ~self.command.payload.reuse):
             m.d.sync += write.addr.eq(0)
 
+    @staticmethod
+    def _largest(m: Module, magnitudes: list):
+        largest = magnitudes[0]
+        for other in magnitudes[1:]:
+            largest = Mux(other > largest, other, largest)
+        return largest
+
     def _store(self, m: Module, loader: Walker) -> ReadPort:
         """The floats, one slice of one token per row, rows slice by slice; returns where they are read."""
-        config, parts = self.config, self.beats_per_slice
-        m.submodules.store = store = Memory(
-            shape=data.ArrayLayout(config.port_width, parts), depth=bank_slices(config), init=[]
-        )
-        write, read = store.write_port(granularity=1), store.read_port()
-        part = Signal(range(max(2, parts)))
+        config = self.config
+        m.submodules.store = store = Memory(shape=row_layout(config), depth=bank_slices(config), init=[])
+        write, read = store.write_port(), store.read_port()
         address, token = Signal(range(bank_slices(config))), Signal(range(config.max_tokens))
         with m.If(loader.step):
-            m.d.sync += part.eq(Mux(loader.last.part, 0, part + 1))
-            with m.If(loader.last.part):
-                m.d.sync += address.eq(address + loader.current.tokens)
-                with m.If(loader.last.slice & loader.last.group):
-                    m.d.sync += [token.eq(Mux(loader.last.token, 0, token + 1))]
-                    m.d.sync += address.eq(Mux(loader.last.token, 0, token + 1))
+            m.d.sync += address.eq(address + loader.current.tokens)
+            with m.If(loader.last.slice & loader.last.group):
+                m.d.sync += [token.eq(Mux(loader.last.token, 0, token + 1))]
+                m.d.sync += address.eq(Mux(loader.last.token, 0, token + 1))
         m.d.comb += [
             write.addr.eq(address),
-            write.data.eq(Cat(self.beats.payload for _ in range(parts))),
-            write.en.eq(Mux(loader.step, 1 << part, 0)),
+            write.data.eq(self.rows.payload),
+            write.en.eq(loader.step),
         ]
         return read
 
@@ -192,14 +203,14 @@ class ActivationUnit(wiring.Component):
         # A row is read, taken out of the memory, and rounded; who has nothing to do rests.
         moves = [delay(m, step, stage, name=f"moves_{stage}", reset=True) for stage in range(self.pipeline)]
         m.d.comb += rows.en.eq(moves[0])
-        row = Signal.like(rows.data.as_value(), name="row", reset_less=True)
+        row = Signal(row_layout(config), reset_less=True)
         with m.If(moves[1]):
             m.d.sync += row.eq(rows.data)
         for index in range(config.tile):
             m.submodules[f"mantissa_{index}"] = mantissa = Mantissa(config)
             m.d.comb += [
                 mantissa.moves.eq(Cat(moves[2:])),
-                mantissa.value.eq(row.word_select(index, FLOAT_BITS)),
+                mantissa.value.eq(row[index]),
                 mantissa.exponent.eq(exponent),
                 fifo.i.payload.mantissas[index].eq(mantissa.mantissa),
             ]

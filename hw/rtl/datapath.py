@@ -116,7 +116,7 @@ class Datapath(wiring.Component):
         m.submodules.weight_fetch = weights = WeightFetch(config, clients["weights"])
         wiring.connect(m, dispatcher.blocks, activations.blocks)
         wiring.connect(m, dispatcher.regions, weights.regions)
-        wiring.connect(m, activations.beats, unit.beats)
+        wiring.connect(m, activations.rows, unit.rows)
         wiring.connect(m, weights.beats, core.weights)
         m.d.comb += [
             dispatcher.asking.eq(activations.asking),

@@ -8,7 +8,6 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..spec.config import AcceleratorConfig
-from .activation_fetch import CHUNKS_AHEAD, chunk_beats
 from .axi import ADDRESS_BITS, constant_address_fields, is_error, read_signature
 from .burst_cutter import burst_layout, max_burst_beats
 from .fifo import BlockFifo, StreamFifo
@@ -19,10 +18,7 @@ OUTSTANDING = 8
 
 def read_clients(config: AcceleratorConfig) -> dict[str, int]:
     """Who reads over a port, and beats of their FIFOs; activations first: they are few, and a whole layer waits."""
-    return {
-        "activations": CHUNKS_AHEAD * chunk_beats(config),
-        "weights": OUTSTANDING * max_burst_beats(config.port_width),
-    }
+    return {"activations": 0, "weights": OUTSTANDING * max_burst_beats(config.port_width)}
 
 
 class ReadManager(wiring.Component):
@@ -35,7 +31,8 @@ class ReadManager(wiring.Component):
     Parameters
     ----------
     width : bits of the port
-    clients : name of each client and depth in beats, a power of two, of its FIFO; the first has precedence
+    clients : name of each client and depth in beats, a power of two, of its FIFO, or 0 for a client that takes every
+        beat at once; the first has precedence
     outstanding : bursts that may be under way, a power of two
 
     Members
@@ -48,7 +45,7 @@ class ReadManager(wiring.Component):
     error : a burst was answered with SLVERR or DECERR; one cycle, with its address in ``error_address``
     oldest : address of the burst that memory owes next, if any
 
-    Latency: 1 cycle from a burst to AR, 2 from R to the client. Throughput 1 burst and 1 beat per cycle.
+    Latency: 1 cycle from a burst to AR, 2 from R to a client with a FIFO. Throughput 1 burst and 1 beat per cycle.
     """
 
     latency = 1
@@ -82,11 +79,14 @@ class ReadManager(wiring.Component):
         m.d.comb += [self.under_way.eq(tags.level), self.oldest.eq(tags.o.payload.address)]
         self._ask(m, tags)
         for index, (name, depth) in enumerate(self.clients.items()):
-            m.submodules[f"{name}_fifo"] = fifo = BlockFifo(unsigned(self.width), depth)
-            wiring.connect(m, fifo.o, wiring.flipped(getattr(self, f"{name}_beats")))
+            beats = getattr(self, f"{name}_beats")
+            if depth:
+                m.submodules[f"{name}_fifo"] = fifo = BlockFifo(unsigned(self.width), depth)
+                wiring.connect(m, fifo.o, wiring.flipped(beats))
+                beats = fifo.i
             m.d.comb += [
-                fifo.i.payload.eq(self.axi.r.payload.data),
-                fifo.i.valid.eq(self.axi.r.valid & (tags.o.payload.client == index)),
+                beats.payload.eq(self.axi.r.payload.data),
+                beats.valid.eq(self.axi.r.valid & (tags.o.payload.client == index)),
             ]
         r = self.axi.r
         m.d.comb += [

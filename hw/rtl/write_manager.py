@@ -17,7 +17,7 @@ PIECE_BYTES = PIECE_FLOATS * FLOAT_BITS // 8
 def piece_layout() -> data.StructLayout:
     """A piece of memory to write.
 
-    address : of its first byte, a multiple of 64
+    address : of its first byte, a multiple of 128
     last_float : index of its last float, so one less than its length
     last : no piece of its descriptor follows
     interrupt : the descriptor wants an interrupt

@@ -21,8 +21,9 @@ DESCRIPTOR_WORDS = 16
 FLOAT_BYTES = FLOAT_BITS // 8
 WEIGHT_ALIGNMENT = 4096
 """Bytes: of the weights and their stride. No burst crosses a multiple of it, so every burst is a long one."""
-DATA_ALIGNMENT = 64
-"""Bytes: of activations, results and the results' pitch."""
+DATA_ALIGNMENT = 128
+"""Bytes: of activations, results and the results' pitch; the largest array's K-slice of one token is as long, so none
+straddles what is read at once."""
 BANK_SPAN = 128 * 1024
 """Bytes after which DDR4 memory of 64 bits comes back to the same bank: 16 banks with rows of 8 KiB."""
 ADDRESS_BITS = 40
@@ -57,11 +58,11 @@ FIELDS: tuple[DescriptorField, ...] = (
     DescriptorField("out_features", 64, 32, "N"),
     DescriptorField("header_beats", 96, 16, "beats of an output tile's header"),
     DescriptorField("body_words", 112, 16, "words of an output tile's body"),
-    DescriptorField("activations", 128, 64, "address, a multiple of 64"),
-    DescriptorField("results", 192, 64, "address, a multiple of 64"),
+    DescriptorField("activations", 128, 64, "address, a multiple of 128"),
+    DescriptorField("results", 192, 64, "address, a multiple of 128"),
     DescriptorField("weights", 256, 64, "address of port 0's region, a multiple of 4096"),
     DescriptorField("weights_stride", 320, 32, "bytes from one port's region to the next, a multiple of 4096"),
-    DescriptorField("result_pitch", 352, 24, "bytes from one row of results to the next, a multiple of 64"),
+    DescriptorField("result_pitch", 352, 24, "bytes from one row of results to the next, a multiple of 128"),
 )
 """Every bit that is in no field is reserved and 0."""
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which descriptors the accelerator refuses, and with which error code: the definition that the RTL is tested against."""
+"""Which descriptors the accelerator refuses, and why: the definition that the RTL is tested against."""
 
 from collections.abc import Sequence
 

@@ -64,8 +64,6 @@ class _Watched:
         self.dut = dut
         self.now = 0
         """Cycles seen so far."""
-        self.moved = 0
-        """Cycle of the last transfer on any channel."""
         self._clear()
         cocotb.start_soon(self._run())
 
@@ -109,6 +107,8 @@ class AxiMonitor(_Watched):
         """Bursts acknowledged on B."""
         self.beats = 0
         """Beats taken on R."""
+        self.read_at = self.wrote_at = 0
+        """Cycle of the last progress: a transfer, or an offer while nothing else was under way."""
         self._reading, self._writing = hasattr(dut, f"{prefix}_arvalid"), hasattr(dut, f"{prefix}_awvalid")
         if self._reading:
             self._ar = _Channel(dut, prefix, "ar", _ADDRESS_FIELDS)
@@ -130,6 +130,11 @@ class AxiMonitor(_Watched):
         return len(self._owed_data) + self._unacknowledged
 
     @property
+    def moved(self) -> int:
+        """Cycle of the last progress of either direction."""
+        return max(self.read_at, self.wrote_at)
+
+    @property
     def quiet(self) -> bool:
         """Whether nothing is under way."""
         return not self.reads_under_way and not self.writes_under_way
@@ -149,21 +154,23 @@ class AxiMonitor(_Watched):
             if self._owed_reads and self._r.look() and self._r.taken:
                 self._receive()
             if self._ar.look():
+                if self._ar.taken or not self._owed_reads:
+                    self.read_at = self.now
                 self._address(self._ar, self.reads, self._owed_reads, self.reads_under_way)
         if self._writing:
             if self._unacknowledged and self._b.look() and self._b.taken:
                 self._unacknowledged -= 1
                 self.acknowledged += 1
-                self.moved = self.now
+                self.wrote_at = self.now
             if self._aw.look():
+                if self._aw.taken or not self.writes_under_way:
+                    self.wrote_at = self.now
                 self._address(self._aw, self.writes, self._owed_data, self.writes_under_way)
             if self._w.look():
                 self._data()
 
     def _address(self, channel: _Channel, bursts: list[Burst], owed: deque[int], under_way: int) -> None:
         """A burst keeps to the rules from the moment in which it is offered."""
-        if channel.taken:
-            self.moved = self.now
         if not channel.fresh:
             return
         address, length, *constant = (int(field.value) for field in channel.fields)
@@ -178,7 +185,7 @@ class AxiMonitor(_Watched):
         owed.append(beats)
 
     def _receive(self) -> None:
-        self.moved = self.now
+        self.read_at = self.now
         self.beats += 1
         self._owed_reads[0] -= 1
         last = bool(self._r.fields[0].value)
@@ -192,7 +199,7 @@ class AxiMonitor(_Watched):
         assert self._owed_data, f"{channel.name}: data before their address"
         if not channel.taken:
             return
-        self.moved = self.now
+        self.wrote_at = self.now
         strobes, last = int(channel.fields[0].value), bool(channel.fields[1].value)
         left = self._owed_data[0]
         assert last == (left == 1), f"WLAST is {last} with {left} beats to come"

@@ -69,13 +69,13 @@ async def extremes(dut):
 async def random_layers(dut):
     """Many layers of different shapes queued, at once as many as there is room for, at the end of all addresses."""
     driver, random = await AcceleratorDriver.create(dut, base=ADDRESS_LIMIT - MEMORY), rng(1)
-    for _ in range(8 if LONG else 2):
+    for _ in range(20 if LONG else 4):
         await driver.run(_random_works(driver, random, 18), room=QUEUE_DEPTH)
         driver.forget()
 
 
 @cocotb.test()
-@cocotb.parametrize(run=range(8 if LONG else 3))
+@cocotb.parametrize(run=range(40 if LONG else 8))
 async def random_pauses(dut, run):
     """The same with pauses on every channel, light and heavy ones mixed."""
     random = rng(1, run)
@@ -218,9 +218,10 @@ async def starved_by(dut):
     assert shares["weights"] > 0.5
     shares = await run([driver.place(fit(c.max_k // 2, 1, 64), c.max_tokens)], **slow)
     assert shares["activations"] > 0.5
-    works = [driver.place(fit(32, 600, 32), c.max_tokens) for _ in range(2)]
+    works = [driver.place(fit(32, 400, 32), c.max_tokens) for _ in range(2)]
     shares = await run(works, hp0_w=randomly(0.95, rng(2)))
-    assert shares["output"] > 0.5
+    # In the end everything is computed, and only written.
+    assert shares["output"] > 0.3
 
 
 @cocotb.test()
@@ -252,18 +253,20 @@ async def gathered(dut):
 
 @cocotb.test(skip=StreamLayout(config()).array_factor > 1)
 async def back_to_back(dut):
-    """At M = 1 layers follow each other without an idle beat."""
+    """At M = 1 layers follow each other without an idle cycle on the busiest port, which the array keeps up with."""
     driver, c = await AcceleratorDriver.create(dut), config()
-    works = [driver.place(fit(c.max_k // 2, 8 * c.tile, 128), 1) for _ in range(6)]
-    await driver.run(works)
-    done = [await driver.get("completion_cycles", index) for index in range(len(works))]
-    # The activations share the ports with the weights, and the memory model may pause for a cycle between two bursts.
-    part = works[2:]
-    activations = sum(item.x.nbytes for item in part) * 8 // (c.port_width * c.ports)
-    bursts = max(len(monitor.reads) for monitor in driver.monitors) * len(part) // len(works)
-    window, beats = done[-1] - done[1], sum(item.job.layer.beats for item in part)
-    dut._log.info("%d cycles for %d beats, %d of activations and %d bursts", window, beats, activations, bursts)
-    assert window <= beats + activations + bursts
+    idle = []
+    for count in (1, 6):
+        works = [driver.place(fit(c.max_k // 2, 8 * c.tile, 128), 1) for _ in range(count)]
+        before = [monitor.beats for monitor in driver.monitors]
+        await driver.set("control", "clear_counters")
+        await driver.run(works)
+        moved = max(monitor.beats - beats for monitor, beats in zip(driver.monitors, before))
+        idle.append(await driver.get("busy") - moved)
+        driver.forget()
+    # From the push to the first beat, and from the last one to the completion: once, however many layers there are.
+    dut._log.info("%s cycles in which the busiest port did not move", idle)
+    assert idle[1] <= idle[0] + 4
 
 
 @cocotb.test()
@@ -272,7 +275,7 @@ async def loads_ahead(dut):
     driver, c = await AcceleratorDriver.create(dut), config()
     waited = []
     for count in (1, 4):
-        works = [driver.place(fit(64, 12 * c.tile, 64), c.max_tokens) for _ in range(count)]
+        works = [driver.place(fit(512, 20 * c.tile, 64), c.max_tokens) for _ in range(count)]
         await driver.set("control", "clear_counters")
         await driver.run(works)
         waited.append(await driver.get("starved_activations"))

@@ -28,9 +28,9 @@ def _descriptor(layer: LayerLayout, random, reuse: Descriptor | None = None) -> 
     return Descriptor.from_layer(
         layer,
         tokens,
-        activations=int(pages[0]) << 12 | int(random.integers(64)) << 6,
+        activations=int(pages[0]) << 12 | int(random.integers(32)) << 7,
         weights=int(pages[1]) << 12,
-        results=int(pages[2]) << 12 | int(random.integers(64)) << 6,
+        results=int(pages[2]) << 12 | int(random.integers(32)) << 7,
         reuse=reuse is not None,
         interrupt=bool(random.integers(2)),
     )
@@ -121,7 +121,7 @@ def _mutations(descriptor: Descriptor, random) -> list[list[int]]:
     words += [
         replace(descriptor, tokens=c.max_tokens + 1).to_words(),
         replace(descriptor, out_features=MAX_N + 1).to_words(),
-        replace(descriptor, activations=ADDRESS_LIMIT - 64).to_words(),
+        replace(descriptor, activations=ADDRESS_LIMIT - 128).to_words(),
         replace(descriptor, activations=ADDRESS_LIMIT).to_words(),
         replace(descriptor, results=ADDRESS_LIMIT, weights=ADDRESS_LIMIT).to_words(),
         replace(descriptor, weights_stride=descriptor.weights_stride - 4096).to_words(),
