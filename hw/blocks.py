@@ -12,10 +12,12 @@ from .rtl.activation_unit import ActivationUnit
 from .rtl.activations import ActivationBuffer
 from .rtl.array import SystolicArray
 from .rtl.axi import is_axi
+from .rtl.burst_cutter import BurstCutter
 from .rtl.column import Columns
 from .rtl.column_control import ColumnControl
-from .rtl.core import Core, word_fifo_depth
+from .rtl.core import Core
 from .rtl.descriptor_check import DescriptorCheck
+from .rtl.dispatcher import Dispatcher
 from .rtl.drain import Drain
 from .rtl.faults import Watchdog
 from .rtl.fifo import StreamFifo
@@ -27,6 +29,7 @@ from .rtl.read_manager import ReadManager, read_clients
 from .rtl.register_bank import RegisterBank
 from .rtl.sequencer import Sequencer
 from .rtl.walker import TOKEN_LOOPS, CommandFork, Walker
+from .rtl.weight_fetch import WeightFetch
 from .rtl.weights import WeightSplitter, WordAssembler
 from .rtl.write_manager import WriteManager
 from .spec.config import AcceleratorConfig
@@ -45,11 +48,14 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "splitter": WeightSplitter,
     "assembler": WordAssembler,
     "header": HeaderReader,
-    "sequencer": lambda config: Sequencer(config, word_fifo_depth(config)),
+    "sequencer": lambda config: Sequencer(config, StreamLayout(config).word_fifo_depth),
     "column_control": ColumnControl,
     "drain": lambda config: Drain(config, chain_latency=config.tile),
-    "fifo": lambda config: StreamFifo(StreamLayout(config).word_bits, word_fifo_depth(config)),
+    "fifo": lambda config: StreamFifo(StreamLayout(config).word_bits, StreamLayout(config).word_fifo_depth),
     "read_manager": lambda config: ReadManager(config.port_width, read_clients(config)),
+    "burst_cutter": lambda config: BurstCutter(config.port_width),
+    "weight_fetch": lambda config: WeightFetch(config, read_clients(config)["weights"]),
+    "dispatcher": Dispatcher,
     "gatherer": Gatherer,
     "write_manager": lambda config: WriteManager(config.port_width),
     "register_bank": lambda config: RegisterBank(),

@@ -6,12 +6,12 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from ..spec.config import AcceleratorConfig
+from ..spec.memory_access import OUTSTANDING
 from ..spec.registers import COMPLETIONS, IDENTIFICATION, QUEUE_DEPTH, VERSION, ErrorCode, config_digest
 from .axi import lite_signature, memory_signature, read_signature
 from .datapath import Datapath
 from .faults import FirstError, Watchdog
 from .performance import COUNTED, PerformanceCounters
-from .read_manager import OUTSTANDING
 from .register_bank import CONTROL_ADDRESS_BITS, RegisterBank
 from .supervisor import Supervisor
 

@@ -7,16 +7,11 @@ from amaranth.lib.wiring import In, Out
 
 from ..spec.config import FLOAT_BITS, AcceleratorConfig
 from ..spec.descriptor import activation_beats
+from ..spec.memory_access import CHUNK_BYTES, CHUNKS_AHEAD
 from .activation_unit import row_layout
 from .axi import ADDRESS_BITS
 from .burst_cutter import burst_layout
 from .fifo import Counter, StreamFifo
-
-CHUNK_BYTES = 1024
-"""What a port reads before it is the next port's turn: long enough for DDR, short enough to spread a single token.
-Chunks end at multiples of this, so that each of them is one burst: none crosses 4 KiB, none is too long."""
-CHUNKS_AHEAD = 2
-"""Chunks that a port's FIFO holds: while one is handed over the next arrives, from every port."""
 
 
 def chunk_beats(config: AcceleratorConfig) -> int:

@@ -20,11 +20,6 @@ from .walker import CommandFork, command_signature
 from .weights import WeightSplitter, WordAssembler
 
 
-def word_fifo_depth(config: AcceleratorConfig) -> int:
-    """Words that wait for the array: two slices, and what arrives while a header is being read."""
-    return 1 << (2 * StreamLayout(config).words_per_slice + 15).bit_length()
-
-
 class Core(wiring.Component):
     """Computes one linear layer per command: ``y[m, n] = sum_k x[m, k] * w[n, k]``.
 
@@ -64,7 +59,7 @@ class Core(wiring.Component):
     @property
     def word_fifo_depth(self) -> int:
         """Words that wait for the array."""
-        return word_fifo_depth(self.config)
+        return self.stream.word_fifo_depth
 
     @property
     def latency(self) -> int:

@@ -6,6 +6,7 @@ from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..spec.config import AcceleratorConfig
+from ..spec.memory_access import OUTSTANDING
 from ..spec.registers import QUEUE_DEPTH
 from .activation_fetch import ActivationFetch
 from .activation_unit import ActivationUnit
@@ -15,7 +16,7 @@ from .descriptor_check import ERROR_BITS, DescriptorCheck, descriptor_layout
 from .dispatcher import Dispatcher
 from .fifo import StreamFifo
 from .gatherer import Gatherer
-from .read_manager import OUTSTANDING, ReadManager, read_clients
+from .read_manager import ReadManager, read_clients
 from .weight_fetch import WeightFetch
 from .write_manager import WriteManager
 

@@ -9,10 +9,11 @@ from amaranth.lib.wiring import In, Out
 from ..spec.command import command_fields
 from ..spec.config import FLOAT_BITS, AcceleratorConfig
 from ..spec.descriptor import FIELDS
+from ..spec.memory_access import PIECE_FLOATS
 from .axi import ADDRESS_BITS
 from .drain import result_payload
 from .fifo import Counter, StreamFifo
-from .write_manager import PIECE_BYTES, PIECE_FLOATS, last_beat, piece_layout
+from .write_manager import PIECE_BYTES, last_beat, piece_layout
 
 PITCH_BITS = next(field.width for field in FIELDS if field.name == "result_pitch")
 

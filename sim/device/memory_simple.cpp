@@ -79,8 +79,8 @@ class QueuedTiming final : public Timing {
 // What the ports could do if memory were no limit.
 struct Ideal {
     void reset() {}
-    uint32_t read_latency() { return 32; }
-    uint32_t write_latency() { return 16; }
+    uint32_t read_latency() { return GM_IDEAL_READ_LATENCY; }
+    uint32_t write_latency() { return GM_IDEAL_WRITE_LATENCY; }
     bool holds_back(uint32_t) { return false; }
 };
 

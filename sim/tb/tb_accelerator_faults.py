@@ -265,6 +265,24 @@ async def resets(dut, run):
 
 
 @cocotb.test()
+async def forgets_activations(dut):
+    """A reset in the middle of large activations; nothing of them is left in the small ones that follow."""
+    driver, c, random = await AcceleratorDriver.create(dut), config(), rng(9)
+    layer = fit(c.max_k, 1, 128)
+    for _ in range(8):
+        x = random.standard_normal((c.max_tokens, layer.k)).astype(np.float32)
+        large = driver.place(layer, c.max_tokens, x=x * np.float32(2.0**60))
+        await driver.start([large])
+        beats = int(random.integers(1, large.x.nbytes * 8 // (c.port_width * PORTS)))
+        await driver.until(lambda beats=beats: driver.monitors[0].beats >= beats, "the first activations")
+        await driver.reset()
+        driver.check([], [large])
+        await driver.run([driver.place(layer, 1, x=x[:1])])
+        driver.monitors[0].beats = 0
+        driver.forget()
+
+
+@cocotb.test()
 async def idle_reset(dut):
     """A reset while nothing happens, twice in a row, keeps what software wrote and what it counts."""
     driver = await AcceleratorDriver.create(dut)

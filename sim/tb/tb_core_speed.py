@@ -7,7 +7,7 @@ in them. The results are checked too.
 
 import cocotb
 
-from hw.spec.cycles import layer_cycles, tile_cycles
+from hw.spec.cycles import core_cycles, tile_cycles
 from hw.spec.layout import StreamLayout
 from sim.models import job
 from sim.streams import rng
@@ -28,7 +28,7 @@ async def _measure(dut, tokens, limit):
     item = job(config(), rng(), K, N, GROUP_SIZE, tokens)
     slices = item.layer.k // config().tile * item.layer.out_tiles
     bound = max(item.layer.beats, tokens * slices)
-    cycles, predicted = await core.check([item]), layer_cycles(item.layer, tokens)
+    cycles, predicted = await core.check([item]), core_cycles(item.layer, tokens)
     dut._log.info(
         "M %d: %d cycles, %d beats, bound %d, predicted %d", tokens, cycles, item.layer.beats, bound, predicted
     )
@@ -74,6 +74,6 @@ async def test_no_idle_slice_between_layers(dut):
     core, random, count = await CoreDriver.create(dut), rng(), 10
     jobs = [job(config(), random, 1024, 2 * config().tile, GROUP_SIZE, config().max_tokens) for _ in range(count)]
     layer, tokens = jobs[0].layer, jobs[0].tokens
-    expected = layer_cycles(layer, tokens) + (count - 1) * layer.out_tiles * tile_cycles(layer, tokens)
+    expected = core_cycles(layer, tokens) + (count - 1) * layer.out_tiles * tile_cycles(layer, tokens)
     cycles = await core.check(jobs)
     assert abs(cycles - expected) <= TOLERANCE, f"{count} layers took {cycles} cycles, not {expected}"

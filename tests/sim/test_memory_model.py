@@ -55,7 +55,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if not shutil.which("g++"):
         pytest.skip("no g++ on PATH; install Debian package g++ to run this")
     out = tmp_path_factory.mktemp("memory") / "memory.so"
-    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", f"-I{DEVICE}"]
+    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", f"-I{DEVICE}", *DEFINES]
     sources = [str(DEVICE / name) for name in SOURCES]
     command = ["g++", *flags, str(HERE / "memory_shim.cpp"), *sources, "-o", str(out)]
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the accelerator uses its memory ports: sizes that the RTL is built with and that the performance model knows."""
+
+OUTSTANDING = 8
+"""Bursts that a port may have under way: 8 times 4 KiB cover 2,048 cycles of latency."""
+CHUNK_BYTES = 512
+"""Activations that a port reads before it is the next port's turn: long enough for DDR, and a single token spreads over
+all ports. Chunks end at multiples of this, so that each of them is one burst: none crosses 4 KiB, none is too long."""
+CHUNKS_AHEAD = 4
+"""Chunks that a port's FIFO holds: while some are handed over others arrive, from every port."""
+PIECE_FLOATS = 256
+"""Results of one row that are written together: 1 KiB. Shorter writes cost the reads more than they take themselves."""
+IDEAL_READ_LATENCY = 32
+"""Cycles from AR to the first R of the simulated memory `ideal`, which otherwise moves a beat per cycle and port."""
+IDEAL_WRITE_LATENCY = 16
+"""Cycles from the last W to B of that memory."""
