@@ -188,10 +188,13 @@ class SimulatedPlatform:
             self._library.gm_statistics(self._device, ctypes.byref(statistics))
         return statistics
 
-    def memory_limit(self, cycles: int = 200_000) -> float:
-        """Bytes per cycle that this memory gives to endless contiguous reads on all ports, simulated without us."""
+    def memory_limit(self, seed: int, cycles: int = 200_000) -> float:
+        """Bytes per cycle that this memory gives to endless contiguous reads on all ports, simulated by itself.
+
+        seed: of the places in memory that are read.
+        """
         config = self.manifest.config
-        return self._library.gm_stream_limit(self.preset.encode(), config.ports, config.port_width // 8, cycles, 1)
+        return self._library.gm_stream_limit(self.preset.encode(), config.ports, config.port_width // 8, cycles, seed)
 
     def close(self) -> None:
         """See Platform; closing twice is harmless."""

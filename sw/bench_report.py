@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks' figures as tables."""
+
+import sys
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+WIDTH_WITHOUT_TERMINAL = 150
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _starved(row: dict) -> list[str]:
+    return [f"{row[f'starved_{cause}']:,}" for cause in ("weights", "activations", "output")]
+
+
+def print_tables(report: dict) -> None:
+    """Layers, whole tokens, tools."""
+    console = Console(width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL)
+    ideal = [row for row in report["layers"] if row["memory"] == "ideal"]
+    console.print(_cycles(ideal))
+    console.print(
+        "Cycles are simulated: from the push of a descriptor to the moment when its results are in memory, the layer"
+        " alone on an idle accelerator. beats: of the weight stream, and of the activations if all ports carry them;"
+        " bound: max(all beats, M x slices x output tiles). In a row: the mean over such layers back to back; sharing:"
+        " the same when all have the activations of the first. lm_head: int8 as two planes of 4 bits, so K is doubled."
+        " small: N 128.\n"
+    )
+    console.print(_bandwidth([row for row in report["layers"] if row["m"] == 1 and row["tile"] == 16]))
+    console.print(
+        "Of ports: useful bytes per cycle, of all that the ports can carry. Starved: cycles, by what was missing.\n"
+    )
+    console.print(_tokens(report["tokens"]))
+    console.print(
+        "All linear layers of a token, each with weights of its own. Memory limit: what the simulated memory gives to"
+        " endless contiguous reads on all ports. tokens/s: of these layers alone, at 250 MHz.\n"
+    )
+    table = _table("Tools, on this machine", ("figure",), ("value",))
+    for name, value in report["tools"].items():
+        table.add_row(name.replace("_", " "), f"{value:,.2f}")
+    console.print(table)
+
+
+def _table(title: str, texts: tuple[str, ...], numbers: tuple[str, ...]) -> Table:
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
+    for name in texts:
+        table.add_column(name)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _mean(value: float | None, bound: float) -> tuple[str, str]:
+    return ("", "") if value is None else (f"{value:,.0f}", f"{value / bound:.4f}")
+
+
+def _cycles(rows: list[dict]) -> Table:
+    numbers = (
+        *("tile", "M", "K", "N", "weight beats", "activation beats", "bound", "cycles", "/ bound", "predicted"),
+        *("in a row", "/ bound", "sharing", "/ beats"),
+    )
+    table = _table("Layers of Qwen2.5-0.5B, ideal memory (4x128-bit ports, group 128)", ("layer",), numbers)
+    for row in rows:
+        compute = row["m"] * row["k"] // row["tile"] * -(-row["n"] // row["tile"])
+        table.add_row(
+            row["name"],
+            *(f"{row[key]:,}" for key in ("tile", "m", "k", "n", "beats", "activation_beats", "bound", "cycles")),
+            f"{row['cycles'] / row['bound']:.4f}",
+            f"{row['predicted']:,}",
+            *_mean(row["cycles_in_a_row"], row["bound"]),
+            *_mean(row["cycles_sharing"], max(row["beats"], compute)),
+        )
+    return table
+
+
+def _bandwidth(rows: list[dict]) -> Table:
+    numbers = ("useful bytes", "cycles", "of ports", "starved: weights", "activations", "output")
+    table = _table("The same at tile 16, M 1, by memory", ("layer", "memory"), numbers)
+    for row in rows:
+        figures = (f"{row['useful_bytes']:,}", f"{row['cycles']:,}", _percent(row["port_fraction"]), *_starved(row))
+        table.add_row(row["name"], row["memory"], *figures)
+    return table
+
+
+def _tokens(rows: list[dict]) -> Table:
+    numbers = (
+        *("cycles", "useful bytes", "of ports", "memory limit, B/cycle", "of that", "tokens/s"),
+        *("starved: weights", "activations", "output", "M cycles/cpu-s"),
+    )
+    table = _table("One token of Qwen2.5-0.5B: 24 layers and lm_head, tile 16, M 1", ("memory",), numbers)
+    for row in rows:
+        table.add_row(
+            row["memory"],
+            f"{row['cycles']:,}",
+            f"{row['useful_bytes']:,}",
+            _percent(row["port_fraction"]),
+            f"{row['memory_limit']:.2f}",
+            _percent(row["memory_fraction"]),
+            f"{row['tokens_per_second']:.1f}",
+            *_starved(row),
+            f"{row['cycles_per_cpu_second'] / 1e6:.2f}",
+        )
+    return table
