@@ -128,8 +128,10 @@ class Accelerator(wiring.Component):
     def _report(
         self, m: Module, bank: RegisterBank, datapath: Datapath, supervisor: Supervisor, error: FirstError
     ) -> None:
-        failed = error.code != ErrorCode.NONE
+        failed, had_failed = Signal(), Signal()
+        m.d.sync += had_failed.eq(failed)
         m.d.comb += [
+            failed.eq(error.code != ErrorCode.NONE),
             bank.identification.eq(IDENTIFICATION),
             bank.version.eq(VERSION),
             bank.config_digest.eq(config_digest(self.config)),
@@ -146,7 +148,7 @@ class Accelerator(wiring.Component):
             bank.writes_under_way.eq(datapath.writes_under_way),
             bank.forget.eq(supervisor.clear),
             bank.set_interrupt_pending.done.eq(datapath.complete & datapath.complete_interrupt),
-            bank.set_interrupt_pending.error.eq(failed),
+            bank.set_interrupt_pending.error.eq(failed & ~had_failed),
         ]
         for port in range(self.config.ports):
             field = getattr(bank.reads_under_way, f"port_{port}")

@@ -165,7 +165,7 @@ REGISTERS: tuple[Register, ...] = (
         Field(f"port_{port}", 8 * port, 8, f"of port {port}") for port in range(4))),
     Register("writes_under_way", 0x038, _R, "write bursts not yet acknowledged"),
     Register("started", 0x03C, _R, "low word of cycles when status.running last became 1"),
-    Register("cycles", 0x040, _R, "free-running cycle counter; not cleared by anything but power", wide=True),
+    Register("cycles", 0x040, _R, "free-running cycle counter; only the reset pin clears it", wide=True),
     Register("busy", 0x048, _R, "cycles with a descriptor queued or in flight", wide=True),
     Register("beats", 0x050, _R, "beats of the weight stream that the core took", wide=True),
     Register("starved_weights", 0x058, _R, "cycles in which neither a beat moved nor the array worked, because weights"

@@ -29,6 +29,8 @@ MEMORY = 1 << 21
 """Bytes. Addresses are taken modulo this, so that layers may lie anywhere in the address space."""
 PATIENCE = 20_000
 """Cycles without any transfer on a memory port after which a test gives up."""
+CALM = 3_000
+"""Cycles that no layer of these tests computes without reading or writing anything."""
 PIECE_BYTES = 1024
 PAGE = 4096
 CONTROL = ("aw", "w", "b", "ar", "r")
@@ -228,6 +230,11 @@ class AcceleratorDriver:
         await until(self.dut.clk, lambda: condition() or given_up(), what, 10_000_000)
         if not condition():
             raise TimeoutError(f"Nothing has moved for {PATIENCE} cycles; waited for {what}")
+
+    async def calm(self) -> None:
+        """Wait until no memory port has moved for so long that no layer can still be on its way."""
+        moved = lambda: max(monitor.moved for monitor in self.monitors)  # noqa: E731
+        await until(self.dut.clk, lambda: self.now - moved() > CALM, "nothing to happen", 200_000)
 
     # Registers
 
