@@ -96,7 +96,7 @@ BENCHES: list[Bench] = [
     *(_bench(block, _SMALL) for block in ("columns", "activations", "sequencer", "column_control", "drain")),
     *(_bench(block, _NARROW) for block in ("assembler", "sequencer")),
     *(_bench(block, _FIXED) for block in ("array", "columns", "float_out")),
-    *(_bench("activation_unit", params) for params in (_SMALL, _NARROW)),
+    *(_bench("activation_unit", params) for params in (_SMALL, _NARROW, _TILE_32)),
     *(_bench(block, _SMALL) for block in ("burst_cutter", "read_manager", "weight_fetch", "dispatcher")),
     _bench("weight_fetch", _TILE_16),
     *(_bench("gatherer", params) for params in (_SMALL, _TILE_32)),

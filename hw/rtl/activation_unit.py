@@ -132,8 +132,9 @@ class ActivationUnit(wiring.Component):
                 parts.append(largest)
             magnitudes, level = parts, level + 1
         of_row = magnitudes[0]
+        # Outside the condition: what a delay does inside one it does only then.
+        fresh = delay(m, starts, level, name="starts")
         with m.If(delay(m, step, level, name="step_row", reset=True)):
-            fresh = delay(m, starts, level, name="starts")
             m.d.sync += of_token.eq(Mux(fresh | (of_row > of_token), of_row, of_token))
         m.submodules.token_exponent = finder = TokenExponent(self.config)
         write = exponents.write_port()

@@ -55,9 +55,10 @@ class Supervisor(wiring.Component):
         m.d.comb += [
             self.halt.eq(fault | self.resetting),
             self.running.eq(in_flight != 0),
-            self.clear.eq(left != 0),
+            # Ends a cycle before ``resetting``, as the datapath's reset comes a cycle late.
+            self.clear.eq(left > 1),
         ]
-        with m.If(self.clear):
+        with m.If(left != 0):
             m.d.sync += [left.eq(left - 1), in_flight.eq(0)]
             with m.If(left == 1):
                 m.d.sync += self.resetting.eq(0)

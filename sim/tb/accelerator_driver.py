@@ -236,6 +236,11 @@ class AcceleratorDriver:
         moved = lambda: max(monitor.moved for monitor in self.monitors)  # noqa: E731
         await until(self.dut.clk, lambda: self.now - moved() > CALM, "nothing to happen", 200_000)
 
+    @property
+    def offered(self) -> list[tuple[int, int]]:
+        """How many bursts were offered on AR and AW of every port."""
+        return [(len(monitor.reads), len(monitor.writes)) for monitor in self.monitors]
+
     # Registers
 
     async def access(self, address: int, value: int | None = None) -> tuple[int, int]:
@@ -380,7 +385,7 @@ class AcceleratorDriver:
     async def start(self, works: Sequence[Work], room: int = 16) -> None:
         """Push layers as there is room."""
         self._first = await self.get("completed")
-        self._marks = [(len(monitor.reads), len(monitor.writes)) for monitor in self.monitors]
+        self._marks = self.offered
         for index, item in enumerate(works):
             while index >= room and index - await self.completed() >= room:
                 await cycle(self.dut.clk, 20)

@@ -211,17 +211,13 @@ async def starved_by(dut):
         assert beats == sum(item.job.layer.beats for item in works)
         assert sum(starved.values()) <= busy - beats
         dut._log.info("busy %d, beats %d, starved %s", busy, beats, starved)
-        return {name: value / busy for name, value in starved.items()}
+        return max(starved, key=lambda name: starved[name])
 
-    slow = {f"hp{port}_r": randomly(0.95, rng(1, port)) for port in range(c.ports)}
-    shares = await run([driver.place(fit(128, 8 * c.tile, 64), 1)], **slow)
-    assert shares["weights"] > 0.5
-    shares = await run([driver.place(fit(c.max_k // 2, 1, 64), c.max_tokens)], **slow)
-    assert shares["activations"] > 0.5
+    slow = {f"hp{port}_r": randomly(0.9, rng(1, port)) for port in range(c.ports)}
+    assert await run([driver.place(fit(128, 40 * c.tile, 64), 1)], **slow) == "weights"
+    assert await run([driver.place(fit(c.max_k // 2, 1, 64), c.max_tokens)], **slow) == "activations"
     works = [driver.place(fit(32, 400, 32), c.max_tokens) for _ in range(2)]
-    shares = await run(works, hp0_w=randomly(0.95, rng(2)))
-    # In the end everything is computed, and only written.
-    assert shares["output"] > 0.3
+    assert await run(works, hp0_w=randomly(0.95, rng(2))) == "output"
 
 
 @cocotb.test()

@@ -6,6 +6,7 @@ After every fault the bus rules hold on, which the monitors see to, and the next
 
 import cocotb
 import numpy as np
+from cocotb.triggers import RisingEdge
 from cocotbext.axi import AxiResp
 
 from hw.spec.descriptor import ADDRESS_LIMIT, FIELDS
@@ -38,6 +39,15 @@ async def _recovers(driver):
     await driver.run(_works(driver, 2))
 
 
+async def _stops(driver):
+    """Waits for the interrupt, and then sees to it that nothing more is asked for and nothing more enters the core."""
+    await RisingEdge(driver.dut.irq)
+    offered, beats = driver.offered, await driver.get("beats")
+    await driver.calm()
+    assert driver.offered == offered, f"after the fault {driver.offered} bursts were offered instead of {offered}"
+    assert await driver.get("beats") == beats, "beats entered the core after the fault"
+
+
 def _words(descriptor, **fields):
     """A descriptor's words with some fields replaced; ``flip`` are bits of the whole to flip."""
     whole = sum(word << 32 * index for index, word in enumerate(descriptor.to_words()))
@@ -53,11 +63,19 @@ _REFUSED = {
     "opcode": (dict(opcode=2), ErrorCode.OPCODE),
     "reserved": (dict(flip=1 << 500), ErrorCode.OPCODE),
     "tokens": (dict(tokens=0), ErrorCode.SHAPE),
-    "body": (dict(body_words=1), ErrorCode.SHAPE),
-    "reuse": (dict(reuse=1, tokens=config().max_tokens), ErrorCode.SHAPE),
+    "body": (dict(body_words=0x7FFF), ErrorCode.SHAPE),
+    "reuse": (dict(reuse=1), ErrorCode.SHAPE),
     "activations": (dict(activations=BASE + 32), ErrorCode.ALIGNMENT),
     "weights": (dict(weights=ADDRESS_LIMIT), ErrorCode.ALIGNMENT),
 }
+
+
+def _refused(driver, name, before):
+    """A descriptor that is refused, and why; its shape is not that of other layers here."""
+    fields, code = _REFUSED[name]
+    words = _words(driver.place(fit(32, config().tile, 32), 1).descriptor, **fields)
+    assert refusal(config(), words, before.descriptor.to_words()) == code
+    return words, code
 
 
 @cocotb.test()
@@ -65,10 +83,8 @@ _REFUSED = {
 async def refused(dut, name):
     """A descriptor that is refused: those before it are completed, it and those behind it are not."""
     driver = await AcceleratorDriver.create(dut, base=BASE)
-    before, bad, after = (_works(driver, 2) for _ in range(3))
-    fields, code = _REFUSED[name]
-    words = _words(bad[0].descriptor, **fields)
-    assert refusal(config(), words, before[-1].descriptor.to_words()) == code
+    before, after = (_works(driver, 2) for _ in range(2))
+    words, code = _refused(driver, name, before[-1])
     await driver.start(before)
     await driver.push(words)
     for item in after:
@@ -134,6 +150,8 @@ async def read_errors(dut, port, what, response):
         # Which port reads what of it is its own affair.
         place = bad.activations + size * int(rng(5).integers(0, works[1].x.nbytes // size))
     driver.bad = [(f"hp{index}_r", place, response) for index in range(PORTS)]
+    await driver.set("interrupt_enable", "error")
+    stops = cocotb.start_soon(_stops(driver))
     await driver.start(works)
     await driver.failed(ErrorCode.READ_BUS)
     bursts = [burst for monitor in driver.monitors for burst in monitor.reads]
@@ -141,7 +159,7 @@ async def read_errors(dut, port, what, response):
     assert holding == {await driver.get("error_address")}
     completed = await driver.completed()
     assert completed <= 1
-    await driver.calm()
+    await stops
     assert await driver.completed() == completed
     driver.check(works[:completed], works[completed:2])
     await _recovers(driver)
@@ -156,12 +174,32 @@ async def write_errors(dut, response, pausing):
     number = int(rng(6).integers(1, 5))
     address, _ = works[number].writes[-1][0]
     driver.bad = [("hp0_b", address, response)]
+    await driver.set("interrupt_enable", "error")
+    stops = cocotb.start_soon(_stops(driver))
     await driver.start(works)
     await driver.failed(ErrorCode.WRITE_BUS, address)
-    await driver.calm()
+    await stops
     completed = await driver.completed()
     assert completed == number
     driver.check(works[:completed], works[completed:])
+    await _recovers(driver)
+
+
+@cocotb.test()
+async def nothing_completes_after(dut):
+    """A layer whose results are acknowledged after a fault in the next one is not completed."""
+    driver = await AcceleratorDriver.create(dut)
+    works = _works(driver, 2)
+    driver.pause("hp0_b", lambda: True)
+    driver.bad = [("hp0_r", works[1].descriptor.weights, AxiResp.SLVERR)]
+    await driver.start(works[:1])
+    await driver.until(lambda: len(driver.monitors[0].written) == len(works[0].writes), "the results")
+    await driver.push(works[1])
+    await driver.failed(ErrorCode.READ_BUS, works[1].descriptor.weights)
+    driver.pause("hp0_b", None)
+    await driver.calm()
+    assert driver.monitors[0].quiet and await driver.completed() == 0
+    driver.check(works[:1])
     await _recovers(driver)
 
 
@@ -198,7 +236,9 @@ async def timeouts(dut, channel):
     assert owed == (await driver.get("writes_under_way") if writes else await _reads(driver, port))
     # The reset waits for the memory, however long that takes, and pushes are ignored.
     await driver.set("control", "reset")
+    offered = driver.offered
     await cycle(dut.clk, 5 * TIMEOUT)
+    assert driver.offered == offered
     queued = await driver.field("status", "queued")
     for _ in range(3):
         await driver.push(works[0])
@@ -208,9 +248,8 @@ async def timeouts(dut, channel):
     driver.pause(channel, None)
     await driver.has_reset()
     driver.check(works[:completed], works[completed:])
-    offered = [len(each.reads) for each in driver.monitors]
     await cycle(dut.clk, 200)
-    assert offered == [len(each.reads) for each in driver.monitors], "something was pushed during the reset"
+    assert driver.offered == offered, "something was pushed during the reset"
     assert await driver.get("timeout") == TIMEOUT
     await _recovers(driver)
 
@@ -331,12 +370,12 @@ async def first_one_counts(dut):
     """Several faults in a row: the first one is kept; and each of many is found after the reset of the one before."""
     driver = await AcceleratorDriver.create(dut, pauses(), BASE)
     for name in rng(8).permutation(list(_REFUSED)).tolist():
-        fields, code = _REFUSED[name]
         layer = fit(64, config().tile, 32)
         x, second = _spoiled("nan", 1, layer.k)
         works = _works(driver, 1)
+        words, code = _refused(driver, name, works[0])
         await driver.start(works)
-        await driver.push(_words(works[0].descriptor, **fields))
+        await driver.push(words)
         await driver.push(driver.place(layer, 1, x=x))
         await driver.failed(code, 0)
         # A bus error in what is still under way changes nothing.

@@ -1,13 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random layers, and what a device must answer to them, straight from the definition in the model's own groups."""
 
+from collections.abc import Collection, Sequence
+
 import numpy as np
 
 from hw.spec.config import AcceleratorConfig
 from hw.spec.numerics import quantise_activations, quantise_scales, to_float32
-from sw.devices.base import Buffer, Device, LinearJob, result_bytes, weight_bytes, weight_image
+from sw.devices.base import (
+    Buffer,
+    Completion,
+    Device,
+    LinearJob,
+    read_results,
+    result_bytes,
+    weight_bytes,
+    weight_image,
+)
 from sw.linear import QuantizedLinear
 from sw.pack import prepare
+
+TIMEOUT = 120
+"""Seconds that a batch may take."""
 
 
 def random_linear(rng, n, k, group_size, bits=4, zero_point="integer", name="layer") -> QuantizedLinear:
@@ -62,8 +76,28 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return a.dtype == b.dtype == np.float32 and np.array_equal(a.view(np.uint32), b.view(np.uint32))
 
 
-def free_job(device: Device, job: LinearJob) -> None:
-    """Gives a job's memory back."""
-    buffers: set[Buffer] = {job.weights, job.activations, job.results}
+def free_jobs(device: Device, *jobs: LinearJob) -> None:
+    """Gives the jobs' memory back."""
+    buffers: set[Buffer] = {buffer for job in jobs for buffer in (job.weights, job.activations, job.results)}
     for buffer in buffers:
         device.free(buffer)
+
+
+def run_exactly(
+    device: Device, cases: Sequence[tuple[QuantizedLinear, np.ndarray]], reuse: Collection[int] = ()
+) -> list[Completion]:
+    """Runs (linear, x) as one batch, compares all results bit for bit, returns the completions.
+
+    reuse: which cases take the activations of the case before.
+    """
+    jobs: list[LinearJob] = []
+    for index, (linear, x) in enumerate(cases):
+        jobs.append(make_job(device, linear, x, jobs[-1] if index in reuse else None))
+    completions = device.wait(device.submit(jobs), TIMEOUT)
+    for job, (linear, x) in zip(jobs, cases, strict=True):
+        y = read_results(device, job)
+        assert same_bits(y, expected(device.config, linear, x)), f"{linear.name} {linear.q.shape} M {len(x)}"
+    assert [item.name for item in completions] == [linear.name for linear, _ in cases]
+    assert [item.beats for item in completions] == [job.layout.beats for job in jobs]
+    free_jobs(device, *jobs)
+    return completions
