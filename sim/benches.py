@@ -64,6 +64,9 @@ _FIXED = dict(tile=8, weight_bits=7, zero_point="fixed", ports=2, port_width=128
 _TILE_16 = dict(tile=16, ports=4, port_width=128, max_tokens=16, max_k=1024)
 _TILE_32 = dict(tile=32, ports=4, port_width=128, max_tokens=16, max_k=1024)
 
+# The accelerator's fewest ports that still take turns, and a row of activations in several beats.
+_TWO_PORTS = dict(tile=8, zero_point="fixed", ports=2, port_width=32, max_tokens=6, max_k=1024)
+
 # Every value that a parameter may have occurs here, and combinations that nothing in the quick list has.
 _SWEEP = [
     dict(tile=4, ports=1, port_width=64, max_k=64, max_group_size=32, max_tokens=3),
@@ -113,10 +116,19 @@ BENCHES: list[Bench] = [
     _bench("core", _TILE_16, tb="core_speed"),
     _bench("core", _TILE_32),
     _bench("core", _TILE_32, tb="core_speed"),
+    *(_bench("activation_fetch", params) for params in (_SMALL, _TWO_PORTS, _TILE_16)),
+    _bench("watchdog", _TWO_PORTS),
+    *(_bench("accelerator", params) for params in (_SMALL, _TWO_PORTS, _TILE_16)),
+    *(_bench("accelerator", params, tb="accelerator_faults") for params in (_SMALL, _TWO_PORTS)),
     *(_bench("read_manager", params, full=True) for params in (_NARROW, _TILE_16)),
     *(_bench("write_manager", params, full=True) for params in (_NARROW, _TILE_16)),
     *(_bench("gatherer", params, full=True) for params in (_NARROW, _TILE_16, dict(_TILE_32, port_width=32))),
     *(_bench("core", params, full=True, long=True) for params in _SWEEP),
+    *(
+        _bench("accelerator", params, tb=tb, full=True, long=True)
+        for params in (_SMALL, _WIDE, _NARROW, _TWO_PORTS, _TILE_16)
+        for tb in ("accelerator", "accelerator_faults")
+    ),
     *(
         _bench(block, params, full=True)
         for params in (_NARROW, _WIDE, _TILE_16, _TILE_32)

@@ -193,31 +193,50 @@ async def counters(dut):
         assert starved[1] > 0, "it has to wait for activations at first"
 
 
+def _slow(monitor, regions):
+    """Pauses of R, nine of ten cycles, while memory answers reads of some regions."""
+    pause = randomly(0.9, rng(1))
+
+    def stall():
+        owed = monitor.reads_under_way
+        return bool(owed) and any(monitor.reads[-owed].address in region for region in regions) and pause()
+
+    return stall
+
+
+def _region(work, operand, port):
+    """The addresses of an operand, of weights one port's."""
+    if operand == "activations":
+        return range(work.descriptor.activations, work.descriptor.activations + work.x.nbytes)
+    start = work.descriptor.weights + port * work.descriptor.weights_stride
+    return range(start, start + work.job.layer.beats * config().port_width // 8)
+
+
+async def _starved(driver, works):
+    """What the core has waited for longest."""
+    await driver.set("control", "clear_counters")
+    await driver.run(works)
+    starved = {name: await driver.get(f"starved_{name}") for name in ("weights", "activations", "output")}
+    busy, beats = await driver.get("busy"), await driver.get("beats")
+    assert beats == sum(item.job.layer.beats for item in works)
+    assert sum(starved.values()) <= busy - beats
+    driver.dut._log.info("busy %d, beats %d, starved %s", busy, beats, starved)
+    return max(starved, key=lambda name: starved[name])
+
+
 @cocotb.test()
-async def starved_by(dut):
-    """The counters name the port that is slow: weights, activations, or results."""
+@cocotb.parametrize(cause=["weights", "activations", "output"])
+async def starved_by(dut, cause):
+    """The counters name what is slow: weights, activations, or results."""
     driver, c = await AcceleratorDriver.create(dut), config()
-    names = ("weights", "activations", "output")
-
-    async def run(works, **stalls):
-        for name, stall in stalls.items():
-            driver.pause(name, stall)
-        await driver.set("control", "clear_counters")
-        await driver.run(works)
-        for name in stalls:
-            driver.pause(name, None)
-        starved = {name: await driver.get(f"starved_{name}") for name in names}
-        busy, beats = await driver.get("busy"), await driver.get("beats")
-        assert beats == sum(item.job.layer.beats for item in works)
-        assert sum(starved.values()) <= busy - beats
-        dut._log.info("busy %d, beats %d, starved %s", busy, beats, starved)
-        return max(starved, key=lambda name: starved[name])
-
-    slow = {f"hp{port}_r": randomly(0.9, rng(1, port)) for port in range(c.ports)}
-    assert await run([driver.place(fit(128, 40 * c.tile, 64), 1)], **slow) == "weights"
-    assert await run([driver.place(fit(c.max_k // 2, 1, 64), c.max_tokens)], **slow) == "activations"
-    works = [driver.place(fit(32, 400, 32), c.max_tokens) for _ in range(2)]
-    assert await run(works, hp0_w=randomly(0.95, rng(2))) == "output"
+    layer = fit(c.max_k // 2, 1, 64) if cause == "activations" else fit(64, 400, 64)
+    works = [driver.place(layer, 1 if cause == "weights" else c.max_tokens) for _ in range(2)]
+    if cause != "output":
+        for port, monitor in enumerate(driver.monitors):
+            driver.pause(f"hp{port}_r", _slow(monitor, [_region(item, cause, port) for item in works]))
+    else:
+        driver.pause("hp0_w", randomly(0.95, rng(2)))
+    assert await _starved(driver, works) == cause
 
 
 @cocotb.test()
