@@ -4,9 +4,6 @@
 // Nothing crosses the library's border in a cycle: the caller maps its buffers, writes registers and lets the hardware
 // run until its interrupt. GM_PORTS is the number of memory ports; their width is that of the verilated ports.
 
-#include <alloca.h>
-#include <time.h>
-
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -36,9 +33,6 @@ constexpr uint32_t PORT_BYTES = sizeof(ReadData);
 constexpr uint32_t WINDOW_BYTES = GM_WINDOW_BYTES;  // of the control port's address space
 constexpr uint32_t CONTROL_PATIENCE = 10000;  // cycles
 constexpr int NO_ANSWER = -1, VIOLATION = -2;
-constexpr uintptr_t PAGE_BYTES = 4096;
-constexpr int PLACES = 16;
-constexpr uint64_t TRIAL_CYCLES = 300;
 
 // All integers in Verilator are little-endian, words of wide ports are lowest first: as bytes lie in memory.
 static_assert(PORT_BYTES <= MAX_PORT_BYTES && GM_PORTS <= MAX_PORTS, "the memory model is too small for these ports");
@@ -83,7 +77,6 @@ struct gm_device {
     const uint64_t seed;
     Random random;
     uint64_t cycles = 0;
-    uintptr_t place = 0;  // see run_at
     const ReadPins reads[GM_PORTS] = {
         GM_READ_PINS(model, m_axi_hp0),
 #if GM_PORTS > 1
@@ -177,41 +170,6 @@ bool cycle(gm_device* device) {
     return !device->protocol.broken();
 }
 
-// Clocks until the interrupt line is high (1), the cycles are over (0), or a rule was broken. `place` is where the stack
-// begins within its page: the model's evaluation keeps kilobytes of intermediate values there, and a processor holds back
-// loads from the model that have the lowest 12 address bits in common with a store to the stack. That is a sixth of the
-// speed, and depends on nothing that could be known beforehand.
-[[gnu::noinline]] int run_at(gm_device* device, uintptr_t place, uint64_t cycles) {
-    volatile char here = 0;
-    const uintptr_t distance = (reinterpret_cast<uintptr_t>(&here) - place) % PAGE_BYTES;
-    *static_cast<volatile char*>(alloca(distance + 1)) = here;
-    for (uint64_t i = 0; i < cycles; ++i) {
-        if (device->model.irq) return 1;
-        if (!cycle(device)) return VIOLATION;
-    }
-    return device->model.irq;
-}
-
-double cpu_seconds() {
-    timespec now;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-    return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
-}
-
-// The place of the stack at which an idle accelerator simulates fastest.
-uintptr_t best_place(gm_device* device) {
-    uintptr_t best = 0;
-    double least = 1e9;
-    for (int i = 0; i < 2 * PLACES; ++i) {
-        const uintptr_t place = static_cast<uintptr_t>(i % PLACES) * (PAGE_BYTES / PLACES);
-        const double start = cpu_seconds();
-        run_at(device, place, TRIAL_CYCLES);
-        const double seconds = cpu_seconds() - start;
-        if (seconds < least) least = seconds, best = place;
-    }
-    return best;
-}
-
 // A channel of the control port on our side: offered, or ready, after a delay.
 struct ControlChannel {
     uint32_t delay;
@@ -271,9 +229,6 @@ gm_device* gm_open(const char* preset, uint64_t seed) {
     device->model.clk = 0;
     device->model.eval();
     gm_reset(device);
-    device->place = best_place(device);
-    device->cycles = 0;
-    gm_reset(device);
     return device;
 }
 
@@ -330,7 +285,13 @@ int gm_read_register(gm_device* device, uint32_t offset, uint32_t* value) {
 }
 
 // Clocks until the interrupt is high. Returns 1 if it is, 0 when `cycles` are over, -2 if a rule was broken.
-int gm_run(gm_device* device, uint64_t cycles) { return run_at(device, device->place, cycles); }
+int gm_run(gm_device* device, uint64_t cycles) {
+    if (device->protocol.broken()) return VIOLATION;
+    for (uint64_t i = 0; i < cycles && !device->model.irq; ++i) {
+        if (!cycle(device)) return VIOLATION;
+    }
+    return device->model.irq;
+}
 
 // What rule the hardware broke first, in one line, or "". Only gm_reset forgets it.
 const char* gm_problem(gm_device* device) { return device->protocol.problem().c_str(); }

@@ -57,6 +57,8 @@ class Arena:
         self._starts.remove(buffer.address)
         del self._sizes[buffer.address]
         mapping = self.memory.base
+        if isinstance(mapping, memoryview):
+            mapping = mapping.obj
         if isinstance(mapping, mmap.mmap):
             with suppress(OSError):  # only gives memory back earlier
                 mapping.madvise(mmap.MADV_DONTNEED, buffer.address - self.base, buffer.size)

@@ -4,7 +4,8 @@
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -87,7 +88,9 @@ class BatchDevice(ABC):
         batch = self._batches.get(ticket)
         if batch is None or batch.future is None:
             raise DeviceError(f"no batch has ticket {ticket}, or its answer was taken already")
-        wait([batch.future], timeout)
+        with suppress(CancelledError, TimeoutError):
+            batch.future.exception(timeout)
+        self._check_open()
         if not batch.future.done():
             done, total = len(batch.completions), len(batch.jobs)
             name = batch.jobs[min(done, total - 1)].name

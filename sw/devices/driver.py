@@ -138,8 +138,8 @@ class AcceleratorDevice(BatchDevice):
         self.registers.set("control", "reset")
         watch = _Watch(self)
         while self.registers.fields("status")["resetting"]:
-            self.platform.wait_interrupt()
             watch.check(None, 0)
+            self.platform.wait_interrupt()
         self.registers.set("interrupt_pending", "done", "error")
 
 
