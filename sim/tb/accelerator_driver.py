@@ -167,8 +167,8 @@ class AcceleratorDriver:
             prefix = f"m_axi_hp{port}"
             ram = AxiRamRead(AxiReadBus.from_prefix(dut, prefix), dut.clk, dut.rst, mem=self.memory)
             self._attach(ram, f"hp{port}", ("ar", "r"))
-        self._attach(AxiRamWrite(AxiWriteBus.from_prefix(dut, "m_axi_hp0"), dut.clk, dut.rst, mem=self.memory), "hp0",
-                     ("aw", "w", "b"))  # fmt: skip
+        ram = AxiRamWrite(AxiWriteBus.from_prefix(dut, "m_axi_hp0"), dut.clk, dut.rst, mem=self.memory)
+        self._attach(ram, "hp0", ("aw", "w", "b"))
         self._axi: Any = AxiLiteMaster(AxiLiteBus.from_prefix(dut, "s_axi_ctrl"), dut.clk, dut.rst)
         for half in (self._axi.write_if, self._axi.read_if):
             half.log.setLevel(logging.WARNING)
@@ -197,7 +197,7 @@ class AcceleratorDriver:
             return await work(address, what)
 
         async def reply(transfer: Any) -> None:
-            nonlocal response
+            # The memory model itself only knows SLVERR.
             field = "rresp" if access == "_read" else "bresp"
             if getattr(transfer, field) != AxiResp.OKAY:
                 setattr(transfer, field, response)

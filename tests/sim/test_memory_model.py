@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sim.device.build import DEFINES
+
 HERE = Path(__file__).parent
 DEVICE = HERE.parents[1] / "sim" / "device"
 SOURCES = ("memory_model.cpp", "memory_simple.cpp", "memory_dram.cpp", "protocol.cpp")
