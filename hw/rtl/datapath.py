@@ -6,11 +6,12 @@ from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..spec.config import AcceleratorConfig
-from ..spec.memory_access import OUTSTANDING
+from ..spec.memory_access import OUTSTANDING, WEIGHT_BURSTS_AHEAD
 from ..spec.registers import QUEUE_DEPTH
 from .activation_fetch import ActivationFetch
 from .activation_unit import ActivationUnit
 from .axi import ADDRESS_BITS, memory_signature, read_signature
+from .burst_cutter import max_burst_beats
 from .core import Core
 from .descriptor_check import ERROR_BITS, DescriptorCheck, descriptor_layout
 from .dispatcher import Dispatcher
@@ -114,7 +115,8 @@ class Datapath(wiring.Component):
         """Activations in turn from all ports, weights from all ports in step."""
         config, clients = self.config, read_clients(self.config)
         m.submodules.activation_fetch = activations = ActivationFetch(config)
-        m.submodules.weight_fetch = weights = WeightFetch(config, clients["weights"])
+        ahead = WEIGHT_BURSTS_AHEAD * max_burst_beats(config.port_width)
+        m.submodules.weight_fetch = weights = WeightFetch(config, ahead)
         wiring.connect(m, dispatcher.blocks, activations.blocks)
         wiring.connect(m, dispatcher.regions, weights.regions)
         wiring.connect(m, activations.rows, unit.rows)

@@ -73,7 +73,8 @@ class Watchdog(wiring.Component):
         m.d.sync += [
             # A shorter timeout counts from the moment when it is set.
             left.eq(Mux(ends | (left > self.timeout), self.timeout, left - 1)),
-            silent.eq((silent | Mux(ends, self.owes, 0)) & self.owes & ~self.progress),
+            # Without a timeout nobody is silent, so that one that is set later begins with all forgiven.
+            silent.eq(Mux(self.timeout != 0, (silent | Mux(ends, self.owes, 0)) & self.owes & ~self.progress, 0)),
             self.late.eq(Mux(ends & (self.timeout != 0), silent & ~self.progress & self.owes, 0)),
         ]
         return m

@@ -3,6 +3,9 @@
 
 OUTSTANDING = 8
 """Bursts that a port may have under way: 8 times 4 KiB cover 2,048 cycles of latency."""
+WEIGHT_BURSTS_AHEAD = 6
+"""Bursts of weights that a port may be ahead of the core. Ports whose regions begin a quarter of the DRAM's banks apart
+(32 KiB) must not drift apart by as much: with 8 bursts of 4 KiB they do, and then meet in a bank for a whole layer."""
 CHUNK_BYTES = 512
 """Activations that a port reads before it is the next port's turn: long enough for DDR, and a single token spreads over
 all ports. Chunks end at multiples of this, so that each of them is one burst: none crosses 4 KiB, none is too long."""
