@@ -29,7 +29,7 @@ VERILATOR_ARGS = ("--cc", "-O3", "--x-assign", "fast", "--x-initial", "fast", "-
 COMPILER_ARGS = (
     *("-std=c++17", "-O2", "-fPIC", "-DVM_TRACE=0"),
     *("-fno-tree-pre", "-fno-gcse", "-fno-align-jumps", "-fno-align-labels", "-fno-align-loops"),
-    *("-mtune=native", "-fno-semantic-interposition", "-fno-plt", "-fno-stack-protector", "-fcf-protection=none"),
+    *("-fno-semantic-interposition", "-fno-plt", "-fno-stack-protector", "-fcf-protection=none"),
 )
 DEFINES = (
     f"-DGM_WINDOW_BYTES={WINDOW_BYTES}",
