@@ -106,7 +106,7 @@ def test_verilator_warning_fails_the_build(tmp_path: Path):
     ("top", "tile", "reason"),
     [
         ("pe", 3, "exit code 2: error: tile is one of 4, 8, 16, 32, not 3"),
-        ("no_such_block", 4, "exit code 2: error: block is one of core, pe, "),
+        ("no_such_block", 4, "exit code 2: error: block is one of accelerator, core, pe, "),
     ],
 )
 def test_refused_parameters_fail_the_bench(top: str, tile: int, reason: str):
