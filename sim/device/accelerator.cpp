@@ -266,6 +266,17 @@ int gm_write_register(gm_device* device, uint32_t offset, uint32_t value) {
     });
 }
 
+// Writes `offsets_and_values`, pair by pair, until one is not answered well; `index` becomes that of the last one written.
+// Returns what gm_write_register returned for it.
+int gm_write_registers(gm_device* device, const uint32_t* offsets_and_values, uint32_t count, uint32_t* index) {
+    int status = 0;
+    for (*index = 0; *index < count; ++*index) {
+        status = gm_write_register(device, offsets_and_values[2 * *index], offsets_and_values[2 * *index + 1]);
+        if (status) break;
+    }
+    return status;
+}
+
 // The same with RRESP.
 int gm_read_register(gm_device* device, uint32_t offset, uint32_t* value) {
     if (offset >= WINDOW_BYTES) return DECERR;

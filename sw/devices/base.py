@@ -75,6 +75,24 @@ class Completion:
     seconds: float
 
 
+@dataclass(frozen=True, eq=False)
+class PreparedBatch:
+    """Jobs that a device has checked, and may be given as often as wanted: see `Device.prepare`.
+
+    Members
+    -------
+    jobs: of the batch, in order.
+    device: that prepared it.
+    frees: buffers that this device had been given back by then.
+    code: what the device worked out about the jobs beforehand.
+    """
+
+    jobs: tuple[LinearJob, ...]
+    device: "Device"
+    frees: int
+    code: Any
+
+
 class Device(Protocol):
     """One accelerator and its memory. Also a context manager that closes it.
 
@@ -86,6 +104,13 @@ class Device(Protocol):
 
     name: str
     config: AcceleratorConfig
+
+    @property
+    def seconds(self) -> float:
+        """Wall time so far that was the hardware's own: simulating it, or waiting for its interrupt. The rest of what
+        `submit` and `wait` take is the driver's.
+        """
+        ...
 
     def alloc(self, size: int) -> Buffer:
         """Takes `size` bytes of memory. Raises DeviceError if that much is not free."""
@@ -103,15 +128,23 @@ class Device(Protocol):
         """Copies an array from the start of a buffer."""
         ...
 
-    def submit(self, jobs: Sequence[LinearJob]) -> int:
+    def prepare(self, jobs: Sequence[LinearJob]) -> PreparedBatch:
+        """Checks a batch and works out what can be known about it, once for any number of submissions.
+
+        Raises DeviceError for impossible jobs.
+        """
+        ...
+
+    def submit(self, batch: Sequence[LinearJob] | PreparedBatch) -> int:
         """Starts a batch of jobs, which run in order, and returns its ticket at once.
 
-        Raises DeviceError for impossible jobs; the batch then does not run at all.
+        Hardware works from then on as far as its queue reaches; the rest, and all of a simulation, goes on while
+        somebody waits. Raises DeviceError for impossible jobs; the batch then does not run at all.
         """
         ...
 
     def wait(self, ticket: int, timeout: float) -> list[Completion]:
-        """Waits until a batch is done, up to `timeout` seconds; one completion per job. A ticket is good once.
+        """Waits until a batch is done, up to about `timeout` seconds; one completion per job. A ticket is good once.
 
         Raises DeviceError, which says what was waited for, or why the batch failed: with the layer's name where its
         activations are at fault. The batch goes on after a timeout and may be waited for again; a batch that failed

@@ -1,26 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches, tickets and timeouts: what all devices of this package share. A thread runs the batches one by one."""
+"""Batches, tickets and timeouts: what all devices of this package share.
+
+There are no threads of its own: `submit` starts the hardware, and whoever waits looks after it meanwhile. A batch takes
+its turn when those before it are done, whoever waits for them. A model's token is a hundred small batches, and handing
+each to another thread and back would cost more than everything else that the software does for it.
+"""
 
 import threading
+import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Self
 
 import numpy as np
 
 from hw.spec.config import AcceleratorConfig
 from sw.devices.arena import Arena
-from sw.devices.base import Buffer, Completion, DeviceError, LinearJob, check_jobs
+from sw.devices.base import Buffer, Completion, DeviceError, LinearJob, PreparedBatch, check_jobs
 
 
 @dataclass(eq=False)
-class _Batch:
+class _Running:
+    """A batch that was submitted. work: what `run` gave; failure: how it ended, if not well."""
+
+    ticket: int
     jobs: Sequence[LinearJob]
+    work: Iterator[Completion | None]
     completions: list[Completion] = field(default_factory=list)
-    future: Future | None = None
+    done: bool = False
+    failure: BaseException | None = None
 
 
 class BatchDevice(ABC):
@@ -31,17 +42,27 @@ class BatchDevice(ABC):
     def __init__(self, config: AcceleratorConfig, memory: Arena):
         self.config = config
         self.memory = memory
-        self.stopping = threading.Event()
-        self._executor = ThreadPoolExecutor(1, f"gristmill-{self.name}")
-        self._batches: dict[int, _Batch] = {}
-        self._tickets = 0
+        self._turn = threading.Lock()
+        self._queue: deque[_Running] = deque()
+        self._batches: dict[int, _Running] = {}
+        self._tickets = count(1)
+        self._frees = 0
         self._closed = False
 
+    @property
     @abstractmethod
-    def run(self, jobs: Sequence[LinearJob]) -> Iterator[Completion]:
-        """Computes the jobs of a batch in order, in a thread of its own; yields each one's completion when its results
-        are in memory. Looks at `stopping` a few times a second and may then return early.
+    def seconds(self) -> float:
+        """See Device."""
+
+    @abstractmethod
+    def run(self, batch: PreparedBatch) -> Iterator[Completion | None]:
+        """Computes the jobs of a batch in order; yields each one's completion when its results are in memory, and None
+        as soon as it is started and then a few times a second. It is not resumed any more if the device is closed.
         """
+
+    def encode(self, jobs: Sequence[LinearJob]) -> Any:
+        """What a device can work out about a batch beforehand: `PreparedBatch.code`."""
+        return None
 
     def alloc(self, size: int) -> Buffer:
         """See Device."""
@@ -51,6 +72,7 @@ class BatchDevice(ABC):
     def free(self, buffer: Buffer) -> None:
         """See Device."""
         self._check_open()
+        self._frees += 1
         self.memory.free(buffer)
 
     def write(self, buffer: Buffer, values: np.ndarray) -> None:
@@ -69,46 +91,64 @@ class BatchDevice(ABC):
             raise DeviceError(f"{size:,} bytes cannot be read from a buffer of {buffer.size:,}")
         return self.memory.view(buffer)[:size].copy().view(dtype).reshape(shape)
 
-    def submit(self, jobs: Sequence[LinearJob]) -> int:
+    def prepare(self, jobs: Sequence[LinearJob]) -> PreparedBatch:
         """See Device."""
         self._check_open()
         check_jobs(self.config, jobs)
-        for job in jobs:
-            for buffer in (job.weights, job.activations, job.results):
-                self.memory.view(buffer)
-        batch = _Batch(tuple(jobs))
-        batch.future = self._executor.submit(self._work, batch)
-        self._tickets += 1
-        self._batches[self._tickets] = batch
-        return self._tickets
+        self._check_buffers(jobs)
+        return PreparedBatch(tuple(jobs), self, self._frees, self.encode(jobs))
+
+    def submit(self, batch: Sequence[LinearJob] | PreparedBatch) -> int:
+        """See Device."""
+        self._check_open()
+        if not isinstance(batch, PreparedBatch):
+            batch = self.prepare(batch)
+        elif batch.device is not self:
+            raise DeviceError(f"the batch from layer {batch.jobs[0].name} was prepared for another device")
+        elif batch.frees != self._frees:
+            self._check_buffers(batch.jobs)
+        running = _Running(next(self._tickets), batch.jobs, self.run(batch))
+        self._batches[running.ticket] = running
+        self._queue.append(running)
+        # If nothing is before it, it begins now; else when it has its turn.
+        if self._turn.acquire(blocking=False):
+            try:
+                if self._queue and self._queue[0] is running:
+                    self._step(running)
+            finally:
+                self._turn.release()
+        return running.ticket
 
     def wait(self, ticket: int, timeout: float) -> list[Completion]:
         """See Device."""
         self._check_open()
         batch = self._batches.get(ticket)
-        if batch is None or batch.future is None:
+        if batch is None:
             raise DeviceError(f"no batch has ticket {ticket}, or its answer was taken already")
-        with suppress(CancelledError, TimeoutError):
-            batch.future.exception(timeout)
-        self._check_open()
-        if not batch.future.done():
-            done, total = len(batch.completions), len(batch.jobs)
-            name = batch.jobs[min(done, total - 1)].name
-            raise DeviceError(
-                f"device {self.name}: batch {ticket} took longer than {timeout:g} s,"
-                f" {done} of {total} jobs are done, waiting for the results of layer {name}"
-            )
-        del self._batches[ticket]
-        batch.future.result()
+        deadline = time.monotonic() + timeout
+        while not batch.done:
+            if time.monotonic() > deadline or not self._turn.acquire(timeout=max(0, deadline - time.monotonic())):
+                raise DeviceError(self._late(batch, timeout))
+            try:
+                self._check_open()
+                if not batch.done:
+                    self._step(self._queue[0])
+            finally:
+                self._turn.release()
+        self._batches.pop(ticket, None)
+        if batch.failure is not None:
+            raise batch.failure
         return batch.completions
 
     def close(self) -> None:
         """See Device."""
         if not self._closed:
             self._closed = True
-            self.stopping.set()
-            self._executor.shutdown(wait=True, cancel_futures=True)
-            self._batches.clear()
+            with self._turn:
+                for batch in self._queue:
+                    batch.work.close()  # type: ignore[attr-defined]
+                self._queue.clear()
+                self._batches.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -116,10 +156,37 @@ class BatchDevice(ABC):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _step(self, batch: _Running) -> None:
+        """Looks after the first batch of the queue once, in the turn of the caller."""
+        try:
+            completion = next(batch.work)
+        except StopIteration:
+            batch.done = True
+        except BaseException as error:
+            batch.done = True
+            interrupted = not isinstance(error, Exception)
+            batch.failure = DeviceError(f"batch {batch.ticket} was interrupted") if interrupted else error
+            if interrupted:
+                raise
+        else:
+            if completion is not None:
+                batch.completions.append(completion)
+        finally:
+            if batch.done:
+                self._queue.popleft()
+
+    def _late(self, batch: _Running, timeout: float) -> str:
+        done, total = len(batch.completions), len(batch.jobs)
+        return (
+            f"device {self.name}: batch {batch.ticket} took longer than {timeout:g} s, {done} of {total} jobs are done,"
+            f" waiting for the results of layer {batch.jobs[min(done, total - 1)].name}"
+        )
+
     def _check_open(self) -> None:
         if self._closed:
             raise DeviceError(f"device {self.name} is closed")
 
-    def _work(self, batch: _Batch) -> None:
-        for completion in self.run(batch.jobs):
-            batch.completions.append(completion)
+    def _check_buffers(self, jobs: Sequence[LinearJob]) -> None:
+        for job in jobs:
+            for buffer in (job.weights, job.activations, job.results):
+                self.memory.view(buffer)

@@ -4,12 +4,12 @@
 from collections.abc import Iterator, Sequence
 
 from hw.spec.config import AcceleratorConfig
-from hw.spec.descriptor import Descriptor
+from hw.spec.descriptor import DESCRIPTOR_WORDS, Descriptor
 from hw.spec.refusal import refusal
 from hw.spec.registers import ERROR_TEXTS, IDENTIFICATION, VERSION, ErrorCode, config_digest
-from sw.devices.base import Buffer, Completion, DeviceError, LinearJob
+from sw.devices.base import Buffer, Completion, DeviceError, LinearJob, PreparedBatch
 from sw.devices.batches import BatchDevice
-from sw.devices.platform import Platform, Registers
+from sw.devices.platform import Platform, Registers, mask
 
 PATIENCE = 8
 """Times the hardware's own timeout without any progress until the driver gives up too."""
@@ -24,7 +24,7 @@ class AcceleratorDevice(BatchDevice):
 
     def __init__(self, config: AcceleratorConfig, platform: Platform):
         self.platform, self.registers = platform, Registers(platform)
-        self._window: list[int | None] = []
+        self._window: Sequence[int | None] = [None] * DESCRIPTOR_WORDS
         try:
             self._identify(config)
             self._reset()
@@ -33,6 +33,11 @@ class AcceleratorDevice(BatchDevice):
             platform.close()
             raise
         super().__init__(config, platform.memory)
+
+    @property
+    def seconds(self) -> float:
+        """See Device."""
+        return self.platform.seconds
 
     def close(self) -> None:
         """See Device."""
@@ -45,34 +50,51 @@ class AcceleratorDevice(BatchDevice):
         """The performance counters, in cycles and beats, since the device was opened."""
         return {name: self.registers.read(name) for name in COUNTERS}
 
-    def run(self, jobs: Sequence[LinearJob]) -> Iterator[Completion]:
+    def encode(self, jobs: Sequence[LinearJob]) -> list[list[int]]:
+        """See BatchDevice: the descriptors' words."""
+        # One interrupt for a batch, unless its end is not even in the queue by the time of the first.
+        often = len(jobs) > self._capabilities["queue_depth"]
+        last = len(jobs) - 1
+        return [descriptor(job, often or index == last).to_words() for index, job in enumerate(jobs)]
+
+    def run(self, batch: PreparedBatch) -> Iterator[Completion | None]:
         """See BatchDevice."""
-        registers, capabilities = self.registers, self._capabilities
-        status = registers.fields("status")
-        if status["running"] or status["resetting"] or status["error"]:
+        try:
+            yield from self._run(batch.jobs, batch.code)
+        except Exception:
+            raise
+        except BaseException:
+            # Interrupted or closed: nothing may be written any more to memory that somebody else may have soon.
+            self._reset()
+            raise
+
+    def _run(self, jobs: Sequence[LinearJob], descriptors: list[list[int]]) -> Iterator[Completion | None]:
+        registers, capabilities, clock = self.registers, self._capabilities, self.platform.clock
+        if registers.read("status") & self._busy:
             # Left over from a batch that was given up.
             self._reset()
         base, pushed, done = registers.read("completed"), 0, 0
-        before, clock, watch = 0, self.platform.clock(), _Watch(self)
+        before, then, watch = 0, clock(), None
         while done < len(jobs):
             while pushed < len(jobs) and pushed - done < capabilities["completions"] and self._has_room(pushed - done):
-                self._push(jobs[pushed])
+                self._push(descriptors[pushed])
                 if not pushed:
                     before = registers.read("started")
                 pushed += 1
-            self.platform.wait_interrupt()
-            registers.set("interrupt_pending", "done")
-            if registers.fields("status")["error"]:
-                self._fail(jobs)
-            for index in range(done, (registers.read("completed") - base) % (1 << 32)):
+            yield None
+            if self.platform.wait_interrupt():
+                registers.set("interrupt_pending", "done")
+            if registers.read("status") & self._error:
+                self._fail(jobs, descriptors)
+            completed = (registers.read("completed") - base) % (1 << 32)
+            if completed == done:
+                watch = watch or _Watch(self)
+                watch.check(jobs[done], done)
+            for index in range(done, completed):
                 cycle = registers.read("completion_cycles", (base + index) % capabilities["completions"])
-                now = self.platform.clock()
-                yield Completion(jobs[index].name, (cycle - before) % (1 << 32), jobs[index].layout.beats, now - clock)
-                before, clock, done = cycle, now, index + 1
-            if self.stopping.is_set():
-                self._reset()
-                return
-            watch.check(jobs[min(done, len(jobs) - 1)], done)
+                now = clock()
+                yield Completion(jobs[index].name, (cycle - before) % (1 << 32), jobs[index].layout.beats, now - then)
+                before, then, done = cycle, now, index + 1
 
     def _identify(self, config: AcceleratorConfig) -> None:
         found = self.registers.read("identification")
@@ -87,24 +109,22 @@ class AcceleratorDevice(BatchDevice):
                 f"the accelerator was built from config {digest:08x}, and {config_digest(config):08x} is needed"
             )
         self._capabilities = self.registers.fields("capabilities")
+        self._error = mask("status", "error")
+        self._busy = mask("status", "running", "resetting", "error")
 
     def _has_room(self, in_flight: int) -> bool:
         # As long as fewer than the queue holds are in flight, nobody needs to be asked.
         depth = self._capabilities["queue_depth"]
         return in_flight < depth or self.registers.fields("status")["queued"] < depth
 
-    def _push(self, job: LinearJob) -> None:
-        words = descriptor(job).to_words()
-        if len(self._window) != len(words):
-            self._window = [None] * len(words)
-        for index, word in enumerate(words):
-            # The window keeps what was written: neighbouring layers differ in a few words.
-            if self._window[index] != word:
-                self.registers.write("descriptor", word, index)
-                self._window[index] = word
+    def _push(self, words: list[int]) -> None:
+        # The window keeps what was written: neighbouring layers differ in a few words.
+        new = [index for index, word in enumerate(words) if self._window[index] != word]
+        self.registers.write_words("descriptor", {index: words[index] for index in new})
+        self._window = words
         self.registers.set("control", "push")
 
-    def _fail(self, jobs: Sequence[LinearJob]) -> None:
+    def _fail(self, jobs: Sequence[LinearJob], descriptors: list[list[int]]) -> None:
         """Raises DeviceError for what stopped the accelerator, after making it fit for the next batch."""
         code, address = self.registers.read("error_code"), self.registers.read("error_address")
         try:
@@ -112,20 +132,19 @@ class AcceleratorDevice(BatchDevice):
         except ValueError:
             text = f"error code {code}"
         place = f" at address {address:#x}" if address else ""
-        name = self._culprit(jobs, address)
+        name = self._culprit(jobs, descriptors, address)
         try:
             self._reset()
         except DeviceError as error:
             raise DeviceError(f"{name}: {text}{place}; {error}") from None
         raise DeviceError(f"{name}: {text}{place}")
 
-    def _culprit(self, jobs: Sequence[LinearJob], address: int) -> str:
+    def _culprit(self, jobs: Sequence[LinearJob], descriptors: list[list[int]], address: int) -> str:
         def holds(buffer: Buffer) -> bool:
             return buffer.address <= address < buffer.address + buffer.size
 
         before = None
-        for job in jobs:
-            words = descriptor(job).to_words()
+        for job, words in zip(jobs, descriptors):
             if refusal(self.config, words, before):
                 return f"layer {job.name}"
             before = words
@@ -167,8 +186,8 @@ class _Watch:
             raise DeviceError(f"nothing moved for {now - self._since:,} cycles while waiting for {what}; {owed}")
 
 
-def descriptor(job: LinearJob) -> Descriptor:
-    """The descriptor of a job; its completion raises the interrupt."""
+def descriptor(job: LinearJob, interrupt: bool = True) -> Descriptor:
+    """The descriptor of a job. interrupt: whether its completion raises the interrupt."""
     return Descriptor.from_layer(
         job.layout,
         job.tokens,
@@ -176,5 +195,5 @@ def descriptor(job: LinearJob) -> Descriptor:
         weights=job.weights.address,
         results=job.results.address,
         reuse=job.reuse,
-        interrupt=True,
+        interrupt=interrupt,
     )

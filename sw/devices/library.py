@@ -11,9 +11,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from ctypes import c_char_p, c_double, c_int, c_uint32, c_uint64, c_void_p
 from enum import IntEnum
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple]] = {
     "gm_close": (None, (c_void_p,)),
     "gm_map": (c_int, (c_void_p, c_uint64, c_uint64, c_void_p)),
     "gm_write_register": (c_int, (c_void_p, c_uint32, c_uint32)),
+    "gm_write_registers": (c_int, (c_void_p, c_void_p, c_uint32, ctypes.POINTER(c_uint32))),
     "gm_read_register": (c_int, (c_void_p, c_uint32, ctypes.POINTER(c_uint32))),
     "gm_run": (c_int, (c_void_p, c_uint64)),
     "gm_problem": (c_char_p, (c_void_p,)),
@@ -135,6 +137,7 @@ class SimulatedPlatform:
             function = getattr(self._library, name)
             function.restype, function.argtypes = result, arguments
         self.preset = preset
+        self.seconds = 0.0
         self.memory = Arena(anonymous_memory(MEMORY_BYTES))
         self._lock = threading.Lock()
         self._device = self._library.gm_open(preset.encode(), seed)
@@ -146,14 +149,15 @@ class SimulatedPlatform:
         with self._lock:
             if self._device is None:
                 raise DeviceError("the simulated accelerator is closed")
+            start = time.perf_counter()
             status = function(self._device, *arguments)
+            self.seconds += time.perf_counter() - start
             if status == -2:
                 problem = self._library.gm_problem(self._device).decode()
                 raise DeviceError(f"the hardware broke a rule of the bus: {problem}")
         return status
 
-    def _access(self, what: str, function: Callable, offset: int, argument: Any) -> None:
-        status = self._call(function, offset, argument)
+    def _check(self, status: int, what: str, offset: int) -> None:
         if status:
             reason = "did not answer" if status < 0 else f"answered with error {status}"
             raise DeviceError(f"the control port {reason} when register {offset:#x} was {what}")
@@ -161,12 +165,20 @@ class SimulatedPlatform:
     def read_register(self, offset: int) -> int:
         """See Platform."""
         value = c_uint32()
-        self._access("read", self._library.gm_read_register, offset, ctypes.byref(value))
+        self._check(self._call(self._library.gm_read_register, offset, ctypes.byref(value)), "read", offset)
         return value.value
 
     def write_register(self, offset: int, value: int) -> None:
         """See Platform."""
-        self._access("written", self._library.gm_write_register, offset, value)
+        self._check(self._call(self._library.gm_write_register, offset, value), "written", offset)
+
+    def write_registers(self, offsets_and_values: Mapping[int, int]) -> None:
+        """See Platform."""
+        pairs, failed = list(offsets_and_values.items()), c_uint32()
+        words = (c_uint32 * (2 * len(pairs)))(*chain.from_iterable(pairs))
+        status = self._call(self._library.gm_write_registers, words, len(pairs), ctypes.byref(failed))
+        if status:
+            self._check(status, "written", pairs[failed.value][0])
 
     def wait_interrupt(self) -> bool:
         """See Platform: runs the simulation."""

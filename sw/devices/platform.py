@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a driver needs of the machine around the accelerator: the same calls on a board and in simulation."""
 
+from collections.abc import Mapping
+from functools import cache
 from typing import Protocol
 
 from hw.spec.registers import BY_NAME, offset
@@ -13,9 +15,11 @@ class Platform(Protocol):
     Members
     -------
     memory: what the accelerator reads and writes.
+    seconds: wall time so far that was the hardware's own: see sw.devices.base.Device.
     """
 
     memory: Arena
+    seconds: float
 
     def read_register(self, offset: int) -> int:
         """The 32-bit register at a byte offset. Raises DeviceError if the accelerator does not answer or refuses."""
@@ -23,6 +27,10 @@ class Platform(Protocol):
 
     def write_register(self, offset: int, value: int) -> None:
         """Writes the 32-bit register at a byte offset. Raises DeviceError as `read_register` does."""
+        ...
+
+    def write_registers(self, offsets_and_values: Mapping[int, int]) -> None:
+        """Writes several registers in order."""
         ...
 
     def wait_interrupt(self) -> bool:
@@ -60,6 +68,18 @@ class Registers:
         """Writes a register."""
         self._platform.write_register(offset(name, word), value)
 
+    def write_words(self, name: str, values: Mapping[int, int]) -> None:
+        """Writes some words of a register that has many, by their index."""
+        if values:
+            start = offset(name)
+            self._platform.write_registers({start + 4 * word: value for word, value in values.items()})
+
     def set(self, name: str, *fields: str) -> None:
         """Writes a register with all bits of these fields set and the others 0."""
-        self.write(name, sum(BY_NAME[name].field(field).mask for field in fields))
+        self.write(name, mask(name, *fields))
+
+
+@cache
+def mask(register: str, *fields: str) -> int:
+    """A register's value with all bits of these fields set and the others 0."""
+    return sum(BY_NAME[register].field(field).mask for field in fields)

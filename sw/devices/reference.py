@@ -2,37 +2,57 @@
 """The numerics in numpy as a device: what every other device must answer, from the same memory."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
 from hw.spec.config import AcceleratorConfig
 from hw.spec.descriptor import FLOAT_BYTES, result_pitch
-from hw.spec.layout import unpack
+from hw.spec.layout import LayerLayout, unpack
 from hw.spec.numerics import Activations, NumericsError, Weights, linear, quantise_activations
 from sw.devices.arena import MEMORY_BYTES, Arena, anonymous_memory
-from sw.devices.base import Completion, DeviceError, LinearJob, image_beats
+from sw.devices.base import Buffer, Completion, DeviceError, LinearJob, PreparedBatch, image_beats
 from sw.devices.batches import BatchDevice
 
 ROWS_AT_ONCE = 4096
 
 
 class ReferenceDevice(BatchDevice):
-    """Unpacks the weight stream from memory and computes with hw.spec.numerics. There is no hardware: 0 cycles."""
+    """Unpacks weight streams from memory and computes with hw.spec.numerics. There is no hardware: 0 cycles.
+
+    Unpacked weights are kept, about 1.2 bytes each, until their buffer is written or freed.
+    """
 
     name = "reference"
 
     def __init__(self, config: AcceleratorConfig):
         super().__init__(config, Arena(anonymous_memory(MEMORY_BYTES)))
+        self._seconds = 0.0
+        self._unpacked: dict[Buffer, tuple[LayerLayout, Weights]] = {}
 
-    def run(self, jobs: Sequence[LinearJob]) -> Iterator[Completion]:
+    @property
+    def seconds(self) -> float:
+        """See Device: the arithmetic."""
+        return self._seconds
+
+    def free(self, buffer: Buffer) -> None:
+        """See Device."""
+        super().free(buffer)
+        self._unpacked.pop(buffer, None)
+
+    def write(self, buffer: Buffer, values: np.ndarray) -> None:
+        """See Device."""
+        super().write(buffer, values)
+        self._unpacked.pop(buffer, None)
+
+    def run(self, batch: PreparedBatch) -> Iterator[Completion | None]:
         """See BatchDevice."""
-        for job in jobs:
-            if self.stopping.is_set():
-                return
-            start = time.thread_time()
+        yield None
+        for job in batch.jobs:
+            start, processor = time.perf_counter(), time.thread_time()
             self._compute(job)
-            yield Completion(job.name, 0, job.layout.beats, time.thread_time() - start)
+            self._seconds += time.perf_counter() - start
+            yield Completion(job.name, 0, job.layout.beats, time.thread_time() - processor)
 
     def _compute(self, job: LinearJob) -> None:
         layout, tokens = job.layout, job.tokens
@@ -41,10 +61,20 @@ class ReferenceDevice(BatchDevice):
             activations = quantise_activations(self.config, x.reshape(tokens, layout.k))
         except NumericsError as error:
             raise DeviceError(f"layer {job.name}: {error}") from None
-        weights = unpack(layout, image_beats(layout, self.memory.view(job.weights)))
         pitch = result_pitch(layout.n)
         results = self.memory.view(job.results)[: tokens * pitch].view(np.float32).reshape(tokens, -1)
-        results[:, : layout.n] = reference_linear(self.config, weights, activations)
+        results[:, : layout.n] = reference_linear(self.config, self._weights(job), activations)
+        self._unpacked.pop(job.results, None)
+
+    def _weights(self, job: LinearJob) -> Weights:
+        layout, weights = self._unpacked.get(job.weights, (None, None))
+        if weights is None or layout != job.layout:
+            weights = unpack(job.layout, image_beats(job.layout, self.memory.view(job.weights)))
+            # What the fields hold fits 16 bits, and a model's weights are held all together.
+            narrow = weights.zero_points.astype(np.int16), weights.scale_mantissas.astype(np.int16)
+            weights = Weights(weights.q, *narrow, weights.exponents)
+            self._unpacked[job.weights] = job.layout, weights
+        return weights
 
 
 def reference_linear(config: AcceleratorConfig, weights: Weights, activations: Activations) -> np.ndarray:

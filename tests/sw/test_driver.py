@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The driver, against a platform of a few lines that does what a test wants, and against memory that fails."""
 
-import threading
 from collections import deque
 from dataclasses import replace
 
@@ -68,7 +67,7 @@ class FakePlatform:
         self.cycles = self.completed = self.error = self.unread = self.most_queued = 0
         self.written: list[tuple[str, int]] = []
         self.pushed: list[list[int]] = []
-        self.waiting, self.closed = threading.Event(), False
+        self.closed, self.seconds = False, 0.0
 
     def read_register(self, offset):
         status = {"running": bool(self.queue), "resetting": self.resetting is not None, "error": bool(self.error)}
@@ -99,8 +98,11 @@ class FakePlatform:
             self.queue.append(self.pushed[-1])
             self.most_queued = max(self.most_queued, len(self.queue))
 
+    def write_registers(self, offsets_and_values):
+        for offset, value in offsets_and_values.items():
+            self.write_register(offset, value)
+
     def wait_interrupt(self):
-        self.waiting.set()
         if self.resetting is not None:
             self._reset()
         elif self.fault:
@@ -223,15 +225,18 @@ def test_descriptor_window():
             device.wait(device.submit(batch), TIMEOUT)
             names = [name for name, _ in platform.written]
             written.append((names.count("descriptor"), names.count("control")))
-            assert platform.pushed[-len(batch) :] == [descriptor(job).to_words() for job in batch]
+            interrupts = [False] * (len(batch) - 1) + [True]
+            words = [descriptor(*pair).to_words() for pair in zip(batch, interrupts)]
+            assert platform.pushed[-len(batch) :] == words
 
         run(jobs[0])
         run(jobs[0])
         run(jobs[0], jobs[0])
         run(jobs[1])
         run(jobs[0], jobs[1], jobs[2], jobs[2])
-    # All of them, none, none, the address of the results, and that three times.
-    assert written == [(DESCRIPTOR_WORDS, 1), (0, 1), (0, 2), (1, 1), (3, 4)]
+    # All of them; none; the flags, as only a batch's last descriptor raises the interrupt, there and back; the address of
+    # the results; that three times, and the flags.
+    assert written == [(DESCRIPTOR_WORDS, 1), (0, 1), (2, 2), (1, 1), (5, 4)]
 
 
 @pytest.mark.parametrize("culprit", range(3))
@@ -344,10 +349,13 @@ def test_stopping_in_the_middle():
     platform = FakePlatform()
     device = FakeDevice(CONFIG, platform)
     jobs = some_jobs(device, 40)
-    platform.waiting.clear()
     platform.stuck, platform.moving = 1 << 32, "beats"
-    device.submit(jobs)
-    assert platform.waiting.wait(TIMEOUT)
+    ticket = device.submit(jobs)
+    # Submitting starts it, without anybody waiting.
+    assert platform.queue
+    with pytest.raises(DeviceError, match="0 of 40 jobs are done"):
+        device.wait(ticket, 0.01)
+    assert platform.queue
     device.close()
     assert [value for name, value in platform.written if name == "control"][-1] == bits("control", "reset")
     assert not platform.queue and platform.resetting is None and platform.closed
