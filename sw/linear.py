@@ -108,8 +108,8 @@ class QuantizedLinear:
         y = np.concatenate([x @ self.dequantise(rows).astype(np.float64).T for rows in slices], axis=1)
         return y + self.bias if self.bias is not None and self.bias_in_node else y
 
-    def with_rows(self, order: np.ndarray) -> "QuantizedLinear":
-        """The same layer with its output rows in another order (int [N])."""
+    def with_rows(self, order: np.ndarray | slice) -> "QuantizedLinear":
+        """The same layer with its output rows in another order (int [N]), or some of them."""
         bias = None if self.bias is None else self.bias[order]
         return replace(self, q=self.q[order], scales=self.scales[order], zero_points=self.zero_points[order], bias=bias)
 

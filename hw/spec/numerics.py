@@ -82,10 +82,11 @@ def quantise_activations(config: AcceleratorConfig, x: np.ndarray) -> Activation
     return Activations(np.rint(np.ldexp(x, -exponents[:, None])).astype(np.int64), exponents)
 
 
-def quantise_scales(scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def quantise_scales(scales: np.ndarray, bits: int = SCALE_BITS) -> tuple[np.ndarray, np.ndarray]:
     """Scale mantissas (int64 [N, G]) and row exponents (int64 [N]) of float scales [N, G]; either sign is legal.
 
-    ``E[n]`` is the smallest integer with ``max_g abs(s) <= (2**15 - 1) * 2**(E - 15)``; 0 for a row of zeros.
+    A scale becomes ``sm * 2**(E - 15)`` with ``sm`` of at most ``bits`` bits, its sign included. ``E[n]`` is the
+    smallest integer with ``max_g abs(s) <= (2**(bits-1) - 1) * 2**(E - 15)``; 0 for a row of zeros.
 
     Raises
     ------
@@ -95,10 +96,10 @@ def quantise_scales(scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if not np.isfinite(scales).all():
         n, g = np.argwhere(~np.isfinite(scales))[0]
         raise NumericsError(f"scales are finite numbers, not {scales[n, g]} (row {n}, group {g})")
-    mantissa_max = (1 << (SCALE_BITS - 1)) - 1
+    mantissa_max = (1 << (bits - 1)) - 1
     largest = np.abs(scales).max(axis=1, initial=0.0)
     fraction, exponents = np.frexp(largest)
-    exponents = exponents.astype(np.int64) + (fraction * (mantissa_max + 1) > mantissa_max)
+    exponents = exponents.astype(np.int64) + (fraction * (mantissa_max + 1) > mantissa_max) + (SCALE_BITS - bits)
     exponents[largest == 0] = 0
     _check_exponents(exponents, "row")
     return np.rint(np.ldexp(scales, SCALE_BITS - 1 - exponents[:, None])).astype(np.int64), exponents
@@ -111,19 +112,33 @@ def quantise_zero_points(config: AcceleratorConfig, zero_points: np.ndarray) -> 
     ------
     NumericsError : a fraction where the hardware has integer zero points, or a value outside the field
     """
+    rounded = round_zero_points(config, zero_points)
+    check_zero_points(config, rounded, rounded)
+    return rounded
+
+
+def round_zero_points(config: AcceleratorConfig, zero_points: np.ndarray) -> np.ndarray:
+    """Zero points as int64 in units of ``2**-f``, of any size. Raises NumericsError as ``quantise_zero_points``."""
     exact = np.asarray(zero_points, np.float64) * (1 << config.fraction_bits)
     rounded = np.rint(exact)
     if config.zero_point == "integer" and (rounded != exact).any():
         value = exact[rounded != exact][0]
         raise NumericsError(f'zero point {value:g} has a fraction: it takes hardware with zero_point="fixed"')
+    bad = ~(np.abs(rounded) < 1 << 32)
+    if bad.any():
+        raise NumericsError(f"zero point {exact[bad][0] / (1 << config.fraction_bits):g} is outside every field")
+    return rounded.astype(np.int64)
+
+
+def check_zero_points(config: AcceleratorConfig, fields: np.ndarray, whole: np.ndarray) -> None:
+    """Raises NumericsError, with the value in ``whole``, where one of ``fields`` does not fit the hardware's field."""
     bits = config.zero_point_bits
     low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if config.zero_point_signed else (0, (1 << bits) - 1)
-    bad = ~((rounded >= low) & (rounded <= high))
+    bad = (fields < low) | (fields > high)
     if bad.any():
         unit = 1 << config.fraction_bits
-        value = exact[bad][0] / unit
+        value = whole[bad][0] / unit
         raise NumericsError(f"zero point {value:g} is outside the field's {low / unit:g} to {high / unit:g}")
-    return rounded.astype(np.int64)
 
 
 def group_sums(activations: Activations, group_size: int) -> np.ndarray:

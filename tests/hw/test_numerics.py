@@ -218,7 +218,7 @@ def test_float32_flushes_to_a_zero_of_the_same_sign():
         (lambda: quantise_zero_points(CONFIG, np.array([[16]])), r"zero point 16 is outside the field's 0 to 15"),
         (lambda: quantise_zero_points(CONFIG, np.array([[-1]])), r"zero point -1 is outside the field's 0 to 15"),
         (lambda: quantise_zero_points(FIXED, np.array([[16]])), r"zero point 16 is outside the field's -16 to 15.9995"),
-        (lambda: quantise_zero_points(FIXED, np.array([[np.nan]])), r"zero point nan is outside"),
+        (lambda: quantise_zero_points(FIXED, np.array([[np.nan]])), r"zero point nan is outside every field"),
     ],
 )
 def test_refusal_names_rule_and_value(call, message: str):

@@ -43,9 +43,12 @@ def random_activations(rng, tokens, k) -> np.ndarray:
 
 
 def expected(config: AcceleratorConfig, linear: QuantizedLinear, x: np.ndarray) -> np.ndarray:
-    """float32 [M, N] in plain int64, without padding, splitting of groups or packing."""
+    """float32 [M, N] in plain int64, without padding, splitting of groups or planes, or packing."""
     activations = quantise_activations(config, x)
-    mantissas, rows = quantise_scales(linear.scales)
+    # What a plane's mantissas are multiplied with has to fit the same 16 bits.
+    mantissas, rows = quantise_scales(
+        linear.scales, 16 - config.weight_bits if linear.bits > config.weight_bits else 16
+    )
     zero_points = np.rint(linear.zero_points.astype(np.float64) * 2**config.fraction_bits).astype(np.int64)
     total = np.zeros((len(x), linear.n), np.int64)
     for group in range(linear.groups):

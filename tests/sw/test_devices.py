@@ -10,7 +10,7 @@ import pytest
 
 from hw.spec.descriptor import FLOAT_BYTES
 from sw.devices import make_config, open_device
-from sw.devices.base import Buffer, DeviceError, read_results
+from sw.devices.base import Buffer, DeviceError, read_results, weight_image
 from sw.devices.reference import ReferenceDevice
 from sw.errors import UserError
 from sw.pack import prepare
@@ -101,6 +101,72 @@ def test_reuse(device):
 def test_fewer_bits_than_the_hardware(device):
     rng = np.random.default_rng(5)
     run_exactly(device, [(layer(device, rng, 20, 64, 32, bits=2), random_activations(rng, 2, 64))])
+
+
+def test_more_bits_than_the_hardware(device):
+    """Eight bits as two planes, beside layers of four in the same batch."""
+    rng = np.random.default_rng(18)
+    x = random_activations(rng, 2, 100)
+    layers = [layer(device, rng, 20, 100, 32, bits=bits) for bits in (8, 4, 8)]
+    run_exactly(device, [(linear, x) for linear in layers])
+
+
+def test_prepared_batch(device):
+    """It may be submitted again and again, with other values in its buffers; not after one of them was freed."""
+    rng = np.random.default_rng(19)
+    linear = layer(device, rng, 33, 64, 32)
+    first = make_job(device, linear, random_activations(rng, 3, 64))
+    batch = device.prepare([first, replace(first, results=device.alloc(first.results.size), reuse=True)])
+    for _ in range(3):
+        x = random_activations(rng, 3, 64)
+        device.write(first.activations, x)
+        tickets = [device.submit(batch), device.submit(batch)]
+        for ticket in tickets:
+            assert len(device.wait(ticket, TIMEOUT)) == 2
+        for job in batch.jobs:
+            assert same_bits(read_results(device, job), expected(device.config, linear, x))
+    with pytest.raises(DeviceError, match="layer reads results of its own batch"):
+        device.prepare([replace(first, results=first.activations)])
+    with ReferenceDevice(device.config) as other, pytest.raises(DeviceError, match="was prepared for another device"):
+        other.submit(batch)
+    free_jobs(device, *batch.jobs)
+    with pytest.raises(DeviceError, match="no buffer of"):
+        device.submit(batch)
+
+
+def test_weights_that_change(device):
+    """A device may keep what it made of the weights, but not when they are written again."""
+    rng = np.random.default_rng(20)
+    x = random_activations(rng, 1, 64)
+    job = make_job(device, layer(device, rng, 20, 64, 32), x)
+    for _ in range(2):
+        linear = layer(device, rng, 20, 64, 32)
+        packed = prepare(device.config, linear)
+        device.write(job.weights, weight_image(packed.layout, packed.beats))
+        device.wait(device.submit([job]), TIMEOUT)
+        assert same_bits(read_results(device, job), expected(device.config, linear, x))
+    free_jobs(device, job)
+
+
+def test_interrupted_while_waiting(device, monkeypatch):
+    """Ctrl-C in the middle of a batch: that batch is lost, and the next one is exact."""
+    rng = np.random.default_rng(21)
+    linear, x = layer(device, rng, 400, 640, 64), random_activations(rng, 4, 640)
+    job = make_job(device, linear, x)
+    owner, name = (device, "_compute") if device.name == "reference" else (device.platform, "wait_interrupt")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    ticket = device.submit([job] * 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            device.wait(ticket, TIMEOUT)
+    with pytest.raises(DeviceError, match=f"^batch {ticket} was interrupted$"):
+        device.wait(ticket, TIMEOUT)
+    free_jobs(device, job)
+    run_exactly(device, [(linear, x)])
 
 
 def test_zero_tokens_and_rows(device):

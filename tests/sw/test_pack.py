@@ -11,6 +11,7 @@ from hw.spec.config import AcceleratorConfig
 from hw.spec.layout import unpack
 from hw.spec.numerics import linear as numpy_linear
 from hw.spec.numerics import quantise_activations
+from sw import pack
 from sw.errors import UserError
 from sw.pack import fit, integer_weights, prepare
 from tests.sw.linears import expected, random_activations, random_linear, same_bits
@@ -52,6 +53,39 @@ def test_stream_holds_the_layer(config, shape):
     assert same_bits(y, expected(config, linear, x))
 
 
+@pytest.mark.parametrize("bits", [5, 8])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", ["tile16", "tile16 fixed", "tile4 fixed"])
+def test_two_planes(name, shape, bits):
+    """Weights of up to twice the hardware's bits: exactly one weight of 8 bits with a scale of 12."""
+    config, rng = CONFIGS[name], np.random.default_rng(11)
+    if 2 * shape[1] > config.max_k:
+        pytest.skip("two planes are too long")
+    linear = random_linear(rng, *shape, bits=bits, zero_point=config.zero_point)
+    if config.zero_point == "fixed":
+        linear = replace(linear, zero_points=rng.uniform(-250, 255.9, linear.zero_points.shape).astype(np.float32))
+    layer = prepare(config, linear)
+    assert layer.planes == 2
+    weights = unpack(layer.layout, layer.beats)
+    high, low = np.split(weights.q, 2, axis=1)
+    assert np.array_equal((high << 4 | low)[:, : linear.k], linear.q)
+    x = random_activations(rng, 3, linear.k)
+    y = numpy_linear(config, weights, quantise_activations(config, layer.pad(x)))
+    assert same_bits(y, expected(config, linear, x))
+
+
+def test_rows_at_once(monkeypatch):
+    """Packing some rows at a time makes the same stream, and says where a row is that cannot be packed."""
+    config, linear = AcceleratorConfig(), random_linear(np.random.default_rng(12), 100, 64, 32, bits=8)
+    whole = prepare(config, linear).beats
+    monkeypatch.setattr(pack, "ROWS_AT_ONCE", 32)
+    assert np.array_equal(prepare(config, linear).beats, whole)
+    scales = linear.scales.copy()
+    scales[70] = 1e-42
+    with pytest.raises(UserError, match=r"^layer layer, rows from 64 on: the exponent of row 6 is -\d+, and"):
+        prepare(config, replace(linear, scales=scales))
+
+
 def test_groups_are_split_and_padded():
     config = AcceleratorConfig(tile=16, max_group_size=128)
     assert prepare(config, random_linear(np.random.default_rng(2), 4, 512, 512)).layout.groups == 4
@@ -81,7 +115,8 @@ def test_pad():
 @pytest.mark.parametrize(
     ("shape", "bits", "options", "message"),
     [
-        ((4, 64, 32), 8, {}, r"its weights have 8 bits, and weight_bits of the hardware is 4"),
+        ((4, 64, 32), 8, dict(weight_bits=3), r"its weights have 8 bits, and two planes of weight_bits \(3\) hold 6"),
+        ((4, 4128, 32), 8, {}, r"K is at most max_k \(8,192\), not 8,256"),
         ((4, 8224, 32), 4, {}, r"K is at most max_k \(8,192\), not 8,224"),
         ((4, 80, 40), 4, {}, r"group_size is a multiple of the tile \(16\), not 40"),
         ((4, 64, 16), 4, dict(tile=32), r"group_size is a multiple of the tile \(32\), not 16"),
@@ -103,6 +138,7 @@ def test_layer_that_does_not_fit(shape, bits, options, message):
         ("integer", 7.5, 'zero point 7.5 has a fraction: it takes hardware with zero_point="fixed"'),
         ("integer", -1.0, "zero point -1 is outside the field's 0 to 15"),
         ("fixed", 16.0, "zero point 16 is outside the field's -16 to 15.9995"),
+        ("fixed", 1e30, "zero point 1e+30 is outside every field"),
     ],
 )
 def test_zero_point_that_does_not_fit(zero_point, values, message):
