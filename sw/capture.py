@@ -8,10 +8,8 @@ activations to 8 bits itself and is no reference any more.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime
 
 from sw.errors import UserError, one_line
@@ -19,6 +17,7 @@ from sw.feeds import build_feeds
 from sw.linear import QuantizedLinear
 from sw.onnx_file import OnnxFile
 from sw.onnx_import import Linears
+from sw.onnx_session import exact_session
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,37 +65,6 @@ def capture_inputs(
             yield Captured(layer, x, y)
 
 
-def reference_session(
-    path: Path, model: onnx.ModelProto, extra_outputs: Sequence[str] = (), threads: int = 0
-) -> onnxruntime.InferenceSession:
-    """A CPU session for `model` (which is changed) with more outputs, its MatMulNBits nodes at accuracy_level 0.
-
-    path: the file that the model was loaded from; its external data is found beside it.
-    Raises UserError if onnxruntime refuses the model.
-    """
-    present = {output.name for output in model.graph.output}
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in extra_outputs if name not in present)
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
-                attribute.i = 0
-    options = onnxruntime.SessionOptions()
-    # Errors are raised as well, and reported once.
-    options.log_severity_level = 4
-    options.intra_op_num_threads = threads
-    for key, value in {
-        # Spinning threads would burn the processor that other work (the simulated device) needs between two runs.
-        "session.intra_op.allow_spinning": "0",
-        "session.qdq_matmulnbits_accuracy_level": "0",
-        "session.model_external_initializers_file_folder_path": str(path.absolute().parent),
-    }.items():
-        options.add_session_config_entry(key, value)
-    try:
-        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise UserError(f"{path}: onnxruntime refuses the model ({one_line(error)})") from error
-
-
 def _open(linears: Linears, threads: int) -> tuple[onnxruntime.InferenceSession, set[str]]:
     # Read again: the importer's copy of the graph stays as it is.
     model = OnnxFile(linears.file.path).model
@@ -104,7 +72,7 @@ def _open(linears: Linears, threads: int) -> tuple[onnxruntime.InferenceSession,
     model_inputs = {item.name for item in model.graph.input} - initializers
     names = dict.fromkeys(name for pair in linears.tensors for name in pair)
     outputs = [name for name in names if name not in model_inputs]
-    return reference_session(linears.file.path, model, outputs, threads), model_inputs
+    return exact_session(linears.file.path, model, outputs, threads), model_inputs
 
 
 def _batches(linears: Linears, rows: int, limit: int) -> Iterator[list[QuantizedLinear]]:

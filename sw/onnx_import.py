@@ -49,6 +49,11 @@ class Linears(Sequence[QuantizedLinear]):
         return [site.name for site in self._sites]
 
     @property
+    def nodes(self) -> list[onnx.NodeProto]:
+        """The graph's nodes that compute the layers."""
+        return [site.node for site in self._sites]
+
+    @property
     def tensors(self) -> list[tuple[str, str]]:
         """(input_name, output_name) of every layer, without reading weights."""
         return [(site.node.input[0], site.node.output[0]) for site in self._sites]

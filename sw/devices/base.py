@@ -128,6 +128,14 @@ class Device(Protocol):
         """Copies an array from the start of a buffer."""
         ...
 
+    def view(self, buffer: Buffer) -> np.ndarray:
+        """The buffer itself, uint8 [size], for activations and results that are not to be copied.
+
+        What is written there reaches the jobs that are submitted afterwards; results are there once their batch was
+        waited for. Weights go through `write`.
+        """
+        ...
+
     def prepare(self, jobs: Sequence[LinearJob]) -> PreparedBatch:
         """Checks a batch and works out what can be known about it, once for any number of submissions.
 
@@ -166,10 +174,16 @@ def result_bytes(layout: LayerLayout, tokens: int) -> int:
     return tokens * result_pitch(layout.n)
 
 
+def view_results(device: Device, job: LinearJob) -> np.ndarray:
+    """A job's results in the device's memory: float32 [M, N], rows at the results' pitch."""
+    size = result_bytes(job.layout, job.tokens)
+    rows = device.view(job.results)[:size].view(np.float32).reshape(job.tokens, -1)
+    return rows[:, : job.layout.n]
+
+
 def read_results(device: Device, job: LinearJob) -> np.ndarray:
-    """A finished job's results: float32 [M, N]."""
-    shape = job.tokens, result_pitch(job.layout.n) // FLOAT_BYTES
-    return device.read(job.results, np.float32, shape)[:, : job.layout.n]
+    """A copy of a finished job's results: float32 [M, N]."""
+    return view_results(device, job).copy()
 
 
 def weight_image(layout: LayerLayout, beats: np.ndarray) -> np.ndarray:

@@ -75,6 +75,11 @@ class BatchDevice(ABC):
         self._frees += 1
         self.memory.free(buffer)
 
+    def view(self, buffer: Buffer) -> np.ndarray:
+        """See Device."""
+        self._check_open()
+        return self.memory.view(buffer)
+
     def write(self, buffer: Buffer, values: np.ndarray) -> None:
         """See Device."""
         self._check_open()

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The keys and values of past tokens, between two calls of a decoder's graph.
+
+Where attention is onnxruntime's GroupQueryAttention, which appends in place, past and present are one buffer for all of
+the context, and a token costs no copy. Any other graph makes a new present from the past, which then becomes the past.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnxruntime import OrtValue
+
+from sw.errors import UserError
+from sw.feeds import DTYPES, empty_cache_shape
+from sw.onnx_file import OnnxFile
+
+ATTENTION = "GroupQueryAttention"
+PAST_INPUTS = {3: 1, 4: 2}
+"""Input of that operator -> its output that holds the same, longer."""
+RANK = 4
+
+
+@dataclass(frozen=True)
+class _Pair:
+    past: str
+    present: str
+    empty: np.ndarray
+
+
+class KvCache:
+    """The cache of one sequence.
+
+    context: tokens that it holds at most.
+    Raises UserError if inputs and outputs do not pair up.
+    """
+
+    def __init__(self, file: OnnxFile, context: int):
+        self._pairs = [_pair(file, name, present) for name, present in pair_names(file)]
+        self.in_place = bool(self._pairs) and all(_appends(file, pair) for pair in self._pairs)
+        self._values: dict[str, OrtValue] = {}
+        self._fixed: dict[str, OrtValue] = {}
+        if self.in_place:
+            for pair in self._pairs:
+                batch, heads, _, size = pair.empty.shape
+                buffer = OrtValue.ortvalue_from_numpy(np.zeros((batch, heads, context, size), pair.empty.dtype))
+                self._fixed[pair.past] = self._fixed[pair.present] = buffer
+        self.reset()
+
+    @property
+    def inputs(self) -> list[str]:
+        """The graph's inputs that it feeds."""
+        return [pair.past for pair in self._pairs]
+
+    @property
+    def outputs(self) -> list[str]:
+        """The graph's outputs that it takes."""
+        return [pair.present for pair in self._pairs]
+
+    @property
+    def fixed(self) -> dict[str, OrtValue]:
+        """Inputs and outputs that are always in the same place."""
+        return self._fixed
+
+    def feed(self) -> dict[str, OrtValue]:
+        """The inputs for the next tokens."""
+        return self._values
+
+    def take(self, values: dict[str, OrtValue]) -> None:
+        """Keeps what the graph made."""
+        if not self.in_place:
+            self._values = {pair.past: values[pair.present] for pair in self._pairs}
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        if not self.in_place:
+            self._values = {pair.past: OrtValue.ortvalue_from_numpy(pair.empty) for pair in self._pairs}
+
+
+def pair_names(file: OnnxFile) -> list[tuple[str, str]]:
+    """(past, present) of every cache tensor, by name where the names are the usual ones, else by their order."""
+    past = [item.name for item in _inputs(file) if _rank(item) == RANK]
+    outputs = [item.name for item in file.graph.output]
+    named = [(name, name.replace("past_key_values", "present")) for name in past]
+    if all(present in outputs for _, present in named):
+        return named
+    present = [item.name for item in file.graph.output if _rank(item) in (RANK, None) and item.name != outputs[0]]
+    if len(past) != len(present):
+        raise UserError(f"{file.path}: {len(past)} inputs are a KV cache, and {len(present)} outputs")
+    return list(zip(past, present))
+
+
+def _pair(file: OnnxFile, past: str, present: str) -> _Pair:
+    item = next(item for item in file.graph.input if item.name == past)
+    shape = [size.dim_value or size.dim_param for size in item.type.tensor_type.shape.dim]
+    name = onnx.TensorProto.DataType.Name(item.type.tensor_type.elem_type).lower()
+    dtype = DTYPES.get(f"tensor({name})")
+    if dtype not in (np.float32, np.float16):
+        raise UserError(f"{file.path}: the KV cache {past} is {name}, not float or float16")
+    return _Pair(past, present, np.zeros(empty_cache_shape(file, past, shape), dtype))
+
+
+def _appends(file: OnnxFile, pair: _Pair) -> bool:
+    readers = file.consumers.get(pair.past, [])
+    if len(readers) != 1 or readers[0].op_type != ATTENTION:
+        return False
+    places = [PAST_INPUTS[i] for i, name in enumerate(readers[0].input) if name == pair.past and i in PAST_INPUTS]
+    return len(places) == 1 and readers[0].output[places[0]] == pair.present
+
+
+def _inputs(file: OnnxFile) -> list[onnx.ValueInfoProto]:
+    initializers = {tensor.name for tensor in file.graph.initializer}
+    return [item for item in file.graph.input if item.name not in initializers]
+
+
+def _rank(item: onnx.ValueInfoProto) -> int | None:
+    kind = item.type.tensor_type
+    return len(kind.shape.dim) if kind.HasField("shape") else None

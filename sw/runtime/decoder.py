@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A language model, token by token: see the package."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from onnxruntime import OrtValue
+
+from sw.devices.base import Device
+from sw.errors import UserError
+from sw.feeds import DTYPES
+from sw.onnx_file import OnnxFile
+from sw.onnx_import import Linears, find_linears
+from sw.runtime.cache import KvCache
+from sw.runtime.cut import cut
+from sw.runtime.placement import Batch, place
+from sw.runtime.stages import Constants, StageSession, open_stage
+from sw.runtime.usage import Usage
+
+LOGITS = "logits"
+BLOCK = 64
+"""Tokens of one call where no hardware says how many."""
+Progress = Callable[[int, int, str], None]
+
+
+class Decoder:
+    """A decoder graph with a KV cache for one sequence.
+
+    Parameters
+    ----------
+    path: the ONNX file. Its inputs are input_ids, and attention_mask, position_ids and a KV cache where it has them.
+    device: computes every quantised linear layer; None: onnxruntime computes them as well, in float32.
+    context: tokens that the cache holds.
+    progress: called with (layers done, of all, name) while weights are packed into the device's memory.
+
+    Members
+    -------
+    block: most tokens of one call.
+    context, length: tokens that the cache can hold, and does.
+    usage: sums since it was opened.
+
+    Raises UserError for graphs that are no decoder, and for layers that the device cannot run.
+    """
+
+    def __init__(self, path: Path, device: Device | None, *, context: int, progress: Progress | None = None):
+        if context < 1:
+            raise UserError(f"the context is 1 token or more, not {context}")
+        linears = find_linears(path) if device else None
+        file = linears.file if linears else OnnxFile(path)
+        self.path = Path(path)
+        self.block = device.config.max_tokens if device else BLOCK
+        self.context, self.length = context, 0
+        self.usage = Usage()
+        self._inputs = _input_types(file)
+        outputs = [item.name for item in file.graph.output]
+        self._logits = LOGITS if LOGITS in outputs else outputs[0]
+        self._cache = KvCache(file, context)
+        self._check_inputs()
+        # (tokens, last token alone) -> tensors that such a call always has in the same place.
+        self._places: dict[tuple[int, bool], dict[str, OrtValue]] = {}
+        stages = cut(file, linears.nodes if linears else [], [self._logits, *self._cache.outputs])
+        constants = Constants(file, stages)
+        types = {name: kind for name, kind in self._inputs.items()}
+        self._steps: list[tuple[StageSession | None, Batch | None]] = []
+        done = 0
+        for stage in stages:
+            session = open_stage(file, stage, constants, types) if stage.nodes else None
+            types.update(session.types if session else {})
+            batch = None
+            if device and linears and stage.accelerated:
+                batch, done = self._place(device, linears, stage.accelerated, done, progress)
+                types.update((linears.tensors[i][1], types[linears.tensors[i][0]]) for i in stage.accelerated)
+            self._steps.append((session, batch))
+
+    def _place(
+        self, device: Device, linears: Linears, indices: Sequence[int], done: int, progress: Progress | None
+    ) -> tuple[Batch, int]:
+        layers = []
+        for index in indices:
+            if progress:
+                progress(done, len(linears), linears.names[index])
+            layers.append(place(device, linears[index]))
+            done += 1
+        # Nobody else reads the logits, so what nobody asked for need not be computed.
+        heads = frozenset(layer.name for layer in layers if layer.output_name == self._logits)
+        return Batch(device, layers, heads), done
+
+    def forward(self, ids: Sequence[int], every: bool = False) -> np.ndarray:
+        """The logits after each of 1 to `block` more tokens if `every`, else after the last: float32 [M or 1, vocab].
+
+        Raises UserError if they are too many for one call or for the context, or if a layer's activations are not
+        finite. After an exception the cache is that of before.
+        """
+        tokens, total = len(ids), self.length + len(ids)
+        if not 1 <= tokens <= self.block:
+            raise UserError(f"a call takes 1 to {self.block} tokens, not {tokens}")
+        if total > self.context:
+            raise UserError(f"the context holds {self.context} tokens, and these would be {total}")
+        last = not every
+        values, places = self._feeds(ids, total), self._places.setdefault((tokens, last), dict(self._cache.fixed))
+        for session, batch in self._steps:
+            if session:
+                start = time.perf_counter()
+                session.run((tokens, last), values, places)
+                self.usage.onnxruntime += time.perf_counter() - start
+            if batch:
+                batch.run(tokens, last, values, places, self.usage)
+        start = time.perf_counter()
+        self._cache.take(values)
+        self.length = total
+        self.usage.tokens += tokens
+        logits = values[self._logits].numpy()
+        logits = logits.reshape(-1, logits.shape[-1])[-(1 if last else tokens) :].astype(np.float32)
+        self.usage.conversion += time.perf_counter() - start
+        return logits
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        self._cache.reset()
+        self.length = 0
+
+    def close(self) -> None:
+        """Gives sessions and buffers of the host back; what is in the device's memory goes with the device."""
+        self._steps.clear()
+        self._places.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _feeds(self, ids: Sequence[int], total: int) -> dict[str, OrtValue]:
+        feeds = {
+            "input_ids": np.asarray(ids, np.int64)[None],
+            "attention_mask": np.ones((1, total), np.int64),
+            "position_ids": np.arange(self.length, total)[None],
+        }
+        values = dict(self._cache.feed())
+        for name, array in feeds.items():
+            if name in self._inputs:
+                array = np.ascontiguousarray(array, DTYPES[self._inputs[name]])
+                values[name] = OrtValue.ortvalue_from_numpy(array)
+        return values
+
+    def _check_inputs(self) -> None:
+        known = {"input_ids", "attention_mask", "position_ids", *self._cache.inputs}
+        if "input_ids" not in self._inputs:
+            raise UserError(f"{self.path} is no decoder: it has no input input_ids")
+        if not self._cache.inputs:
+            raise UserError(f"{self.path} has no KV cache: export it with past_key_values as inputs")
+        for name, kind in self._inputs.items():
+            if name not in known or kind not in DTYPES:
+                raise UserError(f"{self.path}: input {name} ({kind}) is none that a decoder has")
+
+
+def _input_types(file: OnnxFile) -> dict[str, str]:
+    """The graph's inputs in onnxruntime's words."""
+    import onnx
+
+    initializers = {tensor.name for tensor in file.graph.initializer}
+    types = {}
+    for item in file.graph.input:
+        if item.name not in initializers:
+            name = onnx.TensorProto.DataType.Name(item.type.tensor_type.elem_type).lower()
+            types[item.name] = f"tensor({name})"
+    return types
