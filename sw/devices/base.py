@@ -7,7 +7,7 @@ those of hw.spec.numerics, bit for bit, on all devices.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -57,8 +57,7 @@ class LinearJob:
     reuse: bool = False
 
 
-@dataclass(frozen=True)
-class Completion:
+class Completion(NamedTuple):
     """What a finished job took.
 
     Members

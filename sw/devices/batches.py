@@ -164,8 +164,10 @@ class BatchDevice(ABC):
     def _step(self, batch: _Running) -> None:
         """Looks after the first batch of the queue once, in the turn of the caller."""
         try:
-            completion = next(batch.work)
-        except StopIteration:
+            for completion in batch.work:
+                if completion is None:
+                    return
+                batch.completions.append(completion)
             batch.done = True
         except BaseException as error:
             batch.done = True
@@ -173,9 +175,6 @@ class BatchDevice(ABC):
             batch.failure = DeviceError(f"batch {batch.ticket} was interrupted") if interrupted else error
             if interrupted:
                 raise
-        else:
-            if completion is not None:
-                batch.completions.append(completion)
         finally:
             if batch.done:
                 self._queue.popleft()

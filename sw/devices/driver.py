@@ -6,13 +6,16 @@ from collections.abc import Iterator, Sequence
 from hw.spec.config import AcceleratorConfig
 from hw.spec.descriptor import DESCRIPTOR_WORDS, Descriptor
 from hw.spec.refusal import refusal
-from hw.spec.registers import ERROR_TEXTS, IDENTIFICATION, VERSION, ErrorCode, config_digest
+from hw.spec.registers import ERROR_TEXTS, IDENTIFICATION, VERSION, ErrorCode, config_digest, offset
 from sw.devices.base import Buffer, Completion, DeviceError, LinearJob, PreparedBatch
 from sw.devices.batches import BatchDevice
 from sw.devices.platform import Platform, Registers, mask
 
 PATIENCE = 8
 """Times the hardware's own timeout without any progress until the driver gives up too."""
+WINDOW = [(word, offset("descriptor", word)) for word in range(DESCRIPTOR_WORDS)]
+"""Index and offset of the words of a descriptor."""
+PUSH = {offset("control"): mask("control", "push")}
 COUNTERS = ("busy", "beats", "starved_weights", "starved_activations", "starved_output")
 
 
@@ -53,8 +56,7 @@ class AcceleratorDevice(BatchDevice):
     def encode(self, jobs: Sequence[LinearJob]) -> list[list[int]]:
         """See BatchDevice: the descriptors' words."""
         # One interrupt for a batch, unless its end is not even in the queue by the time of the first.
-        often = len(jobs) > self._capabilities["queue_depth"]
-        last = len(jobs) - 1
+        often, last = len(jobs) > self._capabilities["queue_depth"], len(jobs) - 1
         return [descriptor(job, often or index == last).to_words() for index, job in enumerate(jobs)]
 
     def run(self, batch: PreparedBatch) -> Iterator[Completion | None]:
@@ -73,7 +75,7 @@ class AcceleratorDevice(BatchDevice):
         if registers.read("status") & self._busy:
             # Left over from a batch that was given up.
             self._reset()
-        base, pushed, done = registers.read("completed"), 0, 0
+        base, pushed, done = self._completed, 0, 0
         before, then, watch = 0, clock(), None
         while done < len(jobs):
             while pushed < len(jobs) and pushed - done < capabilities["completions"] and self._has_room(pushed - done):
@@ -84,17 +86,21 @@ class AcceleratorDevice(BatchDevice):
             yield None
             if self.platform.wait_interrupt():
                 registers.set("interrupt_pending", "done")
-            if registers.read("status") & self._error:
-                self._fail(jobs, descriptors)
-            completed = (registers.read("completed") - base) % (1 << 32)
-            if completed == done:
-                watch = watch or _Watch(self)
-                watch.check(jobs[done], done)
+            self._completed = registers.read("completed")
+            completed = (self._completed - base) % (1 << 32)
             for index in range(done, completed):
                 cycle = registers.read("completion_cycles", (base + index) % capabilities["completions"])
                 now = clock()
                 yield Completion(jobs[index].name, (cycle - before) % (1 << 32), jobs[index].layout.beats, now - then)
-                before, then, done = cycle, now, index + 1
+                before, then = cycle, now
+            # Completed jobs are good even if one behind them has failed.
+            if completed < len(jobs):
+                if registers.read("status") & self._error:
+                    self._fail(jobs, descriptors)
+                if completed == done:
+                    watch = watch or _Watch(self)
+                    watch.check(jobs[done], done)
+            done = completed
 
     def _identify(self, config: AcceleratorConfig) -> None:
         found = self.registers.read("identification")
@@ -119,10 +125,10 @@ class AcceleratorDevice(BatchDevice):
 
     def _push(self, words: list[int]) -> None:
         # The window keeps what was written: neighbouring layers differ in a few words.
-        new = [index for index, word in enumerate(words) if self._window[index] != word]
-        self.registers.write_words("descriptor", {index: words[index] for index in new})
+        window = self._window
+        new = {offset: words[index] for index, offset in WINDOW if window[index] != words[index]}
         self._window = words
-        self.registers.set("control", "push")
+        self.platform.write_registers(new | PUSH)
 
     def _fail(self, jobs: Sequence[LinearJob], descriptors: list[list[int]]) -> None:
         """Raises DeviceError for what stopped the accelerator, after making it fit for the next batch."""
@@ -160,6 +166,7 @@ class AcceleratorDevice(BatchDevice):
             watch.check(None, 0)
             self.platform.wait_interrupt()
         self.registers.set("interrupt_pending", "done", "error")
+        self._completed = self.registers.read("completed")
 
 
 class _Watch:

@@ -54,10 +54,9 @@ class Registers:
 
     def read(self, name: str, word: int = 0) -> int:
         """A register's value, all 64 bits of a wide one."""
-        value = self._platform.read_register(offset(name, word))
-        if BY_NAME[name].wide:
-            value |= self._platform.read_register(offset(name, 1)) << 32
-        return value
+        low, high = _places(name, word)
+        value = self._platform.read_register(low)
+        return value if high is None else value | self._platform.read_register(high) << 32
 
     def fields(self, name: str) -> dict[str, int]:
         """A register's fields."""
@@ -68,12 +67,6 @@ class Registers:
         """Writes a register."""
         self._platform.write_register(offset(name, word), value)
 
-    def write_words(self, name: str, values: Mapping[int, int]) -> None:
-        """Writes some words of a register that has many, by their index."""
-        if values:
-            start = offset(name)
-            self._platform.write_registers({start + 4 * word: value for word, value in values.items()})
-
     def set(self, name: str, *fields: str) -> None:
         """Writes a register with all bits of these fields set and the others 0."""
         self.write(name, mask(name, *fields))
@@ -83,3 +76,9 @@ class Registers:
 def mask(register: str, *fields: str) -> int:
     """A register's value with all bits of these fields set and the others 0."""
     return sum(BY_NAME[register].field(field).mask for field in fields)
+
+
+@cache
+def _places(name: str, word: int) -> tuple[int, int | None]:
+    """Offsets of a register's word and, of a wide one, of its high word."""
+    return offset(name, word), offset(name, 1) if BY_NAME[name].wide else None

@@ -15,7 +15,7 @@ from sw.feeds import DTYPES
 from sw.onnx_file import OnnxFile
 from sw.onnx_import import Linears, find_linears
 from sw.runtime.cache import KvCache
-from sw.runtime.cut import cut
+from sw.runtime.cut import Stage, cut
 from sw.runtime.placement import Batch, place
 from sw.runtime.stages import Constants, StageSession, open_stage
 from sw.runtime.usage import Usage
@@ -63,7 +63,7 @@ class Decoder:
         self._places: dict[tuple[int, bool], dict[str, OrtValue]] = {}
         stages = cut(file, linears.nodes if linears else [], [self._logits, *self._cache.outputs])
         constants = Constants(file, stages)
-        types = {name: kind for name, kind in self._inputs.items()}
+        types = dict(self._inputs)
         self._steps: list[tuple[StageSession | None, Batch | None]] = []
         done = 0
         for stage in stages:
@@ -71,22 +71,22 @@ class Decoder:
             types.update(session.types if session else {})
             batch = None
             if device and linears and stage.accelerated:
-                batch, done = self._place(device, linears, stage.accelerated, done, progress)
+                batch, done = self._place(device, linears, stage, done, progress)
                 types.update((linears.tensors[i][1], types[linears.tensors[i][0]]) for i in stage.accelerated)
             self._steps.append((session, batch))
 
     def _place(
-        self, device: Device, linears: Linears, indices: Sequence[int], done: int, progress: Progress | None
+        self, device: Device, linears: Linears, stage: Stage, done: int, progress: Progress | None
     ) -> tuple[Batch, int]:
         layers = []
-        for index in indices:
+        for index in stage.accelerated:
             if progress:
                 progress(done, len(linears), linears.names[index])
             layers.append(place(device, linears[index]))
             done += 1
         # Nobody else reads the logits, so what nobody asked for need not be computed.
         heads = frozenset(layer.name for layer in layers if layer.output_name == self._logits)
-        return Batch(device, layers, heads), done
+        return Batch(device, layers, heads, frozenset(stage.outputs)), done
 
     def forward(self, ids: Sequence[int], every: bool = False) -> np.ndarray:
         """The logits after each of 1 to `block` more tokens if `every`, else after the last: float32 [M or 1, vocab].
@@ -100,7 +100,8 @@ class Decoder:
         if total > self.context:
             raise UserError(f"the context holds {self.context} tokens, and these would be {total}")
         last = not every
-        values, places = self._feeds(ids, total), self._places.setdefault((tokens, last), dict(self._cache.fixed))
+        places = self._places.setdefault((tokens, last), dict(self._cache.fixed))
+        values = places | self._feeds(ids, total)
         for session, batch in self._steps:
             if session:
                 start = time.perf_counter()

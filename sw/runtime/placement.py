@@ -2,7 +2,7 @@
 """A model's linear layers in a device's memory, and the batches that run those between two stages."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -63,10 +63,11 @@ def place(device: Device, linear: QuantizedLinear) -> Placed:
 class Batch:
     """The layers that follow one stage: submitted together, and one behind the other where they share activations.
 
-    last_only: layers of which a caller may want the last token alone, the head.
+    last_only: layers of which a caller may want the last token alone, the head. made: tensors that the stage before
+    makes, in a place of our choice.
     """
 
-    def __init__(self, device: Device, layers: Sequence[Placed], last_only: frozenset[str]):
+    def __init__(self, device: Device, layers: Sequence[Placed], last_only: frozenset[str], made: frozenset[str]):
         self._device = device
         tokens = device.config.max_tokens
         self._groups: list[tuple[Buffer, list[tuple[Placed, Buffer]]]] = []
@@ -74,7 +75,7 @@ class Batch:
             members = [(layer, device.alloc(result_bytes(layer.layout, tokens))) for layer in same]
             layout = members[0][0].layout
             self._groups.append((device.alloc(FLOAT_BYTES * tokens * layout.k), members))
-        self._last_only = last_only
+        self._last_only, self._made = last_only, made
         self._runs: dict[tuple[int, bool], _Run] = {}
 
     def run(
@@ -82,19 +83,20 @@ class Batch:
     ) -> None:
         """From the activations in `values` to the results in it.
 
-        last: compute the last token alone where `last_only` allows it. places: gets the tensors that calls with the same
-        `tokens` and `last` always have in the same place.
+        last: compute the last token alone where `last_only` allows it. places: gets the tensors that calls with the
+        same `tokens` and `last` always have in the same place.
         """
+        start = time.perf_counter()
         run = self._runs.get((tokens, last))
         if run is None:
             run = self._runs[tokens, last] = self._prepare(tokens, last, values)
             places.update(run.fixed)
-        start = time.perf_counter()
+            values.update(run.fixed)
         run.take(values)
         taken, device = time.perf_counter(), self._device.seconds
         completions = self._device.wait(self._device.submit(run.batch), TIMEOUT)
         waited, device = time.perf_counter(), self._device.seconds - device
-        run.give(values)
+        run.give()
         usage.conversion += taken - start + time.perf_counter() - waited
         usage.driver += waited - taken - device
         usage.device += device
@@ -111,7 +113,8 @@ class Batch:
             only_last = last and first.name in self._last_only
             rows = 1 if only_last else tokens
             view = self._device.view(activations)[: FLOAT_BYTES * rows * first.layout.k].view(np.float32)
-            run.add_input(first, like, view.reshape(rows, first.planes, -1))
+            direct = first.input_name in self._made and first.input_name not in run.fixed
+            run.add_input(first, like, view.reshape(rows, first.planes, -1), direct)
             for index, (layer, results) in enumerate(members):
                 job = LinearJob(layer.name, layer.layout, rows, layer.weights, activations, results, index > 0)
                 shape = (*like.shape[:-2], rows, layer.layout.n) if like.ndim > 1 else (rows, layer.layout.n)
@@ -127,60 +130,53 @@ class _Run:
     Members
     -------
     batch: as the device prepared it.
-    fixed: tensors that lie where onnxruntime and the device both reach them, or are copied from and to one place.
+    fixed: tensors that are always in the same place.
     """
 
     batch: PreparedBatch
 
     def __init__(self) -> None:
         self.fixed: dict[str, OrtValue] = {}
-        self._before: list[Callable[[dict[str, OrtValue]], None]] = []
-        self._after: list[Callable[[], None]] = []
+        self._before: list[tuple[str, np.ndarray]] = []
+        self._after: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
 
-    def add_input(self, layer: Placed, like: np.ndarray, view: np.ndarray) -> None:
-        """like: the activations of this call. view: [M, planes, padded K] in the device's memory."""
-        name, k = layer.input_name, layer.k
-        rows = len(view)
-        view[:, :, k:] = 0
+    def add_input(self, layer: Placed, value: np.ndarray, view: np.ndarray, direct: bool) -> None:
+        """value: the activations of this call. view: [M, planes, padded K] in the device's memory.
 
-        def copy(values: dict[str, OrtValue]) -> None:
-            if values[name].data_ptr() != address:
-                view[:, :, :k] = float_array(values[name]).reshape(-1, 1, k)[-rows:]
-
-        direct = view.shape[1:] == (1, k) and rows * k == like.size and like.dtype == np.float32
-        address = view.ctypes.data if direct else 0
-        if direct:
-            self.fixed[name] = OrtValue.ortvalue_from_numpy(view.reshape(like.shape))
-        self._before.append(copy)
+        direct: whether the tensor may lie there from now on.
+        """
+        rows, planes, padded = view.shape
+        view[:, :, layer.k :] = 0
+        source = value.reshape(-1, 1, layer.k)[-rows:]
+        if direct and (planes, padded) == (1, layer.k) and source.size == value.size and value.dtype == np.float32:
+            view[:] = source
+            self.fixed[layer.input_name] = OrtValue.ortvalue_from_numpy(view.reshape(value.shape))
+        else:
+            self._before.append((layer.input_name, view[:, :, : layer.k]))
 
     def add_output(self, layer: Placed, shape: Sequence[int], dtype: np.dtype, view: np.ndarray) -> None:
-        """view: [M, N] in the device's memory."""
-        bias = layer.bias
+        """shape, dtype: of the tensor. view: [M, N] in the device's memory."""
         if dtype == np.float32 and view.flags.c_contiguous:
-            array = view.reshape(shape)
-            if bias is not None:
-                self._after.append(lambda: np.add(view, bias, out=view))
+            rows = view
         else:
-            array = np.empty(shape, dtype)
-            rows = array.reshape(view.shape)
-            if bias is not None:
-                self._after.append(lambda: np.add(view, bias, out=rows, casting="same_kind"))
-            else:
-                self._after.append(lambda: np.copyto(rows, view, casting="same_kind"))
-        self.fixed[layer.output_name] = OrtValue.ortvalue_from_numpy(array)
-        self._outputs = [*getattr(self, "_outputs", []), layer.output_name]
+            rows = np.empty(view.shape, dtype)
+        if rows is not view or layer.bias is not None:
+            self._after.append((rows, view, layer.bias))
+        self.fixed[layer.output_name] = OrtValue.ortvalue_from_numpy(rows.reshape(shape))
 
     def take(self, values: dict[str, OrtValue]) -> None:
         """Puts activations where the device reads them, if they are not there already."""
-        for copy in self._before:
-            copy(values)
+        for name, view in self._before:
+            rows, _, k = view.shape
+            view[:] = float_array(values[name]).reshape(-1, 1, k)[-rows:]
 
-    def give(self, values: dict[str, OrtValue]) -> None:
+    def give(self) -> None:
         """Makes results what the graph expects."""
-        for finish in self._after:
-            finish()
-        for name in self._outputs:
-            values[name] = self.fixed[name]
+        for rows, view, bias in self._after:
+            if bias is None:
+                rows[:] = view
+            else:
+                np.add(view, bias, out=rows, casting="same_kind")
 
 
 def _operands(layer: Placed) -> tuple:

@@ -3,6 +3,7 @@
 
 import os
 from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -28,6 +29,15 @@ ELEMENTS = {
 }
 
 
+@dataclass
+class _Bound:
+    """A binding, and what has to be bound anew for every run. outputs: (index among the stage's, name)."""
+
+    binding: onnxruntime.IOBinding
+    inputs: list[str]
+    outputs: list[tuple[int, str]]
+
+
 class StageSession:
     """One stage: a session, and for every kind of call a binding to buffers that stay where they are.
 
@@ -42,7 +52,7 @@ class StageSession:
         self.session = session
         self.types = {item.name: item.type for item in session.get_outputs()}
         self._constants = constants
-        self._bindings: dict[Hashable, tuple[onnxruntime.IOBinding, set[str]]] = {}
+        self._bound: dict[Hashable, _Bound] = {}
 
     def run(self, call: Hashable, values: dict[str, OrtValue], fixed: Mapping[str, OrtValue]) -> None:
         """Computes the outputs into `values`, from inputs in it.
@@ -50,33 +60,33 @@ class StageSession:
         call: what decides about the shapes of the tensors in `fixed`, which are always in the same place.
         Raises UserError if onnxruntime fails.
         """
-        binding, bound = self._binding(call)
-        stage = self.stage
-        for name in stage.inputs:
-            if name not in bound:
-                binding.bind_ortvalue_input(name, fixed[name] if name in fixed else values[name])
-                if name in fixed:
-                    bound.add(name)
-        for name in stage.outputs:
-            if name not in bound:
-                if name in fixed:
-                    binding.bind_ortvalue_output(name, fixed[name])
-                    bound.add(name)
-                else:
-                    binding.bind_output(name, "cpu")
+        bound = self._bound.get(call)
+        if bound is None:
+            bound = self._bound[call] = self._bind()
+        binding = bound.binding
+        for name in bound.inputs:
+            binding.bind_ortvalue_input(name, values[name])
+        for _, name in bound.outputs:
+            if name in fixed:
+                binding.bind_ortvalue_output(name, fixed[name])
+            else:
+                binding.bind_output(name, "cpu")
         try:
             self.session.run_with_iobinding(binding)
         except Exception as error:
             raise UserError(f"onnxruntime failed to run the model ({one_line(error)})") from error
-        values.update(zip(stage.outputs, binding.get_outputs()))
+        if bound.outputs:
+            made = binding.get_outputs()
+            for index, name in bound.outputs:
+                values[name] = made[index]
+        bound.inputs = [name for name in bound.inputs if name not in fixed]
+        bound.outputs = [(index, name) for index, name in bound.outputs if name not in fixed]
 
-    def _binding(self, call: Hashable) -> tuple[onnxruntime.IOBinding, set[str]]:
-        if call not in self._bindings:
-            binding = self.session.io_binding()
-            for name, value in self._constants.items():
-                binding.bind_ortvalue_input(name, value)
-            self._bindings[call] = binding, set()
-        return self._bindings[call]
+    def _bind(self) -> _Bound:
+        binding = self.session.io_binding()
+        for name, value in self._constants.items():
+            binding.bind_ortvalue_input(name, value)
+        return _Bound(binding, self.stage.inputs, list(enumerate(self.stage.outputs)))
 
 
 class Constants:

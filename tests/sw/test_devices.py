@@ -239,14 +239,15 @@ def test_timeout(device):
     rng = np.random.default_rng(9)
     linear, x = layer(device, rng, 400, 1000, 64, name="/model/q_proj"), random_activations(rng, 5, 1000)
     job = make_job(device, linear, x)
-    ticket = device.submit([job] * 10)
+    # More than a simulation does at one time.
+    ticket = device.submit([job] * 15)
     message = (
         rf"^device {device.name}: batch {ticket} took longer than 0.001 s,"
-        r" \d of 10 jobs are done, waiting for the results of layer /model/q_proj$"
+        r" \d+ of 15 jobs are done, waiting for the results of layer /model/q_proj$"
     )
     with pytest.raises(DeviceError, match=message):
         device.wait(ticket, 0.001)
-    assert len(device.wait(ticket, TIMEOUT)) == 10
+    assert len(device.wait(ticket, TIMEOUT)) == 15
     assert same_bits(read_results(device, job), expected(device.config, linear, x))
     free_jobs(device, job)
 

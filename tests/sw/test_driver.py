@@ -207,7 +207,7 @@ def test_counters_wrap():
     platform = FakePlatform()
     with FakeDevice(CONFIG, platform) as device:
         platform.cycles = 3 * (1 << 32) - 5 * platform.took // 2
-        platform.completed = (1 << 32) - 8
+        platform.completed = device._completed = (1 << 32) - 8
         for count in (5, 20):
             completions = device.wait(device.submit(some_jobs(device, count)), TIMEOUT)
             assert [item.cycles for item in completions] == [platform.took] * count
