@@ -36,7 +36,8 @@ class Stage:
 def cut(file: OnnxFile, accelerated: Sequence[onnx.NodeProto], outputs: Sequence[str]) -> list[Stage]:
     """The stages of a graph, in order; after each, its accelerated nodes run. Only what `outputs` need is kept.
 
-    accelerated: nodes of the graph; their first input and first output are their tensors.
+    accelerated: nodes of the graph; their first input and first output are their tensors. One whose input is constant
+    stays what it is.
     """
     places = {node.output[0]: index for index, node in enumerate(accelerated)}
     needed = _needed(file, places, outputs)
@@ -50,10 +51,10 @@ def cut(file: OnnxFile, accelerated: Sequence[onnx.NodeProto], outputs: Sequence
         index = next((places[name] for name in node.output if name in places), None)
         read = node.input[:1] if index is not None else list(reads(node))
         dynamic = [made[name] for name in read if name in made]
-        if not dynamic and index is None:
+        if not dynamic:
             constant.update(dict.fromkeys(node.output, node))
             continue
-        number = max(dynamic, default=0)
+        number = max(dynamic)
         if index is not None:
             stages[number].accelerated.append(index)
             number += 1

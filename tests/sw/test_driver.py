@@ -234,7 +234,7 @@ def test_descriptor_window():
         run(jobs[0], jobs[0])
         run(jobs[1])
         run(jobs[0], jobs[1], jobs[2], jobs[2])
-    # All of them; none; the flags, as only a batch's last descriptor raises the interrupt, there and back; the address of
+    # All; none; the flags, as only a batch's last descriptor raises the interrupt, there and back; the address of
     # the results; that three times, and the flags.
     assert written == [(DESCRIPTOR_WORDS, 1), (0, 1), (2, 2), (1, 1), (5, 4)]
 

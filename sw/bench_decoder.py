@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole models under the benchmarks: cycles and host time of a token, peak memory, and whether devices agree.
+
+    python -m sw.bench_decoder MODEL DEVICE OUT.npz [--tokens N]
+
+is what `sw.bench` starts for every device, as peak memory is that of a process: it computes a short prompt and N tokens
+one by one, and saves all logits and the figures.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from hw.spec.config import AcceleratorConfig
+from hw.spec.registers import (
+    BY_NAME,
+    COMPLETIONS,
+    IDENTIFICATION,
+    QUEUE_DEPTH,
+    VERSION,
+    WINDOW_BYTES,
+    config_digest,
+    offset,
+)
+from sw.devices import Device, open_device
+from sw.devices.arena import MEMORY_BYTES, Arena, anonymous_memory
+from sw.devices.driver import AcceleratorDevice
+from sw.devices.platform import mask
+from sw.errors import UserError, run_cli
+from sw.hardware_options import FABRIC_HZ, ONNXRUNTIME, choose_config, layer_shapes
+from sw.models import cache_directory, resolve_model
+from sw.onnx_import import find_linears
+from sw.runtime import Decoder, Usage
+
+PROMPT = tuple(range(40, 48))
+CONTEXT = 256
+SMOLLM2 = "smollm2"
+HOST_TOKENS = 64
+INSTANT = "instant"
+TIMEOUT = 1800
+CAPABILITIES = {"queue_depth": QUEUE_DEPTH, "completions": COMPLETIONS}
+
+
+class InstantPlatform:
+    """Registers without an accelerator: whatever is pushed is complete at once, and nothing is computed.
+
+    With it a decoder takes what the host takes for a token beside a board, which uses no processor time. Implements
+    sw.devices.platform.Platform.
+    """
+
+    def __init__(self, config: AcceleratorConfig):
+        self.memory = Arena(anonymous_memory(MEMORY_BYTES))
+        self.seconds = 0.0
+        self._control, self._completed = offset("control"), offset("completed")
+        self._push = mask("control", "push")
+        fields = BY_NAME["capabilities"].field
+        capabilities = sum(value << fields(name).low for name, value in CAPABILITIES.items())
+        self._values = dict.fromkeys(range(0, WINDOW_BYTES, 4), 0) | {
+            offset("identification"): IDENTIFICATION,
+            offset("version"): VERSION,
+            offset("config_digest"): config_digest(config),
+            offset("capabilities"): capabilities,
+        }
+
+    def read_register(self, offset: int) -> int:
+        """See Platform."""
+        return self._values[offset]
+
+    def write_register(self, offset: int, value: int) -> None:
+        """See Platform."""
+        self._values[offset] = value
+        if offset == self._control and value & self._push:
+            self._values[self._completed] += 1
+
+    def write_registers(self, offsets_and_values: Mapping[int, int]) -> None:
+        """See Platform."""
+        for register, value in offsets_and_values.items():
+            self.write_register(register, value)
+
+    def wait_interrupt(self) -> bool:
+        """See Platform."""
+        return True
+
+    def clock(self) -> float:
+        """See Platform."""
+        return 0.0
+
+    def close(self) -> None:
+        """See Platform."""
+
+
+class InstantDevice(AcceleratorDevice):
+    """The driver on such a platform."""
+
+    name = INSTANT
+
+    def __init__(self, config: AcceleratorConfig):
+        super().__init__(config, InstantPlatform(config))
+
+
+def _open(name: str, path: Path) -> Device | None:
+    if name == ONNXRUNTIME:
+        return None
+    options: dict[str, int | str] = AcceleratorConfig().to_dict() | {"weight_bits": "auto", "zero_point": "auto"}
+    config = choose_config(layer_shapes(find_linears(path)), options)
+    return InstantDevice(config) if name == INSTANT else open_device(name, **config.to_dict())
+
+
+def run(model: str, name: str, out: Path, tokens: int) -> None:
+    """Runs a model and saves logits [tokens + 1, vocab] and the figures."""
+    path = resolve_model(model)
+    device = _open(name, path)
+    with Decoder(path, device, context=CONTEXT) as decoder:
+        logits, usages = [decoder.forward(PROMPT)], []
+        for index in range(tokens):
+            before = decoder.usage.copy()
+            logits.append(decoder.forward([PROMPT[index % len(PROMPT)]]))
+            usages.append(asdict(decoder.usage.since(before)))
+    if device:
+        device.close()
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    np.savez(out, logits=np.concatenate(logits), figures=json.dumps({"usages": usages, "peak_bytes": peak}))
+
+
+def measure(model: str, name: str, tokens: int) -> tuple[np.ndarray, list[Usage], int]:
+    """Logits, what each token took, and the peak memory in bytes, of a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.npz"
+        command = [sys.executable, "-m", "sw.bench_decoder", model, name, str(out), "--tokens", str(tokens)]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT, check=False)
+        if done.returncode:
+            raise UserError(f"{model} on {name}: {done.stderr.strip().splitlines()[-1:]}")
+        with np.load(out) as saved:
+            figures = json.loads(str(saved["figures"]))
+            return saved["logits"], [Usage(**usage) for usage in figures["usages"]], figures["peak_bytes"]
+
+
+def measure_host() -> list[dict]:
+    """Host milliseconds of a token of SmolLM2, medians: beside a board that answers at once, and beside a simulation.
+
+    The simulation runs on the same processor and fills its caches with its own.
+    """
+    rows = []
+    for name, tokens in ((INSTANT, HOST_TOKENS), ("rtl", HOST_TOKENS // 8)):
+        _, usages, peak = measure(SMOLLM2, name, tokens)
+        parts = {
+            part: 1e3 * median(getattr(usage, part) for usage in usages)
+            for part in ("onnxruntime", "conversion", "driver")
+        }
+        host = 1e3 * median(usage.host for usage in usages)
+        rows.append({"model": SMOLLM2, "device": name, **parts, "host": host, "peak_bytes": peak})
+    return rows
+
+
+def qwen_folder() -> Path:
+    """A model of Qwen2.5-0.5B's shape with random weights, made on first use: see sw.synthetic."""
+    from sw.synthetic import write_qwen2_awq
+
+    folder = cache_directory() / "synthetic-qwen2.5-0.5b-awq"
+    if not folder.is_dir():
+        write_qwen2_awq(folder)
+    return folder
+
+
+def measure_qwen() -> dict:
+    """One token of Qwen2.5-0.5B's shape, after a prompt of 8: on the simulated RTL, the reference and onnxruntime."""
+    model = str(qwen_folder())
+    logits, usages, peaks = {}, {}, {}
+    for name in ("rtl", "reference", ONNXRUNTIME):
+        logits[name], usages[name], peaks[name] = measure(model, name, 1)
+    usage, expected = usages["rtl"][0], logits[ONNXRUNTIME]
+    error = np.abs(logits["rtl"] - expected).max() / np.abs(expected).max()
+    return {
+        "cycles": usage.cycles,
+        "beats": usage.beats,
+        "port_fraction": usage.beats / usage.cycles,
+        "tokens_per_second": FABRIC_HZ / usage.cycles,
+        "equals_reference": bool(np.array_equal(logits["rtl"].view(np.uint32), logits["reference"].view(np.uint32))),
+        "relative_error": float(error),
+        "peak_bytes": peaks,
+    }
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m sw.bench_decoder")
+    parser.add_argument("model")
+    parser.add_argument("device")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--tokens", type=int, default=1)
+    options = parser.parse_args()
+    run(options.model, options.device, options.out, options.tokens)
+
+
+if __name__ == "__main__":
+    run_cli(main)
