@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m sw.bench``: simulated cycles of real layers and of a whole token, and how fast the tools are.
+"""``python -m sw.bench``: simulated cycles of real layers and of whole models, and how fast the tools are.
 
 Cycles are exact and the same on every machine; seconds and cycles per second are this machine's. Useful bytes are those
 of weights, scales, zero points and row exponents without any padding; the port limit is that all ports carry such bytes
@@ -24,10 +24,12 @@ from hw.spec.cycles import layer_cycles
 from hw.spec.descriptor import FLOAT_BYTES, weight_bytes
 from hw.spec.layout import LayerLayout, ceil_div, fit_layer, pack
 from hw.spec.numerics import Weights
+from sw.bench_decoder import measure_host, measure_qwen
 from sw.bench_report import print_tables
 from sw.devices.base import Completion, LinearJob, result_bytes
 from sw.devices.rtl import RtlDevice
 from sw.errors import UserError, run_cli
+from sw.hardware_options import FABRIC_HZ
 
 REPORT = Path("build/bench.json")
 QWEN = {"qkv": (896, 1152), "o": (896, 896), "gate+up": (896, 9728), "down": (4864, 896)}
@@ -41,7 +43,6 @@ ROW = 8
 LONG = 1_000_000
 """Beats of a layer that is measured alone only: nothing about it is left to see in a row."""
 TIMEOUT = 1800.0
-FABRIC_HZ = 250e6
 
 
 @dataclass(frozen=True)
@@ -212,8 +213,10 @@ def measure(status: Console) -> dict:
                 layers += [measure_layer(bench, shape) for shape in shapes(tile)]
                 if tile == 16:
                     tokens.append(measure_token(bench))
+    status.print("running whole models ...")
+    decoders = {"host": measure_host(), "qwen": measure_qwen()}
     status.print("timing the tools ...")
-    return {"layers": layers, "tokens": tokens, "tools": measure_tools()}
+    return {"layers": layers, "tokens": tokens, "decoders": decoders, "tools": measure_tools()}
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ one by one, and saves all logits and the figures.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -127,8 +126,15 @@ def run(model: str, name: str, out: Path, tokens: int) -> None:
             usages.append(asdict(decoder.usage.since(before)))
     if device:
         device.close()
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    np.savez(out, logits=np.concatenate(logits), figures=json.dumps({"usages": usages, "peak_bytes": peak}))
+    np.savez(out, logits=np.concatenate(logits), figures=json.dumps({"usages": usages, "peak_bytes": peak_memory()}))
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most, file mappings included. getrusage would count its parent's, too."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    raise UserError("this system does not say how much memory a process takes (/proc/self/status)")
 
 
 def measure(model: str, name: str, tokens: int) -> tuple[np.ndarray, list[Usage], int]:

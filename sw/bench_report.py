@@ -39,6 +39,7 @@ def print_tables(report: dict) -> None:
         "All linear layers of a token, each with weights of its own. Memory limit: what the simulated memory gives to"
         " endless contiguous reads on all ports. tokens/s: of these layers alone, at 250 MHz.\n"
     )
+    _print_decoders(console, report["decoders"])
     table = _table("Tools, on this machine", ("figure",), ("value",))
     for name, value in report["tools"].items():
         table.add_row(name.replace("_", " "), f"{value:,.2f}")
@@ -52,6 +53,36 @@ def _table(title: str, texts: tuple[str, ...], numbers: tuple[str, ...]) -> Tabl
     for name in numbers:
         table.add_column(name, justify="right")
     return table
+
+
+def _print_decoders(console: Console, decoders: dict) -> None:
+    qwen = decoders["qwen"]
+    table = _table("One token through the whole runtime: Qwen2.5-0.5B's shape", ("figure",), ("value",))
+    rows = {
+        "cycles, simulated, memory kv260-2400": f"{qwen['cycles']:,}",
+        "weight beats per cycle": _percent(qwen["port_fraction"]),
+        "tokens/s of its linear layers at 250 MHz": f"{qwen['tokens_per_second']:.1f}",
+        "logits equal the reference's, bit for bit": "yes" if qwen["equals_reference"] else "NO",
+        "logits against onnxruntime, relative": f"{qwen['relative_error']:.1e}",
+        **{f"peak memory, {name}": f"{peak / 1e6:,.0f} MB" for name, peak in qwen["peak_bytes"].items()},
+    }
+    for row in rows.items():
+        table.add_row(*row)
+    console.print(table)
+    console.print(
+        "A model of that shape in AutoAWQ's format with random weights: 24 blocks of 4 bits in groups of 128, QKV"
+        " biases, int8 lm_head. The token follows a prompt of 8.\n"
+    )
+    numbers = ("onnxruntime", "conversion", "driver", "all, ms", "peak memory, MB")
+    table = _table("Host time of a token of SmolLM2 without the device, medians, this machine", ("device",), numbers)
+    for row in decoders["host"]:
+        parts = (f"{row[name]:.1f}" for name in ("onnxruntime", "conversion", "driver", "host"))
+        table.add_row(row["device"], *parts, f"{row['peak_bytes'] / 1e6:,.0f}")
+    console.print(table)
+    console.print(
+        "instant: the same runtime and driver on registers that answer at once, as beside a board, which takes no"
+        " processor time. rtl: beside the simulation, which runs on the same processor and fills its caches.\n"
+    )
 
 
 def _mean(value: float | None, bound: float) -> tuple[str, str]:

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real shapes through everything: SmolLM2 talks like onnxruntime, and a token of Qwen2.5-0.5B's shape is exact."""
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from sw.bench_decoder import measure, measure_qwen
+from sw.devices import open_device
+from sw.runtime import Decoder
+
+PROMPTS = (
+    "What is the capital of France?",
+    "Write a short poem about a water mill.",
+    "List three uses of a systolic array, and explain the first in one sentence.",
+)
+
+
+def greedy(decoder: Decoder, ids: list[int], count: int) -> tuple[list[int], np.ndarray]:
+    """Ids, and the logits that each was chosen from; stop tokens do not stop it."""
+    decoder.reset()
+    logits, out = [], []
+    for start in range(0, len(ids), decoder.block):
+        last = decoder.forward(ids[start : start + decoder.block])
+    for _ in range(count):
+        logits.append(last[0])
+        out.append(int(last[0].argmax()))
+        last = decoder.forward(out[-1:])
+    return out, np.stack(logits)
+
+
+def prompt_ids(path, prompt: str) -> list[int]:
+    tokenizer = Tokenizer.from_file(str(path.parent / "tokenizer.json"))
+    return tokenizer.encode(f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n").ids
+
+
+def compare(path, prompts, count: int) -> None:
+    """The same ids as onnxruntime's on the RTL, and the reference's logits bit for bit."""
+    everything = {}
+    for name in (None, "reference", "rtl"):
+        device = open_device(name, tile=16, zero_point="fixed") if name else None
+        with Decoder(path, device, context=256) as decoder:
+            everything[name] = [greedy(decoder, prompt_ids(path, prompt), count) for prompt in prompts]
+        if device:
+            device.close()
+    for prompt, plain, reference, rtl in zip(prompts, *everything.values()):
+        assert rtl[0] == plain[0], prompt
+        assert np.array_equal(rtl[1].view(np.uint32), reference[1].view(np.uint32)), prompt
+        error = np.abs(rtl[1] - plain[1]).max() / np.abs(plain[1]).max()
+        assert 0 < error < 1e-2, prompt
+
+
+def test_smollm2_begins_like_onnxruntime(smollm2):
+    compare(smollm2, PROMPTS[:1], 3)
+
+
+@pytest.mark.full
+def test_smollm2_talks_like_onnxruntime(smollm2):
+    compare(smollm2, PROMPTS, 32)
+
+
+@pytest.mark.full
+def test_qwen_shape():
+    """One token of 24 blocks and an int8 head: exact, close to onnxruntime, and in little memory."""
+    figures = measure_qwen()
+    assert figures["equals_reference"]
+    assert 0 < figures["relative_error"] < 1e-2
+    assert figures["port_fraction"] > 0.97
+    assert max(figures["peak_bytes"].values()) < 2.5e9
+
+
+def test_memory():
+    """SmolLM2's whole process on the RTL."""
+    logits, usages, peak = measure("smollm2", "rtl", 1)
+    assert np.isfinite(logits).all() and usages[0].cycles > 1e6
+    assert peak < 700e6
