@@ -37,7 +37,8 @@ class Dispatcher(wiring.Component):
     regions : its weights
     jobs : its results
 
-    Latency 0 cycles for ``core``, ``blocks`` and ``regions``, 1 for the others; throughput 1 layer in 2 cycles.
+    Latency 0 cycles for ``core``, ``blocks`` and ``regions``, 1 for the others; throughput 1 layer in 4 cycles, in 2
+    if it reuses activations.
     """
 
     _LAYERS_AHEAD = {"unit": 2, "jobs": 4}

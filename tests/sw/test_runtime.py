@@ -11,6 +11,7 @@ import pytest
 from hw.spec.config import AcceleratorConfig
 from sw.devices import make_config, open_device
 from sw.devices.base import DeviceError
+from sw.devices.reference import ReferenceDevice
 from sw.errors import UserError
 from sw.feeds import build_feeds
 from sw.gguf_export import export_gguf
@@ -162,7 +163,7 @@ def test_cache_in_place(gguf_model):
 
 def test_failures_keep_the_cache(gguf_model, monkeypatch):
     """After one, the same tokens may be tried again."""
-    with open_device("reference", **hardware().to_dict()) as device:
+    with ReferenceDevice(hardware()) as device:
         decoder = Decoder(gguf_model, device, context=CONTEXT)
         decoder.forward(IDS[:8])
         wanted = decoder.forward(IDS[8:10])
