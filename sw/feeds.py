@@ -18,6 +18,8 @@ DTYPES = {
     "tensor(int32)": np.int32,
 }
 COS_CACHE = 7
+CACHE_RANK = 4
+"""Axes of the tensors that keep the keys or values of past tokens; no other input of a decoder has so many."""
 
 
 def build_feeds(
@@ -30,8 +32,8 @@ def build_feeds(
     """One feed per input of the session, which runs the model of `file`.
 
     Models with an input named input_ids get the given token ids as one sequence, an attention_mask of ones,
-    position_ids from 0 and empty past_key_values.*. Every other float input gets seeded standard normal noise; its
-    symbolic axes have size 1 but for the last, which has size `tokens`.
+    position_ids from 0 and an empty KV cache (inputs of four axes). Every other float input gets seeded standard
+    normal noise; its symbolic axes have size 1 but for the last, which has size `tokens`.
     Raises UserError for missing or empty input_ids and for inputs that none of this covers.
     """
     inputs = session.get_inputs()
@@ -52,7 +54,7 @@ def build_feeds(
             raise UserError(f"{file.path}: input {item.name} is {item.type}, which cannot be fed")
         if is_decoder and item.name in prompt:
             values = prompt[item.name]
-        elif is_decoder and item.name.startswith("past_key_values."):
+        elif is_decoder and len(item.shape) == CACHE_RANK:
             values = np.zeros(empty_cache_shape(file, item.name, item.shape))
         elif np.issubdtype(dtype, np.floating):
             values = noise.standard_normal(_noise_shape(item.shape, tokens))
@@ -63,12 +65,14 @@ def build_feeds(
 
 
 def empty_cache_shape(file: OnnxFile, name: str, shape: Sequence[Any]) -> tuple[int, int, int, int]:
-    """The shape of a past_key_values.* input [batch, kv_heads, past, head_size] for one sequence without a past.
+    """The shape of a KV cache's input [batch, kv_heads, past, head_size] for one sequence without a past.
 
-    onnxruntime-genai's builder leaves head_size open; it is then taken from genai_config.json or config.json beside
-    the model, or from the rotary table of the attention node that reads the input. Raises UserError if all fail.
+    Transformers' exporter writes fixed sizes as symbols that are numbers. onnxruntime-genai's builder leaves head_size
+    open; it is then taken from genai_config.json or config.json beside the model, or from the rotary table of the
+    attention node that reads the input. Raises UserError if all fail.
     """
-    if len(shape) != 4 or not isinstance(shape[1], int):
+    shape = [int(size) if isinstance(size, str) and size.isdecimal() else size for size in shape]
+    if len(shape) != CACHE_RANK or not isinstance(shape[1], int):
         raise UserError(f"{file.path}: {name} is {list(shape)}, not [batch, kv_heads, past, head_size]")
     size = shape[3] if isinstance(shape[3], int) else _configured_head_size(file) or _rotary_head_size(file, name)
     if not size:

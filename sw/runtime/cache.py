@@ -12,13 +12,12 @@ import onnx
 from onnxruntime import OrtValue
 
 from sw.errors import UserError
-from sw.feeds import DTYPES, empty_cache_shape
+from sw.feeds import CACHE_RANK, DTYPES, empty_cache_shape
 from sw.onnx_file import OnnxFile
 
-ATTENTION = "GroupQueryAttention"
-PAST_INPUTS = {3: 1, 4: 2}
-"""Input of that operator -> its output that holds the same, longer."""
-RANK = 4
+IN_PLACE = "GroupQueryAttention"
+APPENDED = {IN_PLACE: {3: 1, 4: 2}, "Attention": {4: 1, 5: 2}, "Concat": {0: 0}}
+"""Operator -> its input, and the output that holds the same and more."""
 
 
 @dataclass(frozen=True)
@@ -78,21 +77,34 @@ class KvCache:
 
 
 def pair_names(file: OnnxFile) -> list[tuple[str, str]]:
-    """(past, present) of every cache tensor, by name where the names are the usual ones, else by their order."""
-    past = [item.name for item in _inputs(file) if _rank(item) == RANK]
+    """(past, present) of every cache tensor: by what appends to it where that is known, else by their order.
+
+    Raises UserError if there are more of the one than of the other.
+    """
+    past = [item.name for item in _inputs(file) if _rank(item) == CACHE_RANK]
     outputs = [item.name for item in file.graph.output]
-    named = [(name, name.replace("past_key_values", "present")) for name in past]
-    if all(present in outputs for _, present in named):
-        return named
-    present = [item.name for item in file.graph.output if _rank(item) in (RANK, None) and item.name != outputs[0]]
+    appended = [next((name for name, _ in _appended(file, name) if name in outputs), None) for name in past]
+    if None not in appended and len(set(appended)) == len(past):
+        return [(name, str(present)) for name, present in zip(past, appended)]
+    present = [item.name for item in file.graph.output if _rank(item) in (CACHE_RANK, None) and item.name != outputs[0]]
     if len(past) != len(present):
         raise UserError(f"{file.path}: {len(past)} inputs are a KV cache, and {len(present)} outputs")
     return list(zip(past, present))
 
 
+def _appended(file: OnnxFile, past: str) -> list[tuple[str, str]]:
+    """(tensor, operator that makes it) of whatever holds a cache tensor and more."""
+    return [
+        (node.output[made], node.op_type)
+        for node in file.consumers.get(past, [])
+        for read, made in APPENDED.get(node.op_type, {}).items()
+        if len(node.input) > read and node.input[read] == past and len(node.output) > made
+    ]
+
+
 def _pair(file: OnnxFile, past: str, present: str) -> _Pair:
     item = next(item for item in file.graph.input if item.name == past)
-    shape = [size.dim_value or size.dim_param for size in item.type.tensor_type.shape.dim]
+    shape = [size.dim_value if size.HasField("dim_value") else size.dim_param for size in _dimensions(item)]
     name = onnx.TensorProto.DataType.Name(item.type.tensor_type.elem_type).lower()
     dtype = DTYPES.get(f"tensor({name})")
     if dtype not in (np.float32, np.float16):
@@ -101,11 +113,8 @@ def _pair(file: OnnxFile, past: str, present: str) -> _Pair:
 
 
 def _appends(file: OnnxFile, pair: _Pair) -> bool:
-    readers = file.consumers.get(pair.past, [])
-    if len(readers) != 1 or readers[0].op_type != ATTENTION:
-        return False
-    places = [PAST_INPUTS[i] for i, name in enumerate(readers[0].input) if name == pair.past and i in PAST_INPUTS]
-    return len(places) == 1 and readers[0].output[places[0]] == pair.present
+    """Whether nobody but attention that appends in place reads the past."""
+    return len(file.consumers.get(pair.past, [])) == 1 and _appended(file, pair.past) == [(pair.present, IN_PLACE)]
 
 
 def _inputs(file: OnnxFile) -> list[onnx.ValueInfoProto]:
@@ -113,6 +122,9 @@ def _inputs(file: OnnxFile) -> list[onnx.ValueInfoProto]:
     return [item for item in file.graph.input if item.name not in initializers]
 
 
+def _dimensions(item: onnx.ValueInfoProto):
+    return item.type.tensor_type.shape.dim
+
+
 def _rank(item: onnx.ValueInfoProto) -> int | None:
-    kind = item.type.tensor_type
-    return len(kind.shape.dim) if kind.HasField("shape") else None
+    return len(_dimensions(item)) if item.type.tensor_type.HasField("shape") else None
