@@ -6,21 +6,26 @@ Inputs and outputs carry the names that onnxruntime-genai and optimum use:
     past_key_values.{i}.key and .value float32 [batch, kv_heads, past_sequence, head_size]
     -> logits float32 [batch, sequence, vocab], present.{i}.key and .value
 Quantised layers become MatMulNBits nodes named /model/layers.{i}/self_attn/q_proj/MatMulNBits and so on, with
-accuracy_level 0 (float32 arithmetic); their biases are separate Add nodes.
+accuracy_level 0 (float32 arithmetic); their biases are separate Add nodes. The head is /lm_head/MatMulNBits. A
+quantised embedding is a GatherBlockQuantized node that shares its table with a tied head.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 from onnx import TensorProto
 
 from sw.errors import UserError
-from sw.linear import FloatLinear, QuantizedLinear
+from sw.linear import QuantizedLinear
+from sw.lm_head import Linear, Table, head_layer, narrowest_exact
 from sw.onnx_writer import CONTRIB, OnnxWriter
 
-Linear = QuantizedLinear | FloatLinear
+MAX_POSITIONS = 32768
+"""Most positions that an export has rotary tables for: models that could more would carry tables of many megabytes."""
+MAX_HEAD_SIZE = 1024
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ class DecoderConfig:
     """The shape of a decoder: sizes in elements, context_length in tokens.
 
     rope_factors: float32 [head_size / 2] that divide the rotary frequencies (Llama 3.1), or None.
+
+    Raises UserError for values that no decoder has.
     """
 
     hidden_size: int
@@ -43,14 +50,28 @@ class DecoderConfig:
     rope_factors: np.ndarray | None = None
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "rope_factors" and not 0 < value < math.inf:
+                raise UserError(f"{field.name} of the model is {value}, not a positive number")
         if self.head_count % self.kv_head_count:
             raise UserError(f"{self.head_count} heads are not a multiple of {self.kv_head_count} key-value heads")
         if self.head_size % 2:
             raise UserError(f"head size {self.head_size} is odd: rotary embedding needs pairs")
+        if self.head_size > MAX_HEAD_SIZE:
+            raise UserError(f"head size {self.head_size} is above {MAX_HEAD_SIZE}")
+        if self.rope_factors is not None:
+            _expect("the table of rotary factors", self.rope_factors.shape, (self.head_size // 2,))
+            if not (self.rope_factors > 0).all():
+                raise UserError("a rotary factor of the model is not positive")
+
+    def rotary_frequencies(self) -> np.ndarray:
+        """Radians per position of each pair of elements, float64 [head_size / 2], before rope_factors."""
+        return self.rope_theta ** (-np.arange(0, self.head_size, 2) / self.head_size)
 
     def rotary_cache(self) -> tuple[np.ndarray, np.ndarray]:
         """(cos, sin), float32 [context_length, head_size / 2]."""
-        frequencies = self.rope_theta ** (-np.arange(0, self.head_size, 2) / self.head_size)
+        frequencies = self.rotary_frequencies()
         if self.rope_factors is not None:
             frequencies = frequencies / self.rope_factors
         angles = np.outer(np.arange(self.context_length), frequencies)
@@ -77,28 +98,41 @@ class DecoderLayer:
 def write_decoder(
     directory: Path,
     config: DecoderConfig,
-    embedding: np.ndarray,
+    embedding: Table,
     layers: Iterable[DecoderLayer],
     final_norm: np.ndarray,
-    head: Linear | None = None,
+    head: Table | None = None,
     metadata: dict[str, str] | None = None,
+    *,
+    lm_head: str = "int8",
+    progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Writes model.onnx and model.onnx.data into `directory` and returns the path of the former.
 
-    embedding: float32 [vocab, hidden]. layers: consumed one by one. head: None ties the head to the embedding, which
-    is then stored once. Raises UserError where weights and config disagree.
+    embedding: float16 or float32 [vocab, hidden], or a QuantizedLinear without zero points of its own (all in the
+    middle of the range). layers: consumed one by one. head: None ties the head to the embedding. lm_head: one of
+    sw.lm_head.HEAD_MODES. progress: called with the number of layers that are written, and of all; the head is one.
+    Raises UserError where weights and config disagree.
     """
-    _expect("embedding", embedding.shape, (config.vocab_size, config.hidden_size))
+    _expect("embedding", _shape(embedding), (config.vocab_size, config.hidden_size))
+    if head is not None:
+        _expect("lm_head", _shape(head), (config.vocab_size, config.hidden_size))
+    progress = progress or (lambda done, total: None)
     with OnnxWriter(directory, "decoder") as writer:
         graph = _DecoderGraph(writer, config)
-        graph.begin(embedding)
+        progress(0, config.layer_count + 1)
+        # One table for embedding and head. A float one that becomes an int8 head does not count.
+        shared = head is None and (isinstance(embedding, QuantizedLinear) or lm_head == "float")
+        graph.begin(embedding, shared)
         count = 0
         for layer in layers:
             graph.layer(count, layer)
             count += 1
+            progress(count, config.layer_count + 1)
         _expect("the number of layers", (count,), (config.layer_count,))
-        graph.end(final_norm, head)
+        graph.end(final_norm, head_layer(embedding, head, lm_head), shared)
         writer.save(metadata or {})
+        progress(count + 1, config.layer_count + 1)
         return writer.path
 
 
@@ -110,8 +144,9 @@ class _DecoderGraph:
         self.config = config
         self.residual = ""
         self.branch = ""
+        self.table: list[str] = []
 
-    def begin(self, embedding: np.ndarray) -> None:
+    def begin(self, embedding: Table, shared: bool) -> None:
         w = self.writer
         ids = w.input("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"])
         mask = w.input("attention_mask", TensorProto.INT64, ["batch_size", "total_sequence_length"])
@@ -128,8 +163,29 @@ class _DecoderGraph:
         shape = w.node(f"{path}/Shape", "Shape", [mask], start=1, end=2)
         scalar = w.node(f"{path}/Squeeze", "Squeeze", [shape])
         w.node(f"{path}/Cast_1", "Cast", [scalar], ["total_sequence_length"], to=TensorProto.INT32)
-        table = w.tensor("model.embed_tokens.weight", embedding)
-        self.residual = w.node("/model/embed_tokens/Gather", "Gather", [table, ids])
+        self.residual = self.embed("/model/embed_tokens", embedding, ids, shared)
+
+    def embed(self, path: str, embedding: Table, ids: str, shared: bool) -> str:
+        """The rows of the embedding that the ids name. `table` keeps its tensors, for a head that shares it."""
+        w = self.writer
+        tensor = path.strip("/").replace("/", ".")
+        if not isinstance(embedding, QuantizedLinear):
+            # onnxruntime multiplies float32 matrices only.
+            values = embedding.astype(np.float32, copy=False) if shared else narrowest_exact(embedding)
+            self.table = [w.tensor(f"{tensor}.weight", values)]
+            rows = w.node(f"{path}/Gather", "Gather", [*self.table, ids])
+            return rows if values.dtype == np.float32 else w.node(f"{path}/Cast", "Cast", [rows], to=TensorProto.FLOAT)
+        self.table = _weights(w, path, tensor, embedding)
+        if len(self.table) > 2 or embedding.k % embedding.group_size:
+            raise UserError(f"{path}: GatherBlockQuantized needs whole groups without zero points of their own")
+        # MatMulNBits wants its weights as [N, groups, bytes], GatherBlockQuantized as many axes in the scales. They,
+        # and the rows, are reshaped: of a reshaped table onnxruntime would make a copy.
+        axes = w.tensor(f"{tensor}.scales_shape", np.array([embedding.n, embedding.groups, 1]))
+        scales = w.node(f"{path}/Reshape", "Reshape", [self.table[1], axes])
+        layout = {"gather_axis": 0, "quantize_axis": 2, "block_size": embedding.group_size, "bits": embedding.bits}
+        name = f"{path}/GatherBlockQuantized"
+        rows = w.node(name, "GatherBlockQuantized", [self.table[0], ids, scales], (), CONTRIB, **layout)
+        return w.node(f"{path}/Reshape_1", "Reshape", [rows, w.tensor(f"{tensor}.rows_shape", np.array([0, 0, -1]))])
 
     def layer(self, index: int, layer: DecoderLayer) -> None:
         w, c = self.writer, self.config
@@ -151,14 +207,10 @@ class _DecoderGraph:
         product = w.node(f"{path}/mlp/Mul", "Mul", [silu, up])
         self.branch = self.linear(f"{path}/mlp/down_proj", product, layer.down_proj, c.intermediate_size, c.hidden_size)
 
-    def end(self, final_norm: np.ndarray, head: Linear | None) -> None:
-        w, c = self.writer, self.config
+    def end(self, final_norm: np.ndarray, head: Linear, shared: bool) -> None:
+        c = self.config
         x = self.norm("/model/norm", final_norm)
-        if head is None:
-            table = "model.embed_tokens.weight"
-            w.node("/lm_head/FusedMatMul", "FusedMatMul", [x, table], ["logits"], CONTRIB, transB=1)
-        else:
-            self.linear("/lm_head", x, head, c.hidden_size, c.vocab_size, output="logits")
+        self.linear("/lm_head", x, head, c.hidden_size, c.vocab_size, "logits", self.table if shared else None)
 
     def attention(self, index: int, name: str, q: str, k: str, v: str) -> str:
         w, c = self.writer, self.config
@@ -196,50 +248,61 @@ class _DecoderGraph:
         extra = {} if domain else {"axis": -1, "stash_type": 1}
         return w.node(f"{name}/{op}", op, inputs, outputs, domain, epsilon=c.norm_epsilon, **extra)
 
-    def linear(self, path: str, x: str, layer: Linear, k: int, n: int, output: str = "") -> str:
+    def linear(
+        self, path: str, x: str, layer: Linear, k: int, n: int, output: str = "", weights: list[str] | None = None
+    ) -> str:
+        """`weights`: tensors of the layer that are written already."""
         _expect(path, (layer.n, layer.k), (n, k))
         w = self.writer
         tensor = path.strip("/").replace("/", ".")
         outputs = [output] if output and layer.bias is None else []
         if isinstance(layer, QuantizedLinear):
-            y = _matmul_nbits(w, path, tensor, x, layer, outputs)
+            weights = weights or _weights(w, path, tensor, layer)
+            shape = {"K": k, "N": n, "bits": layer.bits, "block_size": layer.group_size, "accuracy_level": 0}
+            y = w.node(f"{path}/MatMulNBits", "MatMulNBits", [x, *weights], outputs, CONTRIB, **shape)
         else:
-            weight = w.tensor(f"{tensor}.weight", layer.weight)
-            y = w.node(f"{path}/FusedMatMul", "FusedMatMul", [x, weight], outputs, CONTRIB, transB=1)
+            weights = weights or [w.tensor(f"{tensor}.weight", layer.weight)]
+            y = w.node(f"{path}/FusedMatMul", "FusedMatMul", [x, *weights], outputs, CONTRIB, transB=1)
         if layer.bias is not None:
             bias = w.tensor(f"{tensor}.bias", layer.bias)
             y = w.node(f"{path}/Add", "Add", [y, bias], [output] if output else [])
         return y
 
 
-def _matmul_nbits(w: OnnxWriter, path: str, tensor: str, x: str, layer: QuantizedLinear, outputs: list[str]) -> str:
+def _weights(w: OnnxWriter, path: str, tensor: str, layer: QuantizedLinear) -> list[str]:
+    """Writes what MatMulNBits reads: weights, scales and, where they are not the default, zero points."""
     if layer.bits not in (2, 4, 8):
         raise UserError(f"{path}: MatMulNBits stores 2, 4 or 8 bits, not {layer.bits}")
     block = layer.group_size
     if block < 16 or block & (block - 1):
         raise UserError(f"{path}: MatMulNBits needs a group size that is a power of two from 16, not {block}")
-    q = np.pad(layer.q, ((0, 0), (0, layer.groups * block - layer.k)))
-    inputs = [
-        x,
+    padding = layer.groups * block - layer.k
+    q = np.pad(layer.q, ((0, 0), (0, padding))) if padding else layer.q
+    names = [
         w.tensor(f"{tensor}.qweight", pack_bits(q, layer.bits).reshape(layer.n, layer.groups, -1)),
         w.tensor(f"{tensor}.scales", layer.scales),
     ]
     if not layer.has_integer_zero_points:
-        inputs.append(w.tensor(f"{tensor}.zero_points", layer.zero_points))
+        names.append(w.tensor(f"{tensor}.zero_points", layer.zero_points))
     elif np.any(layer.zero_points != 1 << (layer.bits - 1)):
-        inputs.append(w.tensor(f"{tensor}.qzeros", pack_bits(layer.zero_points, layer.bits)))
-    shape = {"K": layer.k, "N": layer.n, "bits": layer.bits, "block_size": block, "accuracy_level": 0}
-    return w.node(f"{path}/MatMulNBits", "MatMulNBits", inputs, outputs, CONTRIB, **shape)
+        names.append(w.tensor(f"{tensor}.qzeros", pack_bits(layer.zero_points, layer.bits)))
+    return names
 
 
 def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
     """uint8 [N, C] values of 2, 4 or 8 bits as uint8 [N, ceil(C * bits / 8)], the first in the low bits."""
     per_byte = 8 // bits
+    if per_byte == 1:
+        return values
     values = np.pad(values, ((0, 0), (0, -values.shape[1] % per_byte)))
     packed = np.zeros((values.shape[0], values.shape[1] // per_byte), np.uint8)
     for i in range(per_byte):
         packed |= values[:, i::per_byte] << (i * bits)
     return packed
+
+
+def _shape(table: Table) -> tuple[int, ...]:
+    return (table.n, table.k) if isinstance(table, QuantizedLinear) else table.shape
 
 
 def _expect(what: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:

@@ -1,55 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
 """A GGUF model (Llama or Qwen2 family) as a decoder ONNX graph with its tokenizer.
 
-    python -m sw.gguf_export SRC.gguf --out DIR
+    python -m sw.gguf_export SRC.gguf --out DIR [--lm-head int8|float]
 
 DIR gets model.onnx, model.onnx.data, tokenizer.json and config.json (shapes, stop tokens, chat template).
-Quantised linear layers keep their weights exactly (see sw.gguf_reader); a quantised embedding becomes float32.
+Quantised linear layers keep their weights exactly (see sw.gguf_reader), the head included; a head in any other format
+becomes int8 (see sw.lm_head). An embedding in Q8_0 or Q4_0 stays as it is; others become float16 where that is exact,
+else float32.
 """
 
-import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from sw.atomic import atomic_directory
-from sw.decoder_graph import DecoderConfig, DecoderLayer, Linear, write_decoder
+from sw.decoder_folder import EXPORTER_VERSION, DecoderSource, Progress, export_parser, export_status, write_folder
+from sw.decoder_graph import MAX_POSITIONS, DecoderConfig, DecoderLayer
 from sw.errors import UserError, run_cli
 from sw.gguf_reader import GgufFile
-from sw.gguf_tokenizer import build_tokenizer, stop_tokens
+from sw.gguf_tokenizer import build_tokenizer, special_token, stop_tokens
+from sw.linear import QuantizedLinear
+from sw.lm_head import Linear, Table
 
-# Part of the key of cached exports: raise it when the output changes.
-EXPORTER_VERSION = 1
 FAMILIES = ("llama", "qwen2")
 
 
-def export_gguf(source: Path, out: Path) -> Path:
+def export_gguf(source: Path, out: Path, *, lm_head: str = "int8", progress: Progress | None = None) -> Path:
     """Exports `source` into directory `out`, complete or not at all, and returns the path of its model.onnx.
 
+    lm_head: one of sw.lm_head.HEAD_MODES. progress: called with layers done, and layers in all.
     Raises UserError for damaged files, other families, block formats without an exact MatMulNBits form (see
     sw.gguf_reader) and weights that do not fit the metadata.
     """
     model = GgufFile(source)
     config = decoder_config(model)
     tokenizer = build_tokenizer(model)
+    embedding, head = _tables(model)
+    stop_ids = stop_tokens(model)
+    bos_id = model.integer("tokenizer.ggml.bos_token_id", None)
+    decoder = DecoderSource(
+        name=str(model.meta("general.name", Path(source).stem)),
+        family=model.meta("general.architecture"),
+        config=config,
+        embedding=embedding,
+        layers=_layers(model, config),
+        final_norm=model.float_tensor("output_norm.weight"),
+        head=head,
+        tied="output.weight" not in model,
+        tokenizer_json=tokenizer.to_str(pretty=True),
+        bos_id=bos_id,
+        stop_ids=stop_ids,
+        bos_token=special_token(model, bos_id),
+        eos_token=special_token(model, stop_ids[0] if stop_ids else None),
+        chat_template=model.meta("tokenizer.chat_template", None),
+    )
     metadata = {"source": Path(source).name, "exporter": f"gristmill gguf_export {EXPORTER_VERSION}"}
-    head = model.linear("output") if "output.weight" in model else None
-    with atomic_directory(out) as work:
-        (work / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        (work / "config.json").write_text(json.dumps(_config_json(model, config), indent=2) + "\n")
-        write_decoder(
-            work,
-            config,
-            model.float_tensor("token_embd.weight"),
-            _layers(model, config),
-            model.float_tensor("output_norm.weight"),
-            head,
-            metadata,
-        )
-    return Path(out) / "model.onnx"
+    return write_folder(out, decoder, metadata, lm_head, progress)
 
 
 def decoder_config(model: GgufFile) -> DecoderConfig:
@@ -62,24 +68,34 @@ def decoder_config(model: GgufFile) -> DecoderConfig:
     scaling = model.meta(f"{family}.rope.scaling.type", "none")
     if scaling != "none":
         raise UserError(f"{model.path}: rotary scaling {scaling!r} is not supported")
-    hidden, heads = model.meta(f"{family}.embedding_length"), model.meta(f"{family}.attention.head_count")
-    head_size = int(model.meta(f"{family}.attention.key_length", hidden // heads))
-    rotary = model.meta(f"{family}.rope.dimension_count", head_size)
+    hidden, heads = model.integer(f"{family}.embedding_length"), model.integer(f"{family}.attention.head_count")
+    head_size = model.integer(f"{family}.attention.key_length", hidden // max(heads, 1))
+    rotary = model.integer(f"{family}.rope.dimension_count", head_size)
     if rotary != head_size:
         raise UserError(f"{model.path}: rotary embedding over {rotary} of {head_size} elements is not supported")
     return DecoderConfig(
-        hidden_size=int(hidden),
-        intermediate_size=int(model.meta(f"{family}.feed_forward_length")),
-        layer_count=int(model.meta(f"{family}.block_count")),
-        head_count=int(heads),
-        kv_head_count=int(model.meta(f"{family}.attention.head_count_kv", heads)),
+        hidden_size=hidden,
+        intermediate_size=model.integer(f"{family}.feed_forward_length"),
+        layer_count=model.integer(f"{family}.block_count"),
+        head_count=heads,
+        kv_head_count=model.integer(f"{family}.attention.head_count_kv", heads),
         head_size=head_size,
-        vocab_size=len(model.meta("tokenizer.ggml.tokens")),
-        context_length=int(model.meta(f"{family}.context_length")),
-        rope_theta=float(model.meta(f"{family}.rope.freq_base", 10000.0)),
-        norm_epsilon=float(model.meta(f"{family}.attention.layer_norm_rms_epsilon")),
+        vocab_size=len(model.texts("tokenizer.ggml.tokens")),
+        context_length=min(model.integer(f"{family}.context_length"), MAX_POSITIONS),
+        rope_theta=model.number(f"{family}.rope.freq_base", 10000.0),
+        norm_epsilon=model.number(f"{family}.attention.layer_norm_rms_epsilon"),
         rope_factors=model.float_tensor("rope_freqs.weight") if "rope_freqs.weight" in model else None,
     )
+
+
+def _tables(model: GgufFile) -> tuple[Table, Table | None]:
+    """Embedding and head; no head where the embedding serves as one."""
+    embedding = model.table("token_embd")
+    head = model.table("output") if "output.weight" in model else None
+    if isinstance(embedding, QuantizedLinear) and not embedding.has_integer_zero_points:
+        # Rows can be gathered from Q8_0 and Q4_0; Q4_1's float zero points are known to MatMulNBits alone.
+        return model.float_tensor("token_embd.weight"), embedding if head is None else head
+    return embedding, head
 
 
 def _layers(model: GgufFile, config: DecoderConfig) -> Iterator[DecoderLayer]:
@@ -109,35 +125,12 @@ def _layers(model: GgufFile, config: DecoderConfig) -> Iterator[DecoderLayer]:
         )
 
 
-def _config_json(model: GgufFile, config: DecoderConfig) -> dict[str, Any]:
-    """Hugging Face's keys, and the chat template, so that one file beside the graph says how to drive it."""
-    return {
-        "model_type": model.meta("general.architecture"),
-        "name": model.meta("general.name", Path(model.path).stem),
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.layer_count,
-        "num_attention_heads": config.head_count,
-        "num_key_value_heads": config.kv_head_count,
-        "head_dim": config.head_size,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.context_length,
-        "rope_theta": config.rope_theta,
-        "rms_norm_eps": config.norm_epsilon,
-        "tie_word_embeddings": "output.weight" not in model,
-        "bos_token_id": model.meta("tokenizer.ggml.bos_token_id", None),
-        "eos_token_id": stop_tokens(model),
-        "chat_template": model.meta("tokenizer.chat_template", None),
-    }
-
-
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m sw.gguf_export", description="GGUF to a decoder ONNX graph")
-    parser.add_argument("source", type=Path, metavar="SRC.gguf")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    options = parser.parse_args()
-    print(export_gguf(options.source, options.out))
+    options = export_parser("python -m sw.gguf_export", "GGUF to a decoder ONNX graph", "SRC.gguf").parse_args()
+    with export_status() as progress:
+        path = export_gguf(options.source, options.out, lm_head=options.lm_head, progress=progress)
+    print(path)
 
 
 if __name__ == "__main__":

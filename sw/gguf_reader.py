@@ -16,6 +16,7 @@ import numpy as np
 
 from sw.errors import UserError, one_line
 from sw.linear import FloatLinear, QuantizedLinear
+from sw.lm_head import is_finite
 
 BLOCK = 32
 QUANTISED = ("Q4_0", "Q4_1", "Q8_0")
@@ -41,12 +42,36 @@ class GgufFile:
         return tensor in self._tensors
 
     def meta(self, key: str, default: Any = ...) -> Any:
-        """The value of a metadata key. Raises UserError if it is absent and no default is given."""
+        """The value of a metadata key. Raises UserError if it is damaged, or absent and no default is given."""
         if key in self._fields:
-            return self._fields[key].contents()
+            try:
+                return self._fields[key].contents()
+            except Exception as error:
+                raise UserError(f"{self.path}: metadata {key} cannot be read ({one_line(error)})") from None
         if default is ...:
             raise UserError(f"{self.path} has no metadata {key}")
         return default
+
+    def integer(self, key: str, default: Any = ...) -> Any:
+        """The value of a metadata key that is a whole number from 0, or the default. Raises UserError for others."""
+        value = self.meta(key, default)
+        if value is not default and not (isinstance(value, int) and value >= 0):
+            raise UserError(f"{self.path}: metadata {key} is a whole number, not {str(value)[:80]}")
+        return value
+
+    def number(self, key: str, default: Any = ...) -> float:
+        """The value of a metadata key that is a number. Raises UserError for others."""
+        value = self.meta(key, default)
+        if not isinstance(value, int | float):
+            raise UserError(f"{self.path}: metadata {key} is a number, not {str(value)[:80]}")
+        return float(value)
+
+    def texts(self, key: str) -> list[str]:
+        """The value of a metadata key that is a list of texts. Raises UserError for others."""
+        value = self.meta(key)
+        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+            raise UserError(f"{self.path}: metadata {key} is a list of texts, not {str(value)[:80]}")
+        return value
 
     def float_tensor(self, name: str) -> np.ndarray:
         """Any tensor that the gguf package can dequantise, as float32 [N, K] or [N]."""
@@ -72,7 +97,25 @@ class GgufFile:
         if kind not in QUANTISED:
             known = ", ".join(QUANTISED + FLOATS)
             raise UserError(f"{self.path}: tensor {tensor.name} is {kind}; linear layers may be {known}")
-        q, scales, zero_points, bits = decode_blocks(np.asarray(tensor.data), kind)
+        return self._quantised(name, tensor, bias)
+
+    def table(self, name: str) -> QuantizedLinear | np.ndarray:
+        """The rows of tensor `name`.weight, one for each token, without loss: a quantised layer, float16 or float32.
+
+        Formats that are neither the module's nor float (K-quants, for example) become float32.
+        """
+        tensor = self._tensor(f"{name}.weight")
+        kind = tensor.tensor_type.name
+        if kind in QUANTISED:
+            return self._quantised(name, tensor)
+        if kind != "F16":
+            return self.float_tensor(tensor.name)
+        if not is_finite(tensor.data):
+            raise UserError(f"{self.path}: tensor {tensor.name} holds values that are not finite")
+        return np.asarray(tensor.data)
+
+    def _quantised(self, name: str, tensor: "gguf.ReaderTensor", bias: np.ndarray | None = None) -> QuantizedLinear:
+        q, scales, zero_points, bits = decode_blocks(np.asarray(tensor.data), tensor.tensor_type.name)
         return QuantizedLinear(name, q, scales, zero_points, BLOCK, bits, bias)
 
     def _tensor(self, name: str) -> "gguf.ReaderTensor":
@@ -100,7 +143,9 @@ def decode_blocks(rows: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, 
     minimum = _halves(blocks, 2)
     # A block of equal weights has d = 0, and -m/d does not exist: it becomes the one step q = 1 of size m.
     flat = scales == 0
-    zero_points = np.divide(-minimum, scales, out=np.zeros_like(scales), where=~flat)
+    # In a damaged block both may be infinite: QuantizedLinear refuses the NaN.
+    with np.errstate(invalid="ignore"):
+        zero_points = np.divide(-minimum, scales, out=np.zeros_like(scales), where=~flat)
     q[flat] = 1
     return q.reshape(n, -1), np.where(flat, minimum, scales), zero_points, 4
 

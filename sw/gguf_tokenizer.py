@@ -21,11 +21,10 @@ def build_tokenizer(source: GgufFile) -> Tokenizer:
     kind = source.meta("tokenizer.ggml.model")
     if kind != "gpt2":
         raise UserError(f"{source.path}: tokenizer {kind!r} is not supported, only byte-level BPE ('gpt2')")
-    tokens: list[str] = source.meta("tokenizer.ggml.tokens")
-    types: list[int] = source.meta("tokenizer.ggml.token_type", [1] * len(tokens))
-    merges = [tuple(merge.split(" ", 1)) for merge in source.meta("tokenizer.ggml.merges")]
+    tokens, types = _tokens(source)
+    merges = [(one, other) for one, _, other in (pair.partition(" ") for pair in source.texts("tokenizer.ggml.merges"))]
     vocab = {token: i for i, token in enumerate(tokens)}
-    words = source.meta("tokenizer.ggml.pre", "default")
+    words = str(source.meta("tokenizer.ggml.pre", "default"))
     try:
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=words == "llama-bpe"))
     except Exception as error:
@@ -38,21 +37,37 @@ def build_tokenizer(source: GgufFile) -> Tokenizer:
         if token_type in (CONTROL, USER_DEFINED):
             tokenizer.add_tokens([AddedToken(token, special=token_type == CONTROL, normalized=False)])
     if source.meta("tokenizer.ggml.add_bos_token", False):
-        bos = int(source.meta("tokenizer.ggml.bos_token_id"))
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
-        )
+        bos = source.integer("tokenizer.ggml.bos_token_id")
+        text = special_token(source, bos)
+        if text is None:
+            raise UserError(f"{source.path}: bos_token_id is {bos}, and there are {len(tokens)} tokens")
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{text} $A", special_tokens=[(text, bos)])
     return tokenizer
+
+
+def special_token(source: GgufFile, token: int | None) -> str | None:
+    """The text of a token; None for no token and for ids that are none."""
+    tokens, _ = _tokens(source)
+    return tokens[token] if token is not None and token < len(tokens) else None
 
 
 def stop_tokens(source: GgufFile) -> list[int]:
     """The tokens that end an answer: the declared ones first, then control tokens known to end one."""
-    declared = [source.meta(f"tokenizer.ggml.{name}_token_id", None) for name in ("eos", "eot", "eom")]
-    tokens: list[str] = source.meta("tokenizer.ggml.tokens")
-    types: list[int] = source.meta("tokenizer.ggml.token_type", [1] * len(tokens))
+    declared = [source.integer(f"tokenizer.ggml.{name}_token_id", None) for name in ("eos", "eot", "eom")]
+    tokens, types = _tokens(source)
     known = {"<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>"}
-    named = [i for i, token in enumerate(tokens) if token in known and types[i] == CONTROL]
-    return list(dict.fromkeys([int(token) for token in declared if token is not None] + named))
+    named = [i for i, (token, kind) in enumerate(zip(tokens, types)) if token in known and kind == CONTROL]
+    return list(dict.fromkeys([token for token in declared if token is not None] + named))
+
+
+def _tokens(source: GgufFile) -> tuple[list[str], list[int]]:
+    """All tokens and their types."""
+    tokens = source.texts("tokenizer.ggml.tokens")
+    types = source.meta("tokenizer.ggml.token_type", [1] * len(tokens))
+    if not isinstance(types, list) or len(types) != len(tokens):
+        found = len(types) if isinstance(types, list) else "no list of"
+        raise UserError(f"{source.path}: the tokenizer has {len(tokens)} tokens and {found} token types")
+    return tokens, types
 
 
 def _pre_tokenizer(words: str, source: GgufFile) -> pre_tokenizers.PreTokenizer:

