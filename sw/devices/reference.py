@@ -70,12 +70,21 @@ class ReferenceDevice(BatchDevice):
     def _weights(self, job: LinearJob) -> Weights:
         layout, weights = self._unpacked.get(job.weights, (None, None))
         if weights is None or layout != job.layout:
-            weights = unpack(job.layout, image_beats(job.layout, self.memory.view(job.weights)))
-            # What the fields hold fits 16 bits, and a model's weights are held all together.
-            narrow = weights.zero_points.astype(np.int16), weights.scale_mantissas.astype(np.int16)
-            weights = Weights(weights.q, *narrow, weights.exponents)
+            weights = _unpack(job.layout, image_beats(job.layout, self.memory.view(job.weights)))
             self._unpacked[job.weights] = job.layout, weights
         return weights
+
+
+def _unpack(layout: LayerLayout, beats: np.ndarray) -> Weights:
+    """hw.spec.layout.unpack in little memory: some output tiles at a time, scales and zero points in 16 bits."""
+    parts = []
+    for start in range(0, layout.n, ROWS_AT_ONCE):
+        shape = LayerLayout(layout.config, layout.k, min(ROWS_AT_ONCE, layout.n - start), layout.group_size)
+        first = start // layout.config.tile * layout.tile_beats
+        part = unpack(shape, beats[first : first + shape.beats])
+        narrow = part.zero_points.astype(np.int16), part.scale_mantissas.astype(np.int16)
+        parts.append((part.q, *narrow, part.exponents))
+    return Weights(*(np.concatenate(values) for values in zip(*parts)))
 
 
 def reference_linear(config: AcceleratorConfig, weights: Weights, activations: Activations) -> np.ndarray:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the models in tests/sw/data: a small Qwen2 with random weights through onnxruntime-genai's model builder.
+"""Makes genai_*.onnx in tests/sw/data: a small Qwen2 with random weights through onnxruntime-genai's model builder.
 
     pip install onnxruntime-genai==0.18.0 onnx-ir==1.1.0 torch==2.13.0 transformers==5.23.0
     python tests/sw/make_genai_model.py [--out tests/sw/data]

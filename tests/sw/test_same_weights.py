@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One model in three formats says the same on the device, and what transformers says: see data/README.md."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sw.generate import main
+from sw.models import resolve_model
+from sw.onnx_import import find_linears
+
+FOLDER = Path(__file__).parent / "data" / "same_weights"
+FORMATS = ("autoawq", "genai", "model.gguf")
+EXPECTED = json.loads((FOLDER / "greedy.json").read_text())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRISTMILL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def generate(capsys, name, *options):
+    status = main(["--model", str(FOLDER / name), "--max-new-tokens", "32", "--tile", "8", "--json", *options])
+    assert status == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("kind", EXPECTED)
+@pytest.mark.parametrize("name", FORMATS)
+def test_same_text(name, kind, capsys):
+    """Tokens and text, with and without the chat template, whatever file the weights came from."""
+    expected = EXPECTED[kind]
+    options = ["--device", "reference", "--prompt", expected["prompt"], *(["--raw"] if kind == "raw" else [])]
+    document = generate(capsys, name, *options)
+    assert document["prompt_ids"] == expected["prompt_ids"]
+    assert document["ids"] == expected["ids"]
+    assert document["text"] == expected["text"]
+
+
+def test_same_text_in_hardware(capsys):
+    expected = EXPECTED["chat"]
+    document = generate(capsys, "autoawq", "--device", "rtl", "--prompt", expected["prompt"])
+    assert document["ids"] == expected["ids"]
+
+
+def test_same_weights():
+    """What the layers hold is the same number for number, which the text alone would not show."""
+    dequantised = {}
+    for name in FORMATS:
+        linears = find_linears(resolve_model(FOLDER / name))
+        weights = [layer.dequantise() for layer in linears if not layer.name.startswith("/lm_head")]
+        dequantised[name] = np.concatenate([np.sort(w, axis=None) for w in weights if len(w) == 96])
+    for name in FORMATS[1:]:
+        assert np.array_equal(dequantised[name], dequantised[FORMATS[0]])
