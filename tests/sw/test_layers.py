@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +22,12 @@ from hw.spec.config import AcceleratorConfig
 from hw.spec.cycles import cycles
 from sw import layers
 from sw.devices.arena import Arena
+from sw.devices.base import DeviceError
 from sw.devices.library import MEMORIES
+from sw.devices.reference import ReferenceDevice
 from sw.errors import UserError
-from sw.layers import PROMPT, choose_config, layer_shapes, main, prompt_ids
+from sw.hardware_options import LayerShape, choose_config, layer_shapes
+from sw.layers import PROMPT, main, prompt_ids
 from sw.layers_report import _short
 from sw.onnx_import import find_linears
 
@@ -199,6 +203,25 @@ def test_auto_options(tmp_path, capsys):
     assert chosen(zero_points="fractions") == (4, "fixed")
     assert chosen(bits=8) == (8, "integer")
     assert chosen(bits=2) == (2, "integer")
+
+
+def test_auto_weight_bits():
+    """Of the layers of at most 4 bits, and enough for the others as two planes; else those of all."""
+
+    def chosen(*bits):
+        zeros = np.zeros(2)
+        shapes = [LayerShape(f"layer{i}", 64, 32, 32, value, zeros, False) for i, value in enumerate(bits)]
+        return choose_config(shapes, AUTO).weight_bits
+
+    assert chosen(4, 8) == chosen(8, 3, 4) == chosen(2, 8) == 4
+    assert chosen(3, 5) == chosen(3, 6) == 3
+    assert chosen(2, 4) == 4
+    assert chosen(2) == chosen(1) == 2
+    assert chosen(8) == chosen(5, 8) == 8
+    assert chosen(1, 3, 5) == 3
+
+
+def test_options_and_tokens(tmp_path, capsys):
     path = float_model(tmp_path / "m.onnx", zero_points="fractions")
     for option in ([], ["--zero-point", "fixed", "--weight-bits", "6", "--tokens", "5"]):
         status, values = document(capsys, path, "--device", "reference", *option)
@@ -244,7 +267,7 @@ def test_memory_is_given_back(monkeypatch):
 BAD = {
     "no such model": (
         ["nowhere.onnx"],
-        r"no such model: nowhere\.onnx \(an ONNX file, a folder with one, or smollm2\)",
+        r"no such model: nowhere\.onnx \(an ONNX .* or smollm2\)",
     ),
     "truncated": (["truncated.onnx"], r"truncated\.onnx is not a complete ONNX file .*"),
     "block size": (
@@ -253,7 +276,7 @@ BAD = {
     ),
     "not finite": (["overflow.onnx"], r"layer layer0: its outputs are not finite \(NaN or infinity\)"),
     "max_k": ([SYMMETRIC, "--max-k", "128"], r"layer .*/down_proj.*: K is at most max_k \(128\), not 352"),
-    "bits": ([SYMMETRIC, "--weight-bits", "3"], r"layer .*: its weights have 4 bits, and weight_bits of the .* is 3"),
+    "bits": (["bytes.onnx", "--weight-bits", "3"], r"layer layer0: .*8 bits.*"),
     "group": (["small.onnx", "--tile", "32"], r"layer layer0: group_size is a multiple of the tile \(32\), not 16"),
     "fraction": (["fractions.onnx", "--zero-point", "integer"], r'layer layer0: zero point .* zero_point="fixed"'),
     "unknown device": ([SYMMETRIC, "--device", "fpga"], "no device is named fpga; there are reference, rtl"),
@@ -286,6 +309,7 @@ def test_bad_input(arguments, message, tmp_path, monkeypatch, capsys):
     float_model(tmp_path / "overflow.onnx", scale=1e38)
     float_model(tmp_path / "small.onnx", block=16)
     float_model(tmp_path / "fractions.onnx", zero_points="fractions")
+    float_model(tmp_path / "bytes.onnx", bits=8)
     before = sorted(tmp_path.iterdir())
     monkeypatch.chdir(tmp_path)
     if "overflow.onnx" not in arguments:
@@ -302,7 +326,7 @@ def test_bad_input(arguments, message, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [
-        (["nowhere.onnx", "--device", "rtl"], {}, "error: no such model: nowhere.onnx (an ONNX file, a folder"),
+        (["nowhere.onnx", "--device", "rtl"], {}, "error: no such model: nowhere.onnx (an ONNX "),
         ([SYMMETRIC, "--device", "rtl", "--tile", "16", "--max-k", "128"], {}, "error: layer /model/layers.0/mlp/down"),
         ([SYMMETRIC, "--device", "rtl"], {"PATH": "/nowhere"}, "error: the simulated device could not be built: "),
     ],
@@ -322,11 +346,13 @@ def check_smollm2(values, count):
     assert values["config"]["zero_point"] == "fixed"
     assert values["prompt_source"] == "tokenizer"
     assert all(row["exact"] for row in rows)
-    assert max(row["relative_error"] for row in rows) < 1e-3
+    # The scales of an 8-bit layer on this hardware have 12 bits.
+    assert all(row["relative_error"] < (2e-3 if row["weight_bits"] == 8 else 1e-3) for row in rows)
     # As predicted for ideal memory; what the real one takes longer is its latency.
     config = AcceleratorConfig.from_dict(values["config"])
     for row in rows:
-        predicted = cycles(config, row["m"], row["k"], row["n"], row["group_size"])
+        planes = 2 if row["weight_bits"] > config.weight_bits else 1
+        predicted = cycles(config, row["m"], planes * row["k"], row["n"], row["group_size"])
         assert predicted <= row["cycles"] <= 1.03 * predicted + 300
 
 
@@ -344,7 +370,33 @@ def test_smollm2(smollm2, capsys):
 def test_smollm2_complete(smollm2, capsys, tokens):
     status, values = document(capsys, smollm2, "--device", "rtl", "--tokens", tokens)
     assert status == 0
-    check_smollm2(values, 210)
+    check_smollm2(values, 211)
+    head = values["layers"][-1]
+    assert (head["name"], head["weight_bits"]) == ("/lm_head/MatMulNBits", 8)
+    assert values["config"]["weight_bits"] == 4
+
+
+def test_interrupt_during_a_long_layer(monkeypatch):
+    """Nobody waits for a layer that takes minutes: closing the device ends it."""
+    closed = threading.Event()
+
+    def wait(device, ticket, timeout):
+        assert closed.wait(30), "the device was not closed"
+        raise DeviceError("closed")
+
+    def works(*arguments, **options):
+        yield next(plain(*arguments, **options))
+        raise KeyboardInterrupt
+
+    plain = layers.capture_inputs
+    monkeypatch.setattr(layers, "capture_inputs", works)
+    monkeypatch.setattr(ReferenceDevice, "wait", wait)
+    monkeypatch.setattr(ReferenceDevice, "close", lambda device: closed.set())
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        main([SYMMETRIC, "--device", "reference"])
+    assert closed.is_set()
+    assert time.monotonic() - start < 20
 
 
 def test_interrupt(smollm2):
@@ -353,7 +405,7 @@ def test_interrupt(smollm2):
     with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if "of 210 layers" in line:
+            if "of 211 layers" in line:
                 break
         start = time.monotonic()
         process.send_signal(signal.SIGINT)
