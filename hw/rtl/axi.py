@@ -99,9 +99,9 @@ def write_signature(width: int) -> AxiSignature:
     return AxiSignature(_write_channels(width))
 
 
-def memory_signature(width: int) -> AxiSignature:
-    """A whole AXI4 port."""
-    return AxiSignature(_read_channels(width) | _write_channels(width))
+def memory_signature(width: int, port: int) -> AxiSignature:
+    """The accelerator's AXI4 port of this number: the first reads and writes, the others only read."""
+    return AxiSignature(_read_channels(width) | ({} if port else _write_channels(width)))
 
 
 def lite_signature(address_bits: int) -> AxiSignature:

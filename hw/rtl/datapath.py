@@ -10,7 +10,7 @@ from ..spec.memory_access import OUTSTANDING, WEIGHT_BURSTS_AHEAD
 from ..spec.registers import QUEUE_DEPTH
 from .activation_fetch import ActivationFetch
 from .activation_unit import ActivationUnit
-from .axi import ADDRESS_BITS, memory_signature, read_signature
+from .axi import ADDRESS_BITS, memory_signature
 from .burst_cutter import max_burst_beats
 from .core import Core
 from .descriptor_check import ERROR_BITS, DescriptorCheck, descriptor_layout
@@ -53,9 +53,8 @@ class Datapath(wiring.Component):
         )
         ports = {}
         for port in range(config.ports):
-            signature = read_signature(config.port_width) if port else memory_signature(config.port_width)
             ports |= {
-                f"hp{port}": Out(signature),
+                f"hp{port}": Out(memory_signature(config.port_width, port)),
                 f"reads_under_way_{port}": count,
                 f"oldest_{port}": Out(ADDRESS_BITS),
             }

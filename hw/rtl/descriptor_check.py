@@ -12,6 +12,7 @@ from ..spec.descriptor import (
     ADDRESS_LIMIT,
     DATA_ALIGNMENT,
     DESCRIPTOR_WORDS,
+    FIELD_WIDTHS,
     FIELDS,
     FLOAT_BYTES,
     WEIGHT_ALIGNMENT,
@@ -42,7 +43,6 @@ def reserved_bits() -> list[int]:
 
 def work_layout(config: AcceleratorConfig) -> data.StructLayout:
     """A checked descriptor: what the core is told, and where the operands lie and how long they are."""
-    widths = {field.name: field.width for field in FIELDS}
     return data.StructLayout(
         {
             "command": command_layout(config),
@@ -50,9 +50,9 @@ def work_layout(config: AcceleratorConfig) -> data.StructLayout:
             "activations": unsigned(ADDRESS_BITS),
             "activation_beats": unsigned(max_activation_beats(config).bit_length()),
             "results": unsigned(ADDRESS_BITS),
-            "result_pitch": unsigned(widths["result_pitch"]),
+            "result_pitch": unsigned(FIELD_WIDTHS["result_pitch"]),
             "weights": unsigned(ADDRESS_BITS),
-            "weights_stride": unsigned(widths["weights_stride"]),
+            "weights_stride": unsigned(FIELD_WIDTHS["weights_stride"]),
             "weight_beats": unsigned(BEAT_COUNT_BITS),
         }
     )

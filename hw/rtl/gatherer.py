@@ -8,14 +8,14 @@ from amaranth.lib.wiring import In, Out
 
 from ..spec.command import command_fields
 from ..spec.config import FLOAT_BITS, AcceleratorConfig
-from ..spec.descriptor import FIELDS
+from ..spec.descriptor import FIELD_WIDTHS
 from ..spec.memory_access import PIECE_FLOATS
 from .axi import ADDRESS_BITS
 from .drain import result_payload
 from .fifo import Counter, StreamFifo
 from .write_manager import PIECE_BYTES, last_beat, piece_layout
 
-PITCH_BITS = next(field.width for field in FIELDS if field.name == "result_pitch")
+PITCH_BITS = FIELD_WIDTHS["result_pitch"]
 
 
 def gather_layout(config: AcceleratorConfig) -> data.StructLayout:

@@ -6,12 +6,12 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..spec.config import AcceleratorConfig
-from ..spec.descriptor import FIELDS
+from ..spec.descriptor import FIELD_WIDTHS
 from .axi import ADDRESS_BITS
 from .burst_cutter import BEAT_COUNT_BITS, BurstCutter, burst_layout, max_burst_beats
 from .fifo import Counter
 
-STRIDE_BITS = next(field.width for field in FIELDS if field.name == "weights_stride")
+STRIDE_BITS = FIELD_WIDTHS["weights_stride"]
 
 
 def weights_layout() -> data.StructLayout:

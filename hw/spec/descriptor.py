@@ -65,6 +65,7 @@ FIELDS: tuple[DescriptorField, ...] = (
     DescriptorField("result_pitch", 352, 24, "bytes from one row of results to the next, a multiple of 128"),
 )
 """Every bit that is in no field is reserved and 0."""
+FIELD_WIDTHS = {field.name: field.width for field in FIELDS}
 
 
 def result_pitch(n: int) -> int:
