@@ -13,6 +13,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -37,6 +38,7 @@ from sw.text_folder import TextFolder, read_text
 
 MODEL = "smollm2"
 NEW_TOKENS = 128
+_T = TypeVar("_T")
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
@@ -69,7 +71,11 @@ def generate(
         read(0)
         logits = np.zeros((1, 0), np.float32)
         for start in range(0, len(prompt_ids), decoder.block):
-            logits = _forward(decoder, prompt_ids[start : start + decoder.block], answer.prefill)
+            block = prompt_ids[start : start + decoder.block]
+            if start + len(block) < len(prompt_ids):
+                _timed(decoder, answer.prefill, decoder.prefill, block)
+            else:
+                logits = _timed(decoder, answer.prefill, decoder.forward, block)
             read(decoder.length)
         while True:
             token = choose(logits[-1])
@@ -85,18 +91,18 @@ def generate(
             if decoder.length == decoder.context:
                 answer.stop = "context"
                 break
-            logits = _forward(decoder, [token], answer.decode)
+            logits = _timed(decoder, answer.decode, decoder.forward, [token])
         tell(stream.finish())
     except KeyboardInterrupt:
         answer.stop = "interrupted"
     return answer
 
 
-def _forward(decoder: Decoder, ids: Sequence[int], phase: Phase) -> np.ndarray:
+def _timed(decoder: Decoder, phase: Phase, call: Callable[[Sequence[int]], _T], ids: Sequence[int]) -> _T:
     before, start = decoder.usage.copy(), time.perf_counter()
-    logits = decoder.forward(ids)
+    answer = call(ids)
     phase.add(decoder.usage.since(before), time.perf_counter() - start)
-    return logits
+    return answer
 
 
 def _parser() -> Parser:

@@ -65,7 +65,8 @@ class Decoder:
         constants = Constants(file, stages)
         types = dict(self._inputs)
         self._steps: list[tuple[StageSession | None, Batch | None]] = []
-        done = 0
+        # After so many stages the cache is complete.
+        self._cache_steps = done = 0
         for stage in stages:
             session = open_stage(file, stage, constants, types) if stage.nodes else None
             types.update(session.types if session else {})
@@ -74,6 +75,8 @@ class Decoder:
                 batch, done = self._place(device, linears, stage, done, progress)
                 types.update((linears.tensors[i][1], types[linears.tensors[i][0]]) for i in stage.accelerated)
             self._steps.append((session, batch))
+            if not set(self._cache.outputs).isdisjoint(stage.outputs):
+                self._cache_steps = len(self._steps)
 
     def _place(
         self, device: Device, linears: Linears, stage: Stage, done: int, progress: Progress | None
@@ -94,6 +97,22 @@ class Decoder:
         Raises UserError if they are too many for one call or for the context, or if a layer's activations are not
         finite. After an exception the cache is that of before.
         """
+        values = self._run(ids, every, len(self._steps))
+        start = time.perf_counter()
+        logits = values[self._logits].numpy()
+        rows = len(ids) if every else 1
+        logits = logits.reshape(-1, logits.shape[-1])[-rows:].astype(np.float32)
+        self.usage.conversion += time.perf_counter() - start
+        return logits
+
+    def prefill(self, ids: Sequence[int]) -> None:
+        """Appends 1 to `block` tokens whose logits nobody wants: computes what the cache needs, which is neither the
+        head nor what is behind the last block's keys and values. Raises UserError as `forward`.
+        """
+        self._run(ids, False, self._cache_steps)
+
+    def _run(self, ids: Sequence[int], every: bool, steps: int) -> dict[str, OrtValue]:
+        """All tensors after the first stages, as many as `steps`, with the batches between them."""
         tokens, total = len(ids), self.length + len(ids)
         if not 1 <= tokens <= self.block:
             raise UserError(f"a call takes 1 to {self.block} tokens, not {tokens}")
@@ -102,21 +121,17 @@ class Decoder:
         last = not every
         places = self._places.setdefault((tokens, last), dict(self._cache.fixed))
         values = places | self._feeds(ids, total)
-        for session, batch in self._steps:
+        for index, (session, batch) in enumerate(self._steps[:steps], 1):
             if session:
                 start = time.perf_counter()
                 session.run((tokens, last), values, places)
                 self.usage.onnxruntime += time.perf_counter() - start
-            if batch:
+            if batch and (index < steps or steps == len(self._steps)):
                 batch.run(tokens, last, values, places, self.usage)
-        start = time.perf_counter()
         self._cache.take(values)
         self.length = total
         self.usage.tokens += tokens
-        logits = values[self._logits].numpy()
-        logits = logits.reshape(-1, logits.shape[-1])[-(1 if last else tokens) :].astype(np.float32)
-        self.usage.conversion += time.perf_counter() - start
-        return logits
+        return values
 
     def reset(self) -> None:
         """Forgets all tokens."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cutting graphs: every node where its inputs are, constants where they are read, borders that name just what crosses."""
+"""Cutting graphs: every node where its inputs are, constants where they are read, and what crosses the borders."""
 
 import numpy as np
 import onnx

@@ -93,6 +93,31 @@ def test_logits(gguf_model):
         assert np.array_equal(last.view(np.uint32), logits[ends].view(np.uint32))
 
 
+def test_prefill(gguf_model, monkeypatch):
+    """Tokens without logits leave the cache as forward does, without the head and most of the last block."""
+    with open_device("reference", **hardware().to_dict()) as device:
+        decoder, jobs = Decoder(gguf_model, device, context=CONTEXT), []
+        decoder.forward(IDS[:8])
+        expected = decoder.forward(IDS[8:10])
+        submit = device.submit
+        monkeypatch.setattr(device, "submit", lambda batch: jobs.extend(batch.jobs) or submit(batch))
+        for _ in range(2):
+            decoder.reset()
+            jobs.clear()
+            decoder.prefill(IDS[:8])
+            assert decoder.length == 8
+            assert [job.name.split("/")[2:4] for job in jobs[-3:]] == [["layers.1", "self_attn"]] * 3
+            assert len(jobs) == 7 + 3
+            assert np.array_equal(decoder.forward(IDS[8:10]), expected)
+    for name in ("torch_qwen2_opset23", "optimum_qwen2_float16"):
+        decoder = Decoder(DATA / f"{name}.onnx", None, context=CONTEXT)
+        decoder.forward(IDS[:8])
+        expected = decoder.forward(IDS[8:10])
+        decoder.reset()
+        decoder.prefill(IDS[:8])
+        assert np.array_equal(decoder.forward(IDS[8:10]), expected)
+
+
 def test_devices_agree(gguf_model):
     """The simulated RTL gives the reference's logits bit for bit, and says what it took."""
     logits, usages = [], []
