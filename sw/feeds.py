@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inputs for a model's session: a decoder's prompt with an empty cache, or noise for any other model."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import onnxruntime
 
 from sw.errors import UserError
 from sw.onnx_file import OnnxFile
+from sw.text_files import read_json
 
 DTYPES = {
     "tensor(float)": np.float32,
@@ -82,11 +82,7 @@ def empty_cache_shape(file: OnnxFile, name: str, shape: Sequence[Any]) -> tuple[
 
 def _configured_head_size(file: OnnxFile) -> int | None:
     for name, keys in (("genai_config.json", ("model", "decoder", "head_size")), ("config.json", ("head_dim",))):
-        path = file.path.parent / name
-        try:
-            value = json.loads(path.read_text()) if path.is_file() else {}
-        except ValueError:
-            raise UserError(f"{path} is not JSON") from None
+        value: Any = read_json(file.path.parent / name)
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
         if isinstance(value, int):

@@ -34,7 +34,8 @@ from sw.models import resolve_model
 from sw.runtime import Decoder
 from sw.sampling import Sampler
 from sw.status_line import StatusLine
-from sw.text_folder import TextFolder, read_text
+from sw.text_files import read_text
+from sw.text_folder import TextFolder
 
 MODEL = "smollm2"
 NEW_TOKENS = 128
@@ -101,7 +102,8 @@ def generate(
 def _timed(decoder: Decoder, phase: Phase, call: Callable[[Sequence[int]], _T], ids: Sequence[int]) -> _T:
     before, start = decoder.usage.copy(), time.perf_counter()
     answer = call(ids)
-    phase.add(decoder.usage.since(before), time.perf_counter() - start)
+    phase.add(decoder.usage.since(before))
+    phase.seconds += time.perf_counter() - start
     return answer
 
 

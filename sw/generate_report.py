@@ -31,37 +31,10 @@ STOPS = {
 
 
 @dataclass
-class Phase:
-    """Reading the prompt, or computing the tokens after it.
+class Phase(Usage):
+    """Reading the prompt, or computing the tokens after it. seconds: wall time all in all."""
 
-    Members
-    -------
-    tokens: that went through the model.
-    cycles, beats: of the device's linear layers and their weight streams; 0 without hardware, without a device.
-    device: seconds of its simulation, or of waiting for it.
-    onnxruntime, conversion, driver: seconds of the host, see HOST.
-    seconds: all in all.
-    """
-
-    tokens: int = 0
-    cycles: int = 0
-    beats: int = 0
-    device: float = 0.0
-    onnxruntime: float = 0.0
-    conversion: float = 0.0
-    driver: float = 0.0
     seconds: float = 0.0
-
-    def add(self, usage: Usage, seconds: float) -> None:
-        """Adds a call of the model."""
-        for name in ("tokens", "cycles", "beats", "device", *HOST):
-            setattr(self, name, getattr(self, name) + getattr(usage, name))
-        self.seconds += seconds
-
-    @property
-    def host(self) -> float:
-        """Seconds of the host."""
-        return self.onnxruntime + self.conversion + self.driver
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -218,6 +191,8 @@ def _summary(report: Report) -> str:
     if total:
         speed = total / (answer.prefill.device + answer.decode.device) / 1e6
         lines.append(f"cycles are simulated, memory {report.memory}; {speed:.2f} million a second")
+        # While it runs, the processor's caches forget the host's work.
+        lines.append("host times are beside the simulation; make bench has those beside hardware that answers at once")
     elif config:
         lines.append(f"device {report.device} has no hardware, so no cycles")
     return "\n".join(lines)

@@ -19,7 +19,8 @@ import numpy as np
 
 from sw.decoder_graph import MAX_POSITIONS, DecoderConfig
 from sw.errors import UserError
-from sw.text_folder import read_text, read_tokenizer
+from sw.text_files import read_json, read_text
+from sw.text_folder import read_tokenizer
 
 FULL = "full_attention"
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -79,15 +80,7 @@ class Settings:
 
 def read_settings(path: Path, required: bool = False) -> Settings:
     """A JSON file; empty if it is missing and not required. Raises UserError if it is damaged."""
-    if not required and not path.exists():
-        return Settings(path, {})
-    try:
-        values = json.loads(read_text(path))
-    except (ValueError, RecursionError):
-        raise UserError(f"{path} is not JSON") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return Settings(path, values)
+    return Settings(path, read_json(path, required))
 
 
 def decoder_config(config: Settings) -> DecoderConfig:

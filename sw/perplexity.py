@@ -32,7 +32,8 @@ from sw.models import resolve_model
 from sw.perplexity_report import Report, Score, print_json, print_table
 from sw.runtime import Decoder
 from sw.status_line import StatusLine
-from sw.text_folder import TextFolder, encode, read_text
+from sw.text_files import read_text
+from sw.text_folder import TextFolder, encode
 
 WINDOWS = 8
 LENGTH = 512

@@ -12,8 +12,6 @@
 Only tokenizer.json must be there.
 """
 
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from tokenizers import Tokenizer
 
 from sw.chat_template import ChatTemplate
 from sw.errors import UserError, one_line
+from sw.text_files import read_json, read_text
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 INCOMPLETE = "\ufffd"
@@ -48,10 +47,11 @@ class TextFolder:
         if not path.is_file():
             raise UserError(f"{self.folder} has no tokenizer.json, and a model's text needs one")
         self.tokenizer = read_tokenizer(path)
-        self._config, self._generation = self._read("config.json"), self._read("generation_config.json")
-        genai = self._read("genai_config.json").get("model")
-        self._genai: dict[str, Any] = genai if isinstance(genai, dict) else {}
-        self._tokens = self._read("special_tokens_map.json") | self._read("tokenizer_config.json")
+        files = ("config", "generation_config", "genai_config", "special_tokens_map", "tokenizer_config")
+        config, generation, genai, special, tokens = (read_json(self.folder / f"{name}.json") for name in files)
+        model = genai.get("model")
+        self._config, self._generation, self._tokens = config, generation, special | tokens
+        self._genai: dict[str, Any] = model if isinstance(model, dict) else {}
         self._special = {name: text for name in SPECIAL_TOKENS if (text := self._special_token(name)) is not None}
         self.stop_ids = self._stop_ids()
         self.context = self._context()
@@ -96,19 +96,6 @@ class TextFolder:
         first = self.beginning()
         plain = encode(self.tokenizer, text, False)
         return plain if first and plain[: len(first)] == first else encode(self.tokenizer, text, True)
-
-    def _read(self, name: str) -> dict[str, Any]:
-        """A JSON file of the folder; nothing if it is missing."""
-        path = self.folder / name
-        if not path.exists():
-            return {}
-        try:
-            values = json.loads(read_text(path))
-        except (ValueError, RecursionError):
-            raise UserError(f"{path} is not JSON") from None
-        if not isinstance(values, dict):
-            raise UserError(f"{path} is not a JSON object")
-        return values
 
     def _special_token(self, name: str) -> str | None:
         """A special token's text: as text, as an object with its content, or by its id in config.json."""
@@ -212,16 +199,6 @@ def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[in
         raise UserError("the text is not UTF-8") from None
     except Exception as error:
         raise UserError(f"the tokenizer refuses the text ({one_line(error)})") from None
-
-
-def read_text(path: Path | str) -> str:
-    """A UTF-8 file's text; "-" is stdin. Raises UserError if it is missing or something else."""
-    try:
-        return (sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()).decode()
-    except UnicodeDecodeError:
-        raise UserError(f"{'stdin' if str(path) == '-' else path} is not UTF-8") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({one_line(error)})") from None
 
 
 def _default_template(templates: list, path: Path) -> str:

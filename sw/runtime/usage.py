@@ -31,11 +31,16 @@ class Usage:
         """Seconds of all but the device."""
         return self.onnxruntime + self.conversion + self.driver
 
+    def add(self, other: "Usage") -> None:
+        """Adds another's sums."""
+        for item in fields(Usage):
+            setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
+
     def copy(self) -> "Usage":
         """The sums of now."""
         return replace(self)
 
     def since(self, before: "Usage") -> "Usage":
         """What was added since a copy was made."""
-        names = [item.name for item in fields(self)]
+        names = [item.name for item in fields(Usage)]
         return Usage(**{name: getattr(self, name) - getattr(before, name) for name in names})

@@ -8,7 +8,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from sw.errors import UserError
-from sw.text_folder import TextFolder, read_text
+from sw.text_files import read_text
+from sw.text_folder import TextFolder
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 BOS, EOS, END = 257, 258, 259
