@@ -81,7 +81,7 @@ def _print_decoders(console: Console, decoders: dict) -> None:
     console.print(table)
     console.print(
         "instant: the same runtime and driver on registers that answer at once, as beside a board, which takes no"
-        " processor time. rtl: beside the simulation, which runs on the same processor and fills its caches.\n"
+        " processor time. rtl: beside the simulation, in whose milliseconds the processor's caches forget the host.\n"
     )
 
 

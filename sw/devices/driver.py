@@ -53,16 +53,17 @@ class AcceleratorDevice(BatchDevice):
         """The performance counters, in cycles and beats, since the device was opened."""
         return {name: self.registers.read(name) for name in COUNTERS}
 
-    def encode(self, jobs: Sequence[LinearJob]) -> list[list[int]]:
-        """See BatchDevice: the descriptors' words."""
+    def encode(self, jobs: Sequence[LinearJob]) -> tuple[list[list[int]], list[int]]:
+        """See BatchDevice: the descriptors' words, and each one's beats."""
         # One interrupt for a batch, unless its end is not even in the queue by the time of the first.
         often, last = len(jobs) > self._capabilities["queue_depth"], len(jobs) - 1
-        return [descriptor(job, often or index == last).to_words() for index, job in enumerate(jobs)]
+        words = [descriptor(job, often or index == last).to_words() for index, job in enumerate(jobs)]
+        return words, [job.layout.beats for job in jobs]
 
     def run(self, batch: PreparedBatch) -> Iterator[Completion | None]:
         """See BatchDevice."""
         try:
-            yield from self._run(batch.jobs, batch.code)
+            yield from self._run(batch.jobs, *batch.code)
         except Exception:
             raise
         except BaseException:
@@ -70,7 +71,9 @@ class AcceleratorDevice(BatchDevice):
             self._reset()
             raise
 
-    def _run(self, jobs: Sequence[LinearJob], descriptors: list[list[int]]) -> Iterator[Completion | None]:
+    def _run(
+        self, jobs: Sequence[LinearJob], descriptors: list[list[int]], beats: list[int]
+    ) -> Iterator[Completion | None]:
         registers, capabilities, clock = self.registers, self._capabilities, self.platform.clock
         if registers.read("status") & self._busy:
             # Left over from a batch that was given up.
@@ -91,7 +94,7 @@ class AcceleratorDevice(BatchDevice):
             for index in range(done, completed):
                 cycle = registers.read("completion_cycles", (base + index) % capabilities["completions"])
                 now = clock()
-                yield Completion(jobs[index].name, (cycle - before) % (1 << 32), jobs[index].layout.beats, now - then)
+                yield Completion(jobs[index].name, (cycle - before) % (1 << 32), beats[index], now - then)
                 before, then = cycle, now
             # Completed jobs are good even if one behind them has failed.
             if completed < len(jobs):
