@@ -82,7 +82,6 @@ def run_layers(device: Device, works: Iterator[Captured], tokens: int) -> Iterat
     """Runs layers on the device on the last `tokens` tokens and compares. At most IN_FLIGHT are held."""
     running: deque[_Running] = deque()
     # A simulation works while somebody waits for it, and meanwhile this thread has the next layer to look after.
-    # Submitting is that thread's as well: processor time of a simulation is that of one thread.
     waiter = ThreadPoolExecutor(1, "sw.layers")
     try:
         for work in works:

@@ -71,7 +71,13 @@ class Batch:
         self._device = device
         tokens = device.config.max_tokens
         self._groups: list[tuple[Buffer, list[tuple[Placed, Buffer]]]] = []
-        for _, same in groupby(sorted(layers, key=_operands), key=_operands):
+
+        def operands(layer: Placed) -> tuple:
+            """What layers that share activations have in common: the tensor's rows, and how they lie in memory."""
+            shape = layer.planes, layer.layout.k, layer.layout.group_size
+            return layer.input_name, layer.name in last_only, *shape
+
+        for _, same in groupby(sorted(layers, key=operands), key=operands):
             members = [(layer, device.alloc(result_bytes(layer.layout, tokens))) for layer in same]
             layout = members[0][0].layout
             self._groups.append((device.alloc(FLOAT_BYTES * tokens * layout.k), members))
@@ -177,8 +183,3 @@ class _Run:
                 rows[:] = view
             else:
                 np.add(view, bias, out=rows, casting="same_kind")
-
-
-def _operands(layer: Placed) -> tuple:
-    """What layers that share activations have in common: the tensor, and how it lies in memory."""
-    return layer.input_name, layer.planes, layer.layout.k, layer.layout.group_size
