@@ -178,8 +178,10 @@ class _Run:
 
     def give(self) -> None:
         """Makes results what the graph expects."""
-        for rows, view, bias in self._after:
-            if bias is None:
-                rows[:] = view
-            else:
-                np.add(view, bias, out=rows, casting="same_kind")
+        # What is too large for float16 becomes infinite, as in onnxruntime; a layer that gets it refuses it by name.
+        with np.errstate(over="ignore"):
+            for rows, view, bias in self._after:
+                if bias is None:
+                    rows[:] = view
+                else:
+                    np.add(view, bias, out=rows, casting="same_kind")

@@ -146,6 +146,7 @@ def test_weights_that_change(device):
         device.wait(device.submit([job]), TIMEOUT)
         assert same_bits(read_results(device, job), expected(device.config, linear, x))
     free_jobs(device, job)
+    assert not getattr(device, "_unpacked", None)
 
 
 def test_interrupted_while_waiting(device, monkeypatch):

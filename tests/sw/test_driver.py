@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hw.spec.descriptor import ADDRESS_LIMIT, DESCRIPTOR_WORDS, weights_stride
+from hw.spec.descriptor import ADDRESS_LIMIT, DESCRIPTOR_WORDS, FIELDS, weights_stride
 from hw.spec.refusal import refusal
 from hw.spec.registers import (
     BY_NAME,
@@ -27,6 +27,8 @@ from sw.devices.library import Fault, build_library
 from sw.devices.rtl import RtlDevice
 from tests.sw.linears import TIMEOUT, free_jobs, make_job, random_activations, random_linear, run_exactly
 
+INTERRUPT = next(1 << field.low for field in FIELDS if field.name == "interrupt")
+"""Of a descriptor's first word."""
 CONFIG = make_config(tile=8, ports=2, port_width=64, activation_bits=12, zero_point="fixed", max_k=1024)
 
 
@@ -200,6 +202,8 @@ def test_more_jobs_than_fit(in_flight, at_once):
             assert [item.cycles for item in completions] == [platform.took] * 40
             assert {item.beats for item in completions} == {jobs[0].layout.beats}
     assert platform.most_queued == min(QUEUE_DEPTH + in_flight, COMPLETIONS)
+    # The queue is to be filled again before the last one is complete.
+    assert all(words[0] & INTERRUPT for words in platform.pushed)
 
 
 def test_counters_wrap():

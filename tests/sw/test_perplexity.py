@@ -225,3 +225,13 @@ def test_smollm2(smollm2, tmp_path, capsys):
     assert first["tokens"] == 63
     assert 5 < first["perplexity"] < 500
     assert 0 < abs(reference["relative_difference"]) < 2e-3
+
+
+@pytest.mark.full
+def test_smollm2_at_length(smollm2, tmp_path, capsys):
+    """Over 8 windows of 512 tokens the accelerator's arithmetic costs less than a thousandth."""
+    path = tmp_path / "text"
+    path.write_text("\n".join(pydoc_data.topics.topics.values()))
+    first, reference = run(capsys, smollm2, path, "--device", "onnxruntime,reference")["rows"]
+    assert first["tokens"] == 8 * 511
+    assert 0 < abs(reference["relative_difference"]) < 1e-3
