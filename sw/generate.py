@@ -121,7 +121,7 @@ def _parser() -> Parser:
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of text and table")
-    names = f"reference (numpy), rtl (the simulated Verilog), or {ONNXRUNTIME} (no accelerator)"
+    names = f"reference (numpy), rtl (the simulated Verilog), kv260 (the board), or {ONNXRUNTIME} (no accelerator)"
     add_device_options(parser, names, "rtl")
     add_hardware_options(parser)
     return parser

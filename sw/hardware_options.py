@@ -5,20 +5,22 @@ import argparse
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
+from hw.spec import board
 from hw.spec.config import AcceleratorConfig
 from sw import pack
 from sw.devices import check_device, make_config
+from sw.devices.kv260 import board_config, check_config
 from sw.devices.library import MEMORIES, check_preset
 from sw.devices.rtl import DEFAULT_MEMORY
 from sw.errors import UserError
 from sw.onnx_import import Linears
 
-FABRIC_HZ = 250e6
-"""Clock at which simulated cycles become seconds: what the KV260 is designed for."""
+FABRIC_HZ = float(board.FABRIC_HZ)
+"""Clock at which cycles become seconds: what the KV260's bitstream is timed for."""
 ONNXRUNTIME = "onnxruntime"
 """The device option that means none: the whole model in onnxruntime."""
 MODEL_HELP = "an ONNX or GGUF file, a folder with an ONNX file or an AutoAWQ checkpoint, or smollm2"
@@ -53,7 +55,17 @@ def add_hardware_options(parser: Parser, **defaults: int) -> None:
         kind = str if item.name == "zero_point" else _number_or_auto if auto else int
         default = "auto" if auto else defaults.get(item.name, item.default)
         option = f"--{item.name.replace('_', '-')}"
-        hardware.add_argument(option, type=kind, default=default, help=f"(default: {default})")
+        hardware.add_argument(option, type=kind, default=default, action=_Given, help=f"(default: {default})")
+
+
+class _Given(argparse.Action):
+    """Stores an option, and that it was given: hardware that exists already has its own defaults."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.given = getattr(namespace, "given", frozenset()) | {self.dest}
 
 
 def _number_or_auto(text: str) -> int | str:
@@ -82,9 +94,14 @@ def check_devices(names: Sequence[str], memory: str | None, others: Sequence[str
 def hardware_options(options: Namespace) -> tuple[dict[str, int | str], AcceleratorConfig]:
     """The values of `add_hardware_options`, for `choose_config`, and the hardware as far as no model decides it.
 
-    Raises UserError for values that no hardware has, before a model is read.
+    With --device kv260 that is the board's, for the other devices too, and options that were given must be its own.
+    Raises UserError for values that no hardware has, or this board's does not, before a model is read.
     """
     values = {item.name: getattr(options, item.name) for item in fields(AcceleratorConfig)}
+    if "kv260" in options.device.split(","):
+        config, given = board_config(), getattr(options, "given", frozenset())
+        check_config(config, {name: value for name, value in values.items() if name in given and value != "auto"})
+        return config.to_dict(), config
     return values, make_config(**{name: value for name, value in values.items() if value != "auto"})
 
 

@@ -146,7 +146,7 @@ def _finish(device: Device, running: _Running) -> LayerResult:
 def _parser() -> Parser:
     parser = Parser(prog="python -m sw.layers", description="A model's linear layers through a device, checked.")
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    add_device_options(parser, "reference (numpy) or rtl (the simulated Verilog)")
+    add_device_options(parser, "reference (numpy), rtl (the simulated Verilog) or kv260 (the board)")
     parser.add_argument("--tokens", type=int, metavar="M", help=f"tokens to compute (default: {TOKENS})")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N layers")
     parser.add_argument("--prompt", default=PROMPT, metavar="TEXT", help="whose activations to use")

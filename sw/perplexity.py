@@ -105,7 +105,7 @@ def _parser() -> Parser:
     parser.add_argument("--windows", type=int, default=WINDOWS, metavar="N", help=f"(default: {WINDOWS})")
     parser.add_argument("--length", type=int, metavar="L", help=f"tokens of a window (default: {LENGTH})")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of the table")
-    add_device_options(parser, f"some of reference, rtl and {ONNXRUNTIME}, separated by commas")
+    add_device_options(parser, f"some of reference, rtl, kv260 and {ONNXRUNTIME}, separated by commas")
     add_hardware_options(parser, max_tokens=MAX_TOKENS)
     return parser
 

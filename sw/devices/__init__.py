@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Devices by name: "reference" computes in numpy, "rtl" simulates the generated Verilog."""
+"""Devices by name: "reference" computes in numpy, "rtl" simulates the generated Verilog, "kv260" is the board."""
 
 from hw.spec.config import AcceleratorConfig, ConfigError
 from sw.devices.base import Device
+from sw.devices.kv260 import KV260Device
 from sw.devices.reference import ReferenceDevice
 from sw.devices.rtl import DEFAULT_MEMORY, RtlDevice
 from sw.errors import UserError
 
-DEVICES = ("reference", "rtl")
+DEVICES = ("reference", "rtl", "kv260")
 
 
 def check_device(name: str) -> None:
     """Raises UserError if there is no such device."""
     if name not in DEVICES:
-        later = " (the board's driver is not written yet)" if name == "kv260" else ""
-        raise UserError(f"no device is named {name}{later}; there are {', '.join(DEVICES)}")
+        raise UserError(f"no device is named {name}; there are {', '.join(DEVICES)}")
 
 
 def make_config(**options: int | str) -> AcceleratorConfig:
@@ -30,8 +30,12 @@ def open_device(name: str, memory: str = DEFAULT_MEMORY, **options: int | str) -
 
     memory: preset of rtl's memory model (sw.devices.library.MEMORIES); the others have none.
     rtl builds the simulation if it is not in the cache, which takes about half a minute and shows progress on stderr.
-    Raises UserError for an unknown device, a config that does not exist, or hardware that cannot be built.
+    kv260 has the parameters of its manifest; those in options must be the same.
+    Raises UserError for an unknown device, a config that does not exist, hardware that cannot be built, or a board that
+    is not there.
     """
     check_device(name)
+    if name == "kv260":
+        return KV260Device(options)
     config = make_config(**options)
     return RtlDevice(config, memory=memory) if name == "rtl" else ReferenceDevice(config)

@@ -386,8 +386,14 @@ BAD = {
     "temperature": (["--prompt", "a", "--temperature", "-1"], "temperature is a number from 0, not -1.0"),
     "top_p": (["--prompt", "a", "--top-p", "0"], "top_p is above 0 and at most 1, not 0.0"),
     "seed": (["--prompt", "a", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
-    "device": (["--prompt", "a", "--device", "fpga"], "no device is named fpga; there are reference, rtl, onnxruntime"),
-    "later device": (["--prompt", "a", "--device", "kv260"], r"no device is named kv260 \(.*\); there are .*"),
+    "device": (
+        ["--prompt", "a", "--device", "fpga"],
+        "no device is named fpga; there are reference, rtl, kv260, onnxruntime",
+    ),
+    "no board": (
+        ["--prompt", "a", "--device", "kv260"],
+        r"/lib/firmware/xilinx/gristmill/manifest.json: no manifest there; .*",
+    ),
     "memory": (["--prompt", "a", "--device", "rtl", "--memory", "x"], "memory is one of ideal, .*, not x"),
     "memory of another": (
         ["--prompt", "a", "--device", "onnxruntime", "--memory", "ideal"],

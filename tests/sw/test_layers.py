@@ -279,8 +279,11 @@ BAD = {
     "bits": (["bytes.onnx", "--weight-bits", "3"], r"layer layer0: .*8 bits.*"),
     "group": (["small.onnx", "--tile", "32"], r"layer layer0: group_size is a multiple of the tile \(32\), not 16"),
     "fraction": (["fractions.onnx", "--zero-point", "integer"], r'layer layer0: zero point .* zero_point="fixed"'),
-    "unknown device": ([SYMMETRIC, "--device", "fpga"], "no device is named fpga; there are reference, rtl"),
-    "later device": ([SYMMETRIC, "--device", "kv260"], r"no device is named kv260 \(.*\); there are reference, rtl"),
+    "unknown device": ([SYMMETRIC, "--device", "fpga"], "no device is named fpga; there are reference, rtl, kv260"),
+    "no board": (
+        [SYMMETRIC, "--device", "kv260"],
+        r"/lib/firmware/xilinx/gristmill/manifest.json: no manifest there; .*",
+    ),
     "memory": ([SYMMETRIC, "--device", "rtl", "--memory", "x"], "memory is one of ideal, kv260-2400, .*, not x"),
     "memory of another": ([SYMMETRIC, "--memory", "ideal"], "--memory is for --device rtl, not reference"),
     "tile": ([SYMMETRIC, "--tile", "12"], "tile is one of 4, 8, 16, 32, not 12"),

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The accelerator in a Kria KV260 under Linux: registers and interrupt through UIO, memory in a u-dma-buf.
+
+What hw.spec.board names has to be there: the loaded app brings the UIO device and the buffer. The config comes from the
+manifest beside the firmware.
+"""
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hw.spec.board import APP_NAME, BUFFER_NAME, CONTROL_ADDRESS, CONTROL_BYTES, UIO_NAME
+from hw.spec.config import AcceleratorConfig
+from hw.spec.descriptor import FLOAT_BYTES
+from hw.spec.manifest import Manifest, ManifestError
+from hw.spec.registers import WINDOW_BYTES, offset
+from sw.devices.arena import Arena
+from sw.devices.base import Buffer, Completion, DeviceError, LinearJob, PreparedBatch, result_bytes
+from sw.devices.driver import AcceleratorDevice
+from sw.devices.host import Host
+from sw.devices.udmabuf import MEND, DmaBuffer, find_buffer
+from sw.devices.uio import Uio, find_uio
+
+FIRMWARE = f"/lib/firmware/xilinx/{APP_NAME}"
+LOAD = f"load the app: sudo xmutil unloadapp; sudo xmutil loadapp {APP_NAME}"
+SPIN_SECONDS = 200e-6
+"""So long the registers are asked before the interrupt is waited for: most batches take less, and waking costs more."""
+WAIT_SECONDS = 0.1
+"""Of one wait for the interrupt."""
+LATE_SECONDS = 1e-3
+"""What an interrupt may come late."""
+POLL_SECONDS = 100e-6
+"""Between two looks at the registers where there is no interrupt."""
+_PENDING = offset("interrupt_pending") // 4
+
+
+def manifest_path(host: Host) -> Path:
+    """The hardware's manifest: $GRISTMILL_MANIFEST, or the one beside the firmware."""
+    named = os.environ.get("GRISTMILL_MANIFEST")
+    return Path(named) if named else host.path(f"{FIRMWARE}/manifest.json")
+
+
+def board_manifest(host: Host) -> Manifest:
+    """The manifest of the board's hardware. Raises DeviceError if there is none, or it is not an accelerator's."""
+    path = manifest_path(host)
+    try:
+        manifest = Manifest.load(path)
+    except ManifestError as error:
+        raise DeviceError(f"{error}; copy that of the bitstream there, or name it in $GRISTMILL_MANIFEST") from None
+    if manifest.block != "accelerator":
+        raise DeviceError(f"{path}: block {manifest.block} is not the whole accelerator")
+    return manifest
+
+
+def board_config() -> AcceleratorConfig:
+    """The config of this machine's hardware. Raises DeviceError as `board_manifest` does."""
+    return board_manifest(Host()).config
+
+
+def check_config(config: AcceleratorConfig, expected: Mapping[str, int | str]) -> None:
+    """Raises DeviceError unless the board's hardware has these values in these fields."""
+    have = config.to_dict()
+    for name, value in expected.items():
+        if have.get(name) != value:
+            raise DeviceError(f"the board's hardware has {name} {have.get(name)}, and {value} is asked for")
+
+
+class KV260Platform:
+    """Registers, interrupt and memory of the board. Implements sw.devices.platform.Platform; one process at a time.
+
+    Parameters
+    ----------
+    registers: "uio", or "mem" for /dev/mem at the address that the bitstream has, without an interrupt. The latter
+        does not know whether the app is loaded: where nothing answers, an access stops the whole machine.
+
+    Raises DeviceError, with what to do, if something is not there or may not be used.
+    """
+
+    def __init__(self, host: Host, registers: str = "uio"):
+        place = find_buffer(host, BUFFER_NAME)
+        if place is None:
+            raise DeviceError(f"there is no buffer {BUFFER_NAME}: {MEND}")
+        self.buffer = DmaBuffer(host, place)
+        self.uio: Uio | None = None
+        self._fd = -1
+        try:
+            if registers == "uio":
+                self.uio = self._open_uio(host)
+                self._window = self.uio.window
+            elif registers == "mem":
+                self._fd = host.open("/dev/mem", os.O_RDWR | os.O_SYNC, "the kernel was built without it")
+                self._window = host.map_registers(self._fd, CONTROL_BYTES, CONTROL_ADDRESS)
+            else:
+                raise DeviceError(f"registers are reached through uio or mem, not {registers}")
+            self.polls = self.uio is None or not self.uio.has_interrupt
+            self.memory = Arena(self.buffer.memory, place.address)
+        except BaseException:
+            self.close()
+            raise
+        self.seconds = 0.0
+
+    @staticmethod
+    def _open_uio(host: Host) -> Uio:
+        place = find_uio(host, UIO_NAME)
+        if place is None:
+            raise DeviceError(f"there is no UIO device {UIO_NAME}: {LOAD}")
+        if place.size < WINDOW_BYTES:
+            raise DeviceError(f"UIO device {UIO_NAME} maps {place.size} bytes, and the registers take {WINDOW_BYTES}")
+        return Uio(host, place)
+
+    def read_register(self, offset: int) -> int:
+        """See Platform."""
+        return self._window[offset >> 2]
+
+    def write_register(self, offset: int, value: int) -> None:
+        """See Platform."""
+        self._window[offset >> 2] = value
+
+    def write_registers(self, offsets_and_values: Mapping[int, int]) -> None:
+        """See Platform."""
+        window = self._window
+        for place, value in offsets_and_values.items():
+            window[place >> 2] = value
+
+    def wait_interrupt(self) -> bool:
+        """See Platform."""
+        # Both causes are enabled as long as a driver has the accelerator: pending is the line.
+        window, start = self._window, time.perf_counter()
+        try:
+            until = start + SPIN_SECONDS
+            while not window[_PENDING]:
+                if time.perf_counter() > until:
+                    return self._sleep(start + WAIT_SECONDS)
+            return True
+        finally:
+            self.seconds += time.perf_counter() - start
+
+    def _sleep(self, until: float) -> bool:
+        window = self._window
+        if self.uio is not None and not self.polls:
+            self.uio.arm()
+            fired = self.uio.wait(max(0, until - time.perf_counter()))
+            high = window[_PENDING] != 0
+            # High, and nobody was told: it is not wired to where the device tree says. Slower, but it goes on.
+            self.polls = high and not fired and not self.uio.wait(LATE_SECONDS)
+            return high
+        while not (high := window[_PENDING] != 0) and time.perf_counter() < until:
+            time.sleep(POLL_SECONDS)
+        return high
+
+    def clock(self) -> float:
+        """See Platform."""
+        return time.perf_counter()
+
+    def close(self) -> None:
+        """See Platform."""
+        if self.uio is not None:
+            self.uio.close()
+            self._window, self.uio = self.uio.window, None
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        self.buffer.close()
+
+
+class KV260Device(AcceleratorDevice):
+    """The accelerator on a KV260.
+
+    Parameters
+    ----------
+    host: the machine; None: this one.
+    registers: see KV260Platform; None: $GRISTMILL_REGISTERS, or uio.
+    expected: fields of hw.spec.config.AcceleratorConfig that the hardware must have these values in.
+
+    Raises DeviceError, with what to do, if something is missing, or the hardware is another one.
+    """
+
+    name = "kv260"
+    platform: KV260Platform
+
+    def __init__(
+        self, expected: Mapping[str, int | str] | None = None, *, host: Host | None = None, registers: str | None = None
+    ):
+        host = host or Host()
+        config = board_manifest(host).config
+        check_config(config, expected or {})
+        super().__init__(config, KV260Platform(host, registers or os.environ.get("GRISTMILL_REGISTERS") or "uio"))
+
+    def write(self, buffer: Buffer, values: Any) -> None:
+        """See Device; what was written reaches memory."""
+        super().write(buffer, values)
+        self.platform.buffer.sync_for_device(self.platform.buffer.clean_commands([(buffer.address, buffer.size)]))
+
+    def encode(self, jobs: Sequence[LinearJob]) -> tuple[PreparedBatch, list[bytes], list[bytes]]:
+        """See BatchDevice: the batch of the driver below, and which caches to clean before and to invalidate after."""
+        activations = [(job.activations.address, FLOAT_BYTES * job.tokens * job.layout.k) for job in jobs]
+        results = [(job.results.address, result_bytes(job.layout, job.tokens)) for job in jobs]
+        buffer = self.platform.buffer
+        # Results too: a line that somebody has written there would reach memory some time later, over the results.
+        clean = buffer.clean_commands(activations + results)
+        batch = PreparedBatch(tuple(jobs), self, 0, super().encode(jobs))
+        return batch, clean, buffer.invalidate_commands(results)
+
+    def run(self, batch: PreparedBatch) -> Iterator[Completion | None]:
+        """See BatchDevice."""
+        below, clean, invalidate = batch.code
+        self.platform.buffer.sync_for_device(clean)
+        yield from super().run(below)
+        self.platform.buffer.sync_for_cpu(invalidate)
