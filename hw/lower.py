@@ -23,6 +23,8 @@ times as fast as Verilog that still holds Amaranth's processes."""
 _MODULE = re.compile(r"^(?:attribute [^\n]*\n)*module \\(\S+)\n(.*?)^end\n", re.MULTILINE | re.DOTALL)
 _MEMORY_INIT = re.compile(r"^  cell \$meminit_v2 .*?^  end\n", re.MULTILINE | re.DOTALL)
 _CELL = re.compile(r"^(  cell )\\(\S+) ", re.MULTILINE)
+_ATTRIBUTE = re.compile(r"^ *\(\* (?!ram_style)[^\n]*\*\)\n|\(\* (?!ram_style)[^\n]*?\*\) ", re.MULTILINE)
+"""What yosys notes for itself; where a memory belongs is all that others need."""
 _YOSYS = "import sys; from pyosys import libyosys; libyosys.run_pass('script ' + sys.argv[1])"
 _TIMEOUT = 300
 """Seconds that yosys may take; tile 32 takes about 10."""
@@ -123,8 +125,8 @@ def _shorten(text: str, top: str) -> str:
     return _rename_cells(text, short)
 
 
-def to_rtlil(component: wiring.Component, name: str) -> str:
-    """RTLIL text of ``component`` with module ``name`` on top.
+def to_rtlil(component: wiring.Component, name: str, platform=None) -> str:
+    """RTLIL text of ``component`` with module ``name`` on top, elaborated for ``platform``.
 
     As ``amaranth.back.rtlil.convert``, but memories start undefined: their zeros would be most of the text and of
     the time, and the design reads no entry before it has written it.
@@ -133,7 +135,7 @@ def to_rtlil(component: wiring.Component, name: str) -> str:
     if any(is_axi(member) for member in component.signature.members.values()):
         top = _AxiPorts(component)
         ports = top.ports
-    netlist = build_netlist(Fragment.get(top, None), ports=ports or port_map(component), name=name)
+    netlist = build_netlist(Fragment.get(top, platform), ports=ports or port_map(component), name=name)
     for cell in netlist.cells:
         if isinstance(cell, NetlistMemory):
             if any(cell.init):
@@ -148,8 +150,10 @@ def to_rtlil(component: wiring.Component, name: str) -> str:
     return _shorten(share_modules(_MEMORY_INIT.sub("", str(design)), name), name)
 
 
-def to_verilog(component: wiring.Component, name: str) -> str:
+def to_verilog(component: wiring.Component, name: str, platform=None) -> str:
     """Verilog-2005 of ``component``, the same for simulation and synthesis, byte-identical from run to run.
+
+    If it is for a ``platform``, it may hold that vendor's primitives, and its memories say where they belong.
 
     Raises
     ------
@@ -157,9 +161,13 @@ def to_verilog(component: wiring.Component, name: str) -> str:
     """
     with tempfile.TemporaryDirectory() as folder:
         source, target, script = (Path(folder, f"design{ending}") for ending in (".il", ".v", ".ys"))
-        source.write_text(to_rtlil(component, name))
+        source.write_text(to_rtlil(component, name, platform))
         passes = (f"read_rtlil {source}", f"hierarchy -check -top {name}", *_PASSES)
-        script.write_text("\n".join((*passes, f"write_verilog -noattr -simple-lhs {target}")))
+        write = f"write_verilog -noattr -simple-lhs {target}"
+        if platform is not None:
+            passes = ("read_verilog -lib +/xilinx/cells_xtra.v", *passes)
+            write = write.replace("-noattr ", "")
+        script.write_text("\n".join((*passes, write)))
         try:
             run = subprocess.run(
                 [sys.executable, "-c", _YOSYS, script], capture_output=True, text=True, timeout=_TIMEOUT, check=False
@@ -168,4 +176,4 @@ def to_verilog(component: wiring.Component, name: str) -> str:
             raise LowerError(f"yosys did not finish {name} within {_TIMEOUT} s") from error
         if run.returncode or not target.exists():
             raise LowerError(f"yosys failed on {name}: {(run.stdout + run.stderr).strip()[-500:]}")
-        return target.read_text()
+        return _ATTRIBUTE.sub("", target.read_text())

@@ -11,6 +11,7 @@ from .activations import activation_payload, bank_slices
 from .delay import delay
 from .fifo import Counter, StreamFifo
 from .float_in import Mantissa, TokenExponent
+from .memory import buffer_attributes
 from .walker import Walker, command_signature
 
 _FAN_IN = 4
@@ -110,7 +111,7 @@ class ActivationUnit(wiring.Component):
             m.d.sync += busy.eq(0)
         m.submodules.exponents = exponents = Memory(shape=signed(EXPONENT_BITS), depth=self.config.max_tokens, init=[])
         self._find_exponents(m, loader, exponents)
-        self._send(m, sender, exponents, self._store(m, loader))
+        self._send(m, sender, exponents, self._store(m, loader, platform))
         return m
 
     def _find_exponents(self, m: Module, loader: Walker, exponents: Memory) -> None:
@@ -160,10 +161,12 @@ class ActivationUnit(wiring.Component):
             largest = Mux(other > largest, other, largest)
         return largest
 
-    def _store(self, m: Module, loader: Walker) -> ReadPort:
+    def _store(self, m: Module, loader: Walker, platform) -> ReadPort:
         """The floats, one slice of one token per row, rows slice by slice; returns where they are read."""
         config = self.config
-        m.submodules.store = store = Memory(shape=row_layout(config), depth=bank_slices(config), init=[])
+        depth = bank_slices(config)
+        attributes = buffer_attributes(platform, depth, row_layout(config).size)
+        m.submodules.store = store = Memory(shape=row_layout(config), depth=depth, init=[], attrs=attributes)
         write, read = store.write_port(), store.read_port()
         address, token = Signal(range(bank_slices(config))), Signal(range(config.max_tokens))
         with m.If(loader.step):

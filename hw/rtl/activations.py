@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The activation buffer: two banks of mantissas, group sums and token exponents."""
 
-from amaranth.hdl import Module, Mux, Signal, signed
+from amaranth.hdl import Module, Mux, Shape, Signal, signed
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -9,6 +9,7 @@ from amaranth.lib.wiring import In, Out
 from ..spec.config import EXPONENT_BITS, AcceleratorConfig
 from .delay import delay
 from .fifo import Counter
+from .memory import buffer_attributes
 from .walker import Walker, command_signature
 
 BANKS = 2
@@ -98,9 +99,9 @@ class ActivationBuffer(wiring.Component):
         token = Signal(range(self.config.max_tokens))
         with m.If(walker.step):
             m.d.sync += token.eq(Mux(walker.last.token, 0, token + 1))
-        self._store_mantissas(m, walker)
+        self._store_mantissas(m, walker, platform)
         self._store_exponents(m, walker, token)
-        self._store_sums(m, walker, token)
+        self._store_sums(m, walker, token, platform)
         return m
 
     def _count(self, m: Module, walker: Walker, enable, restart, name: str) -> Signal:
@@ -112,9 +113,11 @@ class ActivationBuffer(wiring.Component):
             m.d.sync += address.eq(Mux(walker.bank, 0, bank_slices(self.config)))
         return address
 
-    def _store_mantissas(self, m: Module, walker: Walker) -> None:
+    def _store_mantissas(self, m: Module, walker: Walker, platform) -> None:
         shape = data.ArrayLayout(signed(self.config.activation_bits), self.config.tile)
-        m.submodules.mantissas = memory = Memory(shape=shape, depth=BANKS * bank_slices(self.config), init=[])
+        depth = BANKS * bank_slices(self.config)
+        attributes = buffer_attributes(platform, depth, Shape.cast(shape).width)
+        m.submodules.mantissas = memory = Memory(shape=shape, depth=depth, init=[], attrs=attributes)
         write, read = memory.write_port(), memory.read_port()
         m.d.comb += [
             write.addr.eq(self._count(m, walker, walker.step, walker.step & walker.done, "slice_address")),
@@ -137,7 +140,7 @@ class ActivationBuffer(wiring.Component):
             self.exponent_data.eq(read.data),
         ]
 
-    def _store_sums(self, m: Module, walker: Walker, token: Signal) -> None:
+    def _store_sums(self, m: Module, walker: Walker, token: Signal, platform) -> None:
         """Adds up each slice and then the slices of a group: registers after the input, after sums of four, after
         the sum of these; the group's accumulator is the fourth step."""
         config = self.config
@@ -168,7 +171,9 @@ class ActivationBuffer(wiring.Component):
             partial_write.data.eq(total),
             partial_write.en.eq(step),
         ]
-        m.submodules.sums = memory = Memory(shape=shape, depth=BANKS * bank_slices(config), init=[])
+        depth = BANKS * bank_slices(config)
+        attributes = buffer_attributes(platform, depth, shape.width)
+        m.submodules.sums = memory = Memory(shape=shape, depth=depth, init=[], attrs=attributes)
         write, read = memory.write_port(), memory.read_port()
         # The walker's bank may have moved on by now, so this address keeps its own.
         address = Signal(range(BANKS * bank_slices(config)))

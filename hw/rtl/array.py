@@ -8,7 +8,8 @@ from amaranth.lib.wiring import In, Out
 from ..spec.config import AcceleratorConfig
 from ..spec.layout import StreamLayout
 from .delay import delay
-from .pe import WORD, ProcessingElement
+from .dsp48e2 import has_dsp48e2
+from .pe import DspProcessingElement, ProcessingElement
 
 
 class SystolicArray(wiring.Component):
@@ -18,6 +19,10 @@ class SystolicArray(wiring.Component):
     diagonal: row r of a slice is delayed until its activation arrives and then held at the west edge until the next
     slice, column c of it follows c cycles later. All delays are fixed, so a new slice may start every cycle, and no
     net spans more than one element.
+
+    Parameters
+    ----------
+    element : what it is made of; if not given, whatever suits the part that it is elaborated for
 
     Members
     -------
@@ -29,8 +34,8 @@ class SystolicArray(wiring.Component):
     Throughput: 1 token per cycle; a slice takes ``max(tokens, words_per_slice)`` cycles.
     """
 
-    def __init__(self, config: AcceleratorConfig):
-        self.config = config
+    def __init__(self, config: AcceleratorConfig, element: type[ProcessingElement] | None = None):
+        self.config, self.element = config, element
         self.stream = StreamLayout(config)
         super().__init__(
             {
@@ -49,14 +54,17 @@ class SystolicArray(wiring.Component):
     def elaborate(self, platform) -> Module:
         m = Module()
         tile = self.config.tile
-        psums = [Const(0, WORD)] * tile
+        element = self.element or (DspProcessingElement if has_dsp48e2(platform) else ProcessingElement)
+        psums = [Const(0, element.word)] * tile
         for row in range(tile):
-            extended = Signal(signed(WORD), name=f"extended_r{row}")
+            extended = Signal(signed(element.word), name=f"extended_r{row}")
             m.d.comb += extended.eq(delay(m, self.activations[row], row, name=f"activation_r{row}"))
             activation = extended.as_unsigned()
             weights = self._row_weights(m, row)
             for column in range(tile):
-                m.submodules[f"pe_{row}_{column}"] = pe = ProcessingElement(self.config, column)
+                m.submodules[f"pe_{row}_{column}"] = pe = element(
+                    self.config, column, first=row == 0, last=row == tile - 1
+                )
                 m.d.comb += [
                     pe.activation_in.eq(activation),
                     pe.weights_in.eq(weights),

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A first-in first-out buffer between two streams, in distributed memory."""
 
-from amaranth.hdl import Module, Signal
+from amaranth.hdl import Module, Shape, Signal
 from amaranth.lib import stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
+
+from .memory import buffer_attributes
 
 
 class StreamFifo(wiring.Component):
@@ -85,7 +87,8 @@ class BlockFifo(wiring.Component):
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        m.submodules.memory = memory = Memory(shape=self.shape, depth=self.depth, init=[])
+        attributes = buffer_attributes(platform, self.depth, Shape.cast(self.shape).width)
+        m.submodules.memory = memory = Memory(shape=self.shape, depth=self.depth, init=[], attrs=attributes)
         write, read = memory.write_port(), memory.read_port()
         # One bit more than the address tells a full memory from an empty one.
         written, fetched = Signal(range(2 * self.depth)), Signal(range(2 * self.depth))

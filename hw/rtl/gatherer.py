@@ -13,6 +13,7 @@ from ..spec.memory_access import PIECE_FLOATS
 from .axi import ADDRESS_BITS
 from .drain import result_payload
 from .fifo import Counter, StreamFifo
+from .memory import buffer_attributes
 from .write_manager import PIECE_BYTES, last_beat, piece_layout
 
 PITCH_BITS = FIELD_WIDTHS["result_pitch"]
@@ -97,9 +98,9 @@ class Gatherer(wiring.Component):
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        m.submodules.memory = memory = Memory(
-            shape=data.ArrayLayout(unsigned(FLOAT_BITS), self.word_floats), depth=self.depth, init=[]
-        )
+        word = data.ArrayLayout(unsigned(FLOAT_BITS), self.word_floats)
+        attributes = buffer_attributes(platform, self.depth, word.size)
+        m.submodules.memory = memory = Memory(shape=word, depth=self.depth, init=[], attrs=attributes)
         # A chunk stays here until its last beat was read, so a full FIFO means that both halves are.
         m.submodules.chunks = chunks = StreamFifo(chunk_layout(self.config), self._HALVES)
         self._gather(m, memory, chunks)

@@ -10,6 +10,7 @@ from ..spec.command import max_header_beats
 from ..spec.config import AcceleratorConfig
 from ..spec.layout import StreamLayout, ceil_div
 from .fifo import StreamFifo
+from .memory import buffer_attributes
 from .walker import Walker, command_signature
 
 
@@ -72,7 +73,9 @@ class HeaderBuffer(wiring.Component):
         m.d.sync += offset_read.eq(offset)
         read = []
         for bank in range(units):
-            m.submodules[f"bank_{bank}"] = memory = Memory(shape=width, depth=self.depth, init=[])
+            m.submodules[f"bank_{bank}"] = memory = Memory(
+                shape=width, depth=self.depth, init=[], attrs=buffer_attributes(platform, self.depth, width)
+            )
             write_port, read_port = memory.write_port(), memory.read_port()
             m.d.comb += [
                 write_port.addr.eq(written[:address_bits]),

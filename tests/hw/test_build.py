@@ -110,6 +110,25 @@ def test_icarus_reads_it(core: Path, tmp_path: Path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_generic_verilog_has_no_primitives(core: Path):
+    text = (core / "gristmill.v").read_text()
+    assert "DSP48" not in text and "(*" not in text
+
+
+def test_target_has_its_primitives(tmp_path: Path):
+    """An array in DSP slices, and memories that say where they belong; what software reads is the same."""
+    for target in ("generic", "ultrascaleplus"):
+        assert run(*SMALL, "--top", "core", "--target", target, "--out", str(tmp_path / target)).returncode == 0
+    texts = {target: (tmp_path / target / "gristmill.v").read_text() for target in ("generic", "ultrascaleplus")}
+    assert texts["ultrascaleplus"].count("  DSP48E2 #(") == 16
+    assert "// Only for ultrascaleplus" in texts["ultrascaleplus"].splitlines()[2]
+    assert set(re.findall(r"\(\*.*?\*\)", texts["ultrascaleplus"])) == {'(* ram_style = "block" *)'}
+    manifests = [Manifest.load(tmp_path / target / "manifest.json") for target in texts]
+    assert manifests[0].config.digest == manifests[1].config.digest
+    assert (manifests[0].ports, manifests[0].streams) == (manifests[1].ports, manifests[1].streams)
+    assert manifests[1].verilog_sha256 == hashlib.sha256(texts["ultrascaleplus"].encode()).hexdigest()
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("block", list(BLOCKS))
 def test_every_block_alone(block: str, tmp_path: Path):
@@ -144,6 +163,7 @@ def test_small_limits_are_legal(options: tuple[str, ...], tmp_path: Path):
         (("--max-k", "100"), "max_k is a multiple of the tile (16), not 100"),
         (("--max-group-size", "48"), "max_group_size is one of 32, 64, 128, 256, not 48"),
         (("--top", "wheel"), "block is one of accelerator, core, pe, "),
+        (("--target", "asic"), "target is one of generic, ultrascaleplus, not 'asic'"),
     ],
 )
 def test_bad_value_is_one_line(options: tuple[str, str], message: str, tmp_path: Path):

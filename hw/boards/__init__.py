@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the hardware is generated for: any part, or one whose primitives it may use."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Target:
+    """What blocks are elaborated for, in the place of one of Amaranth's platforms.
+
+    Parameters
+    ----------
+    family : as Amaranth's platforms name theirs
+    """
+
+    family: str
+
+
+TARGETS: dict[str, Target | None] = {"generic": None, "ultrascaleplus": Target("ultrascaleplus")}
+"""By the name that ``python -m hw.build --target`` takes. ``generic`` is plain Verilog for any part and simulator."""

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m hw.resources``: how much of a board's part an accelerator takes, by yosys's estimate."""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import fields, replace
+
+from .blocks import BLOCKS
+from .boards import TARGETS
+from .build import CONFIG_HELP, Parser
+from .lower import LowerError
+from .spec.config import AcceleratorConfig, ConfigError
+from .spec.parts import BOARDS, Part
+from .synthesis import RESOURCES, synthesise
+
+_TILES = (4, 8, 16, 32)
+_NOTE = "yosys's mapping, an estimate: not placed, not routed, no Vivado"
+
+
+def measure(config: AcceleratorConfig, board: str, block: str = "accelerator") -> dict[str, Counter]:
+    """Resources of each block of ``block``, by name; see :func:`hw.synthesis.synthesise`.
+
+    Raises
+    ------
+    ConfigError : the board or the block does not exist
+    hw.lower.LowerError : yosys failed
+    """
+    if board not in BOARDS:
+        raise ConfigError(f"board is one of {', '.join(BOARDS)}, not {board!r}")
+    if block not in BLOCKS:
+        raise ConfigError(f"block is one of {', '.join(BLOCKS)}, not {block!r}")
+    target = TARGETS[BOARDS[board].target]
+    assert target is not None
+    return synthesise(BLOCKS[block](config), target)
+
+
+def total(blocks: Mapping[str, Counter]) -> dict[str, float]:
+    """The sum of all blocks, by resource."""
+    return {name: sum(counts[name] for counts in blocks.values()) for name in RESOURCES}
+
+
+def percentages(counts: Mapping[str, float], part: Part) -> dict[str, float]:
+    """Of what the part has, by resource, for those that it counts."""
+    return {name: 100 * counts[name] / limit for name, limit in part.resources.items()}
+
+
+def document(config: AcceleratorConfig, board: str, block: str, blocks: Mapping[str, Counter]) -> dict:
+    """What ``--json`` prints."""
+    part, sums = BOARDS[board], total(blocks)
+    return {
+        "board": board,
+        "part": part.name,
+        "method": _NOTE,
+        "block": block,
+        "config": config.to_dict(),
+        "blocks": {name: {kind: counts[kind] for kind in RESOURCES} for name, counts in blocks.items()},
+        "total": sums,
+        "available": dict(part.resources),
+        "percent": {name: round(value, 2) for name, value in percentages(sums, part).items()},
+        "fits": all(sums[name] <= limit for name, limit in part.resources.items()),
+    }
+
+
+def text_table(config: AcceleratorConfig, board: str, blocks: Mapping[str, Counter]) -> str:
+    """Blocks by falling LUTs, their sum, what the part has, and percentages."""
+    part, sums = BOARDS[board], total(blocks)
+    share = percentages(sums, part)
+    rows = [
+        (name, [f"{counts[kind]:,g}" if counts[kind] else "" for kind in RESOURCES])
+        for name, counts in sorted(blocks.items(), key=lambda item: (-item[1]["LUT"], item[0]))
+    ]
+    rows += [
+        ("total", [f"{sums[kind]:,.10g}" for kind in RESOURCES]),
+        (
+            part.name.split("-")[0],
+            [f"{part.resources[kind]:,}" if kind in part.resources else "" for kind in RESOURCES],
+        ),
+        ("%", [f"{share[kind]:.1f}" if kind in share else "" for kind in RESOURCES]),
+    ]
+    lines = [f"tile {config.tile} on {board}: {_NOTE}", ""]
+    lines += [f"{name:18}" + "".join(f"{value:>10}" for value in values) for name, values in [("", RESOURCES), *rows]]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def markdown(measured: Mapping[int, Mapping[str, Counter]], part: Part) -> str:
+    """The tables of docs/resources.md, from the blocks by tile: all totals, then each tile block by block."""
+    rule = "|---|" + "---:|" * len(RESOURCES)
+    lines = ["| tile | " + " | ".join(RESOURCES) + " |", rule]
+    for tile, blocks in measured.items():
+        sums = total(blocks)
+        share = percentages(sums, part)
+        cells = (f"{sums[kind]:,.10g}" + (f" ({share[kind]:.1f} %)" if kind in share else "") for kind in RESOURCES)
+        lines.append(f"| {tile} | " + " | ".join(cells) + " |")
+    for tile, blocks in measured.items():
+        lines += ["", f"Tile {tile}, block by block:", "", "| block | " + " | ".join(RESOURCES) + " |", rule]
+        for name, counts in sorted(blocks.items(), key=lambda item: (-item[1]["LUT"], item[0])):
+            cells = (f"{counts[kind]:,.10g}" if counts[kind] else "" for kind in RESOURCES)
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _measure_all(config: AcceleratorConfig, board: str) -> dict[int, dict[str, Counter]]:
+    measured = {}
+    for tile in _TILES:
+        print(f"tile {tile} ...", file=sys.stderr)
+        measured[tile] = measure(replace(config, tile=tile), board)
+    return measured
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m hw.resources", description="How much of a board's part an accelerator takes.")
+    for item in fields(AcceleratorConfig):
+        option = f"--{item.name.replace('_', '-')}"
+        parser.add_argument(option, type=type(item.default), default=item.default, help=CONFIG_HELP[item.name])
+    parser.add_argument("--board", default="kv260", help=f"one of {', '.join(BOARDS)} (default: kv260)")
+    parser.add_argument("--top", default="accelerator", help="this block alone (default: the accelerator)")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    output.add_argument("--table", action="store_true", help="the Markdown tables of docs/resources.md, for all tiles")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code: 0, or 1 if the part is too small."""
+    options = vars(_parser().parse_args(arguments))
+    board, block, as_json, as_table = (options.pop(name) for name in ("board", "top", "json", "table"))
+    try:
+        config = AcceleratorConfig(**options)
+        if as_table:
+            print(markdown(_measure_all(config, board), BOARDS[board]))
+            return 0
+        blocks = measure(config, board, block)
+    except (ConfigError, LowerError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    found = document(config, board, block, blocks)
+    print(json.dumps(found, indent=1) if as_json else text_table(config, board, blocks))
+    if not found["fits"]:
+        print(f"error: {board} is too small for this", file=sys.stderr)
+    return 0 if found["fits"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
