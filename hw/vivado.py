@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m hw.vivado``: the KV260's bitstream, or the accelerator as an IP-XACT core, by Vivado in batch mode.
+
+Exit codes: 0 done; 1 Vivado failed, or the design misses its clock; 2 something is missing or an option is wrong.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import fields
+from pathlib import Path
+from typing import NoReturn
+
+from . import build
+from .lower import LowerError
+from .overlay import overlay, shell
+from .spec.board import APP_NAME, CONTROL_ADDRESS, CONTROL_BYTES, FABRIC_HZ
+from .spec.config import AcceleratorConfig, ConfigError
+from .spec.manifest import Manifest
+from .spec.parts import BOARDS
+from .vivado_report import ReportError, check_platform, check_timing, read_facts, read_utilisation, timing
+from .vivado_wrapper import BOARD_MODULE, IP_MODULE, WrapperError, interface_names, wrapper
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "constraints" / "kv260"
+PART = BOARDS["kv260"]
+BOARD_PARTS = "xilinx.com:kv260_som:part0:*"
+"""Pattern of the board part; its version is 1.3 or 1.4 with most versions of Vivado, and 2.0 with 2026.1."""
+OLDEST, NEWEST = (2023, 1), (2026, 1)
+"""Versions of Vivado that the scripts are written for. None was run."""
+BITSTREAM_STEPS = ("project", "implement", "export")
+"""Scripts of a bitstream, in order."""
+_STEP_HOURS = 8
+_INSTALL = (
+    f"install Vivado {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]} with Zynq UltraScale+ devices"
+    " (the free Standard edition has the K26) and source its settings64.sh"
+)
+
+
+class VivadoError(RuntimeError):
+    """Vivado or one of its companions is missing, too old, or failed. The message is one line.
+
+    Attributes
+    ----------
+    status : exit code: 2 before any work, 1 after a step failed
+    """
+
+    def __init__(self, message: str, status: int = 1):
+        super().__init__(message)
+        self.status = status
+
+
+def find_tools(names: tuple[str, ...]) -> None:
+    """Check that the tools are on PATH and that Vivado's version is one of those meant.
+
+    Raises
+    ------
+    VivadoError : a tool is missing, or Vivado is older than OLDEST; a newer one than NEWEST is only told on stderr
+    """
+    missing = [name for name in names if not shutil.which(name)]
+    if missing:
+        raise VivadoError(f"no {' and no '.join(missing)} on PATH: {_INSTALL}", 2)
+    try:
+        done = subprocess.run(["vivado", "-version"], capture_output=True, text=True, timeout=300, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise VivadoError(f"vivado -version does not run ({error}): {_INSTALL}", 2) from error
+    match = re.search(r"vivado v(\d{4})\.(\d)", done.stdout, re.IGNORECASE)
+    if done.returncode or not match:
+        raise VivadoError(f"vivado -version names no version (exit code {done.returncode}): {_INSTALL}", 2)
+    version = (int(match[1]), int(match[2]))
+    if version < OLDEST:
+        raise VivadoError(f"Vivado {version[0]}.{version[1]} is too old: {_INSTALL}", 2)
+    if version > NEWEST:
+        print(
+            f"warning: Vivado {version[0]}.{version[1]} is newer than what the scripts were written for",
+            file=sys.stderr,
+        )
+
+
+def prepare(config: AcceleratorConfig, folder: Path, module: str) -> tuple[Manifest, list[Path]]:
+    """Generate the accelerator, with the part's own DSPs, and the module around it; returns manifest and Verilog files.
+
+    Raises
+    ------
+    ConfigError, LowerError : the accelerator cannot be generated
+    WrapperError : Verilog and manifest contradict each other
+    """
+    verilog, manifest = build.generate(config, target=PART.target)
+    build.write(folder, verilog, manifest)
+    around = folder / f"{module}.v"
+    around.write_text(wrapper(manifest, verilog, module))
+    return manifest, [folder / "gristmill.v", around]
+
+
+def settings(manifest: Manifest, files: list[Path], module: str, out: Path, clock_hz: int, jobs: int) -> dict[str, str]:
+    """The environment of the Tcl scripts; ``constraints/kv260/settings.tcl`` reads it."""
+    values = {
+        "SOURCES": "\n".join(str(path.resolve()) for path in files),
+        "MODULE": module,
+        "INTERFACES": " ".join(interface_names(manifest)),
+        "PORTS": str(manifest.config.ports),
+        "PORT_WIDTH": str(manifest.config.port_width),
+        "CONFIG": manifest.config.digest[:16],
+        "CLOCK_HZ": str(clock_hz),
+        "CONTROL_ADDRESS": f"{CONTROL_ADDRESS:#x}",
+        "CONTROL_BYTES": f"{CONTROL_BYTES:#x}",
+        "PART": PART.name,
+        "BOARD_PARTS": BOARD_PARTS,
+        "XDC": str(SCRIPTS / "kv260.xdc"),
+        "WORK": str(out.resolve() / "work"),
+        "REPORTS": str(out.resolve() / "reports"),
+        "OUT": str(out.resolve() / "out"),
+        "JOBS": str(jobs),
+    }
+    return {f"GRISTMILL_{name}": value for name, value in values.items()}
+
+
+def _run(command: list[str], name: str, folder: Path, environment: dict[str, str], place: str = "work") -> None:
+    """Run a tool in ``folder/place`` with its output in a log; a failure's message quotes the log's first error."""
+    log = folder / "logs" / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{name:>12}  running; {log}", file=sys.stderr, flush=True)
+    start = time.monotonic()
+    with log.open("w") as stream:
+        try:
+            done = subprocess.run(
+                command,
+                cwd=folder / place,
+                env={**os.environ, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                timeout=3600 * _STEP_HOURS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise VivadoError(f"step {name} took longer than {_STEP_HOURS} hours; see {log}") from error
+    if done.returncode:
+        lines = log.read_text(errors="replace").splitlines()
+        first = next((line.strip() for line in lines if line.startswith("ERROR")), "no error in its log")
+        raise VivadoError(f"step {name} failed with exit code {done.returncode}: {first}; see {log}")
+    print(f"{name:>12}  done after {(time.monotonic() - start) / 60:.0f} minutes", file=sys.stderr, flush=True)
+
+
+def _vivado(step: str, folder: Path, environment: dict[str, str]) -> None:
+    script = str(SCRIPTS / f"{step}.tcl")
+    _run(["vivado", "-mode", "batch", "-nojournal", "-nolog", "-notrace", "-source", script], step, folder, environment)
+
+
+def _fresh(out: Path) -> None:
+    """Remove what an earlier run left, so that a failed run leaves nothing that looks like a result."""
+    for name in ("work", "reports", "out", "logs"):
+        shutil.rmtree(out / name, ignore_errors=True)
+        (out / name).mkdir(parents=True)
+    for path in (out / "summary.json", out / f"{APP_NAME}.xsa", out / f"{APP_NAME}.hwh", out / f"{APP_NAME}.bit"):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(out / APP_NAME, ignore_errors=True)
+
+
+def bitstream(config: AcceleratorConfig, out: Path, clock_hz: int = FABRIC_HZ, jobs: int = 2) -> dict:
+    """Build the KV260's bitstream; returns the summary, which is also ``out/summary.json``.
+
+    Files in ``out``: ``gristmill.bit``, ``.xsa``, ``.hwh``, ``reports/``, ``logs/``, and the Kria app ``gristmill/``.
+    A design that misses its clock leaves reports and logs and none of the others.
+
+    Raises
+    ------
+    VivadoError : a tool is missing or failed
+    ReportError : the design does not meet its clock, or its addresses are others than the driver's
+    ConfigError, LowerError, WrapperError : as of :func:`prepare`
+    """
+    find_tools(("vivado", "bootgen"))
+    _fresh(out)
+    manifest, files = prepare(config, out / "work" / "hw", BOARD_MODULE)
+    environment = settings(manifest, files, BOARD_MODULE, out, clock_hz, jobs)
+    for step in BITSTREAM_STEPS:
+        _vivado(step, out, environment)
+        if step == "project":
+            check_platform(read_facts(out / "reports" / "facts.txt"), clock_hz)
+    facts = read_facts(out / "reports" / "facts.txt")
+    check_timing(facts, out / "reports" / "timing.rpt")
+    products = out / "out"
+    _hardware_handoff(products)
+    _app(config, clock_hz, products, out, environment)
+    shutil.copy(out / "work" / "hw" / "manifest.json", products / APP_NAME / "manifest.json")
+    summary = {
+        "board": "kv260",
+        "config": config.to_dict(),
+        "config_digest": config.digest,
+        "board_part": facts.get("board_part"),
+        "clock_hz": clock_hz,
+        "clock_made_mhz": float(facts["clock_mhz"]),
+        "control_address": CONTROL_ADDRESS,
+        "timing": timing(facts),
+        "utilisation": read_utilisation((out / "reports" / "utilisation.rpt").read_text()),
+    }
+    (products / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    for path in sorted(products.iterdir()):
+        path.rename(out / path.name)
+    products.rmdir()
+    return summary
+
+
+def _hardware_handoff(products: Path) -> None:
+    """Take the .hwh out of the .xsa, which is a zip archive, so that its place in the project does not matter."""
+    try:
+        with zipfile.ZipFile(products / f"{APP_NAME}.xsa") as archive:
+            name = next(name for name in archive.namelist() if name.endswith("system.hwh"))
+            (products / f"{APP_NAME}.hwh").write_bytes(archive.read(name))
+    except (OSError, zipfile.BadZipFile, StopIteration) as error:
+        raise VivadoError(f"Vivado wrote no usable {APP_NAME}.xsa ({type(error).__name__})") from error
+
+
+def _app(config: AcceleratorConfig, clock_hz: int, products: Path, out: Path, environment: dict[str, str]) -> None:
+    """The folder for ``/lib/firmware/xilinx``; the overlay is compiled here if there is a ``dtc``."""
+    folder = products / APP_NAME
+    folder.mkdir()
+    (folder / f"{APP_NAME}.dts").write_text(overlay(config, clock_hz))
+    (folder / "shell.json").write_text(shell())
+    bit = products / f"{APP_NAME}.bit"
+    image = out / "work" / f"{APP_NAME}.bif"
+    image.write_text(f"all:\n{{\n  [destination_device = pl] {bit.name}\n}}\n")
+    command = ["bootgen", "-w", "-arch", "zynqmp", "-process_bitstream", "bin", "-image", str(image.resolve())]
+    # Beside the bitstream, because names in a .bif may not have spaces.
+    _run(command, "bootgen", out, environment, products.name)
+    made = bit.with_name(bit.name + ".bin")
+    if not made.exists():
+        raise VivadoError(f"bootgen wrote no {made.name}; see {out / 'logs' / 'bootgen.log'}")
+    made.rename(folder / made.name)
+    if shutil.which("dtc"):
+        source, target = (str((folder / f"{APP_NAME}.{ending}").resolve()) for ending in ("dts", "dtbo"))
+        _run(["dtc", "-@", "-I", "dts", "-O", "dtb", "-o", target, source], "dtc", out, environment)
+
+
+def package(config: AcceleratorConfig, out: Path) -> None:
+    """Package the accelerator as an IP-XACT core in ``out/ip``, a folder for Vivado's ``ip_repo_paths``.
+
+    Raises
+    ------
+    VivadoError : Vivado is missing or failed
+    ConfigError, LowerError, WrapperError : as of :func:`prepare`
+    """
+    find_tools(("vivado",))
+    _fresh(out)
+    manifest, files = prepare(config, out / "work" / "hw", IP_MODULE)
+    _vivado("package_ip", out, settings(manifest, files, IP_MODULE, out, FABRIC_HZ, 1))
+    if not (out / "out" / "component.xml").exists():
+        raise VivadoError(f"Vivado wrote no component.xml; see {out / 'logs' / 'package_ip.log'}")
+    shutil.rmtree(out / "ip", ignore_errors=True)
+    (out / "out").rename(out / "ip")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m hw.vivado", description="Build the KV260's bitstream, or package the accelerator.")
+    parser.add_argument("product", choices=("bitstream", "ip"))
+    for item in fields(AcceleratorConfig):
+        option = f"--{item.name.replace('_', '-')}"
+        parser.add_argument(option, type=type(item.default), default=item.default, help=build.CONFIG_HELP[item.name])
+    parser.add_argument("--clock-mhz", type=float, default=FABRIC_HZ / 1e6, help="of the fabric (default: %(default)g)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that Vivado may start")
+    parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="default: build/kv260 or build/ip")
+    return parser
+
+
+def _screen(summary: dict, out: Path) -> str:
+    rows = [
+        f"{'clock':>12}  {summary['clock_made_mhz']:g} MHz, setup slack {summary['timing']['setup']['slack_ns']} ns"
+    ]
+    for name, sites in summary["utilisation"].items():
+        text = f"{sites['used']:g} of {sites['available']:g}" if sites else "not in Vivado's report"
+        rows.append(f"{name.upper():>12}  {text}")
+    rows.append(f"{'app':>12}  {out / APP_NAME}")
+    if not (out / APP_NAME / f"{APP_NAME}.dtbo").exists():
+        rows.append(f"{'to do':>12}  no dtc here; on the board: dtc -@ -I dts -O dtb -o {APP_NAME}.dtbo {APP_NAME}.dts")
+    return "\n".join(rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    options = vars(_parser().parse_args(arguments))
+    product, out, jobs = options.pop("product"), options.pop("out"), options.pop("jobs")
+    clock_hz = options.pop("clock_mhz") * 1e6
+    out = out or Path("build", "ip" if product == "ip" else "kv260")
+    try:
+        config = AcceleratorConfig(**options)
+        if not 10e6 <= clock_hz <= 600e6:
+            raise ConfigError(f"clock_mhz is from 10 to 600, not {clock_hz / 1e6:g}")
+        if jobs < 1:
+            raise ConfigError(f"jobs is at least 1, not {jobs}")
+        if product == "ip":
+            package(config, out)
+            print(f"{'IP core':>12}  {out / 'ip'}")
+        else:
+            print(_screen(bitstream(config, out, round(clock_hz), jobs), out))
+    except VivadoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.status
+    except ReportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (ConfigError, LowerError, WrapperError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
