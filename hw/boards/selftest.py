@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportIndexIssue=false
+"""A core that tests itself: stored vectors in, every result compared, the outcome on LEDs and as a line of text."""
+
+from typing import NamedTuple
+
+from amaranth.hdl import Cat, Const, Module, ResetInserter, Signal
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In, Out
+
+from .report_line import DIGIT_BITS, DecimalCounter, LineWriter, Number
+from .rom import Rom, RomSource
+from .uart import UartTransmitter
+
+TIMEOUT_BITS = 16
+"""A run ends, whatever has come by then, after ``2**(TIMEOUT_BITS - 1)`` cycles."""
+_SETTLE = 64
+"""Cycles after a run in which a result too many is still noticed; the decimal counters need fewer."""
+_RESET = 8
+_DIGITS = {"results": 5, "wrong": 5, "cycles": 5}
+
+
+class Vectors(NamedTuple):
+    """One layer for the core, as the payloads of its streams."""
+
+    command: int
+    weights: tuple[int, ...]
+    activations: tuple[int, ...]
+    results: tuple[int, ...]
+    """One float32 each, with its ``keep`` and ``last``."""
+
+
+class SelfTest(wiring.Component):
+    """Runs the vectors through the core again and again, and tells after each run what came of it.
+
+    The line is ``{title}: 44 results, 0 wrong, 456 cycles: pass``, with ``FAIL`` unless every result came, none came
+    too many, and all were right bit for bit. Cycles count from the command's offer to the last result. The core is
+    reset before each run, so that a run that hangs does not spoil the next.
+
+    Parameters
+    ----------
+    core : the core under test, with the members of :class:`hw.rtl.core.Core`; one result per transfer
+    vectors : what it computes
+    title : how the line begins
+    divisor : clock cycles of one bit on the UART
+    pause : cycles between the end of a line and the next run
+
+    Members
+    -------
+    corrupt : while high at the start of a run, the first expected value is taken with its lowest bit flipped: the test
+        must then fail, with one wrong result
+    tx : UART, 8N1
+    running : a run is under way
+    passed, failed : what came of the last run; both low before the first has ended
+    failed_ever : a run has failed since the reset
+    beat : changes with each run
+    """
+
+    def __init__(self, core: wiring.Component, vectors: Vectors, title: str, divisor: int, pause: int):
+        if not vectors.results or pause < 1:
+            raise ValueError(f"there is a result and pause is 1 or more, not {len(vectors.results)} and {pause}")
+        self.core, self.vectors, self.pause = core, vectors, pause
+        numbers, parts, low = {}, [title, ": "], 0
+        for index, (name, digits) in enumerate(_DIGITS.items()):
+            numbers[name] = DecimalCounter(digits)
+            parts += [", "] * (index > 0) + [Number(low, digits), f" {name}"]
+            low += digits
+        self.numbers = numbers
+        self.writer = LineWriter([*parts, ": ", ("pass", "FAIL"), "\r\n"], low)
+        self.uart = UartTransmitter(divisor)
+        names = ("tx", "running", "passed", "failed", "failed_ever", "beat")
+        super().__init__({"corrupt": In(1), **dict.fromkeys(names, Out(1))})
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        core, vectors = self.core, self.vectors
+        restart, start = Signal(init=1), Signal()
+        m.submodules.core = ResetInserter(restart)(core)
+        for name in ("weights", "activations"):
+            payload = getattr(core, name).payload
+            source = RomSource(len(Cat(payload)), getattr(vectors, name))
+            m.submodules[name] = source
+            stream = getattr(core, name)
+            m.d.comb += [
+                source.start.eq(start),
+                Cat(stream.payload).eq(source.o.payload),
+                stream.valid.eq(source.o.valid),
+                source.o.ready.eq(stream.ready),
+            ]
+        m.d.comb += Cat(core.command.payload).eq(vectors.command)
+        with m.If(start):
+            m.d.sync += core.command.valid.eq(1)
+        with m.Elif(core.command.ready):
+            m.d.sync += core.command.valid.eq(0)
+        good = self._compare(m, start)
+        self._sequence(m, restart, start, good)
+        return m
+
+    def _compare(self, m: Module, start: Signal) -> Signal:
+        """Count what comes, in steps of one cycle: result beside its expected value, differences, count. Returns
+        whether all is as it should be."""
+        results, expected = self.core.results, self.vectors.results
+        width = len(Cat(results.payload))
+        m.submodules.expected = rom = Rom(width, expected)
+        index = Signal(range(len(expected) + 1))
+        got, got_valid = Signal(width, reset_less=True), Signal()
+        complete, too_many, wrong, first = Signal(), Signal(), Signal(), Signal()
+        m.d.comb += [results.ready.eq(1), rom.enable.eq(1), rom.address.eq(index)]
+        m.d.sync += [got.eq(Cat(results.payload)), got_valid.eq(results.valid & results.ready & ~start)]
+        with m.If(start):
+            m.d.sync += [index.eq(0), complete.eq(0), too_many.eq(0), first.eq(self.corrupt)]
+        with m.Elif(results.valid & results.ready):
+            m.d.sync += [
+                index.eq(index + 1),
+                complete.eq(complete | (index == len(expected) - 1)),
+                too_many.eq(too_many | complete),
+            ]
+        flip = Signal()
+        m.d.comb += flip.eq(first & got_valid)
+        differs = Signal(-(-width // 8))
+        counts = Signal()
+        difference = got ^ rom.data ^ Cat(flip, Const(0, width - 1))
+        m.d.sync += [
+            differs.eq(Cat(difference[i : i + 8].any() for i in range(0, width, 8))),
+            counts.eq(got_valid),
+        ]
+        with m.If(got_valid):
+            m.d.sync += first.eq(0)
+        m.d.comb += wrong.eq(counts & differs.any())
+        any_wrong = Signal()
+        underrun = Signal()
+        with m.If(start):
+            m.d.sync += [any_wrong.eq(0), underrun.eq(0)]
+        with m.Else():
+            m.d.sync += [any_wrong.eq(any_wrong | wrong), underrun.eq(underrun | self.core.underrun)]
+        m.d.comb += [
+            self.numbers["results"].step.eq(counts),
+            self.numbers["wrong"].step.eq(wrong),
+            self.numbers["cycles"].step.eq(self.running),
+        ]
+        self.complete = complete
+        good = Signal()
+        m.d.comb += good.eq(complete & ~too_many & ~any_wrong & ~underrun)
+        return good
+
+    def _sequence(self, m: Module, restart: Signal, start: Signal, good: Signal) -> None:
+        m.submodules.writer = writer = self.writer
+        m.submodules.uart = uart = self.uart
+        wiring.connect(m, writer.bytes, uart.bytes)
+        for name, counter in self.numbers.items():
+            m.submodules[f"count_{name}"] = counter
+            m.d.comb += counter.clear.eq(start)
+        m.d.comb += [
+            writer.numbers.eq(Cat(counter.value for counter in self.numbers.values())),
+            writer.good.eq(self.passed),
+            self.tx.eq(uart.tx),
+        ]
+        assert len(writer.numbers) == DIGIT_BITS * sum(_DIGITS.values())
+        # Its lowest bits count the short waits; in a run only the highest one matters.
+        timer = Signal(max(TIMEOUT_BITS, self.pause.bit_length()))
+        m.d.sync += timer.eq(timer + 1)
+        with m.FSM():
+            with m.State("reset"):
+                m.d.sync += restart.eq(1)
+                with m.If(timer == _RESET):
+                    m.d.sync += restart.eq(0)
+                    m.next = "start"
+            with m.State("start"):
+                m.d.comb += start.eq(1)
+                m.d.sync += [timer.eq(0), self.beat.eq(~self.beat), self.running.eq(1)]
+                m.next = "run"
+            with m.State("run"), m.If(self.complete | timer[TIMEOUT_BITS - 1]):
+                m.d.sync += [timer.eq(0), self.running.eq(0)]
+                m.next = "settle"
+            with m.State("settle"), m.If(timer == _SETTLE):
+                m.d.sync += [
+                    self.passed.eq(good),
+                    self.failed.eq(~good),
+                    self.failed_ever.eq(self.failed_ever | ~good),
+                ]
+                m.next = "tell"
+            with m.State("tell"):
+                m.d.comb += writer.start.eq(1)
+                m.next = "write"
+            with m.State("write"):
+                m.d.sync += timer.eq(0)
+                with m.If(~writer.busy & uart.bytes.ready):
+                    m.next = "pause"
+            with m.State("pause"), m.If(timer == self.pause):
+                m.d.sync += timer.eq(0)
+                m.next = "reset"
