@@ -67,12 +67,11 @@ def capture_inputs(
 
 def _open(linears: Linears, threads: int) -> tuple[onnxruntime.InferenceSession, set[str]]:
     # Read again: the importer's copy of the graph stays as it is.
-    model = OnnxFile(linears.file.path).model
-    initializers = {tensor.name for tensor in model.graph.initializer}
-    model_inputs = {item.name for item in model.graph.input} - initializers
+    file = OnnxFile(linears.file.path)
+    model_inputs = {item.name for item in file.inputs}
     names = dict.fromkeys(name for pair in linears.tensors for name in pair)
     outputs = [name for name in names if name not in model_inputs]
-    return exact_session(linears.file.path, model, outputs, threads), model_inputs
+    return exact_session(linears.file.path, file.model, outputs, threads), model_inputs
 
 
 def _batches(linears: Linears, rows: int, limit: int) -> Iterator[list[QuantizedLinear]]:

@@ -41,6 +41,12 @@ class OnnxFile:
             for name in node.input:
                 self.consumers.setdefault(name, []).append(node)
 
+    @property
+    def inputs(self) -> list[onnx.ValueInfoProto]:
+        """The graph's inputs that whoever runs it has to feed: those that are no initializers."""
+        initializers = {tensor.name for tensor in self.graph.initializer}
+        return [item for item in self.graph.input if item.name not in initializers]
+
     def is_constant(self, name: str) -> bool:
         """Whether `constant(name)` would find a tensor."""
         node = self.producers.get(name)
@@ -101,3 +107,8 @@ class OnnxFile:
         if data.stat().st_size < end:
             problem = f"has {data.stat().st_size} bytes, tensor {tensor.name} ends at {end}"
             raise UserError(f"external data file {info.location} is truncated: it {problem}")
+
+
+def tensor_type(item: onnx.ValueInfoProto) -> str:
+    """The type of a graph's input or output in onnxruntime's words: "tensor(float)"."""
+    return f"tensor({onnx.TensorProto.DataType.Name(item.type.tensor_type.elem_type).lower()})"

@@ -13,7 +13,7 @@ from onnxruntime import OrtValue
 
 from sw.errors import UserError
 from sw.feeds import CACHE_RANK, DTYPES, empty_cache_shape
-from sw.onnx_file import OnnxFile
+from sw.onnx_file import OnnxFile, tensor_type
 
 IN_PLACE = "GroupQueryAttention"
 APPENDED = {IN_PLACE: {3: 1, 4: 2}, "Attention": {4: 1, 5: 2}, "Concat": {0: 0}}
@@ -81,7 +81,7 @@ def pair_names(file: OnnxFile) -> list[tuple[str, str]]:
 
     Raises UserError if there are more of the one than of the other.
     """
-    past = [item.name for item in _inputs(file) if _rank(item) == CACHE_RANK]
+    past = [item.name for item in file.inputs if _rank(item) == CACHE_RANK]
     outputs = [item.name for item in file.graph.output]
     appended = [next((name for name, _ in _appended(file, name) if name in outputs), None) for name in past]
     if None not in appended and len(set(appended)) == len(past):
@@ -105,21 +105,17 @@ def _appended(file: OnnxFile, past: str) -> list[tuple[str, str]]:
 def _pair(file: OnnxFile, past: str, present: str) -> _Pair:
     item = next(item for item in file.graph.input if item.name == past)
     shape = [size.dim_value if size.HasField("dim_value") else size.dim_param for size in _dimensions(item)]
-    name = onnx.TensorProto.DataType.Name(item.type.tensor_type.elem_type).lower()
-    dtype = DTYPES.get(f"tensor({name})")
+    kind = tensor_type(item)
+    dtype = DTYPES.get(kind)
     if dtype not in (np.float32, np.float16):
-        raise UserError(f"{file.path}: the KV cache {past} is {name}, not float or float16")
+        kind = kind.removeprefix("tensor(").removesuffix(")")
+        raise UserError(f"{file.path}: the KV cache {past} is {kind}, not float or float16")
     return _Pair(past, present, np.zeros(empty_cache_shape(file, past, shape), dtype))
 
 
 def _appends(file: OnnxFile, pair: _Pair) -> bool:
     """Whether nobody but attention that appends in place reads the past."""
     return len(file.consumers.get(pair.past, [])) == 1 and _appended(file, pair.past) == [(pair.present, IN_PLACE)]
-
-
-def _inputs(file: OnnxFile) -> list[onnx.ValueInfoProto]:
-    initializers = {tensor.name for tensor in file.graph.initializer}
-    return [item for item in file.graph.input if item.name not in initializers]
 
 
 def _dimensions(item: onnx.ValueInfoProto):

@@ -43,7 +43,7 @@ def cut(file: OnnxFile, accelerated: Sequence[onnx.NodeProto], outputs: Sequence
     needed = _needed(file, places, outputs)
     initializers = {tensor.name for tensor in file.graph.initializer}
     constant: dict[str, onnx.NodeProto] = {}
-    made = {item.name: 0 for item in file.graph.input if item.name not in initializers}
+    made = {item.name: 0 for item in file.inputs}
     stages = [Stage()]
     for node in file.graph.node:
         if not needed.intersection(node.output):

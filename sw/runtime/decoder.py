@@ -12,7 +12,7 @@ from onnxruntime import OrtValue
 from sw.devices.base import Device
 from sw.errors import UserError
 from sw.feeds import DTYPES
-from sw.onnx_file import OnnxFile
+from sw.onnx_file import OnnxFile, tensor_type
 from sw.onnx_import import Linears, find_linears
 from sw.runtime.cache import KvCache
 from sw.runtime.cut import Stage, cut
@@ -54,7 +54,7 @@ class Decoder:
         self.block = device.config.max_tokens if device else BLOCK
         self.context, self.length = context, 0
         self.usage = Usage()
-        self._inputs = _input_types(file)
+        self._inputs = {item.name: tensor_type(item) for item in file.inputs}
         outputs = [item.name for item in file.graph.output]
         self._logits = LOGITS if LOGITS in outputs else outputs[0]
         self._cache = KvCache(file, context)
@@ -171,16 +171,3 @@ class Decoder:
         for name, kind in self._inputs.items():
             if name not in known or kind not in DTYPES:
                 raise UserError(f"{self.path}: input {name} ({kind}) is none that a decoder has")
-
-
-def _input_types(file: OnnxFile) -> dict[str, str]:
-    """The graph's inputs in onnxruntime's words."""
-    import onnx
-
-    initializers = {tensor.name for tensor in file.graph.initializer}
-    types = {}
-    for item in file.graph.input:
-        if item.name not in initializers:
-            name = onnx.TensorProto.DataType.Name(item.type.tensor_type.elem_type).lower()
-            types[item.name] = f"tensor({name})"
-    return types
