@@ -32,6 +32,7 @@ from .rtl.walker import TOKEN_LOOPS, CommandFork, Walker
 from .rtl.weight_fetch import WeightFetch
 from .rtl.weights import WeightSplitter, WordAssembler
 from .rtl.write_manager import WriteManager
+from .selftest import selftest
 from .spec.config import AcceleratorConfig
 from .spec.layout import StreamLayout
 from .spec.manifest import Field, Port
@@ -63,6 +64,7 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "descriptor_check": DescriptorCheck,
     "watchdog": lambda config: Watchdog(config.ports + 1),
     "fork": lambda config: CommandFork(config, ("a", "b", "c")),
+    "selftest": selftest,
     "walker": lambda config: Walker(config, TOKEN_LOOPS),
 }
 

@@ -37,7 +37,7 @@ _HEADER = """\
 
 
 def generate(config: AcceleratorConfig, block: str = "accelerator", target: str = "generic") -> tuple[str, Manifest]:
-    """Verilog text and manifest of one block, for any part or with the primitives of one of ``hw.boards.TARGETS``.
+    """Verilog text and manifest of one block, for any part or for the family of one of ``hw.boards.TARGETS``.
 
     Raises
     ------
@@ -54,7 +54,7 @@ def generate(config: AcceleratorConfig, block: str = "accelerator", target: str 
         warnings.simplefilter("error")
         body = to_verilog(component, f"gristmill_{block}", TARGETS[target])
     parameters = ", ".join(f"{name} {value}" for name, value in config.to_dict().items())
-    only = "" if TARGETS[target] is None else f"// Only for {target}: it has that family's primitives.\n"
+    only = "" if TARGETS[target] is None else f"// Made for {target}; for other parts there is the target generic.\n"
     text = _HEADER.format(block=block, parameters=parameters, target=only, digest=config.digest[:16]) + body
     digest = hashlib.sha256(text.encode()).hexdigest()
     return text, Manifest(block, config, ports, streams, describe_properties(component), digest)
@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--target",
         default="generic",
-        help=f"one of {', '.join(TARGETS)}: generic is for any part, the others have a family's primitives",
+        help=f"one of {', '.join(TARGETS)}: generic is for any part, the others suit one family",
     )
     parser.add_argument("--out", type=Path, default=Path("build/hw"), metavar="DIR", help="folder to write to")
     return parser

@@ -165,6 +165,7 @@ def to_verilog(component: wiring.Component, name: str, platform=None) -> str:
         passes = (f"read_rtlil {source}", f"hierarchy -check -top {name}", *_PASSES)
         write = f"write_verilog -noattr -simple-lhs {target}"
         if platform is not None:
+            # Black boxes of all the primitives that a block may have.
             passes = ("read_verilog -lib +/xilinx/cells_xtra.v", *passes)
             write = write.replace("-noattr ", "")
         script.write_text("\n".join((*passes, write)))

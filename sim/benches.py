@@ -67,6 +67,12 @@ _TILE_32 = dict(tile=32, ports=4, port_width=128, max_tokens=16, max_k=1024)
 # The accelerator's fewest ports that still take turns, and a row of activations in several beats.
 _TWO_PORTS = dict(tile=8, zero_point="fixed", ports=2, port_width=32, max_tokens=6, max_k=1024)
 
+# What `make bitstream BOARD=ulx3s` builds: hw.bitstream.board_config.
+_ULX3S = dict(
+    target="ecp5", tile=4, activation_bits=8, ports=1, port_width=64, max_tokens=4, max_k=128, max_group_size=32
+)
+_ULX3S_8 = dict(_ULX3S, tile=8, ports=2, port_width=128)
+
 # Every value that a parameter may have occurs here, and combinations that nothing in the quick list has.
 _SWEEP = [
     dict(tile=4, ports=1, port_width=64, max_k=64, max_group_size=32, max_tokens=3),
@@ -118,6 +124,7 @@ BENCHES: list[Bench] = [
     _bench("core", _TILE_32, tb="core_speed"),
     *(_bench("activation_fetch", params) for params in (_SMALL, _TWO_PORTS, _TILE_16)),
     _bench("watchdog", _TWO_PORTS),
+    *(_bench("selftest", params) for params in (_ULX3S, _ULX3S_8)),
     *(_bench("accelerator", params) for params in (_SMALL, _TWO_PORTS, _TILE_16)),
     *(_bench("accelerator", params, tb="accelerator_faults") for params in (_SMALL, _TWO_PORTS)),
     *(_bench("read_manager", params, full=True) for params in (_NARROW, _TILE_16)),

@@ -22,11 +22,12 @@ def select(
     """Benches that a request names.
 
     `words` is a pytest-like filter on names: substrings joined with ``and``, ``or`` and ``not``, ``or`` binding last.
-    `tile` replaces the array size of every bench that has one.
+    `tile` replaces the array size of every bench that has one; those made for a part have a board's, and keep it.
     """
     chosen = [bench for bench in benches if full or not bench.full]
     if tile is not None:
-        chosen = [replace(b, params={**b.params, "tile": tile}) if "tile" in b.params else b for b in chosen]
+        free = [bench for bench in chosen if "tile" in bench.params and "target" not in bench.params]
+        chosen = [replace(b, params={**b.params, "tile": tile}) if b in free else b for b in chosen]
         chosen = list({bench.name: bench for bench in chosen}.values())
     if words:
         chosen = [bench for bench in chosen if _matches(bench.name, words)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the hardware is generated for: any part, or one whose primitives it may use."""
+"""What the hardware is generated for: any part, or a family whose primitives it uses or whose shape it takes."""
 
 from dataclasses import dataclass
 
@@ -16,5 +16,6 @@ class Target:
     family: str
 
 
-TARGETS: dict[str, Target | None] = {"generic": None, "ultrascaleplus": Target("ultrascaleplus")}
+_FAMILIES = ("ultrascaleplus", "ecp5")
+TARGETS: dict[str, Target | None] = {"generic": None, **{family: Target(family) for family in _FAMILIES}}
 """By the name that ``python -m hw.build --target`` takes. ``generic`` is plain Verilog for any part and simulator."""

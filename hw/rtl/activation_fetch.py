@@ -11,7 +11,7 @@ from ..spec.memory_access import CHUNK_BYTES, CHUNKS_AHEAD
 from .activation_unit import row_layout
 from .axi import ADDRESS_BITS
 from .burst_cutter import burst_layout
-from .fifo import Counter, StreamFifo
+from .fifo import Credits, StreamFifo
 
 
 def chunk_beats(config: AcceleratorConfig) -> int:
@@ -76,7 +76,7 @@ class ActivationFetch(wiring.Component):
         m = Module()
         m.submodules.lengths = lengths = StreamFifo(self._length_layout(), 4)
         chunks = CHUNKS_AHEAD * self.config.ports
-        m.submodules.room = room = Counter(chunks, init=chunks)
+        m.submodules.room = room = Credits(chunks, init=chunks)
         self._ask(m, lengths, room)
         self._merge(m, lengths, room)
         return m
@@ -98,7 +98,7 @@ class ActivationFetch(wiring.Component):
             m.d.sync += port.eq(Mux(port == self.config.ports - 1, 0, port + 1))
         return port
 
-    def _ask(self, m: Module, lengths: StreamFifo, room: Counter) -> None:
+    def _ask(self, m: Module, lengths: StreamFifo, room: Credits) -> None:
         whole, block = chunk_beats(self.config), self.blocks.payload
         beat_bits = (self.config.port_width // 8 - 1).bit_length()
         page_bits, row_bits = (CHUNK_BYTES - 1).bit_length(), (self.row_beats - 1).bit_length()
@@ -110,7 +110,7 @@ class ActivationFetch(wiring.Component):
             to_end.eq(whole - address[beat_bits:page_bits]),
             beats.eq(Mux(left < to_end, left, to_end)),
             self.asking.eq(left != 0),
-            may.eq(self.asking & (room.value != 0)),
+            may.eq(self.asking & room.enough),
             room.take.eq(taken),
             self.blocks.ready.eq(~self.asking & lengths.i.ready),
             load.eq(self.blocks.valid & self.blocks.ready),
@@ -152,7 +152,7 @@ class ActivationFetch(wiring.Component):
             ]
         return fifo
 
-    def _merge(self, m: Module, lengths: StreamFifo, room: Counter) -> None:
+    def _merge(self, m: Module, lengths: StreamFifo, room: Credits) -> None:
         fifos = [self._join(m, port) for port in range(self.config.ports)]
         left, place = Signal.like(lengths.o.payload.rows), Signal(range(self.chunk_rows))
         active, taken, chunk_ends, block_ends = Signal(), Signal(), Signal(), Signal()

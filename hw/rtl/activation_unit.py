@@ -9,7 +9,7 @@ from amaranth.lib.wiring import In, Out
 from ..spec.config import EXPONENT_BITS, FLOAT_BITS, AcceleratorConfig
 from .activations import activation_payload, bank_slices
 from .delay import delay
-from .fifo import Counter, StreamFifo
+from .fifo import Credits, StreamFifo
 from .float_in import Mantissa, TokenExponent
 from .memory import buffer_attributes
 from .walker import Walker, command_signature
@@ -186,12 +186,12 @@ class ActivationUnit(wiring.Component):
         config = self.config
         payload = activation_payload(config)
         m.submodules.fifo = fifo = StreamFifo(payload, self._FIFO_DEPTH)
-        m.submodules.room = room = Counter(self._FIFO_DEPTH, init=self._FIFO_DEPTH)
+        m.submodules.room = room = Credits(self._FIFO_DEPTH, init=self._FIFO_DEPTH)
         address, token = Signal.like(rows.addr), Signal(range(config.max_tokens))
         read = exponents.read_port(domain="comb")
         step = Signal()
         m.d.comb += [
-            step.eq(sender.active & (room.value != 0)),
+            step.eq(sender.active & room.enough),
             sender.step.eq(step),
             room.take.eq(step),
             room.add.eq(fifo.o.valid & fifo.o.ready),

@@ -8,7 +8,7 @@ from amaranth.lib.wiring import In, Out
 
 from ..spec.config import EXPONENT_BITS, AcceleratorConfig
 from .delay import delay
-from .fifo import Counter
+from .fifo import Credits
 from .memory import buffer_attributes
 from .walker import Walker, command_signature
 
@@ -83,9 +83,9 @@ class ActivationBuffer(wiring.Component):
         )
         # The drain releases a bank when it takes the next command that brings activations, so the first release
         # comes with the first command: it stands for the bank that is missing here.
-        m.submodules.free_banks = free_banks = Counter(BANKS, init=BANKS - 1)
+        m.submodules.free_banks = free_banks = Credits(BANKS, init=BANKS - 1)
         fresh = ~self.command.payload.reuse
-        may_load = fresh & (free_banks.value != 0)
+        may_load = fresh & free_banks.enough
         m.d.comb += [
             walker.command.payload.eq(self.command.payload),
             walker.command.valid.eq(self.command.valid & may_load),

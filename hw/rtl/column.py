@@ -8,6 +8,7 @@ from amaranth.lib.wiring import In, Out
 
 from ..spec.config import SCALE_BITS, AcceleratorConfig
 from .delay import delay
+from .product import small_product
 
 
 def ring_depth(config: AcceleratorConfig) -> int:
@@ -98,7 +99,7 @@ class Column(wiring.Component):
             register = Signal.like(getattr(self, f"{name}_in"), name=f"{name}_hop")
             m.d.sync += register.eq(getattr(self, f"{name}_in"))
             m.d.comb += getattr(self, f"{name}_out").eq(register)
-        product = self._centre_and_scale(m, self._accumulate_slices(m))
+        product = self._centre_and_scale(m, platform, self._accumulate_slices(m))
         self._accumulate_groups(m, product)
         return m
 
@@ -120,7 +121,7 @@ class Column(wiring.Component):
         m.d.sync += group_sum.eq(total)
         return group_sum
 
-    def _centre_and_scale(self, m: Module, group_sum: Signal) -> Signal:
+    def _centre_and_scale(self, m: Module, platform, group_sum: Signal) -> Signal:
         """``sm * V``, ``ring_delay`` cycles after the psum; registers where a DSP slice has them.
 
         They move only for psums that end a group, which saves power, and time in simulation.
@@ -136,9 +137,10 @@ class Column(wiring.Component):
             "product": signed(config.centred_bits + SCALE_BITS),
         }
         r = {name: Signal(shape, name=name, reset_less=True) for name, shape in shapes.items()}
+        correction = small_product(platform, r["activation_sum"], r["zero_point"])
         stages = (
             {"zero_point": self.zero_point, "activation_sum": self.group_in.sum},
-            {"correction": r["zero_point"] * r["activation_sum"], "group_total": group_sum},
+            {"correction": correction, "group_total": group_sum},
             {"centred": (r["group_total"] << config.fraction_bits) - r["correction"]},
             {"scaled": self.scale * r["centred"]},
             {"product": r["scaled"]},

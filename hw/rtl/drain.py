@@ -10,7 +10,7 @@ from ..spec.layout import StreamLayout
 from .activations import BANKS
 from .column import drain_slot, ring_depth
 from .delay import delay
-from .fifo import Counter, StreamFifo
+from .fifo import Credits, StreamFifo
 from .float_out import FloatOut
 from .walker import Walker, command_signature
 
@@ -82,13 +82,13 @@ class Drain(wiring.Component):
             },
         )
         wiring.connect(m, wiring.flipped(self.command), walker.command)
-        m.submodules.tiles = tiles = Counter(ring_depth(config))
-        m.submodules.room = room = Counter(self.fifo_depth, init=self.fifo_depth)
+        m.submodules.tiles = tiles = Credits(ring_depth(config))
+        m.submodules.room = room = Credits(self.fifo_depth, init=self.fifo_depth)
         columns, keep = self._columns(m, walker)
         step = Signal()
         tile_ends = step & walker.tile_end
         m.d.comb += [
-            step.eq(walker.active & (tiles.value != 0) & (room.value != 0)),
+            step.eq(walker.active & tiles.enough & room.enough),
             walker.step.eq(step),
             tiles.add.eq(self.tile_done),
             tiles.take.eq(tile_ends),
@@ -131,15 +131,18 @@ class Drain(wiring.Component):
         m.d.comb += self.token_exponent_address.eq(token + Mux(walker.bank, config.max_tokens, 0))
         rows = data.View(data.ArrayLayout(signed(EXPONENT_BITS), config.tile), self.exponents.payload)
         offset = SCALE_BITS - 1 + config.fraction_bits
+        token_exponent = delay(m, self.token_exponent, 1, name="token_exponent")
         exponents = []
         for lane in range(self.lanes):
             row = Array(rows[index] for index in range(lane, config.tile, self.lanes))[columns]
+            chosen = Signal(signed(EXPONENT_BITS), name=f"row_exponent_{lane}", reset_less=True)
             total = Signal(signed(config.exponent_sum_bits), name=f"exponent_{lane}", reset_less=True)
-            m.d.sync += total.eq(row + self.token_exponent - offset)
-            exponents.append(delay(m, total, self.chain_latency, name=f"exponent_{lane}"))
+            m.d.sync += [chosen.eq(row), total.eq(chosen + token_exponent - offset)]
+            # One cycle of the chain's has gone into the choice.
+            exponents.append(delay(m, total, self.chain_latency - 1, name=f"exponent_{lane}"))
         return exponents
 
-    def _convert(self, m: Module, room: Counter, keep: Value, last: Value, exponents: list[Signal]) -> None:
+    def _convert(self, m: Module, room: Credits, keep: Value, last: Value, exponents: list[Signal]) -> None:
         m.submodules.fifo = fifo = StreamFifo(result_payload(self.config), self.fifo_depth)
         back = delay(m, keep, 1 + self.chain_latency, name="keep", reset=True)
         for lane, (exponent, float_out) in enumerate(zip(exponents, self.converters, strict=True)):

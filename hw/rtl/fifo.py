@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A first-in first-out buffer between two streams, in distributed memory."""
 
-from amaranth.hdl import Module, Shape, Signal
+from amaranth.hdl import Module, Mux, Shape, Signal
 from amaranth.lib import stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -42,9 +42,13 @@ class StreamFifo(wiring.Component):
         # One bit more than the address tells a full memory from an empty one.
         written, taken = Signal(range(2 * self.depth)), Signal(range(2 * self.depth))
         push, pop = Signal(), Signal()
+        # Registers, because long paths start here: whoever asks for a transfer waits for these two first.
+        full = Signal()
+        m.d.sync += self.o.valid.eq(push | (self.o.valid & ~(pop & (self.level == 1))))
+        with m.If(push != pop):
+            m.d.sync += full.eq(push & (self.level == self.depth - 1))
         m.d.comb += [
-            self.i.ready.eq((written ^ taken) != self.depth),
-            self.o.valid.eq(written != taken),
+            self.i.ready.eq(~full),
             push.eq(self.i.valid & self.i.ready),
             pop.eq(self.o.valid & self.o.ready),
             self.level.eq(written - taken),
@@ -113,7 +117,7 @@ class BlockFifo(wiring.Component):
 
 
 class Counter(wiring.Component):
-    """Credit counter: ``value + add - take``, both at once if need be. Latency 1 cycle.
+    """Counts several at a time: ``value + add - take``, both at once if need be. Latency 1 cycle.
 
     Members
     -------
@@ -130,4 +134,39 @@ class Counter(wiring.Component):
     def elaborate(self, platform) -> Module:
         m = Module()
         m.d.sync += self.value.eq(self.value + self.add - self.take)
+        return m
+
+
+class Credits(wiring.Component):
+    """Counts what there is of something, one by one. Latency 1 cycle.
+
+    Parameters
+    ----------
+    limit : most there can be
+    least : how many are ``enough``
+    init : how many there are at first
+
+    Members
+    -------
+    add, take : one more, one less, both at once if need be; the user keeps the count within ``0..limit``
+    enough : there are ``least`` or more; a register, because what decides whether a pipeline moves sets the clock
+    """
+
+    def __init__(self, limit: int, *, least: int = 1, init: int = 0):
+        self.limit, self.least, self.init = limit, least, init
+        super().__init__({"add": In(1), "take": In(1), "enough": Out(1, init=init >= least)})
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        count = Signal(range(self.limit + 1), init=self.init)
+        m.d.sync += [
+            count.eq(count + self.add - self.take),
+            self.enough.eq(
+                Mux(
+                    self.add == self.take,
+                    count >= self.least,
+                    Mux(self.add, count >= self.least - 1, count > self.least),
+                )
+            ),
+        ]
         return m

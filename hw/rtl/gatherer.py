@@ -12,7 +12,7 @@ from ..spec.descriptor import FIELD_WIDTHS
 from ..spec.memory_access import PIECE_FLOATS
 from .axi import ADDRESS_BITS
 from .drain import result_payload
-from .fifo import Counter, StreamFifo
+from .fifo import Credits, StreamFifo
 from .memory import buffer_attributes
 from .write_manager import PIECE_BYTES, last_beat, piece_layout
 
@@ -187,13 +187,13 @@ class Gatherer(wiring.Component):
         m.submodules.pieces = pieces = StreamFifo(piece_layout(), 2)
         wiring.connect(m, pieces.o, wiring.flipped(self.pieces))
         read = memory.read_port()
-        m.submodules.room = room = Counter(self._BEATS_AHEAD, init=self._BEATS_AHEAD)
+        m.submodules.room = room = Credits(self._BEATS_AHEAD, init=self._BEATS_AHEAD)
         token, beat = Signal.like(chunk.last_token), Signal(range(PIECE_FLOATS * FLOAT_BITS // self.width))
         half, row = Signal(), Signal(range(self._HALVES * self.config.max_tokens))
         offset = Signal(range(self.config.max_tokens << PITCH_BITS))
         fetch, piece_end, chunk_end = Signal(), Signal(), Signal()
         m.d.comb += [
-            fetch.eq(chunks.o.valid & (room.value != 0) & (pieces.i.ready | (beat != 0))),
+            fetch.eq(chunks.o.valid & room.enough & (pieces.i.ready | (beat != 0))),
             piece_end.eq(beat == last_beat(chunk.last_float, self.width)),
             chunk_end.eq(piece_end & (token == chunk.last_token)),
             chunks.o.ready.eq(fetch & chunk_end),

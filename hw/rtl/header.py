@@ -23,8 +23,9 @@ class HeaderBuffer(wiring.Component):
     -------
     beats : header beats in; throughput 1 per cycle
     available : units written and not yet read over
-    skip : units to move on this cycle
-    align : with ``skip``: and from there to the start of the next beat
+    move : move on in this cycle
+    skip : by so many units
+    align : and from there to the start of the next beat
     run : the units from the current one on, lowest first, 1 cycle after they became current
     """
 
@@ -40,6 +41,7 @@ class HeaderBuffer(wiring.Component):
             {
                 "beats": In(stream.Signature(config.beat_bits)),
                 "available": Out(range(self.depth * units + 1)),
+                "move": In(1),
                 "skip": In(range(units + 1)),
                 "align": In(1),
                 "run": Out(config.beat_bits),
@@ -56,9 +58,12 @@ class HeaderBuffer(wiring.Component):
         position = Signal(address_bits + 1 + unit_address_bits)
         offset, row = position[:unit_address_bits], position[unit_address_bits:]
         no_offset = Const(0, unit_address_bits)
-        push = Signal()
+        push, full, held = Signal(), Signal(), Signal(address_bits + 1)
+        # Registered, because this is where the whole stream waits; what is read meanwhile is room a cycle later.
+        m.d.sync += full.eq(held >= Mux(push, self.depth - 1, self.depth))
         m.d.comb += [
-            self.beats.ready.eq((written - row)[: address_bits + 1] != self.depth),
+            held.eq(written - row),
+            self.beats.ready.eq(~full),
             push.eq(self.beats.valid & self.beats.ready),
             self.available.eq((Cat(no_offset, written) - position)[: address_bits + 1 + unit_address_bits]),
         ]
@@ -67,8 +72,11 @@ class HeaderBuffer(wiring.Component):
         moved = Signal.like(position)
         m.d.comb += moved.eq(position + self.skip)
         aligned = Cat(no_offset, moved[unit_address_bits:] + moved[:unit_address_bits].any())
-        m.d.sync += position.eq(Mux(self.align, aligned, moved))
+        with m.If(self.move):
+            m.d.sync += position.eq(Mux(self.align, aligned, moved))
 
+        next_row = Signal(address_bits)
+        m.d.comb += next_row.eq(row + 1)
         offset_read = Signal.like(offset)
         m.d.sync += offset_read.eq(offset)
         read = []
@@ -81,7 +89,7 @@ class HeaderBuffer(wiring.Component):
                 write_port.addr.eq(written[:address_bits]),
                 write_port.data.eq(self.beats.payload[bank * width : (bank + 1) * width]),
                 write_port.en.eq(push),
-                read_port.addr.eq((row + (bank < offset))[:address_bits]),
+                read_port.addr.eq(Mux(bank < offset, next_row, row)),
                 read_port.en.eq(1),
             ]
             read.append(read_port.data)
@@ -107,11 +115,14 @@ class HeaderReader(wiring.Component):
     records : scale mantissas and zero points of one group, ``tile`` each
     tile_ready : one cycle per output tile whose exponents have been read: from here on its records come in time
 
-    Throughput: 1 record in ``ceil(record_units / beat_units)`` cycles. Latency 3 cycles from a beat to the exponents
-    in it.
+    Throughput: 1 record in ``record_cycles`` (:class:`hw.spec.layout.StreamLayout`) cycles. Latency 4 cycles from a
+    beat to the exponents in it.
+
+    Every read is decided on in one cycle and done in the next. Whether there are enough units and room for an item, and
+    where the next one starts, would together be the slowest path of the core; and no layer needs a read in every cycle.
     """
 
-    latency = 3
+    latency = 4
     tiles_ahead = 16
     """Output tiles whose exponents, and groups whose records, are read before they are used."""
 
@@ -163,11 +174,12 @@ class HeaderReader(wiring.Component):
             ),
             # One item may be on its way to the FIFO when its level is read.
             room.eq(Mux(is_exponents, exponents.level, records.level) < self.tiles_ahead - 1),
-            read.eq(walker.active & room & (buffer.available >= skip)),
-            buffer.skip.eq(Mux(read, skip, 0)),
-            buffer.align.eq(read & last & walker.last.item),
+            buffer.move.eq(read),
+            buffer.skip.eq(skip),
+            buffer.align.eq(last & walker.last.item),
             walker.step.eq(read & last),
         ]
+        m.d.sync += read.eq(~read & walker.active & room & (buffer.available >= skip))
         with m.If(read):
             m.d.sync += place.eq(Mux(last, 0, place + 1))
 

@@ -8,6 +8,7 @@ from amaranth.lib.wiring import In, Out
 from ..spec.config import AcceleratorConfig
 from ..spec.layout import StreamLayout
 from .dsp48e2 import A_BITS, P_BITS, Dsp48e2
+from .product import small_product
 
 WORD = 32
 """Bits of activations and psums inside the array; the widest psum (tile 32, 8-bit weights) takes 29."""
@@ -70,7 +71,7 @@ class ProcessingElement(wiring.Component):
         m.d.sync += [
             a.eq(self.activation_in),
             b.eq(self.weights_in),
-            product.eq((a * b.word_select(self.column, self.config.weight_bits))[:WORD]),
+            product.eq(small_product(platform, a, b.word_select(self.column, self.config.weight_bits))[:WORD]),
             p.eq((self.psum_in + product)[:WORD]),
         ]
         m.d.comb += [self.activation_out.eq(a), self.weights_out.eq(b), self.psum_out.eq(p)]

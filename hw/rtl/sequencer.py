@@ -9,7 +9,7 @@ from ..spec.config import AcceleratorConfig
 from ..spec.layout import StreamLayout
 from .activations import BANKS, bank_slices
 from .column import ring_depth
-from .fifo import Counter
+from .fifo import Counter, Credits
 from .header import HeaderReader
 from .walker import Walker, command_signature
 
@@ -98,21 +98,20 @@ class Sequencer(wiring.Component):
         m.d.comb += tile_starts.eq(slice_starts & walker.first.slice & walker.first.group)
         m.d.sync += [self.pop.eq(0)]
 
-        m.submodules.words = words = Counter(self.fifo_depth)
-        m.submodules.headers = headers = Counter(HeaderReader.tiles_ahead)
-        m.submodules.slices = slices = Counter(BANKS * bank_slices(config))
+        m.submodules.words = words = Credits(self.fifo_depth, least=self.stream.words_per_slice)
+        m.submodules.headers = headers = Credits(HeaderReader.tiles_ahead)
+        m.submodules.slices = slices = Credits(BANKS * bank_slices(config))
         m.submodules.ring = ring = Counter(slots, add=config.max_tokens)
         fresh = walker.first.tile & ~walker.current.reuse
         have_activations, have_room, go, step = Signal(), Signal(), Signal(), Signal()
+        # Room for any M, and as it was a cycle ago: both keep additions off the core's slowest path. What the last tile
+        # took is in it, as no layer's tile takes less than the two cycles of a read of its header.
+        room = Signal(init=1)
+        m.d.sync += room.eq(ring.value <= slots - config.max_tokens)
         m.d.comb += [
-            have_activations.eq(~fresh | (slices.value != 0)),
-            have_room.eq(~tile_starts | (ring.value + walker.current.tokens <= slots)),
-            go.eq(
-                (words.value >= self.stream.words_per_slice)
-                & have_activations
-                & (~tile_starts | (headers.value != 0))
-                & have_room
-            ),
+            have_activations.eq(~fresh | slices.enough),
+            have_room.eq(~tile_starts | room),
+            go.eq(words.enough & have_activations & (~tile_starts | headers.enough) & have_room),
             step.eq(walker.active & (go | ~slice_starts)),
             self.works.eq(step),
             self.waits_activations.eq(walker.active & slice_starts & ~have_activations),
@@ -131,7 +130,7 @@ class Sequencer(wiring.Component):
             self._pop(m, walker, words, word)
         return step
 
-    def _pop(self, m: Module, walker: Walker, words: Counter, word: Signal) -> None:
+    def _pop(self, m: Module, walker: Walker, words: Credits, word: Signal) -> None:
         per_word = self.stream.slices_per_word
         if per_word == 1:
             m.d.comb += words.take.eq(word)

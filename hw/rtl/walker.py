@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Mapping
 
-from amaranth.hdl import Cat, Module, Signal, Value
+from amaranth.hdl import Cat, Module, Mux, Signal, Value
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -138,19 +138,23 @@ class CommandFork(wiring.Component):
         write_port = memory.write_port()
         # One bit more than the address tells a full ring from an empty one.
         written = Signal(range(2 * self.depth))
-        push, full = Signal(), []
+        push, full, filled = Signal(), Signal(), []
         for user in self.users:
             output, read_port = getattr(self, user), memory.read_port(domain="comb")
             read = Signal.like(written, name=f"read_{user}")
+            taken, left = Signal(name=f"taken_{user}"), Signal.like(written, name=f"left_{user}")
             m.d.comb += [
                 read_port.addr.eq(read),
                 output.payload.eq(read_port.data),
-                output.valid.eq(read != written),
+                taken.eq(output.valid & output.ready),
+                left.eq(written - read),
             ]
-            m.d.sync += read.eq(read + (output.valid & output.ready))
-            full.append((written ^ read) == self.depth)
+            # Registered: whether there is a command is the first that its users ask.
+            m.d.sync += [read.eq(read + taken), output.valid.eq(push | (left > taken))]
+            filled.append(left >= Mux(push, self.depth - 1, self.depth))
+        m.d.sync += full.eq(Cat(filled).any())
         m.d.comb += [
-            self.command.ready.eq(~Cat(full).any()),
+            self.command.ready.eq(~full),
             push.eq(self.command.valid & self.command.ready),
             write_port.addr.eq(written),
             write_port.data.eq(self.command.payload),

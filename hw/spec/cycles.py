@@ -35,15 +35,16 @@ def pipeline_latency(config: AcceleratorConfig) -> int:
 
 
 def tile_cycles(layer: LayerLayout, tokens: int) -> int:
-    """Cycles per output tile in the steady state, also from one layer to the next: the slowest of three.
+    """Cycles per output tile in the steady state, also from one layer to the next: the slowest of four.
 
-    The beats of the stream; the array, one token slice or one word per cycle; the drain. Where array and drain take
+    The beats of the stream; the reading of the header, the slowest only where K is a few tiles; the array, one token
+    slice or one word per cycle; the drain. Where array and drain take
     equally long and M is max_tokens, the real figure is about 2 % higher: the ring of sums holds two output tiles, and
     the third one waits until the first has left.
     """
     array = layer.slices * max(tokens, layer.stream.words_per_slice)
     drain = tokens * layer.config.tile // layer.config.drain_lanes
-    return max(layer.tile_beats, array, drain)
+    return max(layer.tile_beats, layer.header_cycles, array, drain)
 
 
 def core_cycles(layer: LayerLayout, tokens: int) -> int:
@@ -93,7 +94,8 @@ def layer_cycles(layer: LayerLayout, tokens: int) -> int:
     # The weights come behind the activations, as far as there is room for them before the first slice.
     room = layer.header_beats + stream.word_fifo_depth * stream.beats_per_word
     ahead = min(max(0, first_slice - ports_free - _BEAT), room, layer.beats)
-    to_last_slice = max((tiles - 1) * max(array, drain) + array, layer.beats - ahead) - one_slice
+    steady = (tiles - 1) * max(layer.header_cycles, array, drain)
+    to_last_slice = max(steady + array, layer.beats - ahead) - one_slice
     last_tile = (tokens - 1) * config.tile // lanes + ceil_div(layer.last_columns, lanes)
     return first_slice + to_last_slice + pipeline_latency(config) + last_tile + write_cycles(layer, tokens)
 

@@ -19,6 +19,9 @@ import numpy as np
 from .config import EXPONENT_BITS, MAX_N, SCALE_BITS, AcceleratorConfig, ConfigError
 from .numerics import Weights
 
+READ_CYCLES = 2
+"""Cycles of a read of a header, which is at most a beat long: it is decided on in one and done in the next."""
+
 
 def ceil_div(a: int, b: int) -> int:
     """``a / b`` rounded up."""
@@ -106,9 +109,14 @@ class StreamLayout:
         return self.record_bits // self.unit_bits
 
     @property
+    def exponents_cycles(self) -> int:
+        """Cycles that it takes to read the row exponents."""
+        return READ_CYCLES * ceil_div(self.exponents_units, self.beat_units)
+
+    @property
     def record_cycles(self) -> int:
         """Cycles that it takes to read one record."""
-        return ceil_div(self.record_units, self.beat_units)
+        return READ_CYCLES * ceil_div(self.record_units, self.beat_units)
 
     @property
     def min_group_slices(self) -> int:
@@ -198,6 +206,11 @@ class LayerLayout:
     def slices(self) -> int:
         """K-slices of one output tile."""
         return self.groups * self.group_slices
+
+    @property
+    def header_cycles(self) -> int:
+        """Cycles that it takes to read one output tile's header."""
+        return self.stream.exponents_cycles + self.groups * self.stream.record_cycles
 
     @property
     def header_beats(self) -> int:

@@ -64,7 +64,7 @@ def _longest() -> LayerLayout:
 
 @cocotb.test()
 async def test_full_throughput(dut):
-    """From a full ring, a record in every ``ceil(record_units / beat_units)`` cycles, exponents once a tile."""
+    """From a full ring, a record in every ``record_cycles``, exponents once a tile."""
     stream, blocked = StreamLayout(config()), [True]
     headers = _Headers([_longest()] * 3)
 
@@ -75,11 +75,9 @@ async def test_full_throughput(dut):
     task = cocotb.start_soon(release())
     monitor = await _read(dut, headers, records=lambda: blocked[0])
     await task
-    record = -(-stream.record_units // stream.beat_units)
-    exponents = -(-stream.exponents_units // stream.beat_units)
     took = monitor["records"][-1] - monitor["records"][0] + 1
     # The ring may have to wait for the beats themselves: they come once a cycle from the moment of release on.
-    bound = len(headers.records) * record + len(headers.exponents) * exponents
+    bound = len(headers.records) * stream.record_cycles + len(headers.exponents) * stream.exponents_cycles
     assert took <= bound + 2, f"{len(headers.records)} records took {took} cycles, more than {bound}"
 
 

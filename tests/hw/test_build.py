@@ -120,7 +120,7 @@ def test_target_has_its_primitives(tmp_path: Path):
         assert run(*SMALL, "--top", "core", "--target", target, "--out", str(tmp_path / target)).returncode == 0
     texts = {target: (tmp_path / target / "gristmill.v").read_text() for target in ("generic", "ultrascaleplus")}
     assert texts["ultrascaleplus"].count("  DSP48E2 #(") == 16
-    assert "// Only for ultrascaleplus" in texts["ultrascaleplus"].splitlines()[2]
+    assert "// Made for ultrascaleplus" in texts["ultrascaleplus"].splitlines()[2]
     assert set(re.findall(r"\(\*.*?\*\)", texts["ultrascaleplus"])) == {'(* ram_style = "block" *)'}
     manifests = [Manifest.load(tmp_path / target / "manifest.json") for target in texts]
     assert manifests[0].config.digest == manifests[1].config.digest
@@ -162,7 +162,7 @@ def test_small_limits_are_legal(options: tuple[str, ...], tmp_path: Path):
         (("--max-k", "100"), "max_k is a multiple of the tile (16), not 100"),
         (("--max-group-size", "48"), "max_group_size is one of 32, 64, 128, 256, not 48"),
         (("--top", "wheel"), "block is one of accelerator, core, pe, "),
-        (("--target", "asic"), "target is one of generic, ultrascaleplus, not 'asic'"),
+        (("--target", "asic"), "target is one of generic, ultrascaleplus, ecp5, not 'asic'"),
     ],
 )
 def test_bad_value_is_one_line(options: tuple[str, str], message: str, tmp_path: Path):

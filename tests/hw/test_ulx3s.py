@@ -5,8 +5,6 @@
 
 import json
 import re
-import warnings
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +19,12 @@ from hw.boards.report_line import DecimalCounter, LineWriter, Number
 from hw.boards.selftest import SelfTest, Vectors
 from hw.boards.uart import FRAME_BITS, UartTransmitter, uart_divisor
 from hw.boards.ulx3s import INPUT_HZ, pll_for
-from hw.lower import to_verilog
 from hw.nextpnr_report import TimingError, check, read_report, timing, utilisation
-from hw.selftest import selftest, selftest_vectors
+from hw.selftest import selftest_vectors
 from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.layout import fit_layer, unpack
 from hw.spec.numerics import Activations, linear
-from sim.benches import Bench
-from sim.harness import run_bench
+from sim.benches import BENCHES
 
 
 @pytest.mark.parametrize("tile", [4, 8])
@@ -59,18 +55,12 @@ def test_vectors_refuse_two_lanes():
         selftest_vectors(AcceleratorConfig(tile=32))
 
 
-@pytest.mark.parametrize("tile", [4, pytest.param(8, marks=pytest.mark.full)])
-def test_selftest_simulated(tile: int, tmp_path: Path):
-    """The FPGA's design with a clock of the simulator's: lines read from the UART, a corrupted value seen."""
-    config = bitstream.board_config(tile)
-    path = tmp_path / "gristmill.v"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        path.write_text(to_verilog(selftest(config), "gristmill_selftest"))
-    bench = Bench("sim.tb.tb_selftest", "gristmill_selftest", params=asdict(config), verilog=path)
-    result = run_bench(bench, "verilator", 1)
-    assert result.ok, result.failed
-    assert len(result.passed) == 3
+def test_simulated_design_is_the_board_s():
+    """`make sim` has the two designs of `make bitstream BOARD=ulx3s`, made for its part."""
+    benches = [bench.params for bench in BENCHES if bench.top == "selftest"]
+    assert [params.pop("target") for params in (dict(p) for p in benches)] == ["ecp5", "ecp5"]
+    configs = [AcceleratorConfig(**{k: v for k, v in params.items() if k != "target"}) for params in benches]
+    assert configs == [bitstream.board_config(4), bitstream.board_config(8)]
 
 
 @pytest.mark.parametrize("hz", [25_000_000, 100_000_000, 115_000_000, 116_000_000, 120_000_000, 399_000_000])
