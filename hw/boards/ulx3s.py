@@ -74,6 +74,7 @@ class Ulx3sTop(wiring.Component):
         m = Module()
         m.submodules.test = test = self.test
         locked = self._clock(m, platform)
+        m.submodules.lock_sync = cdc.FFSynchronizer(~locked, test.hold, init=1, stages=3)
         lights = (test.passed, test.failed, test.failed_ever, test.beat, test.running, 0, 0, locked)
         for index, light in enumerate(lights):
             m.submodules[f"led_{index}"] = led = io.Buffer("o", platform.request("led", index, dir="-"))
@@ -86,8 +87,8 @@ class Ulx3sTop(wiring.Component):
         return m
 
     def _clock(self, m: Module, platform) -> Signal:
-        """Domain ``sync`` from the 25 MHz oscillator, in reset until the PLL has locked."""
-        m.domains.sync = ClockDomain()
+        """Domain ``sync`` from the 25 MHz oscillator; returns whether the PLL has locked."""
+        m.domains.sync = ClockDomain(reset_less=True)
         m.submodules.oscillator = oscillator = io.Buffer("i", platform.request("clk25", 0, dir="-"))
         clock, locked = Signal(), Signal()
         m.submodules.pll = Instance(
@@ -120,7 +121,6 @@ class Ulx3sTop(wiring.Component):
             o_LOCK=locked,
         )
         m.d.comb += ClockSignal().eq(clock)
-        m.submodules.reset = cdc.ResetSynchronizer(~locked)
         return locked
 
 

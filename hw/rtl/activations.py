@@ -151,8 +151,7 @@ class ActivationBuffer(wiring.Component):
             parts = []
             for index in range(0, len(terms), fan_in):
                 part = Signal(shape, name=f"sum_{stage}_{index}", reset_less=True)
-                with m.If(step):
-                    m.d.sync += part.eq(sum(terms[index : index + fan_in]))
+                m.d.sync += part.eq(sum(terms[index : index + fan_in]))
                 parts.append(part)
             terms = parts
             step = delay(m, step, 1, name=f"sum_step_{stage}", reset=True)

@@ -115,14 +115,13 @@ class HeaderReader(wiring.Component):
     records : scale mantissas and zero points of one group, ``tile`` each
     tile_ready : one cycle per output tile whose exponents have been read: from here on its records come in time
 
-    Throughput: 1 record in ``record_cycles`` (:class:`hw.spec.layout.StreamLayout`) cycles. Latency 4 cycles from a
-    beat to the exponents in it.
+    Throughput: 1 record in ``record_cycles`` (:class:`hw.spec.layout.StreamLayout`) cycles.
 
-    Every read is decided on in one cycle and done in the next. Whether there are enough units and room for an item, and
-    where the next one starts, would together be the slowest path of the core; and no layer needs a read in every cycle.
+    An item is read once all of it is there, in a cycle for each beat's worth, and whether it is there takes one cycle
+    before these. That comparison and the sum that says where the next item starts would together be the slowest path of
+    the core.
     """
 
-    latency = 4
     tiles_ahead = 16
     """Output tiles whose exponents, and groups whose records, are read before they are used."""
 
@@ -138,6 +137,11 @@ class HeaderReader(wiring.Component):
                 "tile_ready": Out(1),
             }
         )
+
+    @property
+    def latency(self) -> int:
+        """Cycles from an output tile's last beat of exponents to the exponents."""
+        return 2 + self.stream.exponents_cycles
 
     def elaborate(self, platform) -> Module:
         m = Module()
@@ -165,6 +169,7 @@ class HeaderReader(wiring.Component):
         place = Signal(range(max(chunks, exp_chunks)))
         last = Signal()
         skip = Signal.like(buffer.skip)
+        size = Mux(is_exponents, layout.exponents_units, layout.record_units)
         room = Signal()
         read = Signal()
         m.d.comb += [
@@ -179,7 +184,7 @@ class HeaderReader(wiring.Component):
             buffer.align.eq(last & walker.last.item),
             walker.step.eq(read & last),
         ]
-        m.d.sync += read.eq(~read & walker.active & room & (buffer.available >= skip))
+        m.d.sync += read.eq(Mux(read, ~last, walker.active & room & (buffer.available >= size)))
         with m.If(read):
             m.d.sync += place.eq(Mux(last, 0, place + 1))
 

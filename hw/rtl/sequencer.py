@@ -88,7 +88,7 @@ class Sequencer(wiring.Component):
         with m.If(step):
             m.d.sync += phase.eq(Mux(walker.last.phase, 0, phase + 1))
         m.d.sync += [self.token.eq(step & token), self.load.eq(step & walker.first.phase)]
-        self._address(m, walker, step & token)
+        self._address(m, walker)
         return m
 
     def _gate(self, m: Module, walker: Walker, token: Signal, word: Signal) -> Signal:
@@ -144,15 +144,14 @@ class Sequencer(wiring.Component):
         with m.If(walker.last.phase):
             m.d.sync += place.eq(Mux(finished, 0, place + 1))
 
-    def _address(self, m: Module, walker: Walker, advance) -> None:
-        """Activations are read in the order in which they lie, once per output tile."""
-        base = bank_slices(self.config)
-        following = Signal.like(self.address)
-        fresh_bank = walker.bank ^ ~walker.command.payload.reuse
-        m.d.sync += self.address.eq(following)
-        with m.If(advance):
-            m.d.sync += following.eq(following + 1)
-        with m.If(walker.step & walker.tile_end):
-            m.d.sync += following.eq(Mux(walker.bank, base, 0))
-        with m.If(walker.command.valid & walker.command.ready):
-            m.d.sync += following.eq(Mux(fresh_bank, base, 0))
+    def _address(self, m: Module, walker: Walker) -> None:
+        """Activations are read in the order in which they lie, once per output tile.
+
+        The address counts what left in this cycle, not what is decided: nothing long ends here.
+        """
+        restart = Signal()
+        m.d.sync += restart.eq((walker.step & walker.tile_end) | (walker.command.valid & walker.command.ready))
+        with m.If(self.token):
+            m.d.sync += self.address.eq(self.address + 1)
+        with m.If(restart):
+            m.d.sync += self.address.eq(Mux(walker.bank, bank_slices(self.config), 0))

@@ -35,7 +35,9 @@ class Walker(wiring.Component):
     """Walks the nested loops of one command after another, without a cycle between two commands.
 
     Each loop counts down and keeps its first and last flags in registers, so ``step`` reaches a flag's users after
-    one AND per nesting level: these flags set the clock of the whole core. Throughput 1 step per cycle.
+    one AND per nesting level: these flags set the clock of the whole core. For the same reason what a loop starts again
+    with does not depend on ``step``: after a command's last step it is the next command's bound, also if there is none
+    yet, and then nobody looks. Throughput 1 step per cycle.
 
     Parameters
     ----------
@@ -72,13 +74,14 @@ class Walker(wiring.Component):
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        load = Signal()
+        load, fresh = Signal(), Signal()
         outermost = list(self.loops)[-1]
         m.d.comb += [
             self.tile_end.eq(Cat(self.last[name] for name in list(self.loops)[:-1]).all()),
             self.done.eq(self.tile_end & self.last[outermost]),
             self.command.ready.eq(~self.active | (self.step & self.done)),
             load.eq(self.command.valid & self.command.ready),
+            fresh.eq(~self.active | self.done),
         ]
         with m.If(load):
             m.d.sync += [
@@ -88,25 +91,24 @@ class Walker(wiring.Component):
             ]
         with m.Elif(self.step & self.done):
             m.d.sync += self.active.eq(0)
-        inner_last = self.step
+        advance = self.step | (self.command.valid & ~self.active)
         for name, bound in self.loops.items():
-            inner_last = self._loop(m, name, bound, load, inner_last)
+            advance = self._loop(m, name, bound, fresh, advance)
         return m
 
-    def _loop(self, m: Module, name: str, bound, load: Value, advance: Value) -> Value:
+    def _loop(self, m: Module, name: str, bound, fresh: Value, advance: Value) -> Value:
         """One loop; returns the condition on which the next outer one advances."""
         limit, next_limit = Value.cast(bound(self.current)), Value.cast(bound(self.command.payload))
         left = Signal(len(limit), name=f"{name}_left")
         first, last = self.first[name], self.last[name]
-        wrap = Signal(name=f"{name}_wrap")
-        m.d.comb += wrap.eq(advance & last)
-        with m.If(load):
-            m.d.sync += [left.eq(next_limit), first.eq(1), last.eq(next_limit == 1)]
-        with m.Elif(wrap):
-            m.d.sync += [left.eq(limit), first.eq(1), last.eq(limit == 1)]
-        with m.Elif(advance):
-            m.d.sync += [left.eq(left - 1), first.eq(0), last.eq(left == 2)]
-        return wrap
+        wraps, again = Signal(name=f"{name}_wraps"), Signal(len(limit), name=f"{name}_again")
+        m.d.comb += [wraps.eq(last | ~self.active), again.eq(Mux(fresh, next_limit, limit))]
+        with m.If(advance):
+            with m.If(wraps):
+                m.d.sync += [left.eq(again), first.eq(1), last.eq(again == 1)]
+            with m.Else():
+                m.d.sync += [left.eq(left - 1), first.eq(0), last.eq(left == 2)]
+        return advance & wraps
 
 
 class CommandFork(wiring.Component):

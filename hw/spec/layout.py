@@ -19,9 +19,6 @@ import numpy as np
 from .config import EXPONENT_BITS, MAX_N, SCALE_BITS, AcceleratorConfig, ConfigError
 from .numerics import Weights
 
-READ_CYCLES = 2
-"""Cycles of a read of a header, which is at most a beat long: it is decided on in one and done in the next."""
-
 
 def ceil_div(a: int, b: int) -> int:
     """``a / b`` rounded up."""
@@ -110,13 +107,13 @@ class StreamLayout:
 
     @property
     def exponents_cycles(self) -> int:
-        """Cycles that it takes to read the row exponents."""
-        return READ_CYCLES * ceil_div(self.exponents_units, self.beat_units)
+        """Cycles that it takes to read the row exponents: one to see that they are there, and one a beat's worth."""
+        return 1 + ceil_div(self.exponents_units, self.beat_units)
 
     @property
     def record_cycles(self) -> int:
-        """Cycles that it takes to read one record."""
-        return READ_CYCLES * ceil_div(self.record_units, self.beat_units)
+        """Cycles that it takes to read one record, as of the exponents."""
+        return 1 + ceil_div(self.record_units, self.beat_units)
 
     @property
     def min_group_slices(self) -> int:

@@ -221,7 +221,7 @@ _NARROW = AcceleratorConfig(tile=4, weight_bits=2, ports=1, port_width=32, zero_
         (lambda c: LayerLayout(c, 8320, 16, 128), "K is at most max_k (8,192), not 8,320"),
         (
             lambda c: LayerLayout(_NARROW, 64, 4, 4),
-            "group_size is at least 16 at tile 4, so that a group's scales are read in the time that its weights take,"
+            "group_size is at least 20 at tile 4, so that a group's scales are read in the time that its weights take,"
             " not 4",
         ),
         (lambda c: fit_layer(c, 0, 16, 64), "K and group_size are at least 1, not 0 and 64"),
