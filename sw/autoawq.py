@@ -34,7 +34,8 @@ class AwqFormat:
 def awq_format(config: Settings) -> AwqFormat:
     """The format that config.json describes. Raises UserError if it is not AutoAWQ GEMM with 4 bits."""
     if config.get("quantization_config") is None:
-        raise UserError(f"{config.path.parent} is not quantised: its config.json has no quantization_config")
+        hint = "python -m sw.quantize quantises float checkpoints"
+        raise UserError(f"{config.path.parent} is not quantised: its config.json has no quantization_config ({hint})")
     settings = config.part("quantization_config")
     # AutoAWQ writes the version in capitals or not; transformers takes an absent one for gemm.
     for key, wanted, found in (
@@ -55,14 +56,14 @@ def awq_format(config: Settings) -> AwqFormat:
     return AwqFormat(size, zero_point)
 
 
-def read_linear(checkpoint: Checkpoint, name: str, form: AwqFormat) -> Linear:
+def read_linear(checkpoint: Checkpoint, name: str, form: AwqFormat | None) -> Linear:
     """The layer of tensors `name`.qweight and so on; of `name`.weight where it was left unquantised.
 
-    One group over all of K becomes several with the same scale and zero point: ONNX's groups are powers of two.
-    Raises UserError for missing tensors and shapes that do not fit together.
+    form: None for a checkpoint without quantised layers. One group over all of K becomes several with the same scale
+    and zero point: ONNX's groups are powers of two. Raises UserError for missing tensors and shapes that do not fit.
     """
     bias = checkpoint.floats(f"{name}.bias") if f"{name}.bias" in checkpoint else None
-    if f"{name}.qweight" not in checkpoint and f"{name}.weight" in checkpoint:
+    if form is None or (f"{name}.qweight" not in checkpoint and f"{name}.weight" in checkpoint):
         weight = checkpoint.floats(f"{name}.weight")
         if weight.ndim != 2 or (bias is not None and bias.shape != (len(weight),)):
             raise UserError(f"{checkpoint.folder}: the shapes of {name}.weight and bias do not fit")

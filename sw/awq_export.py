@@ -5,7 +5,7 @@
 
 SRC_DIR holds config.json, tokenizer.json and *.safetensors. DIR gets model.onnx, model.onnx.data, tokenizer.json and
 config.json (shapes, stop tokens, chat template). Quantised layers keep their weights exactly (see sw.autoawq), and so
-does the embedding; the head becomes int8 (see sw.lm_head).
+does the embedding; the head becomes int8 (see sw.lm_head), or what it was before (see sw.table_scales).
 """
 
 from collections.abc import Iterator
@@ -15,10 +15,11 @@ from sw.autoawq import AwqFormat, awq_format, read_linear
 from sw.decoder_folder import EXPORTER_VERSION, DecoderSource, Progress, export_parser, export_status, write_folder
 from sw.decoder_graph import DecoderConfig, DecoderLayer
 from sw.errors import UserError, run_cli
-from sw.huggingface import decoder_config, read_settings, text_settings
+from sw.huggingface import Settings, decoder_config, read_settings, rope_scaling, text_settings
 from sw.linear import QuantizedLinear
 from sw.lm_head import Table
 from sw.safetensors_file import Checkpoint
+from sw.table_scales import integer_table
 
 
 def export_awq(source: Path, out: Path, *, lm_head: str = "int8", progress: Progress | None = None) -> Path:
@@ -31,34 +32,48 @@ def export_awq(source: Path, out: Path, *, lm_head: str = "int8", progress: Prog
     if not source.is_dir():
         raise UserError(f"no such folder: {source}")
     settings = read_settings(source / "config.json", required=True)
-    form = awq_format(settings)
-    config = decoder_config(settings)
-    checkpoint = Checkpoint(source)
-    tied = settings.flag("tie_word_embeddings", False)
-    decoder = DecoderSource(
-        name=source.resolve().name,
-        family=settings.get("model_type"),
-        config=config,
-        embedding=checkpoint.table("model.embed_tokens.weight"),
-        layers=_layers(checkpoint, config, form),
-        final_norm=checkpoint.floats("model.norm.weight"),
-        head=None if tied else _head(checkpoint, form),
-        tied=tied,
-        **vars(text_settings(source, settings)),
-    )
+    decoder = checkpoint_source(source, settings, awq_format(settings))
     metadata = {"source": decoder.name, "exporter": f"gristmill awq_export {EXPORTER_VERSION}"}
     return write_folder(out, decoder, metadata, lm_head, progress)
 
 
-def _head(checkpoint: Checkpoint, form: AwqFormat) -> Table:
-    if "lm_head.qweight" in checkpoint:
+def checkpoint_source(folder: Path, settings: Settings, form: AwqFormat | None) -> DecoderSource:
+    """The decoder and text of a Hugging Face folder, its layers still to be read.
+
+    settings: its config.json. form: of its quantised layers; None if there is to be none.
+    Raises UserError as export_awq does.
+    """
+    config = decoder_config(settings)
+    checkpoint = Checkpoint(folder)
+    tied = settings.flag("tie_word_embeddings", False)
+    return DecoderSource(
+        name=folder.resolve().name,
+        family=settings.get("model_type"),
+        config=config,
+        embedding=_table(checkpoint, settings, form, "model.embed_tokens.weight"),
+        layers=_layers(checkpoint, config, form),
+        final_norm=checkpoint.floats("model.norm.weight"),
+        head=None if tied else _head(checkpoint, settings, form),
+        tied=tied,
+        rope_scaling=rope_scaling(settings),
+        **vars(text_settings(folder, settings)),
+    )
+
+
+def _head(checkpoint: Checkpoint, settings: Settings, form: AwqFormat | None) -> Table:
+    if form is not None and "lm_head.qweight" in checkpoint:
         layer = read_linear(checkpoint, "lm_head", form)
         assert isinstance(layer, QuantizedLinear), "it has a qweight"
         return layer
-    return checkpoint.table("lm_head.weight")
+    return _table(checkpoint, settings, form, "lm_head.weight")
 
 
-def _layers(checkpoint: Checkpoint, config: DecoderConfig, form: AwqFormat) -> Iterator[DecoderLayer]:
+def _table(checkpoint: Checkpoint, settings: Settings, form: AwqFormat | None, name: str) -> Table:
+    values = checkpoint.table(name)
+    return values if form is None else integer_table(checkpoint.folder, settings, name, values)
+
+
+def _layers(checkpoint: Checkpoint, config: DecoderConfig, form: AwqFormat | None) -> Iterator[DecoderLayer]:
     for i in range(config.layer_count):
         layer = f"model.layers.{i}"
         yield DecoderLayer(

@@ -18,7 +18,7 @@ from sw.lm_head import HEAD_MODES, Table
 from sw.status_line import StatusLine
 
 # Part of the key of cached exports: raise it when the output of an exporter changes.
-EXPORTER_VERSION = 2
+EXPORTER_VERSION = 3
 QUIET_SECONDS = 2.0
 """An export that takes less says nothing."""
 
@@ -31,7 +31,8 @@ class DecoderSource:
 
     family: llama or qwen2. tied: the head has the embedding's weights (`head` may still be given, in other numbers).
     bos_id, stop_ids: tokens that begin a text and that end an answer. bos_token, eos_token: what a chat template
-    knows by these names. chat_template: its text.
+    knows by these names. chat_template: its text. rope_scaling: Hugging Face's description of the rope_factors that
+    config has, if there is one.
     """
 
     name: str
@@ -48,6 +49,7 @@ class DecoderSource:
     bos_token: str | None
     eos_token: str | None
     chat_template: str | None
+    rope_scaling: dict[str, Any] | None = None
 
 
 def write_folder(
@@ -106,6 +108,7 @@ def export_parser(prog: str, description: str, source: str) -> Parser:
 def _config_json(source: DecoderSource) -> dict[str, Any]:
     """Hugging Face's keys, and the chat template, so that one file beside the graph says how to drive it."""
     config = source.config
+    scaling = {} if source.rope_scaling is None else {"rope_scaling": source.rope_scaling}
     return {
         "model_type": source.family,
         "name": source.name,
@@ -118,6 +121,7 @@ def _config_json(source: DecoderSource) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.context_length,
         "rope_theta": config.rope_theta,
+        **scaling,
         "rms_norm_eps": config.norm_epsilon,
         "tie_word_embeddings": source.tied,
         "bos_token_id": source.bos_id,

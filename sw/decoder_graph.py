@@ -11,9 +11,10 @@ quantised embedding is a GatherBlockQuantized node that shares its table with a 
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from onnx import TensorProto
@@ -93,6 +94,22 @@ class DecoderLayer:
     gate_proj: Linear
     up_proj: Linear
     down_proj: Linear
+
+
+class GraphBuilder(Protocol):
+    """What takes tensors and nodes: see OnnxWriter, whose methods these are."""
+
+    def tensor(self, name: str, values: np.ndarray) -> str: ...
+
+    def node(
+        self,
+        name: str,
+        op: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str] = (),
+        domain: str = "",
+        **attributes: Any,
+    ) -> str: ...
 
 
 def write_decoder(
@@ -175,17 +192,10 @@ class _DecoderGraph:
             self.table = [w.tensor(f"{tensor}.weight", values)]
             rows = w.node(f"{path}/Gather", "Gather", [*self.table, ids])
             return rows if values.dtype == np.float32 else w.node(f"{path}/Cast", "Cast", [rows], to=TensorProto.FLOAT)
-        self.table = _weights(w, path, tensor, embedding)
-        if len(self.table) > 2 or embedding.k % embedding.group_size:
+        if not can_gather(embedding):
             raise UserError(f"{path}: GatherBlockQuantized needs whole groups without zero points of their own")
-        # MatMulNBits wants its weights as [N, groups, bytes], GatherBlockQuantized as many axes in the scales. They,
-        # and the rows, are reshaped: of a reshaped table onnxruntime would make a copy.
-        axes = w.tensor(f"{tensor}.scales_shape", np.array([embedding.n, embedding.groups, 1]))
-        scales = w.node(f"{path}/Reshape", "Reshape", [self.table[1], axes])
-        layout = {"gather_axis": 0, "quantize_axis": 2, "block_size": embedding.group_size, "bits": embedding.bits}
-        name = f"{path}/GatherBlockQuantized"
-        rows = w.node(name, "GatherBlockQuantized", [self.table[0], ids, scales], (), CONTRIB, **layout)
-        return w.node(f"{path}/Reshape_1", "Reshape", [rows, w.tensor(f"{tensor}.rows_shape", np.array([0, 0, -1]))])
+        self.table = layer_tensors(w, path, tensor, embedding)
+        return gather_rows(w, path, tensor, embedding, self.table, ids)
 
     def layer(self, index: int, layer: DecoderLayer) -> None:
         w, c = self.writer, self.config
@@ -257,9 +267,8 @@ class _DecoderGraph:
         tensor = path.strip("/").replace("/", ".")
         outputs = [output] if output and layer.bias is None else []
         if isinstance(layer, QuantizedLinear):
-            weights = weights or _weights(w, path, tensor, layer)
-            shape = {"K": k, "N": n, "bits": layer.bits, "block_size": layer.group_size, "accuracy_level": 0}
-            y = w.node(f"{path}/MatMulNBits", "MatMulNBits", [x, *weights], outputs, CONTRIB, **shape)
+            weights = weights or layer_tensors(w, path, tensor, layer)
+            y = matmul_node(w, f"{path}/MatMulNBits", x, layer, weights, outputs)
         else:
             weights = weights or [w.tensor(f"{tensor}.weight", layer.weight)]
             y = w.node(f"{path}/FusedMatMul", "FusedMatMul", [x, *weights], outputs, CONTRIB, transB=1)
@@ -269,8 +278,46 @@ class _DecoderGraph:
         return y
 
 
-def _weights(w: OnnxWriter, path: str, tensor: str, layer: QuantizedLinear) -> list[str]:
-    """Writes what MatMulNBits reads: weights, scales and, where they are not the default, zero points."""
+def matmul_node(
+    w: GraphBuilder, name: str, x: str, layer: QuantizedLinear, weights: Sequence[str], outputs: Sequence[str] = ()
+) -> str:
+    """Adds the MatMulNBits node that multiplies `x` with the tensors of `layer`, and returns its output."""
+    shape = {"K": layer.k, "N": layer.n, "bits": layer.bits, "block_size": layer.group_size, "accuracy_level": 0}
+    return w.node(name, "MatMulNBits", [x, *weights], outputs, CONTRIB, **shape)
+
+
+def can_gather(table: QuantizedLinear) -> bool:
+    """Whether GatherBlockQuantized reads what MatMulNBits reads: whole groups, zero points in the middle."""
+    return not table.k % table.group_size and _has_default_zero_points(table)
+
+
+def gather_rows(
+    w: GraphBuilder, path: str, tensor: str, table: QuantizedLinear, weights: Sequence[str], ids: str, output: str = ""
+) -> str:
+    """Adds the nodes that gather, as floats, the rows of a table whose tensors are `weights`.
+
+    tensor: how the names of more tensors begin. ids: of two axes. Returns the tensor [.., .., K].
+    """
+    # MatMulNBits wants its weights as [N, groups, bytes], GatherBlockQuantized as many axes in the scales. They,
+    # and the rows, are reshaped: of a reshaped table onnxruntime would make a copy.
+    axes = w.tensor(f"{tensor}.scales_shape", np.array([table.n, table.groups, 1]))
+    scales = w.node(f"{path}/Reshape", "Reshape", [weights[1], axes])
+    layout = {"gather_axis": 0, "quantize_axis": 2, "block_size": table.group_size, "bits": table.bits}
+    name = f"{path}/GatherBlockQuantized"
+    rows = w.node(name, "GatherBlockQuantized", [weights[0], ids, scales], (), CONTRIB, **layout)
+    shape = w.tensor(f"{tensor}.rows_shape", np.array([0, 0, -1]))
+    return w.node(f"{path}/Reshape_1", "Reshape", [rows, shape], [output] if output else [])
+
+
+def layer_tensors(
+    w: GraphBuilder, path: str, tensor: str, layer: QuantizedLinear, dtype: type[np.floating] = np.float32
+) -> list[str]:
+    """Writes what MatMulNBits reads: weights, scales and, where they are not the default, zero points.
+
+    path: what errors call the layer. tensor: how the tensors' names begin. dtype: of the layer's activations, and so of
+    scales and float zero points; float16 must hold them exactly. Returns the tensors' names. Raises UserError for what
+    MatMulNBits has no form for.
+    """
     if layer.bits not in (2, 4, 8):
         raise UserError(f"{path}: MatMulNBits stores 2, 4 or 8 bits, not {layer.bits}")
     block = layer.group_size
@@ -280,13 +327,28 @@ def _weights(w: OnnxWriter, path: str, tensor: str, layer: QuantizedLinear) -> l
     q = np.pad(layer.q, ((0, 0), (0, padding))) if padding else layer.q
     names = [
         w.tensor(f"{tensor}.qweight", pack_bits(q, layer.bits).reshape(layer.n, layer.groups, -1)),
-        w.tensor(f"{tensor}.scales", layer.scales),
+        w.tensor(f"{tensor}.scales", _exactly(layer.scales, dtype, f"{path}: a scale")),
     ]
     if not layer.has_integer_zero_points:
-        names.append(w.tensor(f"{tensor}.zero_points", layer.zero_points))
-    elif np.any(layer.zero_points != 1 << (layer.bits - 1)):
+        names.append(
+            w.tensor(f"{tensor}.zero_points", _exactly(layer.zero_points, dtype, f"{path}: a float zero point"))
+        )
+    elif not _has_default_zero_points(layer):
         names.append(w.tensor(f"{tensor}.qzeros", pack_bits(layer.zero_points, layer.bits)))
     return names
+
+
+def _has_default_zero_points(layer: QuantizedLinear) -> bool:
+    return layer.has_integer_zero_points and bool(np.all(layer.zero_points == 1 << (layer.bits - 1)))
+
+
+def _exactly(values: np.ndarray, dtype: type[np.floating], what: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        converted = values.astype(dtype)
+    wrong = converted.astype(values.dtype) != values
+    if wrong.any():
+        raise UserError(f"{what} is {values[wrong][0]:.9g}, which {np.dtype(dtype)} does not hold exactly")
+    return converted
 
 
 def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:

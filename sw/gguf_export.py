@@ -19,6 +19,7 @@ from sw.decoder_graph import MAX_POSITIONS, DecoderConfig, DecoderLayer
 from sw.errors import UserError, run_cli
 from sw.gguf_reader import GgufFile
 from sw.gguf_tokenizer import build_tokenizer, special_token, stop_tokens
+from sw.huggingface import standard_rope_scaling
 from sw.linear import QuantizedLinear
 from sw.lm_head import Linear, Table
 
@@ -32,14 +33,19 @@ def export_gguf(source: Path, out: Path, *, lm_head: str = "int8", progress: Pro
     Raises UserError for damaged files, other families, block formats without an exact MatMulNBits form (see
     sw.gguf_reader) and weights that do not fit the metadata.
     """
-    model = GgufFile(source)
+    metadata = {"source": Path(source).name, "exporter": f"gristmill gguf_export {EXPORTER_VERSION}"}
+    return write_folder(out, gguf_source(GgufFile(source)), metadata, lm_head, progress)
+
+
+def gguf_source(model: GgufFile) -> DecoderSource:
+    """The file's decoder and text, its layers still to be read. Raises UserError as export_gguf does."""
     config = decoder_config(model)
     tokenizer = build_tokenizer(model)
     embedding, head = _tables(model)
     stop_ids = stop_tokens(model)
     bos_id = model.integer("tokenizer.ggml.bos_token_id", None)
-    decoder = DecoderSource(
-        name=str(model.meta("general.name", Path(source).stem)),
+    return DecoderSource(
+        name=str(model.meta("general.name", model.path.stem)),
         family=model.meta("general.architecture"),
         config=config,
         embedding=embedding,
@@ -53,9 +59,8 @@ def export_gguf(source: Path, out: Path, *, lm_head: str = "int8", progress: Pro
         bos_token=special_token(model, bos_id),
         eos_token=special_token(model, stop_ids[0] if stop_ids else None),
         chat_template=model.meta("tokenizer.chat_template", None),
+        rope_scaling=standard_rope_scaling(config),
     )
-    metadata = {"source": Path(source).name, "exporter": f"gristmill gguf_export {EXPORTER_VERSION}"}
-    return write_folder(out, decoder, metadata, lm_head, progress)
 
 
 def decoder_config(model: GgufFile) -> DecoderConfig:

@@ -24,10 +24,14 @@ FLOATS = ("F32", "F16", "BF16")
 
 
 class GgufFile:
-    """A GGUF file, memory-mapped. Raises UserError if it is missing, truncated or not GGUF."""
+    """A GGUF file, memory-mapped. Raises UserError if it is missing, truncated or not GGUF.
 
-    def __init__(self, path: Path):
+    dequantise: layers and tables come as floats, whatever the file stores, K-quants included.
+    """
+
+    def __init__(self, path: Path, *, dequantise: bool = False):
         self.path = Path(path)
+        self._dequantise = dequantise
         if not self.path.is_file():
             raise UserError(f"no such file: {self.path}")
         try:
@@ -87,12 +91,12 @@ class GgufFile:
     def linear(self, name: str) -> QuantizedLinear | FloatLinear:
         """The linear layer of tensors `name`.weight and, where present, `name`.bias, without loss.
 
-        Raises UserError for block formats other than the module's (K-quants, for example).
+        Raises UserError for block formats other than the module's (K-quants, for example), unless they are dequantised.
         """
         tensor = self._tensor(f"{name}.weight")
         kind = tensor.tensor_type.name
         bias = self.float_tensor(f"{name}.bias") if f"{name}.bias" in self else None
-        if kind in FLOATS:
+        if kind in FLOATS or self._dequantise:
             return FloatLinear(name, self.float_tensor(tensor.name), bias)
         if kind not in QUANTISED:
             known = ", ".join(QUANTISED + FLOATS)
@@ -106,7 +110,7 @@ class GgufFile:
         """
         tensor = self._tensor(f"{name}.weight")
         kind = tensor.tensor_type.name
-        if kind in QUANTISED:
+        if kind in QUANTISED and not self._dequantise:
             return self._quantised(name, tensor)
         if kind != "F16":
             return self.float_tensor(tensor.name)

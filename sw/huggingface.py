@@ -23,6 +23,7 @@ from sw.text_files import read_json, read_text
 from sw.text_folder import read_tokenizer
 
 FULL = "full_attention"
+LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 
@@ -35,6 +36,11 @@ class Settings:
     def __init__(self, path: Path, values: dict[str, Any]):
         self.path = path
         self._values = values
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The whole object."""
+        return self._values
 
     def get(self, key: str) -> Any:
         """The value as it is, or None."""
@@ -128,9 +134,24 @@ def _rotary(config: Settings) -> tuple[str, Settings]:
     return kind, settings
 
 
+def rope_scaling(config: Settings) -> dict[str, Any] | None:
+    """What config.json says about scaling of the rotary embedding, without the rest; None if nothing is scaled."""
+    kind, settings = _rotary(config)
+    return None if kind == "default" else {"rope_type": kind} | {key: settings.number(key) for key in LLAMA3_KEYS}
+
+
+def standard_rope_scaling(shape: DecoderConfig) -> dict[str, Any] | None:
+    """The llama3 scaling of Llama 3.1 and later whose factors the shape has; None if it has none or others."""
+    if shape.rope_factors is None:
+        return None
+    values = (float(shape.rope_factors.max()), 1.0, 4.0, 8192.0)
+    if not np.allclose(llama3_factors(shape.rotary_frequencies(), *values), shape.rope_factors, rtol=1e-5):
+        return None
+    return {"rope_type": "llama3"} | dict(zip(LLAMA3_KEYS, values, strict=True))
+
+
 def _factors(settings: Settings, shape: DecoderConfig) -> np.ndarray:
-    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    factor, low, high, original = (settings.number(key) for key in keys)
+    factor, low, high, original = (settings.number(key) for key in LLAMA3_KEYS)
     if high <= low:
         raise settings.wrong("high_freq_factor", f"above low_freq_factor, {low:g},")
     return llama3_factors(shape.rotary_frequencies(), factor, low, high, original)

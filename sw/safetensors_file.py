@@ -8,6 +8,8 @@ Shards come with model.safetensors.index.json, whose weight_map says which file 
 
 import json
 import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -54,6 +56,11 @@ class SafetensorsFile:
         """The tensor's element type as the format calls it: F16, BF16, I32 and so on."""
         return self._tensors[name][0]
 
+    def size(self, name: str) -> int:
+        """The tensor's bytes."""
+        _, _, begin, end = self._tensors[name]
+        return end - begin
+
     def tensor(self, name: str) -> np.ndarray:
         """A view of the file; BF16, which numpy does not know, as a float32 copy.
 
@@ -64,8 +71,10 @@ class SafetensorsFile:
             raise UserError(f"{self.path}: tensor {name} is {kind}; {', '.join(DTYPES)} are read")
         values = self._data[begin:end].view(DTYPES[kind]).reshape(shape)
         if kind == "BF16":
-            # Its bits are the upper half of a float32's.
-            return (values.astype(np.uint32) << 16).view(np.float32)
+            # Its bits are the upper half of a float32's. In place: a head's table has hundreds of megabytes.
+            bits = values.astype(np.uint32)
+            bits <<= 16
+            return bits.view(np.float32)
         return values
 
     def _entry(self, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
@@ -85,6 +94,42 @@ class SafetensorsFile:
 
     def _impossible(self, name: str, problem: str) -> UserError:
         return UserError(f"{self.path} is damaged: tensor {name[:200]}: {problem}")
+
+
+@dataclass(frozen=True)
+class NewTensor:
+    """A tensor to be written. dtype: as the format calls it. parts: yields its values, some rows at a time, in the type
+    that DTYPES has for it (BF16: the bits).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    parts: Callable[[], Iterator[np.ndarray]]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
+
+
+def write_safetensors(path: Path, tensors: Sequence[NewTensor], advance: Callable[[], None] | None = None) -> None:
+    """Writes one file in the memory of a tensor's largest part. advance: called after each tensor."""
+    header, end = {}, 0
+    for tensor in tensors:
+        offsets = [end, end + tensor.size]
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+        end += tensor.size
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(LENGTH_BYTES, "little"))
+        file.write(text)
+        for tensor in tensors:
+            for part in tensor.parts():
+                part.tofile(file)
+            if advance is not None:
+                advance()
 
 
 class Checkpoint:

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An AutoAWQ GEMM checkpoint of a real model's exact shape with random weights, where the real one cannot be had.
+"""A checkpoint of a real model's exact shape with random weights, where the real one cannot be had.
 
-    python -m sw.synthetic --out DIR [--seed N]
+    python -m sw.synthetic --out DIR [--float [--dtype BF16|F16|F32]] [--seed N]
 
-makes the shape of Qwen/Qwen2.5-0.5B-Instruct-AWQ. Every tensor has the real one's name, type and layout; the weights
-are such that activations neither explode nor vanish. What it says is noise: it is for measuring, not for reading. Its
-tokenizer knows the 256 bytes and three special tokens, whose numbers are the real ones.
+makes the shape of Qwen/Qwen2.5-0.5B-Instruct-AWQ, an AutoAWQ GEMM checkpoint, or with --float that of the model it is
+made of, Qwen/Qwen2.5-0.5B-Instruct. Every tensor has the real one's name, type and layout; the weights are such that
+activations neither explode nor vanish. What it says is noise: it is for measuring, not for reading. Its tokenizer
+knows the 256 bytes and three special tokens, whose numbers are the real ones.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from sw.autoawq import BITS, MIDDLE, pack_words
 from sw.decoder_folder import Progress
 from sw.errors import UserError, run_cli
 from sw.hardware_options import Parser
-from sw.safetensors_file import INDEX, LENGTH_BYTES
+from sw.safetensors_file import INDEX, NewTensor, write_safetensors
 from sw.status_line import StatusLine
 
 # config.json of Qwen/Qwen2.5-0.5B-Instruct-AWQ, as far as it concerns the model.
@@ -53,6 +53,9 @@ QWEN2_5_0_5B: dict[str, Any] = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+# config.json of Qwen/Qwen2.5-0.5B-Instruct.
+QWEN2_5_0_5B_FLOAT = {key: value for key, value in QWEN2_5_0_5B.items() if key != "quantization_config"}
+TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -66,27 +69,39 @@ ATTENTION_SCALE = 0.25
 ROWS_AT_ONCE = 8192
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    """A tensor that is still to be made: `parts` yields its values, some rows at a time."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    parts: Callable[[], Iterator[np.ndarray]]
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return int(np.prod(self.shape)) * {"I32": 4, "F32": 4}.get(self.dtype, 2)
-
-
 def write_qwen2_awq(folder: Path, *, seed: int = 0, progress: Progress | None = None) -> None:
     """Writes the shape of Qwen2.5-0.5B-Instruct-AWQ into `folder`, complete or not at all: 458 MB.
 
     progress: called with tensors done, and tensors in all. Raises UserError if the folder cannot be written.
     """
     write_autoawq(folder, QWEN2_5_0_5B, seed=seed, progress=progress)
+
+
+def write_qwen2_float(folder: Path, *, seed: int = 0, dtype: str = "BF16", progress: Progress | None = None) -> None:
+    """Writes the shape of Qwen2.5-0.5B-Instruct into `folder`, complete or not at all: 988 MB in BF16 or F16.
+
+    dtype: BF16, F16 or F32. progress and errors: as for write_qwen2_awq.
+    """
+    write_float(folder, QWEN2_5_0_5B_FLOAT, seed=seed, dtype=dtype, progress=progress)
+
+
+def write_float(
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    seed: int = 0,
+    dtype: str = "BF16",
+    shards: int = 1,
+    progress: Progress | None = None,
+) -> None:
+    """Writes a float checkpoint into `folder`, complete or not at all.
+
+    config: as for write_autoawq, but what it says about quantisation and torch_dtype is left out and replaced. dtype:
+    BF16, F16 or F32, of all tensors. shards, progress and errors: as for write_autoawq.
+    """
+    values = {key: value for key, value in config.items() if key != "quantization_config"}
+    values["torch_dtype"] = TORCH_DTYPES[dtype]
+    _write(folder, values, seed, dtype, shards, progress)
 
 
 def write_autoawq(
@@ -104,6 +119,12 @@ def write_autoawq(
     bos_token_id + 2. dtype: F16, BF16 or F32, of everything but the integers and scales. shards: number of files.
     progress: as for write_qwen2_awq. Raises UserError if the folder cannot be written.
     """
+    _write(folder, config, seed, dtype, shards, progress)
+
+
+def _write(
+    folder: Path, config: Mapping[str, Any], seed: int, dtype: str, shards: int, progress: Progress | None
+) -> None:
     rng = np.random.default_rng(seed)
     tensors = list(_tensors(config, dtype, rng))
     done = 0
@@ -123,30 +144,36 @@ def write_autoawq(
         weight_map = {}
         for i, name in enumerate(names):
             part = tensors[i * len(tensors) // shards : (i + 1) * len(tensors) // shards]
-            _write_safetensors(work / name, part, advance)
+            write_safetensors(work / name, part, advance)
             weight_map |= {tensor.name: name for tensor in part}
         if shards > 1:
             size = sum(tensor.size for tensor in tensors)
             _write_json(work / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
-def _tensors(config: Mapping[str, Any], dtype: str, rng: np.random.Generator) -> Iterator[_Tensor]:
+def _tensors(config: Mapping[str, Any], dtype: str, rng: np.random.Generator) -> Iterator[NewTensor]:
     hidden, ffn, heads = (config[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
     head = config.get("head_dim") or hidden // heads
     q_size, kv_size = heads * head, config["num_key_value_heads"] * head
-    group = config["quantization_config"]["group_size"]
+    quantisation = config.get("quantization_config")
+    group = 0 if quantisation is None else quantisation["group_size"]
     biased = config["model_type"] == "qwen2"
 
-    def normal(name: str, shape: tuple[int, ...], mean: float, scale: float) -> _Tensor:
+    def normal(name: str, shape: tuple[int, ...], mean: float, scale: float) -> NewTensor:
         def parts() -> Iterator[np.ndarray]:
             for start in range(0, shape[0], ROWS_AT_ONCE):
                 rows = min(ROWS_AT_ONCE, shape[0] - start)
                 values = mean + np.float32(scale) * rng.standard_normal((rows, *shape[1:]), np.float32)
                 yield encode(values, dtype)
 
-        return _Tensor(name, dtype, shape, parts)
+        return NewTensor(name, dtype, shape, parts)
 
-    def linear(name: str, k: int, n: int, bias: bool = False, scale: float = 1.0) -> Iterator[_Tensor]:
+    def linear(name: str, k: int, n: int, bias: bool = False, scale: float = 1.0) -> Iterator[NewTensor]:
+        if quantisation is None:
+            yield normal(f"{name}.weight", (n, k), 0, scale / k**0.5)
+            if bias:
+                yield normal(f"{name}.bias", (n,), 0, BIAS_SCALE)
+            return
         groups = 1 if group == -1 else k // group
 
         def weights() -> Iterator[np.ndarray]:
@@ -159,9 +186,9 @@ def _tensors(config: Mapping[str, Any], dtype: str, rng: np.random.Generator) ->
         def scales() -> Iterator[np.ndarray]:
             yield (scale * rng.uniform(0.8, 1.2, (groups, n)) / (SPREAD * k**0.5)).astype(np.float16)
 
-        yield _Tensor(f"{name}.qweight", "I32", (k, n // 8), weights)
-        yield _Tensor(f"{name}.qzeros", "I32", (groups, n // 8), zero_points)
-        yield _Tensor(f"{name}.scales", "F16", (groups, n), scales)
+        yield NewTensor(f"{name}.qweight", "I32", (k, n // 8), weights)
+        yield NewTensor(f"{name}.qzeros", "I32", (groups, n // 8), zero_points)
+        yield NewTensor(f"{name}.scales", "F16", (groups, n), scales)
         if bias:
             yield normal(f"{name}.bias", (n,), 0, BIAS_SCALE)
 
@@ -190,23 +217,6 @@ def encode(values: np.ndarray, dtype: str) -> np.ndarray:
     return (bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16)
 
 
-def _write_safetensors(path: Path, tensors: list[_Tensor], advance: Callable[[], None]) -> None:
-    header, end = {}, 0
-    for tensor in tensors:
-        offsets = [end, end + tensor.size]
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
-        end += tensor.size
-    text = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(LENGTH_BYTES, "little"))
-        file.write(text)
-        for tensor in tensors:
-            for part in tensor.parts():
-                part.tofile(file)
-            advance()
-
-
 def _write_text_files(folder: Path, config: Mapping[str, Any]) -> None:
     bos, eos = config["bos_token_id"], config["eos_token_id"]
     special = {"<|endoftext|>": bos, "<|im_start|>": bos + 1, "<|im_end|>": eos}
@@ -233,18 +243,25 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = Parser(prog="python -m sw.synthetic", description="Qwen2.5-0.5B-Instruct-AWQ's shape, random weights")
+    parser = Parser(prog="python -m sw.synthetic", description="Qwen2.5-0.5B-Instruct's shape, random weights")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--float", action="store_true", help="not quantised (default: AutoAWQ GEMM)")
+    parser.add_argument("--dtype", choices=TORCH_DTYPES, help="of the floats, with --float (default: BF16)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     options = parser.parse_args()
     if options.seed < 0:
         raise UserError(f"--seed is 0 or more, not {options.seed}")
+    if options.dtype and not options.float:
+        raise UserError(f"--dtype {options.dtype} needs --float: the other checkpoint has the real one's types")
     with StatusLine() as status:
-        write_qwen2_awq(
-            options.out,
-            seed=options.seed,
-            progress=lambda done, total: status.count("writing tensor {done} of {total}", done, total),
-        )
+
+        def show(done: int, total: int) -> None:
+            status.count("writing tensor {done} of {total}", done, total)
+
+        if options.float:
+            write_qwen2_float(options.out, seed=options.seed, dtype=options.dtype or "BF16", progress=show)
+        else:
+            write_qwen2_awq(options.out, seed=options.seed, progress=show)
     print(options.out)
 
 

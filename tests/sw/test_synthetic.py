@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The synthetic checkpoint has the real model's shape, is the same every time, and runs."""
 
+import json
 import resource
 import subprocess
 import sys
@@ -10,8 +11,8 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from sw.synthetic import QWEN2_5_0_5B, _tensors, encode
-from tests.sw.checkpoints import IDS, QWEN2, empty_cache, make_checkpoint, step
+from sw.synthetic import QWEN2_5_0_5B, QWEN2_5_0_5B_FLOAT, _tensors, encode, write_float
+from tests.sw.checkpoints import IDS, QWEN2, empty_cache, make_checkpoint, read_tensors, step
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,3 +80,38 @@ def test_qwen2_complete(tmp_path):
     assert logits.shape == (len(IDS), 151936)
     assert np.isfinite(logits).all()
     assert len(set(logits.argmax(axis=1))) > len(IDS) // 2
+
+
+def test_float_shape_is_qwen2s():
+    """The same parameters as plain weights: 988 MB in BF16."""
+    tensors = {tensor.name: tensor for tensor in _tensors(QWEN2_5_0_5B_FLOAT, "BF16", np.random.default_rng(0))}
+    quantised = [tensor.name for tensor in _tensors(QWEN2_5_0_5B, "F16", np.random.default_rng(0))]
+    plain = [name for name in quantised if not name.endswith(("qzeros", "scales"))]
+    assert list(tensors) == [name.replace(".qweight", ".weight") for name in plain]
+    assert sum(tensor.size for tensor in tensors.values()) == 2 * 494_032_768
+    assert tensors["model.layers.23.mlp.down_proj.weight"].shape == (896, 4864)
+    assert {tensor.dtype for tensor in tensors.values()} == {"BF16"}
+
+
+@pytest.mark.parametrize(("dtype", "name"), [("BF16", "bfloat16"), ("F16", "float16"), ("F32", "float32")])
+def test_float_checkpoint(dtype, name, tmp_path):
+    """Weights of a size that neither grows nor shrinks what goes through, and a config.json that says what they are."""
+    write_float(tmp_path / "a", QWEN2, seed=5, dtype=dtype)
+    write_float(tmp_path / "b", QWEN2, seed=5, dtype=dtype, shards=3)
+    one, two = read_tensors(tmp_path / "a"), read_tensors(tmp_path / "b")
+    assert one.keys() == two.keys()
+    assert all(np.array_equal(values, two[key]) for key, values in one.items())
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["torch_dtype"] == name
+    assert "quantization_config" not in config
+    down = one["model.layers.1.mlp.down_proj.weight"]
+    assert 0.9 < down.std() * 96**0.5 < 1.1
+    o = one["model.layers.1.self_attn.o_proj.weight"]
+    assert 0.2 < o.std() * 64**0.5 < 0.3
+
+
+def test_dtype_needs_float(tmp_path):
+    bad = run_cli("sw.synthetic", "--out", str(tmp_path / "a"), "--dtype", "F16")
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr == "error: --dtype F16 needs --float: the other checkpoint has the real one's types\n"
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Activation-aware weight quantisation of a float decoder graph: see sw.quantize."""
