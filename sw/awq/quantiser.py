@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantises the linear layers of a float decoder graph, block after block.
+
+Each layer is calibrated on what the layers before it make of the text when they are quantised already, so that it is
+searched for the inputs that it will have. Beside the calibration text other windows go through the same blocks, with
+the weights of models to be compared: float, rounded to nearest, or AWQ's. Of the model one block's weights are in
+memory, and the scales of all; what is quantised waits in files.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from sw.awq.calibration import Step, walk
+from sw.awq.clipping import clip
+from sw.awq.folding import Fold, find_fold
+from sw.awq.graph import FloatSite, Group, find_sites
+from sw.awq.int8_head import quantise_head
+from sw.awq.rounding import Form, Rounded, nearest
+from sw.awq.search import Scale, Statistics, output_error, scaled_gram, search_scale
+from sw.awq.threads import THREADS, threaded
+from sw.errors import UserError
+from sw.linear import FloatLinear, QuantizedLinear
+from sw.lm_head import Linear
+from sw.onnx_file import OnnxFile
+from sw.perplexity import negative_log_likelihood
+
+METHODS = ("awq", "rtn")
+"""rtn: round to nearest, without any search."""
+FLOAT = "float"
+ROWS_AT_ONCE = 64
+"""Tokens whose logits are held at once; a vocabulary may have 150,000 of them."""
+
+Progress = Callable[[float, str], None]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Windows of token ids.
+
+    Members
+    -------
+    calibration, evaluation: windows; of the latter tokens 2 and on are scored.
+    beginning: tokens that every window begins with, and that score nothing (see sw.perplexity).
+    """
+
+    calibration: Sequence[Sequence[int]]
+    evaluation: Sequence[Sequence[int]] = ()
+    beginning: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer.
+
+    Members
+    -------
+    name, k, n: of the graph.
+    error_rtn, error: mean squared error of its output on the calibration text relative to the output's mean square:
+        rounded to nearest without scales, and as it was quantised.
+    ratio: exponent of the scale, 0 where it has none.
+    fold: constant or layer that takes up the scale; None if there is none for certain.
+    """
+
+    name: str
+    k: int
+    n: int
+    error_rtn: float
+    error: float
+    ratio: float = 0.0
+    fold: str | None = None
+
+
+@dataclass
+class Result:
+    """A quantised model.
+
+    Members
+    -------
+    layers: name of a node -> function that returns its layer, as sw.awq.rewrite.write_quantised takes it.
+    updates: name of a constant -> its new value.
+    reports: of all layers but the head, in the graph's order.
+    nll: what was compared (FLOAT or a method) -> -ln p of every token scored, float64.
+    """
+
+    layers: dict[str, Callable[[], QuantizedLinear]] = field(default_factory=dict)
+    updates: dict[str, np.ndarray] = field(default_factory=dict)
+    reports: list[LayerReport] = field(default_factory=list)
+    nll: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def quantise(
+    file: OnnxFile,
+    form: Form,
+    texts: Texts,
+    scratch: Path,
+    *,
+    method: str = "awq",
+    compare: Sequence[str] = (),
+    int8_head: bool = True,
+    progress: Progress = lambda done, name: None,
+) -> Result:
+    """Quantises every float linear layer of a decoder.
+
+    method: one of METHODS. compare: of FLOAT and METHODS, what else to score on texts.evaluation; all have the same
+    head. scratch: directory for files that the result's functions read. int8_head: the head becomes int8 (see
+    sw.awq.int8_head), else it stays float. progress: called with the part that is done and a layer's name.
+    Raises UserError for graphs that are no decoder, without float linear layers, and for values that are not finite.
+    """
+    return _Quantiser(file, form, texts, scratch, method, compare, int8_head).run(progress)
+
+
+class _Quantiser:
+    def __init__(
+        self,
+        file: OnnxFile,
+        form: Form,
+        texts: Texts,
+        scratch: Path,
+        method: str,
+        compare: Sequence[str],
+        int8_head: bool,
+    ):
+        self.file, self.form, self.texts, self.scratch = file, form, texts, scratch
+        self.method, self.compare, self.int8_head = method, list(compare) if texts.evaluation else [], int8_head
+        self.searches = "awq" in (method, *self.compare)
+        self.sites = find_sites(file)
+        self.result = Result()
+        self._rounded: dict[str, Rounded] = {}
+        self._order = {site.name: index for index, site in enumerate(self.sites)}
+        if not self.body:
+            raise UserError(f"{file.path} has no float linear layers but the head")
+        if self.compare and len(self.body) == len(self.sites):
+            raise UserError(f"{file.path} has no float linear layer that makes the logits")
+
+    @property
+    def body(self) -> list[FloatSite]:
+        """All layers but the head."""
+        return [site for site in self.sites if not site.is_head]
+
+    def run(self, progress: Progress) -> Result:
+        windows = [*self.texts.calibration]
+        for _ in self.compare:
+            windows += [window[:-1] for window in self.texts.evaluation]
+        windows = [[*self.texts.beginning, *window] for window in windows]
+        costs = {site.name: float(site.n) * site.k * (site.k + 2 * len(windows[0])) for site in self.body}
+        total, done = sum(costs.values()), 0.0
+        for step in walk(self.file, self.sites, windows, bool(self.compare)):
+            for group in step.groups:
+                if group.sites[0].is_head:
+                    self._score(step, group)
+                    continue
+                progress(done / total, group.sites[0].name)
+                self._quantise(step, group)
+                done += sum(costs[site.name] for site in group.sites)
+        progress(1.0, "")
+        self.result.layers = {site.name: partial(self._layer, site) for site in self.body}
+        if self.int8_head:
+            self.result.layers |= {site.name: partial(self._head, site) for site in self.sites if site.is_head}
+        self.result.reports.sort(key=lambda report: self._order[report.name])
+        return self.result
+
+    def _quantise(self, step: Step, group: Group) -> None:
+        """One group of layers: the search, and their products for all windows."""
+        weights = [site.weight(self.file) for site in group.sites]
+        statistics = gather(step.inputs(group)[: len(self.texts.calibration)])
+        plain = [nearest(weight, self.form) for weight in weights]
+        fold, scale, searched = None, None, plain
+        if self.searches:
+            fold = find_fold(self.file, step, group)
+            scale, searched = search(weights, statistics, self.form, fold)
+        factors = np.float32(1) if scale is None else scale.values
+        chosen = searched if self.method == "awq" else plain
+        for site, weight, near, found, take in zip(group.sites, weights, plain, searched, chosen):
+            values = {FLOAT: weight, "rtn": near.values(), "awq": found.values() / factors}
+            before, after = (self._error(values[way] - weight, weight, statistics) for way in ("rtn", self.method))
+            report = LayerReport(site.name, site.k, site.n, before, after)
+            if scale is not None and self.method == "awq":
+                name = fold.name if fold else None
+                report = LayerReport(site.name, site.k, site.n, before, after, scale.ratio, name)
+            self.result.reports.append(report)
+            self._rounded[site.name] = self._spilled(site, take)
+            of_each = [values["awq" if self.searches else "rtn"]] * len(self.texts.calibration)
+            for way in self.compare:
+                of_each += [values[way]] * len(self.texts.evaluation)
+            step.compute(site, of_each, self._own_bias(site))
+        if fold and scale is not None and self.method == "awq":
+            self._fold(fold, scale.values)
+
+    def _fold(self, fold: Fold, scale: np.ndarray) -> None:
+        if fold.site is None:
+            self._divide(fold.gamma, scale)
+            return
+        factors = fold.factors(scale)
+        self._rounded[fold.site.name] = self._rounded[fold.site.name].divided(factors)
+        if fold.site.bias:
+            self._divide(fold.site.bias, factors)
+
+    def _divide(self, name: str, factors: np.ndarray) -> None:
+        value = self.result.updates.get(name)
+        value = self.file.constant(name, name) if value is None else value
+        self.result.updates[name] = (value.astype(np.float32) / factors.reshape(value.shape)).astype(np.float32)
+
+    def _error(self, difference: np.ndarray, weight: np.ndarray, statistics: Statistics) -> float:
+        return output_error(difference, statistics.gram) / max(output_error(weight, statistics.gram), 1e-30)
+
+    def _own_bias(self, site: FloatSite) -> np.ndarray | None:
+        """What the layer's node adds itself."""
+        if not site.bias or site.node.op_type != "Gemm":
+            return None
+        return self.file.constant(site.bias, site.name).astype(np.float32).reshape(-1)
+
+    def _spilled(self, site: FloatSite, rounded: Rounded) -> Rounded:
+        """The same, its q in a file."""
+        path = self.scratch / f"{self._order[site.name]}.npy"
+        np.save(path, rounded.q)
+        return Rounded(rounded.form, np.load(path, mmap_mode="r"), rounded.scales, rounded.zero_points)
+
+    def _layer(self, site: FloatSite) -> QuantizedLinear:
+        return self._rounded[site.name].layer(site.name)
+
+    def _head(self, site: FloatSite) -> QuantizedLinear:
+        return quantise_head(site.weight(self.file), site.name)
+
+    def _score(self, step: Step, group: Group) -> None:
+        """The evaluation windows' -ln p of all that is compared."""
+        site = group.sites[0]
+        head: Linear = self._head(site) if self.int8_head else FloatLinear(site.name, site.weight(self.file))
+        weight = head.dequantise() if isinstance(head, QuantizedLinear) else head.weight
+        bias = self.file.constant(site.bias, site.name).astype(np.float32).reshape(-1) if site.bias else np.float32(0)
+        xs = step.inputs(group)[len(self.texts.calibration) :]
+        count = len(self.texts.evaluation)
+
+        def nll(item: tuple[np.ndarray, Sequence[int]]) -> np.ndarray:
+            x, targets = item[0][len(self.texts.beginning) :], np.array(item[1][1:])
+            parts = [slice(start, start + ROWS_AT_ONCE) for start in range(0, len(x), ROWS_AT_ONCE)]
+            return np.concatenate([negative_log_likelihood(x[rows] @ weight.T + bias, targets[rows]) for rows in parts])
+
+        for index, way in enumerate(self.compare):
+            items = zip(xs[index * count : (index + 1) * count], self.texts.evaluation)
+            self.result.nll[way] = np.concatenate(threaded(nll, items))
+
+
+def gather(inputs: Sequence[np.ndarray]) -> Statistics:
+    """What a layer's inputs, float32 [tokens, K] of every window, look like."""
+    tokens = sum(map(len, inputs))
+
+    def total(share: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        gram = np.zeros((inputs[0].shape[1],) * 2, np.float32)
+        for x in share:
+            gram += x.T @ x
+        return gram, sum((np.abs(x).sum(axis=0, dtype=np.float64) for x in share), np.zeros(len(gram)))
+
+    # As many sums as threads, not as windows: the matrix may have 100 MB.
+    totals = threaded(total, [inputs[first::THREADS] for first in range(min(THREADS, len(inputs)))])
+    gram = sum((gram for gram, _ in totals[1:]), totals[0][0]) / np.float32(tokens)
+    magnitude = np.sum([magnitude for _, magnitude in totals], axis=0) / tokens
+    return Statistics(gram, magnitude.astype(np.float32), tokens)
+
+
+def search(
+    weights: Sequence[np.ndarray], statistics: Statistics, form: Form, fold: Fold | None
+) -> tuple[Scale | None, list[Rounded]]:
+    """AWQ of layers that share an input: their scale, None without a place for it, and the weights times the scale."""
+    if fold is None:
+        return None, [clip(weight, statistics.gram, form) for weight in weights]
+    classes = None if fold.rows is None else np.unique(fold.rows, return_inverse=True)[1]
+    scale = search_scale(weights, statistics, form, classes)
+    gram = scaled_gram(statistics.gram, scale.values)
+    return scale, [clip(weight * scale.values, gram, form) for weight in weights]

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m sw.quantize``: a float model as one with AWQ's weights, on a processor alone.
+
+    python -m sw.quantize SRC --out DIR [--bits 4 --group-size 64] [--calibration FILE] [--perplexity FILE]
+
+SRC is a Hugging Face folder with float weights, a GGUF file (what it stores quantised is made float again), smollm2, or
+a float ONNX export of a decoder. AWQ (activation-aware weight quantisation, Lin et al. 2023, arXiv 2306.00978) looks
+for scales and ranges that keep the outputs of the layers on a calibration text; see sw.awq.search and sw.awq.clipping.
+DIR gets model.onnx with MatMulNBits layers, or an AutoAWQ GEMM folder; the source's text files; and the report,
+quantize.json.
+"""
+
+import pydoc_data.topics
+import shutil
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sw.atomic import atomic_directory
+from sw.autoawq_writer import write_autoawq_folder
+from sw.awq.quantiser import FLOAT, METHODS, Result, Texts, quantise
+from sw.awq.rewrite import write_quantised
+from sw.awq.rounding import ZERO_POINTS, Form
+from sw.awq.sizes import compare
+from sw.decoder_setup import decoder_limits
+from sw.errors import UserError, run_cli
+from sw.float_export import float_model
+from sw.hardware_options import Parser, check_positive
+from sw.lm_head import HEAD_MODES
+from sw.onnx_file import OnnxFile
+from sw.perplexity import LENGTH, WINDOWS, cut_windows, score
+from sw.perplexity_report import Score
+from sw.quantize_report import Report, print_json, print_table, write_json
+from sw.runtime import Decoder
+from sw.status_line import StatusLine
+from sw.text_files import read_text
+from sw.text_folder import TextFolder, encode
+
+BITS = (3, 4, 8)
+GROUP_SIZES = (32, 64, 128)
+FORMATS = ("onnx", "autoawq")
+CALIBRATION_WINDOWS = 16
+BUILT_IN = "pydoc_data.topics"
+"""The calibration text without --calibration: every CPython carries it, 700 kB of English about Python."""
+HELD_OUT = 4
+"""Without --perplexity, one of so many windows of the calibration text is kept for evaluation."""
+TEXT_FILES = (
+    "tokenizer.json",
+    "config.json",
+    "generation_config.json",
+    "genai_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+"""What sw.text_folder reads beside a model."""
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """The texts, and their names for the report. evaluation: None if some of the other is to be held out."""
+
+    calibration: str
+    evaluation: str | None
+    calibration_name: str
+    evaluation_name: str
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m sw.quantize", description="AWQ: a float decoder with 3-, 4- or 8-bit weights.")
+    parser.add_argument(
+        "source", metavar="SRC", help="a folder with a float checkpoint, a GGUF file, smollm2, or a float ONNX export"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty directory")
+    parser.add_argument(
+        "--method",
+        default="awq,rtn",
+        help="awq, rtn (round to nearest), or both: the first is written, the second compared (default: awq,rtn)",
+    )
+    parser.add_argument("--bits", type=int, choices=BITS, default=4, help="(default: 4)")
+    parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=64, help="(default: 64)")
+    parser.add_argument("--zero-point", choices=ZERO_POINTS, default=ZERO_POINTS[0], help="(default: integer)")
+    parser.add_argument("--lm-head", choices=HEAD_MODES, default=HEAD_MODES[0], help="(default: int8)")
+    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="of DIR (default: onnx)")
+    calibration = parser.add_argument_group("calibration")
+    calibration.add_argument("--calibration", metavar="FILE", help=f"UTF-8; - is stdin (default: {BUILT_IN})")
+    calibration.add_argument(
+        "--calibration-windows",
+        type=int,
+        default=CALIBRATION_WINDOWS,
+        metavar="N",
+        help=f"of up to 512 tokens, spread over the text (default: {CALIBRATION_WINDOWS})",
+    )
+    evaluation = parser.add_argument_group("evaluation", "as in python -m sw.perplexity")
+    evaluation.add_argument(
+        "--perplexity",
+        metavar="FILE",
+        help="another text (default: a part of the calibration text that is then not calibrated on)",
+    )
+    evaluation.add_argument("--windows", type=int, default=WINDOWS, metavar="N", help=f"(default: {WINDOWS})")
+    evaluation.add_argument("--length", type=int, metavar="L", help=f"tokens of a window (default: {LENGTH})")
+    parser.add_argument("--json", action="store_true", help="the report on stdout as one JSON document")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    options = _parser().parse_args(arguments)
+    start = time.monotonic()
+    methods = _methods(options)
+    form = Form(options.bits, options.group_size, options.zero_point)
+    sources = _sources(options)
+    with (
+        atomic_directory(_free(options.out)) as final,
+        tempfile.TemporaryDirectory(dir=final) as work,
+        StatusLine() as status,
+    ):
+        scratch = Path(work)
+        model = float_model(options.source, scratch / "float", _counter(status, "exporting layer {done} of {total}"))
+        folder = TextFolder(model.parent)
+        texts = _texts(options, folder, sources, model)
+        result = quantise(
+            OnnxFile(model),
+            form,
+            texts,
+            scratch,
+            method=methods[0],
+            compare=[FLOAT, *methods[1:]],
+            int8_head=options.lm_head == "int8",
+            progress=_time_left(status),
+        )
+        metadata = {"quantiser": f"gristmill {methods[0]}, {form.bits} bits, groups of {form.group_size}"}
+        made = scratch / "onnx"
+        path = write_quantised(
+            model, made, result.layers, result.updates, metadata, _counter(status, "writing layer {done} of {total}")
+        )
+        for name in TEXT_FILES:
+            if (model.parent / name).is_file():
+                shutil.copyfile(model.parent / name, made / name)
+        scores = [*_compared(result, methods), _score(status, path, methods[0], texts)]
+        if options.format == "autoawq":
+            made = scratch / "autoawq"
+            write_autoawq_folder(path, made, _counter(status, "writing layer {done} of {total}"))
+        status.clear()
+        report = Report(
+            source=options.source,
+            out=str(options.out),
+            form=form,
+            method=methods[0],
+            lm_head=options.lm_head,
+            format=options.format,
+            calibration=sources.calibration_name,
+            calibration_tokens=sum(map(len, texts.calibration)),
+            evaluation=sources.evaluation_name,
+            windows=[len(window) for window in texts.evaluation],
+            scores=scores,
+            sizes=compare(model, path if options.format == "onnx" else made),
+            layers=result.reports,
+            seconds=time.monotonic() - start,
+        )
+        for item in sorted(made.iterdir()):
+            item.rename(final / item.name)
+        write_json(report, final / "quantize.json")
+    (print_json if options.json else print_table)(report)
+    return 0
+
+
+def _methods(options: Namespace) -> list[str]:
+    """--method, and what does not go together."""
+    methods = options.method.split(",")
+    for name in methods:
+        if name not in METHODS:
+            raise UserError(f"--method is {' or '.join(METHODS)}, or both with a comma, not {options.method}")
+    if len(set(methods)) != len(methods):
+        raise UserError(f"--method names {methods[0]} twice")
+    check_positive(options.windows, "--windows")
+    check_positive(options.calibration_windows, "--calibration-windows")
+    if options.length is not None and options.length < 2:
+        raise UserError(f"--length is 2 or more, not {options.length}: a window's first token is not predicted")
+    if options.zero_point == "fixed" and options.bits == 8:
+        raise UserError("--zero-point fixed is for --bits 3 and 4: in the hardware such zero points are below 16")
+    if options.format == "autoawq" and (options.bits == 8 or options.zero_point == "fixed"):
+        raise UserError("--format autoawq holds 4 bits (3 too) and integer zero points, no 8 bits and no fixed ones")
+    return methods
+
+
+def _free(out: Path) -> Path:
+    """The directory to be written. Raises UserError if there is something in it: this is no place to mix models."""
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} exists and is not empty")
+    return out
+
+
+def _sources(options: Namespace) -> _Sources:
+    """The texts. Raises UserError if they are one and the same."""
+    calibration, evaluation = options.calibration, options.perplexity
+    same = f"--perplexity {evaluation} is the text that is calibrated on: name another, or none"
+    if calibration is not None and calibration == evaluation:
+        raise UserError(same)
+    text = "\n".join(pydoc_data.topics.topics.values()) if calibration is None else read_text(calibration)
+    name = BUILT_IN if calibration is None else str(calibration)
+    if not text.strip():
+        raise UserError(f"{name} is empty: there is nothing to calibrate on")
+    if evaluation is None:
+        return _Sources(text, None, name, f"{name}, a part that was not calibrated on")
+    other = read_text(evaluation)
+    if other == text:
+        raise UserError(same)
+    return _Sources(text, other, name, str(evaluation))
+
+
+def _texts(options: Namespace, folder: TextFolder, sources: _Sources, model: Path) -> Texts:
+    """The windows. Raises UserError for texts that are too short for one."""
+    ids, beginning = encode(folder.tokenizer, sources.calibration, False), folder.beginning()
+    limits = decoder_limits(model, folder.context)
+    context = limits.context - len(beginning)
+    length = options.length or min(LENGTH, context)
+    if length > context:
+        raise UserError(f"--length is at most what the model was made for ({context:,} tokens), not {length:,}")
+    size = min(LENGTH, context)
+    windows = [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
+    held = 0 if sources.evaluation is not None else min(options.windows, max(1, len(windows) // HELD_OUT))
+    if len(windows) <= held:
+        need = size if sources.evaluation is not None else 2 * size
+        raise UserError(f"{sources.calibration_name} has {len(ids):,} tokens, and calibration needs {need:,} or more")
+    if sources.evaluation is None:
+        # A window behind the other: of another length too, none has a token that is calibrated on.
+        rest = [token for window in windows[-held:] for token in window]
+        windows = windows[:-held]
+    else:
+        rest = encode(folder.tokenizer, sources.evaluation, False)
+    for each in (ids, rest):
+        limits.check([*beginning, *each])
+    evaluation = cut_windows(rest, options.windows, length)
+    if not evaluation:
+        raise UserError(f"{sources.evaluation_name} has {len(rest)} tokens, and at least 2 are needed")
+    count = min(options.calibration_windows, len(windows))
+    spread = [windows[index * len(windows) // count] for index in range(count)]
+    return Texts([[*beginning, *window] for window in spread], evaluation, beginning)
+
+
+def _compared(result: Result, methods: Sequence[str]) -> list[Score]:
+    """The scores of what was compared on the way."""
+    return [
+        Score(name, len(result.nll[name]), float(result.nll[name].sum())) for name in (FLOAT, *reversed(methods[1:]))
+    ]
+
+
+def _score(status: StatusLine, path: Path, method: str, texts: Texts) -> Score:
+    """That of the model that was written, in onnxruntime."""
+    longest = max(map(len, texts.evaluation)) + len(texts.beginning)
+    with Decoder(path, None, context=longest) as decoder:
+        count = _counter(status, "scoring window {done} of {total}")
+        return score(
+            decoder, method, texts.beginning, texts.evaluation, lambda done, _: count(done, len(texts.evaluation))
+        )
+
+
+def _counter(status: StatusLine, form: str) -> Callable[[int, int], None]:
+    return lambda done, total: status.count(form, done, total)
+
+
+def _time_left(status: StatusLine) -> Callable[[float, str], None]:
+    """Shows the part that is done, and how long the rest takes at the pace until now."""
+    start = time.monotonic()
+
+    def show(done: float, name: str) -> None:
+        seconds = (time.monotonic() - start) * (1 - done) / done if done else 0.0
+        left = f", {seconds / 60:.1f} min left" if done else ""
+        status.count("calibrating: {done} of {total} %", int(100 * done), 100, f"{left}  {name}")
+
+    return show
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quantiser's command line on small decoders: what it writes, what it reports, and what it refuses."""
+
+import json
+import math
+import pydoc_data.topics
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from sw import perplexity, quantize
+from sw.awq.graph import find_sites
+from sw.awq.quantiser import LayerReport, quantise
+from sw.awq.rounding import Form, nearest
+from sw.awq.sizes import Sizes
+from sw.awq_export import export_awq
+from sw.errors import UserError
+from sw.float_export import float_model
+from sw.gguf_export import export_gguf
+from sw.onnx_file import OnnxFile
+from sw.onnx_import import find_linears
+from sw.perplexity_report import Score
+from sw.quantize_report import Report
+from sw.text_folder import read_tokenizer
+from tests.sw.checkpoints import make_checkpoint
+from tests.sw.test_gguf_export import CONTEXT, write_gguf
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = "".join(pydoc_data.topics.topics[name] for name in ("assert", "lambda", "pass", "integers"))
+OTHER = "".join(pydoc_data.topics.topics[name] for name in ("while", "break", "global"))
+SMALL = ("--group-size", "32", "--calibration-windows", "4", "--windows", "3", "--length", "16")
+LAYERS = 14
+FORM_KEYS = ["bits", "group_size", "zero_point", "lm_head", "format"]
+KEYS = ["source", "out", "method", *FORM_KEYS, "calibration", "evaluation", "perplexity", "recovered", "bytes"]
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def source(family, tmp_path_factory):
+    path = tmp_path_factory.mktemp(family) / "m.gguf"
+    write_gguf(path, family, "Q8_0", table="Q8_0")
+    return path
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "one").write_text(TEXT)
+    (folder / "other").write_text(OTHER)
+    return ["--calibration", str(folder / "one"), "--perplexity", str(folder / "other")]
+
+
+def run(capsys, source, out, *options) -> dict:
+    """The command in this process: its JSON."""
+    assert quantize.main([str(source), "--out", str(out), *SMALL, *map(str, options), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def layers(path: Path) -> dict:
+    return {layer.name: layer for layer in find_linears(path)}
+
+
+def assert_equal(found: dict, expected: dict) -> None:
+    """The same layers, integer for integer."""
+    assert found.keys() == expected.keys()
+    for name, layer in expected.items():
+        for field in ("q", "scales", "zero_points"):
+            assert np.array_equal(getattr(found[name], field), getattr(layer, field)), (name, field)
+
+
+def test_result(source, texts, tmp_path, capsys):
+    """A whole folder whose perplexity sw.perplexity and the reference device find as well."""
+    report = run(capsys, source, tmp_path / "out", *texts)
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["config.json", "model.onnx", "model.onnx.data", "quantize.json", "tokenizer.json"]
+    assert list(report) == [*KEYS, "seconds", "layers"]
+    assert json.loads((tmp_path / "out" / "quantize.json").read_text()) == report
+    made = layers(tmp_path / "out" / "model.onnx")
+    assert len(made) == LAYERS + 1
+    for name, layer in made.items():
+        is_head = name == "/lm_head/MatMulNBits"
+        assert (layer.bits, layer.group_size) == ((8, 32) if is_head else (4, 32))
+        assert np.array_equal(layer.scales, layer.scales.astype(np.float16).astype(np.float32))
+        assert layer.has_integer_zero_points
+    assert [layer["name"].replace("FusedMatMul", "MatMulNBits") for layer in report["layers"]] == list(made)[:LAYERS]
+    for layer in report["layers"]:
+        assert 0 < layer["error"] < layer["error_rtn"] < 0.1
+        assert layer["fold"]
+    options = ["--text", texts[3], "--device", "onnxruntime,reference", "--windows", "3", "--length", "16", "--json"]
+    assert perplexity.main([str(tmp_path / "out"), *options]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert rows[0]["perplexity"] == pytest.approx(report["perplexity"]["awq"], rel=1e-6)
+    assert rows[1]["perplexity"] == pytest.approx(report["perplexity"]["awq"], rel=1e-2)
+    assert perplexity.main([str(export_gguf(source, tmp_path / "float")), *options]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert rows[0]["perplexity"] == pytest.approx(report["perplexity"]["float"], rel=1e-5)
+
+
+def test_compared_is_what_would_be_written(source, texts, tmp_path, capsys):
+    """What was computed on the way, layer by layer, is the perplexity of the model that the other order writes."""
+    first = run(capsys, source, tmp_path / "first", *texts, "--method", "awq,rtn")
+    second = run(capsys, source, tmp_path / "second", *texts, "--method", "rtn")
+    assert list(first["perplexity"]) == ["float", "rtn", "awq"] and list(second["perplexity"]) == ["float", "rtn"]
+    assert first["perplexity"]["rtn"] == pytest.approx(second["perplexity"]["rtn"], rel=1e-5)
+    assert second["recovered"] is None
+    third = run(capsys, source, tmp_path / "third", *texts, "--method", "rtn,awq")
+    assert list(third["perplexity"]) == ["float", "awq", "rtn"]
+    assert third["perplexity"]["rtn"] == second["perplexity"]["rtn"]
+    # But for rounding folded scales to float16.
+    assert third["perplexity"]["awq"] == pytest.approx(first["perplexity"]["awq"], rel=1e-3)
+    assert [layer["error_rtn"] for layer in second["layers"]] == [layer["error"] for layer in second["layers"]]
+    assert not any(layer["fold"] for layer in second["layers"])
+
+
+def test_nearest_rounds_the_float_weights(source, texts, tmp_path, capsys):
+    run(capsys, source, tmp_path / "out", *texts, "--method", "rtn")
+    file = OnnxFile(float_model(source, tmp_path / "float"))
+    made = layers(tmp_path / "out" / "model.onnx")
+    for site in find_sites(file)[:LAYERS]:
+        expected = nearest(site.weight(file), Form(4, 32)).layer(site.name)
+        assert_equal({"": made[site.name.replace("FusedMatMul", "MatMulNBits")]}, {"": expected})
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "kind"), [(3, 32, "integer"), (8, 64, "integer"), (4, 128, "fixed"), (3, 64, "fixed")]
+)
+def test_forms(bits, group, kind, source, texts, tmp_path, capsys):
+    """Widths, groups that do not divide K (96 of 64, 64 of 128), and float zero points."""
+    options = ("--bits", bits, "--group-size", group, "--zero-point", kind)
+    report = run(capsys, source, tmp_path / "out", *texts, *options)
+    assert (report["bits"], report["group_size"], report["zero_point"]) == (bits, group, kind)
+    for name, layer in layers(tmp_path / "out" / "model.onnx").items():
+        if name == "/lm_head/MatMulNBits":
+            continue
+        assert (layer.bits, layer.group_size) == (max(bits, 4), group)
+        assert layer.q.max() <= (1 << bits) - 1
+        assert layer.zero_points.dtype == (np.uint8 if kind == "integer" else np.float32)
+        fixed = layer.zero_points * np.float32(2048)
+        assert (np.array_equal(fixed, np.rint(fixed)) and layer.zero_points.max() < 16) or bits == 8
+    options = ["--text", texts[3], "--device", "onnxruntime,reference", "--windows", "3", "--length", "16", "--json"]
+    assert perplexity.main([str(tmp_path / "out"), *options]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert rows[0]["perplexity"] == pytest.approx(report["perplexity"]["awq"], rel=1e-5)
+    assert rows[1]["perplexity"] == pytest.approx(report["perplexity"]["awq"], rel=1e-2)
+
+
+def test_float_head(source, texts, tmp_path, capsys):
+    report = run(capsys, source, tmp_path / "out", *texts, "--lm-head", "float")
+    assert len(layers(tmp_path / "out" / "model.onnx")) == LAYERS
+    nodes = [node.name for node in onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph.node]
+    assert "/lm_head/FusedMatMul" in nodes
+    assert report["lm_head"] == "float"
+
+
+def test_autoawq_and_back(source, texts, tmp_path, capsys):
+    """ONNX -> AutoAWQ -> ONNX keeps every q, z and s, and the logits."""
+    report = run(capsys, source, tmp_path / "onnx", *texts)
+    other = run(capsys, source, tmp_path / "awq", *texts, "--format", "autoawq")
+    assert (tmp_path / "awq" / "model.safetensors").is_file() and not (tmp_path / "awq" / "model.onnx").exists()
+    assert other["perplexity"] == report["perplexity"] and other["layers"] == report["layers"]
+    again = export_awq(tmp_path / "awq", tmp_path / "again")
+    assert_equal(layers(again), layers(tmp_path / "onnx" / "model.onnx"))
+    options = ["--text", texts[3], "--device", "onnxruntime", "--windows", "3", "--length", "16", "--json"]
+    assert perplexity.main([str(again), *options]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["perplexity"] == pytest.approx(report["perplexity"]["awq"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("perplexities", "recovered"),
+    [((10, 14, 11), 0.75), ((10, 14, 15), -0.25), ((10, 10, 11), None), ((10, 9, 9), None), ((10, 14, None), None)],
+)
+def test_recovered(perplexities, recovered):
+    """What AWQ wins back of what rounding to nearest loses; nothing to win back is no figure."""
+    scores = [Score(name, 1, math.log(value)) for name, value in zip(("float", "rtn", "awq"), perplexities) if value]
+    sizes, layer = Sizes(100, 25), LayerReport("x", 64, 32, 0.02, 0.01)
+    report = Report("a", "b", Form(), "awq", "int8", "onnx", "c", 1, "d", [2], scores, sizes, [layer], 1.0)
+    assert report.recovered() == (None if recovered is None else pytest.approx(recovered))
+    assert report.error_ratio() == pytest.approx(0.5)
+
+
+def test_held_out(source, tmp_path, monkeypatch, capsys):
+    """Without a second text the end of the first, which calibration does not see."""
+    seen = []
+
+    def spy(file, form, texts, *arguments, **options):
+        seen.append(texts)
+        return quantise(file, form, texts, *arguments, **options)
+
+    monkeypatch.setattr(quantize, "quantise", spy)
+    (tmp_path / "text").write_text(TEXT)
+    options = ("--calibration", tmp_path / "text", "--length", CONTEXT, "--calibration-windows", 1000)
+    report = run(capsys, source, tmp_path / "out", *options)
+    ids = read_tokenizer(tmp_path / "out" / "tokenizer.json").encode(TEXT).ids
+    whole = [ids[start : start + CONTEXT] for start in range(0, len(ids) - CONTEXT + 1, CONTEXT)]
+    (texts,) = seen
+    assert (texts.calibration, texts.evaluation) == (whole[:-3], whole[-3:])
+    assert report["calibration"]["tokens"] == len(whole[:-3]) * CONTEXT
+    assert report["evaluation"]["windows"] == [CONTEXT] * 3
+    assert report["evaluation"]["text"].endswith("a part that was not calibrated on")
+
+
+def test_table(source, texts, tmp_path, capsys):
+    assert quantize.main([str(source), "--out", str(tmp_path / "out"), *SMALL, *texts]) == 0
+    output = capsys.readouterr()
+    for words in ("layers.0.self_attn.q_proj", "round to nearest", "MB quantised", "lm_head int8 in all"):
+        assert words in output.out
+    assert "calibrating: " in output.err and "min left" in output.err
+
+
+def test_onnx_source(texts, tmp_path, capsys):
+    """A float export by optimum keeps its inputs, its names and the files beside it."""
+    write_gguf(tmp_path / "m.gguf", "llama")
+    text_files = float_model(tmp_path / "m.gguf", tmp_path / "export").parent
+    folder = tmp_path / "optimum"
+    folder.mkdir()
+    shutil.copyfile(ROOT / "tests/sw/data/optimum_qwen2_unquantised.onnx", folder / "model.onnx")
+    shutil.copyfile(text_files / "tokenizer.json", folder / "tokenizer.json")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    report = run(capsys, folder, tmp_path / "out", *texts)
+    before, after = (OnnxFile(path / "model.onnx") for path in (folder, tmp_path / "out"))
+    for kind in ("input", "output"):
+        names = [[item.name for item in getattr(file.graph, kind)] for file in (before, after)]
+        assert names[0] == names[1]
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert len(report["layers"]) == LAYERS
+    assert all(layer["fold"] for layer in report["layers"])
+
+
+def test_nothing_is_left(source, texts, tmp_path, monkeypatch):
+    """Whatever stops it, at the end even, leaves no file behind."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("quantise", "write_json"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(quantize, name, lambda *_, **__: stop())
+            quantize.main([str(source), "--out", str(tmp_path / "a" / "out"), *SMALL, *texts])
+        assert list(tmp_path.iterdir()) == []
+
+
+BAD = {
+    "no source": (["nowhere"], "no such model: nowhere .*"),
+    "damaged": (["damaged.gguf"], "damaged.gguf is not a complete GGUF file .*"),
+    "quantised onnx": (["quantised"], "quantised/model.onnx is quantised already: .* has MatMulNBits weights"),
+    "quantised folder": (["autoawq"], "autoawq is quantised already: .*awq"),
+    "not empty": (["m.gguf", "--out", "quantised"], "quantised exists and is not empty"),
+    "a file": (["m.gguf", "--out", "text"], "text exists and is not a directory"),
+    "group": (["m.gguf", "--group-size", "48"], r"argument --group-size: invalid choice: 48 .*"),
+    "bits": (["m.gguf", "--bits", "2"], r"argument --bits: invalid choice: 2 .*"),
+    "method": (["m.gguf", "--method", "gptq"], "--method is awq or rtn, or both with a comma, not gptq"),
+    "method twice": (["m.gguf", "--method", "awq,awq"], "--method names awq twice"),
+    "fixed": (["m.gguf", "--bits", "8", "--zero-point", "fixed"], "--zero-point fixed is for --bits 3 and 4: .*"),
+    "autoawq": (["m.gguf", "--bits", "8", "--format", "autoawq"], "--format autoawq holds 4 bits .*"),
+    "empty": (["m.gguf", "--calibration", "empty"], "empty is empty: there is nothing to calibrate on"),
+    "short": (
+        ["m.gguf", "--calibration", "short"],
+        r"short has \d+ tokens, and calibration needs 64 or more",
+    ),
+    "short, two texts": (
+        ["m.gguf", "--calibration", "short", "--perplexity", "text"],
+        r"short has \d+ tokens, and calibration needs 32 or more",
+    ),
+    "short evaluation": (["m.gguf", "--perplexity", "letter"], "letter has 1 tokens, and at least 2 are needed"),
+    "no text": (["m.gguf", "--calibration", "nowhere"], r"nowhere cannot be read \(.*\)"),
+    "no UTF-8": (["m.gguf", "--perplexity", "latin"], "latin is not UTF-8"),
+    "same text": (
+        ["m.gguf", "--calibration", "text", "--perplexity", "text"],
+        "--perplexity text is the text that is calibrated on: name another, or none",
+    ),
+    "same content": (
+        ["m.gguf", "--calibration", "text", "--perplexity", "copy"],
+        "--perplexity copy is the text that is calibrated on: .*",
+    ),
+    "both stdin": (["m.gguf", "--calibration", "-", "--perplexity", "-"], "--perplexity - is the text .*"),
+    "windows": (["m.gguf", "--windows", "0"], "--windows is 1 or more, not 0"),
+    "calibration windows": (["m.gguf", "--calibration-windows", "0"], "--calibration-windows is 1 or more, not 0"),
+    "length": (["m.gguf", "--length", "1"], "--length is 2 or more, not 1: .*"),
+    "long": (["m.gguf", "--length", "33"], r"--length is at most what the model was made for \(32 tokens\), not 33"),
+    "no layers": (["empty_graph"], ".* has no float linear layers .*"),
+    "no tokenizer": (["mute.onnx"], ".* has no tokenizer.json, .*"),
+}
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """A folder with all that is wrong, and a model that is not."""
+    folder = tmp_path_factory.mktemp("bad")
+    write_gguf(folder / "m.gguf")
+    (folder / "damaged.gguf").write_bytes((folder / "m.gguf").read_bytes()[:5000])
+    quantised = export_gguf(folder / "m.gguf", folder / "quantised")
+    make_checkpoint(folder / "autoawq")
+    for name, text in {"text": TEXT, "copy": TEXT, "empty": " \n", "short": "a b c", "letter": "a"}.items():
+        (folder / name).write_text(text)
+    (folder / "latin").write_bytes(b"caf\xe9")
+    identity = onnx.helper.make_node("Identity", ["input_ids"], ["logits"])
+    items = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [1, "n"]) for name in ("input_ids", "logits")
+    ]
+    graph = onnx.helper.make_graph([identity], "g", items[:1], items[1:])
+    (folder / "empty_graph").mkdir()
+    onnx.save(onnx.helper.make_model(graph), folder / "empty_graph" / "model.onnx")
+    shutil.copyfile(quantised.parent / "tokenizer.json", folder / "empty_graph" / "tokenizer.json")
+    (folder / "alone").mkdir()
+    shutil.copyfile(ROOT / "tests/sw/data/optimum_qwen2_unquantised.onnx", folder / "mute.onnx")
+    return folder
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD)
+def test_bad_input(arguments, message, workshop, monkeypatch, capsys):
+    monkeypatch.chdir(workshop)
+    before = sorted(workshop.iterdir())
+    with pytest.raises(UserError) as refused:
+        quantize.main([*arguments, *([] if "--out" in arguments else ["--out", "out"])])
+    assert re.fullmatch(message, str(refused.value)), str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert capsys.readouterr().out == ""
+    assert sorted(workshop.iterdir()) == before
+
+
+def test_exit_status(tmp_path):
+    """As a process: one line, status 2, no traceback."""
+    command = [sys.executable, "-m", "sw.quantize", "nowhere", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch("error: no such model: nowhere .*\n", done.stderr)
