@@ -22,7 +22,6 @@ import onnx
 from sw.atomic import atomic_directory
 from sw.autoawq import BITS, COLUMNS, pack_words
 from sw.autoawq_folder import write_config, write_text_files
-from sw.awq.tensor_data import expect_names
 from sw.decoder_folder import Progress
 from sw.decoder_roles import find_roles
 from sw.errors import UserError, one_line
@@ -30,6 +29,7 @@ from sw.huggingface import decoder_config, read_settings, text_settings
 from sw.linear import QuantizedLinear
 from sw.lm_head import Table, narrowest_exact, quantise_int8
 from sw.matmul_nbits import unpack_bits
+from sw.onnx_file import expect_names
 from sw.onnx_import import find_linears
 from sw.safetensors_file import NewTensor, write_safetensors
 from sw.table_scales import float_table, write_scales

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """An ONNX file whose tensors are read only when asked for, with every way of being damaged reported as a UserError."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import external_data_helper, helper, numpy_helper
+from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 from sw.errors import UserError, one_line
 
@@ -112,3 +113,35 @@ class OnnxFile:
 def tensor_type(item: onnx.ValueInfoProto) -> str:
     """The type of a graph's input or output in onnxruntime's words: "tensor(float)"."""
     return f"tensor({onnx.TensorProto.DataType.Name(item.type.tensor_type.elem_type).lower()})"
+
+
+def expect_names(file: OnnxFile) -> None:
+    """Raises UserError if a name in the graph is no text, as damage leaves it: protobuf hands it out as bytes."""
+    graph = file.graph
+    names = [name for node in graph.node for name in (node.name, node.op_type, *node.input, *node.output)]
+    names += [item.name for items in (graph.initializer, graph.input, graph.output) for item in items]
+    names += [text for item in file.model.metadata_props for text in (item.key, item.value)]
+    if not all(isinstance(name, str) for name in names) or not all(node.output for node in graph.node):
+        raise UserError(f"{file.path} is damaged: a name in its graph is no text, or a node has no output")
+
+
+def external_inside(nodes: Iterable[onnx.NodeProto]) -> Iterator[TensorProto]:
+    """The tensors with external data that nodes carry as attributes or in their subgraphs."""
+    for node in nodes:
+        for attribute in node.attribute:
+            tensors = [attribute.t, *attribute.tensors]
+            for graph in [attribute.g, *attribute.graphs]:
+                tensors += graph.initializer
+                yield from external_inside(graph.node)
+            yield from filter(external_data_helper.uses_external_data, tensors)
+
+
+def names_read(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
+    """The tensors that nodes read, those of their subgraphs (If, Loop) included; some more than once."""
+    for node in nodes:
+        yield from node.input
+        for attribute in node.attribute:
+            for graph in [attribute.g, *attribute.graphs]:
+                yield from names_read(graph.node)
+                # A branch may hand on a tensor of the graph around it.
+                yield from (output.name for output in graph.output)

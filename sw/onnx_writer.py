@@ -9,10 +9,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from sw.tensor_data import TensorData
+
 CONTRIB = "com.microsoft"
-# onnxruntime maps external data at page boundaries where it can.
-ALIGNMENT = 4096
-INLINE_BYTES = 1024
 
 
 class OnnxWriter:
@@ -23,7 +22,7 @@ class OnnxWriter:
     def __init__(self, directory: Path, graph_name: str):
         self.path = directory / "model.onnx"
         self._graph_name = graph_name
-        self._data = (directory / "model.onnx.data").open("wb")
+        self._data = TensorData(directory / "model.onnx.data")
         self._nodes: list[onnx.NodeProto] = []
         self._tensors: list[TensorProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -33,7 +32,7 @@ class OnnxWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._data.close()
+        self._data.__exit__(*exception)
 
     def input(self, name: str, dtype: int, shape: Sequence[int | str]) -> str:
         """Declares a graph input; dtype is a TensorProto element type."""
@@ -46,19 +45,7 @@ class OnnxWriter:
 
     def tensor(self, name: str, values: np.ndarray) -> str:
         """Adds an initializer."""
-        # ascontiguousarray would make a scalar one-dimensional.
-        values = np.asarray(values, order="C")
-        tensor = TensorProto(name=name, dims=values.shape, data_type=helper.np_dtype_to_tensor_dtype(values.dtype))
-        if values.nbytes <= INLINE_BYTES:
-            tensor.raw_data = values.tobytes()
-        else:
-            self._data.write(bytes(-self._data.tell() % ALIGNMENT))
-            tensor.data_location = TensorProto.EXTERNAL
-            location = {"location": "model.onnx.data", "offset": self._data.tell(), "length": values.nbytes}
-            for key, value in location.items():
-                tensor.external_data.add(key=key, value=str(value))
-            values.tofile(self._data)
-        self._tensors.append(tensor)
+        self._tensors.append(self._data.store(name, values))
         return name
 
     def node(

@@ -21,13 +21,13 @@ import onnx
 from onnx import TensorProto, helper
 
 from sw.atomic import atomic_directory
-from sw.awq.tensor_data import TensorData, expect_names, external_inside, names_read
 from sw.decoder_graph import can_gather, gather_rows, layer_tensors, matmul_node
 from sw.errors import UserError
 from sw.linear import QuantizedLinear
 from sw.lm_head import narrowest_exact
-from sw.onnx_file import OnnxFile
-from sw.onnx_writer import CONTRIB, INLINE_BYTES
+from sw.onnx_file import OnnxFile, expect_names, external_inside, names_read
+from sw.onnx_writer import CONTRIB
+from sw.tensor_data import INLINE_BYTES, TensorData
 
 PLAIN: dict[str, dict[str, float]] = {
     "MatMul": {},

@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto, helper
 
-from sw.awq.tensor_data import expect_names
 from sw.errors import UserError
-from sw.onnx_file import OnnxFile
+from sw.onnx_file import OnnxFile, expect_names
 from sw.safetensors_file import SafetensorsFile
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)

@@ -33,6 +33,7 @@ def quantise(*arguments: object) -> tuple[dict, int]:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(3600)
 def test_smollm2(tmp_path):
     """Of what rounding to nearest loses on a text that calibration did not see AWQ wins back more than half, in less
     than 3 GB; and by way of AutoAWQ every q, zero point and scale comes back.
@@ -50,6 +51,7 @@ def test_smollm2(tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.timeout(3600)
 def test_qwen_shape(tmp_path):
     """24 blocks of Qwen2.5-0.5B's shape, random weights: memory is that of a block and the head, not of the model."""
     write_float(tmp_path / "float", QWEN2_5_0_5B)

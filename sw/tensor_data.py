@@ -4,29 +4,29 @@
 What another graph holds is copied piece by piece, in whatever element type, without being understood.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 
 import numpy as np
-import onnx
 from onnx import TensorProto, external_data_helper, helper
 
 from sw.errors import UserError, one_line
-from sw.onnx_file import OnnxFile
-from sw.onnx_writer import ALIGNMENT, INLINE_BYTES
 
+# onnxruntime maps external data at page boundaries where it can.
+ALIGNMENT = 4096
+INLINE_BYTES = 1024
 PIECE = 1 << 24
 
 
 class TensorData:
     """The file `path`, opened for writing. Use as a context manager.
 
-    folder: where the external data of tensors to be copied is.
+    folder: where the external data of tensors to be copied is; by default beside the file.
     """
 
-    def __init__(self, path: Path, folder: Path):
+    def __init__(self, path: Path, folder: Path | None = None):
         self._name = path.name
-        self._folder = folder
+        self._folder = folder or path.parent
         self._file = path.open("wb")
 
     def __enter__(self) -> "TensorData":
@@ -36,7 +36,8 @@ class TensorData:
         self._file.close()
 
     def store(self, name: str, values: np.ndarray) -> TensorProto:
-        """A new tensor; below 1 KiB its values stay inside."""
+        """A new tensor; up to 1 KiB its values stay inside."""
+        # ascontiguousarray would make a scalar one-dimensional.
         values = np.asarray(values, order="C")
         tensor = TensorProto(name=name, dims=values.shape, data_type=helper.np_dtype_to_tensor_dtype(values.dtype))
         if values.nbytes <= INLINE_BYTES:
@@ -98,35 +99,3 @@ class TensorData:
                     yield piece
         except (OSError, ValueError) as error:
             raise UserError(f"{what} cannot be read ({one_line(error)})") from None
-
-
-def expect_names(file: OnnxFile) -> None:
-    """Raises UserError if a name in the graph is no text, as damage leaves it: protobuf hands it out as bytes."""
-    graph = file.graph
-    names = [name for node in graph.node for name in (node.name, node.op_type, *node.input, *node.output)]
-    names += [item.name for items in (graph.initializer, graph.input, graph.output) for item in items]
-    names += [text for item in file.model.metadata_props for text in (item.key, item.value)]
-    if not all(isinstance(name, str) for name in names) or not all(node.output for node in graph.node):
-        raise UserError(f"{file.path} is damaged: a name in its graph is no text, or a node has no output")
-
-
-def external_inside(nodes: Iterable[onnx.NodeProto]) -> Iterator[TensorProto]:
-    """The tensors with external data that nodes carry as attributes or in their subgraphs."""
-    for node in nodes:
-        for attribute in node.attribute:
-            tensors = [attribute.t, *attribute.tensors]
-            for graph in [attribute.g, *attribute.graphs]:
-                tensors += graph.initializer
-                yield from external_inside(graph.node)
-            yield from filter(external_data_helper.uses_external_data, tensors)
-
-
-def names_read(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
-    """The tensors that nodes read, those of their subgraphs (If, Loop) included; some more than once."""
-    for node in nodes:
-        yield from node.input
-        for attribute in node.attribute:
-            for graph in [attribute.g, *attribute.graphs]:
-                yield from names_read(graph.node)
-                # A branch may hand on a tensor of the graph around it.
-                yield from (output.name for output in graph.output)
