@@ -10,6 +10,9 @@ from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 from sw.errors import UserError, one_line
 
+MAX_DEPTH = 32
+"""Nodes that a constant may pass."""
+
 
 class OnnxFile:
     """An ONNX model: its graph in memory, its external data on disk.
@@ -48,16 +51,17 @@ class OnnxFile:
         initializers = {tensor.name for tensor in self.graph.initializer}
         return [item for item in self.graph.input if item.name not in initializers]
 
-    def is_constant(self, name: str) -> bool:
-        """Whether `constant(name)` would find a tensor."""
+    def is_constant(self, name: str, depth: int = 0) -> bool:
+        """Whether `constant(name)` would find a tensor. depth: nodes followed already; a damaged graph may go round."""
         node = self.producers.get(name)
         if name in self._initializers:
             return True
-        if node is None or node.domain not in ("", "ai.onnx"):
+        if node is None or node.domain not in ("", "ai.onnx") or depth == MAX_DEPTH:
             return False
         if node.op_type == "Constant":
-            return node.attribute[0].name == "value"
-        return node.op_type in ("Identity", "Reshape", "Cast") and all(self.is_constant(part) for part in node.input)
+            return len(node.attribute) == 1 and node.attribute[0].name == "value"
+        inputs = {"Identity": 1, "Reshape": 2, "Cast": 1}.get(node.op_type)
+        return len(node.input) == inputs and all(self.is_constant(part, depth + 1) for part in node.input)
 
     def constant(self, name: str, layer: str) -> np.ndarray:
         """The value of a constant tensor: an initializer, a Constant node, or Identity, Reshape or Cast of one.
@@ -74,12 +78,16 @@ class OnnxFile:
             value = helper.get_node_attr_value(node, "value")
             return self._read(value, layer)
         values = self.constant(node.input[0], layer)
-        if node.op_type == "Reshape":
-            shape = [int(size) for size in self.constant(node.input[1], layer)]
-            # ONNX: a zero copies the size of the input's axis.
-            return values.reshape([size or values.shape[i] for i, size in enumerate(shape)])
-        if node.op_type == "Cast":
-            return values.astype(helper.tensor_dtype_to_np_dtype(helper.get_node_attr_value(node, "to")))
+        try:
+            if node.op_type == "Reshape":
+                shape = [int(size) for size in self.constant(node.input[1], layer)]
+                # ONNX: a zero copies the size of the input's axis.
+                return values.reshape([size or values.shape[i] for i, size in enumerate(shape)])
+            if node.op_type == "Cast":
+                return values.astype(helper.tensor_dtype_to_np_dtype(helper.get_node_attr_value(node, "to")))
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            problem = f"{node.op_type} {name} of a constant cannot be done ({one_line(error)})"
+            raise UserError(f"{self.path}: layer {layer}: {problem}") from None
         return values
 
     def shape(self, name: str, layer: str) -> tuple[int, ...]:
