@@ -14,7 +14,8 @@ import numpy as np
 import onnx
 import pytest
 
-from sw import perplexity, quantize
+from sw import generate, perplexity, quantize
+from sw import layers as sw_layers
 from sw.awq.graph import find_sites
 from sw.awq.quantiser import LayerReport, quantise
 from sw.awq.rounding import Form, nearest
@@ -174,6 +175,24 @@ def test_autoawq_and_back(source, texts, tmp_path, capsys):
     assert perplexity.main([str(again), *options]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert row["perplexity"] == pytest.approx(report["perplexity"]["awq"], rel=1e-5)
+
+
+@pytest.mark.parametrize("form", ["onnx", "autoawq"])
+def test_on_the_rtl(form, source, texts, tmp_path, capsys, monkeypatch):
+    """Every layer of the result is exact on the generated hardware, and so are the tokens that it makes."""
+    monkeypatch.setenv("GRISTMILL_CACHE", str(tmp_path / "cache"))
+    out = str(tmp_path / "out")
+    run(capsys, source, out, *texts, "--format", form)
+    hardware = ["--tile", "8", "--json"]
+    assert sw_layers.main([out, "--device", "rtl", "--tokens", "2", *hardware]) == 0
+    found = json.loads(capsys.readouterr().out)["layers"]
+    assert len(found) == LAYERS + 1 and all(layer["exact"] for layer in found)
+    ids = {}
+    for device in ("reference", "rtl"):
+        options = ["--model", out, "--prompt", "pass", "--raw", "--max-new-tokens", "4", "--device", device]
+        assert generate.main([*options, *hardware]) == 0
+        ids[device] = json.loads(capsys.readouterr().out)["ids"]
+    assert ids["rtl"] == ids["reference"]
 
 
 @pytest.mark.parametrize(
