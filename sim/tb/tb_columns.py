@@ -4,7 +4,7 @@
 import cocotb
 import numpy as np
 
-from hw.spec.layout import LayerLayout
+from hw.spec.layout import LayerLayout, StreamLayout
 from hw.spec.numerics import accumulate, group_sums
 from sim.models import activations_of, weights_of
 from sim.streams import rng
@@ -26,7 +26,7 @@ class _Run:
     def __init__(self, tokens, group_slices, groups, tiles, gap=0.0, kind="random"):
         c, self.random = config(), rng(tokens, groups)
         self.c, self.tokens = c, tokens
-        size = c.tile * group_slices
+        size = c.tile * max(group_slices, StreamLayout(c).min_group_slices)
         layer = LayerLayout(c, size * groups, c.tile * tiles, size)
         self.weights = weights_of(layer, self.random, kind)
         self.activations = activations_of(layer, tokens, self.random, kind)
