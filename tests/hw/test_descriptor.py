@@ -134,8 +134,8 @@ def test_widest_layers_fit():
             assert values["groups"] * values["group_slices"] * config.tile == layer.k
             for name in reached:
                 reached[name] = max(reached[name], values[name])
-    # So the sweep is one: tile 4, groups of two slices, 8-bit weights on one narrow port.
-    assert reached["groups"] == 4096
+    # So the sweep is one: tile 4, groups of one slice, 8-bit weights on one narrow port.
+    assert reached["groups"] == 8192
     assert reached["body_words"] == 32768
     assert all(value < 1 << WIDTHS[name] for name, value in reached.items())
 
