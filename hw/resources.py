@@ -6,11 +6,11 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from .blocks import BLOCKS
 from .boards import TARGETS
-from .build import CONFIG_HELP, Parser
+from .build import Parser, add_config_options
 from .lower import LowerError
 from .spec.config import AcceleratorConfig, ConfigError
 from .spec.parts import BOARDS, Part
@@ -112,9 +112,7 @@ def _measure_all(config: AcceleratorConfig, board: str) -> dict[int, dict[str, C
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m hw.resources", description="How much of a board's part an accelerator takes.")
-    for item in fields(AcceleratorConfig):
-        option = f"--{item.name.replace('_', '-')}"
-        parser.add_argument(option, type=type(item.default), default=item.default, help=CONFIG_HELP[item.name])
+    add_config_options(parser)
     parser.add_argument("--board", default="kv260", help=f"one of {', '.join(BOARDS)} (default: kv260)")
     parser.add_argument("--top", default="accelerator", help="this block alone (default: the accelerator)")
     output = parser.add_mutually_exclusive_group()

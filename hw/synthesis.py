@@ -4,7 +4,6 @@
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -13,6 +12,7 @@ from amaranth.lib import wiring
 
 from .boards import Target
 from .lower import LowerError, to_rtlil
+from .tools import run_yosys
 
 RESOURCES = ("LUT", "FF", "DSP48E2", "BRAM36", "URAM288", "SRL")
 """What is counted. LUT is all lookup tables, those that serve as memory and the SRLs included."""
@@ -20,7 +20,6 @@ RESOURCES = ("LUT", "FF", "DSP48E2", "BRAM36", "URAM288", "SRL")
 _CONTAINERS = ("inside", "datapath", "core")
 """Submodules that are no block but hold blocks; what lies between these is counted as ``glue``."""
 _GLUE = "glue"
-_YOSYS = "import sys; from pyosys import libyosys; libyosys.run_pass('script ' + sys.argv[1])"
 _MODULE = re.compile(r"^module \\(\S+)\n(.*?)^end\n", re.MULTILINE | re.DOTALL)
 _NUMBER = re.compile(r"(\$\d+|_\d+)$")
 """What Amaranth puts behind a name that is taken, and what tells equal blocks from each other."""
@@ -116,9 +115,7 @@ def synthesise(component: wiring.Component, target: Target, *, timeout: float = 
         keep = "".join(f"setattr -mod -set keep_hierarchy 1 {module}\n" for module in sorted(set(blocks.values())))
         script.write_text(f"read_rtlil {source}\n{keep}" + _PASSES.format(top=top, out=out))
         try:
-            run = subprocess.run(
-                [sys.executable, "-c", _YOSYS, script], capture_output=True, text=True, timeout=timeout, check=False
-            )
+            run = run_yosys(script, timeout)
         except subprocess.TimeoutExpired as error:
             raise LowerError(f"yosys did not finish within {timeout:g} s") from error
         if run.returncode or not out.exists():

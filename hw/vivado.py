@@ -11,11 +11,8 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
-from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
 
 from . import build
 from .lower import LowerError
@@ -24,6 +21,7 @@ from .spec.board import APP_NAME, CONTROL_ADDRESS, CONTROL_BYTES, FABRIC_HZ
 from .spec.config import AcceleratorConfig, ConfigError
 from .spec.manifest import Manifest
 from .spec.parts import BOARDS
+from .tools import ToolError, run_logged
 from .vivado_report import ReportError, check_platform, check_timing, read_facts, read_utilisation, timing
 from .vivado_wrapper import BOARD_MODULE, IP_MODULE, WrapperError, interface_names, wrapper
 
@@ -42,39 +40,26 @@ _INSTALL = (
 )
 
 
-class VivadoError(RuntimeError):
-    """Vivado or one of its companions is missing, too old, or failed. The message is one line.
-
-    Attributes
-    ----------
-    status : exit code: 2 before any work, 1 after a step failed
-    """
-
-    def __init__(self, message: str, status: int = 1):
-        super().__init__(message)
-        self.status = status
-
-
 def find_tools(names: tuple[str, ...]) -> None:
     """Check that the tools are on PATH and that Vivado's version is one of those meant.
 
     Raises
     ------
-    VivadoError : a tool is missing, or Vivado is older than OLDEST; a newer one than NEWEST is only told on stderr
+    ToolError : a tool is missing, or Vivado is older than OLDEST; a newer one than NEWEST is only told on stderr
     """
     missing = [name for name in names if not shutil.which(name)]
     if missing:
-        raise VivadoError(f"no {' and no '.join(missing)} on PATH: {_INSTALL}", 2)
+        raise ToolError(f"no {' and no '.join(missing)} on PATH: {_INSTALL}", 2)
     try:
         done = subprocess.run(["vivado", "-version"], capture_output=True, text=True, timeout=300, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise VivadoError(f"vivado -version does not run ({error}): {_INSTALL}", 2) from error
+        raise ToolError(f"vivado -version does not run ({error}): {_INSTALL}", 2) from error
     match = re.search(r"vivado v(\d{4})\.(\d)", done.stdout, re.IGNORECASE)
     if done.returncode or not match:
-        raise VivadoError(f"vivado -version names no version (exit code {done.returncode}): {_INSTALL}", 2)
+        raise ToolError(f"vivado -version names no version (exit code {done.returncode}): {_INSTALL}", 2)
     version = (int(match[1]), int(match[2]))
     if version < OLDEST:
-        raise VivadoError(f"Vivado {version[0]}.{version[1]} is too old: {_INSTALL}", 2)
+        raise ToolError(f"Vivado {version[0]}.{version[1]} is too old: {_INSTALL}", 2)
     if version > NEWEST:
         print(
             f"warning: Vivado {version[0]}.{version[1]} is newer than what the scripts were written for",
@@ -121,30 +106,19 @@ def settings(manifest: Manifest, files: list[Path], module: str, out: Path, cloc
 
 
 def _run(command: list[str], name: str, folder: Path, environment: dict[str, str], place: str = "work") -> None:
-    """Run a tool in ``folder/place`` with its output in a log; a failure's message quotes the log's first error."""
+    """Run a tool in ``folder/place`` with its log in ``folder/logs``."""
     log = folder / "logs" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{name:>12}  running; {log}", file=sys.stderr, flush=True)
-    start = time.monotonic()
-    with log.open("w") as stream:
-        try:
-            done = subprocess.run(
-                command,
-                cwd=folder / place,
-                env={**os.environ, **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                timeout=3600 * _STEP_HOURS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise VivadoError(f"step {name} took longer than {_STEP_HOURS} hours; see {log}") from error
-    if done.returncode:
-        lines = log.read_text(errors="replace").splitlines()
-        first = next((line.strip() for line in lines if line.startswith("ERROR")), "no error in its log")
-        raise VivadoError(f"step {name} failed with exit code {done.returncode}: {first}; see {log}")
-    print(f"{name:>12}  done after {(time.monotonic() - start) / 60:.0f} minutes", file=sys.stderr, flush=True)
+    took = run_logged(
+        command,
+        log,
+        f"step {name}",
+        folder=folder / place,
+        seconds=3600 * _STEP_HOURS,
+        limit=f"{_STEP_HOURS} hours",
+        environment=environment,
+    )
+    print(f"{name:>12}  done after {took / 60:.0f} minutes", file=sys.stderr, flush=True)
 
 
 def _vivado(step: str, folder: Path, environment: dict[str, str]) -> None:
@@ -170,7 +144,7 @@ def bitstream(config: AcceleratorConfig, out: Path, clock_hz: int = FABRIC_HZ, j
 
     Raises
     ------
-    VivadoError : a tool is missing or failed
+    ToolError : a tool is missing or failed
     ReportError : the design does not meet its clock, or its addresses are others than the driver's
     ConfigError, LowerError, WrapperError : as of :func:`prepare`
     """
@@ -213,7 +187,7 @@ def _hardware_handoff(products: Path) -> None:
             name = next(name for name in archive.namelist() if name.endswith("system.hwh"))
             (products / f"{APP_NAME}.hwh").write_bytes(archive.read(name))
     except (OSError, zipfile.BadZipFile, StopIteration) as error:
-        raise VivadoError(f"Vivado wrote no usable {APP_NAME}.xsa ({type(error).__name__})") from error
+        raise ToolError(f"Vivado wrote no usable {APP_NAME}.xsa ({type(error).__name__})") from error
 
 
 def _app(config: AcceleratorConfig, clock_hz: int, products: Path, out: Path, environment: dict[str, str]) -> None:
@@ -230,7 +204,7 @@ def _app(config: AcceleratorConfig, clock_hz: int, products: Path, out: Path, en
     _run(command, "bootgen", out, environment, products.name)
     made = bit.with_name(bit.name + ".bin")
     if not made.exists():
-        raise VivadoError(f"bootgen wrote no {made.name}; see {out / 'logs' / 'bootgen.log'}")
+        raise ToolError(f"bootgen wrote no {made.name}; see {out / 'logs' / 'bootgen.log'}")
     made.rename(folder / made.name)
     if shutil.which("dtc"):
         source, target = (str((folder / f"{APP_NAME}.{ending}").resolve()) for ending in ("dts", "dtbo"))
@@ -242,7 +216,7 @@ def package(config: AcceleratorConfig, out: Path) -> None:
 
     Raises
     ------
-    VivadoError : Vivado is missing or failed
+    ToolError : Vivado is missing or failed
     ConfigError, LowerError, WrapperError : as of :func:`prepare`
     """
     find_tools(("vivado",))
@@ -250,22 +224,17 @@ def package(config: AcceleratorConfig, out: Path) -> None:
     manifest, files = prepare(config, out / "work" / "hw", IP_MODULE)
     _vivado("package_ip", out, settings(manifest, files, IP_MODULE, out, FABRIC_HZ, 1))
     if not (out / "out" / "component.xml").exists():
-        raise VivadoError(f"Vivado wrote no component.xml; see {out / 'logs' / 'package_ip.log'}")
+        raise ToolError(f"Vivado wrote no component.xml; see {out / 'logs' / 'package_ip.log'}")
     shutil.rmtree(out / "ip", ignore_errors=True)
     (out / "out").rename(out / "ip")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m hw.vivado", description="Build the KV260's bitstream, or package the accelerator.")
+    parser = build.Parser(
+        prog="python -m hw.vivado", description="Build the KV260's bitstream, or package the accelerator."
+    )
     parser.add_argument("product", choices=("bitstream", "ip"))
-    for item in fields(AcceleratorConfig):
-        option = f"--{item.name.replace('_', '-')}"
-        parser.add_argument(option, type=type(item.default), default=item.default, help=build.CONFIG_HELP[item.name])
+    build.add_config_options(parser)
     parser.add_argument("--clock-mhz", type=float, default=FABRIC_HZ / 1e6, help="of the fabric (default: %(default)g)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that Vivado may start")
     parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="default: build/kv260 or build/ip")
@@ -302,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{'IP core':>12}  {out / 'ip'}")
         else:
             print(_screen(bitstream(config, out, round(clock_hz), jobs), out))
-    except VivadoError as error:
+    except ToolError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status
     except ReportError as error:

@@ -11,6 +11,7 @@ import pytest
 from hw import build, vivado
 from hw.spec.config import AcceleratorConfig
 from hw.spec.manifest import Manifest
+from hw.tools import ToolError
 from hw.vivado_report import ReportError, check_platform, check_timing, read_facts, read_utilisation
 from tests.constraints.recorder import Record, install_tools, overlay_complaints
 
@@ -128,7 +129,7 @@ def test_versions(
     install_tools(tmp_path / "bin", version)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     if status:
-        with pytest.raises(vivado.VivadoError, match=f"Vivado {version} is too old") as caught:
+        with pytest.raises(ToolError, match=f"Vivado {version} is too old") as caught:
             vivado.find_tools(("vivado",))
         assert caught.value.status == status
     else:
