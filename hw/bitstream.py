@@ -13,11 +13,11 @@ import sys
 import warnings
 from pathlib import Path
 
-from .build import Parser
-from .nextpnr_report import TimingError, check, read_report, timing, utilisation
-from .selftest import selftest
-from .spec.config import AcceleratorConfig, ConfigError
-from .tools import ToolError, run_logged, yosys_command
+from hw.build import Parser
+from hw.flows.nextpnr_report import TimingError, check, read_report, timing, utilisation
+from hw.flows.selftest import selftest
+from hw.flows.tools import ToolError, run_logged, yosys_command
+from hw.spec.config import AcceleratorConfig, ConfigError
 
 NAME = "gristmill"
 CLOCK_HZ = 115_000_000
@@ -75,8 +75,8 @@ def _run(command: list[str], step: str, work: Path) -> None:
 def _elaborate(config: AcceleratorConfig, clock_hz: int, work: Path) -> float:
     """Write netlist, script and constraints for the tools; returns the frequency that the PLL makes, in Hz."""
     # Here, so that a missing package is told in one line.
-    from .boards.uart import uart_divisor
-    from .boards.ulx3s import BAUD, Ulx3sTop, platform, pll_for
+    from hw.boards.uart import uart_divisor
+    from hw.boards.ulx3s import BAUD, Ulx3sTop, platform, pll_for
 
     try:
         pll = pll_for(clock_hz)

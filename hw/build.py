@@ -10,13 +10,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
-from .blocks import BLOCKS, describe_ports, describe_properties
-from .boards import TARGETS
-from .lower import LowerError, to_verilog
-from .spec.command import max_header_beats
-from .spec.config import AcceleratorConfig, ConfigError
-from .spec.layout import StreamLayout
-from .spec.manifest import Manifest
+from hw.boards import TARGETS
+from hw.flows.blocks import BLOCKS, describe_ports, describe_properties
+from hw.flows.lower import LowerError, to_verilog
+from hw.spec.config import AcceleratorConfig, ConfigError
+from hw.spec.control.command import max_header_beats
+from hw.spec.manifest import Manifest
+from hw.spec.memory.geometry import StreamLayout
 
 CONFIG_HELP = {
     "tile": "rows and columns of the systolic array: 4, 8, 16 or 32",
@@ -42,7 +42,7 @@ def generate(config: AcceleratorConfig, block: str = "accelerator", target: str 
     Raises
     ------
     ConfigError : the block or the target does not exist
-    hw.lower.LowerError : yosys failed
+    hw.flows.lower.LowerError : yosys failed
     """
     if block not in BLOCKS:
         raise ConfigError(f"block is one of {', '.join(BLOCKS)}, not {block!r}")

@@ -10,11 +10,11 @@ from string import Template
 from amaranth.hdl import Shape
 from amaranth.lib.wiring import Out
 
-from .rtl.axi import AxiSignature, lite_signature, memory_signature
-from .rtl.register_bank import CONTROL_ADDRESS_BITS
-from .spec import registers
-from .spec.config import MAX_N, AcceleratorConfig
-from .spec.descriptor import (
+from hw.rtl.control.register_bank import CONTROL_ADDRESS_BITS
+from hw.rtl.memory.axi import AxiSignature, lite_signature, memory_signature
+from hw.spec.config import MAX_N, AcceleratorConfig
+from hw.spec.control import registers
+from hw.spec.control.descriptor import (
     ADDRESS_BITS,
     ADDRESS_LIMIT,
     BANK_SPAN,
@@ -24,8 +24,8 @@ from .spec.descriptor import (
     WEIGHT_ALIGNMENT,
     Descriptor,
 )
-from .spec.layout import LayerLayout
-from .spec.registers import ERROR_TEXTS, REGISTERS, WINDOW_BYTES, Access, Register
+from hw.spec.control.registers import ERROR_TEXTS, REGISTERS, WINDOW_BYTES, Access, Register
+from hw.spec.memory.geometry import LayerLayout
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "README.md"
 TEMPLATE = PAGE.with_name("README.in.md")

@@ -8,25 +8,25 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
-from .blocks import BLOCKS
-from .boards import TARGETS
-from .build import Parser, add_config_options
-from .lower import LowerError
-from .spec.config import AcceleratorConfig, ConfigError
-from .spec.parts import BOARDS, Part
-from .synthesis import RESOURCES, synthesise
+from hw.boards import TARGETS
+from hw.build import Parser, add_config_options
+from hw.flows.blocks import BLOCKS
+from hw.flows.lower import LowerError
+from hw.flows.synthesis import RESOURCES, synthesise
+from hw.spec.config import AcceleratorConfig, ConfigError
+from hw.spec.parts import BOARDS, Part
 
 _TILES = (4, 8, 16, 32)
 _NOTE = "yosys's mapping, an estimate: not placed, not routed, no Vivado"
 
 
 def measure(config: AcceleratorConfig, board: str, block: str = "accelerator") -> dict[str, Counter]:
-    """Resources of each block of ``block``, by name; see :func:`hw.synthesis.synthesise`.
+    """Resources of each block of ``block``, by name; see :func:`hw.flows.synthesis.synthesise`.
 
     Raises
     ------
     ConfigError : the board or the block does not exist
-    hw.lower.LowerError : yosys failed
+    hw.flows.lower.LowerError : yosys failed
     """
     if board not in BOARDS:
         raise ConfigError(f"board is one of {', '.join(BOARDS)}, not {board!r}")

@@ -14,16 +14,16 @@ import sys
 import zipfile
 from pathlib import Path
 
-from . import build
-from .lower import LowerError
-from .overlay import overlay, shell
-from .spec.board import APP_NAME, CONTROL_ADDRESS, CONTROL_BYTES, FABRIC_HZ
-from .spec.config import AcceleratorConfig, ConfigError
-from .spec.manifest import Manifest
-from .spec.parts import BOARDS
-from .tools import ToolError, run_logged
-from .vivado_report import ReportError, check_platform, check_timing, read_facts, read_utilisation, timing
-from .vivado_wrapper import BOARD_MODULE, IP_MODULE, WrapperError, interface_names, wrapper
+from hw import build
+from hw.flows.lower import LowerError
+from hw.flows.overlay import overlay, shell
+from hw.flows.tools import ToolError, run_logged
+from hw.flows.vivado_report import ReportError, check_platform, check_timing, read_facts, read_utilisation, timing
+from hw.flows.vivado_wrapper import BOARD_MODULE, IP_MODULE, WrapperError, interface_names, wrapper
+from hw.spec.config import AcceleratorConfig, ConfigError
+from hw.spec.kv260 import APP_NAME, CONTROL_ADDRESS, CONTROL_BYTES, FABRIC_HZ
+from hw.spec.manifest import Manifest
+from hw.spec.parts import BOARDS
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "constraints" / "kv260"
 PART = BOARDS["kv260"]

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hw.spec.command import LayerCommand
 from hw.spec.config import FIXED_ZERO_POINT_BITS, AcceleratorConfig, ConfigError
-from hw.spec.layout import LayerLayout, fit_layer, pack
-from hw.spec.numerics import Activations, Weights, linear
+from hw.spec.control.command import LayerCommand
+from hw.spec.memory.geometry import LayerLayout, fit_layer, pack
+from hw.spec.numerics.linear import Activations, Weights, linear
 from sim.packing import Layout
 
 __all__ = [
@@ -106,7 +106,7 @@ def job(
     kind: str = "random",
     reuse: Job | None = None,
 ) -> Job:
-    """A job whose true K is ``k``: padding and group splitting are those of :func:`hw.spec.layout.fit_layer`."""
+    """A job whose true K is ``k``: padding and group splitting are :func:`hw.spec.memory.geometry.fit_layer`'s."""
     layer = fit_layer(config, k, n, group_size)
     if reuse is not None:
         return Job(layer, weights_of(layer, random, kind), reuse.activations, True)

@@ -20,10 +20,10 @@ import numpy as np
 from rich.console import Console
 
 from hw.spec.config import EXPONENT_BITS, SCALE_BITS, AcceleratorConfig
+from hw.spec.control.descriptor import FLOAT_BYTES, weight_bytes
 from hw.spec.cycles import layer_cycles
-from hw.spec.descriptor import FLOAT_BYTES, weight_bytes
-from hw.spec.layout import LayerLayout, ceil_div, fit_layer, pack
-from hw.spec.numerics import Weights
+from hw.spec.memory.geometry import LayerLayout, ceil_div, fit_layer, pack
+from hw.spec.numerics.linear import Weights
 from sw.bench_decoder import measure_host, measure_qwen
 from sw.bench_report import print_tables
 from sw.devices.base import Completion, LinearJob, result_bytes

@@ -20,7 +20,7 @@ from statistics import median
 import numpy as np
 
 from hw.spec.config import AcceleratorConfig
-from hw.spec.registers import (
+from hw.spec.control.registers import (
     BY_NAME,
     COMPLETIONS,
     IDENTIFICATION,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import NoReturn
 
-from hw.spec.board import FABRIC_HZ
+from hw.spec.kv260 import FABRIC_HZ
 from sw.devices.host import Host
 from sw.doctor_checks import OK, WRONG, Finding, examine
 from sw.errors import UserError, run_cli

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
-from hw.spec.board import APP_NAME, BUFFER_BYTES, BUFFER_NAME, CONTROL_ADDRESS, FABRIC_HZ, UIO_NAME
+from hw.spec.control.registers import IDENTIFICATION, VERSION, WINDOW_BYTES, config_digest, offset
+from hw.spec.kv260 import APP_NAME, BUFFER_BYTES, BUFFER_NAME, CONTROL_ADDRESS, FABRIC_HZ, UIO_NAME
 from hw.spec.manifest import Manifest
-from hw.spec.registers import IDENTIFICATION, VERSION, WINDOW_BYTES, config_digest, offset
 from sw.devices.base import DeviceError
 from sw.devices.host import Host
 from sw.devices.kv260 import FIRMWARE, LOAD, KV260Device, board_manifest

@@ -7,10 +7,10 @@ Each function takes a device and the measured clock in Hz, and returns what it f
 import numpy as np
 
 from hw.spec.config import AcceleratorConfig
+from hw.spec.control.descriptor import weight_bytes
 from hw.spec.cycles import layer_cycles
-from hw.spec.descriptor import weight_bytes
-from hw.spec.layout import LayerLayout
-from hw.spec.numerics import quantise_activations
+from hw.spec.memory.geometry import LayerLayout
+from hw.spec.numerics.linear import quantise_activations
 from sw.devices.base import LinearJob, read_results, result_bytes, weight_image
 from sw.devices.kv260 import KV260Device
 from sw.devices.reference import reference_linear

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from hw.spec import board
+from hw.spec import kv260 as board
 from hw.spec.config import AcceleratorConfig
 from sw import pack
 from sw.devices import check_device, make_config

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hw.spec.numerics import NumericsError, quantise_activations
+from hw.spec.numerics.linear import NumericsError, quantise_activations
 from sw import pack
 from sw.capture import Captured, capture_inputs
 from sw.devices import open_device

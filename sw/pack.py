@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hw.spec.config import AcceleratorConfig, ConfigError
-from hw.spec.layout import LayerLayout, fit_layer, pack
-from hw.spec.numerics import NumericsError, Weights
-from hw.spec.planes import plane_count, plane_zero_points, quantise_weights
+from hw.spec.memory.geometry import LayerLayout, fit_layer, pack
+from hw.spec.numerics.linear import NumericsError, Weights
+from hw.spec.numerics.planes import plane_count, plane_zero_points, quantise_weights
 from sw.errors import UserError
 from sw.linear import QuantizedLinear
 
@@ -24,7 +24,7 @@ class PreparedLayer:
     -------
     name: the model's name of the layer.
     k: the true in_features.
-    planes: 2 for weights of more bits than the hardware's (see hw.spec.planes), else 1.
+    planes: 2 for weights of more bits than the hardware's (see hw.spec.numerics.planes), else 1.
     layout: the layer's place in the weight stream. Its groups may be parts of the model's; its K holds every plane,
         each padded to whole groups.
     beats: uint8 [layout.beats, beat_bytes], the weight stream.

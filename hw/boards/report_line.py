@@ -9,7 +9,7 @@ from amaranth.hdl import Array, Cat, Module, Mux, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from .rom import Rom
+from hw.boards.rom import Rom
 
 DIGIT_BITS = 4
 _ENTRY = data.StructLayout({"good": 8, "bad": 8, "is_digit": 1, "first": 1, "last": 1})

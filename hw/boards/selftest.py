@@ -10,9 +10,9 @@ from amaranth.lib import wiring
 from amaranth.lib.fifo import SyncFIFOBuffered
 from amaranth.lib.wiring import In, Out
 
-from .report_line import DIGIT_BITS, DecimalCounter, LineWriter, Number
-from .rom import Rom, RomSource
-from .uart import UartTransmitter
+from hw.boards.report_line import DIGIT_BITS, DecimalCounter, LineWriter, Number
+from hw.boards.rom import Rom, RomSource
+from hw.boards.uart import UartTransmitter
 
 TIMEOUT_BITS = 16
 """A run ends, whatever has come by then, after ``2**(TIMEOUT_BITS - 1)`` cycles."""
@@ -41,7 +41,7 @@ class SelfTest(wiring.Component):
 
     Parameters
     ----------
-    core : the core under test, with the members of :class:`hw.rtl.core.Core`; one result per transfer
+    core : the core under test, with the members of :class:`hw.rtl.core.core.Core`; one result per transfer
     vectors : what it computes
     title : how the line begins
     divisor : clock cycles of one bit on the UART

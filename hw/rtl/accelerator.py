@@ -5,19 +5,19 @@ from amaranth.hdl import Cat, ClockDomain, ClockSignal, Const, DomainRenamer, Mo
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
-from ..spec.config import AcceleratorConfig
-from ..spec.memory_access import OUTSTANDING
-from ..spec.registers import COMPLETIONS, IDENTIFICATION, QUEUE_DEPTH, VERSION, ErrorCode, config_digest
-from .axi import lite_signature, memory_signature
-from .datapath import Datapath
-from .faults import FirstError, Watchdog
-from .performance import COUNTED, PerformanceCounters
-from .register_bank import CONTROL_ADDRESS_BITS, RegisterBank
-from .supervisor import Supervisor
+from hw.rtl.control.faults import FirstError, Watchdog
+from hw.rtl.control.performance import COUNTED, PerformanceCounters
+from hw.rtl.control.register_bank import CONTROL_ADDRESS_BITS, RegisterBank
+from hw.rtl.control.supervisor import Supervisor
+from hw.rtl.datapath import Datapath
+from hw.rtl.memory.axi import lite_signature, memory_signature
+from hw.spec.config import AcceleratorConfig
+from hw.spec.control.registers import COMPLETIONS, IDENTIFICATION, QUEUE_DEPTH, VERSION, ErrorCode, config_digest
+from hw.spec.memory.access import OUTSTANDING
 
 
 class Accelerator(wiring.Component):
-    """Takes descriptors (:mod:`hw.spec.descriptor`) over its registers (:mod:`hw.spec.registers`) and executes them.
+    """Takes descriptors over its registers and executes them; :mod:`hw.spec.control` describes both.
 
     Members
     -------
@@ -25,8 +25,8 @@ class Accelerator(wiring.Component):
     hp<p> : AXI4, ``port_width`` bits, memory; all read, and hp0 also writes
     irq : interrupt, level
 
-    Throughput: that of the core, see :class:`hw.rtl.core.Core`, as long as memory keeps up. Every output is a register
-    or depends on registers alone.
+    Throughput: that of the core, see :class:`hw.rtl.core.core.Core`, as long as memory keeps up. Every output is a
+    register or depends on registers alone.
     """
 
     def __init__(self, config: AcceleratorConfig):

@@ -5,21 +5,21 @@ from amaranth.hdl import Cat, Module
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from ..spec.config import AcceleratorConfig
-from ..spec.memory_access import OUTSTANDING, WEIGHT_BURSTS_AHEAD
-from ..spec.registers import QUEUE_DEPTH
-from .activation_fetch import ActivationFetch
-from .activation_unit import ActivationUnit
-from .axi import ADDRESS_BITS, memory_signature
-from .burst_cutter import max_burst_beats
-from .core import Core
-from .descriptor_check import ERROR_BITS, DescriptorCheck, descriptor_layout
-from .dispatcher import Dispatcher
-from .fifo import StreamFifo
-from .gatherer import Gatherer
-from .read_manager import ReadManager, read_clients
-from .weight_fetch import WeightFetch
-from .write_manager import WriteManager
+from hw.rtl.common.fifo import StreamFifo
+from hw.rtl.control.descriptor_check import ERROR_BITS, DescriptorCheck, descriptor_layout
+from hw.rtl.control.dispatcher import Dispatcher
+from hw.rtl.core.activation_unit import ActivationUnit
+from hw.rtl.core.core import Core
+from hw.rtl.memory.activation_fetch import ActivationFetch
+from hw.rtl.memory.axi import ADDRESS_BITS, memory_signature
+from hw.rtl.memory.burst_cutter import max_burst_beats
+from hw.rtl.memory.gatherer import Gatherer
+from hw.rtl.memory.read_manager import ReadManager, read_clients
+from hw.rtl.memory.weight_fetch import WeightFetch
+from hw.rtl.memory.write_manager import WriteManager
+from hw.spec.config import AcceleratorConfig
+from hw.spec.control.registers import QUEUE_DEPTH
+from hw.spec.memory.access import OUTSTANDING, WEIGHT_BURSTS_AHEAD
 
 
 class Datapath(wiring.Component):
@@ -37,7 +37,7 @@ class Datapath(wiring.Component):
     refused : error code of the descriptor that ended the work, or 0
     non_finite, out_of_range : the activations at ``activations_address`` ended the work
     read_error, write_error, read_address, write_address : a bus error, one cycle, and its burst
-    underrun : see :class:`hw.rtl.core.Core`
+    underrun : see :class:`hw.rtl.core.core.Core`
     beat : a beat of weights entered the core
     starved_weights, starved_activations, starved_output : nothing moved in the core, and why
     reads_under_way_<p>, writes_under_way : bursts not yet answered

@@ -5,10 +5,10 @@ Memory is the simulated one called `ideal`: a fixed latency, then a beat per cyc
 are those of the RTL's blocks, restated because the contract may not import them; the tests hold both together.
 """
 
-from .config import FLOAT_BITS, AcceleratorConfig
-from .descriptor import activation_beats
-from .layout import LayerLayout, ceil_div, fit_layer
-from .memory_access import CHUNK_BYTES, CHUNKS_AHEAD, IDEAL_READ_LATENCY, IDEAL_WRITE_LATENCY, PIECE_FLOATS
+from hw.spec.config import FLOAT_BITS, AcceleratorConfig
+from hw.spec.control.descriptor import activation_beats
+from hw.spec.memory.access import CHUNK_BYTES, CHUNKS_AHEAD, IDEAL_READ_LATENCY, IDEAL_WRITE_LATENCY, PIECE_FLOATS
+from hw.spec.memory.geometry import LayerLayout, ceil_div, fit_layer
 
 _COMMAND = 2
 """From the core's command to the first beat and to the first activations: fork and walker."""

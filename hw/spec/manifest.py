@@ -5,8 +5,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .config import AcceleratorConfig, ConfigError
-from .layout import StreamLayout
+from hw.spec.config import AcceleratorConfig, ConfigError
+from hw.spec.memory.geometry import StreamLayout
 
 VERSION = 1
 """Version of the manifest's own format."""

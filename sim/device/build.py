@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from hw.spec.control.registers import WINDOW_BYTES
 from hw.spec.manifest import Manifest
-from hw.spec.memory_access import IDEAL_READ_LATENCY, IDEAL_WRITE_LATENCY
-from hw.spec.registers import WINDOW_BYTES
+from hw.spec.memory.access import IDEAL_READ_LATENCY, IDEAL_WRITE_LATENCY
 from sim.cache import BUILD, ROOT, digest, generator_digest, locked, scratch
 
 __all__ = ["Built", "DeviceBuildError", "build"]

@@ -14,10 +14,10 @@ import numpy as np
 from cocotbext.axi import AxiLiteBus, AxiLiteMaster, AxiRamRead, AxiRamWrite, AxiReadBus, AxiResp, AxiWriteBus
 
 from hw.spec.config import AcceleratorConfig, ConfigError
-from hw.spec.descriptor import ADDRESS_LIMIT, DATA_ALIGNMENT, WEIGHT_ALIGNMENT, Descriptor, region_bytes
-from hw.spec.layout import LayerLayout, fit_layer, pack, stripe
-from hw.spec.numerics import Activations, NumericsError, linear, quantise_activations
-from hw.spec.registers import BY_NAME, ErrorCode, offset
+from hw.spec.control.descriptor import ADDRESS_LIMIT, DATA_ALIGNMENT, WEIGHT_ALIGNMENT, Descriptor, region_bytes
+from hw.spec.control.registers import BY_NAME, ErrorCode, offset
+from hw.spec.memory.geometry import LayerLayout, fit_layer, pack, stripe
+from hw.spec.numerics.linear import Activations, NumericsError, linear, quantise_activations
 from sim.models import Job, weights_of
 from sim.streams import Stall, bursty, cycle, randomly, read, rng, until
 from sim.tb.axi_monitor import AxiMonitor, Burst, LiteMonitor

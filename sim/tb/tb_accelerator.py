@@ -3,9 +3,8 @@
 
 import cocotb
 
-from hw.spec.descriptor import ADDRESS_LIMIT
-from hw.spec.layout import StreamLayout
-from hw.spec.registers import (
+from hw.spec.control.descriptor import ADDRESS_LIMIT
+from hw.spec.control.registers import (
     BY_NAME,
     COMPLETIONS,
     IDENTIFICATION,
@@ -16,6 +15,7 @@ from hw.spec.registers import (
     config_digest,
     offset,
 )
+from hw.spec.memory.geometry import StreamLayout
 from sim.harness import settings
 from sim.models import DATA
 from sim.streams import cycle, randomly, read, rng

@@ -9,9 +9,9 @@ import numpy as np
 from cocotb.triggers import RisingEdge
 from cocotbext.axi import AxiResp
 
-from hw.spec.descriptor import ADDRESS_LIMIT, FIELDS
-from hw.spec.refusal import refusal
-from hw.spec.registers import BY_NAME, DEFAULT_TIMEOUT, ErrorCode
+from hw.spec.control.descriptor import ADDRESS_LIMIT, FIELDS
+from hw.spec.control.refusal import refusal
+from hw.spec.control.registers import BY_NAME, DEFAULT_TIMEOUT, ErrorCode
 from sim.harness import settings
 from sim.streams import cycle, randomly, read, rng, until
 from sim.tb.accelerator_driver import MEMORY, AcceleratorDriver, fit, pauses

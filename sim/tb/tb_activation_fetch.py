@@ -9,8 +9,8 @@ import numpy as np
 from cocotb.triggers import RisingEdge
 
 from hw.spec.config import FLOAT_BITS
-from hw.spec.descriptor import ADDRESS_LIMIT, DATA_ALIGNMENT, activation_beats
-from hw.spec.memory_access import CHUNK_BYTES, CHUNKS_AHEAD
+from hw.spec.control.descriptor import ADDRESS_LIMIT, DATA_ALIGNMENT, activation_beats
+from hw.spec.memory.access import CHUNK_BYTES, CHUNKS_AHEAD
 from sim.streams import Stall, StreamSink, StreamSource, bursty, cycle, never, randomly, read, rng, until
 from sim.tb.common import begin, config, latency, payload
 from sim.tb.monitor import Monitor

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import cocotb
 import numpy as np
 
-from hw.spec.command import LayerCommand
-from hw.spec.layout import LayerLayout, fit_layer
-from hw.spec.numerics import quantise_activations
+from hw.spec.control.command import LayerCommand
+from hw.spec.memory.geometry import LayerLayout, fit_layer
+from hw.spec.numerics.linear import quantise_activations
 from sim.streams import StreamSink, StreamSource, bursty, cycle, never, randomly, rng, until
 from sim.tb.common import begin, config, latency, payload
 

@@ -5,8 +5,8 @@ import cocotb
 import numpy as np
 from cocotb.triggers import FallingEdge, RisingEdge
 
-from hw.spec.command import LayerCommand
-from hw.spec.numerics import group_sums
+from hw.spec.control.command import LayerCommand
+from hw.spec.numerics.linear import group_sums
 from sim.models import Job, activation_payloads, activations_of, random_layer, weights_of
 from sim.packing import unpack_elements
 from sim.streams import StreamSource, cycle, never, randomly, rng

@@ -4,7 +4,7 @@
 import cocotb
 import numpy as np
 
-from hw.spec.layout import StreamLayout
+from hw.spec.memory.geometry import StreamLayout
 from sim.packing import pack_elements
 from sim.streams import rng
 from sim.tb.common import begin, config, latency, payload, trace

@@ -4,7 +4,7 @@
 import cocotb
 from cocotb.triggers import Timer
 
-from hw.spec.layout import StreamLayout
+from hw.spec.memory.geometry import StreamLayout
 from sim.streams import StreamSink, StreamSource, never, randomly, rng
 from sim.tb.common import begin, config, latency
 from sim.tb.monitor import Monitor, consecutive

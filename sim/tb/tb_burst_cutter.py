@@ -3,7 +3,7 @@
 
 import cocotb
 
-from hw.spec.descriptor import ADDRESS_LIMIT
+from hw.spec.control.descriptor import ADDRESS_LIMIT
 from sim.streams import Stall, StreamSink, StreamSource, bursty, never, randomly, rng
 from sim.tb.common import begin, config, latency, payload
 from sim.tb.monitor import Monitor, consecutive

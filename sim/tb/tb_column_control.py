@@ -6,9 +6,9 @@ from typing import NamedTuple
 import cocotb
 from cocotb.triggers import FallingEdge, RisingEdge
 
-from hw.spec.command import LayerCommand
 from hw.spec.config import SCALE_BITS
-from hw.spec.layout import StreamLayout
+from hw.spec.control.command import LayerCommand
+from hw.spec.memory.geometry import StreamLayout
 from sim.models import random_layer
 from sim.packing import Layout
 from sim.streams import StreamSource, cycle, never, randomly, rng

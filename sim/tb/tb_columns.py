@@ -4,8 +4,8 @@
 import cocotb
 import numpy as np
 
-from hw.spec.layout import LayerLayout, StreamLayout
-from hw.spec.numerics import accumulate, group_sums
+from hw.spec.memory.geometry import LayerLayout, StreamLayout
+from hw.spec.numerics.linear import accumulate, group_sums
 from sim.models import activations_of, weights_of
 from sim.streams import rng
 from sim.tb.common import begin, config, latency, manifest, payload, trace

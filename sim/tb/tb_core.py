@@ -4,7 +4,7 @@
 import cocotb
 
 from hw.spec.config import ConfigError
-from hw.spec.layout import fit_layer
+from hw.spec.memory.geometry import fit_layer
 from sim.harness import settings
 from sim.models import DATA, job
 from sim.streams import bursty, cycle, randomly, rng

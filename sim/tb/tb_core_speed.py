@@ -8,7 +8,7 @@ in them. The results are checked too.
 import cocotb
 
 from hw.spec.cycles import core_cycles, tile_cycles
-from hw.spec.layout import StreamLayout
+from hw.spec.memory.geometry import StreamLayout
 from sim.models import job
 from sim.streams import rng
 from sim.tb.common import config

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The descriptor check against hw.spec.refusal: good descriptors pass with what follows from them, bad ones do not."""
+"""The check against hw.spec.control.refusal: good descriptors pass with what follows from them, bad ones do not."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,12 +7,12 @@ from typing import Any
 import cocotb
 from cocotb.triggers import RisingEdge
 
-from hw.spec.command import LayerCommand
 from hw.spec.config import MAX_N
-from hw.spec.descriptor import ADDRESS_LIMIT, DESCRIPTOR_WORDS, FIELDS, Descriptor, activation_beats
-from hw.spec.layout import LayerLayout
-from hw.spec.refusal import refusal
-from hw.spec.registers import ErrorCode
+from hw.spec.control.command import LayerCommand
+from hw.spec.control.descriptor import ADDRESS_LIMIT, DESCRIPTOR_WORDS, FIELDS, Descriptor, activation_beats
+from hw.spec.control.refusal import refusal
+from hw.spec.control.registers import ErrorCode
+from hw.spec.memory.geometry import LayerLayout
 from sim.models import random_layer
 from sim.streams import Stall, StreamSink, StreamSource, cycle, never, randomly, rng, until
 from sim.tb.common import begin, config, latency, payload

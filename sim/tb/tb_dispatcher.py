@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import cocotb
 from cocotb.triggers import RisingEdge
 
-from hw.spec.command import LayerCommand
-from hw.spec.descriptor import ADDRESS_LIMIT, activation_beats
+from hw.spec.control.command import LayerCommand
+from hw.spec.control.descriptor import ADDRESS_LIMIT, activation_beats
 from sim.models import random_layer
 from sim.streams import Stall, StreamSink, StreamSource, cycle, never, randomly, read, rng
 from sim.tb.common import begin, config, payload

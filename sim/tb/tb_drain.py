@@ -5,9 +5,9 @@ import cocotb
 import numpy as np
 from cocotb.triggers import FallingEdge, RisingEdge
 
-from hw.spec.command import LayerCommand
 from hw.spec.config import EXPONENT_BITS
-from hw.spec.numerics import to_float32
+from hw.spec.control.command import LayerCommand
+from hw.spec.numerics.linear import to_float32
 from sim.models import random_layer
 from sim.packing import pack_elements
 from sim.streams import StreamSink, StreamSource, cycle, never, randomly, rng

@@ -4,7 +4,7 @@
 import cocotb
 import numpy as np
 
-from hw.spec.numerics import to_float32
+from hw.spec.numerics.linear import to_float32
 from sim.streams import rng
 from sim.tb.common import begin, config, latency, payload, trace
 

@@ -7,8 +7,8 @@ from typing import Any
 import cocotb
 import numpy as np
 
-from hw.spec.command import command_fields
-from hw.spec.descriptor import ADDRESS_LIMIT, result_pitch
+from hw.spec.control.command import command_fields
+from hw.spec.control.descriptor import ADDRESS_LIMIT, result_pitch
 from sim.streams import Stall, StreamSink, StreamSource, bursty, cycle, never, randomly, rng, until
 from sim.tb.common import begin, config, latency, payload
 from sim.tb.monitor import Monitor, consecutive

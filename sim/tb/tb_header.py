@@ -4,9 +4,9 @@
 import cocotb
 import numpy as np
 
-from hw.spec.command import LayerCommand
 from hw.spec.config import EXPONENT_BITS, SCALE_BITS
-from hw.spec.layout import LayerLayout, StreamLayout, pack
+from hw.spec.control.command import LayerCommand
+from hw.spec.memory.geometry import LayerLayout, StreamLayout, pack
 from sim.models import random_layer, weights_of
 from sim.packing import pack_elements
 from sim.streams import StreamSink, StreamSource, cycle, never, randomly, rng

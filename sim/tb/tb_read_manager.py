@@ -9,7 +9,7 @@ import cocotb
 from cocotb.triggers import RisingEdge
 from cocotbext.axi import AxiRamRead, AxiReadBus
 
-from hw.spec.memory_access import OUTSTANDING
+from hw.spec.memory.access import OUTSTANDING
 from sim.streams import Stall, StreamSink, StreamSource, cycle, never, randomly, read, rng, until
 from sim.tb.common import begin, config, latency, payload
 from sim.tb.monitor import Monitor, consecutive

@@ -9,7 +9,7 @@ import numpy as np
 from cocotb.triggers import Combine, RisingEdge, Timer, ValueChange, with_timeout
 from cocotbext.axi import AxiLiteBus, AxiLiteMaster
 
-from hw.spec.registers import BY_NAME, REGISTERS, WINDOW_BYTES, Access, Register
+from hw.spec.control.registers import BY_NAME, REGISTERS, WINDOW_BYTES, Access, Register
 from sim.streams import Stall, bursty, cycle, never, read, rng
 from sim.tb.common import begin, latency, payload
 

@@ -10,7 +10,7 @@ from cocotb.triggers import ClockCycles, FallingEdge, First, RisingEdge
 
 from hw.spec.config import AcceleratorConfig
 from hw.spec.cycles import core_cycles
-from hw.spec.layout import fit_layer
+from hw.spec.memory.geometry import fit_layer
 from sim import streams
 from sim.harness import settings
 

@@ -4,8 +4,8 @@
 import cocotb
 from cocotb.triggers import RisingEdge
 
-from hw.spec.command import LayerCommand
-from hw.spec.layout import StreamLayout
+from hw.spec.control.command import LayerCommand
+from hw.spec.memory.geometry import StreamLayout
 from sim.models import random_layer
 from sim.streams import StreamSource, cycle, never, randomly, rng
 from sim.tb.common import begin, config, latency

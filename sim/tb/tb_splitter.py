@@ -3,7 +3,7 @@
 
 import cocotb
 
-from hw.spec.command import LayerCommand
+from hw.spec.control.command import LayerCommand
 from sim.models import random_layer
 from sim.streams import StreamSink, StreamSource, never, randomly, rng
 from sim.tb.common import begin, config

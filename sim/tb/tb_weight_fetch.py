@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import cocotb
 from cocotb.triggers import RisingEdge
 
-from hw.spec.descriptor import ADDRESS_LIMIT, BANK_SPAN, WEIGHT_ALIGNMENT
+from hw.spec.control.descriptor import ADDRESS_LIMIT, BANK_SPAN, WEIGHT_ALIGNMENT
 from sim.streams import Stall, StreamSink, StreamSource, bursty, cycle, never, randomly, rng, until
 from sim.tb.common import begin, config, latency, payload
 from sim.tb.monitor import Monitor, consecutive

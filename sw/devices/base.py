@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every device offers: memory, and linear layers computed from it and into it.
 
-Software deals in float32 and physical addresses. How memory is laid out is said in hw.spec.descriptor; the results are
-those of hw.spec.numerics, bit for bit, on all devices.
+Software deals in float32 and physical addresses. hw.spec.control.descriptor says how memory is laid out; the results
+are those of hw.spec.numerics, bit for bit, on all devices.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Protocol, Self
 import numpy as np
 
 from hw.spec.config import AcceleratorConfig
-from hw.spec.descriptor import FLOAT_BYTES, result_pitch, weight_bytes, weights_stride
-from hw.spec.layout import LayerLayout, stripe, unstripe
+from hw.spec.control.descriptor import FLOAT_BYTES, result_pitch, weight_bytes, weights_stride
+from hw.spec.memory.geometry import LayerLayout, stripe, unstripe
 from sw.errors import UserError
 
 PAGE = 4096

@@ -4,9 +4,9 @@
 from collections.abc import Iterator, Sequence
 
 from hw.spec.config import AcceleratorConfig
-from hw.spec.descriptor import DESCRIPTOR_WORDS, Descriptor
-from hw.spec.refusal import refusal
-from hw.spec.registers import ERROR_TEXTS, IDENTIFICATION, VERSION, ErrorCode, config_digest, offset
+from hw.spec.control.descriptor import DESCRIPTOR_WORDS, Descriptor
+from hw.spec.control.refusal import refusal
+from hw.spec.control.registers import ERROR_TEXTS, IDENTIFICATION, VERSION, ErrorCode, config_digest, offset
 from sw.devices.base import Buffer, Completion, DeviceError, LinearJob, PreparedBatch
 from sw.devices.batches import BatchDevice
 from sw.devices.platform import Platform, Registers, mask

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The accelerator in a Kria KV260 under Linux: registers and interrupt through UIO, memory in a u-dma-buf.
 
-What hw.spec.board names has to be there: the loaded app brings the UIO device and the buffer. The config comes from the
+What hw.spec.kv260 names has to be there: the loaded app brings the UIO device and the buffer. The config comes from the
 manifest beside the firmware.
 """
 
@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hw.spec.board import APP_NAME, BUFFER_NAME, CONTROL_ADDRESS, CONTROL_BYTES, UIO_NAME
 from hw.spec.config import AcceleratorConfig
-from hw.spec.descriptor import FLOAT_BYTES
+from hw.spec.control.descriptor import FLOAT_BYTES
+from hw.spec.control.registers import WINDOW_BYTES, offset
+from hw.spec.kv260 import APP_NAME, BUFFER_NAME, CONTROL_ADDRESS, CONTROL_BYTES, UIO_NAME
 from hw.spec.manifest import Manifest, ManifestError
-from hw.spec.registers import WINDOW_BYTES, offset
 from sw.devices.arena import Arena
 from sw.devices.base import Buffer, Completion, DeviceError, LinearJob, PreparedBatch, result_bytes
 from sw.devices.driver import AcceleratorDevice

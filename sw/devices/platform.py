@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Protocol
 
-from hw.spec.registers import BY_NAME, offset
+from hw.spec.control.registers import BY_NAME, offset
 from sw.devices.arena import Arena
 
 
@@ -47,7 +47,7 @@ class Platform(Protocol):
 
 
 class Registers:
-    """The registers of hw.spec.registers by name."""
+    """The registers of hw.spec.control.registers by name."""
 
     def __init__(self, platform: Platform):
         self._platform = platform

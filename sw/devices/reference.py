@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from hw.spec.config import AcceleratorConfig
-from hw.spec.descriptor import FLOAT_BYTES, result_pitch
-from hw.spec.layout import LayerLayout, unpack
-from hw.spec.numerics import Activations, NumericsError, Weights, linear, quantise_activations
+from hw.spec.control.descriptor import FLOAT_BYTES, result_pitch
+from hw.spec.memory.geometry import LayerLayout, unpack
+from hw.spec.numerics.linear import Activations, NumericsError, Weights, linear, quantise_activations
 from sw.devices.arena import MEMORY_BYTES, Arena, anonymous_memory
 from sw.devices.base import Buffer, Completion, DeviceError, LinearJob, PreparedBatch, image_beats
 from sw.devices.batches import BatchDevice
@@ -76,7 +76,7 @@ class ReferenceDevice(BatchDevice):
 
 
 def _unpack(layout: LayerLayout, beats: np.ndarray) -> Weights:
-    """hw.spec.layout.unpack in little memory: some output tiles at a time, scales and zero points in 16 bits."""
+    """hw.spec.memory.geometry.unpack in little memory: some tiles at a time, scales and zero points in 16 bits."""
     parts = []
     for start in range(0, layout.n, ROWS_AT_ONCE):
         shape = LayerLayout(layout.config, layout.k, min(ROWS_AT_ONCE, layout.n - start), layout.group_size)

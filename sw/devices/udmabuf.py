@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hw.spec.descriptor import ADDRESS_LIMIT
+from hw.spec.control.descriptor import ADDRESS_LIMIT
 from sw.devices.base import PAGE, DeviceError
 from sw.devices.host import Host
 

@@ -9,8 +9,8 @@ from itertools import groupby
 import numpy as np
 from onnxruntime import OrtValue
 
-from hw.spec.descriptor import FLOAT_BYTES
-from hw.spec.layout import LayerLayout
+from hw.spec.control.descriptor import FLOAT_BYTES
+from hw.spec.memory.geometry import LayerLayout
 from sw import pack
 from sw.devices.base import Buffer, Device, LinearJob, PreparedBatch, result_bytes, view_results, weight_bytes
 from sw.devices.base import weight_image as image

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from hw import overlay, vivado
-from hw.spec import board
+from hw import vivado
+from hw.flows import overlay
+from hw.spec import kv260 as board
 from hw.spec.manifest import Manifest
 
 FOLDER = Path(__file__).resolve().parent
@@ -128,7 +129,7 @@ def wanted_ports(manifest: Manifest) -> set[tuple[str, str]]:
 
 
 def complaints(record: Record, manifest: Manifest, dts: str, clock_hz: int = board.FABRIC_HZ) -> list[str]:
-    """What of the recorded block design, or of the overlay, is not as manifest and ``hw.spec.board`` say."""
+    """What of the recorded block design, or of the overlay, is not as manifest and ``hw.spec.kv260`` say."""
     if record.error:
         return [record.error]
     count, width = manifest.config.ports, manifest.config.port_width
@@ -172,7 +173,7 @@ def complaints(record: Record, manifest: Manifest, dts: str, clock_hz: int = boa
 
 
 def overlay_complaints(dts: str, manifest: Manifest, clock_hz: int) -> list[str]:
-    """What of the overlay's source is not as manifest and ``hw.spec.board`` say."""
+    """What of the overlay's source is not as manifest and ``hw.spec.kv260`` say."""
     found = dict(re.findall(r'^\s*([\w,#-]+) = ["<]+(.*?)[">]+;$', dts, re.MULTILINE))
     address, size = board.CONTROL_ADDRESS, board.CONTROL_BYTES
     width = {128: 0, 64: 1, 32: 2}[manifest.config.port_width]

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
-from hw import build, overlay, vivado
-from hw.rtl.register_bank import CONTROL_ADDRESS_BITS
-from hw.spec import board
+from hw import build, vivado
+from hw.flows import overlay
+from hw.flows.vivado_wrapper import BOARD_MODULE, IP_MODULE, WrapperError, read_ports, wrapper
+from hw.rtl.control.register_bank import CONTROL_ADDRESS_BITS
+from hw.spec import kv260 as board
 from hw.spec.config import AcceleratorConfig
+from hw.spec.control.registers import WINDOW_BYTES
 from hw.spec.manifest import Manifest
-from hw.spec.registers import WINDOW_BYTES
-from hw.vivado_wrapper import BOARD_MODULE, IP_MODULE, WrapperError, read_ports, wrapper
 from tests.constraints.recorder import complaints, make_overlay, run_script
 
 SMALL: dict[str, Any] = {"tile": 4, "max_tokens": 2, "max_k": 256, "max_group_size": 32}

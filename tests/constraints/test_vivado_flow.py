@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from hw import build, vivado
+from hw.flows.tools import ToolError
+from hw.flows.vivado_report import ReportError, check_platform, check_timing, read_facts, read_utilisation
 from hw.spec.config import AcceleratorConfig
 from hw.spec.manifest import Manifest
-from hw.tools import ToolError
-from hw.vivado_report import ReportError, check_platform, check_timing, read_facts, read_utilisation
 from tests.constraints.recorder import Record, install_tools, overlay_complaints
 
 OPTIONS = ["--tile", "4", "--max-tokens", "2", "--max-k", "256", "--max-group-size", "32"]

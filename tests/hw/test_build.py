@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from hw import build
-from hw.blocks import BLOCKS
-from hw.lower import LowerError
+from hw.flows.blocks import BLOCKS
+from hw.flows.lower import LowerError
 from hw.spec.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parents[2]

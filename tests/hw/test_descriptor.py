@@ -7,9 +7,9 @@ from itertools import product
 
 import pytest
 
-from hw.spec.command import max_header_beats
 from hw.spec.config import MAX_N, AcceleratorConfig, ConfigError
-from hw.spec.descriptor import (
+from hw.spec.control.command import max_header_beats
+from hw.spec.control.descriptor import (
     ADDRESS_LIMIT,
     BANK_SPAN,
     DATA_ALIGNMENT,
@@ -23,7 +23,7 @@ from hw.spec.descriptor import (
     weight_bytes,
     weights_stride,
 )
-from hw.spec.layout import LayerLayout, StreamLayout
+from hw.spec.memory.geometry import LayerLayout, StreamLayout
 
 WIDTHS = {field.name: field.width for field in FIELDS}
 

@@ -9,9 +9,9 @@ import pytest
 
 from hw import docs
 from hw.spec.config import AcceleratorConfig, ConfigError
-from hw.spec.descriptor import DESCRIPTOR_WORDS, FIELDS
-from hw.spec.layout import LayerLayout, ceil_div
-from hw.spec.registers import REGISTERS, ErrorCode
+from hw.spec.control.descriptor import DESCRIPTOR_WORDS, FIELDS
+from hw.spec.control.registers import REGISTERS, ErrorCode
+from hw.spec.memory.geometry import LayerLayout, ceil_div
 
 FOLDER = docs.PAGE.parent
 

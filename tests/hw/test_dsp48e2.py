@@ -22,11 +22,11 @@ from amaranth.lib.wiring import In, Out
 from amaranth.sim import Simulator
 
 from hw.boards import TARGETS
-from hw.lower import to_rtlil
-from hw.rtl import dsp48e2
-from hw.rtl.array import SystolicArray
-from hw.rtl.dsp48e2 import Dsp48e2, has_dsp48e2
-from hw.rtl.pe import WORD, DspProcessingElement, ProcessingElement
+from hw.flows.lower import to_rtlil
+from hw.rtl.core import dsp48e2
+from hw.rtl.core.array import SystolicArray
+from hw.rtl.core.dsp48e2 import Dsp48e2, has_dsp48e2
+from hw.rtl.core.pe import WORD, DspProcessingElement, ProcessingElement
 from hw.spec.config import AcceleratorConfig
 
 XCUP = TARGETS["ultrascaleplus"]
@@ -165,7 +165,7 @@ class _Narrow(Dsp48e2):
 
 @pytest.mark.parametrize("wrong", [_Late, _Narrow])
 def test_proof_finds_a_wrong_twin(wrong: type, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("hw.rtl.pe.Dsp48e2", wrong)
+    monkeypatch.setattr("hw.rtl.core.pe.Dsp48e2", wrong)
     assert not prove(Both(CONFIGS["default"], 0, first=False), None, tmp_path)
 
 

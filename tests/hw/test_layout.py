@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from hw.spec.config import MAX_N, AcceleratorConfig, ConfigError
-from hw.spec.layout import LayerLayout, StreamLayout, fit_layer, pack, stripe, unpack, unstripe
-from hw.spec.numerics import Activations, Weights, linear
+from hw.spec.memory.geometry import LayerLayout, StreamLayout, fit_layer, pack, stripe, unpack, unstripe
+from hw.spec.numerics.linear import Activations, Weights, linear
 
 
 def random_weights(layer: LayerLayout, random: np.random.Generator) -> Weights:

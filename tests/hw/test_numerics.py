@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hw.spec.config import AcceleratorConfig
-from hw.spec.numerics import (
+from hw.spec.numerics.linear import (
     Activations,
     NumericsError,
     Weights,

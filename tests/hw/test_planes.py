@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from hw.spec.config import AcceleratorConfig
-from hw.spec.numerics import Activations, NumericsError, Weights, accumulate, quantise_scales
-from hw.spec.planes import plane_count, plane_zero_points, quantise_weights
+from hw.spec.numerics.linear import Activations, NumericsError, Weights, accumulate, quantise_scales
+from hw.spec.numerics.planes import plane_count, plane_zero_points, quantise_weights
 
 N, GROUPS, SIZE, TOKENS = 9, 3, 32, 4
 ZERO = np.zeros((3, 1))

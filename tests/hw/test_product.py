@@ -9,8 +9,8 @@ from amaranth.lib.wiring import In, Out
 from amaranth.sim import Simulator
 
 from hw.boards import TARGETS
-from hw.lower import to_rtlil
-from hw.rtl.product import small_product
+from hw.flows.lower import to_rtlil
+from hw.rtl.common.product import small_product
 
 
 class _Product(wiring.Component):

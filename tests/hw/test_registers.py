@@ -3,10 +3,10 @@
 
 import pytest
 
-from hw.rtl.register_bank import CONTROL_ADDRESS_BITS, RegisterBank
-from hw.spec import registers
+from hw.rtl.control.register_bank import CONTROL_ADDRESS_BITS, RegisterBank
 from hw.spec.config import AcceleratorConfig
-from hw.spec.registers import BY_NAME, ERROR_TEXTS, REGISTERS, WINDOW_BYTES, Access, ErrorCode, Register
+from hw.spec.control import registers
+from hw.spec.control.registers import BY_NAME, ERROR_TEXTS, REGISTERS, WINDOW_BYTES, Access, ErrorCode, Register
 
 WITH_FIELDS = [register for register in REGISTERS if register.fields]
 

@@ -19,11 +19,11 @@ from hw.boards.report_line import DecimalCounter, LineWriter, Number
 from hw.boards.selftest import SelfTest, Vectors
 from hw.boards.uart import FRAME_BITS, UartTransmitter, uart_divisor
 from hw.boards.ulx3s import INPUT_HZ, pll_for
-from hw.nextpnr_report import TimingError, check, read_report, timing, utilisation
-from hw.selftest import selftest_vectors
+from hw.flows.nextpnr_report import TimingError, check, read_report, timing, utilisation
+from hw.flows.selftest import selftest_vectors
 from hw.spec.config import AcceleratorConfig, ConfigError
-from hw.spec.layout import fit_layer, unpack
-from hw.spec.numerics import Activations, linear
+from hw.spec.memory.geometry import fit_layer, unpack
+from hw.spec.numerics.linear import Activations, linear
 from sim.benches import BENCHES
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from hw.spec import board
+from hw.spec import kv260 as board
 from hw.spec.config import AcceleratorConfig
-from hw.spec.registers import offset
+from hw.spec.control.registers import offset
 from sw.devices.arena import MEMORY_BASE
 from sw.devices.host import Host
 from sw.devices.kv260 import FIRMWARE

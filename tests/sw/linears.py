@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from hw.spec.config import AcceleratorConfig
-from hw.spec.numerics import quantise_activations, quantise_scales, to_float32
+from hw.spec.numerics.linear import quantise_activations, quantise_scales, to_float32
 from sw.devices.base import (
     Buffer,
     Completion,

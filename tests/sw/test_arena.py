@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hw.spec.descriptor import BANK_SPAN
+from hw.spec.control.descriptor import BANK_SPAN
 from sw.devices import make_config
 from sw.devices.arena import MEMORY_BASE, MEMORY_BYTES, Arena, anonymous_memory
 from sw.devices.base import PAGE, Buffer, DeviceError, image_beats, result_bytes, weight_bytes, weight_image

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from hw.spec.config import ConfigError
+from hw.spec.control.descriptor import weight_bytes
 from hw.spec.cycles import cycles
-from hw.spec.descriptor import weight_bytes
-from hw.spec.layout import fit_layer
+from hw.spec.memory.geometry import fit_layer
 from sw.devices import make_config
 from sw.devices.base import LinearJob, result_bytes
 from sw.devices.rtl import RtlDevice

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hw.spec.descriptor import FLOAT_BYTES
+from hw.spec.control.descriptor import FLOAT_BYTES
 from sw.devices import make_config, open_device
 from sw.devices.base import Buffer, DeviceError, read_results, weight_image
 from sw.devices.kv260 import KV260Device

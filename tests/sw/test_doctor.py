@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hw.spec.registers import offset
+from hw.spec.control.registers import offset
 from sw import doctor, doctor_layers
 from sw.devices import make_config
 from sw.devices.kv260 import FIRMWARE, KV260Device

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hw.spec.descriptor import ADDRESS_LIMIT, DESCRIPTOR_WORDS, FIELDS, weights_stride
-from hw.spec.refusal import refusal
-from hw.spec.registers import (
+from hw.spec.control.descriptor import ADDRESS_LIMIT, DESCRIPTOR_WORDS, FIELDS, weights_stride
+from hw.spec.control.refusal import refusal
+from hw.spec.control.registers import (
     BY_NAME,
     COMPLETIONS,
     DEFAULT_TIMEOUT,
@@ -18,7 +18,7 @@ from hw.spec.registers import (
     VERSION,
     config_digest,
 )
-from hw.spec.registers import offset as at
+from hw.spec.control.registers import offset as at
 from sw.devices import make_config
 from sw.devices.arena import Arena
 from sw.devices.base import PAGE, DeviceError

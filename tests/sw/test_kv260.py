@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hw.spec import board
+from hw.spec import kv260 as board
+from hw.spec.control.registers import offset
 from hw.spec.manifest import Manifest
-from hw.spec.registers import offset
 from sw import hardware_options
 from sw.devices import kv260, make_config, open_device
 from sw.devices.base import DeviceError, read_results, view_results

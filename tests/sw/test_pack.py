@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from hw.spec.config import AcceleratorConfig
-from hw.spec.layout import unpack
-from hw.spec.numerics import linear as numpy_linear
-from hw.spec.numerics import quantise_activations
+from hw.spec.memory.geometry import unpack
+from hw.spec.numerics.linear import linear as numpy_linear
+from hw.spec.numerics.linear import quantise_activations
 from sw import pack
 from sw.errors import UserError
 from sw.pack import fit, integer_weights, prepare

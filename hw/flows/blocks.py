@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every block that can be generated on its own, and what a manifest says about one."""
+
+from collections.abc import Callable
+
+from amaranth.hdl import Shape, ShapeCastable
+from amaranth.lib import data, stream, wiring
+
+from hw.flows.selftest import selftest
+from hw.rtl.accelerator import Accelerator
+from hw.rtl.common.fifo import StreamFifo
+from hw.rtl.common.walker import TOKEN_LOOPS, CommandFork, Walker
+from hw.rtl.control.descriptor_check import DescriptorCheck
+from hw.rtl.control.dispatcher import Dispatcher
+from hw.rtl.control.faults import Watchdog
+from hw.rtl.control.register_bank import RegisterBank
+from hw.rtl.core.activation_buffer import ActivationBuffer
+from hw.rtl.core.activation_unit import ActivationUnit
+from hw.rtl.core.array import SystolicArray
+from hw.rtl.core.column import Columns
+from hw.rtl.core.column_control import ColumnControl
+from hw.rtl.core.core import Core
+from hw.rtl.core.drain import Drain
+from hw.rtl.core.float_out import FloatOut
+from hw.rtl.core.header import HeaderReader
+from hw.rtl.core.pe import ProcessingElement
+from hw.rtl.core.sequencer import Sequencer
+from hw.rtl.core.weights import WeightSplitter, WordAssembler
+from hw.rtl.memory.activation_fetch import ActivationFetch
+from hw.rtl.memory.axi import is_axi
+from hw.rtl.memory.burst_cutter import BurstCutter
+from hw.rtl.memory.gatherer import Gatherer
+from hw.rtl.memory.read_manager import ReadManager, read_clients
+from hw.rtl.memory.weight_fetch import WeightFetch
+from hw.rtl.memory.write_manager import WriteManager
+from hw.spec.config import AcceleratorConfig
+from hw.spec.manifest import Field, Port
+from hw.spec.memory.geometry import StreamLayout
+
+BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
+    "accelerator": Accelerator,
+    "core": Core,
+    "pe": ProcessingElement,
+    "array": SystolicArray,
+    "columns": Columns,
+    "float_out": FloatOut,
+    "activations": ActivationBuffer,
+    "activation_unit": ActivationUnit,
+    "splitter": WeightSplitter,
+    "assembler": WordAssembler,
+    "header": HeaderReader,
+    "sequencer": lambda config: Sequencer(config, StreamLayout(config).word_fifo_depth),
+    "column_control": ColumnControl,
+    "drain": lambda config: Drain(config, chain_latency=config.tile),
+    "fifo": lambda config: StreamFifo(StreamLayout(config).word_bits, StreamLayout(config).word_fifo_depth),
+    "read_manager": lambda config: ReadManager(config.port_width, read_clients(config)),
+    "burst_cutter": lambda config: BurstCutter(config.port_width),
+    "weight_fetch": lambda config: WeightFetch(config, read_clients(config)["weights"]),
+    "dispatcher": Dispatcher,
+    "gatherer": Gatherer,
+    "write_manager": lambda config: WriteManager(config.port_width),
+    "register_bank": lambda config: RegisterBank(),
+    "activation_fetch": ActivationFetch,
+    "descriptor_check": DescriptorCheck,
+    "watchdog": lambda config: Watchdog(config.ports + 1),
+    "fork": lambda config: CommandFork(config, ("a", "b", "c")),
+    "selftest": selftest,
+    "walker": lambda config: Walker(config, TOKEN_LOOPS),
+}
+
+_PROPERTIES = (
+    "latency",
+    "hop",
+    "scale_delay",
+    "ring_delay",
+    "drain_latency",
+    "chain_latency",
+    "read_latency",
+    "read_period",
+    "write_latency",
+    "write_period",
+    "sum_latency",
+    "lead",
+    "lanes",
+    "depth",
+    "fifo_depth",
+    "word_fifo_depth",
+)
+
+
+def _fields(shape) -> dict[str, Field]:
+    if not isinstance(shape, data.StructLayout):
+        return {}
+    fields = {}
+    for name, part in shape:
+        inner, elements = part.shape, 1
+        if isinstance(inner, data.ArrayLayout):
+            inner, elements = inner.elem_shape, inner.length
+        fields[str(name)] = Field(part.offset, part.width, Shape.cast(inner).signed, elements)
+    return fields
+
+
+def _port(direction: wiring.Flow, shape) -> Port:
+    raw = Shape.cast(shape)
+    if isinstance(shape, data.ArrayLayout):
+        elem = Shape.cast(shape.elem_shape)
+        fields = {"element": Field(0, raw.width, elem.signed, shape.length)}
+    elif isinstance(shape, ShapeCastable):
+        fields = _fields(shape)
+    else:
+        fields = {"value": Field(0, raw.width, raw.signed)}
+    return Port("in" if direction == wiring.In else "out", raw.width, fields)
+
+
+def describe_ports(component: wiring.Component) -> tuple[dict[str, Port], dict[str, Port]]:
+    """The component's ports outside and inside streams, as the manifest lists them."""
+    ports, streams = {}, {}
+    for name, member in component.signature.members.items():
+        if is_axi(member):
+            # Its ports have the specification's names and need no description.
+            continue
+        if member.is_signature:
+            if not isinstance(member.signature, stream.Signature):
+                raise TypeError(f"port {name} is neither a signal nor a stream")
+            streams[name] = _port(member.flow, member.signature.members["payload"].shape)
+        else:
+            ports[name] = _port(member.flow, member.shape)
+    return ports, streams
+
+
+def describe_properties(component: wiring.Component) -> dict[str, int]:
+    """The figures that a component states about itself."""
+    values = {name: getattr(component, name, None) for name in _PROPERTIES}
+    return {name: value for name, value in values.items() if isinstance(value, int)}

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From an Amaranth component to Verilog: elaborate, share equal modules, lower through yosys."""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+from amaranth.back import rtlil
+from amaranth.hdl import Elaboratable, Fragment, Module, Signal, Value, ValueCastable
+from amaranth.hdl._ast import SignalDict
+from amaranth.hdl._ir import PortDirection, build_netlist
+from amaranth.hdl._nir import Memory as NetlistMemory
+from amaranth.lib import wiring
+
+from hw.flows.tools import run_yosys
+from hw.rtl.memory.axi import is_axi
+
+_PASSES = ("proc", "opt -full", "clean", "check -assert")
+"""Processes become registers and multiplexers, then everything is simplified: Verilator runs the result about eight
+times as fast as Verilog that still holds Amaranth's processes."""
+
+_MODULE = re.compile(r"^(?:attribute [^\n]*\n)*module \\(\S+)\n(.*?)^end\n", re.MULTILINE | re.DOTALL)
+_MEMORY_INIT = re.compile(r"^  cell \$meminit_v2 .*?^  end\n", re.MULTILINE | re.DOTALL)
+_CELL = re.compile(r"^(  cell )\\(\S+) ", re.MULTILINE)
+_ATTRIBUTE = re.compile(r"^ *\(\* (?!ram_style)[^\n]*\*\)\n|\(\* (?!ram_style)[^\n]*?\*\) ", re.MULTILINE)
+"""What yosys notes for itself; where a memory belongs is all that others need."""
+_TIMEOUT = 300
+"""Seconds that yosys may take; tile 32 takes about 10."""
+
+
+class LowerError(RuntimeError):
+    """yosys failed; the message ends with what it printed last."""
+
+
+def port_map(component: wiring.Component) -> dict[str, tuple]:
+    """Name, value and direction of every port; the parts of a name are joined by one underscore.
+
+    Amaranth's own flattening joins them by two, which Verilator rewrites in C++.
+    """
+    ports = {}
+    for path, member, value in component.signature.flatten(component):
+        if isinstance(value, ValueCastable):
+            value = value.as_value()
+        ports["_".join(map(str, path))] = (value, _direction(member.flow))
+    return ports
+
+
+def _direction(flow: wiring.Flow) -> PortDirection:
+    return PortDirection.Input if flow == wiring.In else PortDirection.Output
+
+
+class _AxiPorts(Elaboratable):
+    """A component with its AXI channels taken apart, so that tools recognise the interfaces by their ports' names.
+
+    ``ports`` is what :func:`port_map` gives for other components; AXI signals are named as
+    :class:`hw.rtl.memory.axi.AxiSignature` says.
+    """
+
+    def __init__(self, component: wiring.Component):
+        self.component = component
+        self.ports: dict[str, tuple] = {}
+        self._parts: list[tuple] = []
+        axi = {name for name, member in component.signature.members.items() if is_axi(member)}
+        others = wiring.Signature({n: m for n, m in component.signature.members.items() if n not in axi})
+        for path, member, value in others.flatten(component):
+            self._add("_".join(map(str, path)), value, member.flow)
+        for name in sorted(axi):
+            port = component.signature.members[name]
+            for (channel, part), member, value in port.signature.flatten(getattr(component, name)):
+                prefix = f"{'m' if port.flow == wiring.Out else 's'}_axi_{name}_{channel}"
+                if part == "payload":
+                    for field, _ in member.shape:
+                        self._add(f"{prefix}{field}", value[field], member.flow)
+                else:
+                    self._add(f"{prefix}{part}", value, member.flow)
+
+    def _add(self, name: str, value, flow: wiring.Flow) -> None:
+        value = Value.cast(value)
+        port = Signal(value.shape(), name=name)
+        self.ports[name] = (port, _direction(flow))
+        self._parts.append((value, port) if flow == wiring.In else (port, value))
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        m.submodules.inside = self.component
+        m.d.comb += [target.eq(source) for target, source in self._parts]
+        return m
+
+
+def share_modules(text: str, top: str) -> str:
+    """Keep one of each set of equal modules, bottom up: one PE per column instead of one per place."""
+    bodies = {match[1]: match[2] for match in _MODULE.finditer(text)}
+    while renamed := _equal_modules(bodies, top):
+        bodies = {name: _rename_cells(body, renamed) for name, body in bodies.items() if name not in renamed}
+    return "".join(f"module \\{name}\n{body}end\n" for name, body in bodies.items())
+
+
+def _equal_modules(bodies: dict[str, str], top: str) -> dict[str, str]:
+    """Modules that repeat an earlier one, with its name."""
+    kept: dict[str, str] = {}
+    return {
+        name: first for name, body in bodies.items() if (first := kept.setdefault(body, name)) != name and name != top
+    }
+
+
+def _rename_cells(text: str, names: dict[str, str]) -> str:
+    return _CELL.sub(lambda cell: f"{cell[1]}\\{names.get(cell[2], cell[2])} ", text)
+
+
+def _shorten(text: str, top: str) -> str:
+    """Name modules after their class and place rather than by their whole path."""
+    names = [match[1] for match in _MODULE.finditer(text)]
+    short: dict[str, str] = {top: top}
+    for name in names:
+        if name != top:
+            last = re.sub(r"(_\d+)+$", "", name.rsplit(".", 1)[-1])
+            candidate, count = f"{top}_{last}", 1
+            while candidate in short.values():
+                count += 1
+                candidate = f"{top}_{last}_{count}"
+            short[name] = candidate
+    text = re.sub(r"^(module )\\(\S+)$", lambda m: f"{m[1]}\\{short[m[2]]}", text, flags=re.MULTILINE)
+    return _rename_cells(text, short)
+
+
+def to_rtlil(component: wiring.Component, name: str, platform=None) -> str:
+    """RTLIL text of ``component`` with module ``name`` on top, elaborated for ``platform``.
+
+    As ``amaranth.back.rtlil.convert``, but memories start undefined: their zeros would be most of the text and of
+    the time, and the design reads no entry before it has written it.
+    """
+    top, ports = component, None
+    if any(is_axi(member) for member in component.signature.members.values()):
+        top = _AxiPorts(component)
+        ports = top.ports
+    netlist = build_netlist(Fragment.get(top, platform), ports=ports or port_map(component), name=name)
+    for cell in netlist.cells:
+        if isinstance(cell, NetlistMemory):
+            if any(cell.init):
+                raise ValueError("a memory has initial contents that are not zero")
+            cell.init = ()
+    checker = rtlil.EmptyModuleChecker(netlist)
+    design, names = rtlil.Design(emit_src=False), SignalDict()
+    for index, module in enumerate(netlist.modules):
+        if not checker.is_empty(index):
+            builder = design.module(".".join(module.name))
+            rtlil.ModuleEmitter(builder, netlist, module, names, empty_checker=checker).emit()
+    return _shorten(share_modules(_MEMORY_INIT.sub("", str(design)), name), name)
+
+
+def to_verilog(component: wiring.Component, name: str, platform=None) -> str:
+    """Verilog-2005 of ``component``, the same for simulation and synthesis, byte-identical from run to run.
+
+    If it is for a ``platform``, it may hold that vendor's primitives, and its memories say where they belong.
+
+    Raises
+    ------
+    LowerError : yosys failed or took longer than its timeout
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source, target, script = (Path(folder, f"design{ending}") for ending in (".il", ".v", ".ys"))
+        source.write_text(to_rtlil(component, name, platform))
+        passes = (f"read_rtlil {source}", f"hierarchy -check -top {name}", *_PASSES)
+        write = f"write_verilog -noattr -simple-lhs {target}"
+        if platform is not None:
+            # Black boxes of all the primitives that a block may have.
+            passes = ("read_verilog -lib +/xilinx/cells_xtra.v", *passes)
+            write = write.replace("-noattr ", "")
+        script.write_text("\n".join((*passes, write)))
+        try:
+            run = run_yosys(script, _TIMEOUT)
+        except subprocess.TimeoutExpired as error:
+            raise LowerError(f"yosys did not finish {name} within {_TIMEOUT} s") from error
+        if run.returncode or not target.exists():
+            raise LowerError(f"yosys failed on {name}: {(run.stdout + run.stderr).strip()[-500:]}")
+        return _ATTRIBUTE.sub("", target.read_text())

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vectors of a board's self-test: a small layer's streams, with the results that the numerics define."""
+
+from typing import cast
+
+import numpy as np
+from amaranth.lib import wiring
+
+from hw.boards.selftest import SelfTest, Vectors
+from hw.rtl.core.core import Core
+from hw.spec.config import EXPONENT_BITS, FIXED_ZERO_POINT_BITS, FLOAT_BITS, AcceleratorConfig, ConfigError
+from hw.spec.control.command import LayerCommand
+from hw.spec.memory.geometry import fit_layer, pack
+from hw.spec.numerics.linear import Activations, Weights, linear
+
+_GROUP_SIZE = 32
+_GROUPS = 4
+_SEED = 2024
+SIM_DIVISOR, SIM_PAUSE = 4, 16
+"""In simulation a line on the UART shall not take most of the time."""
+
+
+def selftest_vectors(config: AcceleratorConfig, seed: int = _SEED) -> Vectors:
+    """Vectors of one random layer: three output tiles, the last not full, of four groups, for ``max_tokens`` tokens.
+
+    Weights, zero points, scales and activations take all of their ranges, and the exponents those around 0.
+
+    Raises
+    ------
+    ConfigError : the config drains several results at a time (tile 32), or its ``max_k`` does not hold a group
+    """
+    if config.drain_lanes > 1:
+        raise ConfigError(f"the self-test takes results one by one, so tile is at most 16, not {config.tile}")
+    tokens, n = config.max_tokens, 3 * config.tile - 1
+    layer = fit_layer(config, min(_GROUPS * _GROUP_SIZE, config.max_k // _GROUP_SIZE * _GROUP_SIZE), n, _GROUP_SIZE)
+    random = np.random.default_rng(seed)
+    half = 1 << (FIXED_ZERO_POINT_BITS - 1)
+    low, high = (-half, half - 1) if config.zero_point_signed else (0, config.weight_max)
+    weights = Weights(
+        random.integers(0, config.weight_max, (n, layer.k), endpoint=True).astype(np.uint8),
+        random.integers(low, high, (n, layer.groups), endpoint=True),
+        random.integers(-config.scale_max, config.scale_max, (n, layer.groups), endpoint=True),
+        random.integers(-20, 20, n),
+    )
+    activations = Activations(
+        random.integers(-config.activation_max, config.activation_max, (tokens, layer.k), endpoint=True),
+        random.integers(-20, 20, tokens),
+    )
+    beats = pack(layer, weights)
+    return Vectors(
+        LayerCommand.from_layer(layer, tokens).to_int(config),
+        tuple(int.from_bytes(beat.tobytes(), "little") for beat in beats),
+        _activation_payloads(config, activations),
+        _result_payloads(config, linear(config, weights, activations)),
+    )
+
+
+def _activation_payloads(config: AcceleratorConfig, activations: Activations) -> tuple[int, ...]:
+    """Slice by slice, all tokens of a slice in a row: mantissas from the lowest bit up, then the token's exponent."""
+    tokens, k = activations.mantissas.shape
+    bits, payloads = config.activation_bits, []
+    for first in range(0, k, config.tile):
+        for token in range(tokens):
+            payload = (int(activations.exponents[token]) % (1 << EXPONENT_BITS)) << (config.tile * bits)
+            for place in range(config.tile):
+                payload |= (int(activations.mantissas[token, first + place]) % (1 << bits)) << (place * bits)
+            payloads.append(payload)
+    return tuple(payloads)
+
+
+def _result_payloads(config: AcceleratorConfig, y: np.ndarray) -> tuple[int, ...]:
+    """Output tile by output tile, token by token: float32 bits, ``keep`` of the only lane, ``last`` of the layer."""
+    bits, keep = y.view(np.uint32), 1 << FLOAT_BITS
+    tokens, n = y.shape
+    payloads = [
+        keep | int(bits[token, column])
+        for first in range(0, n, config.tile)
+        for token in range(tokens)
+        for column in range(first, min(first + config.tile, n))
+    ]
+    payloads[-1] |= 1 << (FLOAT_BITS + 1)
+    return tuple(payloads)
+
+
+def selftest_title(config: AcceleratorConfig) -> str:
+    """How the self-test's line begins."""
+    return f"gristmill tile {config.tile} config {config.digest[:8]}"
+
+
+def selftest(config: AcceleratorConfig, divisor: int = SIM_DIVISOR, pause: int = SIM_PAUSE) -> SelfTest:
+    """The self-test around a core of this config; the default UART and pause are those of the simulation.
+
+    Raises ConfigError as :func:`selftest_vectors`.
+    """
+    core = cast(wiring.Component, Core(config))
+    return SelfTest(core, selftest_vectors(config), selftest_title(config), divisor, pause)

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What hardware takes of an UltraScale+ part as yosys maps it: LUTs, registers, DSP slices, memories, by block."""
+
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from amaranth.lib import wiring
+
+from hw.boards import Target
+from hw.flows.lower import LowerError, to_rtlil
+from hw.flows.tools import run_yosys
+
+RESOURCES = ("LUT", "FF", "DSP48E2", "BRAM36", "URAM288", "SRL")
+"""What is counted. LUT is all lookup tables, those that serve as memory and the SRLs included."""
+
+_CONTAINERS = ("inside", "datapath", "core")
+"""Submodules that are no block but hold blocks; what lies between these is counted as ``glue``."""
+_GLUE = "glue"
+_MODULE = re.compile(r"^module \\(\S+)\n(.*?)^end\n", re.MULTILINE | re.DOTALL)
+_NUMBER = re.compile(r"(\$\d+|_\d+)$")
+"""What Amaranth puts behind a name that is taken, and what tells equal blocks from each other."""
+_CELL = re.compile(r"^  cell \\(\S+) \\(\S+)$", re.MULTILINE)
+
+# As `synth_xilinx -family xcup -flatten -uram` up to the LUTs. There that would call ABC9, which stops with a failed
+# assertion on these designs (yosys 0.70); ABC does the same without knowing about delays.
+_PASSES = """
+read_verilog -lib -specify +/xilinx/cells_sim.v
+read_verilog -lib +/xilinx/cells_xtra.v
+hierarchy -check -top {top}
+synth_xilinx -family xcup -flatten -noiopad -noclkbuf -uram -top {top} -run prepare:map_luts
+opt_expr -mux_undef -noclkinv
+abc -luts 2:2,3,6:5,10,20
+clean
+xilinx_srl -fixed -minlen 3
+techmap -map +/xilinx/lut_map.v -map +/xilinx/cells_map.v -D LUT_WIDTH=6
+xilinx_dffopt
+opt_lut_ins -tech xilinx
+clean
+tee -q -o {out} stat -json
+"""
+
+# LUTs that a memory cell takes: AMD UG574, "Distributed RAM".
+_LUT_MEMORY = {"RAM32X1S": 1, "RAM64X1S": 1, "RAM128X1S": 2, "RAM256X1S": 4, "RAM512X1S": 8}
+_LUT_MEMORY |= {"RAM32X1D": 2, "RAM64X1D": 2, "RAM128X1D": 4, "RAM256X1D": 8}
+_LUT_MEMORY |= {"RAM32M": 4, "RAM64M": 4, "RAM32M16": 8, "RAM64M8": 8}
+_COSTS: dict[str, dict[str, float]] = {
+    # An inverter usually disappears in a LUT behind it; here each one counts.
+    **{name: {"LUT": 1} for name in ("LUT1", "LUT2", "LUT3", "LUT4", "LUT5", "LUT6", "INV")},
+    **{name: {"LUT": luts} for name, luts in _LUT_MEMORY.items()},
+    **{name: {"LUT": 1, "SRL": 1} for name in ("SRL16E", "SRLC32E")},
+    **{name: {"FF": 1} for name in ("FDRE", "FDSE", "FDCE", "FDPE")},
+    "DSP48E2": {"DSP48E2": 1},
+    "RAMB18E2": {"BRAM36": 0.5},
+    "RAMB36E2": {"BRAM36": 1},
+    "URAM288": {"URAM288": 1},
+    # Beside the LUTs of their slice.
+    **{name: {} for name in ("CARRY4", "CARRY8", "MUXF7", "MUXF8", "MUXF9", "GND", "VCC", "$scopeinfo")},
+}  # fmt: skip
+
+
+def count_cells(cells: dict[str, int]) -> Counter:
+    """Resources of these cells of one kind each.
+
+    Raises
+    ------
+    LowerError : a kind of cell whose cost is not known
+    """
+    total: Counter = Counter()
+    for kind, count in cells.items():
+        if kind not in _COSTS:
+            raise LowerError(f"yosys mapped something to {kind}, which is not known here")
+        for resource, cost in _COSTS[kind].items():
+            # Half a block of memory counts, too, whatever Counter is declared for.
+            total[resource] += cost * count  # pyright: ignore[reportArgumentType]
+    return total
+
+
+def blocks_of(rtlil: str, top: str) -> dict[str, str]:
+    """Module by name of each block: what the containers hold, or nothing if ``top`` is a block itself."""
+    cells = {match[1]: _CELL.findall(match[2]) for match in _MODULE.finditer(rtlil)}
+    if not any(name in _CONTAINERS for _, name in cells[top]):
+        return {}
+    found, waiting = {}, [top]
+    while waiting:
+        for module, name in cells[waiting.pop()]:
+            if module not in cells:
+                continue
+            if name in _CONTAINERS:
+                waiting.append(module)
+            else:
+                found[name] = module
+    return found
+
+
+def synthesise(component: wiring.Component, target: Target, *, timeout: float = 3600) -> dict[str, Counter]:
+    """Resources by block, :data:`RESOURCES` each; equal blocks that differ by a number only are added up.
+
+    Each block is flattened and mapped by itself, and nothing is optimised across its border, so the sum is a little
+    more than the whole would take. Vivado maps in another way: these are estimates.
+
+    Raises
+    ------
+    LowerError : yosys failed, took longer than ``timeout`` seconds, or used a cell that is not known here
+    """
+    top = "top"
+    text = to_rtlil(component, top, target)
+    blocks = blocks_of(text, top)
+    with tempfile.TemporaryDirectory() as folder:
+        source, script, out = (Path(folder, name) for name in ("design.il", "design.ys", "design.json"))
+        source.write_text(text)
+        keep = "".join(f"setattr -mod -set keep_hierarchy 1 {module}\n" for module in sorted(set(blocks.values())))
+        script.write_text(f"read_rtlil {source}\n{keep}" + _PASSES.format(top=top, out=out))
+        try:
+            run = run_yosys(script, timeout)
+        except subprocess.TimeoutExpired as error:
+            raise LowerError(f"yosys did not finish within {timeout:g} s") from error
+        if run.returncode or not out.exists():
+            raise LowerError(f"yosys failed: {(run.stdout + run.stderr).strip()[-300:]}")
+        modules = {name.lstrip("\\"): data for name, data in json.loads(out.read_text())["modules"].items()}
+    return _collect({name: data["num_cells_by_type"] for name, data in modules.items()}, blocks, top)
+
+
+def _collect(modules: dict[str, dict[str, int]], blocks: dict[str, str], top: str) -> dict[str, Counter]:
+    """Adds up what is inside each block, wherever it is used."""
+
+    def inside(module: str, without: frozenset[str] = frozenset()) -> Counter:
+        # A block of wires alone is gone.
+        cells = dict(modules.get(module, {}))
+        total: Counter = Counter()
+        for name in set(cells) & set(modules):
+            count = cells.pop(name)
+            if name not in without:
+                total.update({kind: amount * count for kind, amount in inside(name).items()})
+        total.update(count_cells(cells))
+        return total
+
+    found: dict[str, Counter] = {}
+    for name, module in sorted(blocks.items()):
+        found.setdefault(_NUMBER.sub("", name), Counter()).update(inside(module))
+    found[_GLUE if blocks else top] = inside(top, frozenset(blocks.values()))
+    return found

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parts that every block uses: FIFOs, delays, products, loops, RAM."""

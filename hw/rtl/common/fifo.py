@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A first-in first-out buffer between two streams, in distributed memory."""
+
+from amaranth.hdl import Module, Mux, Shape, Signal
+from amaranth.lib import stream, wiring
+from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import In, Out
+
+from hw.rtl.common.ram import buffer_attributes
+
+
+class StreamFifo(wiring.Component):
+    """FIFO with first-word fall-through. Latency 1 cycle, throughput 1 transfer per cycle.
+
+    Reads are asynchronous, so it maps to distributed RAM: meant for tens of entries.
+
+    Parameters
+    ----------
+    shape : shape of the payload
+    depth : entries, a power of two
+
+    Members
+    -------
+    i, o : input and output stream
+    level : entries held, ``0..depth``
+    """
+
+    latency = 1
+
+    def __init__(self, shape, depth: int):
+        if depth < 2 or depth & (depth - 1):
+            raise ValueError(f"FIFO depth is a power of two from 2 up, not {depth}")
+        self.shape, self.depth = shape, depth
+        super().__init__(
+            {"i": In(stream.Signature(shape)), "o": Out(stream.Signature(shape)), "level": Out(range(depth + 1))}
+        )
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        m.submodules.memory = memory = Memory(shape=self.shape, depth=self.depth, init=[])
+        write, read = memory.write_port(), memory.read_port(domain="comb")
+        # One bit more than the address tells a full memory from an empty one.
+        written, taken = Signal(range(2 * self.depth)), Signal(range(2 * self.depth))
+        push, pop = Signal(), Signal()
+        # Registers, because long paths start here: whoever asks for a transfer waits for these two first.
+        full = Signal()
+        m.d.sync += self.o.valid.eq(push | (self.o.valid & ~(pop & (self.level == 1))))
+        with m.If(push != pop):
+            m.d.sync += full.eq(push & (self.level == self.depth - 1))
+        m.d.comb += [
+            self.i.ready.eq(~full),
+            push.eq(self.i.valid & self.i.ready),
+            pop.eq(self.o.valid & self.o.ready),
+            self.level.eq(written - taken),
+            self.o.payload.eq(read.data),
+            read.addr.eq(taken[:-1]),
+            write.addr.eq(written[:-1]),
+            write.data.eq(self.i.payload),
+            write.en.eq(push),
+        ]
+        with m.If(push):
+            m.d.sync += written.eq(written + 1)
+        with m.If(pop):
+            m.d.sync += taken.eq(taken + 1)
+        return m
+
+
+class BlockFifo(wiring.Component):
+    """FIFO with first-word fall-through in block memory, for hundreds of entries and more.
+
+    Latency 2 cycles, throughput 1 transfer per cycle. The read port's register is the output, so it holds one entry
+    more than its memory.
+
+    Parameters
+    ----------
+    shape : shape of the payload
+    depth : entries of the memory, a power of two
+
+    Members
+    -------
+    i, o : input and output stream
+    """
+
+    latency = 2
+
+    def __init__(self, shape, depth: int):
+        if depth < 2 or depth & (depth - 1):
+            raise ValueError(f"FIFO depth is a power of two from 2 up, not {depth}")
+        self.shape, self.depth = shape, depth
+        super().__init__({"i": In(stream.Signature(shape)), "o": Out(stream.Signature(shape))})
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        attributes = buffer_attributes(platform, self.depth, Shape.cast(self.shape).width)
+        m.submodules.memory = memory = Memory(shape=self.shape, depth=self.depth, init=[], attrs=attributes)
+        write, read = memory.write_port(), memory.read_port()
+        # One bit more than the address tells a full memory from an empty one.
+        written, fetched = Signal(range(2 * self.depth)), Signal(range(2 * self.depth))
+        push, fetch = Signal(), Signal()
+        m.d.comb += [
+            self.i.ready.eq((written ^ fetched) != self.depth),
+            push.eq(self.i.valid & self.i.ready),
+            fetch.eq((written != fetched) & (~self.o.valid | self.o.ready)),
+            write.addr.eq(written[:-1]),
+            write.data.eq(self.i.payload),
+            write.en.eq(push),
+            read.addr.eq(fetched[:-1]),
+            read.en.eq(fetch),
+            self.o.payload.eq(read.data),
+        ]
+        m.d.sync += [
+            written.eq(written + push),
+            fetched.eq(fetched + fetch),
+            self.o.valid.eq(fetch | (self.o.valid & ~self.o.ready)),
+        ]
+        return m
+
+
+class Counter(wiring.Component):
+    """Counts several at a time: ``value + add - take``, both at once if need be. Latency 1 cycle.
+
+    Members
+    -------
+    add, take : amounts for this cycle; the user keeps the value within ``0..limit``
+    value : the count
+    """
+
+    def __init__(self, limit: int, *, add: int = 1, take: int = 1, init: int = 0):
+        self.init = init
+        super().__init__(
+            {"add": In(range(add + 1)), "take": In(range(take + 1)), "value": Out(range(limit + 1), init=init)}
+        )
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        m.d.sync += self.value.eq(self.value + self.add - self.take)
+        return m
+
+
+class Credits(wiring.Component):
+    """Counts what there is of something, one by one. Latency 1 cycle.
+
+    Parameters
+    ----------
+    limit : most there can be
+    least : how many are ``enough``
+    init : how many there are at first
+
+    Members
+    -------
+    add, take : one more, one less, both at once if need be; the user keeps the count within ``0..limit``
+    enough : there are ``least`` or more; a register, because what decides whether a pipeline moves sets the clock
+    """
+
+    def __init__(self, limit: int, *, least: int = 1, init: int = 0):
+        self.limit, self.least, self.init = limit, least, init
+        super().__init__({"add": In(1), "take": In(1), "enough": Out(1, init=init >= least)})
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        count = Signal(range(self.limit + 1), init=self.init)
+        m.d.sync += [
+            count.eq(count + self.add - self.take),
+            self.enough.eq(
+                Mux(
+                    self.add == self.take,
+                    count >= self.least,
+                    Mux(self.add, count >= self.least - 1, count > self.least),
+                )
+            ),
+        ]
+        return m

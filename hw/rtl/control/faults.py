@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stops the accelerator: the first error is kept, and memory that does not answer is found out."""
+
+from amaranth.hdl import Module, Mux, Signal
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+
+from hw.rtl.control.descriptor_check import ERROR_BITS
+from hw.rtl.memory.axi import ADDRESS_BITS
+from hw.spec.control.registers import ErrorCode
+
+
+def fault_layout() -> data.StructLayout:
+    """A source of errors: whether there is one, and its address if it has one."""
+    return data.StructLayout({"raised": 1, "address": ADDRESS_BITS})
+
+
+class FirstError(wiring.Component):
+    """Keeps the first error until the reset. Of several in one cycle the first in ``sources`` wins.
+
+    Parameters
+    ----------
+    sources : error codes, by precedence
+
+    Members
+    -------
+    <code> : a source of errors, named after its code in lower case
+    refused : an error code in itself, 0 if there is none; the last in precedence
+    code, address : the first error; 0 if there was none
+    """
+
+    def __init__(self, sources: tuple[ErrorCode, ...]):
+        self.sources = sources
+        members = {code.name.lower(): In(fault_layout()) for code in sources}
+        super().__init__({**members, "refused": In(ERROR_BITS), "code": Out(ERROR_BITS), "address": Out(ADDRESS_BITS)})
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        with m.If(self.code == ErrorCode.NONE):
+            m.d.sync += self.code.eq(self.refused)
+            for code in reversed(self.sources):
+                source = getattr(self, code.name.lower())
+                with m.If(source.raised):
+                    m.d.sync += [self.code.eq(code), self.address.eq(source.address)]
+        return m
+
+
+class Watchdog(wiring.Component):
+    """Finds out when somebody who owes an answer has made no progress for a while.
+
+    One counter for all: at each of its ends everybody who has owed an answer since the last one, without any progress,
+    is reported. So that takes between one and two ``timeout``.
+
+    Parameters
+    ----------
+    watched : how many are watched
+
+    Members
+    -------
+    timeout : cycles; 0 for never
+    owes, progress : one bit for each
+    late : one bit for each, one cycle
+    """
+
+    def __init__(self, watched: int):
+        self.watched = watched
+        super().__init__({"timeout": In(32), "owes": In(watched), "progress": In(watched), "late": Out(watched)})
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        left, silent, ends = Signal(32), Signal(self.watched), Signal()
+        m.d.comb += ends.eq(left == 0)
+        m.d.sync += [
+            # A shorter timeout counts from the moment when it is set.
+            left.eq(Mux(ends | (left > self.timeout), self.timeout, left - 1)),
+            # Without a timeout nobody is silent, so that one that is set later begins with all forgiven.
+            silent.eq(Mux(self.timeout != 0, (silent | Mux(ends, self.owes, 0)) & self.owes & ~self.progress, 0)),
+            self.late.eq(Mux(ends & (self.timeout != 0), silent & ~self.progress & self.owes, 0)),
+        ]
+        return m

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Performance counters, and when each descriptor was complete."""
+
+from amaranth.hdl import Module, Signal
+from amaranth.lib import wiring
+from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import In, Out
+
+from hw.spec.control.registers import COMPLETIONS
+
+COUNTED = ("busy", "beats", "starved_weights", "starved_activations", "starved_output")
+"""Counters of events, named after their registers."""
+
+
+class PerformanceCounters(wiring.Component):
+    """Counts events, and remembers in which cycle the last descriptors were complete. 64 bits wrap after 2,000 years.
+
+    Members
+    -------
+    clear : set the counters of events to 0
+    count_<event> : one cycle is one event
+    <event>, cycles : the counters
+    started : low word of ``cycles`` when ``count_busy`` last rose
+    complete : a descriptor is complete
+    restart : the next descriptor is number 0
+    completed : descriptors complete since then
+    index, completion : when the descriptor of that number modulo COMPLETIONS was complete; in the same cycle
+    """
+
+    def __init__(self):
+        super().__init__(
+            {
+                "clear": In(1),
+                "cycles": Out(64),
+                **{f"count_{name}": In(1) for name in COUNTED},
+                **{name: Out(64) for name in COUNTED},
+                "started": Out(32),
+                "complete": In(1),
+                "restart": In(1),
+                "completed": Out(32),
+                "index": In(range(COMPLETIONS)),
+                "completion": Out(32),
+            }
+        )
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        m.d.sync += self.cycles.eq(self.cycles + 1)
+        for name in COUNTED:
+            counter: Signal = getattr(self, name)
+            with m.If(self.clear):
+                m.d.sync += counter.eq(0)
+            with m.Elif(getattr(self, f"count_{name}")):
+                m.d.sync += counter.eq(counter + 1)
+        was_busy = Signal()
+        m.d.sync += was_busy.eq(self.count_busy)
+        with m.If(self.count_busy & ~was_busy):
+            m.d.sync += self.started.eq(self.cycles)
+        m.submodules.completions = completions = Memory(shape=32, depth=COMPLETIONS, init=[])
+        write, read = completions.write_port(), completions.read_port(domain="comb")
+        m.d.comb += [
+            write.addr.eq(self.completed[: len(write.addr)]),
+            write.data.eq(self.cycles[:32]),
+            write.en.eq(self.complete),
+            read.addr.eq(self.index),
+            self.completion.eq(read.data),
+        ]
+        with m.If(self.restart):
+            m.d.sync += self.completed.eq(0)
+        with m.Elif(self.complete):
+            m.d.sync += self.completed.eq(self.completed + 1)
+        return m

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The control port's registers, made from their description."""
+
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, unsigned
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+
+from hw.rtl.control.control_port import ControlPort
+from hw.rtl.memory.axi import Response, lite_signature
+from hw.spec.control.registers import REGISTERS, Access, Register
+
+CONTROL_ADDRESS_BITS = 12
+"""Of the control port: a page of 4 KiB, the least that a processor maps."""
+_LINE = 8
+"""Words that a read chooses from in its first cycle; in the second it chooses between lines."""
+
+
+def register_members(register: Register) -> dict[str, wiring.Member]:
+    """The members of the bank that belong to a register; see :class:`RegisterBank`."""
+    name, run = register.name, register.words > 1
+    if register.fields:
+        shape = data.StructLayout({field.name: unsigned(field.width) for field in register.fields})
+        init = {field.name: field.get(register.reset) for field in register.fields}
+    else:
+        shape, init = unsigned(64 if register.wide else 32), register.reset
+    match register.access:
+        case Access.COMMAND:
+            return {name: Out(shape)}
+        case Access.CLEAR:
+            return {name: Out(shape), f"set_{name}": In(shape)}
+        case Access.READ_WRITE if run:
+            return {name: Out(32 * register.words)}
+        case Access.READ_WRITE:
+            return {name: Out(shape, init=init)}
+        case Access.READ if run:
+            return {name: In(shape), f"{name}_index": Out(range(register.words))}
+        case Access.READ:
+            return {name: In(shape)}
+
+
+class RegisterBank(wiring.Component):
+    """All registers of :data:`hw.spec.control.registers.REGISTERS` behind an AXI4-Lite port.
+
+    Members
+    -------
+    ctrl : the AXI4-Lite port
+    forget : clears what is pending in registers of access CLEAR
+
+    and those that are named after a register. They have its fields, side by side without gaps, or all of its bits.
+
+    - READ: an input, what software reads. A run of words is asked for one by one: ``<name>_index`` goes out, and
+      ``<name>`` comes in within the same cycle, so that a memory with an asynchronous read port can hold the run.
+    - READ_WRITE: an output, what software wrote last. A run of words comes out as one number, word 0 lowest.
+    - COMMAND: an output; a field is 1 for one cycle when software writes a 1 to it.
+    - CLEAR: an output, what is pending, and an input ``set_<name>``. What is set and cleared at once stays set.
+
+    Latency: what was written is out ``write_latency`` cycles after the later transfer of AW and W. A read gives the
+    values of the cycle after AR; throughput as :class:`ControlPort`.
+    """
+
+    write_latency, write_period = ControlPort.write_latency, ControlPort.write_period
+    read_latency, read_period = ControlPort.read_latency, ControlPort.read_period
+
+    def __init__(self):
+        members = {name: member for register in REGISTERS for name, member in register_members(register).items()}
+        super().__init__({"ctrl": In(lite_signature(CONTROL_ADDRESS_BITS)), "forget": In(1), **members})
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        m.submodules.port = port = ControlPort(CONTROL_ADDRESS_BITS)
+        wiring.connect(m, wiring.flipped(self.ctrl), port.axi)
+        self._check_writes(m, port)
+        for register in REGISTERS:
+            self._write(m, port, register)
+        self._read(m, port)
+        return m
+
+    @staticmethod
+    def _check_writes(m: Module, port: ControlPort) -> None:
+        """Which words may be written."""
+        with m.Switch(port.write_word):
+            with m.Case(*(word for item in REGISTERS if item.access is not Access.READ for word in _words(item))):
+                m.d.comb += port.write_response.eq(Response.OKAY)
+            with m.Case(*(word for item in REGISTERS if item.access is Access.READ for word in _words(item))):
+                m.d.comb += port.write_response.eq(Response.SLVERR)
+            with m.Default():
+                m.d.comb += port.write_response.eq(Response.DECERR)
+
+    def _write(self, m: Module, port: ControlPort, register: Register) -> None:
+        """What a write to the register does."""
+        if register.access is Access.READ:
+            return
+        member = Value.cast(getattr(self, register.name))
+        bits = _take_fields(register, port.write_data)
+        words = [port.write & (port.write_word == word) for word in _words(register)]
+        match register.access:
+            case Access.READ_WRITE:
+                for index, written in enumerate(words):
+                    with m.If(written):
+                        m.d.sync += member.word_select(index, len(bits)).eq(bits)
+            case Access.COMMAND:
+                m.d.sync += member.eq(Mux(words[0], bits, 0))
+            case Access.CLEAR:
+                cleared = Mux(words[0], bits, 0)
+                causes = Value.cast(getattr(self, f"set_{register.name}"))
+                m.d.sync += member.eq(Mux(self.forget, 0, member & ~cleared | causes))
+
+    def _read(self, m: Module, port: ControlPort) -> None:
+        """A word of every line, registered; then a line. So the number of registers does not set the clock."""
+        lines: dict[tuple[int, ...], Signal] = {}
+        singles: dict[int, dict[int, Value]] = {}
+        for register in REGISTERS:
+            words = _words(register)
+            if register.access is Access.READ and register.words > 1:
+                lines[tuple(sorted({word // _LINE for word in words}))] = self._read_run(m, port, register)
+                continue
+            for word, value in zip(words, self._values(m, port, register)):
+                singles.setdefault(word // _LINE, {})[word % _LINE] = value
+        for line, values in singles.items():
+            lines[line,] = self._read_line(m, port, line, values)
+        known = Signal()
+        with m.If(port.read):
+            m.d.sync += known.eq(0)
+            with m.Switch(port.read_word), m.Case(*(word for register in REGISTERS for word in _words(register))):
+                m.d.sync += known.eq(1)
+        m.d.comb += port.read_response.eq(Mux(known, Response.OKAY, Response.DECERR))
+        with m.Switch(port.read_word[_LINE.bit_length() - 1 :]):
+            for numbers, picked in lines.items():
+                with m.Case(*numbers):
+                    m.d.comb += port.read_data.eq(picked)
+
+    def _read_run(self, m: Module, port: ControlPort, register: Register) -> Signal:
+        """The word of a run that hardware holds."""
+        index = getattr(self, f"{register.name}_index")
+        first = _words(register)[0]
+        if first % register.words or register.words % _LINE:
+            raise ValueError(f"run {register.name} starts at a multiple of its length, and that is of {_LINE} words")
+        m.d.comb += index.eq(port.read_word[: len(index)])
+        picked = Signal(32, name=f"run_{register.name}")
+        with m.If(port.read):
+            m.d.sync += picked.eq(getattr(self, register.name))
+        return picked
+
+    def _read_line(self, m: Module, port: ControlPort, line: int, values: dict[int, Value]) -> Signal:
+        """The chosen one of up to eight words; 0 where there is none."""
+        picked = Signal(32, name=f"line_{line}")
+        with m.If(port.read), m.Switch(port.read_word[: _LINE.bit_length() - 1]):
+            for index, value in values.items():
+                with m.Case(index):
+                    m.d.sync += picked.eq(value)
+            with m.Default():
+                m.d.sync += picked.eq(0)
+        return picked
+
+    def _values(self, m: Module, port: ControlPort, register: Register) -> list[Value]:
+        """What each of a register's words reads as."""
+        if register.access is Access.COMMAND:
+            return [Const(0, 32)]
+        member = Value.cast(getattr(self, register.name))
+        if register.fields:
+            return [_place_fields(register, member)]
+        words = [member.word_select(index, 32) for index in range(len(_words(register)))]
+        if register.access is Access.READ and register.wide:
+            high = Signal(32, name=f"{register.name}_high")
+            with m.If(port.read & (port.read_word == _words(register)[0])):
+                m.d.sync += high.eq(words[1])
+            words[1] = high
+        return words
+
+
+def _words(register: Register) -> range:
+    """Word addresses of a register."""
+    return range(register.offset // 4, register.end // 4)
+
+
+def _take_fields(register: Register, word: Value) -> Value:
+    """The fields of a 32-bit word, side by side."""
+    if not register.fields:
+        return word
+    return Cat(word[field.low : field.low + field.width] for field in register.fields)
+
+
+def _place_fields(register: Register, fields: Value) -> Value:
+    """Inverse of :func:`_take_fields`: the fields at their places, 0 between them."""
+    parts, taken, bit = [], 0, 0
+    for field in register.fields:
+        parts += [Const(0, field.low - bit), fields[taken : taken + field.width]]
+        taken, bit = taken + field.width, field.low + field.width
+    return Cat(*parts, Const(0, 32 - bit))

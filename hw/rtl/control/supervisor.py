@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The supervisor: stops the datapath after a fault, and brings it back."""
+
+from amaranth.hdl import Cat, Module, Signal
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In, Out
+
+from hw.rtl.control.descriptor_check import ERROR_BITS
+from hw.spec.control.registers import QUEUE_DEPTH, ErrorCode
+
+MAX_IN_FLIGHT = 2 * QUEUE_DEPTH
+"""More descriptors than queue and datapath can hold together."""
+
+_STOPS_AT_ONCE = (
+    ErrorCode.READ_BUS,
+    ErrorCode.WRITE_BUS,
+    ErrorCode.READ_TIMEOUT,
+    ErrorCode.WRITE_TIMEOUT,
+    ErrorCode.UNDERRUN,
+)
+"""After these nothing that is in flight can be trusted. After the others, what came before is completed."""
+
+
+class Supervisor(wiring.Component):
+    """Halts the datapath at faults, and resets it when software says so and the bus is owed nothing.
+
+    Members
+    -------
+    code : the first error, 0 if there is none
+    reset : software wants a reset
+    quiet : the bus is owed nothing
+    accepted, complete : a descriptor went into the queue, came out with its results in memory
+    halt : for the datapath: move nothing more but what the bus is owed
+    clear : reset the datapath and forget the error; a few cycles
+    resetting : from the command to the end of the reset
+    running : descriptors are queued or in flight
+    """
+
+    _CLEAR_CYCLES = 4
+
+    def __init__(self):
+        super().__init__(
+            {
+                "code": In(ERROR_BITS),
+                **dict.fromkeys(("reset", "quiet", "accepted", "complete"), In(1)),
+                **dict.fromkeys(("halt", "clear", "resetting", "running"), Out(1)),
+            }
+        )
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        fault = Cat(self.code == code for code in _STOPS_AT_ONCE).any()
+        in_flight = Signal(range(MAX_IN_FLIGHT + 1))
+        left = Signal(range(self._CLEAR_CYCLES + 1))
+        m.d.comb += [
+            self.halt.eq(fault | self.resetting),
+            self.running.eq(in_flight != 0),
+            # Ends a cycle before ``resetting``, as the datapath's reset comes a cycle late.
+            self.clear.eq(left > 1),
+        ]
+        with m.If(left != 0):
+            m.d.sync += [left.eq(left - 1), in_flight.eq(0)]
+            with m.If(left == 1):
+                m.d.sync += self.resetting.eq(0)
+        with m.Else():
+            m.d.sync += in_flight.eq(in_flight + self.accepted - self.complete)
+            with m.If(self.reset):
+                m.d.sync += self.resetting.eq(1)
+            with m.If(self.resetting & self.quiet):
+                m.d.sync += left.eq(self._CLEAR_CYCLES)
+        return m

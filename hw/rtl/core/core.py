@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The core: everything between the streams of commands, weights and activations and the stream of results."""
+
+from amaranth.hdl import Module, Signal
+from amaranth.lib import stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from hw.rtl.common.delay import delay
+from hw.rtl.common.fifo import StreamFifo
+from hw.rtl.common.walker import CommandFork, command_signature
+from hw.rtl.core.activation_buffer import ActivationBuffer, activation_payload
+from hw.rtl.core.array import SystolicArray
+from hw.rtl.core.column import Column, Columns
+from hw.rtl.core.column_control import ColumnControl
+from hw.rtl.core.drain import Drain, result_payload
+from hw.rtl.core.header import HeaderReader
+from hw.rtl.core.sequencer import Sequencer
+from hw.rtl.core.weights import WeightSplitter, WordAssembler
+from hw.spec.config import AcceleratorConfig
+from hw.spec.memory.geometry import StreamLayout
+
+
+class Core(wiring.Component):
+    """Computes one linear layer per command: ``y[m, n] = sum_k x[m, k] * w[n, k]``.
+
+    Members
+    -------
+    command : layers (:class:`hw.spec.control.command.LayerCommand`); several may be in flight
+    weights : the weight stream, beat by beat (:mod:`hw.spec.memory.geometry`)
+    activations : mantissas and token exponents, slice by slice, all tokens of a slice in a row
+    results : float32, output tile by output tile, token by token, columns ascending
+    underrun : a design error was caught: scales came too late. Never set, checked in simulation
+    works, waits_activations, waits_output : what the sequencer does or waits for in this cycle
+
+    Throughput: 1 beat per cycle and 1 token slice per cycle, whichever binds:
+    ``max(beats, tokens * slices, results / lanes)`` cycles, without a gap between layers.
+    """
+
+    def __init__(self, config: AcceleratorConfig):
+        self.config = config
+        self.stream = StreamLayout(config)
+        super().__init__(
+            {
+                "command": In(command_signature(config)),
+                "weights": In(stream.Signature(config.beat_bits)),
+                "activations": In(stream.Signature(activation_payload(config))),
+                "results": Out(stream.Signature(result_payload(config))),
+                "underrun": Out(1),
+                "works": Out(1),
+                "waits_activations": Out(1),
+                "waits_output": Out(1),
+            }
+        )
+        self.array = SystolicArray(config)
+        self.columns = Columns(config)
+        self.drain = Drain(config, self.columns.drain_latency)
+        self.sequencer = Sequencer(config, self.word_fifo_depth)
+
+    @property
+    def word_fifo_depth(self) -> int:
+        """Words that wait for the array."""
+        return self.stream.word_fifo_depth
+
+    @property
+    def latency(self) -> int:
+        """Cycles from the sequencer's decision on an output tile's last slice to its first result."""
+        to_psum = self.sequencer.latency + ActivationBuffer.read_latency + self.array.latency
+        to_drain = Column.ring_delay + 2
+        return to_psum + to_drain + self.drain.latency + StreamFifo.latency
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        config = self.config
+        users = ("splitter", "header", "buffer", "sequencer", "control", "drain")
+        m.submodules.fork = fork = CommandFork(config, users)
+        m.submodules.splitter = splitter = WeightSplitter(config)
+        m.submodules.assembler = assembler = WordAssembler(config)
+        m.submodules.header = header = HeaderReader(config)
+        m.submodules.buffer = buffer = ActivationBuffer(config)
+        m.submodules.sequencer = sequencer = self.sequencer
+        m.submodules.array = array = self.array
+        m.submodules.control = control = ColumnControl(config)
+        m.submodules.columns = columns = self.columns
+        m.submodules.drain = drain = self.drain
+
+        wiring.connect(m, wiring.flipped(self.command), fork.command)
+        for user in users:
+            wiring.connect(m, getattr(fork, user), getattr(m.submodules, user).command)
+        wiring.connect(m, wiring.flipped(self.weights), splitter.beats)
+        wiring.connect(m, splitter.header, header.beats)
+        wiring.connect(m, splitter.body, assembler.beats)
+        wiring.connect(m, wiring.flipped(self.activations), buffer.slices)
+        wiring.connect(m, header.records, control.records)
+        wiring.connect(m, header.exponents, drain.exponents)
+        wiring.connect(m, drain.results, wiring.flipped(self.results))
+
+        self._feed_array(m, assembler.words, buffer, sequencer, array)
+        m.d.comb += [
+            sequencer.tile_ready.eq(header.tile_ready),
+            sequencer.slice_ready.eq(buffer.slice_ready),
+            sequencer.ring_release.eq(drain.ring_release),
+            buffer.release.eq(drain.bank_release),
+            control.token.eq(
+                delay(
+                    m,
+                    sequencer.token,
+                    buffer.read_latency + array.latency - control.lead,
+                    name="token",
+                    reset=True,
+                )
+            ),
+            buffer.sum_address.eq(control.sum_address),
+            control.sum_data.eq(buffer.sum_data),
+            columns.psums.eq(array.psums),
+            columns.group.eq(control.group),
+            columns.ring.eq(control.ring),
+            columns.zero_points.eq(control.zero_points),
+            columns.scales.eq(control.scales),
+            columns.drain.eq(drain.slot),
+            drain.drained.eq(columns.drained),
+            drain.tile_done.eq(control.tile_done),
+            buffer.exponent_address.eq(drain.token_exponent_address),
+            drain.token_exponent.eq(buffer.exponent_data),
+            self.underrun.eq(control.underrun),
+            self.works.eq(sequencer.works),
+            self.waits_activations.eq(sequencer.waits_activations),
+            self.waits_output.eq(sequencer.waits_output),
+        ]
+        return m
+
+    def _feed_array(self, m: Module, words, buffer, sequencer, array) -> None:
+        """Activations and weights of a token reach the array in the same cycle."""
+        m.submodules.word_fifo = fifo = StreamFifo(self.stream.word_bits, self.word_fifo_depth)
+        wiring.connect(m, words, fifo.i)
+        register = Signal(len(array.words), reset_less=True)
+        wait = buffer.read_latency - 1
+        place = delay(m, sequencer.place, wait, name="place")
+        m.d.comb += fifo.o.ready.eq(delay(m, sequencer.pop, wait, name="pop", reset=True))
+        if self.stream.slices_per_word == 1:
+            m.d.sync += register.eq(fifo.o.payload[: len(register)])
+        else:
+            m.d.sync += register.eq(fifo.o.payload.word_select(place, len(register)))
+        m.d.comb += [
+            sequencer.word_pushed.eq(fifo.i.valid & fifo.i.ready),
+            buffer.read_address.eq(sequencer.address),
+            array.activations.eq(buffer.read_data),
+            array.load.eq(delay(m, sequencer.load, buffer.read_latency, name="load", reset=True)),
+            array.words.eq(register),
+        ]

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""float32 to mantissas: what gives a token its exponent, and what rounds its elements."""
+
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, signed
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+
+from hw.spec.config import EXPONENT_BITS, AcceleratorConfig
+
+FLOAT = data.StructLayout({"fraction": 23, "exponent": 8, "sign": 1})
+"""IEEE 754 binary32."""
+_SIGNIFICAND_BITS = 24
+_SPECIAL = 255
+_UNIT_EXPONENT = 150
+"""Biased exponent at which the significand's lowest bit is worth 1."""
+
+
+def significand(number) -> Cat:
+    """The 24-bit significand of a :data:`FLOAT`, its leading bit 0 for subnormal numbers."""
+    return Cat(number.fraction, number.exponent.any())
+
+
+class TokenExponent(wiring.Component):
+    """Finds a token's exponent from its largest magnitude.
+
+    ``e`` is the smallest integer with ``rint(largest / 2**e) <= 2**(activation_bits - 1) - 1``; 0 for zero.
+    See :func:`hw.spec.numerics.linear.quantise_activations`. Latency 1 cycle, throughput 1 per cycle.
+
+    Members
+    -------
+    largest : float32 bits without the sign
+    exponent : e
+    non_finite : the largest magnitude is infinite or not a number
+    out_of_range : e does not fit its field
+    """
+
+    latency = 1
+
+    def __init__(self, config: AcceleratorConfig):
+        self.config = config
+        super().__init__(
+            {"largest": In(31), "exponent": Out(signed(EXPONENT_BITS)), "non_finite": Out(1), "out_of_range": Out(1)}
+        )
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        bits = self.config.activation_bits
+        number = data.View(FLOAT, Cat(self.largest, Const(0, 1)))
+        # All of the mantissa's bits and the one below them set: rounding carries into one bit more.
+        carries = significand(number)[-bits:].all()
+        exponent = Signal(signed(EXPONENT_BITS + 2))
+        low, high = -(1 << (EXPONENT_BITS - 1)), (1 << (EXPONENT_BITS - 1)) - 1
+        zero = ~self.largest.any()
+        m.d.comb += exponent.eq(number.exponent - (126 + bits - 1) + carries)
+        m.d.sync += [
+            self.exponent.eq(Mux(zero, 0, exponent)),
+            self.non_finite.eq(number.exponent == _SPECIAL),
+            # A subnormal's exponent is lower still than its field says.
+            self.out_of_range.eq(~zero & ((exponent < low) | (exponent > high) | (number.exponent == 0))),
+        ]
+        return m
+
+
+class Mantissa(wiring.Component):
+    """``rint(value / 2**exponent)``, half to even. Latency 3 cycles, throughput 1 per cycle.
+
+    Members
+    -------
+    moves : one bit a stage: the value in front of it is meant, and goes on; otherwise the stage rests
+    value : float32
+    exponent : of its token, so that the result fits
+    mantissa : the result
+    """
+
+    latency = 3
+
+    def __init__(self, config: AcceleratorConfig):
+        self.config = config
+        super().__init__(
+            {
+                "moves": In(self.latency),
+                "value": In(FLOAT),
+                "exponent": In(signed(EXPONENT_BITS)),
+                "mantissa": Out(signed(config.activation_bits)),
+            }
+        )
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        value, bits = self.value, self.config.activation_bits
+        # How far the significand moves right; from 25 places on nothing is left, not even after rounding.
+        most = _SIGNIFICAND_BITS + 1
+        places = Signal(signed(EXPONENT_BITS + 3), reset_less=True)
+        number = Signal(_SIGNIFICAND_BITS, reset_less=True)
+        signs = [Signal(reset_less=True, name=f"sign_{stage}") for stage in range(2)]
+        with m.If(self.moves[0]):
+            m.d.sync += [
+                places.eq(self.exponent + _UNIT_EXPONENT - Mux(value.exponent.any(), value.exponent, 1)),
+                number.eq(significand(value)),
+                signs[0].eq(value.sign),
+            ]
+        moved = Signal(_SIGNIFICAND_BITS + most, reset_less=True)
+        with m.If(self.moves[1]):
+            m.d.sync += [
+                moved.eq(Cat(Const(0, most), number) >> Mux(places > most, most, places.as_unsigned())),
+                signs[1].eq(signs[0]),
+            ]
+        # Below the result's lowest bit lie the half, and what decides whether it is one.
+        kept, half, rest = moved[most:], moved[most - 1], moved[: most - 1].any()
+        sign = signs[1].replicate(bits)
+        with m.If(self.moves[2]):
+            m.d.sync += self.mantissa.eq(((kept + (half & (rest | kept[0])))[:bits] ^ sign) + signs[1])
+        return m

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fetches a layer's activations over all read ports at once, so that no port has to carry them alone."""
+
+from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, unsigned
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from hw.rtl.common.fifo import Credits, StreamFifo
+from hw.rtl.core.activation_unit import row_layout
+from hw.rtl.memory.axi import ADDRESS_BITS
+from hw.rtl.memory.burst_cutter import burst_layout
+from hw.spec.config import FLOAT_BITS, AcceleratorConfig
+from hw.spec.control.descriptor import activation_beats
+from hw.spec.memory.access import CHUNK_BYTES, CHUNKS_AHEAD
+
+
+def chunk_beats(config: AcceleratorConfig) -> int:
+    """Beats of one chunk."""
+    return CHUNK_BYTES * 8 // config.port_width
+
+
+def max_activation_beats(config: AcceleratorConfig) -> int:
+    """Beats of the largest block of activations."""
+    return activation_beats(config, config.max_tokens, config.max_k // config.tile)
+
+
+def fetch_layout(config: AcceleratorConfig) -> data.StructLayout:
+    """A block of activations: address, and length in beats of one port, at least 1."""
+    return data.StructLayout(
+        {"address": unsigned(ADDRESS_BITS), "beats": unsigned(max_activation_beats(config).bit_length())}
+    )
+
+
+class ActivationFetch(wiring.Component):
+    """Cuts blocks into chunks, gives them to the ports in turn, and puts the data together again.
+
+    Each port's beats are joined to rows of ``tile`` floats before they wait in its FIFO, so that all ports together
+    deliver as fast as they read, although a chunk comes from one of them. As the ports take turns, one counter of
+    chunks keeps all FIFOs from overflowing.
+
+    Members
+    -------
+    blocks : what to fetch
+    bursts_<p> : port p's chunks, for its read manager
+    beats_<p> : port p's data; always taken at once
+    rows : the blocks' data, in order
+    asking : bursts are still to come for the last block
+
+    Latency: 1 cycle from a block to its first burst, 3 from a row's last beat to the row. Throughput: 1 burst and 1 row
+    per cycle, and 1 beat per cycle and port.
+    """
+
+    latency = 1
+    """Cycles from a block's transfer to its first burst."""
+    row_latency = 3
+    """Cycles from the last beat of a row to the row: joined, in the FIFO, chosen."""
+
+    def __init__(self, config: AcceleratorConfig):
+        self.config = config
+        self.row_beats = config.tile * FLOAT_BITS // config.port_width
+        beats = stream.Signature(config.port_width)
+        members = {}
+        for port in range(config.ports):
+            members[f"bursts_{port}"] = Out(stream.Signature(burst_layout(config.port_width)))
+            members[f"beats_{port}"] = In(beats)
+        super().__init__(
+            {
+                "blocks": In(stream.Signature(fetch_layout(config))),
+                **members,
+                "rows": Out(stream.Signature(row_layout(config))),
+                "asking": Out(1),
+            }
+        )
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        m.submodules.lengths = lengths = StreamFifo(self._length_layout(), 4)
+        chunks = CHUNKS_AHEAD * self.config.ports
+        m.submodules.room = room = Credits(chunks, init=chunks)
+        self._ask(m, lengths, room)
+        self._merge(m, lengths, room)
+        return m
+
+    def _length_layout(self) -> data.StructLayout:
+        """What the two halves share of a block: its rows, and how many its first chunk lacks."""
+        row_bits = (self.row_beats - 1).bit_length()
+        return data.StructLayout({"rows": len(self.blocks.payload.beats) - row_bits, "missing": range(self.chunk_rows)})
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of one chunk."""
+        return chunk_beats(self.config) // self.row_beats
+
+    def _turn(self, m: Module, name: str, advance) -> Signal:
+        """Whose turn it is. It goes on from block to block, so that short ones spread over the ports too."""
+        port = Signal(range(max(2, self.config.ports)), name=name)
+        with m.If(advance):
+            m.d.sync += port.eq(Mux(port == self.config.ports - 1, 0, port + 1))
+        return port
+
+    def _ask(self, m: Module, lengths: StreamFifo, room: Credits) -> None:
+        whole, block = chunk_beats(self.config), self.blocks.payload
+        beat_bits = (self.config.port_width // 8 - 1).bit_length()
+        page_bits, row_bits = (CHUNK_BYTES - 1).bit_length(), (self.row_beats - 1).bit_length()
+        address, left = Signal(ADDRESS_BITS), Signal.like(block.beats)
+        beats, to_end = Signal(range(whole + 1)), Signal(range(whole + 1))
+        taken, load, may = Signal(), Signal(), Signal()
+        port = self._turn(m, "asking_port", taken)
+        m.d.comb += [
+            to_end.eq(whole - address[beat_bits:page_bits]),
+            beats.eq(Mux(left < to_end, left, to_end)),
+            self.asking.eq(left != 0),
+            may.eq(self.asking & room.enough),
+            room.take.eq(taken),
+            self.blocks.ready.eq(~self.asking & lengths.i.ready),
+            load.eq(self.blocks.valid & self.blocks.ready),
+            lengths.i.valid.eq(load),
+            lengths.i.payload.rows.eq(block.beats >> row_bits),
+            lengths.i.payload.missing.eq(block.address[beat_bits + row_bits : page_bits]),
+        ]
+        for index in range(self.config.ports):
+            bursts = getattr(self, f"bursts_{index}")
+            m.d.comb += [
+                bursts.payload.address.eq(address),
+                bursts.payload.beats.eq(beats),
+                bursts.valid.eq(may & (port == index)),
+            ]
+            with m.If(bursts.valid & bursts.ready):
+                m.d.comb += taken.eq(1)
+        with m.If(load):
+            m.d.sync += [address.eq(block.address), left.eq(block.beats)]
+        with m.Elif(taken):
+            m.d.sync += [address.eq((address[page_bits:] + 1) << page_bits), left.eq(left - beats)]
+
+    def _join(self, m: Module, port: int) -> StreamFifo:
+        """A port's beats as rows, in a FIFO."""
+        beats, whole = getattr(self, f"beats_{port}"), Signal(row_layout(self.config), reset_less=True)
+        m.submodules[f"rows_{port}"] = fifo = StreamFifo(row_layout(self.config), CHUNKS_AHEAD * self.chunk_rows)
+        place, full = Signal(range(max(2, self.row_beats))), Signal()
+        last = (place == self.row_beats - 1) if self.row_beats > 1 else Const(1)
+        m.d.comb += [
+            # There is room: see the class.
+            beats.ready.eq(1),
+            fifo.i.payload.eq(whole),
+            fifo.i.valid.eq(full),
+        ]
+        m.d.sync += full.eq(beats.valid & last)
+        with m.If(beats.valid):
+            m.d.sync += [
+                place.eq(Mux(last, 0, place + 1)),
+                whole.eq(Cat(whole.as_value()[self.config.port_width :], beats.payload)),
+            ]
+        return fifo
+
+    def _merge(self, m: Module, lengths: StreamFifo, room: Credits) -> None:
+        fifos = [self._join(m, port) for port in range(self.config.ports)]
+        left, place = Signal.like(lengths.o.payload.rows), Signal(range(self.chunk_rows))
+        active, taken, chunk_ends, block_ends = Signal(), Signal(), Signal(), Signal()
+        port = self._turn(m, "merging_port", chunk_ends)
+        m.d.comb += [
+            active.eq((left != 0) & (~self.rows.valid | self.rows.ready)),
+            taken.eq(active & Array(fifo.o.valid for fifo in fifos)[port]),
+            block_ends.eq(taken & (left == 1)),
+            chunk_ends.eq((taken & (place == self.chunk_rows - 1)) | block_ends),
+            lengths.o.ready.eq((left == 0) | block_ends),
+            room.add.eq(chunk_ends),
+            *(fifo.o.ready.eq(active & (port == index)) for index, fifo in enumerate(fifos)),
+        ]
+        with m.If(taken):
+            m.d.sync += self.rows.payload.eq(Array(fifo.o.payload.as_value() for fifo in fifos)[port])
+        with m.If(taken):
+            m.d.sync += self.rows.valid.eq(1)
+        with m.Elif(self.rows.ready):
+            m.d.sync += self.rows.valid.eq(0)
+        with m.If(lengths.o.valid & lengths.o.ready):
+            m.d.sync += [left.eq(lengths.o.payload.rows), place.eq(lengths.o.payload.missing)]
+        with m.Elif(taken):
+            m.d.sync += [left.eq(left - 1), place.eq(place + 1)]

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AXI4 channels as streams. Names and rules: Arm IHI 0022, AMBA AXI protocol, AXI4."""
+
+from amaranth.hdl import unsigned
+from amaranth.lib import data, enum, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from hw.spec.control.descriptor import ADDRESS_BITS
+
+MAX_BURST_BEATS = 256
+"""Longest INCR burst."""
+BOUNDARY = 4096
+"""Bytes; no burst crosses a multiple of it."""
+
+
+class Response(enum.Enum, shape=2):
+    """RRESP and BRESP."""
+
+    OKAY = 0
+    EXOKAY = 1
+    SLVERR = 2
+    DECERR = 3
+
+
+INCR = 1
+"""AxBURST of an incrementing burst."""
+ID_BITS = 1
+"""All transfers of a port have ID 0 and so come back in order; interconnects want the signal all the same."""
+CACHE = 0b0011
+"""AxCACHE: normal, not cached, bufferable; what Zynq UltraScale+ wants for its DDR controller."""
+
+
+def address_layout() -> data.StructLayout:
+    """AR and AW; the names are those of the specification without the channel's."""
+    return data.StructLayout(
+        {
+            "id": unsigned(ID_BITS),
+            "addr": unsigned(ADDRESS_BITS),
+            "len": unsigned(8),
+            "size": 3,
+            "burst": 2,
+            "cache": 4,
+            "prot": 3,
+        }
+    )
+
+
+def read_layout(width: int) -> data.StructLayout:
+    """R."""
+    return data.StructLayout({"id": unsigned(ID_BITS), "data": unsigned(width), "resp": Response, "last": 1})
+
+
+def write_layout(width: int) -> data.StructLayout:
+    """W."""
+    return data.StructLayout({"data": unsigned(width), "strb": unsigned(width // 8), "last": 1})
+
+
+def acknowledge_layout() -> data.StructLayout:
+    """B."""
+    return data.StructLayout({"id": unsigned(ID_BITS), "resp": Response})
+
+
+class AxiSignature(wiring.Signature):
+    """Channels of an AXI port by their names in lower case, seen from the manager.
+
+    Ports of the generated Verilog are named ``m_axi_{name}_{channel}{signal}`` on a manager (an ``Out`` member) and
+    ``s_axi_{name}_{channel}{signal}`` on a subordinate (an ``In`` member).
+    """
+
+
+def is_axi(member: wiring.Member) -> bool:
+    """Whether a component's member is an AXI port."""
+    if not member.is_signature:
+        return False
+    # That of an In member is the flipped one.
+    signature = member.signature if member.flow == Out else member.signature.flip()
+    return isinstance(signature, AxiSignature)
+
+
+def _read_channels(width: int) -> dict[str, wiring.Member]:
+    return {"ar": Out(stream.Signature(address_layout())), "r": In(stream.Signature(read_layout(width)))}
+
+
+def _write_channels(width: int) -> dict[str, wiring.Member]:
+    return {
+        "aw": Out(stream.Signature(address_layout())),
+        "w": Out(stream.Signature(write_layout(width))),
+        "b": In(stream.Signature(acknowledge_layout())),
+    }
+
+
+def read_signature(width: int) -> AxiSignature:
+    """The read half of an AXI4 port."""
+    return AxiSignature(_read_channels(width))
+
+
+def write_signature(width: int) -> AxiSignature:
+    """The write half of an AXI4 port."""
+    return AxiSignature(_write_channels(width))
+
+
+def memory_signature(width: int, port: int) -> AxiSignature:
+    """The accelerator's AXI4 port of this number: the first reads and writes, the others only read."""
+    return AxiSignature(_read_channels(width) | ({} if port else _write_channels(width)))
+
+
+def lite_signature(address_bits: int) -> AxiSignature:
+    """An AXI4-Lite port of 32 bits."""
+    address = stream.Signature(data.StructLayout({"addr": unsigned(address_bits), "prot": 3}))
+    return AxiSignature(
+        {
+            "aw": Out(address),
+            "w": Out(stream.Signature(data.StructLayout({"data": 32, "strb": 4}))),
+            "b": In(stream.Signature(data.StructLayout({"resp": Response}))),
+            "ar": Out(address),
+            "r": In(stream.Signature(data.StructLayout({"data": 32, "resp": Response}))),
+        }
+    )
+
+
+def constant_address_fields(payload, width: int) -> list:
+    """Assignments for what is the same in every burst of a port of ``width`` bits."""
+    return [
+        payload.size.eq((width // 8 - 1).bit_length()),
+        payload.burst.eq(INCR),
+        payload.cache.eq(CACHE),
+        payload.prot.eq(0),
+        payload.id.eq(0),
+    ]
+
+
+def is_error(response):
+    """Whether RRESP or BRESP reports an error."""
+    return (response == Response.SLVERR) | (response == Response.DECERR)

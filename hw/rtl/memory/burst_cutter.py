@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cuts linear regions of memory into AXI4 bursts."""
+
+from amaranth.hdl import Module, Mux, Signal, unsigned
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from hw.rtl.memory.axi import ADDRESS_BITS, BOUNDARY, MAX_BURST_BEATS
+
+BEAT_COUNT_BITS = 32
+"""Bits of a region's length in beats. A descriptor's regions are shorter than 4 GiB."""
+
+
+def region_layout() -> data.StructLayout:
+    """A region of memory: address, a multiple of the beat's bytes, and length in beats, at least 1."""
+    return data.StructLayout({"address": unsigned(ADDRESS_BITS), "beats": unsigned(BEAT_COUNT_BITS)})
+
+
+def max_burst_beats(width: int) -> int:
+    """Beats of the longest burst on a port of ``width`` bits."""
+    return min(MAX_BURST_BEATS, BOUNDARY // (width // 8))
+
+
+def burst_layout(width: int) -> data.StructLayout:
+    """A burst: address and length in beats, at least 1."""
+    return data.StructLayout({"address": unsigned(ADDRESS_BITS), "beats": range(max_burst_beats(width) + 1)})
+
+
+class BurstCutter(wiring.Component):
+    """Cuts each region into maximal INCR bursts that never cross a 4 KiB boundary.
+
+    Parameters
+    ----------
+    width : bits of the port
+
+    Members
+    -------
+    regions : what to cut; the end of a region lies below 2^40 (the descriptor's check sees to it)
+    bursts : the bursts, in order
+
+    Latency 1 cycle, throughput 1 burst per cycle, without a gap between regions.
+    """
+
+    latency = 1
+
+    def __init__(self, width: int):
+        self.width = width
+        super().__init__(
+            {
+                "regions": In(stream.Signature(region_layout())),
+                "bursts": Out(stream.Signature(burst_layout(width))),
+            }
+        )
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        beat_bytes, longest = self.width // 8, max_burst_beats(self.width)
+        beat_bits, index_bits = (beat_bytes - 1).bit_length(), (longest - 1).bit_length()
+        burst, region = self.bursts.payload, self.regions.payload
+        # What is left of the region behind the burst on offer.
+        left, last = Signal(BEAT_COUNT_BITS), Signal()
+        load, taken = Signal(), Signal()
+        m.d.comb += [
+            taken.eq(self.bursts.valid & self.bursts.ready),
+            self.regions.ready.eq(~self.bursts.valid | (taken & last)),
+            load.eq(self.regions.valid & self.regions.ready),
+        ]
+        first, following = Signal.like(burst.beats), Signal.like(burst.beats)
+        # A burst ends where the next block of ``longest`` beats begins; blocks divide 4 KiB. The first burst of a
+        # region may begin inside a block, all others begin one.
+        room = longest - region.address[beat_bits : beat_bits + index_bits]
+        m.d.comb += [
+            first.eq(Mux(region.beats < room, region.beats, room)),
+            following.eq(Mux(left < longest, left, longest)),
+        ]
+        with m.If(load):
+            m.d.sync += [
+                self.bursts.valid.eq(1),
+                burst.address.eq(region.address),
+                burst.beats.eq(first),
+                left.eq(region.beats - first),
+                last.eq(region.beats == first),
+            ]
+        with m.Elif(taken):
+            m.d.sync += [
+                self.bursts.valid.eq(~last),
+                burst.address.eq(burst.address + (burst.beats << beat_bits)),
+                burst.beats.eq(following),
+                left.eq(left - following),
+                last.eq(left == following),
+            ]
+        return m

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The AXI4 read manager: bursts for several clients over one port."""
+
+from collections.abc import Mapping
+
+from amaranth.hdl import Cat, Module, Signal, unsigned
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from hw.rtl.common.fifo import BlockFifo, StreamFifo
+from hw.rtl.memory.axi import ADDRESS_BITS, constant_address_fields, is_error, read_signature
+from hw.rtl.memory.burst_cutter import burst_layout, max_burst_beats
+from hw.spec.config import AcceleratorConfig
+from hw.spec.memory.access import OUTSTANDING
+
+
+def read_clients(config: AcceleratorConfig) -> dict[str, int]:
+    """Who reads over a port, and beats of their FIFOs; activations first: they are few, and a whole layer waits."""
+    return {"activations": 0, "weights": OUTSTANDING * max_burst_beats(config.port_width)}
+
+
+class ReadManager(wiring.Component):
+    """Reads bursts for several clients over one port, each client's in order.
+
+    A client only asks for bursts for which its FIFO has room (it knows from what it asked for and what it took), so
+    data never wait on the bus and no client holds up another. Bursts of several clients are asked for one by one, the
+    first client's first. All have the same ID, so they come back in the order in which they were asked for.
+
+    Parameters
+    ----------
+    width : bits of the port
+    clients : name of each client and depth in beats, a power of two, of its FIFO, or 0 for a client that takes every
+        beat at once; the first has precedence
+    outstanding : bursts that may be under way, a power of two
+
+    Members
+    -------
+    axi : AR and R
+    <client>_bursts : bursts to read, none of which crosses a 4 KiB boundary
+    <client>_beats : their data, in order
+    halt : ask for nothing more; what is under way is still received
+    under_way : bursts offered on AR and not yet received
+    error : a burst was answered with SLVERR or DECERR; one cycle, with its address in ``error_address``
+    oldest : address of the burst that memory owes next, if any
+
+    Latency: 1 cycle from a burst to AR, 2 from R to a client with a FIFO. Throughput 1 burst and 1 beat per cycle.
+    """
+
+    latency = 1
+    """Cycles from a burst's transfer to the first cycle of ARVALID."""
+
+    def __init__(self, width: int, clients: Mapping[str, int], outstanding: int = OUTSTANDING):
+        if outstanding < 2 or outstanding & (outstanding - 1):
+            raise ValueError(f"outstanding bursts are a power of two from 2 up, not {outstanding}")
+        self.width, self.clients, self.outstanding = width, dict(clients), outstanding
+        members = {}
+        for name in clients:
+            members[f"{name}_bursts"] = In(stream.Signature(burst_layout(width)))
+            members[f"{name}_beats"] = Out(stream.Signature(width))
+        super().__init__(
+            {
+                "axi": Out(read_signature(width)),
+                **members,
+                "halt": In(1),
+                "under_way": Out(range(outstanding + 1)),
+                "error": Out(1),
+                "error_address": Out(ADDRESS_BITS),
+                "oldest": Out(ADDRESS_BITS),
+            }
+        )
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        # What is under way: its client and, for the error register, its address.
+        tag = data.StructLayout({"client": range(max(2, len(self.clients))), "address": ADDRESS_BITS})
+        m.submodules.tags = tags = StreamFifo(tag, self.outstanding)
+        m.d.comb += [self.under_way.eq(tags.level), self.oldest.eq(tags.o.payload.address)]
+        self._ask(m, tags)
+        for index, (name, depth) in enumerate(self.clients.items()):
+            beats = getattr(self, f"{name}_beats")
+            if depth:
+                m.submodules[f"{name}_fifo"] = fifo = BlockFifo(unsigned(self.width), depth)
+                wiring.connect(m, fifo.o, wiring.flipped(beats))
+                beats = fifo.i
+            m.d.comb += [
+                beats.payload.eq(self.axi.r.payload.data),
+                beats.valid.eq(self.axi.r.valid & (tags.o.payload.client == index)),
+            ]
+        r = self.axi.r
+        m.d.comb += [
+            # There is room: see the class.
+            r.ready.eq(1),
+            tags.o.ready.eq(r.valid & r.payload.last),
+        ]
+        m.d.sync += [self.error.eq(r.valid & is_error(r.payload.resp)), self.error_address.eq(tags.o.payload.address)]
+        return m
+
+    def _ask(self, m: Module, tags: StreamFifo) -> None:
+        """Offers a burst of the first client that has one on AR."""
+        ar, free = self.axi.ar, Signal()
+        requests = [getattr(self, f"{name}_bursts") for name in self.clients]
+        m.d.comb += [
+            free.eq((~ar.valid | ar.ready) & tags.i.ready & ~self.halt),
+            tags.i.valid.eq(free & Cat(bursts.valid for bursts in requests).any()),
+            *constant_address_fields(ar.payload, self.width),
+        ]
+        with m.If(ar.ready):
+            m.d.sync += ar.valid.eq(0)
+        earlier = Signal(len(requests) + 1)
+        for index, bursts in enumerate(requests):
+            m.d.comb += [
+                earlier[index + 1].eq(earlier[index] | bursts.valid),
+                bursts.ready.eq(free & ~earlier[index]),
+            ]
+            with m.If(bursts.valid & bursts.ready):
+                m.d.comb += [tags.i.payload.client.eq(index), tags.i.payload.address.eq(bursts.payload.address)]
+                m.d.sync += [
+                    ar.valid.eq(1),
+                    ar.payload.addr.eq(bursts.payload.address),
+                    ar.payload.len.eq((bursts.payload.beats - 1)[:8]),
+                ]

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fetches a layer's weights: all ports read their regions in step, and a beat of each makes a beat of the stream."""
+
+from amaranth.hdl import Cat, Module, Mux, Signal, unsigned
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from hw.rtl.common.fifo import Counter
+from hw.rtl.memory.axi import ADDRESS_BITS
+from hw.rtl.memory.burst_cutter import BEAT_COUNT_BITS, BurstCutter, burst_layout, max_burst_beats
+from hw.spec.config import AcceleratorConfig
+from hw.spec.control.descriptor import FIELD_WIDTHS
+
+STRIDE_BITS = FIELD_WIDTHS["weights_stride"]
+
+
+def weights_layout() -> data.StructLayout:
+    """A layer's weights: port p reads ``beats`` beats from ``address + p * stride`` on, all multiples of 4 KiB."""
+    return data.StructLayout(
+        {"address": unsigned(ADDRESS_BITS), "stride": unsigned(STRIDE_BITS), "beats": unsigned(BEAT_COUNT_BITS)}
+    )
+
+
+class WeightFetch(wiring.Component):
+    """Asks every port for the same bursts, each in its own region, and joins what comes.
+
+    As every port's FIFO is filled and emptied by the same bursts and beats, one counter knows the room in all of them.
+
+    Parameters
+    ----------
+    depth : beats of the FIFO that each port has for weights
+
+    Members
+    -------
+    regions : the layers' weights
+    halt : hand over nothing more
+    bursts_<p> : for port p's read manager
+    beats_<p> : port p's data
+    beats : the weight stream
+
+    Latency: 1 cycle from a layer to its first bursts, none for the data. Throughput: 1 beat per cycle.
+    """
+
+    latency = BurstCutter.latency
+
+    def __init__(self, config: AcceleratorConfig, depth: int):
+        self.config, self.depth = config, depth
+        members = {}
+        for port in range(config.ports):
+            members[f"bursts_{port}"] = Out(stream.Signature(burst_layout(config.port_width)))
+            members[f"beats_{port}"] = In(stream.Signature(config.port_width))
+        super().__init__(
+            {
+                "regions": In(stream.Signature(weights_layout())),
+                "halt": In(1),
+                **members,
+                "beats": Out(stream.Signature(config.beat_bits)),
+            }
+        )
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        width = self.config.port_width
+        m.submodules.cutter = cutter = BurstCutter(width)
+        m.submodules.room = room = Counter(self.depth, take=max_burst_beats(width), init=self.depth)
+        regions, burst, stride = self.regions, cutter.bursts.payload, Signal(STRIDE_BITS)
+        fits, done = Signal(), Signal()
+        m.d.comb += [
+            cutter.regions.payload.address.eq(regions.payload.address),
+            cutter.regions.payload.beats.eq(regions.payload.beats),
+            cutter.regions.valid.eq(regions.valid),
+            regions.ready.eq(cutter.regions.ready),
+            fits.eq(cutter.bursts.valid & (burst.beats <= room.value)),
+            cutter.bursts.ready.eq(done),
+            room.take.eq(Mux(done, burst.beats, 0)),
+            room.add.eq(self.beats.valid & self.beats.ready),
+        ]
+        with m.If(regions.valid & regions.ready):
+            m.d.sync += stride.eq(regions.payload.stride)
+        ports = range(self.config.ports)
+        asked = Signal(len(ports))
+        for port in ports:
+            bursts = getattr(self, f"bursts_{port}")
+            m.d.comb += [
+                # Cannot wrap: a descriptor's addresses are below 2^40 - 2^34.
+                bursts.payload.address.eq(burst.address + stride * port),
+                bursts.payload.beats.eq(burst.beats),
+                bursts.valid.eq(fits & ~asked[port]),
+            ]
+            with m.If(bursts.valid & bursts.ready):
+                m.d.sync += asked[port].eq(1)
+        m.d.comb += done.eq(asked.all())
+        with m.If(done):
+            m.d.sync += asked.eq(0)
+        parts = [getattr(self, f"beats_{port}") for port in ports]
+        m.d.comb += [
+            self.beats.payload.eq(Cat(part.payload for part in parts)),
+            self.beats.valid.eq(Cat(*(part.valid for part in parts), ~self.halt).all()),
+            *(part.ready.eq(self.beats.valid & self.beats.ready) for part in parts),
+        ]
+        return m

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The AXI4 write manager: short pieces of results into memory."""
+
+from amaranth.hdl import Cat, Module, Mux, Signal, unsigned
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from hw.rtl.common.fifo import StreamFifo
+from hw.rtl.memory.axi import ADDRESS_BITS, BOUNDARY, constant_address_fields, is_error, write_layout, write_signature
+from hw.spec.config import FLOAT_BITS
+from hw.spec.memory.access import OUTSTANDING, PIECE_FLOATS
+
+PIECE_BYTES = PIECE_FLOATS * FLOAT_BITS // 8
+
+
+def piece_layout() -> data.StructLayout:
+    """A piece of memory to write.
+
+    address : of its first byte, a multiple of 128
+    last_float : index of its last float, so one less than its length
+    last : no piece of its descriptor follows
+    interrupt : the descriptor wants an interrupt
+    """
+    return data.StructLayout(
+        {"address": unsigned(ADDRESS_BITS), "last_float": range(PIECE_FLOATS), "last": 1, "interrupt": 1}
+    )
+
+
+def last_beat(last_float, width: int):
+    """Index of a piece's last beat on a port of ``width`` bits."""
+    return last_float >> (width // FLOAT_BITS).bit_length() - 1
+
+
+class WriteManager(wiring.Component):
+    """Writes pieces with INCR bursts: one each, or two where a piece crosses a 4 KiB boundary.
+
+    A burst is offered on AW as soon as its piece is known; its data follow, never before it. All bursts have the same
+    ID, so they are acknowledged in order.
+
+    Parameters
+    ----------
+    width : bits of the port
+    outstanding : bursts that may be under way, a power of two
+
+    Members
+    -------
+    pieces : where to write
+    beats : their data; every piece starts with a new beat
+    axi : AW, W and B
+    halt : offer no further burst; those on AW get their data all the same
+    under_way : bursts offered on AW and not yet acknowledged
+    complete : the last burst of a descriptor was acknowledged, and none of its bursts with an error; one cycle
+    complete_interrupt : with ``complete``: the descriptor wants an interrupt
+    error : a burst was answered with SLVERR or DECERR; one cycle, with its address in ``error_address``
+    oldest : address of the burst that memory owes an answer next, if any
+
+    Latency: 3 cycles from a piece to its first AW, 1 from a beat to W, 1 from B to ``complete``. Throughput 1 beat
+    per cycle, across bursts too. No output depends on an input of the same cycle.
+    """
+
+    latency = StreamFifo.latency + 2
+    """Cycles from a piece's transfer to the first cycle of AWVALID."""
+
+    def __init__(self, width: int, outstanding: int = OUTSTANDING):
+        if outstanding < 2 or outstanding & (outstanding - 1):
+            raise ValueError(f"outstanding bursts are a power of two from 2 up, not {outstanding}")
+        self.width, self.outstanding = width, outstanding
+        super().__init__(
+            {
+                "pieces": In(stream.Signature(piece_layout())),
+                "beats": In(stream.Signature(width)),
+                "axi": Out(write_signature(width)),
+                "halt": In(1),
+                "under_way": Out(range(outstanding + 1)),
+                "complete": Out(1),
+                "complete_interrupt": Out(1),
+                "error": Out(1),
+                "error_address": Out(ADDRESS_BITS),
+                "oldest": Out(ADDRESS_BITS),
+            }
+        )
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        floats = self.width // FLOAT_BITS
+        # What is under way, for its acknowledgement; ``last`` is that of the descriptor.
+        tag = data.StructLayout({"address": ADDRESS_BITS, "last": 1, "interrupt": 1})
+        # The same bursts until their data are sent, so this FIFO is never the fuller one. ``keep``: floats of the last
+        # beat that are written.
+        share = data.StructLayout({"last_beat": range(PIECE_FLOATS // floats), "keep": floats})
+        m.submodules.tags = tags = StreamFifo(tag, self.outstanding)
+        m.submodules.shares = shares = StreamFifo(share, self.outstanding)
+        m.d.comb += [self.under_way.eq(tags.level), self.oldest.eq(tags.o.payload.address)]
+        self._ask(m, tags, shares)
+        self._send(m, shares)
+        self._acknowledge(m, tags)
+        return m
+
+    def _ask(self, m: Module, tags: StreamFifo, shares: StreamFifo) -> None:
+        """Cuts pieces at 4 KiB boundaries and offers the parts on AW."""
+        aw, floats = self.axi.aw, self.width // FLOAT_BITS
+        # Takes the path from AWREADY off the users of ``pieces.ready``.
+        m.submodules.fifo = fifo = StreamFifo(piece_layout(), 2)
+        wiring.connect(m, wiring.flipped(self.pieces), fifo.i)
+        piece = fifo.o.payload
+        active, tag = Signal(), Signal(tags.shape)
+        left, keep = Signal(range(PIECE_FLOATS // floats)), Signal(floats)
+        offset_bits, page_bits = (self.width // 8 - 1).bit_length(), (BOUNDARY - 1).bit_length()
+        room = Signal(page_bits - offset_bits)
+        fits, length, start = Signal(), Signal.like(left), Signal()
+        m.d.comb += [
+            # Beats up to the boundary. Like ``left`` and AxLEN it counts from 0, which saves every adder but one.
+            room.eq(~tag.address[offset_bits:page_bits]),
+            fits.eq(left <= room),
+            length.eq(Mux(fits, left, room)),
+            start.eq(active & (~aw.valid | aw.ready) & tags.i.ready & ~self.halt),
+            fifo.o.ready.eq(~active | (start & fits)),
+            tags.i.valid.eq(start),
+            tags.i.payload.eq(tag),
+            tags.i.payload.last.eq(tag.last & fits),
+            shares.i.valid.eq(start),
+            shares.i.payload.last_beat.eq(length),
+            shares.i.payload.keep.eq(keep | ~fits.replicate(floats)),
+            *constant_address_fields(aw.payload, self.width),
+        ]
+        with m.If(start):
+            m.d.sync += [aw.valid.eq(1), aw.payload.addr.eq(tag.address), aw.payload.len.eq(length)]
+        with m.Elif(aw.ready):
+            m.d.sync += aw.valid.eq(0)
+        with m.If(fifo.o.ready):
+            m.d.sync += [
+                active.eq(fifo.o.valid),
+                tag.address.eq(piece.address),
+                tag.last.eq(piece.last),
+                tag.interrupt.eq(piece.interrupt),
+                left.eq(last_beat(piece.last_float, self.width)),
+                keep.eq(Cat(index <= piece.last_float & floats - 1 for index in range(floats))),
+            ]
+        with m.Elif(start):
+            # The rest lies behind the boundary.
+            m.d.sync += [
+                tag.address.eq((tag.address[page_bits:] + 1) << page_bits),
+                left.eq(left - room - 1),
+            ]
+
+    def _send(self, m: Module, shares: StreamFifo) -> None:
+        """Gives every burst its beats, without a cycle between two bursts."""
+        # As in ``_ask``: users of ``beats.ready`` do not wait for WREADY.
+        m.submodules.data = fifo = StreamFifo(write_layout(self.width), 2)
+        wiring.connect(m, fifo.o, wiring.flipped(self.axi.w))
+        share, beat = shares.o.payload, Signal(8)
+        last, push = Signal(), Signal()
+        keep = Signal.like(share.keep)
+        m.d.comb += [
+            last.eq(beat == share.last_beat),
+            keep.eq(share.keep | ~last.replicate(len(keep))),
+            self.beats.ready.eq(shares.o.valid & fifo.i.ready),
+            fifo.i.valid.eq(self.beats.valid & shares.o.valid),
+            fifo.i.payload.data.eq(self.beats.payload),
+            fifo.i.payload.strb.eq(Cat(bit.replicate(FLOAT_BITS // 8) for bit in keep)),
+            fifo.i.payload.last.eq(last),
+            push.eq(fifo.i.valid & fifo.i.ready),
+            shares.o.ready.eq(push & last),
+        ]
+        with m.If(push):
+            m.d.sync += beat.eq(Mux(last, 0, beat + 1))
+
+    def _acknowledge(self, m: Module, tags: StreamFifo) -> None:
+        """Follows the acknowledgements, and remembers an error until its descriptor's last one."""
+        b, tag = self.axi.b, tags.o.payload
+        bad, failed = Signal(), Signal()
+        m.d.comb += [
+            b.ready.eq(1),
+            tags.o.ready.eq(b.valid),
+            bad.eq(is_error(b.payload.resp)),
+        ]
+        m.d.sync += [
+            self.error.eq(b.valid & bad),
+            self.error_address.eq(tag.address),
+            self.complete.eq(b.valid & tag.last & ~bad & ~failed),
+            self.complete_interrupt.eq(b.valid & tag.last & ~bad & ~failed & tag.interrupt),
+        ]
+        with m.If(b.valid):
+            m.d.sync += failed.eq(~tag.last & (failed | bad))

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The core's command: one layer, as the loop bounds that its walkers count."""
+
+from dataclasses import asdict, dataclass
+
+from hw.spec.config import MAX_N, AcceleratorConfig, ConfigError
+from hw.spec.memory.geometry import LayerLayout, StreamLayout, ceil_div
+
+
+def command_fields(config: AcceleratorConfig) -> dict[str, int]:
+    """Name and width in bits of every field, from the lowest bit up."""
+    stream = StreamLayout(config)
+    slices = config.max_k // config.tile
+    return {
+        "tokens": config.max_tokens.bit_length(),
+        "groups": slices.bit_length(),
+        "group_slices": (config.max_group_size // config.tile).bit_length(),
+        "out_tiles": ceil_div(MAX_N, config.tile).bit_length(),
+        "last_columns": config.tile.bit_length(),
+        "header_beats": max_header_beats(config).bit_length(),
+        "body_words": (slices * stream.words_per_slice).bit_length(),
+        "reuse": 1,
+    }
+
+
+def max_header_beats(config: AcceleratorConfig) -> int:
+    """Beats of the longest header that a layer can have: ``max_k`` in the shortest legal groups."""
+    for size in range(config.tile, config.max_group_size + 1, config.tile):
+        try:
+            return LayerLayout(config, config.max_k // size * size, config.tile, size).header_beats
+        except ConfigError:
+            continue
+    raise ConfigError(f"no group_size up to {config.max_group_size} fits tile {config.tile}")
+
+
+@dataclass(frozen=True)
+class LayerCommand:
+    """One layer for the core. Every count is 1 or more.
+
+    Attributes
+    ----------
+    tokens : M
+    groups : groups along K
+    group_slices : K-slices of a group
+    out_tiles : output tiles
+    last_columns : columns in use in the last output tile
+    header_beats, body_words : the weight stream of one output tile (:class:`hw.spec.memory.geometry.LayerLayout`)
+    reuse : 1 to take the activations of the command before instead of new ones
+    """
+
+    tokens: int
+    groups: int
+    group_slices: int
+    out_tiles: int
+    last_columns: int
+    header_beats: int
+    body_words: int
+    reuse: int = 0
+
+    @classmethod
+    def from_layer(cls, layer: LayerLayout, tokens: int, reuse: bool = False) -> "LayerCommand":
+        """The command that computes ``layer`` for ``tokens`` tokens.
+
+        Raises
+        ------
+        ConfigError : more tokens than the config holds, or fewer than 1
+        """
+        if not 1 <= tokens <= layer.config.max_tokens:
+            raise ConfigError(f"M is 1 to max_tokens ({layer.config.max_tokens}), not {tokens}")
+        return cls(
+            tokens=tokens,
+            groups=layer.groups,
+            group_slices=layer.group_slices,
+            out_tiles=layer.out_tiles,
+            last_columns=layer.last_columns,
+            header_beats=layer.header_beats,
+            body_words=layer.body_words,
+            reuse=int(reuse),
+        )
+
+    def to_int(self, config: AcceleratorConfig) -> int:
+        """The command as the number that the core's command port takes."""
+        values, position, word = asdict(self), 0, 0
+        for name, width in command_fields(config).items():
+            if values[name] >> width:
+                raise ConfigError(f"command field {name} holds {width} bits, not {values[name]}")
+            word |= values[name] << position
+            position += width
+        return word

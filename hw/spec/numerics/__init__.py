@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers: what a layer computes, bit by bit, as numpy."""
