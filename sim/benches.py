@@ -15,7 +15,7 @@ class Bench:
     Parameters
     ----------
     module : str
-        Cocotb module, such as ``sim.tb.tb_pe``.
+        Cocotb module, such as ``sim.tb.core.tb_pe``.
     top : str
         Block that ``hw.build --top`` generates; its Verilog module is ``gristmill_{top}``.
     params : dict
@@ -45,9 +45,13 @@ class Bench:
 
     @property
     def name(self) -> str:
-        """Unique name, such as ``tb_pe[tile=4]``."""
-        stem = self.module.rsplit(".", 1)[-1]
-        return f"{stem}[{self.parameters.replace(' ', ',')}]" if self.parameters else stem
+        """Unique name, such as ``core/tb_pe[tile=4]``: the room comes first, so that ``-k core/`` selects all of it."""
+        return f"{self.place}[{self.parameters.replace(' ', ',')}]" if self.parameters else self.place
+
+    @property
+    def place(self) -> str:
+        """Room and cocotb module, such as ``core/tb_pe``."""
+        return "/".join(self.module.split(".")[-2:])
 
 
 # The smallest hardware that still has every feature: it builds in seconds on both simulators.
@@ -95,8 +99,14 @@ _SWEEP = [
 ]
 
 
+# Cocotb module without ``tb_`` -> its room, the folder that it lies in.
+_ROOMS = {path.stem.removeprefix("tb_"): path.parent.name for path in Path(__file__).parent.glob("tb/*/tb_*.py")}
+
+
 def _bench(block: str, params: Mapping[str, object], tb: str = "", full: bool = False, **settings: object) -> Bench:
-    return Bench(f"sim.tb.tb_{tb or block}", block, dict(params), settings, full, timeout=3600 if full else 600)
+    name = tb or block
+    module = f"sim.tb.{_ROOMS[name]}.tb_{name}"
+    return Bench(module, block, dict(params), settings, full, timeout=3600 if full else 600)
 
 
 # The first one also runs on Icarus in `make test`. The builds take most of the time, so a block has few of them.

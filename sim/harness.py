@@ -261,7 +261,7 @@ def stop() -> None:
 
 
 def _ask_what_it_waits_for(process: subprocess.Popen[bytes], log: Path) -> str:
-    process.send_signal(signal.SIGUSR1)  # sim.streams answers it
+    process.send_signal(signal.SIGUSR1)  # sim.bench.streams answers it
     for _ in range(30):
         time.sleep(0.1)
         if named := re.findall(r"^WAITING FOR (.*)$", log.read_text(errors="replace"), re.MULTILINE):

@@ -69,7 +69,7 @@ def run_all(benches: Sequence[Bench], simulators: Sequence[str], seed: int, jobs
 
 
 def _names(bench: Bench) -> tuple[str, str]:
-    return bench.module.rsplit(".", 1)[-1], bench.parameters
+    return bench.place, bench.parameters
 
 
 def summary(results: Sequence[Result]) -> str:
@@ -96,7 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--tile", type=int, help="array size for every bench that has one")
     parser.add_argument("--full", action="store_true", help="run the long sweeps too")
-    parser.add_argument("-k", dest="words", metavar="EXPR", help="only benches whose name matches, as in pytest")
+    parser.add_argument(
+        "-k", dest="words", metavar="EXPR", help="only benches whose name matches, as in pytest; core/ is a room"
+    )
     parser.add_argument("--seed", type=int, help="base seed of an earlier run, to repeat it")
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, help="benches at a time (default: one per core)"

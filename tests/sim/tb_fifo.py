@@ -4,9 +4,9 @@
 import cocotb
 import numpy as np
 
+from sim.bench.packing import Layout
+from sim.bench.streams import ProtocolError, StreamSink, StreamSource, bursty, never, randomly, rng, start, until
 from sim.harness import settings
-from sim.packing import Layout
-from sim.streams import ProtocolError, StreamSink, StreamSource, bursty, never, randomly, rng, start, until
 
 LAYOUT = Layout({"bytes": (0, 32, True), "sum": (32, 18, True)})
 

@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from sim.packing import Layout, pack_elements, unpack_elements
+from sim.bench.packing import Layout, pack_elements, unpack_elements
 
 WIDTHS = [1, 2, 3, 4, 5, 8, 11, 16, 27, 32, 48, 60, 63]
 

@@ -69,7 +69,7 @@ def _variant(**settings: object) -> Bench:
 def test_failing_bench_fails_the_run(monkeypatch, capsys):
     code, out, _ = _main(monkeypatch, capsys, [FIFO, _variant(fail=True)], "--seed", "7")
     assert code == 1
-    assert "FAILED tb_fifo[fail=True] verilator test_deliberately_wrong: a FIFO after reset must be full" in out
+    assert "FAILED sim/tb_fifo[fail=True] verilator test_deliberately_wrong: a FIFO after reset must be full" in out
     assert "build/sim/runs/tb_fifo-fail=True.verilator/run.log" in out
     assert "2 benches: 12 tests passed, 1 failed" in out
     assert "--seed 7 repeats this run" in out
@@ -82,7 +82,7 @@ def test_passing_bench_passes_the_run(monkeypatch, capsys):
 
 
 def test_bench_without_tests_fails():
-    result = harness.run_bench(Bench("sim.packing", "fifo", verilog=FIFO.verilog), "verilator", SEED)
+    result = harness.run_bench(Bench("sim.bench.packing", "fifo", verilog=FIFO.verilog), "verilator", SEED)
     assert not result.ok
     assert "simulation" in result.failed
 
@@ -110,7 +110,7 @@ def test_verilator_warning_fails_the_build(tmp_path: Path):
     ],
 )
 def test_refused_parameters_fail_the_bench(top: str, tile: int, reason: str):
-    result = harness.run_bench(Bench("sim.tb.tb_pe", top, {"tile": tile}), "verilator", SEED)
+    result = harness.run_bench(Bench("sim.tb.core.tb_pe", top, {"tile": tile}), "verilator", SEED)
     assert list(result.failed) == ["hw.build"]
     assert result.failed["hw.build"].startswith(reason)
     assert not result.passed
@@ -136,11 +136,13 @@ def test_nothing_to_run_is_not_a_pass(monkeypatch, capsys):
 
 
 def test_select():
-    pe4, pe8 = (Bench("sim.tb.tb_pe", "pe", {"tile": tile}) for tile in (4, 8))
-    core = Bench("sim.tb.tb_core", "core", {"tile": 16, "ports": 4}, full=True)
+    pe4, pe8 = (Bench("sim.tb.core.tb_pe", "pe", {"tile": tile}) for tile in (4, 8))
+    core = Bench("sim.tb.core.tb_core", "core", {"tile": 16, "ports": 4}, full=True)
     benches = [pe4, pe8, core]
     assert run.select(benches) == [pe4, pe8]
     assert run.select(benches, full=True) == benches
-    assert run.select(benches, full=True, words="core or tile=8") == [pe8, core]
+    assert run.select(benches, full=True, words="tb_core or tile=8") == [pe8, core]
     assert run.select(benches, words="pe and not tile=8") == [pe4]
+    fifo = Bench("sim.tb.common.tb_fifo", "fifo")
+    assert run.select([fifo, *benches], words="core/") == [pe4, pe8]
     assert [bench.params["tile"] for bench in run.select(benches, full=True, tile=32)] == [32, 32]

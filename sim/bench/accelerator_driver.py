@@ -1,0 +1,445 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The accelerator's surroundings: a memory behind all of its ports, software at its registers, and what must come out.
+
+The memory is full of noise, and :meth:`AcceleratorDriver.check` compares all of it: every result bit for bit, and that
+nothing else was written. Every burst on the bus is compared, too, with what the layers' operands ask for.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from cocotbext.axi import AxiLiteBus, AxiLiteMaster, AxiRamRead, AxiRamWrite, AxiReadBus, AxiResp, AxiWriteBus
+
+from hw.spec.config import AcceleratorConfig, ConfigError
+from hw.spec.control.descriptor import ADDRESS_LIMIT, DATA_ALIGNMENT, WEIGHT_ALIGNMENT, Descriptor, region_bytes
+from hw.spec.control.registers import BY_NAME, ErrorCode, offset
+from hw.spec.memory.geometry import LayerLayout, fit_layer, pack, stripe
+from hw.spec.numerics.linear import Activations, NumericsError, linear, quantise_activations
+from sim.bench.axi_monitor import AxiMonitor, Burst, LiteMonitor
+from sim.bench.dut import begin, config
+from sim.bench.layers import Job, weights_of
+from sim.bench.streams import Stall, bursty, cycle, randomly, read, rng, until
+
+__all__ = ["MEMORY", "AcceleratorDriver", "Work", "fit", "floats", "pauses"]
+
+MEMORY = 1 << 21
+"""Bytes. Addresses are taken modulo this, so that layers may lie anywhere in the address space."""
+PATIENCE = 20_000
+"""Cycles without any transfer on a memory port after which a test gives up."""
+CALM = 3_000
+"""Cycles that no layer of these tests computes without reading or writing anything."""
+PIECE_BYTES = 1024
+PAGE = 4096
+CONTROL = ("aw", "w", "b", "ar", "r")
+"""Channels of the control port, which pauses know as ``ctrl_<channel>``; the memory's are ``hp<port>_<channel>``."""
+
+
+def floats(
+    config: AcceleratorConfig, tokens: int, k: int, random: np.random.Generator, kind: str = "random"
+) -> np.ndarray:
+    """Activations for a layer, float32 [M, K]; the kinds are those of :func:`sim.bench.layers.weights_of`."""
+    most = config.activation_max
+    if kind.endswith("bound"):
+        x = np.full((tokens, k), most, np.float64)
+        x[1::2] *= -1
+    elif kind == "minimum":
+        x = np.full((tokens, k), -most * 2.0**-128)
+    elif kind == "maximum":
+        x = np.full((tokens, k), np.finfo(np.float32).max, np.float64)
+    else:
+        x = random.standard_normal((tokens, k)) * 2.0 ** random.integers(-20, 20, (tokens, 1))
+        for token, choice in enumerate(random.integers(0, 8, tokens)):
+            if choice == 0:
+                x[token] *= 2.0 ** random.integers(-40, 1, k)
+            elif choice == 1:
+                # Halfway between two mantissas.
+                x[token] = random.integers(-most, most, k) + 0.5
+            elif choice == 2:
+                x[token] = -0.0
+            elif choice == 3:
+                x[token, random.integers(0, k)] = 2.0 ** random.integers(-100, 100)
+        if kind == "zero_rows":
+            x[::2] = 0
+    return x.astype(np.float32)
+
+
+def fit(k: int, n: int, group_size: int) -> LayerLayout:
+    """A layer, or the nearest that fits the config: with larger groups, and no longer than the config holds."""
+    c = config()
+    k = min(k, c.max_k)
+    for size in (group_size, 2 * group_size, 4 * group_size, k):
+        try:
+            return fit_layer(c, k, n, size)
+        except ConfigError:
+            continue
+    raise AssertionError(f"no layer of K {k} and groups of {group_size} or more fits")
+
+
+def pauses(*salt: int) -> dict[str, Stall]:
+    """Stall generators for all channels, light and heavy ones mixed, for :class:`AcceleratorDriver`."""
+    random, stalls = rng(97, *salt), {}
+    names = [f"hp{port}_{name}" for port in range(config().ports) for name in ("ar", "r")]
+    names += [f"hp0_{name}" for name in ("aw", "w", "b")] + [f"ctrl_{name}" for name in CONTROL]
+    for index, name in enumerate(names):
+        p = float(random.choice([0.0, 0.2, 0.5, 0.8]))
+        source = rng(96, index, *salt)
+        stalls[name] = bursty(source, run=20, pause=40) if random.random() < 0.2 else randomly(p, source)
+    return stalls
+
+
+@dataclass(frozen=True)
+class Work:
+    """One layer in memory, and its descriptor."""
+
+    job: Job
+    x: np.ndarray
+    """The activations: float32 [M, K]."""
+    descriptor: Descriptor
+
+    @property
+    def expected(self) -> np.ndarray:
+        """float32 [M, N]."""
+        return linear(self.job.layer.config, self.job.weights, self.job.activations)
+
+    @property
+    def rows(self) -> list[tuple[int, bytes]]:
+        """Address and bytes of every row of results."""
+        pitch, first = self.descriptor.result_pitch, self.descriptor.results
+        return [(first + index * pitch, row.tobytes()) for index, row in enumerate(self.expected)]
+
+    @property
+    def writes(self) -> list[tuple[Burst, int]]:
+        """Every write burst, in order, and its bytes: for every 256 columns every row, cut where it crosses 4 KiB."""
+        size, row_bytes, bursts = self.job.layer.config.port_width // 8, 4 * self.job.layer.n, []
+        for start in range(0, row_bytes, PIECE_BYTES):
+            for token in range(self.job.tokens):
+                address = self.descriptor.results + token * self.descriptor.result_pitch + start
+                left = min(PIECE_BYTES, row_bytes - start)
+                while left:
+                    part = min(left, PAGE - address % PAGE)
+                    bursts.append((Burst(address, -(-part // size)), part))
+                    address, left = address + part, left - part
+        return bursts
+
+
+class AcceleratorDriver:
+    """An accelerator after reset.
+
+    Parameters
+    ----------
+    pauses : stall generators of channels, such as ``hp0_r`` or ``ctrl_aw``; the others never pause
+    base : of all addresses, a multiple of MEMORY
+    """
+
+    def __init__(self, dut: Any, pauses: Mapping[str, Stall], base: int):
+        assert base % MEMORY == 0 and base + MEMORY <= ADDRESS_LIMIT
+        self.dut, self.config, self.base = dut, config(), base
+        self.image = np.frombuffer(rng(99).bytes(MEMORY), np.uint8).copy()
+        """What the memory has to hold."""
+        self.memory = bytearray(self.image.tobytes())
+        self._random = rng(98)
+        self._free = 0
+        self._window: list[int | None] = [None] * BY_NAME["descriptor"].words
+        self.channels: dict[str, Any] = {}
+        self.bad: list[tuple[str, int, AxiResp]] = []
+        """Faults of the memory: on which channel, at which address, and what is answered."""
+        self.monitors = [
+            AxiMonitor(dut, f"m_axi_hp{port}", self.config.port_width) for port in range(self.config.ports)
+        ]
+        self.control = LiteMonitor(dut, "s_axi_ctrl")
+        self._connect()
+        for name, stall in pauses.items():
+            self.pause(name, stall)
+
+    @classmethod
+    async def create(cls, dut: Any, pauses: Mapping[str, Stall] | None = None, base: int = 0) -> "AcceleratorDriver":
+        """Start the clock and reset the accelerator."""
+        driver = cls(dut, pauses or {}, base)
+        await begin(dut)
+        return driver
+
+    def _connect(self) -> None:
+        dut = self.dut
+        for port in range(self.config.ports):
+            prefix = f"m_axi_hp{port}"
+            ram = AxiRamRead(AxiReadBus.from_prefix(dut, prefix), dut.clk, dut.rst, mem=self.memory)
+            self._attach(ram, f"hp{port}", ("ar", "r"))
+        ram = AxiRamWrite(AxiWriteBus.from_prefix(dut, "m_axi_hp0"), dut.clk, dut.rst, mem=self.memory)
+        self._attach(ram, "hp0", ("aw", "w", "b"))
+        self._axi: Any = AxiLiteMaster(AxiLiteBus.from_prefix(dut, "s_axi_ctrl"), dut.clk, dut.rst)
+        for half in (self._axi.write_if, self._axi.read_if):
+            half.log.setLevel(logging.WARNING)
+        for name in CONTROL:
+            half = self._axi.read_if if name in ("ar", "r") else self._axi.write_if
+            self.channels[f"ctrl_{name}"] = getattr(half, f"{name}_channel")
+
+    def _attach(self, ram: Any, port: str, channels: Sequence[str]) -> None:
+        """A half of a memory port: its channels, and the faults that :attr:`bad` asks for."""
+        ram.log.setLevel(logging.ERROR)
+        for name in channels:
+            self.channels[f"{port}_{name}"] = channel = getattr(ram, f"{name}_channel")
+            if name in ("ar", "aw", "w"):
+                # By itself it takes no third transfer before it has answered the first.
+                channel.queue_occupancy_limit = 32
+        answers, access = self.channels[f"{port}_{channels[-1]}"], "_read" if "r" in channels else "_write"
+        work, send = getattr(ram, access), answers.send
+        response = AxiResp.OKAY
+
+        async def touch(address: int, what: Any) -> Any:
+            nonlocal response
+            for channel, place, answer in self.bad:
+                if channel == f"{port}_{channels[-1]}" and place == address:
+                    response = answer
+                    raise ValueError("this is a fault")
+            return await work(address, what)
+
+        async def reply(transfer: Any) -> None:
+            # The memory model itself only knows SLVERR.
+            field = "rresp" if access == "_read" else "bresp"
+            if getattr(transfer, field) != AxiResp.OKAY:
+                setattr(transfer, field, response)
+            await send(transfer)
+
+        setattr(ram, access, touch)
+        answers.send = reply
+
+    # Time
+
+    def pause(self, name: str, stall: Stall | None) -> None:
+        """Pause a channel by a stall generator from now on; None: never."""
+        channel = self.channels[name]
+        channel.set_pause_generator(None if stall is None else iter(stall, None))
+        if stall is None:
+            channel.pause = False
+
+    @property
+    def now(self) -> int:
+        """Cycles so far."""
+        return self.control.now
+
+    async def until(self, condition, what: str) -> None:
+        """Wait until `condition` holds; complains when no memory port moves any more."""
+        start = self.now
+
+        def given_up() -> bool:
+            return self.now - max(start, *(monitor.moved for monitor in self.monitors)) > PATIENCE
+
+        await until(self.dut.clk, lambda: condition() or given_up(), what, 10_000_000)
+        if not condition():
+            raise TimeoutError(f"Nothing has moved for {PATIENCE} cycles; waited for {what}")
+
+    async def calm(self) -> None:
+        """Wait until no memory port has moved for so long that no layer can still be on its way."""
+        moved = lambda: max(monitor.moved for monitor in self.monitors)  # noqa: E731
+        await until(self.dut.clk, lambda: self.now - moved() > CALM, "nothing to happen", 200_000)
+
+    @property
+    def offered(self) -> list[tuple[int, int]]:
+        """How many bursts were offered on AR and AW of every port."""
+        return [(len(monitor.reads), len(monitor.writes)) for monitor in self.monitors]
+
+    # Registers
+
+    async def access(self, address: int, value: int | None = None) -> tuple[int, int]:
+        """Write or read a word: (response, data)."""
+        if value is None:
+            answer = await self._axi.read(address, 4)
+            return int(answer.resp), int.from_bytes(answer.data, "little")
+        answer = await self._axi.write(address, value.to_bytes(4, "little"))
+        return int(answer.resp), 0
+
+    async def get(self, name: str, word: int = 0) -> int:
+        """A register's value, or one word of a run."""
+        register = BY_NAME[name]
+        response, value = await self.access(offset(name, word))
+        if register.wide:
+            high = await self.access(offset(name, 1))
+            response, value = response | high[0], value | high[1] << 32
+        assert response == 0, f"reading {name} was answered with {response}"
+        return value
+
+    async def field(self, name: str, field: str) -> int:
+        """One field of a register."""
+        return BY_NAME[name].field(field).get(await self.get(name))
+
+    async def set(self, name: str, value: int | str, word: int = 0) -> None:
+        """Write a register, or all ones to one of its fields."""
+        bits = BY_NAME[name].field(value).mask if isinstance(value, str) else value
+        response, _ = await self.access(offset(name, word), bits)
+        assert response == 0, f"writing {name} was answered with {response}"
+
+    async def push(self, item: Work | Sequence[int]) -> None:
+        """Queue a descriptor. Words that the window holds already are not written again."""
+        words = item.descriptor.to_words() if isinstance(item, Work) else item
+        for index, word in enumerate(words):
+            if self._window[index] != word:
+                await self.set("descriptor", word, index)
+                self._window[index] = word
+        await self.set("control", "push")
+
+    async def reset(self) -> None:
+        """Reset by the register, and check that nothing is left."""
+        await self.set("control", "reset")
+        await self.has_reset()
+
+    async def has_reset(self) -> None:
+        """Wait for the end of a reset; nothing is under way any more, and everything is forgotten."""
+        for _ in range(PATIENCE):
+            if not await self.field("status", "resetting"):
+                break
+        assert all(monitor.quiet for monitor in self.monitors), "reset while the bus was owed something"
+        for name in ("status", "completed", "error_code", "error_address", "interrupt_pending"):
+            assert await self.get(name) == 0, f"{name} is not 0 after a reset"
+        for name in ("reads_under_way", "writes_under_way"):
+            assert await self.get(name) == 0, f"{name} is not 0 after a reset"
+
+    async def failed(self, code: ErrorCode, address: int | None = None) -> None:
+        """Wait for an error, and check its code, and its address if that is known."""
+        await self.set("interrupt_enable", "error")
+        await until(self.dut.clk, lambda: read(self.dut.irq) == 1, f"error {code.name}", 200_000)
+        found = ErrorCode(await self.get("error_code"))
+        assert found == code, f"error {found.name}, not {code.name}"
+        assert await self.field("status", "error")
+        place = await self.get("error_address")
+        assert address in (None, place), f"error address {place:#x}, not {address:#x}"
+
+    # Layers
+
+    def place(
+        self,
+        layer: LayerLayout,
+        tokens: int,
+        kind: str = "random",
+        *,
+        reuse: Work | None = None,
+        x: np.ndarray | None = None,
+        aligned: bool = False,
+        interrupt: bool = False,
+    ) -> Work:
+        """Put a layer's operands somewhere into free memory.
+
+        Regions of weights are as close together as they may be, or where the driver puts them, or in between. Blocks
+        of activations and results begin shortly before a 4 KiB boundary, results not at a multiple of 1 KiB, and rows
+        of results may have gaps. `aligned` takes all that back. `x` may hold what cannot be quantised.
+        """
+        random = self._random
+        if reuse is not None:
+            x, activations = reuse.x, reuse.job.activations
+        else:
+            x = floats(self.config, tokens, layer.k, random, kind) if x is None else x
+            try:
+                activations = quantise_activations(self.config, x)
+            except NumericsError:
+                # The accelerator will refuse them, too.
+                activations = Activations(np.zeros(x.shape, np.int64), np.zeros(tokens, np.int64))
+        job = Job(layer, weights_of(layer, random, kind), activations, reuse is not None)
+        descriptor = Descriptor.from_layer(
+            layer, tokens, activations=0, weights=0, results=0, reuse=job.reuse, interrupt=interrupt
+        )
+        if not aligned:
+            least = region_bytes(layer)
+            strides = (least, least + WEIGHT_ALIGNMENT * int(random.integers(1, 8)), descriptor.weights_stride)
+            pitch = descriptor.result_pitch + DATA_ALIGNMENT * int(random.integers(0, 4))
+            descriptor = replace(descriptor, weights_stride=int(random.choice(strides)), result_pitch=pitch)
+        ports = stripe(self.config, pack(layer, job.weights))
+        weights = self._take((len(ports) - 1) * descriptor.weights_stride + len(ports[0]), WEIGHT_ALIGNMENT)
+        for port, data in enumerate(ports):
+            self.write(weights + port * descriptor.weights_stride, np.asarray(data).tobytes())
+        if reuse is None:
+            address = self._take(x.nbytes, PAGE if aligned else 0)
+            self.write(address, x.tobytes())
+        else:
+            # Nobody reads there.
+            address = self.base + DATA_ALIGNMENT * int(random.integers(0, MEMORY // DATA_ALIGNMENT))
+        results = self._take(tokens * descriptor.result_pitch, PAGE if aligned else 0)
+        return Work(job, x, replace(descriptor, activations=address, weights=weights, results=results))
+
+    def _take(self, size: int, alignment: int) -> int:
+        """Free memory with guard bytes around it; alignment 0: shortly before a 4 KiB boundary."""
+        page = -(-(self._free + DATA_ALIGNMENT) // PAGE) * PAGE
+        skip = 0 if alignment else PAGE - DATA_ALIGNMENT * int(self._random.integers(1, 20))
+        start, self._free = page + skip, page + skip + size
+        assert self._free <= MEMORY, "the test wants more memory than there is"
+        return self.base + start
+
+    def forget(self) -> None:
+        """Let new layers overwrite those so far."""
+        self._free = 0
+
+    def write(self, address: int, data: bytes) -> None:
+        """Write to memory from outside."""
+        start = address % MEMORY
+        self.memory[start : start + len(data)] = data
+        self.image[start : start + len(data)] = np.frombuffer(data, np.uint8)
+
+    # Whole runs
+
+    async def run(self, works: Sequence[Work], room: int = 16) -> None:
+        """Push layers, at most `room` in the queue and in flight at a time, wait for them, and check everything."""
+        await self.start(works, room)
+        await self.finish(works)
+
+    async def start(self, works: Sequence[Work], room: int = 16) -> None:
+        """Push layers as there is room."""
+        self._first = await self.get("completed")
+        self._marks = self.offered
+        for index, item in enumerate(works):
+            while index >= room and index - await self.completed() >= room:
+                await cycle(self.dut.clk, 20)
+            await self.push(item)
+
+    async def completed(self) -> int:
+        """How many of those that were started are complete."""
+        return await self.get("completed") - self._first
+
+    async def finish(self, works: Sequence[Work], status: int = 0) -> None:
+        """Wait until so many of those that were started are complete, and check them, and the status then."""
+        # The last acknowledgement sets ``completed``; asking all the time would cost more than simulating.
+        bursts = sum(len(item.writes) for item in works) + self._marks[0][1]
+        hp0 = self.monitors[0]
+        await self.until(lambda: hp0.acknowledged >= bursts, f"{len(works)} layers")
+        await cycle(self.dut.clk, 4)
+        assert await self.completed() == len(works)
+        assert await self.get("status") == status
+        self.check(works)
+        self.check_bursts(works)
+
+    def check(self, done: Sequence[Work], partly: Sequence[Work] = ()) -> None:
+        """Compare all of the memory. Of the layers `partly` done each float is there or is not."""
+        for item in done:
+            for address, row in item.rows:
+                start = address % MEMORY
+                self.image[start : start + len(row)] = np.frombuffer(row, np.uint8)
+        memory = np.frombuffer(bytes(self.memory), np.uint8)
+        for item in partly:
+            for address, row in item.rows:
+                there = slice(address % MEMORY, address % MEMORY + len(row))
+                old, new = self.image[there].view(np.uint32), np.frombuffer(row, np.uint32)
+                seen = memory[there].view(np.uint32)
+                self.image[there] = np.where(seen == new, new, old).view(np.uint8)
+        wrong = np.flatnonzero(memory != self.image)
+        assert not len(wrong), f"{len(wrong)} bytes are wrong, the first at {self.base + wrong[0]:#x}"
+
+    def check_bursts(self, works: Sequence[Work]) -> None:
+        """The write bursts in order; and that what was read, everything once, are weights and activations."""
+        monitor, (_, mark) = self.monitors[0], self._marks[0]
+        seen = list(zip(monitor.writes[mark:], monitor.written[mark:], strict=True))
+        wanted = [burst for item in works for burst in item.writes]
+        assert seen == wanted, f"{len(seen)} write bursts, not {len(wanted)}, or others: {set(seen) ^ set(wanted)}"
+        size, total = self.config.port_width // 8, np.zeros(MEMORY // (self.config.port_width // 8), np.int64)
+        for port, (monitor, (mark, _)) in enumerate(zip(self.monitors, self._marks)):
+            for address, beats in monitor.reads[mark:]:
+                first = (address - self.base) // size
+                assert 0 <= first < len(total), f"read of {address:#x}"
+                total[first : first + beats] += 1
+            for item in works:
+                weights = item.descriptor.weights + port * item.descriptor.weights_stride - self.base
+                total[weights // size :][: item.job.layer.beats] -= 1
+        for item in works:
+            if not item.job.reuse:
+                total[(item.descriptor.activations - self.base) // size :][: item.x.nbytes // size] -= 1
+        wrong = np.flatnonzero(total)
+        assert not len(wrong), f"{self.base + wrong[0] * size:#x} was read {total[wrong[0]]} times too often"

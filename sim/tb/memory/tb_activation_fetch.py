@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The activation fetch against a model of which port gives what, and against memories of any speed."""
+
+from collections import deque
+from typing import Any
+
+import cocotb
+import numpy as np
+from cocotb.triggers import RisingEdge
+
+from hw.spec.config import FLOAT_BITS
+from hw.spec.control.descriptor import ADDRESS_LIMIT, DATA_ALIGNMENT, activation_beats
+from hw.spec.memory.access import CHUNK_BYTES, CHUNKS_AHEAD
+from sim.bench.dut import begin, config, latency, payload
+from sim.bench.monitor import Monitor
+from sim.bench.streams import Stall, StreamSink, StreamSource, bursty, cycle, never, randomly, read, rng, until
+
+PORTS, WIDTH = config().ports, config().port_width
+BEAT = WIDTH // 8
+"""Bytes of a beat."""
+ROW_BEATS = config().tile * FLOAT_BITS // WIDTH
+MEMORY = 1 << 18
+"""Bytes, which every address is taken modulo."""
+
+Block = tuple[int, int]
+"""Address, and length in beats."""
+
+
+def _chunks(blocks: list[Block]) -> list[Block]:
+    """The bursts, cut where an address is a multiple of a chunk; chunk i is port i modulo PORTS's."""
+    chunks = []
+    for address, beats in blocks:
+        end = address + beats * BEAT
+        while address < end:
+            after = min(end, (address // CHUNK_BYTES + 1) * CHUNK_BYTES)
+            chunks.append((address, (after - address) // BEAT))
+            address = after
+    return chunks
+
+
+class _Bench:
+    """A memory behind every port, and what comes out of all of them."""
+
+    def __init__(self, dut: Any, slow: Stall = never, taker: Stall = never, asked: Stall = never, delay: int = 3):
+        self.dut, self.delay = dut, delay
+        self.memory = rng(99).bytes(MEMORY)
+        self.blocks = StreamSource(dut, "blocks", dut.clk)
+        self.bursts = [StreamSink(dut, f"bursts_{port}", dut.clk, asked) for port in range(PORTS)]
+        self.beats = [StreamSource(dut, f"beats_{port}", dut.clk, slow) for port in range(PORTS)]
+        self.rows = StreamSink(dut, "rows", dut.clk, taker)
+        self.seen: list[list[Block]] = [[] for _ in range(PORTS)]
+        """Bursts of each port."""
+        self.sent: list[Block] = []
+        self.answering = True
+        cocotb.start_soon(self._answer())
+
+    async def _answer(self) -> None:
+        """Every burst is answered after some cycles, each port's in order."""
+        edge, now = RisingEdge(self.dut.clk), 0
+        owed: deque[tuple[int, int, Block]] = deque()
+        while True:
+            await edge
+            now += 1
+            for port, sink in enumerate(self.bursts):
+                if sink.received:
+                    fields = payload("bursts_0").unpack(sink.received)
+                    sink.received.clear()
+                    for burst in zip(fields["address"].tolist(), fields["beats"].tolist(), strict=True):
+                        self.seen[port].append(burst)
+                        owed.append((now + self.delay, port, burst))
+                # Nobody may let the data wait.
+                if self.beats[port].transfers:
+                    assert self.beats[port].stalled_by_dut == 0, f"beats_{port} had to wait"
+            while self.answering and owed and owed[0][0] <= now:
+                _, port, (address, beats) = owed.popleft()
+                data = self.read(address, beats)
+                self.beats[port].send(int.from_bytes(data[i : i + BEAT], "little") for i in range(0, len(data), BEAT))
+
+    def read(self, address: int, beats: int) -> bytes:
+        start = address % MEMORY
+        return (self.memory + self.memory)[start : start + beats * BEAT]
+
+    def send(self, blocks: list[Block]) -> None:
+        self.sent += blocks
+        self.blocks.send(payload("blocks").pack(address=[a for a, _ in blocks], beats=[b for _, b in blocks]))
+
+    async def check(self, cycles: int = 200_000) -> None:
+        """All rows in order, and each port's bursts."""
+        expected = b"".join(self.read(*block) for block in self.sent)
+        row = config().tile * FLOAT_BITS // 8
+        got = await self.rows.take(len(expected) // row, cycles)
+        seen = b"".join(value.to_bytes(row, "little") for value in got)
+        wrong = np.flatnonzero(np.frombuffer(seen, np.uint8) != np.frombuffer(expected, np.uint8))
+        assert not len(wrong), f"row {wrong[0] // row} of {len(got)} is wrong"
+        await self.rows.quiet(16)
+        assert read(self.dut.asking) == 0
+        chunks = _chunks(self.sent)
+        assert self.seen == [chunks[port::PORTS] for port in range(PORTS)]
+
+
+def _random_blocks(random: np.random.Generator, count: int) -> list[Block]:
+    """Of one row, of some, and of as many as the config has; from anywhere."""
+    c, blocks = config(), []
+    most = activation_beats(c, c.max_tokens, c.max_k // c.tile) // ROW_BEATS
+    for _ in range(count):
+        rows = int(random.choice([1, 2, int(random.integers(1, 100)), int(random.integers(1, 600))]))
+        address = DATA_ALIGNMENT * int(random.integers(0, ADDRESS_LIMIT // DATA_ALIGNMENT))
+        blocks.append((address, min(rows, most) * ROW_BEATS))
+    return blocks
+
+
+@cocotb.test()
+@cocotb.parametrize(run=range(6))
+async def random_blocks(dut, run):
+    """Blocks of all lengths and alignments, everybody stalling at random, light and heavy."""
+    random = rng(run)
+    stalls = [
+        bursty(rng(run, index), run=20, pause=40)
+        if random.random() < 0.3
+        else randomly(float(random.choice([0.0, 0.3, 0.8])), rng(run, index))
+        for index in range(3)
+    ]
+    bench = _Bench(dut, *stalls, delay=int(random.choice([1, 20, 200])))
+    await begin(dut)
+    bench.send(_random_blocks(random, 20))
+    await bench.check()
+
+
+@cocotb.test()
+async def longest_block(dut):
+    """As many activations as there can be, and then one more row."""
+    bench, c = _Bench(dut), config()
+    await begin(dut)
+    most = activation_beats(c, c.max_tokens, c.max_k // c.tile)
+    bench.send([(ADDRESS_LIMIT - DATA_ALIGNMENT, most), (0, ROW_BEATS)])
+    await bench.check()
+
+
+@cocotb.test()
+async def full_speed(dut):
+    """A row in every cycle, or a beat of every port, whichever takes longer; over several blocks."""
+    bench, c = _Bench(dut), config()
+    await begin(dut)
+    monitor = Monitor(dut, ("blocks", "rows"), ("bursts_0_valid",))
+    most = activation_beats(c, c.max_tokens, c.max_k // c.tile)
+    beats = min(most, 40 * CHUNK_BYTES // BEAT) // ROW_BEATS * ROW_BEATS
+    bench.send([(CHUNK_BYTES * 8 * index, beats) for index in range(4)])
+    await bench.check()
+    assert monitor["bursts_0_valid"][0] - monitor["blocks"][0] == latency()
+    rows = monitor["rows"]
+    port_beats = max(sum(beats for _, beats in bursts) for bursts in bench.seen)
+    bound = max(len(rows), port_beats)
+    # The first chunk comes from one port alone.
+    assert rows[-1] - rows[0] <= bound + CHUNK_BYTES // BEAT + 8, f"{rows[-1] - rows[0]} cycles, bound {bound}"
+
+
+@cocotb.test()
+async def no_more_than_fits(dut):
+    """Memory is asked for what there is room for, and no more; ``asking`` says that there is more to ask for."""
+    bench = _Bench(dut, taker=lambda: waiting)
+    waiting = True
+    await begin(dut)
+    count = PORTS * CHUNKS_AHEAD
+    bench.send([(0, CHUNK_BYTES // BEAT * CHUNKS_AHEAD * PORTS // 2) for _ in range(3)])
+    await cycle(dut.clk, 40 + 2 * count + CHUNK_BYTES // BEAT * count)
+    assert [len(bursts) for bursts in bench.seen] == [CHUNKS_AHEAD] * PORTS
+    assert read(dut.asking) == 1
+    waiting = False
+    await bench.check()
+
+
+@cocotb.test()
+async def one_block_at_a_time(dut):
+    """``asking`` holds until the last burst is taken, and the next block waits as long."""
+    bench = _Bench(dut, asked=lambda: refusing)
+    refusing = True
+    await begin(dut)
+    bench.send([(CHUNK_BYTES - DATA_ALIGNMENT, DATA_ALIGNMENT // BEAT)] * 2)
+    await cycle(dut.clk, 50)
+    assert bench.blocks.transfers == 1 and read(dut.asking) == 1
+    refusing = False
+    await until(dut.clk, lambda: bench.blocks.transfers == 2, "the second block", cycles=20)
+    await bench.check()

@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The AXI4 write manager against cocotbext-axi's memory, and its bursts against the rules."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any, cast
+
+import cocotb
+import numpy as np
+from cocotb.triggers import RisingEdge
+from cocotbext.axi import AxiRamWrite, AxiWriteBus
+
+from sim.bench.dut import begin, config, latency, payload
+from sim.bench.monitor import Monitor, consecutive
+from sim.bench.streams import Stall, StreamSource, cycle, never, randomly, rng, until
+
+BOUNDARY = 4096
+MEMORY = 1 << 20
+PIECE = 256
+"""Most floats of a piece."""
+OUTSTANDING = 8
+
+
+@dataclass
+class _Piece:
+    address: int
+    floats: np.ndarray
+    last: int = 0
+    interrupt: int = 0
+
+    def bursts(self, size: int) -> list[tuple[int, int]]:
+        """Address and beats of ``size`` bytes of each burst."""
+        beats = -(-self.floats.nbytes // size)
+        first = min(beats, (BOUNDARY - self.address % BOUNDARY) // size)
+        return [(self.address, first), (self.address + first * size, beats - first)][: 1 + (beats > first)]
+
+
+def _piece(random: np.random.Generator, address: int, floats: int, last: int = 0, interrupt: int = 0) -> _Piece:
+    return _Piece(address, random.integers(0, 1 << 32, floats, np.uint32), last, interrupt)
+
+
+class _Watcher:
+    """Everything that can be seen on the bus, checked in every cycle."""
+
+    def __init__(self, dut: Any):
+        self.dut, self.size = dut, config().port_width // 8
+        self.offered: list[tuple[int, int]] = []
+        """Address and beats of every burst that was offered on AW."""
+        self.taken = 0
+        """How many of them were."""
+        self.sent = 0
+        """Bursts whose last beat was taken."""
+        self.acknowledged = 0
+        self.completions: list[tuple[int, int]] = []
+        """Bursts acknowledged before each completion, and its interrupt flag."""
+        self.errors: list[int] = []
+        cocotb.start_soon(self._run())
+
+    async def _run(self) -> None:
+        edge, dut = RisingEdge(self.dut.clk), self.dut
+        address: tuple[int, ...] | None = None
+        data: tuple[int, ...] | None = None
+        beat = 0
+        while True:
+            await edge
+            if dut.rst.value:
+                continue
+            if dut.complete.value:
+                self.completions.append((self.acknowledged, int(dut.complete_interrupt.value)))
+            if dut.error.value:
+                self.errors.append(int(dut.error_address.value))
+            address = self._address(address)
+            assert int(dut.under_way.value) == len(self.offered) - self.acknowledged
+            assert int(dut.under_way.value) <= OUTSTANDING
+            if self.acknowledged < len(self.offered):
+                assert int(dut.oldest.value) == self.offered[self.acknowledged][0]
+            data, beat = self._data(data, beat)
+            assert dut.m_axi_axi_bready.value
+            self.acknowledged += int(dut.m_axi_axi_bvalid.value)
+
+    def _address(self, waiting: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        """AW stays as it is until it is taken, and every burst keeps to the rules."""
+        dut = self.dut
+        if not dut.m_axi_axi_awvalid.value:
+            assert waiting is None, "AWVALID was withdrawn"
+            return None
+        names = ("addr", "len", "size", "burst", "cache", "prot", "id")
+        now = tuple(int(getattr(dut, f"m_axi_axi_aw{name}").value) for name in names)
+        if waiting is None:
+            address, beats = now[0], now[1] + 1
+            assert now[2:] == ((self.size - 1).bit_length(), 1, 3, 0, 0)
+            assert address % self.size == 0
+            assert address // BOUNDARY == (address + beats * self.size - 1) // BOUNDARY, "crosses 4 KiB"
+            self.offered.append((address, beats))
+        else:
+            assert waiting == now, f"AW changed from {waiting} to {now} before it was taken"
+        self.taken += int(dut.m_axi_axi_awready.value)
+        return None if dut.m_axi_axi_awready.value else now
+
+    def _data(self, waiting: tuple[int, ...] | None, beat: int) -> tuple[tuple[int, ...] | None, int]:
+        """W stays as it is until it is taken, never comes before its burst, and ends with it."""
+        dut = self.dut
+        if not dut.m_axi_axi_wvalid.value:
+            assert waiting is None, "WVALID was withdrawn"
+            return None, beat
+        now = tuple(int(getattr(dut, f"m_axi_axi_w{name}").value) for name in ("data", "strb", "last"))
+        assert waiting in (None, now), "W changed before it was taken"
+        assert self.sent < len(self.offered), "data before their address"
+        assert now[2] == (beat == self.offered[self.sent][1] - 1), f"WLAST in beat {beat} of {self.offered[self.sent]}"
+        if not dut.m_axi_axi_wready.value:
+            return now, beat
+        self.sent += now[2]
+        return None, 0 if now[2] else beat + 1
+
+
+class _Bench:
+    """A memory full of noise, and what shall be in it afterwards."""
+
+    def __init__(self, dut: Any, stall: Stall = never, pieces_stall: Stall = never, beats_stall: Stall = never):
+        self.dut, self.size = dut, config().port_width // 8
+        self.pieces = StreamSource(dut, "pieces", dut.clk, pieces_stall)
+        self.beats = StreamSource(dut, "beats", dut.clk, beats_stall)
+        self.memory = AxiRamWrite(AxiWriteBus.from_prefix(dut, "m_axi_axi"), dut.clk, dut.rst, size=MEMORY)
+        self.memory.log.setLevel(logging.WARNING)
+        self.channels = (self.memory.aw_channel, self.memory.w_channel, self.memory.b_channel)
+        for channel in self.channels:
+            # By itself it takes no third transfer before it has answered the first.
+            channel.queue_occupancy_limit = 32
+            channel.set_pause_generator(iter(stall, None))
+        self.image = np.frombuffer(rng(99).bytes(MEMORY), np.uint8).copy()
+        self.memory.write(0, self.image.tobytes())
+        dut.halt.value = 0
+        self.watcher = _Watcher(dut)
+        self.sent: list[_Piece] = []
+
+    def send(self, pieces: list[_Piece], random: np.random.Generator) -> None:
+        """Queue pieces; what their last beats have beyond their last float is noise."""
+        self.sent += pieces
+        fields = {
+            "address": [piece.address for piece in pieces],
+            "last_float": [len(piece.floats) - 1 for piece in pieces],
+            "last": [piece.last for piece in pieces],
+            "interrupt": [piece.interrupt for piece in pieces],
+        }
+        self.pieces.send(payload("pieces").pack(**fields))
+        for piece in pieces:
+            data = piece.floats.tobytes()
+            data += random.bytes(-len(data) % self.size)
+            self.beats.send(int.from_bytes(data[i : i + self.size], "little") for i in range(0, len(data), self.size))
+
+    @property
+    def bursts(self) -> list[tuple[int, int]]:
+        return [burst for piece in self.sent for burst in piece.bursts(self.size)]
+
+    async def quiet(self, cycles: int = 200_000) -> None:
+        """Wait until everything is written."""
+        count = len(self.bursts)
+        await until(self.dut.clk, lambda: self.watcher.acknowledged == count, f"{count} acknowledgements", cycles)
+        await cycle(self.dut.clk, 20)
+
+    def check(self) -> None:
+        """The bursts, the completions, and all of the memory: what was not to be written is what it was."""
+        assert self.watcher.offered == self.bursts
+        image, wanted, count = self.image.copy(), [], 0
+        for piece in self.sent:
+            at = piece.address % MEMORY
+            image[at : at + piece.floats.nbytes] = piece.floats.view(np.uint8)
+            count += len(piece.bursts(self.size))
+            if piece.last:
+                wanted.append((count, piece.interrupt))
+        self._compare(image)
+        seen = self.watcher.completions
+        assert seen == wanted, f"{seen}, not {wanted}"
+        assert self.watcher.errors == []
+
+    def check_partly(self) -> None:
+        """The memory after the bursts that were offered so far."""
+        left = dict(self.watcher.offered)
+        image = self.image.copy()
+        for piece in self.sent:
+            for start, beats in piece.bursts(self.size):
+                if left.get(start) == beats:
+                    data = piece.floats.view(np.uint8)[start - piece.address :][: beats * self.size]
+                    image[start % MEMORY :][: len(data)] = data
+        self._compare(image)
+
+    def _compare(self, image: np.ndarray) -> None:
+        memory = np.frombuffer(cast(bytes, self.memory.read(0, MEMORY)), np.uint8)
+        wrong = np.flatnonzero(memory != image)
+        assert not len(wrong), f"{len(wrong)} bytes are wrong, the first at {wrong[0]:#x}"
+
+
+def _pieces(random: np.random.Generator, count: int) -> list[_Piece]:
+    """Every length and offset around 4 KiB boundaries that could go wrong, and random ones, in random places."""
+    shapes = [
+        (BOUNDARY - before, floats)
+        for before in (64, 128, 512, 1024 - 64, 1024, 1024 + 64)
+        for floats in (1, 15, 16, 17, 31, 32, 33, 127, 128, 129, 239, 240, 241, 255, 256)
+    ]
+    shapes += [(0, 256), (2048 - 64, 256), (1024, 1)]
+    for _ in range(count):
+        shapes.append((64 * int(random.integers(0, BOUNDARY // 64)), int(random.integers(1, PIECE + 1))))
+    pages = random.permutation(MEMORY // (2 * BOUNDARY) - 1)
+    assert len(shapes) <= len(pages)
+    pieces = []
+    for (offset, floats), page in zip(shapes, pages, strict=False):
+        high = MEMORY * int(random.integers(0, (1 << 40) // MEMORY))
+        last, interrupt = random.random() < 0.3, int(random.integers(0, 2))
+        pieces.append(_piece(random, high + 2 * BOUNDARY * int(page) + offset, floats, last, interrupt))
+    pieces[-1].last = 1
+    return pieces
+
+
+@cocotb.test()
+@cocotb.parametrize(speeds=[(0, 0, 0), (0.3, 0.3, 0.3), (0.7, 0, 0), (0, 0.95, 0), (0, 0, 0.7)])
+async def boundaries(dut, speeds):
+    """Memory, pieces and beats each pausing at random or not."""
+    stalls = (randomly(p, rng(2, number)) if p else never for number, p in enumerate(speeds))
+    bench = _Bench(dut, *stalls)
+    await begin(dut)
+    random = rng(1)
+    bench.send(_pieces(random, 20), random)
+    await bench.quiet()
+    bench.check()
+
+
+@cocotb.test()
+@cocotb.parametrize(floats=[1, 16, 100, 256])
+async def full_speed(dut, floats):
+    """A beat in every cycle, across bursts and descriptors, whole pieces and the shortest ones."""
+    bench, random = _Bench(dut), rng(1)
+    await begin(dut)
+    pulses = ("m_axi_axi_awvalid", "m_axi_axi_wvalid", "m_axi_axi_bvalid", "complete")
+    monitor = Monitor(dut, ("pieces",), pulses)
+    # One row after another; now and then a piece crosses a boundary.
+    pieces = [_piece(random, 1088 * i, floats, last=i % 5 == 4, interrupt=1) for i in range(40)]
+    bench.send(pieces, random)
+    await bench.quiet()
+    bench.check()
+    data = monitor["m_axi_axi_wvalid"]
+    assert monitor["m_axi_axi_awvalid"][0] - monitor["pieces"][0] == latency()
+    assert data[0] - monitor["m_axi_axi_awvalid"][0] == 1
+    assert monitor["complete"][-1] - monitor["m_axi_axi_bvalid"][-1] == 1
+    # Every cycle with valid data was a transfer, and there was no other cycle in between.
+    assert len(data) == sum(beats for _, beats in bench.bursts)
+    assert consecutive(data), f"{data[-1] - data[0] + 1} cycles for {len(data)} beats"
+
+
+@cocotb.test()
+async def outstanding(dut):
+    """A memory that does not acknowledge gets eight bursts, and no more."""
+    bench, random = _Bench(dut), rng(1)
+    answering = [False]
+    bench.memory.b_channel.set_pause_generator(iter(lambda: not answering[0], None))
+    await begin(dut)
+    bench.send([_piece(random, BOUNDARY * i, 20, last=1) for i in range(20)], random)
+    await cycle(dut.clk, 600)
+    assert len(bench.watcher.offered) == bench.watcher.sent == OUTSTANDING
+    assert bench.watcher.completions == []
+    answering[0] = True
+    await bench.quiet()
+    bench.check()
+
+
+@cocotb.test()
+async def address_first(dut):
+    """AW is offered before there are data, and also the next ones; nothing waits for AWREADY or WREADY."""
+    bench, random = _Bench(dut, beats_stall=lambda: waiting), rng(1)
+    waiting = True
+    for channel in bench.channels[:2]:
+        channel.set_pause_generator(iter(lambda: waiting, None))
+    await begin(dut)
+    bench.send([_piece(random, BOUNDARY * i, 200, last=1) for i in range(3)], random)
+    await until(dut.clk, lambda: dut.m_axi_axi_awvalid.value, "AWVALID", cycles=20)
+    assert bench.watcher.taken == 0
+    bench.memory.aw_channel.set_pause_generator(None)
+    bench.memory.aw_channel.pause = False
+    await until(dut.clk, lambda: bench.watcher.taken == 3, "three addresses", cycles=20)
+    assert not dut.m_axi_axi_wvalid.value
+    waiting = False
+    await bench.quiet()
+    bench.check()
+
+
+@cocotb.test()
+@cocotb.parametrize(after=[3, 150, 1000])
+async def halt(dut, after):
+    """Halted in the middle: what was offered is finished, nothing else begins; then the rest follows."""
+    bench, random = _Bench(dut, randomly(0.4, rng(2)), never, randomly(0.3, rng(3))), rng(1)
+    await begin(dut)
+    bench.send(_pieces(random, 4), random)
+    await cycle(dut.clk, after)
+    dut.halt.value = 1
+    await cycle(dut.clk, 2)
+    offered = len(bench.watcher.offered)
+    await until(dut.clk, lambda: int(dut.under_way.value) == 0, "quiet", 20_000)
+    await cycle(dut.clk, 200)
+    assert offered == len(bench.watcher.offered) == bench.watcher.sent == bench.watcher.acknowledged
+    assert offered < len(bench.bursts)
+    bench.check_partly()
+    dut.halt.value = 0
+    await bench.quiet()
+    bench.check()
+
+
+@cocotb.test()
+@cocotb.parametrize(response=[1, 2, 3])
+async def errors(dut, response):
+    """SLVERR and DECERR are reported with the address of their burst and their descriptor does not complete."""
+    pieces, beats = StreamSource(dut, "pieces", dut.clk), StreamSource(dut, "beats", dut.clk)
+    dut.halt.value = dut.m_axi_axi_bvalid.value = dut.m_axi_axi_bresp.value = dut.m_axi_axi_bid.value = 0
+    dut.m_axi_axi_awready.value = dut.m_axi_axi_wready.value = 1
+    watcher = _Watcher(dut)
+    await begin(dut)
+    # Six descriptors of two pieces of one beat; which of their answers are bad.
+    bad = [(0, 0), (1, 0), (0, 1), (0, 0), (1, 1), (0, 0)]
+    addresses = [[BOUNDARY * (2 * i + j) + 64 for j in range(2)] for i in range(len(bad))]
+    flat, answers = [a for pair in addresses for a in pair], [response * b for pair in bad for b in pair]
+    fields = dict(last_float=0, last=[0, 1] * len(bad), interrupt=[i // 2 % 2 for i in range(len(flat))])
+    pieces.send(payload("pieces").pack(address=flat, **fields))
+    beats.send([0] * len(flat))
+    for index, answer in enumerate(answers):
+        await until(dut.clk, lambda index=index: watcher.sent > index, "data", cycles=100)
+        dut.m_axi_axi_bvalid.value = 1
+        dut.m_axi_axi_bresp.value = answer
+        await RisingEdge(dut.clk)
+        dut.m_axi_axi_bvalid.value = 0
+        await cycle(dut.clk, index % 3)
+    await cycle(dut.clk, 5)
+    assert int(dut.under_way.value) == 0
+    good = [response == 1 or pair == (0, 0) for pair in bad]
+    assert watcher.errors == [a for a, answer in zip(flat, answers, strict=True) if answer >= 2]
+    assert watcher.completions == [(2 * i + 2, i % 2) for i, fine in enumerate(good) if fine]

@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The accelerator: layers by descriptor, from float32 in memory to float32 in memory, bit for bit."""
+
+import cocotb
+
+from hw.spec.control.descriptor import ADDRESS_LIMIT
+from hw.spec.control.registers import (
+    BY_NAME,
+    COMPLETIONS,
+    IDENTIFICATION,
+    QUEUE_DEPTH,
+    REGISTERS,
+    VERSION,
+    Access,
+    config_digest,
+    offset,
+)
+from hw.spec.memory.geometry import StreamLayout
+from sim.bench.accelerator_driver import MEMORY, AcceleratorDriver, fit, pauses
+from sim.bench.dut import config
+from sim.bench.layers import DATA
+from sim.bench.streams import cycle, randomly, read, rng
+from sim.harness import settings
+
+LONG = settings().get("long", False)
+"""Longer random runs, for the sweeps over parameters."""
+SLVERR = 2
+
+
+def _random_works(driver, random, count, max_k=200):
+    """Layers of all shapes, one in four on the activations of the one before; interrupts now and then."""
+    c, works = config(), []
+    for _ in range(count):
+        interrupt = random.random() < 0.3
+        n = int(random.integers(1, 5 * c.tile, endpoint=True))
+        if works and random.random() < 0.25:
+            before = works[-1]
+            layer = fit(before.job.layer.k, n, before.job.layer.group_size)
+            works.append(driver.place(layer, before.job.tokens, reuse=before, interrupt=interrupt))
+            continue
+        layer = fit(int(random.choice([32, 64, 96, max_k])), n, int(random.choice([32, 64, 128, 4096])))
+        tokens = int(random.choice([1, 1, 2, c.max_tokens, random.integers(1, c.max_tokens, endpoint=True)]))
+        works.append(driver.place(layer, min(tokens, c.max_tokens), interrupt=interrupt))
+    return works
+
+
+@cocotb.test()
+async def shapes(dut):
+    """One layer at a time: K that needs padding, N that fills no tile and that makes long bursts, every M."""
+    driver, c = await AcceleratorDriver.create(dut), config()
+    for k, n, size in ((64, c.tile, 32), (100, 3 * c.tile - 1, 32), (32, 1, 32), (64, 300, 64)):
+        await driver.run([driver.place(fit(k, n, size), min(2, c.max_tokens))])
+    driver.forget()
+    for tokens in rng(1).permutation(range(1, c.max_tokens + 1)).tolist()[:6]:
+        await driver.run([driver.place(fit(64, c.tile + 1, 32), tokens)])
+
+
+@cocotb.test()
+async def extremes(dut):
+    """All-minimum and all-maximum data, zero rows and tokens, the accumulators' bound with the longest K."""
+    driver, c = await AcceleratorDriver.create(dut), config()
+    tokens = min(2, c.max_tokens)
+    await driver.run([driver.place(fit(64, c.tile + 1, 32), tokens, kind) for kind in DATA])
+    await driver.run([driver.place(fit(c.max_k, c.tile, 128), tokens, kind) for kind in ("bound", "negative_bound")])
+
+
+@cocotb.test()
+async def random_layers(dut):
+    """Many layers of different shapes queued, at once as many as there is room for, at the end of all addresses."""
+    driver, random = await AcceleratorDriver.create(dut, base=ADDRESS_LIMIT - MEMORY), rng(1)
+    for _ in range(20 if LONG else 4):
+        await driver.run(_random_works(driver, random, 18), room=QUEUE_DEPTH)
+        driver.forget()
+
+
+@cocotb.test()
+@cocotb.parametrize(run=range(40 if LONG else 8))
+async def random_pauses(dut, run):
+    """The same with pauses on every channel, light and heavy ones mixed."""
+    random = rng(1, run)
+    base = MEMORY * int(random.integers(0, ADDRESS_LIMIT // MEMORY))
+    driver = await AcceleratorDriver.create(dut, pauses(run), base)
+    await driver.run(_random_works(driver, random, 10))
+
+
+@cocotb.test()
+async def reuse(dut):
+    """Several layers on the same activations, read once, and new ones in between."""
+    driver, c, works = await AcceleratorDriver.create(dut), config(), []
+    for _ in range(3):
+        works.append(driver.place(fit(160, c.tile * 2, 32), min(3, c.max_tokens)))
+        size = works[-1].job.layer.group_size
+        for n in (1, c.tile * 3 - 1):
+            works.append(driver.place(fit(160, n, size), works[-1].job.tokens, reuse=works[-1]))
+    await driver.run(works)
+
+
+@cocotb.test()
+async def full_queue(dut):
+    """A push into a full queue is lost, and nothing else is."""
+    driver = await AcceleratorDriver.create(dut)
+    answering = [False]
+    driver.pause("hp0_r", lambda: not answering[0])
+    works = [driver.place(fit(32, config().tile, 32), 1) for _ in range(QUEUE_DEPTH + 8)]
+    await driver.start([])
+    kept = []
+    for item in works:
+        await cycle(dut.clk, 40)
+        if await driver.field("status", "queued") < QUEUE_DEPTH:
+            kept.append(item)
+        await driver.push(item)
+    assert QUEUE_DEPTH < len(kept) < len(works)
+    assert await driver.get("status") == BY_NAME["status"].field("running").mask | QUEUE_DEPTH << 8
+    answering[0] = True
+    await driver.finish(kept)
+
+
+@cocotb.test()
+async def interrupts(dut):
+    """Only flagged descriptors set the pending bit, and it raises the line only while it is enabled."""
+    driver, layer = await AcceleratorDriver.create(dut), fit(32, config().tile, 32)
+    plain, flagged = driver.place(layer, 1), driver.place(layer, 1, interrupt=True)
+    await driver.run([plain])
+    assert await driver.get("interrupt_pending") == 0
+    await driver.run([flagged])
+    assert await driver.get("interrupt_pending") == 1 and read(dut.irq) == 0
+    await driver.set("interrupt_enable", "error")
+    assert read(dut.irq) == 0
+    await driver.set("interrupt_enable", "done")
+    await cycle(dut.clk, 2)
+    assert read(dut.irq) == 1
+    # Bits written as 0 stay.
+    await driver.set("interrupt_pending", "error")
+    assert await driver.get("interrupt_pending") == 1 and read(dut.irq) == 1
+    await driver.set("interrupt_pending", "done")
+    assert await driver.get("interrupt_pending") == 0 and read(dut.irq) == 0
+    await driver.run([plain, plain])
+    assert read(dut.irq) == 0
+    # It comes with the completion, and stays when a plain one follows.
+    await driver.run([plain, flagged, plain])
+    assert read(dut.irq) == 1
+    await driver.set("interrupt_enable", 0)
+    await cycle(dut.clk, 2)
+    assert read(dut.irq) == 0 and await driver.get("interrupt_pending") == 1
+
+
+@cocotb.test()
+async def identity(dut):
+    """Who it is, what it can do, and that nothing of it can be written."""
+    driver, c = await AcceleratorDriver.create(dut, pauses()), config()
+    assert await driver.get("identification") == IDENTIFICATION
+    assert await driver.get("version") == VERSION
+    assert await driver.get("config_digest") == config_digest(c)
+    for field, value in dict(queue_depth=QUEUE_DEPTH, completions=COMPLETIONS, ports=c.ports, outstanding=8).items():
+        assert await driver.field("capabilities", field) == value
+    for register in REGISTERS:
+        if register.access is Access.READ:
+            for place in range(register.offset, register.end, 4):
+                before = await driver.access(place)
+                assert before[0] == 0
+                assert (await driver.access(place, 0xFFFF_FFFF))[0] == SLVERR
+                if register.name != "cycles":
+                    assert await driver.access(place) == before
+    # Bits in no field do nothing; neither do commands' zeros.
+    await driver.set("control", 0xFFFF_FFF8)
+    assert await driver.get("status") == 0 and await driver.get("completed") == 0
+    await driver.run([driver.place(fit(32, 1, 32), 1)])
+
+
+@cocotb.test()
+async def counters(dut):
+    """Beats are the layers' own; a single layer is busy from its start to its completion; nothing is starved twice."""
+    driver, c = await AcceleratorDriver.create(dut), config()
+    for index, tokens in enumerate((1, c.max_tokens)):
+        work = driver.place(fit(128, 5 * c.tile, 64), tokens)
+        await driver.set("control", "clear_counters")
+        for name in ("busy", "beats", "starved_weights", "starved_activations", "starved_output"):
+            assert await driver.get(name) == 0
+        before = await driver.get("cycles")
+        await driver.run([work])
+        after = await driver.get("cycles")
+        started, done = await driver.get("started"), await driver.get("completion_cycles", index)
+        busy, beats = await driver.get("busy"), await driver.get("beats")
+        assert beats == work.job.layer.beats
+        assert before < started < done < after
+        # Both are busy cycles themselves.
+        assert busy == done - started + 1, f"busy for {busy} cycles, from {started} to {done}"
+        layer = work.job.layer
+        assert busy > max(beats, layer.slices * layer.out_tiles * tokens)
+        starved = [await driver.get(f"starved_{cause}") for cause in ("weights", "activations", "output")]
+        dut._log.info("M %d: busy %d, beats %d, starved %s", tokens, busy, beats, starved)
+        assert sum(starved) <= busy - beats
+        assert starved[1] > 0, "it has to wait for activations at first"
+
+
+def _slow(monitor, regions):
+    """Pauses of R, nine of ten cycles, while memory answers reads of some regions."""
+    pause = randomly(0.9, rng(1))
+
+    def stall():
+        owed = monitor.reads_under_way
+        return bool(owed) and any(monitor.reads[-owed].address in region for region in regions) and pause()
+
+    return stall
+
+
+def _region(work, operand, port):
+    """The addresses of an operand, of weights one port's."""
+    if operand == "activations":
+        return range(work.descriptor.activations, work.descriptor.activations + work.x.nbytes)
+    start = work.descriptor.weights + port * work.descriptor.weights_stride
+    return range(start, start + work.job.layer.beats * config().port_width // 8)
+
+
+async def _starved(driver, works):
+    """What the core has waited for longest."""
+    await driver.set("control", "clear_counters")
+    await driver.run(works)
+    starved = {name: await driver.get(f"starved_{name}") for name in ("weights", "activations", "output")}
+    busy, beats = await driver.get("busy"), await driver.get("beats")
+    assert beats == sum(item.job.layer.beats for item in works)
+    assert sum(starved.values()) <= busy - beats
+    driver.dut._log.info("busy %d, beats %d, starved %s", busy, beats, starved)
+    return max(starved, key=lambda name: starved[name])
+
+
+@cocotb.test()
+@cocotb.parametrize(cause=["weights", "activations", "output"])
+async def starved_by(dut, cause):
+    """The counters name what is slow: weights, activations, or results."""
+    driver, c = await AcceleratorDriver.create(dut), config()
+    layer = fit(c.max_k // 2, 1, 64) if cause == "activations" else fit(64, 400, 64)
+    works = [driver.place(layer, 1 if cause == "weights" else c.max_tokens) for _ in range(2)]
+    if cause != "output":
+        for port, monitor in enumerate(driver.monitors):
+            driver.pause(f"hp{port}_r", _slow(monitor, [_region(item, cause, port) for item in works]))
+    else:
+        driver.pause("hp0_w", randomly(0.95, rng(2)))
+    assert await _starved(driver, works) == cause
+
+
+@cocotb.test()
+async def completions(dut):
+    """Every completion's cycle, in order, over more descriptors than there are entries; clearing leaves them alone."""
+    driver = await AcceleratorDriver.create(dut)
+    works = [driver.place(fit(32, 1, 32), 1) for _ in range(4)]
+    count = COMPLETIONS + 8
+    last = await driver.get("cycles")
+    for index in range(0, count, len(works)):
+        await driver.run(works)
+        await driver.set("control", "clear_counters")
+        for number in range(index, index + len(works)):
+            now = await driver.get("completion_cycles", number % COMPLETIONS)
+            assert now > last, f"descriptor {number} was complete at {now}, the one before at {last}"
+            last = now
+        assert await driver.get("completed") == index + len(works)
+    assert await driver.get("cycles") > last
+
+
+@cocotb.test()
+async def gathered(dut):
+    """Aligned results of whole 256 columns are written in bursts of 1 KiB, and no shorter one."""
+    driver, c = await AcceleratorDriver.create(dut), config()
+    await driver.run([driver.place(fit(32, 512, 32), min(3, c.max_tokens), aligned=True) for _ in range(2)])
+    lengths = {burst.beats * c.port_width // 8 for burst in driver.monitors[0].writes}
+    assert lengths == {min(1024, 256 * c.port_width // 8)}, lengths
+
+
+@cocotb.test(skip=StreamLayout(config()).array_factor > 1)
+async def back_to_back(dut):
+    """At M = 1 layers follow each other without an idle cycle on the busiest port, which the array keeps up with."""
+    driver, c = await AcceleratorDriver.create(dut), config()
+    idle = []
+    for count in (1, 6):
+        works = [driver.place(fit(c.max_k // 2, 8 * c.tile, 128), 1) for _ in range(count)]
+        before = [monitor.beats for monitor in driver.monitors]
+        await driver.set("control", "clear_counters")
+        await driver.run(works)
+        moved = max(monitor.beats - beats for monitor, beats in zip(driver.monitors, before))
+        idle.append(await driver.get("busy") - moved)
+        driver.forget()
+    # From the push to the first beat, and from the last one to the completion: once, however many layers there are.
+    dut._log.info("%s cycles in which the busiest port did not move", idle)
+    assert idle[1] <= idle[0] + 4
+
+
+@cocotb.test()
+async def loads_ahead(dut):
+    """A layer's activations are loaded while the one before computes: only the first one is waited for."""
+    driver, c = await AcceleratorDriver.create(dut), config()
+    waited = []
+    for count in (1, 4):
+        works = [driver.place(fit(512, 20 * c.tile, 64), c.max_tokens) for _ in range(count)]
+        await driver.set("control", "clear_counters")
+        await driver.run(works)
+        waited.append(await driver.get("starved_activations"))
+    dut._log.info("waited %s cycles for activations", waited)
+    assert 0 < waited[1] <= waited[0] + 16
+
+
+@cocotb.test()
+async def untouched_window(dut):
+    """The window belongs to software again as soon as the push is answered, and keeps what was written."""
+    driver = await AcceleratorDriver.create(dut)
+    works = [driver.place(fit(32, config().tile, 32), 1) for _ in range(2)]
+    await driver.start([])
+    await driver.push(works[0])
+    for index in range(BY_NAME["descriptor"].words):
+        await driver.access(offset("descriptor", index), 0xDEAD_BEEF)
+        assert await driver.get("descriptor", index) == 0xDEAD_BEEF
+    driver._window = [None] * len(driver._window)
+    await driver.push(works[1])
+    await driver.finish(works)
