@@ -25,11 +25,11 @@ from hw.spec.cycles import layer_cycles
 from hw.spec.memory.geometry import LayerLayout, ceil_div, fit_layer, pack
 from hw.spec.numerics.linear import Weights
 from sw.bench_decoder import measure_host, measure_qwen
-from sw.bench_report import print_tables
+from sw.common.errors import UserError, run_cli
+from sw.console.bench_report import print_tables
+from sw.console.options import FABRIC_HZ
 from sw.devices.base import Completion, LinearJob, result_bytes
 from sw.devices.rtl import RtlDevice
-from sw.errors import UserError, run_cli
-from sw.hardware_options import FABRIC_HZ
 
 REPORT = Path("build/bench.json")
 QWEN = {"qkv": (896, 1152), "o": (896, 896), "gate+up": (896, 9728), "down": (4864, 896)}

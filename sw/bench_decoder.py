@@ -30,14 +30,14 @@ from hw.spec.control.registers import (
     config_digest,
     offset,
 )
+from sw.common.errors import UserError, run_cli
+from sw.console.options import FABRIC_HZ, ONNXRUNTIME, choose_config, layer_shapes
 from sw.devices import Device, open_device
 from sw.devices.arena import MEMORY_BYTES, Arena, anonymous_memory
 from sw.devices.driver import AcceleratorDevice
 from sw.devices.platform import mask
-from sw.errors import UserError, run_cli
-from sw.hardware_options import FABRIC_HZ, ONNXRUNTIME, choose_config, layer_shapes
-from sw.models import cache_directory, resolve_model
-from sw.onnx_import import find_linears
+from sw.export.resolve import cache_directory, resolve_model
+from sw.graph.linears import find_linears
 from sw.runtime import Decoder, Usage
 
 PROMPT = tuple(range(40, 48))

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from typing import NoReturn
 
 from hw.spec.kv260 import FABRIC_HZ
+from sw.board.checks import OK, WRONG, Finding, examine
+from sw.common.errors import UserError, run_cli
 from sw.devices.host import Host
-from sw.doctor_checks import OK, WRONG, Finding, examine
-from sw.errors import UserError, run_cli
 
 
 class Parser(argparse.ArgumentParser):

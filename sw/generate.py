@@ -3,8 +3,8 @@
 
     python -m sw.generate --prompt "What is the capital of France?" --max-new-tokens 8 --device rtl
 
-The text streams to stdout; afterwards a table of cycles and tokens/s (see sw.generate_report), or with --json one
-document instead of both. What the devices compute is the same bit for bit, so the text does not depend on them;
+The text streams to stdout; afterwards a table of cycles and tokens/s (see sw.console.generate_report), or with --json
+one document instead of both. What the devices compute is the same bit for bit, so the text does not depend on them;
 ``--device onnxruntime`` runs the same graph without the accelerator's arithmetic, for comparison.
 """
 
@@ -17,10 +17,11 @@ from typing import TypeVar
 
 import numpy as np
 
-from sw.decoder_setup import decoder_config, decoder_limits, open_decoder
-from sw.errors import UserError, run_cli
-from sw.generate_report import Answer, Phase, Report, print_json, print_table
-from sw.hardware_options import (
+from sw.common.errors import UserError, run_cli
+from sw.common.status_line import StatusLine
+from sw.common.text_files import read_text
+from sw.console.generate_report import Answer, Phase, Report, print_json, print_table
+from sw.console.options import (
     MODEL_HELP,
     ONNXRUNTIME,
     Parser,
@@ -30,12 +31,11 @@ from sw.hardware_options import (
     check_positive,
     hardware_options,
 )
-from sw.models import resolve_model
+from sw.export.resolve import resolve_model
 from sw.runtime import Decoder
-from sw.sampling import Sampler
-from sw.status_line import StatusLine
-from sw.text_files import read_text
-from sw.text_folder import TextFolder
+from sw.runtime.setup import decoder_config, decoder_limits, open_decoder
+from sw.text.folder import TextFolder
+from sw.text.sampling import Sampler
 
 MODEL = "smollm2"
 NEW_TOKENS = 128
@@ -57,8 +57,8 @@ def generate(
 ) -> Answer:
     """Answers a prompt of 1 to decoder.context tokens with at most max_new_tokens more; decoder's cache is empty.
 
-    choose: float32 [vocab] logits to a token id, sw.sampling.Sampler for example. show: called with each piece of text
-    as it comes. read, made: called with the number of prompt tokens read, of new tokens made.
+    choose: float32 [vocab] logits to a token id, sw.text.sampling.Sampler for example. show: called with each piece of
+    text as it comes. read, made: called with the number of prompt tokens read, of new tokens made.
     An interrupt (Ctrl-C) is no error: what there is by then is returned. Raises UserError as the decoder does.
     """
     answer, stream = Answer(list(prompt_ids)), folder.stream()

@@ -19,13 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from hw.spec.numerics.linear import NumericsError, quantise_activations
-from sw import pack
-from sw.capture import Captured, capture_inputs
-from sw.devices import open_device
-from sw.devices.base import Completion, Device, LinearJob, read_results, result_bytes, weight_bytes, weight_image
-from sw.devices.reference import reference_linear
-from sw.errors import UserError, run_cli
-from sw.hardware_options import (
+from sw.common.errors import UserError, run_cli
+from sw.console.layers_report import LayerResult, Report, layer_progress, print_json, print_table
+from sw.console.options import (
     MODEL_HELP,
     Parser,
     add_device_options,
@@ -36,9 +32,12 @@ from sw.hardware_options import (
     hardware_options,
     layer_shapes,
 )
-from sw.layers_report import LayerResult, Report, layer_progress, print_json, print_table
-from sw.models import resolve_model
-from sw.onnx_import import find_linears
+from sw.devices import open_device, pack
+from sw.devices.base import Completion, Device, LinearJob, read_results, result_bytes, weight_bytes, weight_image
+from sw.devices.reference import reference_linear
+from sw.export.resolve import resolve_model
+from sw.graph.linears import find_linears
+from sw.ort.capture import Captured, capture_inputs
 
 PROMPT = (
     "Gristmill grinds what the stream brings: the weights of a language model flow from memory like water, and the"
@@ -63,7 +62,7 @@ def prompt_ids(model: Path, prompt: str) -> tuple[list[int], str]:
     if not path.is_file():
         return list(prompt.encode()), "bytes"
     # A model without its tokenizer needs no package for one.
-    from sw.text_folder import read_tokenizer
+    from sw.text.folder import read_tokenizer
 
     return read_tokenizer(path).encode(prompt).ids, "tokenizer"
 

@@ -16,9 +16,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from sw.decoder_setup import decoder_config, decoder_limits, open_decoder
-from sw.errors import UserError, run_cli
-from sw.hardware_options import (
+from sw.common.errors import UserError, run_cli
+from sw.common.status_line import StatusLine
+from sw.common.text_files import read_text
+from sw.console.options import (
     MODEL_HELP,
     ONNXRUNTIME,
     Parser,
@@ -28,12 +29,11 @@ from sw.hardware_options import (
     check_positive,
     hardware_options,
 )
-from sw.models import resolve_model
-from sw.perplexity_report import Report, Score, print_json, print_table
+from sw.console.perplexity_report import Report, Score, print_json, print_table
+from sw.export.resolve import resolve_model
 from sw.runtime import Decoder
-from sw.status_line import StatusLine
-from sw.text_files import read_text
-from sw.text_folder import TextFolder, encode
+from sw.runtime.setup import decoder_config, decoder_limits, open_decoder
+from sw.text.folder import TextFolder, encode
 
 WINDOWS = 8
 LENGTH = 512

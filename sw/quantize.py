@@ -19,25 +19,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sw.atomic import atomic_directory
-from sw.autoawq_writer import write_autoawq_folder
 from sw.awq.quantiser import FLOAT, METHODS, Result, Texts, quantise
-from sw.awq.rewrite import write_quantised
 from sw.awq.rounding import ZERO_POINTS, Form
 from sw.awq.sizes import compare
-from sw.decoder_setup import decoder_limits
-from sw.errors import UserError, run_cli
-from sw.float_export import float_model
-from sw.hardware_options import Parser, check_positive
-from sw.lm_head import HEAD_MODES
-from sw.onnx_file import OnnxFile
+from sw.checkpoints.autoawq_writer import write_autoawq_folder
+from sw.common.atomic import atomic_directory
+from sw.common.errors import UserError, run_cli
+from sw.common.status_line import StatusLine
+from sw.common.text_files import read_text
+from sw.console.options import Parser, check_positive
+from sw.console.perplexity_report import Score
+from sw.console.quantize_report import Report, print_json, print_table, write_json
+from sw.export.floats import float_model
+from sw.graph.file import OnnxFile
+from sw.graph.rewrite import write_quantised
+from sw.model.lm_head import HEAD_MODES
 from sw.perplexity import LENGTH, WINDOWS, cut_windows, score
-from sw.perplexity_report import Score
-from sw.quantize_report import Report, print_json, print_table, write_json
 from sw.runtime import Decoder
-from sw.status_line import StatusLine
-from sw.text_files import read_text
-from sw.text_folder import TextFolder, encode
+from sw.runtime.setup import decoder_limits
+from sw.text.folder import TextFolder, encode
 
 BITS = (3, 4, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -56,7 +56,7 @@ TEXT_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
-"""What sw.text_folder reads beside a model."""
+"""What sw.text.folder reads beside a model."""
 
 
 @dataclass(frozen=True)

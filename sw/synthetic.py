@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 from tokenizers import pre_tokenizers
 
-from sw.atomic import atomic_directory
-from sw.autoawq import BITS, MIDDLE, pack_words
-from sw.decoder_folder import Progress
-from sw.errors import UserError, run_cli
-from sw.hardware_options import Parser
-from sw.safetensors_file import INDEX, NewTensor, write_safetensors
-from sw.status_line import StatusLine
+from sw.checkpoints.autoawq import BITS, MIDDLE, pack_words
+from sw.checkpoints.safetensors_file import INDEX, NewTensor, write_safetensors
+from sw.common.atomic import atomic_directory
+from sw.common.errors import UserError, run_cli
+from sw.common.status_line import StatusLine
+from sw.console.options import Parser
+from sw.export.folder import Progress
 
 # config.json of Qwen/Qwen2.5-0.5B-Instruct-AWQ, as far as it concerns the model.
 QWEN2_5_0_5B: dict[str, Any] = {

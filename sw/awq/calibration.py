@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a float decoder graph block by block over some windows of tokens, and stops at its linear layers.
 
-The graph is cut at them (sw.runtime.cut): onnxruntime computes what lies between, one stage for all windows before the
+The graph is cut at them (sw.ort.cut): onnxruntime computes what lies between, one stage for all windows before the
 next. So of a model of any depth only one stage's tensors are held, and what layers read can be computed by layers that
 are quantised already.
 """
@@ -15,12 +15,12 @@ from onnxruntime import OrtValue
 
 from sw.awq.graph import FloatSite, Group, group_sites, logits_name
 from sw.awq.threads import threaded
-from sw.errors import UserError, one_line
-from sw.feeds import CACHE_RANK, DTYPES, empty_cache_shape
-from sw.onnx_file import OnnxFile, tensor_type
-from sw.runtime.cache import pair_names
-from sw.runtime.cut import Stage, cut
-from sw.runtime.stages import Constants, StageSession, open_stage
+from sw.common.errors import UserError, one_line
+from sw.graph.file import OnnxFile, tensor_type
+from sw.ort.cache import pair_names
+from sw.ort.cut import Stage, cut
+from sw.ort.feeds import CACHE_RANK, DTYPES, empty_cache_shape
+from sw.ort.stages import Constants, StageSession, open_stage
 
 TOLERANCES = {np.dtype(np.float32): 1e-3, np.dtype(np.float16): 2e-2}
 """Largest error, relative to a channel's largest value, of a tensor that is said to scale with a weight's rows. The

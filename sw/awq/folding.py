@@ -17,9 +17,9 @@ import numpy as np
 
 from sw.awq.calibration import Step
 from sw.awq.graph import FloatSite, Group, is_own
-from sw.errors import UserError
-from sw.feeds import CACHE_RANK, empty_cache_shape
-from sw.onnx_file import OnnxFile
+from sw.common.errors import UserError
+from sw.graph.file import OnnxFile
+from sw.ort.feeds import CACHE_RANK, empty_cache_shape
 
 
 @dataclass(frozen=True, eq=False)

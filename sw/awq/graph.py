@@ -15,8 +15,8 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from sw.errors import UserError
-from sw.onnx_file import OnnxFile
+from sw.common.errors import UserError
+from sw.graph.file import OnnxFile
 
 FLOATS = (np.float32, np.float16)
 LEAST = 16

@@ -7,8 +7,8 @@ q * d it all comes back: 127 * d has 18 bits, so max|w| / 127 is d in float32 wi
 
 import numpy as np
 
-from sw.linear import QuantizedLinear
-from sw.lm_head import quantise_int8
+from sw.model.linear import QuantizedLinear
+from sw.model.lm_head import quantise_int8
 
 BLOCK = 32
 TOP = 127

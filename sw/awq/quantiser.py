@@ -22,10 +22,10 @@ from sw.awq.int8_head import quantise_head
 from sw.awq.rounding import Form, Rounded, nearest
 from sw.awq.search import Scale, Statistics, output_error, scaled_gram, search_scale
 from sw.awq.threads import THREADS, threaded
-from sw.errors import UserError
-from sw.linear import FloatLinear, QuantizedLinear
-from sw.lm_head import Linear
-from sw.onnx_file import OnnxFile
+from sw.common.errors import UserError
+from sw.graph.file import OnnxFile
+from sw.model.linear import FloatLinear, QuantizedLinear
+from sw.model.lm_head import Linear
 from sw.perplexity import negative_log_likelihood
 
 METHODS = ("awq", "rtn")
@@ -80,7 +80,7 @@ class Result:
 
     Members
     -------
-    layers: name of a node -> function that returns its layer, as sw.awq.rewrite.write_quantised takes it.
+    layers: name of a node -> function that returns its layer, as sw.graph.rewrite.write_quantised takes it.
     updates: name of a constant -> its new value.
     reports: of all layers but the head, in the graph's order.
     nll: what was compared (FLOAT or a method) -> -ln p of every token scored, float64.

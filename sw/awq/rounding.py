@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hw.spec.config import FIXED_FRACTION_BITS
-from sw.linear import QuantizedLinear
+from sw.model.linear import QuantizedLinear
 
 ZERO_POINTS = ("integer", "fixed")
 """integer: z is a whole number. fixed: it has the fraction bits of the hardware's fixed-point zero points."""

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto, helper
 
-from sw.errors import UserError
-from sw.onnx_file import OnnxFile, expect_names
-from sw.safetensors_file import SafetensorsFile
+from sw.checkpoints.safetensors_file import SafetensorsFile
+from sw.common.errors import UserError
+from sw.graph.file import OnnxFile, expect_names
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 ROTARY = ("cos_cache", "sin_cache", "cos_cached", "sin_cached", "inv_freq")

@@ -2,11 +2,11 @@
 """Devices by name: "reference" computes in numpy, "rtl" simulates the generated Verilog, "kv260" is the board."""
 
 from hw.spec.config import AcceleratorConfig, ConfigError
+from sw.common.errors import UserError
 from sw.devices.base import Device
 from sw.devices.kv260 import KV260Device
 from sw.devices.reference import ReferenceDevice
 from sw.devices.rtl import DEFAULT_MEMORY, RtlDevice
-from sw.errors import UserError
 
 DEVICES = ("reference", "rtl", "kv260")
 

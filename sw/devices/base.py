@@ -14,7 +14,7 @@ import numpy as np
 from hw.spec.config import AcceleratorConfig
 from hw.spec.control.descriptor import FLOAT_BYTES, result_pitch, weight_bytes, weights_stride
 from hw.spec.memory.geometry import LayerLayout, stripe, unstripe
-from sw.errors import UserError
+from sw.common.errors import UserError
 
 PAGE = 4096
 """Alignment in bytes of every buffer and of every port's region: no burst of a bus crosses such an address."""

@@ -20,9 +20,9 @@ from typing import Any
 
 from hw.spec.config import AcceleratorConfig
 from hw.spec.manifest import Manifest, ManifestError
+from sw.common.errors import UserError
 from sw.devices.arena import MEMORY_BYTES, Arena, anonymous_memory
 from sw.devices.base import DeviceError
-from sw.errors import UserError
 
 MEMORIES = ("ideal", "kv260-2400", "kv260-2133", "hostile")
 """Presets of the memory model; sim/device says what they are."""

@@ -9,15 +9,15 @@ from typing import Self
 import numpy as np
 from onnxruntime import OrtValue
 
+from sw.common.errors import UserError
 from sw.devices.base import Device
-from sw.errors import UserError
-from sw.feeds import DTYPES
-from sw.onnx_file import OnnxFile, tensor_type
-from sw.onnx_import import Linears, find_linears
-from sw.runtime.cache import KvCache
-from sw.runtime.cut import Stage, cut
+from sw.graph.file import OnnxFile, tensor_type
+from sw.graph.linears import Linears, find_linears
+from sw.ort.cache import KvCache
+from sw.ort.cut import Stage, cut
+from sw.ort.feeds import DTYPES
+from sw.ort.stages import Constants, StageSession, open_stage
 from sw.runtime.placement import Batch, place
-from sw.runtime.stages import Constants, StageSession, open_stage
 from sw.runtime.usage import Usage
 
 LOGITS = "logits"

@@ -11,11 +11,11 @@ from onnxruntime import OrtValue
 
 from hw.spec.control.descriptor import FLOAT_BYTES
 from hw.spec.memory.geometry import LayerLayout
-from sw import pack
+from sw.devices import pack
 from sw.devices.base import Buffer, Device, LinearJob, PreparedBatch, result_bytes, view_results, weight_bytes
 from sw.devices.base import weight_image as image
-from sw.linear import QuantizedLinear
-from sw.runtime.stages import float_array
+from sw.model.linear import QuantizedLinear
+from sw.ort.stages import float_array
 from sw.runtime.usage import Usage
 
 TIMEOUT = 3600.0
@@ -29,7 +29,7 @@ class Placed:
     Members
     -------
     name, input_name, output_name: of the model's layer.
-    k: the true in_features. planes: see sw.pack.PreparedLayer.
+    k: the true in_features. planes: see sw.devices.pack.PreparedLayer.
     bias: float32 [N] that its ONNX node adds, or None.
     """
 

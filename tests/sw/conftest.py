@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from sw.models import resolve_model
+from sw.export.resolve import resolve_model
 
 
 @pytest.fixture(scope="module")

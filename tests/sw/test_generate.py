@@ -13,12 +13,13 @@ import onnxruntime
 import pytest
 from tokenizers import Tokenizer
 
-from sw import decoder_setup, generate
-from sw.errors import UserError
-from sw.gguf_export import export_gguf
+from sw import generate
+from sw.common.errors import UserError
+from sw.export.gguf import export_gguf
 from sw.runtime import Usage
-from sw.text_folder import TextFolder
-from tests.sw.test_gguf_export import CONTEXT, empty_cache, step, write_gguf
+from sw.runtime import setup as decoder_setup
+from sw.text.folder import TextFolder
+from tests.sw.export.test_gguf import CONTEXT, empty_cache, step, write_gguf
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = "{% for message in messages %}{{ message.role[0] + message.content }}<|im_end|>{% endfor %}"

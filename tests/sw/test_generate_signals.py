@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from sw.gguf_export import export_gguf
-from sw.text_folder import TextFolder
-from tests.sw.test_gguf_export import write_gguf
+from sw.export.gguf import export_gguf
+from sw.text.folder import TextFolder
+from tests.sw.export.test_gguf import write_gguf
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,7 +28,8 @@ def model(tmp_path_factory):
 
 # Runs the command line with a decoder that takes half a second a token.
 SLOW = (
-    "import signal, sys, time; import sw.generate as g; from sw.errors import run_cli; from sw.runtime import Decoder\n"
+    "import signal, sys, time; import sw.generate as g; from sw.common.errors import run_cli\n"
+    "from sw.runtime import Decoder\n"
     # A test run in the background of a shell inherits SIGINT ignored.
     "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     "plain = Decoder.forward\n"

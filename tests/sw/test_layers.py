@@ -21,18 +21,18 @@ from onnx import TensorProto, helper, numpy_helper
 from hw.spec.config import AcceleratorConfig
 from hw.spec.cycles import cycles
 from sw import layers
+from sw.common.errors import UserError
+from sw.console.layers_report import _short
+from sw.console.options import LayerShape, choose_config, layer_shapes
 from sw.devices.arena import Arena
 from sw.devices.base import DeviceError
 from sw.devices.library import MEMORIES
 from sw.devices.reference import ReferenceDevice
-from sw.errors import UserError
-from sw.hardware_options import LayerShape, choose_config, layer_shapes
+from sw.graph.linears import find_linears
 from sw.layers import PROMPT, main, prompt_ids
-from sw.layers_report import _short
-from sw.onnx_import import find_linears
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "fixtures" / "data"
 SYMMETRIC, ASYMMETRIC = (str(DATA / f"genai_qwen2_{name}.onnx") for name in ("symmetric", "asymmetric"))
 LAYER_KEYS = {
     *("name", "m", "k", "n", "group_size", "weight_bits", "cycles", "beats", "bus_use"),

@@ -13,12 +13,13 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from sw import decoder_setup, perplexity
-from sw.errors import UserError
-from sw.gguf_export import export_gguf
+from sw import perplexity
+from sw.common.errors import UserError
+from sw.console.perplexity_report import Score
+from sw.export.gguf import export_gguf
 from sw.perplexity import cut_windows, negative_log_likelihood
-from sw.perplexity_report import Score
-from tests.sw.test_gguf_export import CONTEXT, TOKENS, empty_cache, step, write_gguf
+from sw.runtime import setup as decoder_setup
+from tests.sw.export.test_gguf import CONTEXT, TOKENS, empty_cache, step, write_gguf
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "".join(pydoc_data.topics.topics[name] for name in ("assert", "lambda", "pass"))

@@ -20,17 +20,17 @@ from sw.awq.graph import find_sites
 from sw.awq.quantiser import LayerReport, quantise
 from sw.awq.rounding import Form, nearest
 from sw.awq.sizes import Sizes
-from sw.awq_export import export_awq
-from sw.errors import UserError
-from sw.float_export import float_model
-from sw.gguf_export import export_gguf
-from sw.onnx_file import OnnxFile
-from sw.onnx_import import find_linears
-from sw.perplexity_report import Score
-from sw.quantize_report import Report
-from sw.text_folder import read_tokenizer
-from tests.sw.checkpoints import make_checkpoint
-from tests.sw.test_gguf_export import CONTEXT, write_gguf
+from sw.common.errors import UserError
+from sw.console.perplexity_report import Score
+from sw.console.quantize_report import Report
+from sw.export.autoawq import export_awq
+from sw.export.floats import float_model
+from sw.export.gguf import export_gguf
+from sw.graph.file import OnnxFile
+from sw.graph.linears import find_linears
+from sw.text.folder import read_tokenizer
+from tests.sw.export.test_gguf import CONTEXT, write_gguf
+from tests.sw.fixtures.checkpoints import make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "".join(pydoc_data.topics.topics[name] for name in ("assert", "lambda", "pass", "integers"))
@@ -243,7 +243,7 @@ def test_onnx_source(texts, tmp_path, capsys):
     text_files = float_model(tmp_path / "m.gguf", tmp_path / "export").parent
     folder = tmp_path / "optimum"
     folder.mkdir()
-    shutil.copyfile(ROOT / "tests/sw/data/optimum_qwen2_unquantised.onnx", folder / "model.onnx")
+    shutil.copyfile(ROOT / "tests/sw/fixtures/data/optimum_qwen2_unquantised.onnx", folder / "model.onnx")
     shutil.copyfile(text_files / "tokenizer.json", folder / "tokenizer.json")
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     report = run(capsys, folder, tmp_path / "out", *texts)
@@ -332,7 +332,7 @@ def workshop(tmp_path_factory):
     onnx.save(onnx.helper.make_model(graph), folder / "empty_graph" / "model.onnx")
     shutil.copyfile(quantised.parent / "tokenizer.json", folder / "empty_graph" / "tokenizer.json")
     (folder / "alone").mkdir()
-    shutil.copyfile(ROOT / "tests/sw/data/optimum_qwen2_unquantised.onnx", folder / "mute.onnx")
+    shutil.copyfile(ROOT / "tests/sw/fixtures/data/optimum_qwen2_unquantised.onnx", folder / "mute.onnx")
     return folder
 
 

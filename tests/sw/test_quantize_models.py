@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sw.autoawq_writer import write_autoawq_folder
-from sw.awq_export import export_awq
-from sw.onnx_import import find_linears
+from sw.checkpoints.autoawq_writer import write_autoawq_folder
+from sw.export.autoawq import export_awq
+from sw.graph.linears import find_linears
 from sw.synthetic import QWEN2_5_0_5B, write_float
 
 ROOT = Path(__file__).resolve().parents[2]

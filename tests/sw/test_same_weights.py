@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sw.export.resolve import resolve_model
 from sw.generate import main
-from sw.models import resolve_model
-from sw.onnx_import import find_linears
+from sw.graph.linears import find_linears
 
-FOLDER = Path(__file__).parent / "data" / "same_weights"
+FOLDER = Path(__file__).parent / "fixtures" / "data" / "same_weights"
 FORMATS = ("autoawq", "genai", "model.gguf")
 EXPECTED = json.loads((FOLDER / "greedy.json").read_text())
 

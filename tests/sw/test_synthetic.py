@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 
 from sw.synthetic import QWEN2_5_0_5B, QWEN2_5_0_5B_FLOAT, _tensors, encode, write_float
-from tests.sw.checkpoints import IDS, QWEN2, empty_cache, make_checkpoint, read_tensors, step
+from tests.sw.fixtures.checkpoints import IDS, QWEN2, empty_cache, make_checkpoint, read_tensors, step
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers that the doctor runs on a board: does the interrupt come, are the results right, how fast is the memory.
+
+Each function takes a device and the measured clock in Hz, and returns what it found, and what mends it or nothing.
+"""
+
+import numpy as np
+
+from hw.spec.config import AcceleratorConfig
+from hw.spec.control.descriptor import weight_bytes
+from hw.spec.cycles import layer_cycles
+from hw.spec.memory.geometry import LayerLayout
+from hw.spec.numerics.linear import quantise_activations
+from sw.devices.base import LinearJob, read_results, result_bytes, weight_image
+from sw.devices.kv260 import KV260Device
+from sw.devices.pack import integer_weights, prepare
+from sw.devices.reference import reference_linear
+from sw.model.linear import QuantizedLinear
+
+GROUP = 32
+"""A multiple of every tile."""
+SMALL_K, SMALL_N = 256, 67
+STREAM_K, STREAM_N = 1024, 4096
+"""Some megabytes of weights: long enough to stream, short enough to check."""
+TIMEOUT = 20.0
+INTERRUPT_SECONDS = 1.0
+LEAST_RATE = 0.7
+"""Of what an ideal memory would take: 0.89 is the simulated KV260's at 2133 MT/s."""
+
+
+def random_layer(config: AcceleratorConfig, seed: int, name: str, n: int, k: int) -> QuantizedLinear:
+    """A layer that uses all of its formats: scales of both signs, all weights, zero points as the hardware has them."""
+    rng = np.random.default_rng(seed)
+    shape, top = (n, -(-k // GROUP)), 1 << config.weight_bits
+    if config.zero_point == "integer":
+        zero_points = rng.integers(0, top, shape).astype(np.uint8)
+    else:
+        zero_points = rng.uniform(0, top - 1, shape).astype(np.float32)
+    q = rng.integers(0, top, (n, k)).astype(np.uint8)
+    return QuantizedLinear(
+        name, q, rng.standard_normal(shape).astype(np.float32), zero_points, GROUP, config.weight_bits
+    )
+
+
+class _Layer:
+    """A random layer in a device's memory, its buffers given back at the end."""
+
+    def __init__(self, device: KV260Device, name: str, n: int, k: int, tokens: int):
+        self._device = device
+        k = min(k, device.config.max_k)
+        linear = random_layer(device.config, 1, name, n, k)
+        packed = prepare(device.config, linear)
+        x = np.random.default_rng(2).standard_normal((tokens, k)).astype(np.float32)
+        padded = packed.pad(x)
+        self.layout: LayerLayout = packed.layout
+        weights = integer_weights(device.config, linear, self.layout)
+        self.expected = reference_linear(device.config, weights, quantise_activations(device.config, padded))
+        sizes = weight_bytes(self.layout), padded.nbytes, result_bytes(self.layout, tokens)
+        buffers = [device.alloc(size) for size in sizes]
+        device.write(buffers[0], weight_image(self.layout, packed.beats))
+        device.write(buffers[1], padded)
+        # What is not written stays no number.
+        device.write(buffers[2], np.full(sizes[2] // 4, np.nan, np.float32))
+        self.job = LinearJob(name, self.layout, tokens, buffers[0], buffers[1], buffers[2])
+
+    def __enter__(self) -> "_Layer":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for buffer in (self.job.weights, self.job.activations, self.job.results):
+            self._device.free(buffer)
+
+    def differences(self) -> str:
+        """How the results differ from the definition's bits, or nothing."""
+        found = read_results(self._device, self.job)
+        differ = np.argwhere(found.view(np.uint32) != self.expected.view(np.uint32))
+        if not len(differ):
+            return ""
+        m, n = differ[0]
+        return (
+            f"{len(differ):,} of {found.size:,} results of layer {self.job.name} are wrong,"
+            f" for token {m} and row {n} it is {found[m, n]!s} instead of {self.expected[m, n]!s}"
+        )
+
+
+def interrupt_check(device: KV260Device, hz: float) -> tuple[str, str]:
+    """Whether a finished layer raises the interrupt that the device tree names."""
+    uio = device.platform.uio
+    if uio is None or not uio.has_interrupt:
+        return "the UIO device has none: the driver asks the registers instead, which takes a processor", (
+            "the overlay's node wants interrupts = <0 89 4> and interrupt-parent"
+        )
+    while uio.wait(0):
+        pass
+    with _Layer(device, "interrupt", SMALL_N, SMALL_K, 1) as layer:
+        ticket = device.submit([layer.job])
+        # It is a level: armed late, it fires at once.
+        uio.arm()
+        fired = uio.wait(INTERRUPT_SECONDS)
+        device.wait(ticket, TIMEOUT)
+    if fired:
+        return "a layer raised it", ""
+    return f"a layer was done, and none came in {INTERRUPT_SECONDS:g} s", (
+        "the overlay's interrupts have to be those of pl_ps_irq0; grep gristmill /proc/interrupts counts them"
+    )
+
+
+def result_check(device: KV260Device, hz: float) -> tuple[str, str]:
+    """Whether layers are right bit for bit, for one token and for as many as there can be."""
+    for tokens in (1, device.config.max_tokens):
+        with _Layer(device, f"M {tokens}", SMALL_N, SMALL_K, tokens) as layer:
+            device.wait(device.submit([layer.job]), TIMEOUT)
+            if text := layer.differences():
+                return text, "is the bitstream's slack positive at this clock? is u-dma-buf of version 3 or newer?"
+    return f"layers for 1 and {device.config.max_tokens} tokens are exact, bit for bit", ""
+
+
+def stream_check(device: KV260Device, hz: float) -> tuple[str, str]:
+    """How fast weights stream, and whether that layer is right, too."""
+    with _Layer(device, "stream", STREAM_N, STREAM_K, 1) as layer:
+        (completion,) = device.wait(device.submit([layer.job]), TIMEOUT)
+        if text := layer.differences():
+            return text, "single layers are right: other traffic on the ports, or their address map"
+        share = layer_cycles(layer.layout, 1) / completion.cycles
+        rate = completion.beats * device.config.beat_bytes * hz / completion.cycles
+        text = f"{rate / 1e9:.2f} GB/s of weights, {100 * share:.0f} % of what the ports carry at this clock"
+    if share < LEAST_RATE:
+        return text, (
+            "the overlay's config-afi has to set the ports' widths; other traffic, such as a display's, takes its part"
+        )
+    return text, ""

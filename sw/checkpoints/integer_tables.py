@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A head or embedding of 8 or 4 bits in a Hugging Face folder, whose formats know float tables only, without any loss.
+
+The table is a float tensor like any other there: w = (q - 2^(bits - 1)) * s, rounded to float16. Beside it are the
+scales, from which our reader gets the integers back, as the rounding moves w / s by less than half a step. Other
+programs ignore them:
+    config.json                       "integer_tables": {tensor: {"bits": 8, "group_size": 64}}
+    <tensor>.scales.npy               float32 or float16 [N, ceil(K / group_size)], numpy's own format
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sw.checkpoints.huggingface import Settings
+from sw.checkpoints.safetensors_file import NewTensor
+from sw.common.errors import UserError, one_line
+from sw.model.linear import ROWS_AT_ONCE, QuantizedLinear
+from sw.model.lm_head import Table
+
+KEY = "integer_tables"
+BITS = (4, 8)
+
+
+def float_table(tensor: str, table: QuantizedLinear) -> NewTensor:
+    """The table as float16, or as float32 where float16 would lose an integer (tiny or huge scales).
+
+    Raises UserError for a table that its floats and scales do not describe: with zero points of its own, or with
+    integers that a scale of zero makes disappear.
+    """
+    if not table.has_integer_zero_points or np.any(table.zero_points != _middle(table.bits)):
+        raise UserError(f"layer {table.name}: a table with zero points of its own has no float form in this folder")
+    for kind, dtype in (("F16", np.float16), ("F32", np.float32)):
+        if _is_lossless(table, dtype):
+            return NewTensor(tensor, kind, (table.n, table.k), lambda dtype=dtype: _float_rows(table, dtype))
+    raise UserError(f"layer {table.name}: its scales are too small for float32 to tell its integers apart")
+
+
+def write_scales(folder: Path, tensor: str, table: QuantizedLinear) -> dict[str, Any]:
+    """Writes the scales and returns what config.json says about the tensor below "integer_tables"."""
+    with np.errstate(over="ignore"):
+        halves = table.scales.astype(np.float16)
+    np.save(_path(folder, tensor), halves if np.array_equal(halves, table.scales) else table.scales, allow_pickle=False)
+    return {"bits": table.bits, "group_size": table.group_size}
+
+
+def integer_table(folder: Path, settings: Settings, tensor: str, values: np.ndarray) -> Table:
+    """A folder's float tensor [N, K] as the integers it was made of, or as it is if config.json knows of none.
+
+    Raises UserError for a damaged description, and for a tensor that is not what the scales say.
+    """
+    form = settings.part(KEY).part(tensor)
+    if settings.part(KEY).get(tensor) is None:
+        return values
+    bits, group = form.integer("bits"), form.integer("group_size")
+    if bits not in BITS:
+        raise form.wrong("bits", " or ".join(map(str, BITS)))
+    if group < 16 or group & (group - 1):
+        raise form.wrong("group_size", "a power of two from 16")
+    path = _path(folder, tensor)
+    try:
+        scales = np.load(path, allow_pickle=False)
+    except Exception as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)})") from None
+    wanted = (values.shape[0], -(-values.shape[-1] // group))
+    if not isinstance(scales, np.ndarray) or scales.dtype not in (np.float16, np.float32) or scales.shape != wanted:
+        raise UserError(f"{path} holds no float16 or float32 {list(wanted)}, the scales of {tensor}")
+    scales = scales.astype(np.float32)
+    q = np.empty(values.shape, np.uint8)
+    for start in range(0, len(q), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        steps = _steps(np.asarray(values[rows], np.float32), scales[rows], group) + _middle(bits)
+        if not (steps.min() >= 0 and steps.max() < 1 << bits):
+            raise UserError(f"{path} is of another model: {tensor} is not {bits}-bit integers times these scales")
+        q[rows] = steps
+    return QuantizedLinear(
+        tensor.removesuffix(".weight"), q, scales, np.full(wanted, _middle(bits), np.uint8), group, bits
+    )
+
+
+def _path(folder: Path, tensor: str) -> Path:
+    return folder / f"{tensor}.scales.npy"
+
+
+def _middle(bits: int) -> int:
+    return 1 << (bits - 1)
+
+
+def _steps(values: np.ndarray, scales: np.ndarray, group: int) -> np.ndarray:
+    """float32 [N, K] in steps of its scale, rounded; 0 where the scale is."""
+    step = np.repeat(scales, group, axis=1)[:, : values.shape[1]]
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.rint(np.divide(values, step, out=np.zeros_like(values), where=step != 0))
+
+
+def _float_rows(table: QuantizedLinear, dtype: type[np.floating]) -> Iterator[np.ndarray]:
+    with np.errstate(over="ignore"):
+        for start in range(0, table.n, ROWS_AT_ONCE):
+            yield table.dequantise(slice(start, start + ROWS_AT_ONCE)).astype(dtype)
+
+
+def _is_lossless(table: QuantizedLinear, dtype: type[np.floating]) -> bool:
+    start = 0
+    for values in _float_rows(table, dtype):
+        rows = slice(start, start + len(values))
+        start = rows.stop
+        steps = _steps(values.astype(np.float32), table.scales[rows], table.group_size)
+        if not np.array_equal(steps + _middle(table.bits), table.q[rows]):
+            return False
+    return True

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Safetensors files: the tensors of a Hugging Face checkpoint, memory-mapped, in one file or in shards.
+
+Format (github.com/huggingface/safetensors): the header's length (uint64, little endian), the header (JSON: name ->
+dtype, shape, data_offsets [begin, end] within the data; __metadata__ is text), the data, little endian and row major.
+Shards come with model.safetensors.index.json, whose weight_map says which file holds which tensor.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from sw.common.errors import UserError, one_line
+from sw.model.lm_head import is_finite
+
+LENGTH_BYTES = 8
+MAX_HEADER = 100_000_000
+"""What the format's own reader accepts."""
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "I32": "<i4"}
+FLOATS = ("F16", "BF16", "F32")
+
+
+class SafetensorsFile:
+    """One file. Raises UserError if it is missing, truncated, or says something impossible about its tensors.
+
+    names: of its tensors, in the file's order.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        try:
+            size = self.path.stat().st_size
+            with self.path.open("rb") as file:
+                length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+                if size < LENGTH_BYTES or length > min(size - LENGTH_BYTES, MAX_HEADER):
+                    raise UserError(f"{self.path} is not a complete safetensors file: its header is cut or too long")
+                header = json.loads(file.read(length))
+            self._data = np.asarray(np.memmap(self.path, np.uint8, mode="r"))[LENGTH_BYTES + length :]
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read ({one_line(error)})") from None
+        except (ValueError, RecursionError):
+            raise UserError(f"{self.path} is not a safetensors file: its header is not JSON") from None
+        if not isinstance(header, dict):
+            raise UserError(f"{self.path} is not a safetensors file: its header is not an object")
+        header.pop("__metadata__", None)
+        self._tensors = {name: self._entry(name, entry) for name, entry in header.items()}
+        self.names = list(self._tensors)
+
+    def kind(self, name: str) -> str:
+        """The tensor's element type as the format calls it: F16, BF16, I32 and so on."""
+        return self._tensors[name][0]
+
+    def size(self, name: str) -> int:
+        """The tensor's bytes."""
+        _, _, begin, end = self._tensors[name]
+        return end - begin
+
+    def tensor(self, name: str) -> np.ndarray:
+        """A view of the file; BF16, which numpy does not know, as a float32 copy.
+
+        Raises UserError for other element types than F16, BF16, F32 and I32.
+        """
+        kind, shape, begin, end = self._tensors[name]
+        if kind not in DTYPES:
+            raise UserError(f"{self.path}: tensor {name} is {kind}; {', '.join(DTYPES)} are read")
+        values = self._data[begin:end].view(DTYPES[kind]).reshape(shape)
+        if kind == "BF16":
+            # Its bits are the upper half of a float32's. In place: a head's table has hundreds of megabytes.
+            bits = values.astype(np.uint32)
+            bits <<= 16
+            return bits.view(np.float32)
+        return values
+
+    def _entry(self, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+        if not isinstance(entry, dict):
+            raise self._impossible(name, "its entry is not an object")
+        kind, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+        if not isinstance(kind, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+            raise self._impossible(name, "it lacks a dtype, a shape or two data_offsets")
+        begin, end = offsets
+        if not begin <= end <= len(self._data):
+            raise self._impossible(name, f"it is at {begin} to {end} of {len(self._data)} bytes of data")
+        # An empty tensor may have other axes of any size, which numpy refuses to think about.
+        beyond = math.prod(size or 1 for size in shape) > max(len(self._data), 1)
+        if kind in DTYPES and (beyond or math.prod(shape) * np.dtype(DTYPES[kind]).itemsize != end - begin):
+            raise self._impossible(name, f"{kind} {shape} does not take {end - begin} bytes")
+        return kind, tuple(shape), begin, end
+
+    def _impossible(self, name: str, problem: str) -> UserError:
+        return UserError(f"{self.path} is damaged: tensor {name[:200]}: {problem}")
+
+
+@dataclass(frozen=True)
+class NewTensor:
+    """A tensor to be written. dtype: as the format calls it. parts: yields its values, some rows at a time, in the type
+    that DTYPES has for it (BF16: the bits).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    parts: Callable[[], Iterator[np.ndarray]]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
+
+
+def write_safetensors(path: Path, tensors: Sequence[NewTensor], advance: Callable[[], None] | None = None) -> None:
+    """Writes one file in the memory of a tensor's largest part. advance: called after each tensor."""
+    header, end = {}, 0
+    for tensor in tensors:
+        offsets = [end, end + tensor.size]
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+        end += tensor.size
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(LENGTH_BYTES, "little"))
+        file.write(text)
+        for tensor in tensors:
+            for part in tensor.parts():
+                part.tofile(file)
+            if advance is not None:
+                advance()
+
+
+class Checkpoint:
+    """All tensors of a folder: of the shards that its index names, or of its *.safetensors files.
+
+    Raises UserError if there are none, a shard is missing, or a file is damaged.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self._files: dict[str, SafetensorsFile] = {}
+        for path in self._shards():
+            file = SafetensorsFile(path)
+            self._files |= dict.fromkeys(file.names, file)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def tensor(self, name: str) -> np.ndarray:
+        """See SafetensorsFile.tensor. Raises UserError if there is no such tensor."""
+        return self._file(name).tensor(name)
+
+    def integers(self, name: str) -> np.ndarray:
+        """A tensor of int32. Raises UserError for other types."""
+        kind = self._file(name).kind(name)
+        if kind != "I32":
+            raise UserError(f"{self.folder}: tensor {name} is {kind}, not I32")
+        return self.tensor(name)
+
+    def table(self, name: str) -> np.ndarray:
+        """A tensor of floats as float16, if that is what it is, or float32.
+
+        Raises UserError for other types and for values that are not finite.
+        """
+        kind = self._file(name).kind(name)
+        if kind not in FLOATS:
+            raise UserError(f"{self.folder}: tensor {name} is {kind}, not one of {', '.join(FLOATS)}")
+        values = self.tensor(name)
+        if values.ndim == 0 or not is_finite(values):
+            raise UserError(f"{self.folder}: tensor {name} holds values that are not finite, or a single one")
+        return values
+
+    def floats(self, name: str) -> np.ndarray:
+        """The same as a contiguous float32 copy."""
+        return np.array(self.table(name), np.float32)
+
+    def _file(self, name: str) -> SafetensorsFile:
+        if name not in self._files:
+            raise UserError(f"{self.folder} has no tensor {name}")
+        return self._files[name]
+
+    def _shards(self) -> list[Path]:
+        found = sorted(self.folder.glob("*.safetensors"))
+        index = self.folder / INDEX
+        if not index.is_file():
+            if not found:
+                raise UserError(f"{self.folder} has no .safetensors files")
+            return found
+        try:
+            names = json.loads(index.read_bytes())["weight_map"].values()
+            shards = [self.folder / name for name in sorted(set(names))]
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{index} is no index of shards: it has no weight_map of file names") from None
+        missing = [path for path in shards if path not in found]
+        if missing:
+            raise UserError(f"{self.folder} is not complete: {missing[0].name}, which {INDEX} names, is missing")
+        return shards
+
+
+def _are_sizes(values: Any) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(
+        isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values
+    )

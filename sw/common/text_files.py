@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small files beside a model, and texts that a user names."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from sw.common.errors import UserError, one_line
+
+
+def read_text(path: Path | str) -> str:
+    """A UTF-8 file's text; "-" is stdin. Raises UserError if it is missing or something else."""
+    try:
+        return (sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()).decode()
+    except UnicodeDecodeError:
+        raise UserError(f"{'stdin' if str(path) == '-' else path} is not UTF-8") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)})") from None
+
+
+def read_json(path: Path, required: bool = False) -> dict[str, Any]:
+    """A file with a JSON object; empty if it is missing and not required. Raises UserError if it is damaged."""
+    if not required and not path.exists():
+        return {}
+    try:
+        values = json.loads(read_text(path))
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is not JSON") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return values

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an answer took, as a table for people and as JSON for programs.
+
+Cycles are those of the linear layers alone, from a layer's start to its last result in memory; tokens/s of the linear
+layers is FABRIC_HZ / cycles per token. The roofline is FABRIC_HZ / beats of the weight stream per decoded token: every
+port delivers weights in every cycle. Host time is wall time of this machine.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from hw.spec.config import AcceleratorConfig
+from sw.console.options import FABRIC_HZ
+from sw.runtime import Usage
+
+WIDTH_WITHOUT_TERMINAL = 120
+HOST = ("onnxruntime", "conversion", "driver")
+"""Parts of the host's time: operators that are not on the device, copies to and from its memory, and its driver."""
+STOPS = {
+    "stop_token": "the model ended its answer",
+    "max_new_tokens": "stopped at --max-new-tokens",
+    "context": "stopped: the context of {context:,} tokens is full",
+    "interrupted": "interrupted",
+}
+
+
+@dataclass
+class Phase(Usage):
+    """Reading the prompt, or computing the tokens after it. seconds: wall time all in all."""
+
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of the linear layers alone at FABRIC_HZ; None without cycles."""
+        return FABRIC_HZ * self.tokens / self.cycles if self.cycles else None
+
+    def per_token(self, total: float) -> float | None:
+        """A total divided by the tokens; None if there are none."""
+        return total / self.tokens if self.tokens else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form, with figures per token."""
+        per_token = {name: self.per_token(getattr(self, name)) for name in ("cycles", "beats", "device", *HOST, "host")}
+        return {**asdict(self), "tokens_per_second": self.tokens_per_second, "per_token": per_token}
+
+
+@dataclass
+class Answer:
+    """An answer, complete or as far as it came.
+
+    Members
+    -------
+    ids: the new tokens, without the stop token.
+    text: of ids, as it was shown.
+    stop: one of STOPS.
+    prefill, decode: what the prompt took, and the further tokens; only calls of the model that were finished.
+    """
+
+    prompt_ids: list[int]
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    stop: str = "interrupted"
+    prefill: Phase = field(default_factory=Phase)
+    decode: Phase = field(default_factory=Phase)
+
+
+@dataclass(frozen=True)
+class Report:
+    """An answer and how it came about.
+
+    Members
+    -------
+    memory: preset of the simulated memory, None for other devices.
+    config: None without a device.
+    context: tokens that the cache holds.
+    sampling: temperature, top_p, seed.
+    seconds: wall time of the whole command.
+    """
+
+    model: str
+    device: str
+    memory: str | None
+    config: AcceleratorConfig | None
+    prompt: str
+    system: str | None
+    context: int
+    sampling: dict[str, float]
+    answer: Answer
+    seconds: float
+
+    @property
+    def roofline(self) -> float | None:
+        """Tokens/s if every port carried weights of this model in every cycle; None if nothing was decoded."""
+        decode = self.answer.decode
+        return FABRIC_HZ * decode.tokens / decode.beats if decode.beats else None
+
+    @property
+    def reached(self) -> float | None:
+        """The part of the roofline that decoding reached; None without cycles."""
+        rate = self.answer.decode.tokens_per_second
+        return rate / self.roofline if rate and self.roofline else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        answer = self.answer
+        return {
+            "model": self.model,
+            "device": self.device,
+            "memory": self.memory,
+            "config": self.config.to_dict() if self.config else None,
+            "config_digest": self.config.digest if self.config else None,
+            "prompt": self.prompt,
+            "system": self.system,
+            "context": self.context,
+            "sampling": self.sampling,
+            "prompt_ids": answer.prompt_ids,
+            "ids": answer.ids,
+            "text": answer.text,
+            "stop": answer.stop,
+            "prefill": answer.prefill.to_dict(),
+            "decode": answer.decode.to_dict(),
+            "roofline": {"hz": FABRIC_HZ, "tokens_per_second": self.roofline, "reached": self.reached},
+            "seconds": self.seconds,
+        }
+
+
+def print_json(report: Report) -> None:
+    """One document on stdout."""
+    print(json.dumps(report.to_dict(), indent=2))
+
+
+def print_table(report: Report) -> None:
+    """Prompt and decoding side by side on stdout, and what there is to say about the figures."""
+    console = Console(width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    table.add_column("prompt", justify="right")
+    table.add_column("decoding", justify="right")
+    for row in _rows(report):
+        table.add_row(*row)
+    console.print(table)
+    console.print(_summary(report), highlight=False, soft_wrap=True)
+
+
+def _rows(report: Report) -> list[tuple[str, str, str]]:
+    phases = report.answer.prefill, report.answer.decode
+
+    def row(title: str, form: str, values: list[float | None]) -> tuple[str, str, str]:
+        prefill, decode = ("-" if value is None else form.format(value) for value in values)
+        return title, prefill, decode
+
+    def per_token(title: str, form: str, name: str, factor: float = 1.0) -> tuple[str, str, str]:
+        return row(title, form, [phase.per_token(factor * getattr(phase, name)) for phase in phases])
+
+    rows = [row("tokens", "{:,}", [phase.tokens for phase in phases])]
+    if report.answer.prefill.cycles:
+        rows.append(per_token("cycles per token", "{:,.0f}", "cycles"))
+        rates: list[float | None] = [phase.tokens_per_second for phase in phases]
+        rows.append(row(f"tokens/s of the linear layers at {FABRIC_HZ / 1e6:.0f} MHz", "{:,.1f}", rates))
+    if report.roofline:
+        rows.append(("tokens/s if all ports carried weights in every cycle", "", f"{report.roofline:,.1f}"))
+    if report.reached:
+        rows.append(("  of that", "", f"{100 * report.reached:.1f} %"))
+    rows.append(per_token("host, ms per token", "{:,.1f}", "host", 1e3))
+    if report.config:
+        rows += [per_token(f"  {name}", "{:,.1f}", name, 1e3) for name in HOST]
+        rows.append(per_token(f"{_DEVICE[report.device]}, s per token", "{:,.2f}", "device"))
+    return rows
+
+
+_DEVICE = {"rtl": "simulation", "reference": "numpy instead of hardware"}
+
+
+def _summary(report: Report) -> str:
+    answer, config = report.answer, report.config
+    total = answer.prefill.cycles + answer.decode.cycles
+    stop = STOPS[answer.stop].format(context=report.context)
+    lines = [f"{stop}; {len(answer.prompt_ids):,} prompt tokens, {len(answer.ids):,} new ones, {report.seconds:.0f} s"]
+    if config:
+        lines.append(
+            f"hardware: tile {config.tile}, {config.weight_bits}-bit weights, {config.zero_point} zero points,"
+            f" {config.beat_bytes} bytes a beat, config {config.digest[:16]}"
+        )
+    if total:
+        speed = total / (answer.prefill.device + answer.decode.device) / 1e6
+        lines.append(f"cycles are simulated, memory {report.memory}; {speed:.2f} million a second")
+        # While it runs, the processor's caches forget the host's work.
+        lines.append("host times are beside the simulation; make bench has those beside hardware that answers at once")
+    elif config:
+        lines.append(f"device {report.device} has no hardware, so no cycles")
+    return "\n".join(lines)

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What sw.quantize did, as a table for people, as JSON for programs, and as the quantize.json beside the model."""
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from sw.awq.quantiser import FLOAT, LayerReport
+from sw.awq.rounding import Form
+from sw.awq.sizes import Sizes
+from sw.console.perplexity_report import Score
+
+WIDTH_WITHOUT_TERMINAL = 120
+NAMES = {FLOAT: "float", "rtn": "round to nearest", "awq": "AWQ"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """One run.
+
+    Members
+    -------
+    source, out: as given. format: of `out`. method: of what is in `out`. lm_head: one of sw.model.lm_head.HEAD_MODES.
+    calibration, evaluation: names of the texts. calibration_tokens: that were run. windows: tokens of each one scored.
+    scores: perplexities, the float model's first and that of `out` last. All have the same lm_head.
+    layers: in the graph's order. seconds: wall time.
+    """
+
+    source: str
+    out: str
+    form: Form
+    method: str
+    lm_head: str
+    format: str
+    calibration: str
+    calibration_tokens: int
+    evaluation: str
+    windows: Sequence[int]
+    scores: Sequence[Score]
+    sizes: Sizes
+    layers: Sequence[LayerReport]
+    seconds: float
+
+    def recovered(self) -> float | None:
+        """The part of the perplexity lost by rounding to nearest that AWQ wins back; None if they were not compared."""
+        found = {score.device: score.perplexity for score in self.scores}
+        if not {FLOAT, "rtn", "awq"} <= set(found):
+            return None
+        lost = found["rtn"] - found[FLOAT]
+        return (found["rtn"] - found["awq"]) / lost if lost > 0 and math.isfinite(lost) else None
+
+    def error_ratio(self) -> float:
+        """Geometric mean over all layers of their error relative to rounding to nearest."""
+        ratios = [layer.error / layer.error_rtn for layer in self.layers if layer.error_rtn > 0 and layer.error > 0]
+        return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form. A perplexity beyond float64 is null: JSON knows no infinity."""
+        return {
+            "source": self.source,
+            "out": self.out,
+            "method": self.method,
+            **asdict(self.form),
+            "lm_head": self.lm_head,
+            "format": self.format,
+            "calibration": {"text": self.calibration, "tokens": self.calibration_tokens},
+            "evaluation": {"text": self.evaluation, "windows": list(self.windows)},
+            "perplexity": {
+                score.device: score.perplexity if math.isfinite(score.perplexity) else None for score in self.scores
+            },
+            "recovered": self.recovered(),
+            "bytes": {"float16": self.sizes.before, "quantised": self.sizes.after, "smaller": self.sizes.smaller},
+            "seconds": self.seconds,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+
+def write_json(report: Report, path: Path) -> None:
+    """The JSON document as a file."""
+    path.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def print_json(report: Report) -> None:
+    """One document on stdout."""
+    print(json.dumps(report.to_dict(), indent=2))
+
+
+def print_table(report: Report) -> None:
+    """A row for each group of layers that share a scale, the perplexities and sizes on stdout."""
+    console = Console(width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("layer", overflow="fold")
+    for title in ("K", "N", "ratio", "scale folded into", "error, nearest", f"error, {report.method}", "of that"):
+        table.add_column(title, justify="left" if title.startswith("scale") else "right")
+    for layer in report.layers:
+        table.add_row(
+            _short(layer.name),
+            f"{layer.k:,}",
+            f"{layer.n:,}",
+            f"{layer.ratio:.2f}" if layer.fold else "-",
+            _short(layer.fold).rpartition(".")[2] if layer.fold else "-",
+            f"{layer.error_rtn:.2e}",
+            f"{layer.error:.2e}",
+            f"{100 * layer.error / layer.error_rtn:.0f} %" if layer.error_rtn else "-",
+        )
+    console.print(table)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column(f"lm_head {report.lm_head} in all")
+    table.add_column("perplexity", justify="right")
+    table.add_column("against float", justify="right")
+    first = report.scores[0]
+    for score in report.scores:
+        more = f"{100 * math.expm1(min(score.mean - first.mean, 700)):+.2f} %" if score is not first else ""
+        table.add_row(NAMES[score.device], f"{score.perplexity:,.4f}", more)
+    console.print(table)
+    console.print("\n".join(_lines(report)), highlight=False, soft_wrap=True)
+
+
+def _lines(report: Report) -> list[str]:
+    recovered, form = report.recovered(), report.form
+    count, longest = len(report.windows), max(report.windows)
+    lines = [
+        f"evaluated on {report.evaluation}: {count} {'windows' if count > 1 else 'window'} of {longest:,} tokens",
+        f"calibrated on {report.calibration}: {report.calibration_tokens:,} tokens",
+    ]
+    if recovered is not None:
+        lines.insert(0, f"AWQ wins back {100 * recovered:.1f} % of the perplexity that rounding to nearest loses")
+    fields = ", stored in 4" if form.bits == 3 else ""
+    return [
+        *lines,
+        f"errors are E|x dW|^2 / E|x W|^2 of a layer's output; the geometric mean is {100 * report.error_ratio():.0f} %"
+        " of rounding to nearest's",
+        report.sizes.line(),
+        f"{report.out}: {form.bits} bits{fields}, groups of {form.group_size}, {form.zero_point} zero points,"
+        f" {report.format}; {report.seconds:.0f} s",
+    ]
+
+
+def _short(name: str) -> str:
+    """A layer's or constant's name without what is the same in all."""
+    parts = [part for part in name.replace("/", ".").split(".") if part]
+    drop = ("model", "weight", "MatMul", "FusedMatMul", "Gemm")
+    return ".".join(part for part in parts if part not in drop) or name

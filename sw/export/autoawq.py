@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An AutoAWQ GEMM checkpoint (Llama or Qwen2 family) as a decoder ONNX graph with its tokenizer.
+
+    python -m sw.awq_export SRC_DIR --out DIR [--lm-head int8|float]
+
+SRC_DIR holds config.json, tokenizer.json and *.safetensors. DIR gets model.onnx, model.onnx.data, tokenizer.json and
+config.json (shapes, stop tokens, chat template). Quantised layers keep their weights exactly (see
+sw.checkpoints.autoawq), and so does the embedding; the head becomes int8 (see sw.model.lm_head), or what it was before
+(see sw.checkpoints.integer_tables).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from sw.checkpoints.autoawq import AwqFormat, awq_format, read_linear
+from sw.checkpoints.huggingface import Settings, decoder_config, read_settings, rope_scaling, text_settings
+from sw.checkpoints.integer_tables import integer_table
+from sw.checkpoints.safetensors_file import Checkpoint
+from sw.common.errors import UserError, run_cli
+from sw.export.folder import EXPORTER_VERSION, DecoderSource, Progress, export_parser, export_status, write_folder
+from sw.graph.decoder import DecoderConfig, DecoderLayer
+from sw.model.linear import QuantizedLinear
+from sw.model.lm_head import Table
+
+
+def export_awq(source: Path, out: Path, *, lm_head: str = "int8", progress: Progress | None = None) -> Path:
+    """Exports folder `source` into directory `out`, complete or not at all, and returns the path of its model.onnx.
+
+    lm_head: one of sw.model.lm_head.HEAD_MODES. progress: called with layers done, and layers in all.
+    Raises UserError for damaged files, other families and formats, and weights that do not fit config.json.
+    """
+    source = Path(source)
+    if not source.is_dir():
+        raise UserError(f"no such folder: {source}")
+    settings = read_settings(source / "config.json", required=True)
+    decoder = checkpoint_source(source, settings, awq_format(settings))
+    metadata = {"source": decoder.name, "exporter": f"gristmill awq_export {EXPORTER_VERSION}"}
+    return write_folder(out, decoder, metadata, lm_head, progress)
+
+
+def checkpoint_source(folder: Path, settings: Settings, form: AwqFormat | None) -> DecoderSource:
+    """The decoder and text of a Hugging Face folder, its layers still to be read.
+
+    settings: its config.json. form: of its quantised layers; None if there is to be none.
+    Raises UserError as export_awq does.
+    """
+    config = decoder_config(settings)
+    checkpoint = Checkpoint(folder)
+    tied = settings.flag("tie_word_embeddings", False)
+    return DecoderSource(
+        name=folder.resolve().name,
+        family=settings.get("model_type"),
+        config=config,
+        embedding=_table(checkpoint, settings, form, "model.embed_tokens.weight"),
+        layers=_layers(checkpoint, config, form),
+        final_norm=checkpoint.floats("model.norm.weight"),
+        head=None if tied else _head(checkpoint, settings, form),
+        tied=tied,
+        rope_scaling=rope_scaling(settings),
+        **vars(text_settings(folder, settings)),
+    )
+
+
+def _head(checkpoint: Checkpoint, settings: Settings, form: AwqFormat | None) -> Table:
+    if form is not None and "lm_head.qweight" in checkpoint:
+        layer = read_linear(checkpoint, "lm_head", form)
+        assert isinstance(layer, QuantizedLinear), "it has a qweight"
+        return layer
+    return _table(checkpoint, settings, form, "lm_head.weight")
+
+
+def _table(checkpoint: Checkpoint, settings: Settings, form: AwqFormat | None, name: str) -> Table:
+    values = checkpoint.table(name)
+    return values if form is None else integer_table(checkpoint.folder, settings, name, values)
+
+
+def _layers(checkpoint: Checkpoint, config: DecoderConfig, form: AwqFormat | None) -> Iterator[DecoderLayer]:
+    for i in range(config.layer_count):
+        layer = f"model.layers.{i}"
+        yield DecoderLayer(
+            input_norm=checkpoint.floats(f"{layer}.input_layernorm.weight"),
+            q_proj=read_linear(checkpoint, f"{layer}.self_attn.q_proj", form),
+            k_proj=read_linear(checkpoint, f"{layer}.self_attn.k_proj", form),
+            v_proj=read_linear(checkpoint, f"{layer}.self_attn.v_proj", form),
+            o_proj=read_linear(checkpoint, f"{layer}.self_attn.o_proj", form),
+            post_attention_norm=checkpoint.floats(f"{layer}.post_attention_layernorm.weight"),
+            gate_proj=read_linear(checkpoint, f"{layer}.mlp.gate_proj", form),
+            up_proj=read_linear(checkpoint, f"{layer}.mlp.up_proj", form),
+            down_proj=read_linear(checkpoint, f"{layer}.mlp.down_proj", form),
+        )
+
+
+def main() -> None:
+    """The command line."""
+    parser = export_parser("python -m sw.awq_export", "AutoAWQ GEMM to a decoder ONNX graph", "SRC_DIR")
+    options = parser.parse_args()
+    with export_status() as progress:
+        path = export_awq(options.source, options.out, lm_head=options.lm_head, progress=progress)
+    print(path)
+
+
+if __name__ == "__main__":
+    run_cli(main)

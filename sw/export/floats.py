@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any model as a float ONNX decoder graph: what a quantiser calibrates on and rewrites.
+
+A GGUF file, whatever it stores, and a Hugging Face folder with float weights (safetensors; Llama and Qwen2 families)
+become our own exporter's graph with FusedMatMul layers in float32, its text files beside it. A tied head multiplies
+with the embedding's table, which is there once. A float ONNX export of any tool is such a graph already.
+"""
+
+from pathlib import Path
+
+from sw.checkpoints.gguf_reader import GgufFile
+from sw.checkpoints.huggingface import read_settings
+from sw.common.errors import UserError
+from sw.export.autoawq import checkpoint_source
+from sw.export.folder import EXPORTER_VERSION, DecoderSource, Progress, write_folder
+from sw.export.gguf import gguf_source
+from sw.export.resolve import find_model
+from sw.graph import dequantize_linear
+from sw.graph.file import OnnxFile
+from sw.graph.linears import UNSUPPORTED
+
+QUANTISED = ("MatMulNBits", "GatherBlockQuantized", *UNSUPPORTED)
+
+
+def float_model(source: str | Path, work: Path, progress: Progress | None = None) -> Path:
+    """The path of a float model.onnx: of `source` itself if it is one, else of its export into directory `work`.
+
+    source: a float ONNX file or a folder with one, a .gguf file, a folder with a float checkpoint, or the word of a
+    packaged model (see sw.export.resolve). progress: called with layers done, and layers in all. The export reads and
+    writes one layer at a time; the largest thing in memory is the embedding in float32.
+    Raises UserError if the source is nothing of that, is quantised already (but for GGUF), or is damaged.
+    """
+    path = find_model(source)
+    if path.is_dir():
+        decoder = _checkpoint(path)
+    elif path.suffix == ".gguf":
+        decoder = gguf_source(GgufFile(path, dequantise=True))
+    else:
+        _expect_float(OnnxFile(path))
+        return path
+    metadata = {"source": decoder.name, "exporter": f"gristmill float_export {EXPORTER_VERSION}"}
+    return write_folder(work, decoder, metadata, "float", progress)
+
+
+def _checkpoint(folder: Path) -> DecoderSource:
+    settings = read_settings(folder / "config.json", required=True)
+    quantisation = settings.get("quantization_config")
+    if quantisation is not None:
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+        raise UserError(
+            f"{folder} is quantised already: quantization_config of its config.json says {str(method)[:80]}"
+        )
+    return checkpoint_source(folder, settings, None)
+
+
+def _expect_float(file: OnnxFile) -> None:
+    for node in file.graph.node:
+        if node.op_type in QUANTISED or dequantize_linear.matches(file, node):
+            kind = node.op_type if node.op_type in QUANTISED else "DequantizeLinear"
+            raise UserError(f"{file.path} is quantised already: {node.name or node.output[0]} has {kind} weights")

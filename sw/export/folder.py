@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every exporter writes: a folder with model.onnx, model.onnx.data, tokenizer.json and config.json."""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sw.common.atomic import atomic_directory
+from sw.common.status_line import StatusLine
+from sw.console.options import Parser
+from sw.graph.decoder import DecoderConfig, DecoderLayer, write_decoder
+from sw.model.lm_head import HEAD_MODES, Table
+
+# Part of the key of cached exports: raise it when the output of an exporter changes.
+EXPORTER_VERSION = 3
+QUIET_SECONDS = 2.0
+"""An export that takes less says nothing."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderSource:
+    """A decoder as an exporter found it; see write_decoder for the weights.
+
+    family: llama or qwen2. tied: the head has the embedding's weights (`head` may still be given, in other numbers).
+    bos_id, stop_ids: tokens that begin a text and that end an answer. bos_token, eos_token: what a chat template
+    knows by these names. chat_template: its text. rope_scaling: Hugging Face's description of the rope_factors that
+    config has, if there is one.
+    """
+
+    name: str
+    family: str
+    config: DecoderConfig
+    embedding: Table
+    layers: Iterable[DecoderLayer]
+    final_norm: np.ndarray
+    head: Table | None
+    tied: bool
+    tokenizer_json: str
+    bos_id: int | None
+    stop_ids: list[int]
+    bos_token: str | None
+    eos_token: str | None
+    chat_template: str | None
+    rope_scaling: dict[str, Any] | None = None
+
+
+def write_folder(
+    out: Path, source: DecoderSource, metadata: dict[str, str], lm_head: str, progress: Progress | None
+) -> Path:
+    """Writes directory `out`, complete or not at all, and returns the path of its model.onnx.
+
+    metadata: properties of the ONNX model. lm_head: one of sw.model.lm_head.HEAD_MODES. progress: as for write_decoder.
+    Raises UserError where weights and configuration disagree, and if the directory cannot be written.
+    """
+    with atomic_directory(out) as work:
+        (work / "tokenizer.json").write_text(source.tokenizer_json, encoding="utf-8")
+        (work / "config.json").write_text(json.dumps(_config_json(source), indent=2) + "\n")
+        write_decoder(
+            work,
+            source.config,
+            source.embedding,
+            source.layers,
+            source.final_norm,
+            source.head,
+            metadata,
+            lm_head=lm_head,
+            progress=progress,
+        )
+    return Path(out) / "model.onnx"
+
+
+@contextmanager
+def export_status() -> Iterator[Progress]:
+    """Says on stderr how far an export has come, if it takes a while."""
+    start = time.monotonic()
+    with StatusLine() as status:
+
+        def show(done: int, total: int) -> None:
+            if time.monotonic() - start > QUIET_SECONDS:
+                status.count("exporting layer {done} of {total}", done, total)
+
+        yield show
+
+
+def export_parser(prog: str, description: str, source: str) -> Parser:
+    """The command line that exporters share: options.source, .out and .lm_head."""
+    parser = Parser(prog=prog, description=description)
+    parser.add_argument("source", type=Path, metavar=source)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--lm-head",
+        choices=HEAD_MODES,
+        default=HEAD_MODES[0],
+        help="a float output layer is quantised to int8 or stays float; one that is quantised stays as it is"
+        " (default: %(default)s)",
+    )
+    return parser
+
+
+def _config_json(source: DecoderSource) -> dict[str, Any]:
+    """Hugging Face's keys, and the chat template, so that one file beside the graph says how to drive it."""
+    config = source.config
+    scaling = {} if source.rope_scaling is None else {"rope_scaling": source.rope_scaling}
+    return {
+        "model_type": source.family,
+        "name": source.name,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.layer_count,
+        "num_attention_heads": config.head_count,
+        "num_key_value_heads": config.kv_head_count,
+        "head_dim": config.head_size,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context_length,
+        "rope_theta": config.rope_theta,
+        **scaling,
+        "rms_norm_eps": config.norm_epsilon,
+        "tie_word_embeddings": source.tied,
+        "bos_token_id": source.bos_id,
+        "eos_token_id": source.stop_ids,
+        "bos_token": source.bos_token,
+        "eos_token": source.eos_token,
+        "chat_template": source.chat_template,
+    }

@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Llama or Qwen2 decoder as an ONNX graph for onnxruntime, whatever file its weights came from.
+
+Inputs and outputs carry the names that onnxruntime-genai and optimum use:
+    input_ids int64 [batch, sequence], attention_mask int64 [batch, total_sequence] (1 = attend),
+    past_key_values.{i}.key and .value float32 [batch, kv_heads, past_sequence, head_size]
+    -> logits float32 [batch, sequence, vocab], present.{i}.key and .value
+Quantised layers become MatMulNBits nodes named /model/layers.{i}/self_attn/q_proj/MatMulNBits and so on, with
+accuracy_level 0 (float32 arithmetic); their biases are separate Add nodes. The head is /lm_head/MatMulNBits. A
+quantised embedding is a GatherBlockQuantized node that shares its table with a tied head.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from onnx import TensorProto
+
+from sw.common.errors import UserError
+from sw.graph.writer import CONTRIB, OnnxWriter
+from sw.model.linear import QuantizedLinear
+from sw.model.lm_head import Linear, Table, head_layer, narrowest_exact
+
+MAX_POSITIONS = 32768
+"""Most positions that an export has rotary tables for: models that could more would carry tables of many megabytes."""
+MAX_HEAD_SIZE = 1024
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of a decoder: sizes in elements, context_length in tokens.
+
+    rope_factors: float32 [head_size / 2] that divide the rotary frequencies (Llama 3.1), or None.
+
+    Raises UserError for values that no decoder has.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    layer_count: int
+    head_count: int
+    kv_head_count: int
+    head_size: int
+    vocab_size: int
+    context_length: int
+    rope_theta: float
+    norm_epsilon: float
+    rope_factors: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "rope_factors" and not 0 < value < math.inf:
+                raise UserError(f"{field.name} of the model is {value}, not a positive number")
+        if self.head_count % self.kv_head_count:
+            raise UserError(f"{self.head_count} heads are not a multiple of {self.kv_head_count} key-value heads")
+        if self.head_size % 2:
+            raise UserError(f"head size {self.head_size} is odd: rotary embedding needs pairs")
+        if self.head_size > MAX_HEAD_SIZE:
+            raise UserError(f"head size {self.head_size} is above {MAX_HEAD_SIZE}")
+        if self.rope_factors is not None:
+            _expect("the table of rotary factors", self.rope_factors.shape, (self.head_size // 2,))
+            if not (self.rope_factors > 0).all():
+                raise UserError("a rotary factor of the model is not positive")
+
+    def rotary_frequencies(self) -> np.ndarray:
+        """Radians per position of each pair of elements, float64 [head_size / 2], before rope_factors."""
+        return self.rope_theta ** (-np.arange(0, self.head_size, 2) / self.head_size)
+
+    def rotary_cache(self) -> tuple[np.ndarray, np.ndarray]:
+        """(cos, sin), float32 [context_length, head_size / 2]."""
+        frequencies = self.rotary_frequencies()
+        if self.rope_factors is not None:
+            frequencies = frequencies / self.rope_factors
+        angles = np.outer(np.arange(self.context_length), frequencies)
+        return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """The weights of one layer; the norms are float32 [hidden_size]. Rows of q and k are in Hugging Face's order
+    (the two halves of a head are rotated against each other).
+    """
+
+    input_norm: np.ndarray
+    q_proj: Linear
+    k_proj: Linear
+    v_proj: Linear
+    o_proj: Linear
+    post_attention_norm: np.ndarray
+    gate_proj: Linear
+    up_proj: Linear
+    down_proj: Linear
+
+
+class GraphBuilder(Protocol):
+    """What takes tensors and nodes: see OnnxWriter, whose methods these are."""
+
+    def tensor(self, name: str, values: np.ndarray) -> str: ...
+
+    def node(
+        self,
+        name: str,
+        op: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str] = (),
+        domain: str = "",
+        **attributes: Any,
+    ) -> str: ...
+
+
+def write_decoder(
+    directory: Path,
+    config: DecoderConfig,
+    embedding: Table,
+    layers: Iterable[DecoderLayer],
+    final_norm: np.ndarray,
+    head: Table | None = None,
+    metadata: dict[str, str] | None = None,
+    *,
+    lm_head: str = "int8",
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Writes model.onnx and model.onnx.data into `directory` and returns the path of the former.
+
+    embedding: float16 or float32 [vocab, hidden], or a QuantizedLinear without zero points of its own (all in the
+    middle of the range). layers: consumed one by one. head: None ties the head to the embedding. lm_head: one of
+    sw.model.lm_head.HEAD_MODES. progress: called with the number of layers that are written, and of all; the head is
+    one.
+    Raises UserError where weights and config disagree.
+    """
+    _expect("embedding", _shape(embedding), (config.vocab_size, config.hidden_size))
+    if head is not None:
+        _expect("lm_head", _shape(head), (config.vocab_size, config.hidden_size))
+    progress = progress or (lambda done, total: None)
+    with OnnxWriter(directory, "decoder") as writer:
+        graph = _DecoderGraph(writer, config)
+        progress(0, config.layer_count + 1)
+        # One table for embedding and head. A float one that becomes an int8 head does not count.
+        shared = head is None and (isinstance(embedding, QuantizedLinear) or lm_head == "float")
+        graph.begin(embedding, shared)
+        count = 0
+        for layer in layers:
+            graph.layer(count, layer)
+            count += 1
+            progress(count, config.layer_count + 1)
+        _expect("the number of layers", (count,), (config.layer_count,))
+        graph.end(final_norm, head_layer(embedding, head, lm_head), shared)
+        writer.save(metadata or {})
+        progress(count + 1, config.layer_count + 1)
+        return writer.path
+
+
+class _DecoderGraph:
+    """The nodes of one decoder. `residual` and `branch` are the two tensors that the next norm adds up."""
+
+    def __init__(self, writer: OnnxWriter, config: DecoderConfig):
+        self.writer = writer
+        self.config = config
+        self.residual = ""
+        self.branch = ""
+        self.table: list[str] = []
+
+    def begin(self, embedding: Table, shared: bool) -> None:
+        w = self.writer
+        ids = w.input("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"])
+        mask = w.input("attention_mask", TensorProto.INT64, ["batch_size", "total_sequence_length"])
+        w.output("logits", TensorProto.FLOAT, ["batch_size", "sequence_length", self.config.vocab_size])
+        cos, sin = self.config.rotary_cache()
+        w.tensor("cos_cache", cos)
+        w.tensor("sin_cache", sin)
+        one = w.tensor("one", np.array([1], np.int64))
+        # GroupQueryAttention wants the index of the last token of every sequence, and the padded length.
+        path = "/model/attention_mask"
+        total = w.node(f"{path}/ReduceSum", "ReduceSum", [mask, one], keepdims=0)
+        last = w.node(f"{path}/Sub", "Sub", [total, one])
+        w.node(f"{path}/Cast", "Cast", [last], ["seqlens_k"], to=TensorProto.INT32)
+        shape = w.node(f"{path}/Shape", "Shape", [mask], start=1, end=2)
+        scalar = w.node(f"{path}/Squeeze", "Squeeze", [shape])
+        w.node(f"{path}/Cast_1", "Cast", [scalar], ["total_sequence_length"], to=TensorProto.INT32)
+        self.residual = self.embed("/model/embed_tokens", embedding, ids, shared)
+
+    def embed(self, path: str, embedding: Table, ids: str, shared: bool) -> str:
+        """The rows of the embedding that the ids name. `table` keeps its tensors, for a head that shares it."""
+        w = self.writer
+        tensor = path.strip("/").replace("/", ".")
+        if not isinstance(embedding, QuantizedLinear):
+            # onnxruntime multiplies float32 matrices only.
+            values = embedding.astype(np.float32, copy=False) if shared else narrowest_exact(embedding)
+            self.table = [w.tensor(f"{tensor}.weight", values)]
+            rows = w.node(f"{path}/Gather", "Gather", [*self.table, ids])
+            return rows if values.dtype == np.float32 else w.node(f"{path}/Cast", "Cast", [rows], to=TensorProto.FLOAT)
+        if not can_gather(embedding):
+            raise UserError(f"{path}: GatherBlockQuantized needs whole groups without zero points of their own")
+        self.table = layer_tensors(w, path, tensor, embedding)
+        return gather_rows(w, path, tensor, embedding, self.table, ids)
+
+    def layer(self, index: int, layer: DecoderLayer) -> None:
+        w, c = self.writer, self.config
+        path = f"/model/layers.{index}"
+        q_size, kv_size = c.head_count * c.head_size, c.kv_head_count * c.head_size
+        x = self.norm(f"{path}/input_layernorm", layer.input_norm)
+        attention = f"{path}/self_attn"
+        q = self.linear(f"{attention}/q_proj", x, layer.q_proj, c.hidden_size, q_size)
+        k = self.linear(f"{attention}/k_proj", x, layer.k_proj, c.hidden_size, kv_size)
+        v = self.linear(f"{attention}/v_proj", x, layer.v_proj, c.hidden_size, kv_size)
+        attended = self.attention(index, f"{attention}/GroupQueryAttention", q, k, v)
+        self.branch = self.linear(f"{attention}/o_proj", attended, layer.o_proj, q_size, c.hidden_size)
+
+        x = self.norm(f"{path}/post_attention_layernorm", layer.post_attention_norm)
+        gate = self.linear(f"{path}/mlp/gate_proj", x, layer.gate_proj, c.hidden_size, c.intermediate_size)
+        up = self.linear(f"{path}/mlp/up_proj", x, layer.up_proj, c.hidden_size, c.intermediate_size)
+        sigmoid = w.node(f"{path}/mlp/act_fn/Sigmoid", "Sigmoid", [gate])
+        silu = w.node(f"{path}/mlp/act_fn/Mul", "Mul", [gate, sigmoid])
+        product = w.node(f"{path}/mlp/Mul", "Mul", [silu, up])
+        self.branch = self.linear(f"{path}/mlp/down_proj", product, layer.down_proj, c.intermediate_size, c.hidden_size)
+
+    def end(self, final_norm: np.ndarray, head: Linear, shared: bool) -> None:
+        c = self.config
+        x = self.norm("/model/norm", final_norm)
+        self.linear("/lm_head", x, head, c.hidden_size, c.vocab_size, "logits", self.table if shared else None)
+
+    def attention(self, index: int, name: str, q: str, k: str, v: str) -> str:
+        w, c = self.writer, self.config
+        for kind in ("key", "value"):
+            for way, length in (("past_key_values", "past_sequence_length"), ("present", "total_sequence_length")):
+                declare = w.input if way == "past_key_values" else w.output
+                shape = ["batch_size", c.kv_head_count, length, c.head_size]
+                declare(f"{way}.{index}.{kind}", TensorProto.FLOAT, shape)
+        past = [f"past_key_values.{index}.key", f"past_key_values.{index}.value"]
+        return w.node(
+            name,
+            "GroupQueryAttention",
+            [q, k, v, *past, "seqlens_k", "total_sequence_length", "cos_cache", "sin_cache"],
+            [f"{name}/output_0", f"present.{index}.key", f"present.{index}.value"],
+            CONTRIB,
+            num_heads=c.head_count,
+            kv_num_heads=c.kv_head_count,
+            do_rotary=1,
+        )
+
+    def norm(self, name: str, weight: np.ndarray) -> str:
+        """Adds branch to residual (but for the first norm, which has no branch) and normalises the sum."""
+        w, c = self.writer, self.config
+        _expect(name, weight.shape, (c.hidden_size,))
+        gamma = w.tensor(f"{name.strip('/').replace('/', '.')}.weight", weight.astype(np.float32))
+        outputs = [f"{name}/output_0"]
+        if not self.branch:
+            inputs = [self.residual, gamma]
+            op, domain = "SimplifiedLayerNormalization", ""
+        else:
+            inputs = [self.residual, self.branch, gamma]
+            op, domain = "SkipSimplifiedLayerNormalization", CONTRIB
+            self.residual = f"{name}/output_3"
+            outputs += ["", "", self.residual]
+        extra = {} if domain else {"axis": -1, "stash_type": 1}
+        return w.node(f"{name}/{op}", op, inputs, outputs, domain, epsilon=c.norm_epsilon, **extra)
+
+    def linear(
+        self, path: str, x: str, layer: Linear, k: int, n: int, output: str = "", weights: list[str] | None = None
+    ) -> str:
+        """`weights`: tensors of the layer that are written already."""
+        _expect(path, (layer.n, layer.k), (n, k))
+        w = self.writer
+        tensor = path.strip("/").replace("/", ".")
+        outputs = [output] if output and layer.bias is None else []
+        if isinstance(layer, QuantizedLinear):
+            weights = weights or layer_tensors(w, path, tensor, layer)
+            y = matmul_node(w, f"{path}/MatMulNBits", x, layer, weights, outputs)
+        else:
+            weights = weights or [w.tensor(f"{tensor}.weight", layer.weight)]
+            y = w.node(f"{path}/FusedMatMul", "FusedMatMul", [x, *weights], outputs, CONTRIB, transB=1)
+        if layer.bias is not None:
+            bias = w.tensor(f"{tensor}.bias", layer.bias)
+            y = w.node(f"{path}/Add", "Add", [y, bias], [output] if output else [])
+        return y
+
+
+def matmul_node(
+    w: GraphBuilder, name: str, x: str, layer: QuantizedLinear, weights: Sequence[str], outputs: Sequence[str] = ()
+) -> str:
+    """Adds the MatMulNBits node that multiplies `x` with the tensors of `layer`, and returns its output."""
+    shape = {"K": layer.k, "N": layer.n, "bits": layer.bits, "block_size": layer.group_size, "accuracy_level": 0}
+    return w.node(name, "MatMulNBits", [x, *weights], outputs, CONTRIB, **shape)
+
+
+def can_gather(table: QuantizedLinear) -> bool:
+    """Whether GatherBlockQuantized reads what MatMulNBits reads: whole groups, zero points in the middle."""
+    return not table.k % table.group_size and _has_default_zero_points(table)
+
+
+def gather_rows(
+    w: GraphBuilder, path: str, tensor: str, table: QuantizedLinear, weights: Sequence[str], ids: str, output: str = ""
+) -> str:
+    """Adds the nodes that gather, as floats, the rows of a table whose tensors are `weights`.
+
+    tensor: how the names of more tensors begin. ids: of two axes. Returns the tensor [.., .., K].
+    """
+    # MatMulNBits wants its weights as [N, groups, bytes], GatherBlockQuantized as many axes in the scales. They,
+    # and the rows, are reshaped: of a reshaped table onnxruntime would make a copy.
+    axes = w.tensor(f"{tensor}.scales_shape", np.array([table.n, table.groups, 1]))
+    scales = w.node(f"{path}/Reshape", "Reshape", [weights[1], axes])
+    layout = {"gather_axis": 0, "quantize_axis": 2, "block_size": table.group_size, "bits": table.bits}
+    name = f"{path}/GatherBlockQuantized"
+    rows = w.node(name, "GatherBlockQuantized", [weights[0], ids, scales], (), CONTRIB, **layout)
+    shape = w.tensor(f"{tensor}.rows_shape", np.array([0, 0, -1]))
+    return w.node(f"{path}/Reshape_1", "Reshape", [rows, shape], [output] if output else [])
+
+
+def layer_tensors(
+    w: GraphBuilder, path: str, tensor: str, layer: QuantizedLinear, dtype: type[np.floating] = np.float32
+) -> list[str]:
+    """Writes what MatMulNBits reads: weights, scales and, where they are not the default, zero points.
+
+    path: what errors call the layer. tensor: how the tensors' names begin. dtype: of the layer's activations, and so of
+    scales and float zero points; float16 must hold them exactly. Returns the tensors' names. Raises UserError for what
+    MatMulNBits has no form for.
+    """
+    if layer.bits not in (2, 4, 8):
+        raise UserError(f"{path}: MatMulNBits stores 2, 4 or 8 bits, not {layer.bits}")
+    block = layer.group_size
+    if block < 16 or block & (block - 1):
+        raise UserError(f"{path}: MatMulNBits needs a group size that is a power of two from 16, not {block}")
+    padding = layer.groups * block - layer.k
+    q = np.pad(layer.q, ((0, 0), (0, padding))) if padding else layer.q
+    names = [
+        w.tensor(f"{tensor}.qweight", pack_bits(q, layer.bits).reshape(layer.n, layer.groups, -1)),
+        w.tensor(f"{tensor}.scales", _exactly(layer.scales, dtype, f"{path}: a scale")),
+    ]
+    if not layer.has_integer_zero_points:
+        names.append(
+            w.tensor(f"{tensor}.zero_points", _exactly(layer.zero_points, dtype, f"{path}: a float zero point"))
+        )
+    elif not _has_default_zero_points(layer):
+        names.append(w.tensor(f"{tensor}.qzeros", pack_bits(layer.zero_points, layer.bits)))
+    return names
+
+
+def _has_default_zero_points(layer: QuantizedLinear) -> bool:
+    return layer.has_integer_zero_points and bool(np.all(layer.zero_points == 1 << (layer.bits - 1)))
+
+
+def _exactly(values: np.ndarray, dtype: type[np.floating], what: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        converted = values.astype(dtype)
+    wrong = converted.astype(values.dtype) != values
+    if wrong.any():
+        raise UserError(f"{what} is {values[wrong][0]:.9g}, which {np.dtype(dtype)} does not hold exactly")
+    return converted
+
+
+def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 [N, C] values of 2, 4 or 8 bits as uint8 [N, ceil(C * bits / 8)], the first in the low bits."""
+    per_byte = 8 // bits
+    if per_byte == 1:
+        return values
+    values = np.pad(values, ((0, 0), (0, -values.shape[1] % per_byte)))
+    packed = np.zeros((values.shape[0], values.shape[1] // per_byte), np.uint8)
+    for i in range(per_byte):
+        packed |= values[:, i::per_byte] << (i * bits)
+    return packed
+
+
+def _shape(table: Table) -> tuple[int, ...]:
+    return (table.n, table.k) if isinstance(table, QuantizedLinear) else table.shape
+
+
+def _expect(what: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if shape != expected:
+        raise UserError(f"{what} is {list(shape)}, but the model's configuration asks for {list(expected)}")

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An ONNX file whose tensors are read only when asked for, with every way of being damaged reported as a UserError."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, external_data_helper, helper, numpy_helper
+
+from sw.common.errors import UserError, one_line
+
+MAX_DEPTH = 32
+"""Nodes that a constant may pass."""
+
+
+class OnnxFile:
+    """An ONNX model: its graph in memory, its external data on disk.
+
+    Members
+    -------
+    path, model, graph: the file and its protocol buffers.
+    producers: tensor name -> the node that makes it.
+    consumers: tensor name -> the nodes that read it.
+
+    Raises UserError if the file is missing, truncated or no ONNX model.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(f"no such file: {self.path}")
+        try:
+            self.model = onnx.load(str(self.path), load_external_data=False)
+        except Exception as error:
+            raise UserError(f"{self.path} is not a complete ONNX file ({one_line(error)})") from error
+        self.graph = self.model.graph
+        # A file cut between two fields parses: what is missing then is the graph's end.
+        if not self.graph.node or not self.graph.output:
+            raise UserError(f"{self.path} is not a complete ONNX file (its graph has no nodes or no outputs)")
+        self._initializers = {tensor.name: tensor for tensor in self.graph.initializer}
+        self.producers = {name: node for node in self.graph.node for name in node.output if name}
+        self.consumers: dict[str, list[onnx.NodeProto]] = {}
+        for node in self.graph.node:
+            for name in node.input:
+                self.consumers.setdefault(name, []).append(node)
+
+    @property
+    def inputs(self) -> list[onnx.ValueInfoProto]:
+        """The graph's inputs that whoever runs it has to feed: those that are no initializers."""
+        initializers = {tensor.name for tensor in self.graph.initializer}
+        return [item for item in self.graph.input if item.name not in initializers]
+
+    def is_constant(self, name: str, depth: int = 0) -> bool:
+        """Whether `constant(name)` would find a tensor. depth: nodes followed already; a damaged graph may go round."""
+        node = self.producers.get(name)
+        if name in self._initializers:
+            return True
+        if node is None or node.domain not in ("", "ai.onnx") or depth == MAX_DEPTH:
+            return False
+        if node.op_type == "Constant":
+            return len(node.attribute) == 1 and node.attribute[0].name == "value"
+        inputs = {"Identity": 1, "Reshape": 2, "Cast": 1}.get(node.op_type)
+        return len(node.input) == inputs and all(self.is_constant(part, depth + 1) for part in node.input)
+
+    def constant(self, name: str, layer: str) -> np.ndarray:
+        """The value of a constant tensor: an initializer, a Constant node, or Identity, Reshape or Cast of one.
+
+        Elements keep their type (4-bit ones come as the ml_dtypes of the onnx package). Raises UserError, with the
+        layer's name, if the tensor is not constant or its data is missing or too short.
+        """
+        if name in self._initializers:
+            return self._read(self._initializers[name], layer)
+        if not self.is_constant(name):
+            raise UserError(f"{self.path}: layer {layer}: {name or 'an input'} is not a constant of the model")
+        node = self.producers[name]
+        if node.op_type == "Constant":
+            value = helper.get_node_attr_value(node, "value")
+            return self._read(value, layer)
+        values = self.constant(node.input[0], layer)
+        try:
+            if node.op_type == "Reshape":
+                shape = [int(size) for size in self.constant(node.input[1], layer)]
+                # ONNX: a zero copies the size of the input's axis.
+                return values.reshape([size or values.shape[i] for i, size in enumerate(shape)])
+            if node.op_type == "Cast":
+                return values.astype(helper.tensor_dtype_to_np_dtype(helper.get_node_attr_value(node, "to")))
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            problem = f"{node.op_type} {name} of a constant cannot be done ({one_line(error)})"
+            raise UserError(f"{self.path}: layer {layer}: {problem}") from None
+        return values
+
+    def shape(self, name: str, layer: str) -> tuple[int, ...]:
+        """The shape of a constant tensor, without reading an initializer's data."""
+        if name in self._initializers:
+            return tuple(self._initializers[name].dims)
+        return self.constant(name, layer).shape
+
+    def _read(self, tensor: onnx.TensorProto, layer: str) -> np.ndarray:
+        try:
+            if external_data_helper.uses_external_data(tensor):
+                self._check_external(tensor)
+            return numpy_helper.to_array(tensor, base_dir=str(self.path.parent))
+        except UserError as error:
+            raise UserError(f"{self.path}: layer {layer}: {error}") from None
+        except Exception as error:
+            problem = f"tensor {tensor.name} cannot be read ({one_line(error)})"
+            raise UserError(f"{self.path}: layer {layer}: {problem}") from error
+
+    def _check_external(self, tensor: onnx.TensorProto) -> None:
+        info = external_data_helper.ExternalDataInfo(tensor)
+        data = self.path.parent / info.location
+        if not data.is_file():
+            raise UserError(f"external data file {info.location} is missing")
+        end = int(info.offset or 0) + int(info.length or 0)
+        if data.stat().st_size < end:
+            problem = f"has {data.stat().st_size} bytes, tensor {tensor.name} ends at {end}"
+            raise UserError(f"external data file {info.location} is truncated: it {problem}")
+
+
+def tensor_type(item: onnx.ValueInfoProto) -> str:
+    """The type of a graph's input or output in onnxruntime's words: "tensor(float)"."""
+    return f"tensor({onnx.TensorProto.DataType.Name(item.type.tensor_type.elem_type).lower()})"
+
+
+def expect_names(file: OnnxFile) -> None:
+    """Raises UserError if a name in the graph is no text, as damage leaves it: protobuf hands it out as bytes."""
+    graph = file.graph
+    names = [name for node in graph.node for name in (node.name, node.op_type, *node.input, *node.output)]
+    names += [item.name for items in (graph.initializer, graph.input, graph.output) for item in items]
+    names += [text for item in file.model.metadata_props for text in (item.key, item.value)]
+    if not all(isinstance(name, str) for name in names) or not all(node.output for node in graph.node):
+        raise UserError(f"{file.path} is damaged: a name in its graph is no text, or a node has no output")
+
+
+def external_inside(nodes: Iterable[onnx.NodeProto]) -> Iterator[TensorProto]:
+    """The tensors with external data that nodes carry as attributes or in their subgraphs."""
+    for node in nodes:
+        for attribute in node.attribute:
+            tensors = [attribute.t, *attribute.tensors]
+            for graph in [attribute.g, *attribute.graphs]:
+                tensors += graph.initializer
+                yield from external_inside(graph.node)
+            yield from filter(external_data_helper.uses_external_data, tensors)
+
+
+def names_read(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
+    """The tensors that nodes read, those of their subgraphs (If, Loop) included; some more than once."""
+    for node in nodes:
+        yield from node.input
+        for attribute in node.attribute:
+            for graph in [attribute.g, *attribute.graphs]:
+                yield from names_read(graph.node)
+                # A branch may hand on a tensor of the graph around it.
+                yield from (output.name for output in graph.output)

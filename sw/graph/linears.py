@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every quantised linear layer of an ONNX file.
+
+MatMulNBits (com.microsoft)   2, 4 or 8 bits, all forms of scales and zero points: see sw.graph.matmul_nbits
+DequantizeLinear (4 or 8 bits) -> [Cast, Transpose ->] MatMul or Gemm: see sw.graph.dequantize_linear
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import overload
+
+import onnx
+
+from sw.common.errors import UserError
+from sw.graph import dequantize_linear, matmul_nbits
+from sw.graph.file import OnnxFile
+from sw.model.linear import QuantizedLinear
+
+# Quantised products that this importer does not read, named when a model holds nothing else.
+UNSUPPORTED = ("MatMulBnb4", "MatMulFpQ4", "MatMulInteger", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm", "QMoE")
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A layer whose weights have not been read yet."""
+
+    name: str
+    node: onnx.NodeProto
+    read: Callable[[OnnxFile, onnx.NodeProto, str], QuantizedLinear]
+
+
+class Linears(Sequence[QuantizedLinear]):
+    """The quantised linear layers of a model in graph order. Weights are read at every access and not kept.
+
+    file: the ONNX file.
+    """
+
+    def __init__(self, file: OnnxFile, sites: Sequence[_Site]):
+        self.file = file
+        self._sites = sites
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    @property
+    def names(self) -> list[str]:
+        """The layers' names, without reading weights."""
+        return [site.name for site in self._sites]
+
+    @property
+    def nodes(self) -> list[onnx.NodeProto]:
+        """The graph's nodes that compute the layers."""
+        return [site.node for site in self._sites]
+
+    @property
+    def tensors(self) -> list[tuple[str, str]]:
+        """(input_name, output_name) of every layer, without reading weights."""
+        return [(site.node.input[0], site.node.output[0]) for site in self._sites]
+
+    @overload
+    def __getitem__(self, index: int) -> QuantizedLinear: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Linears": ...
+
+    def __getitem__(self, index: int | slice) -> "QuantizedLinear | Linears":
+        if isinstance(index, slice):
+            return Linears(self.file, self._sites[index])
+        site = self._sites[index]
+        return _with_separate_bias(self.file, site.read(self.file, site.node, site.name))
+
+    def __iter__(self) -> Iterator[QuantizedLinear]:
+        return (self[i] for i in range(len(self)))
+
+
+def find_linears(model_path: Path | str) -> Linears:
+    """The quantised linear layers of an ONNX file. Names are the nodes' names, made unique.
+
+    Raises UserError if the file is damaged, if no such layer is in it, or if a layer's tensors do not fit its
+    attributes (the latter, like missing external data, may also surface when the layer is accessed).
+    """
+    file = OnnxFile(model_path)
+    sites: list[_Site] = []
+    taken: set[str] = set()
+    for node in file.graph.node:
+        if matmul_nbits.matches(node):
+            read = matmul_nbits.read
+        elif dequantize_linear.matches(file, node):
+            read = dequantize_linear.read
+        else:
+            continue
+        sites.append(_Site(_unique(node.name or node.output[0], taken), node, read))
+    if not sites:
+        others = sorted({node.op_type for node in file.graph.node if node.op_type in UNSUPPORTED})
+        hint = f" (it has {', '.join(others)}, which are not supported)" if others else ""
+        raise UserError(f"{file.path} has no quantised linear layers{hint}")
+    for site in sites:
+        if matmul_nbits.matches(site.node):
+            matmul_nbits.check(file, site.node, site.name)
+    return Linears(file, sites)
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    candidate, count = name, 1
+    while candidate in taken:
+        count += 1
+        candidate = f"{name}#{count}"
+    taken.add(candidate)
+    return candidate
+
+
+def _with_separate_bias(file: OnnxFile, layer: QuantizedLinear) -> QuantizedLinear:
+    """Adds the bias of an Add node that is the product's only reader."""
+    readers = file.consumers.get(layer.output_name, [])
+    is_output = any(output.name == layer.output_name for output in file.graph.output)
+    if layer.bias is not None or len(readers) != 1 or readers[0].op_type != "Add" or is_output:
+        return layer
+    (other,) = [name for name in readers[0].input if name != layer.output_name] or [""]
+    if not file.is_constant(other) or file.shape(other, layer.name) not in ((layer.n,), (1, layer.n), (1, 1, layer.n)):
+        return layer
+    return replace(layer, bias=file.constant(other, layer.name).astype("float32").reshape(-1))

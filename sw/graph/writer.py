@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes an ONNX graph node by node, its large tensors straight to an external data file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from sw.graph.tensor_data import TensorData
+
+CONTRIB = "com.microsoft"
+
+
+class OnnxWriter:
+    """Collects nodes and tensors; `save` writes model.onnx. Tensors above 1 KiB go to model.onnx.data at once,
+    so that a model of any size is written in the memory of one tensor. Use as a context manager.
+    """
+
+    def __init__(self, directory: Path, graph_name: str):
+        self.path = directory / "model.onnx"
+        self._graph_name = graph_name
+        self._data = TensorData(directory / "model.onnx.data")
+        self._nodes: list[onnx.NodeProto] = []
+        self._tensors: list[TensorProto] = []
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+
+    def __enter__(self) -> "OnnxWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._data.__exit__(*exception)
+
+    def input(self, name: str, dtype: int, shape: Sequence[int | str]) -> str:
+        """Declares a graph input; dtype is a TensorProto element type."""
+        self._inputs.append(helper.make_tensor_value_info(name, dtype, shape))
+        return name
+
+    def output(self, name: str, dtype: int, shape: Sequence[int | str]) -> None:
+        """Declares a graph output."""
+        self._outputs.append(helper.make_tensor_value_info(name, dtype, shape))
+
+    def tensor(self, name: str, values: np.ndarray) -> str:
+        """Adds an initializer."""
+        self._tensors.append(self._data.store(name, values))
+        return name
+
+    def node(
+        self,
+        name: str,
+        op: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str] = (),
+        domain: str = "",
+        **attributes: Any,
+    ) -> str:
+        """Adds a node and returns its first output, by default `name`/output_0."""
+        outputs = list(outputs) or [f"{name}/output_0"]
+        self._nodes.append(helper.make_node(op, list(inputs), outputs, name=name, domain=domain, **attributes))
+        return outputs[0]
+
+    def save(self, metadata: dict[str, str]) -> None:
+        """Writes model.onnx: opset 21, IR version 10, the given metadata properties."""
+        graph = helper.make_graph(self._nodes, self._graph_name, self._inputs, self._outputs, self._tensors)
+        model = helper.make_model(
+            graph,
+            ir_version=10,
+            producer_name="gristmill",
+            opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid(CONTRIB, 1)],
+        )
+        helper.set_model_props(model, metadata)
+        onnx.save(model, self.path)

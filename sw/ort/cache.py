@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The keys and values of past tokens, between two calls of a decoder's graph.
+
+Where attention is onnxruntime's GroupQueryAttention, which appends in place, past and present are one buffer for all of
+the context, and a token costs no copy. Any other graph makes a new present from the past, which then becomes the past.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnxruntime import OrtValue
+
+from sw.common.errors import UserError
+from sw.graph.file import OnnxFile, tensor_type
+from sw.ort.feeds import CACHE_RANK, DTYPES, empty_cache_shape
+
+IN_PLACE = "GroupQueryAttention"
+APPENDED = {IN_PLACE: {3: 1, 4: 2}, "Attention": {4: 1, 5: 2}, "Concat": {0: 0}}
+"""Operator -> its input, and the output that holds the same and more."""
+
+
+@dataclass(frozen=True)
+class _Pair:
+    past: str
+    present: str
+    empty: np.ndarray
+
+
+class KvCache:
+    """The cache of one sequence.
+
+    context: tokens that it holds at most.
+    Raises UserError if inputs and outputs do not pair up.
+    """
+
+    def __init__(self, file: OnnxFile, context: int):
+        self._pairs = [_pair(file, name, present) for name, present in pair_names(file)]
+        self.in_place = bool(self._pairs) and all(_appends(file, pair) for pair in self._pairs)
+        self._values: dict[str, OrtValue] = {}
+        self._fixed: dict[str, OrtValue] = {}
+        if self.in_place:
+            for pair in self._pairs:
+                batch, heads, _, size = pair.empty.shape
+                buffer = OrtValue.ortvalue_from_numpy(np.zeros((batch, heads, context, size), pair.empty.dtype))
+                self._fixed[pair.past] = self._fixed[pair.present] = buffer
+        self.reset()
+
+    @property
+    def inputs(self) -> list[str]:
+        """The graph's inputs that it feeds."""
+        return [pair.past for pair in self._pairs]
+
+    @property
+    def outputs(self) -> list[str]:
+        """The graph's outputs that it takes."""
+        return [pair.present for pair in self._pairs]
+
+    @property
+    def fixed(self) -> dict[str, OrtValue]:
+        """Inputs and outputs that are always in the same place."""
+        return self._fixed
+
+    def feed(self) -> dict[str, OrtValue]:
+        """The inputs for the next tokens."""
+        return self._values
+
+    def take(self, values: dict[str, OrtValue]) -> None:
+        """Keeps what the graph made."""
+        if not self.in_place:
+            self._values = {pair.past: values[pair.present] for pair in self._pairs}
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        if not self.in_place:
+            self._values = {pair.past: OrtValue.ortvalue_from_numpy(pair.empty) for pair in self._pairs}
+
+
+def pair_names(file: OnnxFile) -> list[tuple[str, str]]:
+    """(past, present) of every cache tensor: by what appends to it where that is known, else by their order.
+
+    Raises UserError if there are more of the one than of the other.
+    """
+    past = [item.name for item in file.inputs if _rank(item) == CACHE_RANK]
+    outputs = [item.name for item in file.graph.output]
+    appended = [next((name for name, _ in _appended(file, name) if name in outputs), None) for name in past]
+    if None not in appended and len(set(appended)) == len(past):
+        return [(name, str(present)) for name, present in zip(past, appended)]
+    present = [item.name for item in file.graph.output if _rank(item) in (CACHE_RANK, None) and item.name != outputs[0]]
+    if len(past) != len(present):
+        raise UserError(f"{file.path}: {len(past)} inputs are a KV cache, and {len(present)} outputs")
+    return list(zip(past, present))
+
+
+def _appended(file: OnnxFile, past: str) -> list[tuple[str, str]]:
+    """(tensor, operator that makes it) of whatever holds a cache tensor and more."""
+    return [
+        (node.output[made], node.op_type)
+        for node in file.consumers.get(past, [])
+        for read, made in APPENDED.get(node.op_type, {}).items()
+        if len(node.input) > read and node.input[read] == past and len(node.output) > made
+    ]
+
+
+def _pair(file: OnnxFile, past: str, present: str) -> _Pair:
+    item = next(item for item in file.graph.input if item.name == past)
+    shape = [size.dim_value if size.HasField("dim_value") else size.dim_param for size in _dimensions(item)]
+    kind = tensor_type(item)
+    dtype = DTYPES.get(kind)
+    if dtype not in (np.float32, np.float16):
+        kind = kind.removeprefix("tensor(").removesuffix(")")
+        raise UserError(f"{file.path}: the KV cache {past} is {kind}, not float or float16")
+    return _Pair(past, present, np.zeros(empty_cache_shape(file, past, shape), dtype))
+
+
+def _appends(file: OnnxFile, pair: _Pair) -> bool:
+    """Whether nobody but attention that appends in place reads the past."""
+    return len(file.consumers.get(pair.past, [])) == 1 and _appended(file, pair.past) == [(pair.present, IN_PLACE)]
+
+
+def _dimensions(item: onnx.ValueInfoProto):
+    return item.type.tensor_type.shape.dim
+
+
+def _rank(item: onnx.ValueInfoProto) -> int | None:
+    return len(_dimensions(item)) if item.type.tensor_type.HasField("shape") else None

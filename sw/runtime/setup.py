@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A language model made ready to run: what sw.generate and sw.perplexity share."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from hw.spec.config import AcceleratorConfig
+from sw.common.errors import UserError
+from sw.common.status_line import StatusLine
+from sw.console.options import ONNXRUNTIME, choose_config, layer_shapes
+from sw.devices import open_device
+from sw.graph.file import OnnxFile
+from sw.graph.linears import find_linears
+from sw.runtime import Decoder
+
+LONGEST = 1 << 20
+"""Tokens: more than models know what to do with, fewer than what overflows something."""
+ROTARY_TABLES = {"GroupQueryAttention": 7, "RotaryEmbedding": 2}
+"""Operators of com.microsoft -> input with the cosines of every position, [positions, head_size / 2]."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a decoder's graph allows.
+
+    Members
+    -------
+    context: most tokens of one sequence; LONGEST if nothing says.
+    vocabulary: token ids are below it, None if the graph does not say.
+    """
+
+    context: int
+    vocabulary: int | None
+
+    def check(self, ids: Sequence[int]) -> None:
+        """Raises UserError for a token that the model does not know; not every operator does."""
+        if self.vocabulary is not None and ids and max(ids) >= self.vocabulary:
+            raise UserError(f"the tokenizer made token {max(ids)}, and the model knows {self.vocabulary:,} tokens")
+
+
+def decoder_limits(model: Path, context: int | None) -> Limits:
+    """The limits of a language model. context: what the files beside it say, see sw.text.folder.
+
+    Raises UserError for models that read no token ids.
+    """
+    file = OnnxFile(model)
+    if "input_ids" not in (item.name for item in file.graph.input):
+        raise UserError(f"{model} is no language model: it has no input named input_ids")
+    contexts = [] if context is None else [context]
+    for node in file.graph.node:
+        place = ROTARY_TABLES.get(node.op_type, len(node.input))
+        if place < len(node.input) and file.is_constant(node.input[place]):
+            contexts.append(file.shape(node.input[place], node.name)[0])
+    outputs = {item.name: item for item in file.graph.output}
+    logits = outputs.get("logits", file.graph.output[0]).type.tensor_type.shape.dim
+    return Limits(min(contexts, default=LONGEST), logits[-1].dim_value or None if logits else None)
+
+
+def decoder_config(model: Path, devices: Sequence[str], hardware: dict[str, int | str]) -> AcceleratorConfig | None:
+    """The hardware for a model's layers, see sw.console.options.choose_config; None if no device has any.
+
+    Raises UserError as that does.
+    """
+    if set(devices) == {ONNXRUNTIME}:
+        return None
+    return choose_config(layer_shapes(find_linears(model)), hardware)
+
+
+@contextmanager
+def open_decoder(
+    model: Path, name: str, memory: str, config: AcceleratorConfig | None, context: int, status: StatusLine
+) -> Iterator[Decoder]:
+    """A decoder on a device by name, both closed afterwards.
+
+    memory: preset for rtl. config: of the hardware; not needed by onnxruntime. context: tokens that the cache holds.
+    Raises UserError as sw.devices.open_device and the decoder do.
+    """
+
+    def packed(done: int, total: int, layer: str) -> None:
+        status.count("packing layer {done} of {total}", done, total)
+
+    with ExitStack() as stack:
+        device = None
+        if name != ONNXRUNTIME and config is not None:
+            device = stack.enter_context(open_device(name, memory, **config.to_dict()))
+        try:
+            decoder = stack.enter_context(Decoder(model, device, context=context, progress=packed))
+        except MemoryError:
+            raise UserError(f"this machine has no memory for the model and a context of {context:,} tokens") from None
+        status.clear()
+        yield decoder

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The next token from a model's logits."""
+
+import math
+
+import numpy as np
+
+from sw.common.errors import UserError
+
+
+class Sampler:
+    """Chooses tokens.
+
+    Parameters
+    ----------
+    temperature: 0 takes the largest logit (greedy), the lowest id among equals. Otherwise a token's probability is
+        p[i] = exp((l[i] - max l) / temperature) / sum, in float64.
+    top_p: only the fewest likeliest tokens whose probabilities reach top_p together may be drawn, at least one. Equal
+        ones are ordered by id.
+    seed: of numpy.random.default_rng. Each token takes one uniform u in [0, 1) from it: with the tokens in order of
+        falling probability, the first whose cumulative sum exceeds u times the sum of those allowed.
+
+    Raises UserError for values outside these ranges: temperature from 0, top_p above 0 and up to 1, seed from 0.
+    """
+
+    def __init__(self, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0):
+        if not (math.isfinite(temperature) and temperature >= 0):
+            raise UserError(f"temperature is a number from 0, not {temperature}")
+        if not 0 < top_p <= 1:
+            raise UserError(f"top_p is above 0 and at most 1, not {top_p}")
+        if seed < 0:
+            raise UserError(f"seed is a whole number from 0, not {seed}")
+        self.temperature, self.top_p, self.seed = temperature, top_p, seed
+        self._rng = np.random.default_rng(seed)
+
+    def __call__(self, logits: np.ndarray) -> int:
+        """A token from float [vocab]; -infinity excludes one.
+
+        Raises UserError for NaN, +infinity, and if nothing is left.
+        """
+        top = logits.max(initial=-np.inf)
+        if not np.isfinite(top):
+            raise UserError(f"the model's logits are no numbers to choose a token by: their maximum is {top}")
+        if self.temperature == 0:
+            return int(logits.argmax())
+        order, probabilities = self._distribution(logits)
+        sums = np.cumsum(probabilities)
+        index = np.searchsorted(sums, self._rng.random() * sums[-1], side="right")
+        # The product may round up to the whole sum.
+        return int(order[min(index, np.count_nonzero(probabilities) - 1)])
+
+    def _distribution(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(ids that may be drawn, in order of falling probability; their probabilities, not normalised again)."""
+        steps = logits.astype(np.float64)
+        # The largest becomes 0 before the division, so that no temperature makes it anything else.
+        with np.errstate(over="ignore", under="ignore"):
+            weights = np.exp((steps - steps.max()) / self.temperature)
+        order = np.argsort(-weights, kind="stable")
+        probabilities = weights[order] / weights.sum()
+        if self.top_p < 1:
+            # As many as stay below top_p, and the one that reaches it. Rounding may leave the sum of all below.
+            count = 1 + int(np.searchsorted(np.cumsum(probabilities), self.top_p, side="left"))
+            order, probabilities = order[:count], probabilities[:count]
+        # Tokens without any probability are at the end and are never drawn.
+        return order, probabilities

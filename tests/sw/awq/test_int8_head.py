@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The head of a quantised model: GGUF's Q8_0 comes back from its floats, everything else is sw.model.lm_head's int8."""
+
+import gguf
+import numpy as np
+import pytest
+
+from sw.awq.int8_head import ROWS_AT_ONCE, quantise_head
+from sw.checkpoints.gguf_reader import decode_blocks
+from sw.common.errors import UserError
+from sw.model.lm_head import quantise_int8
+
+Q8_0 = gguf.GGMLQuantizationType.Q8_0
+
+
+def test_q8_0_comes_back():
+    """Integers and scales, from numbers of every size, zero blocks and more rows than one slice included."""
+    rng = np.random.default_rng(1)
+    weight = rng.standard_normal((ROWS_AT_ONCE + 40, 96)) * np.exp(rng.uniform(-9, 7, (ROWS_AT_ONCE + 40, 1)))
+    weight[5, 32:64] = 0
+    blocks = gguf.quants.quantize(weight.astype(np.float32), Q8_0)
+    q, scales, zero_points, _ = decode_blocks(blocks, "Q8_0")
+    layer = quantise_head(gguf.quants.dequantize(blocks, Q8_0), "head")
+    assert (layer.name, layer.bits, layer.group_size) == ("head", 8, 32)
+    assert np.array_equal(layer.q, q)
+    assert np.array_equal(layer.scales, scales)
+    assert np.array_equal(layer.zero_points, zero_points)
+
+
+@pytest.mark.parametrize("k", [64, 72, 128])
+def test_others_are_int8_as_ever(k):
+    """One weight that is no whole number of steps is enough."""
+    rng = np.random.default_rng(2)
+    values = gguf.quants.dequantize(gguf.quants.quantize(rng.standard_normal((50, 128)).astype(np.float32), Q8_0), Q8_0)
+    values = np.ascontiguousarray(values[:, :k])
+    values[49, 3] *= np.float32(1.001)
+    layer, expected = quantise_head(values), quantise_int8(values)
+    assert layer.group_size == expected.group_size
+    assert np.array_equal(layer.q, expected.q)
+    assert np.array_equal(layer.scales, expected.scales)
+
+
+def test_not_finite():
+    for value in (np.nan, np.inf):
+        weight = np.ones((4, 64), np.float32)
+        weight[3, 63] = value
+        with pytest.raises(UserError, match="layer lm_head: a weight is not finite"):
+            quantise_head(weight)
