@@ -13,7 +13,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from hw.build import Parser
+from hw.flows.command_line import Parser
 from hw.flows.nextpnr_report import TimingError, check, read_report, timing, utilisation
 from hw.flows.selftest import selftest
 from hw.flows.tools import ToolError, run_logged, yosys_command

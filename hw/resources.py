@@ -8,13 +8,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
-from hw.boards import TARGETS
-from hw.build import Parser, add_config_options
 from hw.flows.blocks import BLOCKS
+from hw.flows.command_line import Parser, add_config_options
 from hw.flows.lower import LowerError
 from hw.flows.synthesis import RESOURCES, synthesise
 from hw.spec.config import AcceleratorConfig, ConfigError
-from hw.spec.parts import BOARDS, Part
+from hw.spec.parts import BOARDS, TARGETS, Part
 
 _TILES = (4, 8, 16, 32)
 _NOTE = "yosys's mapping, an estimate: not placed, not routed, no Vivado"

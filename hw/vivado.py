@@ -14,7 +14,8 @@ import sys
 import zipfile
 from pathlib import Path
 
-from hw import build
+from hw.flows.command_line import Parser, add_config_options
+from hw.flows.generate import generate, write
 from hw.flows.lower import LowerError
 from hw.flows.overlay import overlay, shell
 from hw.flows.tools import ToolError, run_logged
@@ -75,8 +76,8 @@ def prepare(config: AcceleratorConfig, folder: Path, module: str) -> tuple[Manif
     ConfigError, LowerError : the accelerator cannot be generated
     WrapperError : Verilog and manifest contradict each other
     """
-    verilog, manifest = build.generate(config, target=PART.target)
-    build.write(folder, verilog, manifest)
+    verilog, manifest = generate(config, target=PART.target)
+    write(folder, verilog, manifest)
     around = folder / f"{module}.v"
     around.write_text(wrapper(manifest, verilog, module))
     return manifest, [folder / "gristmill.v", around]
@@ -230,11 +231,9 @@ def package(config: AcceleratorConfig, out: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = build.Parser(
-        prog="python -m hw.vivado", description="Build the KV260's bitstream, or package the accelerator."
-    )
+    parser = Parser(prog="python -m hw.vivado", description="Build the KV260's bitstream, or package the accelerator.")
     parser.add_argument("product", choices=("bitstream", "ip"))
-    build.add_config_options(parser)
+    add_config_options(parser)
     parser.add_argument("--clock-mhz", type=float, default=FABRIC_HZ / 1e6, help="of the fabric (default: %(default)g)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that Vivado may start")
     parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="default: build/kv260 or build/ip")

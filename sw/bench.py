@@ -22,12 +22,13 @@ from rich.console import Console
 from hw.spec.config import EXPONENT_BITS, SCALE_BITS, AcceleratorConfig
 from hw.spec.control.descriptor import FLOAT_BYTES, weight_bytes
 from hw.spec.cycles import layer_cycles
-from hw.spec.memory.geometry import LayerLayout, ceil_div, fit_layer, pack
+from hw.spec.kv260 import FABRIC_HZ
+from hw.spec.memory.geometry import LayerLayout, ceil_div, fit_layer
+from hw.spec.memory.packing import pack
 from hw.spec.numerics.linear import Weights
 from sw.bench_decoder import measure_host, measure_qwen
 from sw.common.errors import UserError, run_cli
 from sw.console.bench_report import print_tables
-from sw.console.options import FABRIC_HZ
 from sw.devices.base import Completion, LinearJob, result_bytes
 from sw.devices.rtl import RtlDevice
 

@@ -30,8 +30,8 @@ from hw.spec.control.registers import (
     config_digest,
     offset,
 )
+from hw.spec.kv260 import FABRIC_HZ
 from sw.common.errors import UserError, run_cli
-from sw.console.options import FABRIC_HZ, ONNXRUNTIME, choose_config, layer_shapes
 from sw.devices import Device, open_device
 from sw.devices.arena import MEMORY_BYTES, Arena, anonymous_memory
 from sw.devices.driver import AcceleratorDevice
@@ -39,6 +39,7 @@ from sw.devices.platform import mask
 from sw.export.resolve import cache_directory, resolve_model
 from sw.graph.linears import find_linears
 from sw.runtime import Decoder, Usage
+from sw.runtime.hardware import ONNXRUNTIME, choose_config, layer_shapes
 
 PROMPT = tuple(range(40, 48))
 CONTEXT = 256

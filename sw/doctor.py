@@ -1,23 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m sw.doctor``: what is wrong with this board, one line each, and what mends it."""
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import NoReturn
 
 from hw.spec.kv260 import FABRIC_HZ
 from sw.board.checks import OK, WRONG, Finding, examine
+from sw.common.command_line import Parser
 from sw.common.errors import UserError, run_cli
 from sw.devices.host import Host
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports wrong options in one line. That of the other commands would import onnx, which a board may not have."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def well(findings: Sequence[Finding]) -> bool:

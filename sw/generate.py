@@ -17,22 +17,15 @@ from typing import TypeVar
 
 import numpy as np
 
+from sw.common.command_line import Parser, check_positive
 from sw.common.errors import UserError, run_cli
 from sw.common.status_line import StatusLine
 from sw.common.text_files import read_text
 from sw.console.generate_report import Answer, Phase, Report, print_json, print_table
-from sw.console.options import (
-    MODEL_HELP,
-    ONNXRUNTIME,
-    Parser,
-    add_device_options,
-    add_hardware_options,
-    check_devices,
-    check_positive,
-    hardware_options,
-)
+from sw.console.options import MODEL_HELP, add_device_options, add_hardware_options, check_devices, hardware_options
 from sw.export.resolve import resolve_model
 from sw.runtime import Decoder
+from sw.runtime.hardware import ONNXRUNTIME
 from sw.runtime.setup import decoder_config, decoder_limits, open_decoder
 from sw.text.folder import TextFolder
 from sw.text.sampling import Sampler

@@ -19,25 +19,17 @@ from pathlib import Path
 import numpy as np
 
 from hw.spec.numerics.linear import NumericsError, quantise_activations
+from sw.common.command_line import Parser, check_positive
 from sw.common.errors import UserError, run_cli
 from sw.console.layers_report import LayerResult, Report, layer_progress, print_json, print_table
-from sw.console.options import (
-    MODEL_HELP,
-    Parser,
-    add_device_options,
-    add_hardware_options,
-    check_devices,
-    check_positive,
-    choose_config,
-    hardware_options,
-    layer_shapes,
-)
+from sw.console.options import MODEL_HELP, add_device_options, add_hardware_options, check_devices, hardware_options
 from sw.devices import open_device, pack
 from sw.devices.base import Completion, Device, LinearJob, read_results, result_bytes, weight_bytes, weight_image
 from sw.devices.reference import reference_linear
 from sw.export.resolve import resolve_model
 from sw.graph.linears import find_linears
 from sw.ort.capture import Captured, capture_inputs
+from sw.runtime.hardware import choose_config, layer_shapes
 
 PROMPT = (
     "Gristmill grinds what the stream brings: the weights of a language model flow from memory like water, and the"

@@ -10,92 +10,26 @@ of every text (BOS, mostly) is read before each window as well, and scores nothi
 """
 
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
+from sw.common.command_line import Parser, check_positive
 from sw.common.errors import UserError, run_cli
 from sw.common.status_line import StatusLine
 from sw.common.text_files import read_text
-from sw.console.options import (
-    MODEL_HELP,
-    ONNXRUNTIME,
-    Parser,
-    add_device_options,
-    add_hardware_options,
-    check_devices,
-    check_positive,
-    hardware_options,
-)
-from sw.console.perplexity_report import Report, Score, print_json, print_table
+from sw.console.options import MODEL_HELP, add_device_options, add_hardware_options, check_devices, hardware_options
+from sw.console.perplexity_report import Report, print_json, print_table
 from sw.export.resolve import resolve_model
-from sw.runtime import Decoder
+from sw.runtime.hardware import ONNXRUNTIME
+from sw.runtime.score import Score, score
 from sw.runtime.setup import decoder_config, decoder_limits, open_decoder
 from sw.text.folder import TextFolder, encode
+from sw.text.scoring import cut_windows
 
 WINDOWS = 8
 LENGTH = 512
 MAX_TOKENS = 64
 """Of the hardware: the longer the blocks, the sooner the result, which does not depend on them."""
-
-
-def cut_windows(ids: Sequence[int], windows: int, length: int) -> list[list[int]]:
-    """At most `windows` windows of `length` tokens; the last may be shorter, but has at least 2 tokens."""
-    starts = range(0, min(len(ids), windows * length), length)
-    return [list(ids[start : start + length]) for start in starts if len(ids) - start >= 2]
-
-
-def negative_log_likelihood(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """-ln softmax(logits)[target], float64 [M], of float [M, vocab] logits and int [M] targets.
-
-    Raises UserError if logits are not finite, or no target of a model with so many tokens.
-    """
-    if targets.max() >= logits.shape[1]:
-        raise UserError(f"the text has token {targets.max()}, and the model knows {logits.shape[1]} tokens")
-    if not np.isfinite(logits).all():
-        raise UserError("the model's logits are not finite (NaN or infinity)")
-    steps = logits.astype(np.float64)
-    steps -= steps.max(axis=1, keepdims=True)
-    return np.log(np.exp(steps).sum(axis=1)) - steps[np.arange(len(targets)), targets]
-
-
-def score_window(decoder: Decoder, beginning: Sequence[int], window: Sequence[int]) -> np.ndarray:
-    """-ln p of a window's tokens 2 to L, float64 [L - 1]. beginning: tokens to be read before it."""
-    decoder.reset()
-    # The last token predicts nothing that is scored.
-    ids = [*beginning, *window[:-1]]
-    targets = np.array(window[1:])
-    parts = []
-    for start in range(0, len(ids), decoder.block):
-        block = ids[start : start + decoder.block]
-        logits = decoder.forward(block, every=True)
-        # Row i predicts token i + 1 of all; the first target is the window's second token.
-        first = start - len(beginning)
-        rows = logits[max(0, -first) :]
-        if len(rows):
-            first = max(0, first)
-            parts.append(negative_log_likelihood(rows, targets[first : first + len(rows)]))
-    return np.concatenate(parts)
-
-
-def score(
-    decoder: Decoder,
-    device: str,
-    beginning: Sequence[int],
-    windows: Sequence[Sequence[int]],
-    scored: Callable[[int, Score], None] = lambda done, score: None,
-) -> Score:
-    """The score over windows of at least 2 tokens each. scored: called with windows done and the score until then."""
-    result, start = Score(device), time.perf_counter()
-    for done, window in enumerate(windows, 1):
-        values = score_window(decoder, beginning, window)
-        result.tokens += len(values)
-        result.nll += float(values.sum())
-        result.cycles, result.seconds = decoder.usage.cycles, time.perf_counter() - start
-        scored(done, result)
-    return result
 
 
 def _parser() -> Parser:

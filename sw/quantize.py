@@ -24,20 +24,21 @@ from sw.awq.rounding import ZERO_POINTS, Form
 from sw.awq.sizes import compare
 from sw.checkpoints.autoawq_writer import write_autoawq_folder
 from sw.common.atomic import atomic_directory
+from sw.common.command_line import Parser, check_positive
 from sw.common.errors import UserError, run_cli
 from sw.common.status_line import StatusLine
 from sw.common.text_files import read_text
-from sw.console.options import Parser, check_positive
-from sw.console.perplexity_report import Score
 from sw.console.quantize_report import Report, print_json, print_table, write_json
 from sw.export.floats import float_model
 from sw.graph.file import OnnxFile
 from sw.graph.rewrite import write_quantised
 from sw.model.lm_head import HEAD_MODES
-from sw.perplexity import LENGTH, WINDOWS, cut_windows, score
+from sw.perplexity import LENGTH, WINDOWS
 from sw.runtime import Decoder
+from sw.runtime.score import Score, score
 from sw.runtime.setup import decoder_limits
 from sw.text.folder import TextFolder, encode
+from sw.text.scoring import cut_windows
 
 BITS = (3, 4, 8)
 GROUP_SIZES = (32, 64, 128)

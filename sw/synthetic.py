@@ -20,10 +20,9 @@ from tokenizers import pre_tokenizers
 from sw.checkpoints.autoawq import BITS, MIDDLE, pack_words
 from sw.checkpoints.safetensors_file import INDEX, NewTensor, write_safetensors
 from sw.common.atomic import atomic_directory
+from sw.common.command_line import Parser
 from sw.common.errors import UserError, run_cli
-from sw.common.status_line import StatusLine
-from sw.console.options import Parser
-from sw.export.folder import Progress
+from sw.common.status_line import Progress, StatusLine
 
 # config.json of Qwen/Qwen2.5-0.5B-Instruct-AWQ, as far as it concerns the model.
 QWEN2_5_0_5B: dict[str, Any] = {

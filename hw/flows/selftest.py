@@ -10,7 +10,8 @@ from hw.boards.selftest import SelfTest, Vectors
 from hw.rtl.core.core import Core
 from hw.spec.config import EXPONENT_BITS, FIXED_ZERO_POINT_BITS, FLOAT_BITS, AcceleratorConfig, ConfigError
 from hw.spec.control.command import LayerCommand
-from hw.spec.memory.geometry import fit_layer, pack
+from hw.spec.memory.geometry import fit_layer
+from hw.spec.memory.packing import pack
 from hw.spec.numerics.linear import Activations, Weights, linear
 
 _GROUP_SIZE = 32

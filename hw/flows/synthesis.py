@@ -10,9 +10,9 @@ from pathlib import Path
 
 from amaranth.lib import wiring
 
-from hw.boards import Target
 from hw.flows.lower import LowerError, to_rtlil
 from hw.flows.tools import run_yosys
+from hw.spec.parts import Target
 
 RESOURCES = ("LUT", "FF", "DSP48E2", "BRAM36", "URAM288", "SRL")
 """What is counted. LUT is all lookup tables, those that serve as memory and the SRLs included."""

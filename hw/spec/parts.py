@@ -1,7 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts that boards carry, and what is in them."""
+"""What the hardware is generated for: families of parts, and the parts that boards carry."""
 
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Target:
+    """What blocks are elaborated for, in the place of one of Amaranth's platforms.
+
+    Parameters
+    ----------
+    family : as Amaranth's platforms name theirs
+    """
+
+    family: str
+
+
+_FAMILIES = ("ultrascaleplus", "ecp5")
+TARGETS: dict[str, Target | None] = {"generic": None, **{family: Target(family) for family in _FAMILIES}}
+"""By the name that ``python -m hw.build --target`` takes. ``generic`` is plain Verilog for any part and simulator."""
 
 
 @dataclass(frozen=True)
@@ -11,7 +28,7 @@ class Part:
     Parameters
     ----------
     name : ordering code
-    target : the name in ``hw.boards.TARGETS`` that uses its primitives
+    target : the name in TARGETS that uses its primitives
     resources : count by kind; URAM288 is 288 kbit and BRAM36 is 36 kbit
     """
 

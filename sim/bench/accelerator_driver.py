@@ -16,7 +16,8 @@ from cocotbext.axi import AxiLiteBus, AxiLiteMaster, AxiRamRead, AxiRamWrite, Ax
 from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.control.descriptor import ADDRESS_LIMIT, DATA_ALIGNMENT, WEIGHT_ALIGNMENT, Descriptor, region_bytes
 from hw.spec.control.registers import BY_NAME, ErrorCode, offset
-from hw.spec.memory.geometry import LayerLayout, fit_layer, pack, stripe
+from hw.spec.memory.geometry import LayerLayout, fit_layer
+from hw.spec.memory.packing import pack, stripe
 from hw.spec.numerics.linear import Activations, NumericsError, linear, quantise_activations
 from sim.bench.axi_monitor import AxiMonitor, Burst, LiteMonitor
 from sim.bench.dut import begin, config

@@ -8,7 +8,8 @@ import numpy as np
 
 from hw.spec.config import FIXED_ZERO_POINT_BITS, AcceleratorConfig, ConfigError
 from hw.spec.control.command import LayerCommand
-from hw.spec.memory.geometry import LayerLayout, fit_layer, pack
+from hw.spec.memory.geometry import LayerLayout, fit_layer
+from hw.spec.memory.packing import pack
 from hw.spec.numerics.linear import Activations, Weights, linear
 from sim.bench.packing import Layout
 

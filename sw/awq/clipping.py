@@ -16,7 +16,8 @@ the others make. All weights are rounded to nearest: what is chosen is a scale a
 import numpy as np
 
 from sw.awq.rounding import LEAST_SCALE, MOST_SCALE, Form, Rounded, extent, grid, half, nearest, steps
-from sw.awq.threads import slices, threaded
+from sw.awq.threads import threaded
+from sw.common.arrays import slices
 
 SHRINKS = np.array([1, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62], np.float32)
 """How much of either end of a range is kept; all pairs are tried."""

@@ -7,12 +7,12 @@ q * d it all comes back: 127 * d has 18 bits, so max|w| / 127 is d in float32 wi
 
 import numpy as np
 
+from sw.common.arrays import slices
 from sw.model.linear import QuantizedLinear
 from sw.model.lm_head import quantise_int8
 
 BLOCK = 32
 TOP = 127
-ROWS_AT_ONCE = 4096
 
 
 def quantise_head(weight: np.ndarray, name: str = "lm_head") -> QuantizedLinear:
@@ -24,8 +24,7 @@ def quantise_head(weight: np.ndarray, name: str = "lm_head") -> QuantizedLinear:
     if k % BLOCK:
         return quantise_int8(weight, name)
     q, scales = np.empty((n, k), np.uint8), np.empty((n, k // BLOCK), np.float32)
-    for start in range(0, n, ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
+    for rows in slices(n):
         values = np.asarray(weight[rows], np.float32).reshape(-1, k // BLOCK, BLOCK)
         scales[rows] = np.abs(values).max(axis=2) / np.float32(TOP)
         step = scales[rows][:, :, None]

@@ -22,11 +22,12 @@ from sw.awq.int8_head import quantise_head
 from sw.awq.rounding import Form, Rounded, nearest
 from sw.awq.search import Scale, Statistics, output_error, scaled_gram, search_scale
 from sw.awq.threads import THREADS, threaded
+from sw.common.arrays import slices
 from sw.common.errors import UserError
 from sw.graph.file import OnnxFile
 from sw.model.linear import FloatLinear, QuantizedLinear
 from sw.model.lm_head import Linear
-from sw.perplexity import negative_log_likelihood
+from sw.text.scoring import negative_log_likelihood
 
 METHODS = ("awq", "rtn")
 """rtn: round to nearest, without any search."""
@@ -236,7 +237,7 @@ class _Quantiser:
 
         def nll(item: tuple[np.ndarray, Sequence[int]]) -> np.ndarray:
             x, targets = item[0][len(self.texts.beginning) :], np.array(item[1][1:])
-            parts = [slice(start, start + ROWS_AT_ONCE) for start in range(0, len(x), ROWS_AT_ONCE)]
+            parts = slices(len(x), ROWS_AT_ONCE)
             return np.concatenate([negative_log_likelihood(x[rows] @ weight.T + bias, targets[rows]) for rows in parts])
 
         for index, way in enumerate(self.compare):

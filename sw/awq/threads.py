@@ -27,8 +27,3 @@ def threaded(function: Callable[[Item], Result], items: Iterable[Item]) -> list[
     if _pool is None:
         _pool = ThreadPoolExecutor(THREADS, "sw.awq")
     return list(_pool.map(function, items))
-
-
-def slices(count: int, size: int) -> list[slice]:
-    """0 to count in pieces of `size`; the last may be shorter."""
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]

@@ -27,7 +27,7 @@ from sw.checkpoints.integer_tables import float_table, write_scales
 from sw.checkpoints.safetensors_file import NewTensor, write_safetensors
 from sw.common.atomic import atomic_directory
 from sw.common.errors import UserError, one_line
-from sw.export.folder import Progress
+from sw.common.status_line import Progress
 from sw.graph.file import expect_names
 from sw.graph.linears import find_linears
 from sw.graph.matmul_nbits import unpack_bits

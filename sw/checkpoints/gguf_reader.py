@@ -14,9 +14,9 @@ from typing import Any
 import gguf
 import numpy as np
 
+from sw.common.arrays import is_finite
 from sw.common.errors import UserError, one_line
 from sw.model.linear import FloatLinear, QuantizedLinear
-from sw.model.lm_head import is_finite
 
 BLOCK = 32
 QUANTISED = ("Q4_0", "Q4_1", "Q8_0")

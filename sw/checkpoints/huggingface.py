@@ -19,7 +19,7 @@ import numpy as np
 
 from sw.common.errors import UserError
 from sw.common.text_files import read_json, read_text
-from sw.graph.decoder import MAX_POSITIONS, DecoderConfig
+from sw.model.decoder import MAX_POSITIONS, DecoderConfig
 from sw.text.folder import read_tokenizer
 
 FULL = "full_attention"
@@ -170,7 +170,7 @@ def llama3_factors(frequencies: np.ndarray, factor: float, low: float, high: flo
 
 @dataclass(frozen=True)
 class TextSettings:
-    """See sw.export.folder.DecoderSource, whose members these are."""
+    """See sw.model.source.DecoderSource, whose members these are."""
 
     tokenizer_json: str
     bos_id: int | None

@@ -16,8 +16,9 @@ import numpy as np
 
 from sw.checkpoints.huggingface import Settings
 from sw.checkpoints.safetensors_file import NewTensor
+from sw.common.arrays import slices
 from sw.common.errors import UserError, one_line
-from sw.model.linear import ROWS_AT_ONCE, QuantizedLinear
+from sw.model.linear import QuantizedLinear
 from sw.model.lm_head import Table
 
 KEY = "integer_tables"
@@ -69,8 +70,7 @@ def integer_table(folder: Path, settings: Settings, tensor: str, values: np.ndar
         raise UserError(f"{path} holds no float16 or float32 {list(wanted)}, the scales of {tensor}")
     scales = scales.astype(np.float32)
     q = np.empty(values.shape, np.uint8)
-    for start in range(0, len(q), ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
+    for rows in slices(len(q)):
         steps = _steps(np.asarray(values[rows], np.float32), scales[rows], group) + _middle(bits)
         if not (steps.min() >= 0 and steps.max() < 1 << bits):
             raise UserError(f"{path} is of another model: {tensor} is not {bits}-bit integers times these scales")
@@ -97,8 +97,8 @@ def _steps(values: np.ndarray, scales: np.ndarray, group: int) -> np.ndarray:
 
 def _float_rows(table: QuantizedLinear, dtype: type[np.floating]) -> Iterator[np.ndarray]:
     with np.errstate(over="ignore"):
-        for start in range(0, table.n, ROWS_AT_ONCE):
-            yield table.dequantise(slice(start, start + ROWS_AT_ONCE)).astype(dtype)
+        for rows in slices(table.n):
+            yield table.dequantise(rows).astype(dtype)
 
 
 def _is_lossless(table: QuantizedLinear, dtype: type[np.floating]) -> bool:

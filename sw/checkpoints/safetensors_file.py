@@ -15,8 +15,8 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from sw.common.arrays import is_finite
 from sw.common.errors import UserError, one_line
-from sw.model.lm_head import is_finite
 
 LENGTH_BYTES = 8
 MAX_HEADER = 100_000_000

@@ -2,7 +2,11 @@
 """How far long work has come, on stderr: one line that is rewritten on a terminal, otherwise a line now and then."""
 
 import sys
+from collections.abc import Callable
 from typing import Self
+
+Progress = Callable[[int, int], None]
+"""What long work calls with how much is done, and how much there is in all."""
 
 LINES = 10
 """Lines that a count has without a terminal."""

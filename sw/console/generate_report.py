@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hw.spec.config import AcceleratorConfig
-from sw.console.options import FABRIC_HZ
+from hw.spec.kv260 import FABRIC_HZ
 from sw.runtime import Usage
 
 WIDTH_WITHOUT_TERMINAL = 120
@@ -126,7 +126,7 @@ class Report:
             "stop": answer.stop,
             "prefill": answer.prefill.to_dict(),
             "decode": answer.decode.to_dict(),
-            "roofline": {"hz": FABRIC_HZ, "tokens_per_second": self.roofline, "reached": self.reached},
+            "roofline": {"hz": float(FABRIC_HZ), "tokens_per_second": self.roofline, "reached": self.reached},
             "seconds": self.seconds,
         }
 

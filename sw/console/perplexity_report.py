@@ -13,39 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from hw.spec.config import AcceleratorConfig
+from sw.runtime.score import MOST, Score
 
 WIDTH_WITHOUT_TERMINAL = 120
-MOST = 700.0
-"""float64 holds e to this power, and not to many more."""
-
-
-@dataclass
-class Score:
-    """A model's score on one device.
-
-    Members
-    -------
-    tokens: scored.
-    nll: sum of -ln p over them.
-    cycles: of the device's linear layers, 0 without hardware.
-    seconds: wall time.
-    """
-
-    device: str
-    tokens: int = 0
-    nll: float = 0.0
-    cycles: int = 0
-    seconds: float = 0.0
-
-    @property
-    def mean(self) -> float:
-        """Mean -ln p of a token."""
-        return self.nll / self.tokens
-
-    @property
-    def perplexity(self) -> float:
-        """exp(mean), infinity where float64 has no room for it."""
-        return math.exp(self.mean) if self.mean < MOST else math.inf
 
 
 @dataclass(frozen=True)

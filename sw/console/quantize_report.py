@@ -16,7 +16,7 @@ from rich.table import Table
 from sw.awq.quantiser import FLOAT, LayerReport
 from sw.awq.rounding import Form
 from sw.awq.sizes import Sizes
-from sw.console.perplexity_report import Score
+from sw.runtime.score import Score
 
 WIDTH_WITHOUT_TERMINAL = 120
 NAMES = {FLOAT: "float", "rtn": "round to nearest", "awq": "AWQ"}

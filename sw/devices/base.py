@@ -13,7 +13,8 @@ import numpy as np
 
 from hw.spec.config import AcceleratorConfig
 from hw.spec.control.descriptor import FLOAT_BYTES, result_pitch, weight_bytes, weights_stride
-from hw.spec.memory.geometry import LayerLayout, stripe, unstripe
+from hw.spec.memory.geometry import LayerLayout
+from hw.spec.memory.packing import stripe, unstripe
 from sw.common.errors import UserError
 
 PAGE = 4096

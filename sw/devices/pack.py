@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hw.spec.config import AcceleratorConfig, ConfigError
-from hw.spec.memory.geometry import LayerLayout, fit_layer, pack
+from hw.spec.memory.geometry import LayerLayout, fit_layer
+from hw.spec.memory.packing import pack
 from hw.spec.numerics.linear import NumericsError, Weights
 from hw.spec.numerics.planes import plane_count, plane_zero_points, quantise_weights
+from sw.common.arrays import slices
 from sw.common.errors import UserError
 from sw.model.linear import QuantizedLinear
 
-ROWS_AT_ONCE = 8192
 """Output rows that are packed at one time: a head of 150,000 rows would take a gigabyte in between."""
 
 
@@ -96,8 +97,8 @@ def prepare(config: AcceleratorConfig, linear: QuantizedLinear, weights: Weights
     zero_points = linear.zero_points
     layout = fit(config, linear.name, linear.k, linear.n, linear.group_size, linear.bits, zero_points)
     beats = np.empty((layout.out_tiles, layout.tile_beats, config.beat_bytes), np.uint8)
-    for start in range(0, linear.n, ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
+    for rows in slices(linear.n):
+        start = rows.start
         if weights is None:
             part = linear.with_rows(rows)
             if start:

@@ -8,13 +8,13 @@ import numpy as np
 
 from hw.spec.config import AcceleratorConfig
 from hw.spec.control.descriptor import FLOAT_BYTES, result_pitch
-from hw.spec.memory.geometry import LayerLayout, unpack
+from hw.spec.memory.geometry import LayerLayout
+from hw.spec.memory.packing import unpack
 from hw.spec.numerics.linear import Activations, NumericsError, Weights, linear, quantise_activations
+from sw.common.arrays import slices
 from sw.devices.arena import MEMORY_BYTES, Arena, anonymous_memory
 from sw.devices.base import Buffer, Completion, DeviceError, LinearJob, PreparedBatch, image_beats
 from sw.devices.batches import BatchDevice
-
-ROWS_AT_ONCE = 4096
 
 
 class ReferenceDevice(BatchDevice):
@@ -76,11 +76,11 @@ class ReferenceDevice(BatchDevice):
 
 
 def _unpack(layout: LayerLayout, beats: np.ndarray) -> Weights:
-    """hw.spec.memory.geometry.unpack in little memory: some tiles at a time, scales and zero points in 16 bits."""
+    """hw.spec.memory.packing.unpack in little memory: some tiles at a time, scales and zero points in 16 bits."""
     parts = []
-    for start in range(0, layout.n, ROWS_AT_ONCE):
-        shape = LayerLayout(layout.config, layout.k, min(ROWS_AT_ONCE, layout.n - start), layout.group_size)
-        first = start // layout.config.tile * layout.tile_beats
+    for rows in slices(layout.n):
+        shape = LayerLayout(layout.config, layout.k, rows.stop - rows.start, layout.group_size)
+        first = rows.start // layout.config.tile * layout.tile_beats
         part = unpack(shape, beats[first : first + shape.beats])
         narrow = part.zero_points.astype(np.int16), part.scale_mantissas.astype(np.int16)
         parts.append((part.q, *narrow, part.exponents))
@@ -89,8 +89,5 @@ def _unpack(layout: LayerLayout, beats: np.ndarray) -> Weights:
 
 def reference_linear(config: AcceleratorConfig, weights: Weights, activations: Activations) -> np.ndarray:
     """hw.spec.numerics.linear, float32 [M, N], some rows at a time: a head of 150,000 rows would take gigabytes."""
-    parts = []
-    for start in range(0, len(weights.q), ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
-        parts.append(linear(config, Weights(*(values[rows] for values in weights)), activations))
-    return np.concatenate(parts, axis=1)
+    some = (Weights(*(values[rows] for values in weights)) for rows in slices(len(weights.q)))
+    return np.concatenate([linear(config, part, activations) for part in some], axis=1)

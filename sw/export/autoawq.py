@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """An AutoAWQ GEMM checkpoint (Llama or Qwen2 family) as a decoder ONNX graph with its tokenizer.
 
-    python -m sw.awq_export SRC_DIR --out DIR [--lm-head int8|float]
-
 SRC_DIR holds config.json, tokenizer.json and *.safetensors. DIR gets model.onnx, model.onnx.data, tokenizer.json and
 config.json (shapes, stop tokens, chat template). Quantised layers keep their weights exactly (see
 sw.checkpoints.autoawq), and so does the embedding; the head becomes int8 (see sw.model.lm_head), or what it was before
@@ -16,11 +14,13 @@ from sw.checkpoints.autoawq import AwqFormat, awq_format, read_linear
 from sw.checkpoints.huggingface import Settings, decoder_config, read_settings, rope_scaling, text_settings
 from sw.checkpoints.integer_tables import integer_table
 from sw.checkpoints.safetensors_file import Checkpoint
-from sw.common.errors import UserError, run_cli
-from sw.export.folder import EXPORTER_VERSION, DecoderSource, Progress, export_parser, export_status, write_folder
-from sw.graph.decoder import DecoderConfig, DecoderLayer
+from sw.common.errors import UserError
+from sw.common.status_line import Progress
+from sw.export.folder import EXPORTER_VERSION, write_folder
+from sw.model.decoder import DecoderConfig, DecoderLayer
 from sw.model.linear import QuantizedLinear
 from sw.model.lm_head import Table
+from sw.model.source import DecoderSource
 
 
 def export_awq(source: Path, out: Path, *, lm_head: str = "int8", progress: Progress | None = None) -> Path:
@@ -88,16 +88,3 @@ def _layers(checkpoint: Checkpoint, config: DecoderConfig, form: AwqFormat | Non
             up_proj=read_linear(checkpoint, f"{layer}.mlp.up_proj", form),
             down_proj=read_linear(checkpoint, f"{layer}.mlp.down_proj", form),
         )
-
-
-def main() -> None:
-    """The command line."""
-    parser = export_parser("python -m sw.awq_export", "AutoAWQ GEMM to a decoder ONNX graph", "SRC_DIR")
-    options = parser.parse_args()
-    with export_status() as progress:
-        path = export_awq(options.source, options.out, lm_head=options.lm_head, progress=progress)
-    print(path)
-
-
-if __name__ == "__main__":
-    run_cli(main)

@@ -11,13 +11,15 @@ from pathlib import Path
 from sw.checkpoints.gguf_reader import GgufFile
 from sw.checkpoints.huggingface import read_settings
 from sw.common.errors import UserError
+from sw.common.status_line import Progress
 from sw.export.autoawq import checkpoint_source
-from sw.export.folder import EXPORTER_VERSION, DecoderSource, Progress, write_folder
+from sw.export.folder import EXPORTER_VERSION, write_folder
 from sw.export.gguf import gguf_source
 from sw.export.resolve import find_model
 from sw.graph import dequantize_linear
 from sw.graph.file import OnnxFile
 from sw.graph.linears import UNSUPPORTED
+from sw.model.source import DecoderSource
 
 QUANTISED = ("MatMulNBits", "GatherBlockQuantized", *UNSUPPORTED)
 

@@ -3,53 +3,20 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sw.common.atomic import atomic_directory
-from sw.common.status_line import StatusLine
-from sw.console.options import Parser
-from sw.graph.decoder import DecoderConfig, DecoderLayer, write_decoder
-from sw.model.lm_head import HEAD_MODES, Table
+from sw.common.status_line import Progress, StatusLine
+from sw.graph.decoder import write_decoder
+from sw.model.source import DecoderSource
 
 # Part of the key of cached exports: raise it when the output of an exporter changes.
 EXPORTER_VERSION = 3
 QUIET_SECONDS = 2.0
 """An export that takes less says nothing."""
-
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, eq=False)
-class DecoderSource:
-    """A decoder as an exporter found it; see write_decoder for the weights.
-
-    family: llama or qwen2. tied: the head has the embedding's weights (`head` may still be given, in other numbers).
-    bos_id, stop_ids: tokens that begin a text and that end an answer. bos_token, eos_token: what a chat template
-    knows by these names. chat_template: its text. rope_scaling: Hugging Face's description of the rope_factors that
-    config has, if there is one.
-    """
-
-    name: str
-    family: str
-    config: DecoderConfig
-    embedding: Table
-    layers: Iterable[DecoderLayer]
-    final_norm: np.ndarray
-    head: Table | None
-    tied: bool
-    tokenizer_json: str
-    bos_id: int | None
-    stop_ids: list[int]
-    bos_token: str | None
-    eos_token: str | None
-    chat_template: str | None
-    rope_scaling: dict[str, Any] | None = None
 
 
 def write_folder(
@@ -88,21 +55,6 @@ def export_status() -> Iterator[Progress]:
                 status.count("exporting layer {done} of {total}", done, total)
 
         yield show
-
-
-def export_parser(prog: str, description: str, source: str) -> Parser:
-    """The command line that exporters share: options.source, .out and .lm_head."""
-    parser = Parser(prog=prog, description=description)
-    parser.add_argument("source", type=Path, metavar=source)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument(
-        "--lm-head",
-        choices=HEAD_MODES,
-        default=HEAD_MODES[0],
-        help="a float output layer is quantised to int8 or stays float; one that is quantised stays as it is"
-        " (default: %(default)s)",
-    )
-    return parser
 
 
 def _config_json(source: DecoderSource) -> dict[str, Any]:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A GGUF model (Llama or Qwen2 family) as a decoder ONNX graph with its tokenizer.
 
-    python -m sw.gguf_export SRC.gguf --out DIR [--lm-head int8|float]
-
 DIR gets model.onnx, model.onnx.data, tokenizer.json and config.json (shapes, stop tokens, chat template).
 Quantised linear layers keep their weights exactly (see sw.checkpoints.gguf_reader), the head included; a head in any
 other format becomes int8 (see sw.model.lm_head). An embedding in Q8_0 or Q4_0 stays as it is; others become float16
@@ -17,11 +15,13 @@ import numpy as np
 from sw.checkpoints.gguf_reader import GgufFile
 from sw.checkpoints.gguf_tokenizer import build_tokenizer, special_token, stop_tokens
 from sw.checkpoints.huggingface import standard_rope_scaling
-from sw.common.errors import UserError, run_cli
-from sw.export.folder import EXPORTER_VERSION, DecoderSource, Progress, export_parser, export_status, write_folder
-from sw.graph.decoder import MAX_POSITIONS, DecoderConfig, DecoderLayer
+from sw.common.errors import UserError
+from sw.common.status_line import Progress
+from sw.export.folder import EXPORTER_VERSION, write_folder
+from sw.model.decoder import MAX_POSITIONS, DecoderConfig, DecoderLayer
 from sw.model.linear import QuantizedLinear
 from sw.model.lm_head import Linear, Table
+from sw.model.source import DecoderSource
 
 FAMILIES = ("llama", "qwen2")
 
@@ -128,15 +128,3 @@ def _layers(model: GgufFile, config: DecoderConfig) -> Iterator[DecoderLayer]:
             up_proj=model.linear(f"{block}.ffn_up"),
             down_proj=model.linear(f"{block}.ffn_down"),
         )
-
-
-def main() -> None:
-    """The command line."""
-    options = export_parser("python -m sw.gguf_export", "GGUF to a decoder ONNX graph", "SRC.gguf").parse_args()
-    with export_status() as progress:
-        path = export_gguf(options.source, options.out, lm_head=options.lm_head, progress=progress)
-    print(path)
-
-
-if __name__ == "__main__":
-    run_cli(main)

@@ -10,9 +10,7 @@ accuracy_level 0 (float32 arithmetic); their biases are separate Add nodes. The 
 quantised embedding is a GatherBlockQuantized node that shares its table with a tied head.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,79 +19,9 @@ from onnx import TensorProto
 
 from sw.common.errors import UserError
 from sw.graph.writer import CONTRIB, OnnxWriter
+from sw.model.decoder import DecoderConfig, DecoderLayer, expect_shape
 from sw.model.linear import QuantizedLinear
 from sw.model.lm_head import Linear, Table, head_layer, narrowest_exact
-
-MAX_POSITIONS = 32768
-"""Most positions that an export has rotary tables for: models that could more would carry tables of many megabytes."""
-MAX_HEAD_SIZE = 1024
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """The shape of a decoder: sizes in elements, context_length in tokens.
-
-    rope_factors: float32 [head_size / 2] that divide the rotary frequencies (Llama 3.1), or None.
-
-    Raises UserError for values that no decoder has.
-    """
-
-    hidden_size: int
-    intermediate_size: int
-    layer_count: int
-    head_count: int
-    kv_head_count: int
-    head_size: int
-    vocab_size: int
-    context_length: int
-    rope_theta: float
-    norm_epsilon: float
-    rope_factors: np.ndarray | None = None
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name != "rope_factors" and not 0 < value < math.inf:
-                raise UserError(f"{field.name} of the model is {value}, not a positive number")
-        if self.head_count % self.kv_head_count:
-            raise UserError(f"{self.head_count} heads are not a multiple of {self.kv_head_count} key-value heads")
-        if self.head_size % 2:
-            raise UserError(f"head size {self.head_size} is odd: rotary embedding needs pairs")
-        if self.head_size > MAX_HEAD_SIZE:
-            raise UserError(f"head size {self.head_size} is above {MAX_HEAD_SIZE}")
-        if self.rope_factors is not None:
-            _expect("the table of rotary factors", self.rope_factors.shape, (self.head_size // 2,))
-            if not (self.rope_factors > 0).all():
-                raise UserError("a rotary factor of the model is not positive")
-
-    def rotary_frequencies(self) -> np.ndarray:
-        """Radians per position of each pair of elements, float64 [head_size / 2], before rope_factors."""
-        return self.rope_theta ** (-np.arange(0, self.head_size, 2) / self.head_size)
-
-    def rotary_cache(self) -> tuple[np.ndarray, np.ndarray]:
-        """(cos, sin), float32 [context_length, head_size / 2]."""
-        frequencies = self.rotary_frequencies()
-        if self.rope_factors is not None:
-            frequencies = frequencies / self.rope_factors
-        angles = np.outer(np.arange(self.context_length), frequencies)
-        return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-
-
-@dataclass(frozen=True)
-class DecoderLayer:
-    """The weights of one layer; the norms are float32 [hidden_size]. Rows of q and k are in Hugging Face's order
-    (the two halves of a head are rotated against each other).
-    """
-
-    input_norm: np.ndarray
-    q_proj: Linear
-    k_proj: Linear
-    v_proj: Linear
-    o_proj: Linear
-    post_attention_norm: np.ndarray
-    gate_proj: Linear
-    up_proj: Linear
-    down_proj: Linear
 
 
 class GraphBuilder(Protocol):
@@ -132,9 +60,9 @@ def write_decoder(
     one.
     Raises UserError where weights and config disagree.
     """
-    _expect("embedding", _shape(embedding), (config.vocab_size, config.hidden_size))
+    expect_shape("embedding", _shape(embedding), (config.vocab_size, config.hidden_size))
     if head is not None:
-        _expect("lm_head", _shape(head), (config.vocab_size, config.hidden_size))
+        expect_shape("lm_head", _shape(head), (config.vocab_size, config.hidden_size))
     progress = progress or (lambda done, total: None)
     with OnnxWriter(directory, "decoder") as writer:
         graph = _DecoderGraph(writer, config)
@@ -147,7 +75,7 @@ def write_decoder(
             graph.layer(count, layer)
             count += 1
             progress(count, config.layer_count + 1)
-        _expect("the number of layers", (count,), (config.layer_count,))
+        expect_shape("the number of layers", (count,), (config.layer_count,))
         graph.end(final_norm, head_layer(embedding, head, lm_head), shared)
         writer.save(metadata or {})
         progress(count + 1, config.layer_count + 1)
@@ -245,7 +173,7 @@ class _DecoderGraph:
     def norm(self, name: str, weight: np.ndarray) -> str:
         """Adds branch to residual (but for the first norm, which has no branch) and normalises the sum."""
         w, c = self.writer, self.config
-        _expect(name, weight.shape, (c.hidden_size,))
+        expect_shape(name, weight.shape, (c.hidden_size,))
         gamma = w.tensor(f"{name.strip('/').replace('/', '.')}.weight", weight.astype(np.float32))
         outputs = [f"{name}/output_0"]
         if not self.branch:
@@ -263,7 +191,7 @@ class _DecoderGraph:
         self, path: str, x: str, layer: Linear, k: int, n: int, output: str = "", weights: list[str] | None = None
     ) -> str:
         """`weights`: tensors of the layer that are written already."""
-        _expect(path, (layer.n, layer.k), (n, k))
+        expect_shape(path, (layer.n, layer.k), (n, k))
         w = self.writer
         tensor = path.strip("/").replace("/", ".")
         outputs = [output] if output and layer.bias is None else []
@@ -366,8 +294,3 @@ def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
 
 def _shape(table: Table) -> tuple[int, ...]:
     return (table.n, table.k) if isinstance(table, QuantizedLinear) else table.shape
-
-
-def _expect(what: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    if shape != expected:
-        raise UserError(f"{what} is {list(shape)}, but the model's configuration asks for {list(expected)}")

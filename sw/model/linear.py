@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from sw.common.arrays import slices
 from sw.common.errors import UserError
-
-ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,8 +103,7 @@ class QuantizedLinear:
         """
         x = x.astype(np.float64)
         # In slices: the head of a model with 150,000 tokens would be a gigabyte in float64.
-        slices = [slice(i, i + ROWS_AT_ONCE) for i in range(0, self.n, ROWS_AT_ONCE)]
-        y = np.concatenate([x @ self.dequantise(rows).astype(np.float64).T for rows in slices], axis=1)
+        y = np.concatenate([x @ self.dequantise(rows).astype(np.float64).T for rows in slices(self.n)], axis=1)
         return y + self.bias if self.bias is not None and self.bias_in_node else y
 
     def with_rows(self, order: np.ndarray | slice) -> "QuantizedLinear":

@@ -6,10 +6,9 @@ A table is float16 or float32 [vocab, hidden], or a QuantizedLinear whose rows a
 decoder it is the largest, and int8 moves a quarter of the bytes of float32 at next to no loss.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 
+from sw.common.arrays import slices
 from sw.common.errors import UserError
 from sw.model.linear import FloatLinear, QuantizedLinear
 
@@ -18,7 +17,6 @@ HEAD_MODES = ("int8", "float")
 
 Linear = QuantizedLinear | FloatLinear
 Table = np.ndarray | QuantizedLinear
-ROWS_AT_ONCE = 4096
 
 
 def head_layer(embedding: Table, head: Table | None, mode: str) -> Linear:
@@ -41,7 +39,7 @@ def quantise_int8(weight: np.ndarray, name: str = "lm_head") -> QuantizedLinear:
     group = next((size for size in (128, 64) if k % size == 0), 32)
     groups = -(-k // group)
     q, scales = np.empty((n, k), np.uint8), np.empty((n, groups), np.float32)
-    for rows in _slices(n):
+    for rows in slices(n):
         values = np.zeros((len(scales[rows]), groups * group), np.float32)
         values[:, :k] = weight[rows]
         if not np.isfinite(values).all():
@@ -60,18 +58,9 @@ def narrowest_exact(table: np.ndarray) -> np.ndarray:
     if table.dtype == np.float16:
         return table
     narrow = np.empty(table.shape, np.float16)
-    for rows in _slices(len(table)):
+    for rows in slices(len(table)):
         with np.errstate(over="ignore"):
             narrow[rows] = table[rows]
         if not np.array_equal(narrow[rows].astype(np.float32), table[rows]):
             return table
     return narrow
-
-
-def is_finite(table: np.ndarray) -> bool:
-    """Whether every value of a matrix is finite, found in the memory of some rows."""
-    return all(np.isfinite(table[rows]).all() for rows in _slices(len(table)))
-
-
-def _slices(count: int) -> Iterator[slice]:
-    return (slice(start, start + ROWS_AT_ONCE) for start in range(0, count, ROWS_AT_ONCE))

@@ -9,11 +9,11 @@ from pathlib import Path
 from hw.spec.config import AcceleratorConfig
 from sw.common.errors import UserError
 from sw.common.status_line import StatusLine
-from sw.console.options import ONNXRUNTIME, choose_config, layer_shapes
 from sw.devices import open_device
 from sw.graph.file import OnnxFile
 from sw.graph.linears import find_linears
 from sw.runtime import Decoder
+from sw.runtime.hardware import ONNXRUNTIME, choose_config, layer_shapes
 
 LONGEST = 1 << 20
 """Tokens: more than models know what to do with, fewer than what overflows something."""
@@ -59,7 +59,7 @@ def decoder_limits(model: Path, context: int | None) -> Limits:
 
 
 def decoder_config(model: Path, devices: Sequence[str], hardware: dict[str, int | str]) -> AcceleratorConfig | None:
-    """The hardware for a model's layers, see sw.console.options.choose_config; None if no device has any.
+    """The hardware for a model's layers, see sw.runtime.hardware.choose_config; None if no device has any.
 
     Raises UserError as that does.
     """

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from hw import build, vivado
+from hw import vivado
 from hw.flows import overlay
+from hw.flows.generate import generate
 from hw.flows.vivado_wrapper import BOARD_MODULE, IP_MODULE, WrapperError, read_ports, wrapper
 from hw.rtl.control.register_bank import CONTROL_ADDRESS_BITS
 from hw.spec import kv260 as board
@@ -54,7 +55,7 @@ class Setup:
 
 @pytest.fixture(scope="module")
 def generated() -> tuple[str, Manifest]:
-    return build.generate(AcceleratorConfig(**SMALL), target=vivado.PART.target)
+    return generate(AcceleratorConfig(**SMALL), target=vivado.PART.target)
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def test_block_design_is_the_contract(setup: Setup):
 @pytest.mark.parametrize(("ports", "port_width"), [(1, 64), (2, 32)])
 def test_other_ports(tmp_path: Path, ports: int, port_width: int):
     config = AcceleratorConfig(**SMALL, ports=ports, port_width=port_width)
-    assert Setup(tmp_path / "x", *build.generate(config)).complaints() == []
+    assert Setup(tmp_path / "x", *generate(config)).complaints() == []
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hw import build, vivado
+from hw import vivado
+from hw.flows.generate import generate
 from hw.flows.tools import ToolError
 from hw.flows.vivado_report import ReportError, check_platform, check_timing, read_facts, read_utilisation
 from hw.spec.config import AcceleratorConfig
@@ -24,7 +25,7 @@ FACTS = {"setup_slack_ns": "0.1", "setup_from": "a", "setup_to": "b", "hold_slac
 
 @pytest.fixture(scope="module")
 def generated() -> tuple[str, Manifest]:
-    return build.generate(AcceleratorConfig(tile=4, max_tokens=2, max_k=256, max_group_size=32))
+    return generate(AcceleratorConfig(tile=4, max_tokens=2, max_k=256, max_group_size=32))
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def tools(tmp_path: Path, generated: tuple[str, Manifest], monkeypatch: pytest.M
         assert config == generated[1].config
         return generated
 
-    monkeypatch.setattr(build, "generate", generate)
+    monkeypatch.setattr(vivado, "generate", generate)
     return folder
 
 
@@ -108,7 +109,7 @@ def test_ip(tools: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 def test_without_vivado(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(build, "generate", lambda config, target: pytest.fail("work before the tools were looked for"))
+    monkeypatch.setattr(vivado, "generate", lambda config, target: pytest.fail("work before the tools were looked for"))
     for product in ("bitstream", "ip"):
         assert vivado.main([product, "--out", str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err

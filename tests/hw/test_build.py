@@ -209,7 +209,7 @@ def test_failure_leaves_the_old_files(failure: BaseException, core: Path, tmp_pa
         component._MustUse__silence = True
         raise failure
 
-    monkeypatch.setattr(build, "to_verilog", fail)
+    monkeypatch.setattr("hw.flows.generate.to_verilog", fail)
     code = build.main([*SMALL, "--max-tokens", "3", "--out", str(out)])
     assert code == (2 if isinstance(failure, LowerError) else 130)
     assert capsys.readouterr().err == ("error: yosys failed on core: whatever\n" if code == 2 else "")

@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 
 from hw import resources
-from hw.boards import TARGETS
 from hw.flows.blocks import BLOCKS
 from hw.flows.lower import LowerError, to_rtlil
 from hw.flows.synthesis import RESOURCES, blocks_of, count_cells
 from hw.rtl.common.ram import buffer_attributes
 from hw.spec.config import AcceleratorConfig, ConfigError
-from hw.spec.parts import BOARDS
+from hw.spec.parts import BOARDS, TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
 XCUP = TARGETS["ultrascaleplus"]

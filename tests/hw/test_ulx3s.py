@@ -22,7 +22,8 @@ from hw.boards.ulx3s import INPUT_HZ, pll_for
 from hw.flows.nextpnr_report import TimingError, check, read_report, timing, utilisation
 from hw.flows.selftest import selftest_vectors
 from hw.spec.config import AcceleratorConfig, ConfigError
-from hw.spec.memory.geometry import fit_layer, unpack
+from hw.spec.memory.geometry import fit_layer
+from hw.spec.memory.packing import unpack
 from hw.spec.numerics.linear import Activations, linear
 from sim.benches import BENCHES
 

@@ -23,13 +23,13 @@ from hw.spec.cycles import cycles
 from sw import layers
 from sw.common.errors import UserError
 from sw.console.layers_report import _short
-from sw.console.options import LayerShape, choose_config, layer_shapes
 from sw.devices.arena import Arena
 from sw.devices.base import DeviceError
 from sw.devices.library import MEMORIES
 from sw.devices.reference import ReferenceDevice
 from sw.graph.linears import find_linears
 from sw.layers import PROMPT, main, prompt_ids
+from sw.runtime.hardware import LayerShape, choose_config, layer_shapes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DATA = Path(__file__).parent / "fixtures" / "data"

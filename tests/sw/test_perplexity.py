@@ -15,10 +15,10 @@ import pytest
 
 from sw import perplexity
 from sw.common.errors import UserError
-from sw.console.perplexity_report import Score
 from sw.export.gguf import export_gguf
-from sw.perplexity import cut_windows, negative_log_likelihood
 from sw.runtime import setup as decoder_setup
+from sw.runtime.score import Score
+from sw.text.scoring import cut_windows, negative_log_likelihood
 from tests.sw.export.test_gguf import CONTEXT, TOKENS, empty_cache, step, write_gguf
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,7 +173,7 @@ def test_negative_log_likelihood():
 
 def test_infinite_perplexity(model, text, monkeypatch, capsys):
     """JSON has no infinity."""
-    monkeypatch.setattr(perplexity, "negative_log_likelihood", lambda logits, targets: np.full(len(targets), 1e6))
+    monkeypatch.setattr("sw.runtime.score.negative_log_likelihood", lambda logits, targets: np.full(len(targets), 1e6))
     options = ("--device", "onnxruntime", "--windows", 1, "--length", 8)
     (row,) = run(capsys, model, text, *options)["rows"]
     assert (row["perplexity"], row["mean_nll"]) == (None, 1e6)

@@ -21,13 +21,13 @@ from sw.awq.quantiser import LayerReport, quantise
 from sw.awq.rounding import Form, nearest
 from sw.awq.sizes import Sizes
 from sw.common.errors import UserError
-from sw.console.perplexity_report import Score
 from sw.console.quantize_report import Report
 from sw.export.autoawq import export_awq
 from sw.export.floats import float_model
 from sw.export.gguf import export_gguf
 from sw.graph.file import OnnxFile
 from sw.graph.linears import find_linears
+from sw.runtime.score import Score
 from sw.text.folder import read_tokenizer
 from tests.sw.export.test_gguf import CONTEXT, write_gguf
 from tests.sw.fixtures.checkpoints import make_checkpoint

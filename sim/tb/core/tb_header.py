@@ -6,7 +6,8 @@ import numpy as np
 
 from hw.spec.config import EXPONENT_BITS, SCALE_BITS
 from hw.spec.control.command import LayerCommand
-from hw.spec.memory.geometry import LayerLayout, StreamLayout, pack
+from hw.spec.memory.geometry import LayerLayout, StreamLayout
+from hw.spec.memory.packing import pack
 from sim.bench.dut import begin, config, latency
 from sim.bench.layers import random_layer, weights_of
 from sim.bench.monitor import Monitor

@@ -5,8 +5,9 @@ import gguf
 import numpy as np
 import pytest
 
-from sw.awq.int8_head import ROWS_AT_ONCE, quantise_head
+from sw.awq.int8_head import quantise_head
 from sw.checkpoints.gguf_reader import decode_blocks
+from sw.common.arrays import ROWS_AT_ONCE
 from sw.common.errors import UserError
 from sw.model.lm_head import quantise_int8
 

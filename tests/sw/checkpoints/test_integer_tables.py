@@ -12,8 +12,9 @@ import pytest
 
 from sw.checkpoints.huggingface import Settings
 from sw.checkpoints.integer_tables import float_table, integer_table, write_scales
+from sw.common.arrays import ROWS_AT_ONCE
 from sw.common.errors import UserError
-from sw.model.linear import ROWS_AT_ONCE, QuantizedLinear
+from sw.model.linear import QuantizedLinear
 from sw.model.lm_head import quantise_int8
 
 NAME = "lm_head.weight"

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from hw.spec.config import AcceleratorConfig
-from hw.spec.memory.geometry import unpack
+from hw.spec.memory.packing import unpack
 from hw.spec.numerics.linear import linear as numpy_linear
 from hw.spec.numerics.linear import quantise_activations
 from sw.common.errors import UserError
-from sw.devices import pack
 from sw.devices.pack import fit, integer_weights, prepare
 from tests.sw.fixtures.linears import expected, random_activations, random_linear, same_bits
 
@@ -78,7 +77,7 @@ def test_rows_at_once(monkeypatch):
     """Packing some rows at a time makes the same stream, and says where a row is that cannot be packed."""
     config, linear = AcceleratorConfig(), random_linear(np.random.default_rng(12), 100, 64, 32, bits=8)
     whole = prepare(config, linear).beats
-    monkeypatch.setattr(pack, "ROWS_AT_ONCE", 32)
+    monkeypatch.setattr("sw.common.arrays.ROWS_AT_ONCE", 32)
     assert np.array_equal(prepare(config, linear).beats, whole)
     scales = linear.scales.copy()
     scales[70] = 1e-42

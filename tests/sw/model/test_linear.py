@@ -28,7 +28,7 @@ def fields(**changes):
 @pytest.mark.parametrize("rows_at_once", [1, 7, 10, 4096])
 def test_definition(bias_in_node, rows_at_once, monkeypatch):
     """One weight at a time, as the contract writes it."""
-    monkeypatch.setattr("sw.model.linear.ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr("sw.common.arrays.ROWS_AT_ONCE", rows_at_once)
     layer = QuantizedLinear(**fields(bias_in_node=bias_in_node))
     x = np.random.default_rng(3).standard_normal((3, K)).astype(np.float32)
     y = np.zeros((3, N))

@@ -4,9 +4,10 @@
 import numpy as np
 import pytest
 
+from sw.common.arrays import ROWS_AT_ONCE
 from sw.common.errors import UserError
 from sw.model.linear import FloatLinear, QuantizedLinear
-from sw.model.lm_head import ROWS_AT_ONCE, head_layer, narrowest_exact, quantise_int8
+from sw.model.lm_head import head_layer, narrowest_exact, quantise_int8
 
 
 @pytest.mark.parametrize(("k", "group"), [(896, 128), (128, 128), (576, 64), (64, 64), (96, 32), (72, 32), (8, 32)])

@@ -8,9 +8,9 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.sim import Simulator
 
-from hw.boards import TARGETS
 from hw.flows.lower import to_rtlil
 from hw.rtl.common.product import small_product
+from hw.spec.parts import TARGETS
 
 
 class _Product(wiring.Component):

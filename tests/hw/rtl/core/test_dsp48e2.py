@@ -21,13 +21,13 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from amaranth.sim import Simulator
 
-from hw.boards import TARGETS
 from hw.flows.lower import to_rtlil
 from hw.rtl.core import dsp48e2
 from hw.rtl.core.array import SystolicArray
 from hw.rtl.core.dsp48e2 import Dsp48e2, has_dsp48e2
 from hw.rtl.core.pe import WORD, DspProcessingElement, ProcessingElement
 from hw.spec.config import AcceleratorConfig
+from hw.spec.parts import TARGETS
 
 XCUP = TARGETS["ultrascaleplus"]
 SMALL = AcceleratorConfig(tile=4, ports=1, port_width=64, max_tokens=2, max_k=1024)

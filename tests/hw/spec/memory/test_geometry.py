@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from hw.spec.config import MAX_N, AcceleratorConfig, ConfigError
-from hw.spec.memory.geometry import LayerLayout, StreamLayout, fit_layer, pack, stripe, unpack, unstripe
+from hw.spec.memory.geometry import LayerLayout, StreamLayout, fit_layer
+from hw.spec.memory.packing import pack, stripe, unpack, unstripe
 from hw.spec.numerics.linear import Activations, Weights, linear
 
 

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hardware that a model's layers need."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hw.spec.config import AcceleratorConfig
+from sw.devices import make_config, pack
+from sw.graph.linears import Linears
+
+ONNXRUNTIME = "onnxruntime"
+"""The device option that means none: the whole model in onnxruntime."""
+NATIVE_BITS = 4
+"""Layers of more bits do not make the hardware wider: they run as two planes of half their width."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What decides whether a layer fits the hardware, without its weights. zero_points: the extreme ones."""
+
+    name: str
+    k: int
+    n: int
+    group_size: int
+    bits: int
+    zero_points: np.ndarray
+    has_fractions: bool
+
+    def fit(self, config: AcceleratorConfig) -> None:
+        """Raises UserError if the layer does not fit."""
+        pack.fit(config, self.name, self.k, self.n, self.group_size, self.bits, self.zero_points)
+
+
+def layer_shapes(linears: Linears) -> list[LayerShape]:
+    """Reads every layer once, keeps none."""
+    shapes = []
+    for layer in linears:
+        zeros = layer.zero_points
+        fractions = zeros[zeros != np.rint(zeros)]
+        extremes = np.array([zeros.min(), zeros.max(), *fractions[:1]], np.float64)
+        values = (layer.name, layer.k, layer.n, layer.group_size, layer.bits)
+        shapes.append(LayerShape(*values, extremes, bool(len(fractions))))
+    return shapes
+
+
+def choose_config(shapes: Sequence[LayerShape], options: dict[str, int | str]) -> AcceleratorConfig:
+    """The hardware for these layers: options (fields of AcceleratorConfig), where "auto" is the least that does.
+
+    Raises UserError if that hardware does not exist or a layer does not fit it.
+    """
+    if options["weight_bits"] == "auto":
+        options = options | {"weight_bits": _least_weight_bits([shape.bits for shape in shapes])}
+    if options["zero_point"] == "auto":
+        options = options | {"zero_point": "fixed" if any(shape.has_fractions for shape in shapes) else "integer"}
+    config = make_config(**options)
+    for shape in shapes:
+        shape.fit(config)
+    return config
+
+
+def _least_weight_bits(bits: Sequence[int]) -> int:
+    """A model's layers are of few bits and stream at full density; its head may have twice as many."""
+    native = [value for value in bits if value <= NATIVE_BITS]
+    return max(2, *native, -(-max(bits) // 2)) if native else max(bits)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How well a decoder predicts a text: -ln of the probability of each token, window by window."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sw.runtime.decoder import Decoder
+from sw.text.scoring import negative_log_likelihood
+
+MOST = 700.0
+"""float64 holds e to this power, and not to many more."""
+
+
+@dataclass
+class Score:
+    """A model's score on one device.
+
+    Members
+    -------
+    tokens: scored.
+    nll: sum of -ln p over them.
+    cycles: of the device's linear layers, 0 without hardware.
+    seconds: wall time.
+    """
+
+    device: str
+    tokens: int = 0
+    nll: float = 0.0
+    cycles: int = 0
+    seconds: float = 0.0
+
+    @property
+    def mean(self) -> float:
+        """Mean -ln p of a token."""
+        return self.nll / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(mean), infinity where float64 has no room for it."""
+        return math.exp(self.mean) if self.mean < MOST else math.inf
+
+
+def score_window(decoder: Decoder, beginning: Sequence[int], window: Sequence[int]) -> np.ndarray:
+    """-ln p of a window's tokens 2 to L, float64 [L - 1]. beginning: tokens to be read before it."""
+    decoder.reset()
+    # The last token predicts nothing that is scored.
+    ids = [*beginning, *window[:-1]]
+    targets = np.array(window[1:])
+    parts = []
+    for start in range(0, len(ids), decoder.block):
+        block = ids[start : start + decoder.block]
+        logits = decoder.forward(block, every=True)
+        # Row i predicts token i + 1 of all; the first target is the window's second token.
+        first = start - len(beginning)
+        rows = logits[max(0, -first) :]
+        if len(rows):
+            first = max(0, first)
+            parts.append(negative_log_likelihood(rows, targets[first : first + len(rows)]))
+    return np.concatenate(parts)
+
+
+def score(
+    decoder: Decoder,
+    device: str,
+    beginning: Sequence[int],
+    windows: Sequence[Sequence[int]],
+    scored: Callable[[int, Score], None] = lambda done, score: None,
+) -> Score:
+    """The score over windows of at least 2 tokens each. scored: called with windows done and the score until then."""
+    result, start = Score(device), time.perf_counter()
+    for done, window in enumerate(windows, 1):
+        values = score_window(decoder, beginning, window)
+        result.tokens += len(values)
+        result.nll += float(values.sum())
+        result.cycles, result.seconds = decoder.usage.cycles, time.perf_counter() - start
+        scored(done, result)
+    return result
