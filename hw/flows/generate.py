@@ -22,7 +22,7 @@ _HEADER = """\
 
 
 def generate(config: AcceleratorConfig, block: str = "accelerator", target: str = "generic") -> tuple[str, Manifest]:
-    """Verilog text and manifest of one block, for any part or for the family of one of ``hw.boards.TARGETS``.
+    """Verilog text and manifest of one block, for any part or for the family of one of ``hw.spec.parts.TARGETS``.
 
     Raises
     ------
