@@ -3,7 +3,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,10 @@ from sw.decoder_graph import DecoderConfig, DecoderLayer, write_decoder
 from sw.hardware_options import Parser
 from sw.lm_head import HEAD_MODES, Table
 from sw.status_line import StatusLine
+from sw.text_files import WARNINGS
 
 # Part of the key of cached exports: raise it when the output of an exporter changes.
-EXPORTER_VERSION = 3
+EXPORTER_VERSION = 4
 QUIET_SECONDS = 2.0
 """An export that takes less says nothing."""
 
@@ -32,7 +33,7 @@ class DecoderSource:
     family: llama or qwen2. tied: the head has the embedding's weights (`head` may still be given, in other numbers).
     bos_id, stop_ids: tokens that begin a text and that end an answer. bos_token, eos_token: what a chat template
     knows by these names. chat_template: its text. rope_scaling: Hugging Face's description of the rope_factors that
-    config has, if there is one.
+    config has, if there is one. warnings: what a user should know whenever the model is used, one line each.
     """
 
     name: str
@@ -50,6 +51,7 @@ class DecoderSource:
     eos_token: str | None
     chat_template: str | None
     rope_scaling: dict[str, Any] | None = None
+    warnings: Sequence[str] = ()
 
 
 def write_folder(
@@ -129,4 +131,5 @@ def _config_json(source: DecoderSource) -> dict[str, Any]:
         "bos_token": source.bos_token,
         "eos_token": source.eos_token,
         "chat_template": source.chat_template,
+        **({WARNINGS: list(source.warnings)} if source.warnings else {}),
     }

@@ -9,7 +9,7 @@ import onnxruntime
 
 from sw.errors import UserError
 from sw.onnx_file import OnnxFile
-from sw.text_files import read_json
+from sw.text_files import read_json, text_directory
 
 DTYPES = {
     "tensor(float)": np.float32,
@@ -18,6 +18,8 @@ DTYPES = {
     "tensor(int32)": np.int32,
 }
 COS_CACHE = 7
+LOGITS_TO_KEEP = ("num_logits_to_keep", "logits_to_keep")
+"""Inputs of exports by transformers 4.45 and later: of how many tokens, from the end, logits are wanted; 0 for all."""
 CACHE_RANK = 4
 """Axes of the tensors that keep the keys or values of past tokens; no other input of a decoder has so many."""
 
@@ -54,6 +56,8 @@ def build_feeds(
             raise UserError(f"{file.path}: input {item.name} is {item.type}, which cannot be fed")
         if is_decoder and item.name in prompt:
             values = prompt[item.name]
+        elif is_decoder and item.name in LOGITS_TO_KEEP:
+            values = all_logits(len(item.shape))
         elif is_decoder and len(item.shape) == CACHE_RANK:
             values = np.zeros(empty_cache_shape(file, item.name, item.shape))
         elif np.issubdtype(dtype, np.floating):
@@ -62,6 +66,11 @@ def build_feeds(
             raise UserError(f"{file.path}: input {item.name} ({item.type}) is none that a decoder has")
         feeds[item.name] = values.astype(dtype)
     return feeds
+
+
+def all_logits(axes: int) -> np.ndarray:
+    """The value of an input in LOGITS_TO_KEEP, int64 of one element, that asks for every token's logits."""
+    return np.zeros((1,) * axes, np.int64)
 
 
 def empty_cache_shape(file: OnnxFile, name: str, shape: Sequence[Any]) -> tuple[int, int, int, int]:
@@ -82,7 +91,7 @@ def empty_cache_shape(file: OnnxFile, name: str, shape: Sequence[Any]) -> tuple[
 
 def _configured_head_size(file: OnnxFile) -> int | None:
     for name, keys in (("genai_config.json", ("model", "decoder", "head_size")), ("config.json", ("head_dim",))):
-        value: Any = read_json(file.path.parent / name)
+        value: Any = read_json(text_directory(file.path) / name)
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
         if isinstance(value, int):

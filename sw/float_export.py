@@ -15,6 +15,7 @@ from sw.errors import UserError
 from sw.gguf_export import gguf_source
 from sw.gguf_reader import GgufFile
 from sw.huggingface import read_settings
+from sw.model_kind import Kind, file_kind
 from sw.models import find_model
 from sw.onnx_file import OnnxFile
 from sw.onnx_import import UNSUPPORTED
@@ -30,10 +31,10 @@ def float_model(source: str | Path, work: Path, progress: Progress | None = None
     one layer at a time; the largest thing in memory is the embedding in float32.
     Raises UserError if the source is nothing of that, is quantised already (but for GGUF), or is damaged.
     """
-    path = find_model(source)
+    path = find_model(source, floats=True)
     if path.is_dir():
         decoder = _checkpoint(path)
-    elif path.suffix == ".gguf":
+    elif file_kind(path) is Kind.GGUF:
         decoder = gguf_source(GgufFile(path, dequantise=True))
     else:
         _expect_float(OnnxFile(path))

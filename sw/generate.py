@@ -35,7 +35,7 @@ from sw.runtime import Decoder
 from sw.sampling import Sampler
 from sw.status_line import StatusLine
 from sw.text_files import read_text
-from sw.text_folder import TextFolder
+from sw.text_folder import TextFolder, open_text
 
 MODEL = "smollm2"
 NEW_TOKENS = 128
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError("the prompt is empty")
 
     model = resolve_model(options.model)
-    folder = TextFolder(model.parent)
+    folder = open_text(model)
     ids = folder.prompt_ids(prompt, options.system, options.raw)
     limits = decoder_limits(model, folder.context)
     limits.check(ids)

@@ -39,6 +39,7 @@ from sw.hardware_options import (
 from sw.layers_report import LayerResult, Report, layer_progress, print_json, print_table
 from sw.models import resolve_model
 from sw.onnx_import import find_linears
+from sw.text_files import text_directory
 
 PROMPT = (
     "Gristmill grinds what the stream brings: the weights of a language model flow from memory like water, and the"
@@ -59,7 +60,7 @@ def prompt_ids(model: Path, prompt: str) -> tuple[list[int], str]:
 
     Bytes are ids that every model has, so a model without its tokenizer can be run as well.
     """
-    path = model.parent / "tokenizer.json"
+    path = text_directory(model) / "tokenizer.json"
     if not path.is_file():
         return list(prompt.encode()), "bytes"
     # A model without its tokenizer needs no package for one.

@@ -33,7 +33,7 @@ from sw.perplexity_report import Report, Score, print_json, print_table
 from sw.runtime import Decoder
 from sw.status_line import StatusLine
 from sw.text_files import read_text
-from sw.text_folder import TextFolder, encode
+from sw.text_folder import encode, open_text
 
 WINDOWS = 8
 LENGTH = 512
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = read_text(options.text)
 
     model = resolve_model(options.model)
-    folder = TextFolder(model.parent)
+    folder = open_text(model)
     ids, beginning = encode(folder.tokenizer, text, False), folder.beginning()
     limits = decoder_limits(model, folder.context)
     limits.check([*beginning, *ids])

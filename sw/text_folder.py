@@ -12,6 +12,7 @@
 Only tokenizer.json must be there.
 """
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tokenizers import Tokenizer
 
 from sw.chat_template import ChatTemplate
 from sw.errors import UserError, one_line
-from sw.text_files import read_json, read_text
+from sw.text_files import WARNINGS, read_json, read_text, text_directory
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 INCOMPLETE = "\ufffd"
@@ -35,6 +36,7 @@ class TextFolder:
     tokenizer: text to token ids and back.
     stop_ids: tokens that end an answer, of all files that name some; may be empty.
     context: most tokens of one sequence, the least that a file names; None if none does.
+    warnings: what the user should know, one line each.
     template: the chat template, or None. chat_template.jinja comes before tokenizer_config.json (as in transformers)
         and that before config.json.
 
@@ -55,6 +57,8 @@ class TextFolder:
         self._special = {name: text for name in SPECIAL_TOKENS if (text := self._special_token(name)) is not None}
         self.stop_ids = self._stop_ids()
         self.context = self._context()
+        warnings = config.get(WARNINGS)
+        self.warnings = [str(text) for text in warnings] if isinstance(warnings, list) else []
         self.template = self._template()
 
     def prompt_ids(self, prompt: str, system: str | None = None, raw: bool = False) -> list[int]:
@@ -174,6 +178,17 @@ class TextStream:
             return ""
         self._shown, self._new = self._new, []
         return text[len(shown) :]
+
+
+def open_text(model: Path) -> TextFolder:
+    """The text files of an ONNX file; says on stderr what the user should know about them.
+
+    Raises UserError as TextFolder does.
+    """
+    folder = TextFolder(text_directory(model))
+    for text in folder.warnings:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+    return folder
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

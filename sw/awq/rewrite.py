@@ -23,9 +23,10 @@ from onnx import TensorProto, helper
 from sw.atomic import atomic_directory
 from sw.decoder_graph import can_gather, gather_rows, layer_tensors, matmul_node
 from sw.errors import UserError
+from sw.external_data import external_inside
 from sw.linear import QuantizedLinear
 from sw.lm_head import narrowest_exact
-from sw.onnx_file import OnnxFile, expect_names, external_inside, names_read
+from sw.onnx_file import OnnxFile, expect_names, names_read
 from sw.onnx_writer import CONTRIB
 from sw.tensor_data import INLINE_BYTES, TensorData
 
@@ -68,7 +69,7 @@ def write_quantised(
     expect_names(file)
     progress = progress or (lambda done, total: None)
     with atomic_directory(out) as work:
-        with TensorData(work / "model.onnx.data", file.path.parent) as data:
+        with TensorData(work / "model.onnx.data", file.data_folder) as data:
             rewriter = _Rewriter(file, data, share_tied)
             nodes = {rewriter.name(node): node for node in rewriter.nodes if node.op_type in PLAIN}
             if missing := [name for name in layers if name not in nodes]:

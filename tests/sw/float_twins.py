@@ -110,7 +110,7 @@ def quantise_all(
 def logits(path: Path, tokens: int = 12) -> np.ndarray:
     """What onnxruntime computes, in float64, for some tokens: the output with the most columns."""
     file = OnnxFile(path)
-    session = exact_session(path, file.model, threads=1)
+    session = exact_session(file, file.model, threads=1)
     feeds = build_feeds(file, session, [3 + 7 * i for i in range(tokens)], tokens, 0)
     outputs = [np.asarray(values, np.float64) for values in session.run(None, feeds)]
     return max(outputs, key=lambda values: values.shape[-1])

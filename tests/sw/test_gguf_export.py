@@ -275,8 +275,8 @@ BAD = {
     ),
     "no heads": ({"changes": {"llama.attention.head_count_kv": 0}}, "kv_head_count of the model is 0, not a positive"),
     "heads of each layer": (
-        {"changes": {"llama.attention.head_count_kv": [2, 2]}},
-        r"metadata llama.attention.head_count_kv is a whole number, not \[2, 2\]",
+        {"changes": {"llama.attention.head_count_kv": [2, 1]}},
+        r"metadata llama.attention.head_count_kv is a whole number, not \[2, 1\]",
     ),
     "theta": (
         {"changes": {"llama.rope.freq_base": "big"}},
