@@ -9,6 +9,7 @@ with the embedding's table, which is there once. A float ONNX export of any tool
 from pathlib import Path
 
 from sw import dequantize_linear
+from sw.autoawq import quantisation
 from sw.awq_export import checkpoint_source
 from sw.decoder_folder import EXPORTER_VERSION, DecoderSource, Progress, write_folder
 from sw.errors import UserError
@@ -45,12 +46,9 @@ def float_model(source: str | Path, work: Path, progress: Progress | None = None
 
 def _checkpoint(folder: Path) -> DecoderSource:
     settings = read_settings(folder / "config.json", required=True)
-    quantisation = settings.get("quantization_config")
-    if quantisation is not None:
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
-        raise UserError(
-            f"{folder} is quantised already: quantization_config of its config.json says {str(method)[:80]}"
-        )
+    found = quantisation(settings)
+    if found is not None:
+        raise UserError(f"{folder} is quantised already: {found.path.name} says {str(found.get('quant_method'))[:80]}")
     return checkpoint_source(folder, settings, None)
 
 

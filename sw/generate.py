@@ -143,6 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = resolve_model(options.model)
     folder = open_text(model)
     ids = folder.prompt_ids(prompt, options.system, options.raw)
+    if not ids:
+        raise UserError("the prompt is empty: the tokenizer makes no token of it")
     limits = decoder_limits(model, folder.context)
     limits.check(ids)
     context = _context(options, limits.context, len(ids))

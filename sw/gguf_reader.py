@@ -136,7 +136,8 @@ class GgufFile:
             return FloatLinear(name, self.float_tensor(tensor.name), bias)
         if kind not in QUANTISED:
             known = ", ".join(QUANTISED + FLOATS)
-            raise UserError(f"{self.path}: tensor {tensor.name} is {kind}; linear layers may be {known}")
+            hint = "python -m sw.quantize makes a model of it that can be run"
+            raise UserError(f"{self.path}: tensor {tensor.name} is {kind}; linear layers may be {known} ({hint})")
         return self._quantised(name, tensor, bias)
 
     def table(self, name: str) -> QuantizedLinear | np.ndarray:

@@ -33,7 +33,7 @@ TOKENS = [*BYTES, "ab", "<|im_start|>", "<|im_end|>"]
 
 
 def write_gguf(
-    path: Path, family="llama", kind="Q4_1", tied=True, pre="smollm", changes=None, table="F32"
+    path: Path, family="llama", kind="Q4_1", tied=True, pre="smollm", changes=None, table="F32", tokenizer="gpt2"
 ) -> dict[str, np.ndarray]:
     """A small model with random weights; returns its tensors as gguf itself dequantises them.
 
@@ -49,7 +49,7 @@ def write_gguf(
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(EPSILON)
     writer.add_rope_freq_base(THETA)
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model(tokenizer)
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(TOKENS)
     writer.add_token_types([1] * (len(TOKENS) - 2) + [3, 3])

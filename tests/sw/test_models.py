@@ -154,7 +154,7 @@ def test_model_arguments(tmp_path: Path):
     (tmp_path / "b.onnx").touch()
     with pytest.raises(UserError, match="holds 2"):
         resolve_model(tmp_path)
-    (tmp_path / "model.onnx").touch()
+    (tmp_path / "model.onnx").write_bytes(b"\x08")
     assert resolve_model(str(tmp_path)) == tmp_path / "model.onnx"
     (tmp_path / "model.safetensors").write_bytes(b"\2" + bytes(7) + b"{}")
     assert resolve_model(tmp_path) == tmp_path / "model.onnx"
@@ -204,7 +204,7 @@ def test_folders_that_are_not_autoawq(tmp_path, cache):
             None,
             r"in is not quantised: .* no quantization_config \(python -m sw\.quantize quantises float checkpoints\)$",
         ),
-        ({"quant_method": "gptq"}, "quant_method is awq, not"),
+        ({"quant_method": "gptq"}, "is quantised by .gptq., which is not supported"),
     ):
         (source / "config.json").write_text(json.dumps({**QWEN2, "quantization_config": quantization}))
         with pytest.raises(UserError, match=message):
