@@ -8,11 +8,11 @@ import tempfile
 import warnings
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
 
 from .blocks import BLOCKS, describe_ports, describe_properties
 from .boards import TARGETS
 from .lower import LowerError, to_verilog
+from .spec.cli import Parser, run_cli
 from .spec.command import max_header_beats
 from .spec.config import AcceleratorConfig, ConfigError
 from .spec.layout import StreamLayout
@@ -98,13 +98,6 @@ def summary(config: AcceleratorConfig, block: str, out: Path, verilog: str) -> s
     return "\n".join(f"{name:>14}  {text}" for name, text in rows)
 
 
-class Parser(argparse.ArgumentParser):
-    """Errors in one line, like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """An option for every parameter of the config."""
     for item in fields(AcceleratorConfig):
@@ -143,4 +136,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_cli(main)

@@ -10,8 +10,9 @@ from dataclasses import replace
 
 from .blocks import BLOCKS
 from .boards import TARGETS
-from .build import Parser, add_config_options
+from .build import add_config_options
 from .lower import LowerError
+from .spec.cli import Parser, run_cli
 from .spec.config import AcceleratorConfig, ConfigError
 from .spec.parts import BOARDS, Part
 from .synthesis import RESOURCES, synthesise
@@ -144,4 +145,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_cli(main)

@@ -18,6 +18,7 @@ from . import build
 from .lower import LowerError
 from .overlay import overlay, shell
 from .spec.board import APP_NAME, CONTROL_ADDRESS, CONTROL_BYTES, FABRIC_HZ
+from .spec.cli import Parser, run_cli
 from .spec.config import AcceleratorConfig, ConfigError
 from .spec.manifest import Manifest
 from .spec.parts import BOARDS
@@ -230,9 +231,7 @@ def package(config: AcceleratorConfig, out: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = build.Parser(
-        prog="python -m hw.vivado", description="Build the KV260's bitstream, or package the accelerator."
-    )
+    parser = Parser(prog="python -m hw.vivado", description="Build the KV260's bitstream, or package the accelerator.")
     parser.add_argument("product", choices=("bitstream", "ip"))
     build.add_config_options(parser)
     parser.add_argument("--clock-mhz", type=float, default=FABRIC_HZ / 1e6, help="of the fabric (default: %(default)g)")
@@ -286,4 +285,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_cli(main)

@@ -20,8 +20,14 @@ DTYPES = {
 COS_CACHE = 7
 LOGITS_TO_KEEP = ("num_logits_to_keep", "logits_to_keep")
 """Inputs of exports by transformers 4.45 and later: of how many tokens, from the end, logits are wanted; 0 for all."""
+TOKEN_IDS = "input_ids"
 CACHE_RANK = 4
 """Axes of the tensors that keep the keys or values of past tokens; no other input of a decoder has so many."""
+
+
+def reads_token_ids(file: OnnxFile) -> bool:
+    """Whether a model is fed token ids, which a prompt has. Every other model is fed noise."""
+    return any(item.name == TOKEN_IDS for item in file.inputs)
 
 
 def build_feeds(
@@ -39,12 +45,12 @@ def build_feeds(
     Raises UserError for missing or empty input_ids and for inputs that none of this covers.
     """
     inputs = session.get_inputs()
-    is_decoder = any(item.name == "input_ids" for item in inputs)
+    is_decoder = reads_token_ids(file)
     if is_decoder and not input_ids:
         raise UserError(f"{file.path} reads token ids (input_ids), and none were given")
     ids = np.asarray(input_ids if is_decoder else [], np.int64)[None, :]
     prompt = {
-        "input_ids": ids,
+        TOKEN_IDS: ids,
         "attention_mask": np.ones_like(ids),
         "position_ids": np.arange(ids.shape[1])[None, :],
     }

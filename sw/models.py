@@ -115,8 +115,15 @@ def _gguf_models(folder: Path) -> list[Path]:
 
 
 def cache_directory() -> Path:
-    """Where exports are kept: $GRISTMILL_CACHE, by default ~/.cache/gristmill."""
-    return Path(os.environ.get("GRISTMILL_CACHE") or Path.home() / ".cache" / "gristmill").expanduser()
+    """Where exports are kept: $GRISTMILL_CACHE, by default ~/.cache/gristmill.
+
+    Raises UserError if it depends on a home directory that nobody knows.
+    """
+    name = os.environ.get("GRISTMILL_CACHE") or "~/.cache/gristmill"
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise UserError(f"{name}: there is no such home directory; set GRISTMILL_CACHE to another folder") from None
 
 
 def packaged_gguf(word: str) -> Path:
