@@ -51,7 +51,7 @@ variables: export BOARD := $(BOARD)
 variables: export GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
 variables:
 	$(if $(OLD_PYTHON),,$(CHECK_PYTHON))
-	@"$(or $(OLD_PYTHON),$$PYTHON)" check_make.py $(MAKECMDGOALS)
+	@"$(or $(OLD_PYTHON),$$PYTHON)" -m hw.check_make $(MAKECMDGOALS)
 
 $(STAMP): pyproject.toml | variables
 	$(CHECK_PYTHON)

@@ -112,7 +112,7 @@ def sources() -> list[Path]:
     files = [
         p for folder in (*PACKAGES, "tests", "constraints") for p in (ROOT / folder).rglob("*") if p.suffix in suffixes
     ]
-    return sorted(files) + [ROOT / "check_make.py", ROOT / "pyproject.toml", ROOT / "Makefile", ROOT / ".ci" / "run"]
+    return sorted(files) + [ROOT / "pyproject.toml", ROOT / "Makefile", ROOT / ".ci" / "run"]
 
 
 def has_spdx(text: str) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import check_make
+from hw import check_make
 from hw.spec.config import AcceleratorConfig, ConfigError
 from sim.harness import PATH_CHARACTERS, SetupError, check_path
 
@@ -37,13 +37,13 @@ def checkout(tmp_path_factory) -> Path:
 
 
 def fill(folder: Path) -> None:
-    for name in ("Makefile", "check_make.py", "pyproject.toml"):
+    for name in ("Makefile", "pyproject.toml"):
         shutil.copy(ROOT / name, folder / name)
     for name in ("hw", "sim"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     stub = folder / "stub"
     stub.write_text(
-        f'#!/bin/sh\ncase "$1" in -c|-V|check_make.py) exec "{sys.executable}" -S "$@";; esac\n'
+        f'#!/bin/sh\ncase "$1 $2" in -c*|-V*|"-m hw.check_make") exec "{sys.executable}" -S "$@";; esac\n'
         'echo "INSTALLS: $*"\nexit 9\n'
     )
     stub.chmod(0o755)
