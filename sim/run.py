@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m sim.run``: run the benches and print a table of what passed."""
 
-import argparse
 import os
 import secrets
-import signal
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 
+from hw.spec.cli import Parser, run_cli
+from hw.spec.config import AcceleratorConfig, ConfigError
 from sim.benches import BENCHES, Bench
 from sim.harness import ROOT, Result, SetupError, require, run_bench, stop
 
@@ -23,9 +23,14 @@ def select(
 
     `words` is a pytest-like filter on names: substrings joined with ``and``, ``or`` and ``not``, ``or`` binding last.
     `tile` replaces the array size of every bench that has one; those made for a part have a board's, and keep it.
+    Raises SetupError if there is no such tile or nothing to run.
     """
     chosen = [bench for bench in benches if full or not bench.full]
     if tile is not None:
+        try:
+            AcceleratorConfig(tile=tile)
+        except ConfigError as error:
+            raise SetupError(str(error)) from None
         free = [bench for bench in chosen if "tile" in bench.params and "target" not in bench.params]
         chosen = [replace(b, params={**b.params, "tile": tile}) if b in free else b for b in chosen]
         chosen = list({bench.name: bench for bench in chosen}.values())
@@ -90,7 +95,7 @@ def _shown(result: Result) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0 all passed, 1 something failed, 2 nothing could be run."""
-    parser = argparse.ArgumentParser("python -m sim.run", description="Verify the generated hardware with cocotb.")
+    parser = Parser("python -m sim.run", description="Verify the generated hardware with cocotb.")
     parser.add_argument(
         "--sim", default="verilator", help="verilator, icarus, or both with a comma (default: verilator)"
     )
@@ -126,8 +131,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no simulation outlives its runner
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_cli(main)

@@ -27,7 +27,7 @@ from sw.export.resolve import resolve_model
 from sw.runtime import Decoder
 from sw.runtime.hardware import ONNXRUNTIME
 from sw.runtime.setup import decoder_config, decoder_limits, open_decoder
-from sw.text.folder import TextFolder
+from sw.text.folder import TextFolder, open_text
 from sw.text.sampling import Sampler
 
 MODEL = "smollm2"
@@ -134,8 +134,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError("the prompt is empty")
 
     model = resolve_model(options.model)
-    folder = TextFolder(model.parent)
+    folder = open_text(model)
     ids = folder.prompt_ids(prompt, options.system, options.raw)
+    if not ids:
+        raise UserError("the prompt is empty: the tokenizer makes no token of it")
     limits = decoder_limits(model, folder.context)
     limits.check(ids)
     context = _context(options, limits.context, len(ids))

@@ -6,7 +6,8 @@ model's integers without packing. `relative_error`: max|y - y_ort| / max|y_ort| 
 y_ort is what onnxruntime computes in float32 from the same activations. They are those of the last M of the
 prompt's first 32 tokens (or first M). A model's first token, where its attention rests, is no typical input: a few
 outliers set its exponent, and with 16-bit activations some value projections of SmolLM2 then differ by 0.3 %. Its
-8-bit head, which 4-bit hardware runs as two planes with scales of 12 bits, differs by 0.13 %.
+8-bit head, which 4-bit hardware runs as two planes with scales of 12 bits, differs by 0.13 %. A model that reads no
+token ids is fed noise instead of a prompt.
 """
 
 import time
@@ -21,6 +22,7 @@ import numpy as np
 from hw.spec.numerics.linear import NumericsError, quantise_activations
 from sw.common.command_line import Parser, check_positive
 from sw.common.errors import UserError, run_cli
+from sw.common.text_files import text_directory
 from sw.console.layers_report import LayerResult, Report, layer_progress, print_json, print_table
 from sw.console.options import MODEL_HELP, add_device_options, add_hardware_options, check_devices, hardware_options
 from sw.devices import open_device, pack
@@ -29,6 +31,7 @@ from sw.devices.reference import reference_linear
 from sw.export.resolve import resolve_model
 from sw.graph.linears import find_linears
 from sw.ort.capture import Captured, capture_inputs
+from sw.ort.feeds import reads_token_ids
 from sw.runtime.hardware import choose_config, layer_shapes
 
 PROMPT = (
@@ -50,7 +53,7 @@ def prompt_ids(model: Path, prompt: str) -> tuple[list[int], str]:
 
     Bytes are ids that every model has, so a model without its tokenizer can be run as well.
     """
-    path = model.parent / "tokenizer.json"
+    path = text_directory(model) / "tokenizer.json"
     if not path.is_file():
         return list(prompt.encode()), "bytes"
     # A model without its tokenizer needs no package for one.
@@ -140,7 +143,7 @@ def _parser() -> Parser:
     add_device_options(parser, "reference (numpy), rtl (the simulated Verilog) or kv260 (the board)")
     parser.add_argument("--tokens", type=int, metavar="M", help=f"tokens to compute (default: {TOKENS})")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N layers")
-    parser.add_argument("--prompt", default=PROMPT, metavar="TEXT", help="whose activations to use")
+    parser.add_argument("--prompt", metavar="TEXT", help="whose activations to use (default: a text in sw.layers)")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of the table")
     add_hardware_options(parser)
     return parser
@@ -161,12 +164,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = resolve_model(options.model)
     linears = find_linears(model)[: options.limit]
     config = choose_config(layer_shapes(linears), hardware)
-    ids, source = prompt_ids(model, options.prompt)
-    if not ids:
-        raise UserError("the prompt is empty")
-    if options.tokens and options.tokens > len(ids):
-        raise UserError(f"--tokens {options.tokens} needs a longer prompt: this one has {len(ids)} tokens")
-    tokens = options.tokens or min(TOKENS, config.max_tokens, len(ids))
+    if reads_token_ids(linears.file):
+        ids, source = prompt_ids(model, PROMPT if options.prompt is None else options.prompt)
+        if not ids:
+            raise UserError("the prompt is empty")
+        if options.tokens and options.tokens > len(ids):
+            raise UserError(f"--tokens {options.tokens} needs a longer prompt: this one has {len(ids)} tokens")
+    elif options.prompt is None:
+        ids, source = [], "noise"
+    else:
+        raise UserError(f"{model} reads no token ids (input_ids), so it cannot be fed a --prompt")
+    tokens = options.tokens or min(TOKENS, config.max_tokens, len(ids) or TOKENS)
     works = capture_inputs(linears, ids[: max(tokens, CONTEXT)], tokens=tokens, threads=1)
 
     with open_device(options.device, memory, **config.to_dict()) as device, layer_progress(len(linears)) as advance:

@@ -23,7 +23,7 @@ from sw.export.resolve import resolve_model
 from sw.runtime.hardware import ONNXRUNTIME
 from sw.runtime.score import Score, score
 from sw.runtime.setup import decoder_config, decoder_limits, open_decoder
-from sw.text.folder import TextFolder, encode
+from sw.text.folder import encode, open_text
 from sw.text.scoring import cut_windows
 
 WINDOWS = 8
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = read_text(options.text)
 
     model = resolve_model(options.model)
-    folder = TextFolder(model.parent)
+    folder = open_text(model)
     ids, beginning = encode(folder.tokenizer, text, False), folder.beginning()
     limits = decoder_limits(model, folder.context)
     limits.check([*beginning, *ids])

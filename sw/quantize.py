@@ -37,7 +37,7 @@ from sw.perplexity import LENGTH, WINDOWS
 from sw.runtime import Decoder
 from sw.runtime.score import Score, score
 from sw.runtime.setup import decoder_limits
-from sw.text.folder import TextFolder, encode
+from sw.text.folder import TextFolder, encode, open_text
 from sw.text.scoring import cut_windows
 
 BITS = (3, 4, 8)
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         scratch = Path(work)
         model = float_model(options.source, scratch / "float", _counter(status, "exporting layer {done} of {total}"))
-        folder = TextFolder(model.parent)
+        folder = open_text(model)
         texts = _texts(options, folder, sources, model)
         result = quantise(
             OnnxFile(model),
@@ -139,8 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             model, made, result.layers, result.updates, metadata, _counter(status, "writing layer {done} of {total}")
         )
         for name in TEXT_FILES:
-            if (model.parent / name).is_file():
-                shutil.copyfile(model.parent / name, made / name)
+            if (folder.folder / name).is_file():
+                shutil.copyfile(folder.folder / name, made / name)
         scores = [*_compared(result, methods), _score(status, path, methods[0], texts)]
         if options.format == "autoawq":
             made = scratch / "autoawq"

@@ -3,7 +3,6 @@
 
 import argparse
 from dataclasses import fields
-from typing import NoReturn
 
 from hw.spec.config import AcceleratorConfig
 
@@ -18,13 +17,6 @@ CONFIG_HELP = {
     "max_k": "most in_features of one layer, up to 32,768",
     "max_group_size": "longest group the accumulators hold: 32, 64, 128 or 256; the packer splits longer ones",
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """Errors in one line, like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:

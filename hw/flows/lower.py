@@ -25,6 +25,8 @@ _MEMORY_INIT = re.compile(r"^  cell \$meminit_v2 .*?^  end\n", re.MULTILINE | re
 _CELL = re.compile(r"^(  cell )\\(\S+) ", re.MULTILINE)
 _ATTRIBUTE = re.compile(r"^ *\(\* (?!ram_style)[^\n]*\*\)\n|\(\* (?!ram_style)[^\n]*?\*\) ", re.MULTILINE)
 """What yosys notes for itself; where a memory belongs is all that others need."""
+_DUMPED = "Dumping module "
+"""What yosys prints for each module that it writes."""
 _TIMEOUT = 300
 """Seconds that yosys may take; tile 32 takes about 10."""
 
@@ -156,13 +158,13 @@ def to_verilog(component: wiring.Component, name: str, platform=None) -> str:
 
     Raises
     ------
-    LowerError : yosys failed or took longer than its timeout
+    LowerError : yosys failed, took longer than its timeout, or could not write everything
     """
     with tempfile.TemporaryDirectory() as folder:
         source, target, script = (Path(folder, f"design{ending}") for ending in (".il", ".v", ".ys"))
         source.write_text(to_rtlil(component, name, platform))
-        passes = (f"read_rtlil {source}", f"hierarchy -check -top {name}", *_PASSES)
-        write = f"write_verilog -noattr -simple-lhs {target}"
+        passes = (f"read_rtlil {source.name}", f"hierarchy -check -top {name}", *_PASSES)
+        write = f"write_verilog -noattr -simple-lhs {target.name}"
         if platform is not None:
             # Black boxes of all the primitives that a block may have.
             passes = ("read_verilog -lib +/xilinx/cells_xtra.v", *passes)
@@ -174,4 +176,8 @@ def to_verilog(component: wiring.Component, name: str, platform=None) -> str:
             raise LowerError(f"yosys did not finish {name} within {_TIMEOUT} s") from error
         if run.returncode or not target.exists():
             raise LowerError(f"yosys failed on {name}: {(run.stdout + run.stderr).strip()[-500:]}")
-        return _ATTRIBUTE.sub("", target.read_text())
+        text = target.read_text()
+        # yosys does not notice when it cannot write everything.
+        if text.count("\nendmodule\n") != run.stdout.count(_DUMPED):
+            raise LowerError(f"yosys wrote only a part of {name}: is the disk of {tempfile.gettempdir()} full?")
+        return _ATTRIBUTE.sub("", text)

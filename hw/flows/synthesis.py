@@ -113,14 +113,20 @@ def synthesise(component: wiring.Component, target: Target, *, timeout: float = 
         source, script, out = (Path(folder, name) for name in ("design.il", "design.ys", "design.json"))
         source.write_text(text)
         keep = "".join(f"setattr -mod -set keep_hierarchy 1 {module}\n" for module in sorted(set(blocks.values())))
-        script.write_text(f"read_rtlil {source}\n{keep}" + _PASSES.format(top=top, out=out))
+        script.write_text(f"read_rtlil {source.name}\n{keep}" + _PASSES.format(top=top, out=out.name))
         try:
             run = run_yosys(script, timeout)
         except subprocess.TimeoutExpired as error:
             raise LowerError(f"yosys did not finish within {timeout:g} s") from error
         if run.returncode or not out.exists():
             raise LowerError(f"yosys failed: {(run.stdout + run.stderr).strip()[-300:]}")
-        modules = {name.lstrip("\\"): data for name, data in json.loads(out.read_text())["modules"].items()}
+        try:
+            found = json.loads(out.read_text())["modules"]
+        except (ValueError, KeyError) as error:
+            # yosys does not notice when it cannot write everything.
+            place = tempfile.gettempdir()
+            raise LowerError(f"yosys wrote only a part of its statistics: is the disk of {place} full?") from error
+    modules = {name.lstrip("\\"): data for name, data in found.items()}
     return _collect({name: data["num_cells_by_type"] for name, data in modules.items()}, blocks, top)
 
 

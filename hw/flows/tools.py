@@ -22,15 +22,30 @@ class ToolError(RuntimeError):
         self.status = status
 
 
-def yosys_command(script: Path | str) -> list[str]:
-    """The command that runs a yosys script, with the yosys that lies beside this Python."""
-    program = "import sys; from pyosys import libyosys; libyosys.run_pass('script ' + sys.argv[1])"
-    return [sys.executable, "-c", program, str(script)]
+def yosys_command(script: str) -> list[str]:
+    """The command that runs a yosys script of the current folder, with the yosys that lies beside this Python.
+
+    yosys cannot be told a path with every character, so a script and the files that it names are in one folder. The
+    files of ABC, which yosys starts, are there too: their path may not have a space.
+    """
+    program = (
+        "import os, sys; os.environ['TMPDIR'] = '.'; "
+        "from pyosys import libyosys; libyosys.run_pass('script ' + sys.argv[1])"
+    )
+    return [sys.executable, "-c", program, script]
 
 
 def run_yosys(script: Path, timeout: float) -> subprocess.CompletedProcess[str]:
-    """Run a yosys script; whether it failed is for the caller to see. Raises subprocess.TimeoutExpired."""
-    return subprocess.run(yosys_command(script), capture_output=True, text=True, timeout=timeout, check=False)
+    """Run a yosys script in its folder; the caller sees whether it failed. Raises subprocess.TimeoutExpired."""
+    return subprocess.run(
+        yosys_command(script.name),
+        cwd=script.parent,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=timeout,
+        check=False,
+    )
 
 
 def run_logged(

@@ -7,6 +7,7 @@ Takes the options of ``python -m hw.build``, but ``--out`` and ``--top``.
 import json
 import sys
 
+from hw.spec.cli import run_cli
 from sim.device.build import DeviceBuildError, build
 
 
@@ -24,4 +25,4 @@ def main(options: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_cli(lambda: main(sys.argv[1:]))

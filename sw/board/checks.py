@@ -190,8 +190,10 @@ def buffer(host: Host) -> Finding:
         text = f"it lies at {place.address:#x}, not below 4 GiB"
         return Finding(check, WRONG, text, "give the overlay's buffer dma-mask = <32> and load the app again")
     if place.size < BUFFER_BYTES:
+        # Without enough contiguous memory there would be no buffer at all: the overlay asked for less.
         text = f"it has {place.size:,} bytes instead of {BUFFER_BYTES:,}: large models do not fit"
-        return Finding(check, WRONG, text, "raise cma= on the kernel's command line, boot, load the app again")
+        mend = f"the overlay that is loaded has another size than <{BUFFER_BYTES:#x}>: {COPY}"
+        return Finding(check, WRONG, text, mend)
     return Finding(check, OK, f"{place.size:,} bytes at {place.address:#x}")
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sw.checkpoints.huggingface import Settings
+from sw.checkpoints.huggingface import Settings, read_settings
 from sw.checkpoints.safetensors_file import Checkpoint
 from sw.common.errors import UserError
 from sw.model.linear import FloatLinear, QuantizedLinear
@@ -21,6 +21,8 @@ COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 BITS = 4
 MIDDLE = 1 << (BITS - 1)
 MAX_SPLIT = 128
+OLDER_KEYS = {"w_bit": "bits", "q_group_size": "group_size", "zero_point": "zero_point", "version": "version"}
+"""Keys of AutoAWQ's older quant_config.json -> those of config.json."""
 
 
 @dataclass(frozen=True)
@@ -32,18 +34,20 @@ class AwqFormat:
 
 
 def awq_format(config: Settings) -> AwqFormat:
-    """The format that config.json describes. Raises UserError if it is not AutoAWQ GEMM with 4 bits."""
-    if config.get("quantization_config") is None:
+    """The format of a folder. Raises UserError if it is not AutoAWQ GEMM with 4 bits. config: its config.json."""
+    settings = quantisation(config)
+    folder = config.path.parent
+    if settings is None:
         hint = "python -m sw.quantize quantises float checkpoints"
-        raise UserError(f"{config.path.parent} is not quantised: its config.json has no quantization_config ({hint})")
-    settings = config.part("quantization_config")
+        raise UserError(f"{folder} is not quantised: its config.json has no quantization_config ({hint})")
+    method = settings.get("quant_method")
+    if not isinstance(method, str) or method.lower() != "awq":
+        hint = "of quantised checkpoints only AutoAWQ GEMM is read; python -m sw.quantize quantises the float model"
+        raise UserError(f"{folder} is quantised by {str(method)[:80]!r}, which is not supported ({hint})")
     # AutoAWQ writes the version in capitals or not; transformers takes an absent one for gemm.
-    for key, wanted, found in (
-        ("quant_method", "awq", settings.get("quant_method")),
-        ("version", "gemm", settings.get("version") or "gemm"),
-    ):
-        if not isinstance(found, str) or found.lower() != wanted:
-            raise settings.wrong(f"quantization_config's {key}", f"{wanted}", found)
+    version = settings.get("version") or "gemm"
+    if not isinstance(version, str) or version.lower() != "gemm":
+        raise UserError(f"{folder} is AutoAWQ's version {str(version)[:80]!r}, and only GEMM is read")
     bits = settings.integer("bits", BITS)
     if bits != BITS:
         raise settings.wrong("quantization_config's bits", f"{BITS}", bits)
@@ -54,6 +58,32 @@ def awq_format(config: Settings) -> AwqFormat:
     if size < 16 or size & (size - 1):
         raise settings.wrong("group_size", "-1 or a power of two from 16 (ONNX MatMulNBits has no others)", size)
     return AwqFormat(size, zero_point)
+
+
+def quantisation(config: Settings) -> Settings | None:
+    """What a folder says about its quantised layers, under the names of config.json's quantization_config.
+
+    config: the folder's config.json. Older programs write a file of their own: AutoAWQ quant_config.json, AutoGPTQ
+    quantize_config.json. None if nothing is said. Raises UserError if such a file contradicts config.json.
+    """
+    for key in ("compression_config", "quantization"):
+        if config.get(key) is not None:
+            raise UserError(f"{config.path}: {key} is not supported, only AutoAWQ's quantization_config")
+    settings = config.part("quantization_config") if config.get("quantization_config") is not None else None
+    path = config.path.with_name("quant_config.json")
+    older = read_settings(path)
+    if older.values:
+        values = {name: older.get(key) for key, name in OLDER_KEYS.items() if older.get(key) is not None}
+        if settings is None:
+            return Settings(path, {"quant_method": "awq", **values})
+        for name, value in values.items():
+            found = settings.get(name)
+            if found is not None and str(found).lower() != str(value).lower():
+                problem = f"{name} is {str(found)[:40]} in {config.path.name} and {str(value)[:40]} in {path.name}"
+                raise UserError(f"{config.path.parent}: {problem}: remove the file that is wrong")
+    if settings is None and read_settings(config.path.with_name("quantize_config.json")).values:
+        return Settings(config.path.with_name("quantize_config.json"), {"quant_method": "gptq"})
+    return settings
 
 
 def read_linear(checkpoint: Checkpoint, name: str, form: AwqFormat | None) -> Linear:

@@ -14,6 +14,7 @@ from typing import Any
 import gguf
 import numpy as np
 
+from sw.checkpoints.gguf_parts import expect_part, gguf_parts
 from sw.common.arrays import is_finite
 from sw.common.errors import UserError, one_line
 from sw.model.linear import FloatLinear, QuantizedLinear
@@ -24,23 +25,55 @@ FLOATS = ("F32", "F16", "BF16")
 
 
 class GgufFile:
-    """A GGUF file, memory-mapped. Raises UserError if it is missing, truncated or not GGUF.
+    """A GGUF model, memory-mapped; any part of one in several files stands for all of them.
 
+    path: the first part. Metadata is that of the first part.
     dequantise: layers and tables come as floats, whatever the file stores, K-quants included.
+    Raises UserError if a file is missing, truncated, big-endian or not GGUF, and if parts do not fit together.
     """
 
     def __init__(self, path: Path, *, dequantise: bool = False):
-        self.path = Path(path)
         self._dequantise = dequantise
-        if not self.path.is_file():
-            raise UserError(f"no such file: {self.path}")
+        if not Path(path).is_file():
+            raise UserError(f"no such file: {path}")
+        parts = gguf_parts(Path(path))
+        self.path = parts[0]
+        self._tensors: dict[str, gguf.ReaderTensor] = {}
+        for number, part in enumerate(parts):
+            fields = self._add(part)
+            if number == 0:
+                self._fields = fields
+            split = (_split(part, fields, "split.no", 0), _split(part, fields, "split.count", 0) or 1)
+            expect_part(part, number, len(parts), *split)
+        tensors = _split(self.path, self._fields, "split.tensors.count", len(self._tensors))
+        if tensors != len(self._tensors):
+            raise UserError(f"{self.path}: its parts have {len(self._tensors)} tensors, and {tensors} are announced")
+
+    def _add(self, path: Path) -> dict[str, Any]:
+        """Takes one part's tensors; returns its metadata."""
         try:
-            reader = gguf.GGUFReader(self.path)
-            self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-            self._fields = reader.fields
+            reader = gguf.GGUFReader(path)
+            tensors, fields = {tensor.name: tensor for tensor in reader.tensors}, reader.fields
         except Exception as error:
             # The reader checks nothing but the magic: a damaged file surfaces as whatever numpy trips over.
-            raise UserError(f"{self.path} is not a complete GGUF file ({one_line(error)})") from error
+            raise UserError(f"{path} is not a complete GGUF file ({one_line(error)})") from error
+        if reader.endianess is not gguf.GGUFEndian.LITTLE:
+            hint = "`gguf-convert-endian FILE little`, of the Python package gguf, converts it in place"
+            raise UserError(f"{path} is big-endian, which is not read ({hint})")
+        if twice := sorted(tensors.keys() & self._tensors.keys()):
+            raise UserError(f"{path}: tensor {twice[0]} is in another part as well")
+        self._tensors |= tensors
+        return fields
+
+    @property
+    def tensors(self) -> list[str]:
+        """The names of all tensors."""
+        return list(self._tensors)
+
+    @property
+    def keys(self) -> list[str]:
+        """The names of all metadata."""
+        return [key for key in self._fields if not key.startswith("GGUF.")]
 
     def __contains__(self, tensor: str) -> bool:
         return tensor in self._tensors
@@ -59,6 +92,9 @@ class GgufFile:
     def integer(self, key: str, default: Any = ...) -> Any:
         """The value of a metadata key that is a whole number from 0, or the default. Raises UserError for others."""
         value = self.meta(key, default)
+        # Some programs write one value for each block, which are all the same in the families that are read.
+        if isinstance(value, list) and value and all(other == value[0] for other in value):
+            value = value[0]
         if value is not default and not (isinstance(value, int) and value >= 0):
             raise UserError(f"{self.path}: metadata {key} is a whole number, not {str(value)[:80]}")
         return value
@@ -100,7 +136,8 @@ class GgufFile:
             return FloatLinear(name, self.float_tensor(tensor.name), bias)
         if kind not in QUANTISED:
             known = ", ".join(QUANTISED + FLOATS)
-            raise UserError(f"{self.path}: tensor {tensor.name} is {kind}; linear layers may be {known}")
+            hint = "python -m sw.quantize makes a model of it that can be run"
+            raise UserError(f"{self.path}: tensor {tensor.name} is {kind}; linear layers may be {known} ({hint})")
         return self._quantised(name, tensor, bias)
 
     def table(self, name: str) -> QuantizedLinear | np.ndarray:
@@ -152,6 +189,16 @@ def decode_blocks(rows: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, 
         zero_points = np.divide(-minimum, scales, out=np.zeros_like(scales), where=~flat)
     q[flat] = 1
     return q.reshape(n, -1), np.where(flat, minimum, scales), zero_points, 4
+
+
+def _split(path: Path, fields: dict[str, Any], key: str, default: int) -> int:
+    """A number that says how a model is cut into parts."""
+    if key not in fields:
+        return default
+    try:
+        return int(fields[key].contents())
+    except Exception as error:
+        raise UserError(f"{path}: metadata {key} cannot be read ({one_line(error)})") from None
 
 
 def _halves(blocks: np.ndarray, offset: int) -> np.ndarray:

@@ -1,90 +1,192 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokenizer inside a GGUF file as a Hugging Face tokenizers object (byte-level BPE)."""
+"""The tokenizer inside a GGUF file as a Hugging Face tokenizers object: byte-level BPE or SentencePiece.
+
+Source: src/llama-vocab.cpp of llama.cpp, for what begins a text and which tokens end an answer too.
+"""
+
+from dataclasses import dataclass, field
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from sw.checkpoints.gguf_pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from sw.checkpoints.gguf_reader import GgufFile
+from sw.checkpoints.gguf_sentencepiece import sentencepiece
 from sw.common.errors import UserError
 
-CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
-
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"
+END_TOKENS = frozenset(
+    {
+        "<|eot_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|return|>",
+        "<|call|>",
+        "<end_of_turn>",
+        "<|endoftext|>",
+        "</s>",
+        "<|eom_id|>",
+        "<EOT>",
+        "_<EOT>",
+        "[EOT]",
+        "[EOS]",
+        "<|end_of_text|>",
+        "<end_of_utterance>",
+        "<eos>",
+        "<｜end▁of▁sentence｜>",
+    }
 )
-# Qwen2 splits numbers into single digits, Llama 3 into threes; the patterns are the same otherwise.
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+"""Tokens that llama.cpp takes for the end of an answer by their text, whatever the metadata says."""
+FILL_TOKENS = {
+    "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+    "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+    "fim_sep": ("<|file_sep|>",),
+}
+"""Tokens of models that fill gaps in code, by key or by text, which end an answer too."""
 
 
-def build_tokenizer(source: GgufFile) -> Tokenizer:
-    """Raises UserError for tokenizers other than byte-level BPE and for unknown ways of splitting text into words."""
+@dataclass
+class GgufTokenizer:
+    """What a GGUF file says about text.
+
+    Members
+    -------
+    tokenizer: text to token ids; it begins with BOS where llama.cpp begins a text with it.
+    tokens: the text of each.
+    bos_id: the token that begins a text; None if the file names none.
+    stop_ids: tokens that end an answer: the declared ones first.
+    warnings: what the user should know, one line each.
+    """
+
+    tokenizer: Tokenizer
+    tokens: list[str]
+    bos_id: int | None
+    stop_ids: list[int]
+    warnings: list[str] = field(default_factory=list)
+
+    def text(self, token: int | None) -> str | None:
+        """The text of a token; None for no token and for ids that are none."""
+        return self.tokens[token] if token is not None and token < len(self.tokens) else None
+
+
+def read_gguf_tokenizer(source: GgufFile) -> GgufTokenizer:
+    """The tokenizer of a file.
+
+    Raises UserError for tokenizers other than byte-level BPE and SentencePiece, for unknown ways of splitting text into
+    words, and for damaged metadata.
+    """
     kind = source.meta("tokenizer.ggml.model")
-    if kind != "gpt2":
-        raise UserError(f"{source.path}: tokenizer {kind!r} is not supported, only byte-level BPE ('gpt2')")
+    if kind not in (BYTE_LEVEL, SENTENCEPIECE):
+        known = f"{BYTE_LEVEL!r} (byte-level BPE) and {SENTENCEPIECE!r} (SentencePiece) are"
+        raise UserError(f"{source.path}: tokenizer {str(kind)[:80]!r} is not supported, {known}")
     tokens, types = _tokens(source)
+    warnings: list[str] = []
+    if kind == SENTENCEPIECE:
+        tokenizer, add_bos, default_bos, default_eos = _sentencepiece(source, tokens, types), True, 1, 2
+    else:
+        words = _words(source, warnings)
+        tokenizer, add_bos, default_bos, default_eos = _byte_level(source, tokens, words), words.add_bos, None, None
+    stop_ids = _stop_ids(source, tokens, default_eos)
+    for number, (token, token_type) in enumerate(zip(tokens, types)):
+        is_special = token_type == CONTROL or token in END_TOKENS or number in stop_ids
+        if is_special or token_type == USER_DEFINED:
+            tokenizer.add_tokens([AddedToken(token, special=is_special, normalized=False)])
+    bos = _token_id(source, "bos", len(tokens), default_bos)
+    if source.meta("tokenizer.ggml.add_bos_token", add_bos):
+        if bos is None:
+            raise UserError(
+                f"{source.path}: a text begins with BOS, and metadata tokenizer.ggml.bos_token_id is missing"
+            )
+        text = tokens[bos]
+        # As a template, so that a $ in the token's text is no variable.
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=["BOS", "$A"], special_tokens=[_piece(text, bos)]
+        )
+    return GgufTokenizer(tokenizer, tokens, bos, stop_ids, warnings)
+
+
+def _piece(text: str, number: int) -> dict:
+    return {"id": "BOS", "ids": [number], "tokens": [text]}
+
+
+def _byte_level(source: GgufFile, tokens: list[str], words: PreTokenizer) -> Tokenizer:
     merges = [(one, other) for one, _, other in (pair.partition(" ") for pair in source.texts("tokenizer.ggml.merges"))]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    words = str(source.meta("tokenizer.ggml.pre", "default"))
+    vocab = {token: number for number, token in enumerate(tokens)}
     try:
-        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=words == "llama-bpe"))
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=words.ignore_merges))
     except Exception as error:
         raise UserError(f"{source.path}: the tokenizer's merges do not fit its tokens ({error})") from error
-    tokenizer.pre_tokenizer = _pre_tokenizer(words, source)
-    if words == "qwen2":
+    steps = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in words.patterns]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, byte_level])
+    if words.nfc:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
-    for token, token_type in zip(tokens, types, strict=True):
-        if token_type in (CONTROL, USER_DEFINED):
-            tokenizer.add_tokens([AddedToken(token, special=token_type == CONTROL, normalized=False)])
-    if source.meta("tokenizer.ggml.add_bos_token", False):
-        bos = source.integer("tokenizer.ggml.bos_token_id")
-        text = special_token(source, bos)
-        if text is None:
-            raise UserError(f"{source.path}: bos_token_id is {bos}, and there are {len(tokens)} tokens")
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{text} $A", special_tokens=[(text, bos)])
     return tokenizer
 
 
-def special_token(source: GgufFile, token: int | None) -> str | None:
-    """The text of a token; None for no token and for ids that are none."""
-    tokens, _ = _tokens(source)
-    return tokens[token] if token is not None and token < len(tokens) else None
+def _words(source: GgufFile, warnings: list[str]) -> PreTokenizer:
+    name = source.meta("tokenizer.ggml.pre", None)
+    if name is None:
+        warnings.append(
+            f"{source.path.name} does not say how its tokenizer splits text (tokenizer.ggml.pre): it is split as"
+            " llama.cpp's default does, which may not be what the model was trained on"
+        )
+        name = "default"
+    if name not in PRE_TOKENIZERS:
+        raise UserError(
+            f"{source.path}: pre-tokenizer {str(name)[:80]!r} is not supported (docs/models.md lists those that are)"
+        )
+    return PRE_TOKENIZERS[name]
 
 
-def stop_tokens(source: GgufFile) -> list[int]:
-    """The tokens that end an answer: the declared ones first, then control tokens known to end one."""
-    declared = [source.integer(f"tokenizer.ggml.{name}_token_id", None) for name in ("eos", "eot", "eom")]
-    tokens, types = _tokens(source)
-    known = {"<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>"}
-    named = [i for i, (token, kind) in enumerate(zip(tokens, types)) if token in known and kind == CONTROL]
-    return list(dict.fromkeys([token for token in declared if token is not None] + named))
+def _sentencepiece(source: GgufFile, tokens: list[str], types: list[int]) -> Tokenizer:
+    # Without scores all are equal, as in llama.cpp.
+    scores = source.meta("tokenizer.ggml.scores", [0.0] * len(tokens))
+    if not isinstance(scores, list) or len(scores) < len(tokens) or not all(isinstance(s, int | float) for s in scores):
+        raise UserError(
+            f"{source.path}: metadata tokenizer.ggml.scores is a list of {len(tokens)} numbers, one a token"
+        )
+    unknown = _token_id(source, "unknown", len(tokens), 0)
+    mergeable = [kind not in (UNKNOWN, CONTROL, BYTE) for kind in types]
+    prefix = source.meta("tokenizer.ggml.add_space_prefix", True)
+    return sentencepiece(tokens, scores[: len(tokens)], mergeable, None if unknown is None else tokens[unknown], prefix)
+
+
+def _stop_ids(source: GgufFile, tokens: list[str], default_eos: int | None) -> list[int]:
+    declared = [_token_id(source, "eos", len(tokens), default_eos)]
+    declared += [_token_id(source, name, len(tokens), None) for name in ("eot", "eom", *FILL_TOKENS)]
+    declared = [token for token in declared if token is not None]
+    fill = {
+        text
+        for name, texts in FILL_TOKENS.items()
+        if _token_id(source, name, len(tokens), None) is None
+        for text in texts
+    }
+    named = [number for number, token in enumerate(tokens) if token in END_TOKENS or token in fill]
+    return list(dict.fromkeys(declared + named))
+
+
+def _token_id(source: GgufFile, name: str, count: int, default: int | None) -> int | None:
+    """A special token's id. Raises UserError for an id that is no token's."""
+    key = f"tokenizer.ggml.{name}_token_id"
+    value = source.integer(key, None)
+    if value is None:
+        return default if default is not None and default < count else None
+    if value >= count:
+        raise UserError(f"{source.path}: metadata {key} is {value}, and there are {count} tokens")
+    return value
 
 
 def _tokens(source: GgufFile) -> tuple[list[str], list[int]]:
-    """All tokens and their types."""
-    tokens = source.texts("tokenizer.ggml.tokens")
-    types = source.meta("tokenizer.ggml.token_type", [1] * len(tokens))
-    if not isinstance(types, list) or len(types) != len(tokens):
+    """All tokens and their types. Raises UserError for two tokens with one text."""
+    tokens = [token or f"[EMPTY_{number}]" for number, token in enumerate(source.texts("tokenizer.ggml.tokens"))]
+    types = source.meta("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
+    if not isinstance(types, list) or len(types) < len(tokens):
         found = len(types) if isinstance(types, list) else "no list of"
         raise UserError(f"{source.path}: the tokenizer has {len(tokens)} tokens and {found} token types")
-    return tokens, types
-
-
-def _pre_tokenizer(words: str, source: GgufFile) -> pre_tokenizers.PreTokenizer:
-    byte_level = pre_tokenizers.ByteLevel
-    if words in ("default", "gpt-2"):
-        return byte_level(add_prefix_space=False, use_regex=True)
-    if words == "smollm":
-        return pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), byte_level(add_prefix_space=False, use_regex=True)]
-        )
-    patterns = {"llama-bpe": _LLAMA3, "qwen2": _QWEN2}
-    if words not in patterns:
-        known = ", ".join(["default", "gpt-2", "smollm", *patterns])
-        raise UserError(f"{source.path}: pre-tokenizer {words!r} is not supported ({known} are)")
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(patterns[words]), behavior="isolated"),
-            byte_level(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    if len(set(tokens)) < len(tokens):
+        seen: set[str] = set()
+        twice = next(token for token in tokens if token in seen or seen.add(token))
+        raise UserError(f"{source.path}: the tokenizer has token {twice[:80]!r} twice")
+    return tokens, types[: len(tokens)]

@@ -20,10 +20,34 @@ import numpy as np
 from sw.common.errors import UserError
 from sw.common.text_files import read_json, read_text
 from sw.model.decoder import MAX_POSITIONS, DecoderConfig
-from sw.text.folder import read_tokenizer
+from sw.text.folder import apply_settings, read_tokenizer
 
 FULL = "full_attention"
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+FIXED: dict[str, tuple[object, ...]] = {
+    "hidden_act": (None, "silu"),
+    "use_sliding_window": (None, False),
+    "is_encoder_decoder": (None, False),
+    "add_cross_attention": (None, False),
+}
+"""Keys of config.json that transformers acts on for these families, and the values that are supported."""
+HARMLESS = frozenset(
+    {
+        "attention_dropout",  # of training, as the next ones
+        "initializer_range",
+        "pretraining_tp",
+        "torch_dtype",  # every format of floats is read as it is
+        "dtype",
+        "use_cache",
+        "pad_token_id",
+        "max_window_layers",  # of sliding windows, which are refused
+        "sliding_window",
+        "transformers_version",
+        "auto_map",  # the classes are checked by name
+        "_name_or_path",
+    }
+)
+"""Keys of config.json that cannot change what these families compute. Any other key transformers does not read."""
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 
@@ -100,11 +124,12 @@ def decoder_config(config: Settings) -> DecoderConfig:
         raise refuse(f"model_type {str(family)[:80]!r} is not supported ({', '.join(FAMILIES)} are)")
     if classes is not None and classes != [FAMILIES[family]]:
         raise refuse(f"architectures {str(classes)[:80]} is not supported for {family}, only {FAMILIES[family]}")
-    if config.get("hidden_act") not in (None, "silu"):
-        raise refuse(f"hidden_act {str(config.get('hidden_act'))[:80]!r} is not supported, only silu")
     kinds = config.get("layer_types") or []
     if config.flag("use_sliding_window", False) or not isinstance(kinds, list) or set(map(str, kinds)) - {FULL}:
         raise refuse("attention with a sliding window is not supported")
+    for key, values in FIXED.items():
+        if config.get(key) not in values:
+            raise refuse(f"{key} {str(config.get(key))[:80]!r} is not supported, only {values[-1]}")
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     kind, rotary = _rotary(config)
     shape = DecoderConfig(
@@ -119,31 +144,41 @@ def decoder_config(config: Settings) -> DecoderConfig:
         rope_theta=rotary.number("rope_theta", config.number("rope_theta", 10000.0)),
         norm_epsilon=config.number("rms_norm_eps"),
     )
-    return shape if kind == "default" else replace(shape, rope_factors=_factors(rotary, shape))
+    if kind == "default":
+        return shape
+    if kind == "linear":
+        factor = np.float32(rotary.number("factor"))
+        return replace(shape, rope_factors=np.full(shape.head_size // 2, factor, np.float32))
+    return replace(shape, rope_factors=_factors(rotary, shape))
 
 
 def _rotary(config: Settings) -> tuple[str, Settings]:
-    """The rotary embedding's kind (default or llama3) and settings, which transformers 5 calls rope_parameters."""
+    """The rotary embedding's kind (default, linear, llama3) and settings; transformers 5 calls them rope_parameters."""
     settings = config.part("rope_parameters" if config.get("rope_parameters") is not None else "rope_scaling")
     for part in (settings, config):
         if part.number("partial_rotary_factor", 1.0) != 1:
             raise part.wrong("partial_rotary_factor", "1")
     kind = settings.get("rope_type") or settings.get("type") or "default"
-    if kind not in ("default", "llama3"):
-        raise UserError(f"{config.path}: rotary scaling {str(kind)[:80]!r} is not supported, only llama3")
+    if kind not in ("default", "linear", "llama3"):
+        raise UserError(f"{config.path}: rotary scaling {str(kind)[:80]!r} is not supported, only linear and llama3")
     return kind, settings
 
 
 def rope_scaling(config: Settings) -> dict[str, Any] | None:
     """What config.json says about scaling of the rotary embedding, without the rest; None if nothing is scaled."""
     kind, settings = _rotary(config)
-    return None if kind == "default" else {"rope_type": kind} | {key: settings.number(key) for key in LLAMA3_KEYS}
+    if kind == "default":
+        return None
+    keys = ("factor",) if kind == "linear" else LLAMA3_KEYS
+    return {"rope_type": kind} | {key: settings.number(key) for key in keys}
 
 
 def standard_rope_scaling(shape: DecoderConfig) -> dict[str, Any] | None:
-    """The llama3 scaling of Llama 3.1 and later whose factors the shape has; None if it has none or others."""
+    """The linear scaling, or that of Llama 3.1 and later, with the shape's factors; None if it has none or others."""
     if shape.rope_factors is None:
         return None
+    if (shape.rope_factors == shape.rope_factors[0]).all():
+        return {"rope_type": "linear", "factor": float(shape.rope_factors[0])}
     values = (float(shape.rope_factors.max()), 1.0, 4.0, 8192.0)
     if not np.allclose(llama3_factors(shape.rotary_frequencies(), *values), shape.rope_factors, rtol=1e-5):
         return None
@@ -187,6 +222,7 @@ def text_settings(folder: Path, config: Settings) -> TextSettings:
         raise UserError(f"{folder} has no tokenizer.json, and a model's text needs one")
     tokenizer = read_tokenizer(path)
     tokens = read_settings(folder / "tokenizer_config.json")
+    changed = apply_settings(tokenizer, tokens.values, tokens.path)
     bos, eos = _token_text(tokens, "bos_token"), _token_text(tokens, "eos_token")
     stop_ids = [
         *_token_ids(config, "eos_token_id"),
@@ -197,7 +233,7 @@ def text_settings(folder: Path, config: Settings) -> TextSettings:
     bos_ids = _token_ids(config, "bos_token_id")
     bos_id = bos_ids[0] if bos_ids else None if bos is None else tokenizer.token_to_id(bos)
     return TextSettings(
-        tokenizer_json=read_text(path),
+        tokenizer_json=tokenizer.to_str(pretty=True) if changed else read_text(path),
         bos_id=bos_id,
         stop_ids=stop_ids,
         bos_token=bos if bos is not None or bos_id is None else tokenizer.id_to_token(bos_id),

@@ -21,6 +21,7 @@ from sw.common.errors import UserError, one_line
 LENGTH_BYTES = 8
 MAX_HEADER = 100_000_000
 """What the format's own reader accepts."""
+WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "I32": "<i4"}
 FLOATS = ("F16", "BF16", "F32")
@@ -133,9 +134,10 @@ def write_safetensors(path: Path, tensors: Sequence[NewTensor], advance: Callabl
 
 
 class Checkpoint:
-    """All tensors of a folder: of the shards that its index names, or of its *.safetensors files.
+    """All tensors of a folder, from the files that transformers would read: model.safetensors if it is there, else the
+    shards that the index names; without both, all *.safetensors files.
 
-    Raises UserError if there are none, a shard is missing, or a file is damaged.
+    Raises UserError if there are none, a shard is missing, a file is damaged, or two files have a tensor of one name.
     """
 
     def __init__(self, folder: Path):
@@ -143,6 +145,11 @@ class Checkpoint:
         self._files: dict[str, SafetensorsFile] = {}
         for path in self._shards():
             file = SafetensorsFile(path)
+            if twice := [name for name in file.names if name in self._files]:
+                other = self._files[twice[0]].path.name
+                raise UserError(
+                    f"{self.folder}: tensor {twice[0]} is in {other} and in {path.name}: remove one of them"
+                )
             self._files |= dict.fromkeys(file.names, file)
 
     def __contains__(self, name: str) -> bool:
@@ -183,6 +190,9 @@ class Checkpoint:
 
     def _shards(self) -> list[Path]:
         found = sorted(self.folder.glob("*.safetensors"))
+        # An index beside a complete file is left over from before the shards were joined.
+        if self.folder / WHOLE in found:
+            return [self.folder / WHOLE]
         index = self.folder / INDEX
         if not index.is_file():
             if not found:

@@ -37,7 +37,9 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         _move(work, target)
         made.clear()
     except OSError as error:
-        raise UserError(f"cannot write to {target}: {one_line(error)}") from error
+        # numpy says how many numbers it could not write, and not why.
+        why = one_line(error) if error.errno else f"{one_line(error)}; is the disk full?"
+        raise UserError(f"cannot write to {target}: {why}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
         for parent in made:

@@ -1,17 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every command line needs, on a machine with numpy alone too."""
 
-import argparse
-from typing import NoReturn
-
+from hw.spec.cli import Parser
 from sw.common.errors import UserError
 
-
-class Parser(argparse.ArgumentParser):
-    """Reports wrong options like every other user error: one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+__all__ = ["Parser", "check_positive"]
 
 
 def check_positive(value: int | None, option: str) -> None:

@@ -8,6 +8,11 @@ from typing import Any
 
 from sw.common.errors import UserError, one_line
 
+WARNINGS = "gristmill_warnings"
+"""Key in the config.json of our exports: what a user should know whenever the model is used, one line each."""
+SUBFOLDER = "onnx"
+"""Where transformers.js and onnx-community keep the graphs of a model, its text files one folder up."""
+
 
 def read_text(path: Path | str) -> str:
     """A UTF-8 file's text; "-" is stdin. Raises UserError if it is missing or something else."""
@@ -17,6 +22,16 @@ def read_text(path: Path | str) -> str:
         raise UserError(f"{'stdin' if str(path) == '-' else path} is not UTF-8") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({one_line(error)})") from None
+
+
+def text_directory(model: Path) -> Path:
+    """The folder with the tokenizer and the JSON files of an ONNX file: its own, or the one above `onnx`."""
+    folder = model.absolute().parent
+    if folder.name == SUBFOLDER and not any((folder / name).is_file() for name in ("tokenizer.json", "config.json")):
+        above = folder.parent
+        if any((above / name).is_file() for name in ("tokenizer.json", "config.json")):
+            return above
+    return model.parent
 
 
 def read_json(path: Path, required: bool = False) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Report:
     Members
     -------
     memory: preset of the simulated memory.
-    prompt_source: "tokenizer" or "bytes".
+    prompt_source: "tokenizer" or "bytes"; "noise" if the model reads no token ids.
     seconds: wall time of the whole command.
     """
 
@@ -155,6 +155,8 @@ def _summary(report: Report, totals: dict) -> str:
         lines.append(f"device {report.device} has no hardware, so no cycles; {report.seconds:.0f} s in all")
     if report.prompt_source == "bytes":
         lines.append("no tokenizer.json beside the model: the prompt's bytes were its token ids")
+    elif report.prompt_source == "noise":
+        lines.append("the model reads no token ids (input_ids): its inputs were seeded noise")
     return "\n".join(lines)
 
 

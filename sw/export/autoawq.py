@@ -46,6 +46,7 @@ def checkpoint_source(folder: Path, settings: Settings, form: AwqFormat | None) 
     """
     config = decoder_config(settings)
     checkpoint = Checkpoint(folder)
+    _check_biases(checkpoint, settings)
     tied = settings.flag("tie_word_embeddings", False)
     return DecoderSource(
         name=folder.resolve().name,
@@ -59,6 +60,25 @@ def checkpoint_source(folder: Path, settings: Settings, form: AwqFormat | None) 
         rope_scaling=rope_scaling(settings),
         **vars(text_settings(folder, settings)),
     )
+
+
+def _check_biases(checkpoint: Checkpoint, settings: Settings) -> None:
+    """Raises UserError for a bias that config.json says is not there: transformers would leave it out.
+
+    One that is missing is no error: transformers makes it zero.
+    """
+    llama = settings.get("model_type") == "llama"
+    attention = settings.flag("attention_bias", False) if llama else None
+    has = dict.fromkeys("qkv", attention is None or attention) | {"o": bool(attention)}
+    allowed = {f"self_attn.{name}_proj": wanted for name, wanted in has.items()}
+    mlp = llama and settings.flag("mlp_bias", False)
+    allowed |= {f"mlp.{name}_proj": mlp for name in ("gate", "up", "down")}
+    for layer, wanted in allowed.items():
+        tensor = f"model.layers.0.{layer}.bias"
+        if tensor in checkpoint and not wanted:
+            key = "mlp_bias" if layer.startswith("mlp") else "attention_bias"
+            said = f"{key} is false in {settings.path.name}" if llama else f"{settings.get('model_type')} has none"
+            raise UserError(f"{checkpoint.folder}: tensor {tensor} is there, and {said}")
 
 
 def _head(checkpoint: Checkpoint, settings: Settings, form: AwqFormat | None) -> Table:

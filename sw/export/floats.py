@@ -8,6 +8,7 @@ with the embedding's table, which is there once. A float ONNX export of any tool
 
 from pathlib import Path
 
+from sw.checkpoints.autoawq import quantisation
 from sw.checkpoints.gguf_reader import GgufFile
 from sw.checkpoints.huggingface import read_settings
 from sw.common.errors import UserError
@@ -15,6 +16,7 @@ from sw.common.status_line import Progress
 from sw.export.autoawq import checkpoint_source
 from sw.export.folder import EXPORTER_VERSION, write_folder
 from sw.export.gguf import gguf_source
+from sw.export.kind import Kind, file_kind
 from sw.export.resolve import find_model
 from sw.graph import dequantize_linear
 from sw.graph.file import OnnxFile
@@ -32,10 +34,10 @@ def float_model(source: str | Path, work: Path, progress: Progress | None = None
     writes one layer at a time; the largest thing in memory is the embedding in float32.
     Raises UserError if the source is nothing of that, is quantised already (but for GGUF), or is damaged.
     """
-    path = find_model(source)
+    path = find_model(source, floats=True)
     if path.is_dir():
         decoder = _checkpoint(path)
-    elif path.suffix == ".gguf":
+    elif file_kind(path) is Kind.GGUF:
         decoder = gguf_source(GgufFile(path, dequantise=True))
     else:
         _expect_float(OnnxFile(path))
@@ -46,12 +48,9 @@ def float_model(source: str | Path, work: Path, progress: Progress | None = None
 
 def _checkpoint(folder: Path) -> DecoderSource:
     settings = read_settings(folder / "config.json", required=True)
-    quantisation = settings.get("quantization_config")
-    if quantisation is not None:
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
-        raise UserError(
-            f"{folder} is quantised already: quantization_config of its config.json says {str(method)[:80]}"
-        )
+    found = quantisation(settings)
+    if found is not None:
+        raise UserError(f"{folder} is quantised already: {found.path.name} says {str(found.get('quant_method'))[:80]}")
     return checkpoint_source(folder, settings, None)
 
 

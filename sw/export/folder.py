@@ -10,11 +10,12 @@ from typing import Any
 
 from sw.common.atomic import atomic_directory
 from sw.common.status_line import Progress, StatusLine
+from sw.common.text_files import WARNINGS
 from sw.graph.decoder import write_decoder
 from sw.model.source import DecoderSource
 
 # Part of the key of cached exports: raise it when the output of an exporter changes.
-EXPORTER_VERSION = 3
+EXPORTER_VERSION = 4
 QUIET_SECONDS = 2.0
 """An export that takes less says nothing."""
 
@@ -81,4 +82,5 @@ def _config_json(source: DecoderSource) -> dict[str, Any]:
         "bos_token": source.bos_token,
         "eos_token": source.eos_token,
         "chat_template": source.chat_template,
+        **({WARNINGS: list(source.warnings)} if source.warnings else {}),
     }

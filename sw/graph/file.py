@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, external_data_helper, helper, numpy_helper
+from onnx import external_data_helper, helper, numpy_helper
 
 from sw.common.errors import UserError, one_line
+from sw.graph.external_data import place_external_data
 
 MAX_DEPTH = 32
 """Nodes that a constant may pass."""
@@ -20,6 +21,7 @@ class OnnxFile:
     Members
     -------
     path, model, graph: the file and its protocol buffers.
+    data_folder: what the locations of external data are relative to, see sw.graph.external_data.
     producers: tensor name -> the node that makes it.
     consumers: tensor name -> the nodes that read it.
 
@@ -34,6 +36,7 @@ class OnnxFile:
             self.model = onnx.load(str(self.path), load_external_data=False)
         except Exception as error:
             raise UserError(f"{self.path} is not a complete ONNX file ({one_line(error)})") from error
+        self.data_folder = place_external_data(self.path, self.model)
         self.graph = self.model.graph
         # A file cut between two fields parses: what is missing then is the graph's end.
         if not self.graph.node or not self.graph.output:
@@ -100,7 +103,7 @@ class OnnxFile:
         try:
             if external_data_helper.uses_external_data(tensor):
                 self._check_external(tensor)
-            return numpy_helper.to_array(tensor, base_dir=str(self.path.parent))
+            return numpy_helper.to_array(tensor, base_dir=str(self.data_folder))
         except UserError as error:
             raise UserError(f"{self.path}: layer {layer}: {error}") from None
         except Exception as error:
@@ -109,7 +112,7 @@ class OnnxFile:
 
     def _check_external(self, tensor: onnx.TensorProto) -> None:
         info = external_data_helper.ExternalDataInfo(tensor)
-        data = self.path.parent / info.location
+        data = self.data_folder / info.location
         if not data.is_file():
             raise UserError(f"external data file {info.location} is missing")
         end = int(info.offset or 0) + int(info.length or 0)
@@ -131,17 +134,6 @@ def expect_names(file: OnnxFile) -> None:
     names += [text for item in file.model.metadata_props for text in (item.key, item.value)]
     if not all(isinstance(name, str) for name in names) or not all(node.output for node in graph.node):
         raise UserError(f"{file.path} is damaged: a name in its graph is no text, or a node has no output")
-
-
-def external_inside(nodes: Iterable[onnx.NodeProto]) -> Iterator[TensorProto]:
-    """The tensors with external data that nodes carry as attributes or in their subgraphs."""
-    for node in nodes:
-        for attribute in node.attribute:
-            tensors = [attribute.t, *attribute.tensors]
-            for graph in [attribute.g, *attribute.graphs]:
-                tensors += graph.initializer
-                yield from external_inside(graph.node)
-            yield from filter(external_data_helper.uses_external_data, tensors)
 
 
 def names_read(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:

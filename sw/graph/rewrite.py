@@ -23,7 +23,8 @@ from onnx import TensorProto, helper
 from sw.common.atomic import atomic_directory
 from sw.common.errors import UserError
 from sw.graph.decoder import can_gather, gather_rows, layer_tensors, matmul_node
-from sw.graph.file import OnnxFile, expect_names, external_inside, names_read
+from sw.graph.external_data import external_inside
+from sw.graph.file import OnnxFile, expect_names, names_read
 from sw.graph.tensor_data import INLINE_BYTES, TensorData
 from sw.graph.writer import CONTRIB
 from sw.model.linear import QuantizedLinear
@@ -68,7 +69,7 @@ def write_quantised(
     expect_names(file)
     progress = progress or (lambda done, total: None)
     with atomic_directory(out) as work:
-        with TensorData(work / "model.onnx.data", file.path.parent) as data:
+        with TensorData(work / "model.onnx.data", file.data_folder) as data:
             rewriter = _Rewriter(file, data, share_tied)
             nodes = {rewriter.name(node): node for node in rewriter.nodes if node.op_type in PLAIN}
             if missing := [name for name in layers if name not in nodes]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A decoder with its weights and its tokenizer, as a checkpoint gives it and an exporter takes it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ class DecoderSource:
     family: llama or qwen2. tied: the head has the embedding's weights (`head` may still be given, in other numbers).
     bos_id, stop_ids: tokens that begin a text and that end an answer. bos_token, eos_token: what a chat template
     knows by these names. chat_template: its text. rope_scaling: Hugging Face's description of the rope_factors that
-    config has, if there is one.
+    config has, if there is one. warnings: what a user should know whenever the model is used, one line each.
     """
 
     name: str
@@ -36,3 +36,4 @@ class DecoderSource:
     eos_token: str | None
     chat_template: str | None
     rope_scaling: dict[str, Any] | None = None
+    warnings: Sequence[str] = ()

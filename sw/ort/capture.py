@@ -71,7 +71,7 @@ def _open(linears: Linears, threads: int) -> tuple[onnxruntime.InferenceSession,
     model_inputs = {item.name for item in file.inputs}
     names = dict.fromkeys(name for pair in linears.tensors for name in pair)
     outputs = [name for name in names if name not in model_inputs]
-    return exact_session(linears.file.path, file.model, outputs, threads), model_inputs
+    return exact_session(file, file.model, outputs, threads), model_inputs
 
 
 def _batches(linears: Linears, rows: int, limit: int) -> Iterator[list[QuantizedLinear]]:

@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 
 from sw.common.errors import UserError
-from sw.common.text_files import read_json
+from sw.common.text_files import read_json, text_directory
 from sw.graph.file import OnnxFile
 
 DTYPES = {
@@ -18,8 +18,16 @@ DTYPES = {
     "tensor(int32)": np.int32,
 }
 COS_CACHE = 7
+LOGITS_TO_KEEP = ("num_logits_to_keep", "logits_to_keep")
+"""Inputs of exports by transformers 4.45 and later: of how many tokens, from the end, logits are wanted; 0 for all."""
+TOKEN_IDS = "input_ids"
 CACHE_RANK = 4
 """Axes of the tensors that keep the keys or values of past tokens; no other input of a decoder has so many."""
+
+
+def reads_token_ids(file: OnnxFile) -> bool:
+    """Whether a model is fed token ids, which a prompt has. Every other model is fed noise."""
+    return any(item.name == TOKEN_IDS for item in file.inputs)
 
 
 def build_feeds(
@@ -37,12 +45,12 @@ def build_feeds(
     Raises UserError for missing or empty input_ids and for inputs that none of this covers.
     """
     inputs = session.get_inputs()
-    is_decoder = any(item.name == "input_ids" for item in inputs)
+    is_decoder = reads_token_ids(file)
     if is_decoder and not input_ids:
         raise UserError(f"{file.path} reads token ids (input_ids), and none were given")
     ids = np.asarray(input_ids if is_decoder else [], np.int64)[None, :]
     prompt = {
-        "input_ids": ids,
+        TOKEN_IDS: ids,
         "attention_mask": np.ones_like(ids),
         "position_ids": np.arange(ids.shape[1])[None, :],
     }
@@ -54,6 +62,8 @@ def build_feeds(
             raise UserError(f"{file.path}: input {item.name} is {item.type}, which cannot be fed")
         if is_decoder and item.name in prompt:
             values = prompt[item.name]
+        elif is_decoder and item.name in LOGITS_TO_KEEP:
+            values = all_logits(len(item.shape))
         elif is_decoder and len(item.shape) == CACHE_RANK:
             values = np.zeros(empty_cache_shape(file, item.name, item.shape))
         elif np.issubdtype(dtype, np.floating):
@@ -62,6 +72,11 @@ def build_feeds(
             raise UserError(f"{file.path}: input {item.name} ({item.type}) is none that a decoder has")
         feeds[item.name] = values.astype(dtype)
     return feeds
+
+
+def all_logits(axes: int) -> np.ndarray:
+    """The value of an input in LOGITS_TO_KEEP, int64 of one element, that asks for every token's logits."""
+    return np.zeros((1,) * axes, np.int64)
 
 
 def empty_cache_shape(file: OnnxFile, name: str, shape: Sequence[Any]) -> tuple[int, int, int, int]:
@@ -82,7 +97,7 @@ def empty_cache_shape(file: OnnxFile, name: str, shape: Sequence[Any]) -> tuple[
 
 def _configured_head_size(file: OnnxFile) -> int | None:
     for name, keys in (("genai_config.json", ("model", "decoder", "head_size")), ("config.json", ("head_dim",))):
-        value: Any = read_json(file.path.parent / name)
+        value: Any = read_json(text_directory(file.path) / name)
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
         if isinstance(value, int):

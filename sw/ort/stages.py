@@ -148,7 +148,7 @@ def open_stage(file: OnnxFile, stage: Stage, constants: Constants, types: Mappin
         functions=file.model.functions,
     )
     threads = (os.cpu_count() or 1) if constants.elements(stage) >= THREADED_ELEMENTS else 1
-    return StageSession(stage, exact_session(file.path, model, threads=threads), shared)
+    return StageSession(stage, exact_session(file, model, threads=threads), shared)
 
 
 def float_array(value: OrtValue) -> np.ndarray:

@@ -15,7 +15,7 @@ from sw.graph.file import OnnxFile, tensor_type
 from sw.graph.linears import Linears, find_linears
 from sw.ort.cache import KvCache
 from sw.ort.cut import Stage, cut
-from sw.ort.feeds import DTYPES
+from sw.ort.feeds import DTYPES, LOGITS_TO_KEEP, all_logits
 from sw.ort.stages import Constants, StageSession, open_stage
 from sw.runtime.placement import Batch, place
 from sw.runtime.usage import Usage
@@ -55,6 +55,14 @@ class Decoder:
         self.context, self.length = context, 0
         self.usage = Usage()
         self._inputs = {item.name: tensor_type(item) for item in file.inputs}
+        # Cutting the graph takes care that only the logits asked for are computed where a device has the head.
+        self._fixed = {
+            item.name: OrtValue.ortvalue_from_numpy(
+                all_logits(len(item.type.tensor_type.shape.dim)).astype(DTYPES[self._inputs[item.name]])
+            )
+            for item in file.inputs
+            if item.name in LOGITS_TO_KEEP and self._inputs[item.name] in DTYPES
+        }
         outputs = [item.name for item in file.graph.output]
         self._logits = LOGITS if LOGITS in outputs else outputs[0]
         self._cache = KvCache(file, context)
@@ -155,7 +163,7 @@ class Decoder:
             "attention_mask": np.ones((1, total), np.int64),
             "position_ids": np.arange(self.length, total)[None],
         }
-        values = dict(self._cache.feed())
+        values = dict(self._cache.feed()) | self._fixed
         for name, array in feeds.items():
             if name in self._inputs:
                 array = np.ascontiguousarray(array, DTYPES[self._inputs[name]])
@@ -163,7 +171,7 @@ class Decoder:
         return values
 
     def _check_inputs(self) -> None:
-        known = {"input_ids", "attention_mask", "position_ids", *self._cache.inputs}
+        known = {"input_ids", "attention_mask", "position_ids", *LOGITS_TO_KEEP, *self._cache.inputs}
         if "input_ids" not in self._inputs:
             raise UserError(f"{self.path} is no decoder: it has no input input_ids")
         if not self._cache.inputs:

@@ -12,17 +12,20 @@
 Only tokenizer.json must be there.
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from sw.common.errors import UserError, one_line
-from sw.common.text_files import read_json, read_text
+from sw.common.text_files import WARNINGS, read_json, read_text, text_directory
 from sw.text.chat_template import ChatTemplate
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
+"""Values of tokenizer_class whose add_bos_token transformers acts on."""
 INCOMPLETE = "\ufffd"
 """What a tokenizer decodes the first bytes of a character to while the rest is missing."""
 
@@ -35,6 +38,7 @@ class TextFolder:
     tokenizer: text to token ids and back.
     stop_ids: tokens that end an answer, of all files that name some; may be empty.
     context: most tokens of one sequence, the least that a file names; None if none does.
+    warnings: what the user should know, one line each.
     template: the chat template, or None. chat_template.jinja comes before tokenizer_config.json (as in transformers)
         and that before config.json.
 
@@ -50,11 +54,14 @@ class TextFolder:
         files = ("config", "generation_config", "genai_config", "special_tokens_map", "tokenizer_config")
         config, generation, genai, special, tokens = (read_json(self.folder / f"{name}.json") for name in files)
         model = genai.get("model")
+        apply_settings(self.tokenizer, special | tokens, self.folder / "tokenizer_config.json")
         self._config, self._generation, self._tokens = config, generation, special | tokens
         self._genai: dict[str, Any] = model if isinstance(model, dict) else {}
         self._special = {name: text for name in SPECIAL_TOKENS if (text := self._special_token(name)) is not None}
         self.stop_ids = self._stop_ids()
         self.context = self._context()
+        warnings = config.get(WARNINGS)
+        self.warnings = [str(text) for text in warnings] if isinstance(warnings, list) else []
         self.template = self._template()
 
     def prompt_ids(self, prompt: str, system: str | None = None, raw: bool = False) -> list[int]:
@@ -75,7 +82,12 @@ class TextFolder:
         messages = [{"role": "user", "content": prompt}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
-        return encode(self.tokenizer, template.render(messages, self._special), False)
+        ids = encode(self.tokenizer, template.render(messages, self._special), False)
+        if not ids:
+            raise UserError(
+                f"the prompt is empty: the chat template in {template.path} renders nothing (--raw uses none)"
+            )
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         """The text of tokens, without special ones."""
@@ -176,6 +188,17 @@ class TextStream:
         return text[len(shown) :]
 
 
+def open_text(model: Path) -> TextFolder:
+    """The text files of an ONNX file; says on stderr what the user should know about them.
+
+    Raises UserError as TextFolder does.
+    """
+    folder = TextFolder(text_directory(model))
+    for text in folder.warnings:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+    return folder
+
+
 def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a tokenizer.json, without truncation and padding. Raises UserError for a damaged file."""
     try:
@@ -185,6 +208,32 @@ def read_tokenizer(path: Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def apply_settings(tokenizer: Tokenizer, values: Mapping[str, Any], path: Path) -> bool:
+    """Applies what tokenizer_config.json says beside tokenizer.json, as transformers does; whether that changed it.
+
+    add_bos_token decides for Llama's tokenizer classes whether BOS begins a text; for others tokenizer.json does.
+    Raises UserError for settings that would change tokens and are not supported.
+    """
+    if values.get("split_special_tokens"):
+        raise UserError(f"{path}: split_special_tokens is not supported: special tokens in a text are single tokens")
+    if values.get("tokenizer_class") not in LLAMA_CLASSES:
+        return False
+    if values.get("add_eos_token"):
+        raise UserError(f"{path}: add_eos_token is not supported: an answer would follow the end of the text")
+    wanted, text = values.get("add_bos_token"), values.get("bos_token")
+    text = text.get("content") if isinstance(text, dict) else text
+    if not isinstance(wanted, bool) or not isinstance(text, str):
+        return False
+    bos = tokenizer.token_to_id(text)
+    starts = [number for number in encode(tokenizer, "a", True)[:1] if number == bos]
+    if bos is None or wanted == bool(starts):
+        return False
+    pieces = [{"id": "BOS", "ids": [bos], "tokens": [text]}]
+    single = ["BOS", "$A"] if wanted else ["$A"]
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=pieces)
+    return True
 
 
 def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:

@@ -130,7 +130,7 @@ FAULTS = {
         "registers", "at 0xb0000000 instead of 0xa0000000", "copy the app folder"),
     "no module": (lambda fake: fake.remove(BUFFER), "buffer", "no u-dma-buf named", "sudo modprobe u-dma-buf"),
     "small buffer": (lambda fake: fake.put(f"{BUFFER}/size", str(SIZE // 4)),
-        "buffer", "instead of 536,870,912", "cma="),
+        "buffer", "instead of 536,870,912", "the overlay that is loaded has another size than <0x20000000>"),
     "high buffer": (lambda fake: fake.put(f"{BUFFER}/phys_addr", "0x800000000"),
         "buffer", "0x800000000, not below 4 GiB", "dma-mask = <32>"),
     "unaligned buffer": (lambda fake: fake.put(f"{BUFFER}/phys_addr", "0x10000100"),

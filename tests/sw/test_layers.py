@@ -140,6 +140,20 @@ def test_table():
     assert "the prompt's bytes were its token ids" in out
 
 
+def test_noise_is_named(tmp_path, capsys):
+    """A graph without token ids is fed noise, whatever is beside it, and cannot be fed a prompt."""
+    path = float_model(tmp_path / "model.onnx")
+    status, values = document(capsys, path, "--device", "reference", "--tokens", 3)
+    assert (status, values["prompt_source"], values["tokens"]) == (0, "noise", 3)
+    assert all(row["m"] == 3 and row["exact"] for row in values["layers"])
+    assert main([path, "--device", "reference"]) == 0
+    out = capsys.readouterr().out
+    assert "the model reads no token ids (input_ids): its inputs were seeded noise" in out
+    assert "the prompt's bytes" not in out
+    with pytest.raises(UserError, match=r"reads no token ids \(input_ids\), so it cannot be fed a --prompt"):
+        main([path, "--device", "reference", "--prompt", "hello"])
+
+
 def test_json_alone_on_stdout():
     status, out, err = command(SYMMETRIC, "--device", "reference", "--limit", "2", "--json")
     assert status == 0

@@ -267,7 +267,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported, only silu"),
     "window": ({"use_sliding_window": True}, "attention with a sliding window is not supported"),
     "windows": ({"layer_types": ["full_attention", "sliding_attention"]}, "attention with a sliding window"),
-    "yarn": ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rotary scaling 'yarn' is not supported, only llama3"),
+    "yarn": (
+        {"rope_scaling": {"type": "yarn", "factor": 4}},
+        "rotary scaling 'yarn' is not supported, only linear and llama3",
+    ),
     "yarn again": ({"rope_parameters": {"rope_type": "yarn"}}, "rotary scaling 'yarn' is not supported"),
     "llama3": ({"rope_scaling": {"rope_type": "llama3"}}, "factor is a positive number, not null"),
     "frequencies": ({"rope_scaling": ROTARY | {"high_freq_factor": 1}}, "high_freq_factor is above low_freq_factor, 1"),
@@ -291,11 +294,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "stops": ({"eos_token_id": [1, -1]}, "eos_token_id is a token id or a list of them"),
 }
 REFUSED_FORMATS: dict[str, tuple[dict[str, Any], str]] = {
-    "method": ({"quant_method": "gptq"}, 'quantization_config\'s quant_method is awq, not "gptq"'),
-    "no method": ({"quant_method": None}, "quantization_config's quant_method is awq, not null"),
-    "version": ({"version": "gemv"}, 'quantization_config\'s version is gemm, not "gemv"'),
-    "marlin": ({"version": "marlin"}, 'quantization_config\'s version is gemm, not "marlin"'),
-    "exllama": ({"version": "exllama"}, 'quantization_config\'s version is gemm, not "exllama"'),
+    "method": ({"quant_method": "gptq"}, "is quantised by 'gptq', which is not supported (of quantised"),
+    "no method": ({"quant_method": None}, "is quantised by 'None', which is not supported"),
+    "version": ({"version": "gemv"}, "is AutoAWQ's version 'gemv', and only GEMM is read"),
+    "marlin": ({"version": "marlin"}, "is AutoAWQ's version 'marlin', and only GEMM is read"),
+    "exllama": ({"version": "exllama"}, "is AutoAWQ's version 'exllama', and only GEMM is read"),
     "bits": ({"bits": 8}, "quantization_config's bits is 4, not 8"),
     "group": (
         {"group_size": 48},

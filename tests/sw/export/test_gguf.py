@@ -33,7 +33,7 @@ TOKENS = [*BYTES, "ab", "<|im_start|>", "<|im_end|>"]
 
 
 def write_gguf(
-    path: Path, family="llama", kind="Q4_1", tied=True, pre="smollm", changes=None, table="F32"
+    path: Path, family="llama", kind="Q4_1", tied=True, pre="smollm", changes=None, table="F32", tokenizer="gpt2"
 ) -> dict[str, np.ndarray]:
     """A small model with random weights; returns its tensors as gguf itself dequantises them.
 
@@ -49,7 +49,7 @@ def write_gguf(
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(EPSILON)
     writer.add_rope_freq_base(THETA)
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model(tokenizer)
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(TOKENS)
     writer.add_token_types([1] * (len(TOKENS) - 2) + [3, 3])
@@ -275,8 +275,8 @@ BAD = {
     ),
     "no heads": ({"changes": {"llama.attention.head_count_kv": 0}}, "kv_head_count of the model is 0, not a positive"),
     "heads of each layer": (
-        {"changes": {"llama.attention.head_count_kv": [2, 2]}},
-        r"metadata llama.attention.head_count_kv is a whole number, not \[2, 2\]",
+        {"changes": {"llama.attention.head_count_kv": [2, 1]}},
+        r"metadata llama.attention.head_count_kv is a whole number, not \[2, 1\]",
     ),
     "theta": (
         {"changes": {"llama.rope.freq_base": "big"}},

@@ -146,17 +146,17 @@ def test_exported_once(smollm2, monkeypatch):
 def test_model_arguments(tmp_path: Path):
     with pytest.raises(UserError, match="no such model: smolm2"):
         resolve_model("smolm2")
-    with pytest.raises(UserError, match=r"holds 0 \.onnx files"):
+    with pytest.raises(UserError, match=r"holds no model: no \.onnx, \.safetensors or GGUF file"):
         resolve_model(tmp_path)
-    (tmp_path / "a.onnx").touch()
+    (tmp_path / "a.onnx").write_bytes(b"\x08")
     assert resolve_model(tmp_path) == tmp_path / "a.onnx"
     assert resolve_model(tmp_path / "a.onnx") == tmp_path / "a.onnx"
     (tmp_path / "b.onnx").touch()
     with pytest.raises(UserError, match="holds 2"):
         resolve_model(tmp_path)
-    (tmp_path / "model.onnx").touch()
+    (tmp_path / "model.onnx").write_bytes(b"\x08")
     assert resolve_model(str(tmp_path)) == tmp_path / "model.onnx"
-    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "model.safetensors").write_bytes(b"\2" + bytes(7) + b"{}")
     assert resolve_model(tmp_path) == tmp_path / "model.onnx"
     with pytest.raises(UserError, match="is one file of a checkpoint: name its folder"):
         resolve_model(tmp_path / "model.safetensors")
@@ -204,7 +204,7 @@ def test_folders_that_are_not_autoawq(tmp_path, cache):
             None,
             r"in is not quantised: .* no quantization_config \(python -m sw\.quantize quantises float checkpoints\)$",
         ),
-        ({"quant_method": "gptq"}, "quant_method is awq, not"),
+        ({"quant_method": "gptq"}, "is quantised by .gptq., which is not supported"),
     ):
         (source / "config.json").write_text(json.dumps({**QWEN2, "quantization_config": quantization}))
         with pytest.raises(UserError, match=message):
@@ -235,9 +235,14 @@ def test_gguf_file(smollm2, cache, capsys):
 
 
 def test_damaged_gguf_file(tmp_path, cache):
-    (tmp_path / "m.gguf").touch()
-    with pytest.raises(UserError, match="is not a complete GGUF file"):
-        resolve_model(tmp_path / "m.gguf")
+    for content, problem in (
+        (b"GGUF", "is not a complete GGUF file"),
+        (b"", "is empty"),
+        (b"x", "in spite of its name"),
+    ):
+        (tmp_path / "m.gguf").write_bytes(content)
+        with pytest.raises(UserError, match=problem):
+            resolve_model(tmp_path / "m.gguf")
     assert not cache.exists()
 
 

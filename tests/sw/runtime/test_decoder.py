@@ -43,7 +43,7 @@ def hardware(zero_point="fixed", **changes) -> AcceleratorConfig:
 def whole_graph(path: Path, ids=IDS) -> np.ndarray:
     """Logits of all tokens at once, by the model as it is: float32 [M, vocab]."""
     file = OnnxFile(path)
-    session = exact_session(path, OnnxFile(path).model)
+    session = exact_session(file, file.model)
     logits = session.run([session.get_outputs()[0].name], build_feeds(file, session, ids))[0]
     return np.asarray(logits, np.float32)[0]
 
@@ -302,8 +302,8 @@ def test_cache_pairs():
 
 def test_sessions_do_not_spin():
     """Threads of onnxruntime that spin between two calls would take the simulation's processor."""
-    model = onnx.load(DATA / "genai_qwen2_symmetric.onnx")
-    session = exact_session(DATA / "genai_qwen2_symmetric.onnx", model)
+    file = OnnxFile(DATA / "genai_qwen2_symmetric.onnx")
+    session = exact_session(file, file.model)
     assert isinstance(session, onnxruntime.InferenceSession)
     options = session.get_session_options()
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model file is, by its first bytes: names lie (Ollama's blobs have no suffix, downloads have any)."""
+
+from enum import Enum
+from pathlib import Path
+
+from sw.common.errors import UserError, one_line
+
+HEAD_BYTES = 64
+ZIP, PICKLE = b"PK\x03\x04", b"\x80\x02"
+OTHERS: dict[bytes, str] = {
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself: `git lfs pull` fetches it",
+    b"<!doctype html": "a web page, not a model: the download went wrong",
+    b"<html": "a web page, not a model: the download went wrong",
+    b"lmgg": "in GGML's format from before GGUF, which is not read: llama.cpp's convert scripts make a GGUF file",
+    b"tjgg": "in GGML's format from before GGUF, which is not read: llama.cpp's convert scripts make a GGUF file",
+    b"fmgg": "in GGML's format from before GGUF, which is not read: llama.cpp's convert scripts make a GGUF file",
+    ZIP.lower(): "a PyTorch or zip file, which is not read: save the model with safe_serialization=True",
+    PICKLE: "a pickle, which is not read: save the model with safe_serialization=True",
+}
+"""First bytes, lower case -> what people have instead of a model, and what to do."""
+
+
+class Kind(Enum):
+    """Formats of a model in one file."""
+
+    ONNX = "ONNX"
+    GGUF = "GGUF"
+    SAFETENSORS = "safetensors"
+
+
+def file_kind(path: Path) -> Kind:
+    """The format of a file. ONNX has no magic number: it is what nothing else claims, and its reader checks it.
+
+    Raises UserError if the file cannot be read, is empty, or is of a kind that is no model.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)})") from None
+    if not head:
+        raise UserError(f"{path} is empty")
+    if head.startswith(b"GGUF"):
+        return Kind.GGUF
+    # A length of 8 bytes, then the header's JSON object.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
+        return Kind.SAFETENSORS
+    for start, what in OTHERS.items():
+        if head.lower().lstrip().startswith(start):
+            raise UserError(f"{path} is {what}")
+    for suffix, kind in ((".gguf", "GGUF"), (".safetensors", "safetensors")):
+        if path.suffix.lower() == suffix:
+            raise UserError(f"{path} is not a {kind} file in spite of its name: it is damaged or something else")
+    return Kind.ONNX

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where an ONNX file's external data lies, also when the folder holds links into a Hugging Face cache.
+
+ONNX wants external data beside the model or below its folder: anything else could make a model read any file of its
+user. The Hugging Face cache (huggingface_hub, docs "Understand caching") breaks that rule in a known way:
+snapshots/REVISION/ holds links to ../../blobs/HASH, so a model and its data lie in one folder of blobs under other
+names. Such links are followed, and no others.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePath
+
+import onnx
+from onnx import TensorProto, external_data_helper
+
+from sw.common.errors import UserError
+
+LOCATION = "location"
+
+
+def place_external_data(path: Path, model: onnx.ModelProto) -> Path:
+    """The folder that the locations of the model's external data are relative to; locations are rewritten if needed.
+
+    path: the ONNX file. model: what it holds; changed only if its data lies behind links into a Hugging Face cache.
+    Raises UserError for a location that is absolute or goes up, and for a link that leads out of the model's folder
+    and its cache. A file that does not exist is no error here: its reader names the layer.
+    """
+    folder = path.absolute().parent
+    real = folder.resolve()
+    cache = _hub_cache(folder)
+    tensors = list(_external_tensors(model.graph))
+    linked = False
+    for location in {_location(tensor) for tensor in tensors}:
+        name = PurePath(location)
+        if name.is_absolute() or ".." in name.parts:
+            raise UserError(f"{path}: external data file {location} is not beside the model")
+        target = (folder / name).resolve()
+        if not target.is_relative_to(real):
+            if cache is None or not target.is_relative_to(cache / "blobs"):
+                raise UserError(f"{path}: external data file {location} is a link that leaves the model's folder")
+            linked = True
+    if not linked or cache is None:
+        return folder
+    for tensor in tensors:
+        target = (folder / _location(tensor)).resolve()
+        for entry in tensor.external_data:
+            if entry.key == LOCATION:
+                entry.value = target.relative_to(cache).as_posix()
+    return cache
+
+
+def _hub_cache(folder: Path) -> Path | None:
+    """The repository's folder in a Hugging Face cache that a folder of a snapshot belongs to."""
+    for parent in folder.parents:
+        if parent.name == "snapshots":
+            root = parent.parent.resolve()
+            return root if (root / "blobs").is_dir() else None
+    return None
+
+
+def _location(tensor: TensorProto) -> str:
+    return next((entry.value for entry in tensor.external_data if entry.key == LOCATION), "")
+
+
+def _external_tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
+    yield from filter(external_data_helper.uses_external_data, graph.initializer)
+    yield from external_inside(graph.node)
+
+
+def external_inside(nodes: Iterable[onnx.NodeProto]) -> Iterator[TensorProto]:
+    """The tensors with external data that nodes carry as attributes or in their subgraphs."""
+    for node in nodes:
+        for attribute in node.attribute:
+            tensors = [attribute.t, *attribute.tensors]
+            for graph in [attribute.g, *attribute.graphs]:
+                tensors += graph.initializer
+                yield from external_inside(graph.node)
+            yield from filter(external_data_helper.uses_external_data, tensors)
