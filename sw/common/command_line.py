@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every command line needs, on a machine with numpy alone too."""
 
-from hw.spec.cli import Parser
+import argparse
+from typing import NoReturn
+
 from sw.common.errors import UserError
 
-__all__ = ["Parser", "check_positive"]
+
+class Parser(argparse.ArgumentParser):
+    """Reports wrong options like every other user error: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
 def check_positive(value: int | None, option: str) -> None:
