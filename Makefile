@@ -5,6 +5,7 @@ PYTHON ?= python3
 SIM    ?= verilator
 TILE   ?=
 BOARD  ?= kv260
+BENCH  ?=
 PROMPT ?= What is the capital of France?
 
 VENV   := .venv
@@ -17,15 +18,16 @@ MODEL  := $(BIN)/python -c 'import tomllib; print(tomllib.load(open("pyproject.t
 EXTRAS := build,sim,sw,dev
 
 # In the environment, where no quote in it can end the shell's.
-export PROMPT
+export PROMPT BENCH
 
 .DEFAULT_GOAL := help
-.PHONY: venv demo test test-full sim bitstream ip resources lint bench clean help
+.PHONY: venv demo test test-full sim wave bitstream ip resources lint bench clean help
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  TILE=4, 8, 16 or 32     array size of demo and sim (default: 16 for demo, each bench's own for sim)"
+	@echo "  BENCH=tb_fifo           bench of wave; SEED=1 repeats a run"
 	@echo "  PROMPT=\"...\"            what demo's model is asked"
 	@echo "  BOARD=kv260 or ulx3s    board of bitstream (default: kv260)"
 	@echo "  SIM=verilator,icarus    simulators of sim (default: verilator)"
@@ -64,6 +66,9 @@ test-full: $(STAMP)  ## The same with the long sweeps
 
 sim: $(STAMP)  ## Verify the hardware with cocotb; prints a table of what passed
 	@$(RUN) -m sim.run --sim $(SIM) $(if $(TILE),--tile $(TILE))
+
+wave: $(STAMP)  ## Run the bench BENCH and keep its waveform, with a GTKWave save file
+	@$(RUN) -m sim.wave "$$BENCH" $(if $(TILE),--tile $(TILE)) $(if $(SEED),--seed $(SEED))
 
 bitstream: $(STAMP)  ## Build the bitstream of BOARD: kv260 (Vivado) or ulx3s (open tools)
 ifeq ($(BOARD),kv260)
