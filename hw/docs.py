@@ -209,7 +209,9 @@ def files() -> dict[Path, str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m hw.docs", description="Write docs/README.md, the SVD and the C header.")
+    parser = argparse.ArgumentParser(
+        prog="python -m hw.docs", description="Write what docs/ has of registers and descriptor."
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is not up to date")
     check = parser.parse_args(arguments).check
     old = {path: text for path, text in files().items() if not path.exists() or path.read_text() != text}

@@ -222,7 +222,9 @@ def _simulator(
         verilog_sources=[str(WAIVERS), str(verilog)] if simulator == "verilator" else [str(verilog)],
         python_search=[str(ROOT)],
         timescale=TIMESCALE,
-        **(dict(compile_args=_verilator_args(bench), make_args=VERILATOR_MAKE_ARGS) if simulator == "verilator" else {}),
+        **(
+            dict(compile_args=_verilator_args(bench), make_args=VERILATOR_MAKE_ARGS) if simulator == "verilator" else {}
+        ),
         **options,
     )
 

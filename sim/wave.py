@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m sim.wave BENCH``: run one bench and keep its waveform, with a GTKWave save file that shows its streams."""
+"""``python -m sim.wave BENCH``: run a bench and keep its waveform, with a GTKWave save file of its streams."""
 
 import argparse
 import secrets
@@ -40,7 +40,7 @@ def choose(benches: Sequence[Bench], name: str, tile: int | None = None) -> Benc
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0 if the bench passed, 1 if it failed, 2 if it could not be run."""
     parser = argparse.ArgumentParser("python -m sim.wave", description="The waveform of one bench, by Verilator.")
-    parser.add_argument("bench", help="a name as `python -m sim.run --list` prints it, or a part of it, such as tb_fifo")
+    parser.add_argument("bench", help="a name that `python -m sim.run --list` prints, or a part of it: tb_fifo")
     parser.add_argument("--tile", type=int, help="array size, if the bench has one")
     parser.add_argument("--seed", type=int, help="base seed of an earlier run, to repeat it")
     parser.add_argument("--out", type=Path, default=OUT, help="folder to write to (default: build/wave)")

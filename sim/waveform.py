@@ -99,7 +99,7 @@ def _stream_groups(scope: Scope, found: Sequence[Stream], closed: bool = False) 
 
 
 def save_file(vcd: Path) -> str:
-    """The text of a .gtkw file: clock and reset, the block's streams, its other ports, and its parts' streams closed."""
+    """The text of a .gtkw file: clock, reset, the block's streams and other ports, and its parts' streams, folded."""
     root, top, *inner = read_scopes(vcd)
     assert root.path == (_ROOT,) and len(top.path) == 1, "not a waveform of Verilator"
     ports = {variable.name for variable in root.variables}

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m sw.figures``: writes the figures of docs/figures.json into README.md and docs/. ``--check`` only compares.
+"""``python -m sw.figures``: writes the figures of docs/figures.json into README.md and docs/.
 
-``--take SECTION=FILE`` first replaces a section of docs/figures.json by the JSON that its command printed.
+``--check`` only compares. ``--take SECTION=FILE`` first replaces a section of docs/figures.json by the JSON that its
+command printed.
 """
 
 import argparse

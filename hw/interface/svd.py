@@ -67,7 +67,8 @@ def _add_field(parent: ET.Element, field: Field, choices: tuple[_Choice, ...]) -
     if choices:
         values = ET.SubElement(element, "enumeratedValues")
         for choice in choices:
-            _add(ET.SubElement(values, "enumeratedValue"), name=choice.name, description=choice.text, value=choice.value)
+            value = ET.SubElement(values, "enumeratedValue")
+            _add(value, name=choice.name, description=choice.text, value=choice.value)
 
 
 def _add_register(parent: ET.Element, register: Register) -> None:

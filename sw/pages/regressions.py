@@ -33,7 +33,7 @@ def _cycles(figures: Any) -> Iterator[tuple[str, float]]:
 
 
 def _is_count(name: str) -> bool:
-    return name == "cycles" or name.startswith("cycles_") and not name.endswith("second")
+    return name == "cycles" or (name.startswith("cycles_") and not name.endswith("second"))
 
 
 def compare(sections: Sections, report: dict[str, Any]) -> tuple[list[str], list[str]]:

@@ -41,7 +41,9 @@ def _text(value: Any, indent: str = "") -> str:
     if not any(isinstance(item, dict | list) for item in inner):
         return json.dumps(value, ensure_ascii=False)
     deeper = indent + "  "
-    keys = [json.dumps(key, ensure_ascii=False) + ": " for key in value] if isinstance(value, dict) else [""] * len(inner)
+    keys = [""] * len(inner)
+    if isinstance(value, dict):
+        keys = [json.dumps(key, ensure_ascii=False) + ": " for key in value]
     parts = [f"{deeper}{key}{_text(item, deeper)}" for key, item in zip(keys, inner, strict=True)]
     start, end = "{}" if isinstance(value, dict) else "[]"
     return "\n".join([start, ",\n".join(parts), indent + end])

@@ -16,7 +16,7 @@ from hw.spec.descriptor import DESCRIPTOR_WORDS, FIELD_WIDTHS, Descriptor
 from hw.spec.layout import LayerLayout
 from hw.spec.registers import REGISTERS, Access, ErrorCode
 
-SCHEMA = Path(cmsis_svd.__file__).parent / "schemas" / "CMSIS-SVD_1_3_10.xsd"
+SCHEMA = Path(str(cmsis_svd.__file__)).parent / "schemas" / "CMSIS-SVD_1_3_10.xsd"
 COMPILERS = (("gcc", "c", "-std=c99"), ("g++", "c++", "-std=c++11"))
 EXAMPLE = Descriptor.from_layer(
     LayerLayout(AcceleratorConfig(), k=896, n=1150, group_size=128),
@@ -127,6 +127,7 @@ def test_header_packs_a_descriptor(compiler: tuple[str, str, str], tmp_path: Pat
     for name, value in too_large.items():
         lines += [f"d.{name} = {value}u;", 'printf("%d\\n", gristmill_pack(&d, words));']
         lines += [f"d.{name} = {int(getattr(EXAMPLE, name))}u;"]
-    lines += ['for (index = 0; index < GRISTMILL_DESCRIPTOR_WORDS; index++) printf("%lu\\n", (unsigned long)words[index]);']
+    lines += ["for (index = 0; index < GRISTMILL_DESCRIPTOR_WORDS; index++)"]
+    lines += ['    printf("%lu\\n", (unsigned long)words[index]);']
     found = run(tmp_path, compiler, lines)
     assert found == [0, *[-1] * len(too_large), *EXAMPLE.to_words()]

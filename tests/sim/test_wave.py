@@ -102,7 +102,7 @@ def test_choose():
     assert wave.choose(BENCHES, "tb_core") is first
     assert wave.choose(BENCHES, "tb_core and tile=32 and not speed").params["tile"] == 32
     assert wave.choose(BENCHES, "tb_pe", tile=8).params["tile"] == 8
-    with pytest.raises(SetupError, match="matches several benches: tb_array, tb_"):
+    with pytest.raises(SetupError, match="matches several benches: tb_"):
         wave.choose(BENCHES, "a")
     with pytest.raises(SetupError, match="No bench matches"):
         wave.choose(BENCHES, "nonsense")
