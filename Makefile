@@ -28,6 +28,7 @@ help:  ## Show this list
 	@echo
 	@echo "  TILE=4, 8, 16 or 32     array size of demo and sim (default: 16 for demo, each bench's own for sim)"
 	@echo "  BENCH=tb_fifo           bench of wave; SEED=1 repeats a run"
+	@echo "  CHECK=1                 bench fails if simulated cycles are more than docs/figures.json says"
 	@echo "  PROMPT=\"...\"            what demo's model is asked"
 	@echo "  BOARD=kv260 or ulx3s    board of bitstream (default: kv260)"
 	@echo "  SIM=verilator,icarus    simulators of sim (default: verilator)"
@@ -93,7 +94,7 @@ lint: $(STAMP)  ## Check style and types
 	@echo "lint: ruff and pyright find nothing"
 
 bench: $(STAMP)  ## Measure cycles, bus use and simulation speed
-	@$(RUN) -m sw.bench
+	@$(RUN) -m sw.bench $(if $(CHECK),--check)
 
 clean:  ## Remove everything that was built (.venv stays)
 	@rm -rf build dist .pytest_cache .ruff_cache
