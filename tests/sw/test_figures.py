@@ -45,6 +45,13 @@ def test_every_table_and_section_is_used():
     assert set(load()) == used | (set(TABLES) - set(tables)) | set().union(*tables.values())
 
 
+def test_sample_of_the_ulx3s_is_the_figure():
+    """The line of the serial port stands in a code block, where no marker can be."""
+    simulated = load()["ulx3s_simulated"]["figures"]["tile_4"]
+    line = f"{simulated['results']} results, 0 wrong, {simulated['cycles']} cycles: pass"
+    assert line in (store.ROOT / "docs" / "ulx3s.md").read_text()
+
+
 def project(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the pages and of the file, which the command works on."""
     (folder / "docs").mkdir()
