@@ -5,6 +5,9 @@ PYTHON ?= python3
 SIM    ?= verilator
 TILE   ?=
 BOARD  ?= kv260
+BENCH  ?=
+SEED   ?=
+CHECK  ?=
 PROMPT ?= What is the capital of France?
 
 VENV   := .venv
@@ -17,15 +20,17 @@ MODEL  := $(BIN)/python -c 'import tomllib; print(tomllib.load(open("pyproject.t
 EXTRAS := build,sim,sw,dev
 
 # In the environment, where no quote in it can end the shell's.
-export PROMPT
+export PROMPT BENCH
 
 .DEFAULT_GOAL := help
-.PHONY: variables venv demo test test-full sim bitstream ip resources lint bench clean help
+.PHONY: variables venv demo test test-full sim wave bitstream ip resources lint bench clean help
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  TILE=4, 8, 16 or 32     array size of demo and sim (default: 16 for demo, each bench's own for sim)"
+	@echo "  BENCH=tb_fifo           bench of wave; SEED=1 repeats a run"
+	@echo "  CHECK=1                 bench fails if simulated cycles are more than docs/figures.json says"
 	@echo "  PROMPT=\"...\"            what demo's model is asked"
 	@echo "  BOARD=kv260 or ulx3s    board of bitstream (default: kv260); ip and resources are for kv260"
 	@echo "  SIM=verilator,icarus    simulators of sim (default: verilator)"
@@ -48,6 +53,8 @@ variables $(STAMP): export PYTHON := $(PYTHON)
 variables: export TILE := $(TILE)
 variables: export SIM := $(SIM)
 variables: export BOARD := $(BOARD)
+variables: export SEED := $(SEED)
+variables: export CHECK := $(CHECK)
 variables: export GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
 variables:
 	$(if $(OLD_PYTHON),,$(CHECK_PYTHON))
@@ -83,6 +90,9 @@ test-full: $(STAMP)  ## The same with the long sweeps
 sim: $(STAMP)  ## Verify the hardware with cocotb; prints a table of what passed
 	@$(RUN) -m sim.run --sim "$(SIM)" $(if $(TILE),--tile $(TILE))
 
+wave: $(STAMP)  ## Run the bench BENCH and keep its waveform, with a GTKWave save file
+	@$(RUN) -m sim.wave "$$BENCH" $(if $(TILE),--tile $(TILE)) $(if $(SEED),--seed $(SEED))
+
 bitstream: $(STAMP)  ## Build the bitstream of BOARD: kv260 (Vivado) or ulx3s (open tools)
 ifeq ($(BOARD),kv260)
 	@$(RUN) -m hw.vivado bitstream --zero-point fixed $(if $(TILE),--tile $(TILE))
@@ -106,7 +116,7 @@ lint: $(STAMP)  ## Check style and types
 	@echo "lint: ruff and pyright find nothing"
 
 bench: $(STAMP)  ## Measure cycles, bus use and simulation speed
-	@$(RUN) -m sw.bench
+	@$(RUN) -m sw.bench $(if $(CHECK),--check)
 
 clean:  ## Remove everything that was built (.venv stays)
 	@rm -rf build dist .pytest_cache .ruff_cache

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m hw.docs``: writes docs/README.md, the page from which a driver is written. ``--check`` only compares."""
+"""``python -m hw.docs``: writes what a driver is written from. ``--check`` only compares.
+
+docs/README.md is the page for people; docs/gristmill.svd and docs/gristmill.h are the register map for other tools and
+for C.
+"""
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,6 +13,8 @@ from string import Template
 from amaranth.hdl import Shape
 from amaranth.lib.wiring import Out
 
+from hw.interface.c_header import c_header
+from hw.interface.svd import svd
 from hw.rtl.control.register_bank import CONTROL_ADDRESS_BITS
 from hw.rtl.memory.axi import AxiSignature, lite_signature, memory_signature
 from hw.spec.cli import Parser, run_cli
@@ -196,17 +202,23 @@ def page() -> str:
     return Template(TEMPLATE.read_text()).substitute(values)
 
 
+def files() -> dict[Path, str]:
+    """Path and text of everything that is generated."""
+    return {PAGE: page(), PAGE.with_name("gristmill.svd"): svd(), PAGE.with_name("gristmill.h"): c_header()}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = Parser(prog="python -m hw.docs", description="Write docs/README.md.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page is not up to date")
+    parser = Parser(prog="python -m hw.docs", description="Write what docs/ has of registers and descriptor.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is not up to date")
     check = parser.parse_args(arguments).check
-    text = page()
-    if not check:
-        PAGE.write_text(text)
-    elif not PAGE.exists() or PAGE.read_text() != text:
-        print("error: docs/README.md is not up to date; run python -m hw.docs", file=sys.stderr)
-        return 1
+    old = {path: text for path, text in files().items() if not path.exists() or path.read_text() != text}
+    if check:
+        for path in old:
+            print(f"error: docs/{path.name} is not up to date; run python -m hw.docs", file=sys.stderr)
+        return 1 if old else 0
+    for path, text in old.items():
+        path.write_text(text)
     return 0
 
 

@@ -6,7 +6,6 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 
 from hw.flows.blocks import BLOCKS
 from hw.flows.command_line import add_config_options
@@ -16,7 +15,6 @@ from hw.spec.cli import Parser, run_cli
 from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.parts import BOARDS, TARGETS, Part
 
-_TILES = (4, 8, 16, 32)
 _NOTE = "yosys's mapping, an estimate: not placed, not routed, no Vivado"
 
 
@@ -85,51 +83,21 @@ def text_table(config: AcceleratorConfig, board: str, blocks: Mapping[str, Count
     return "\n".join(line.rstrip() for line in lines)
 
 
-def markdown(measured: Mapping[int, Mapping[str, Counter]], part: Part) -> str:
-    """The tables of docs/resources.md, from the blocks by tile: all totals, then each tile block by block."""
-    rule = "|---|" + "---:|" * len(RESOURCES)
-    lines = ["| tile | " + " | ".join(RESOURCES) + " |", rule]
-    for tile, blocks in measured.items():
-        sums = total(blocks)
-        share = percentages(sums, part)
-        cells = (f"{sums[kind]:,.10g}" + (f" ({share[kind]:.1f} %)" if kind in share else "") for kind in RESOURCES)
-        lines.append(f"| {tile} | " + " | ".join(cells) + " |")
-    for tile, blocks in measured.items():
-        lines += ["", f"Tile {tile}, block by block:", "", "| block | " + " | ".join(RESOURCES) + " |", rule]
-        for name, counts in sorted(blocks.items(), key=lambda item: (-item[1]["LUT"], item[0])):
-            cells = (f"{counts[kind]:,.10g}" if counts[kind] else "" for kind in RESOURCES)
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _measure_all(config: AcceleratorConfig, board: str) -> dict[int, dict[str, Counter]]:
-    measured = {}
-    for tile in _TILES:
-        print(f"tile {tile} ...", file=sys.stderr)
-        measured[tile] = measure(replace(config, tile=tile), board)
-    return measured
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m hw.resources", description="How much of a board's part an accelerator takes.")
     add_config_options(parser)
     parser.add_argument("--board", default="kv260", help=f"one of {', '.join(BOARDS)} (default: kv260)")
     parser.add_argument("--top", default="accelerator", help="this block alone (default: the accelerator)")
-    output = parser.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    output.add_argument("--table", action="store_true", help="the Markdown tables of docs/resources.md, for all tiles")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 1 if the part is too small."""
     options = vars(_parser().parse_args(arguments))
-    board, block, as_json, as_table = (options.pop(name) for name in ("board", "top", "json", "table"))
+    board, block, as_json = (options.pop(name) for name in ("board", "top", "json"))
     try:
         config = AcceleratorConfig(**options)
-        if as_table:
-            print(markdown(_measure_all(config, board), BOARDS[board]))
-            return 0
         blocks = measure(config, board, block)
     except (ConfigError, LowerError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

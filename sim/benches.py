@@ -28,6 +28,8 @@ class Bench:
         Wall-clock seconds after which a simulation counts as hung.
     verilog : Path, optional
         Verilog file to use instead of what ``hw.build`` generates; its top module is `top`.
+    trace : Path, optional
+        Waveform (VCD) to write; Verilator only. See `sim.wave`.
     """
 
     module: str
@@ -37,6 +39,7 @@ class Bench:
     full: bool = False
     timeout: int = 600
     verilog: Path | None = None
+    trace: Path | None = None
 
     @property
     def parameters(self) -> str:

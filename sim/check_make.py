@@ -17,8 +17,8 @@ from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.parts import BOARDS, SELFTEST_BOARDS
 from sim.harness import SIMULATORS, SetupError, check_path
 
-ROOT = Path(__file__).resolve().parent
-NAMES = ("TILE", "SIM", "BOARD", "PROMPT", "PYTHON")
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = ("TILE", "SIM", "BOARD", "PROMPT", "PYTHON", "BENCH", "SEED", "CHECK")
 """Every variable of the Makefile that a user may set; the Makefile itself looks for PYTHON."""
 Check = Callable[[Mapping[str, str]], None]
 
@@ -64,9 +64,29 @@ def prompt(values: Mapping[str, str]) -> None:
         raise UserError('PROMPT is empty; ask something with PROMPT="..."')
 
 
+def bench(values: Mapping[str, str]) -> None:
+    """The name of a bench, or a part of it; sim.wave finds it among the benches."""
+    if not values["BENCH"]:
+        raise UserError("BENCH is empty; name a bench with BENCH=tb_fifo (python -m sim.run --list prints all)")
+
+
+def seed(values: Mapping[str, str]) -> None:
+    """A whole number from 0; none is a new one for each run."""
+    if values["SEED"] and not (values["SEED"].isascii() and values["SEED"].isdecimal()):
+        raise UserError(f"SEED is a whole number from 0, not {values['SEED']!r}")
+
+
+def compare(values: Mapping[str, str]) -> None:
+    """1 or nothing."""
+    if values["CHECK"] not in ("", "1"):
+        raise UserError(f"CHECK is 1 or nothing, not {values['CHECK']!r}")
+
+
 TARGETS: dict[str, dict[str, Check]] = {
     "demo": {"TILE": tile, "PROMPT": prompt},
     "sim": {"TILE": tile, "SIM": simulators},
+    "wave": {"TILE": tile, "SEED": seed, "BENCH": bench},
+    "bench": {"CHECK": compare},
     "bitstream": {"BOARD": board((*BOARDS, *SELFTEST_BOARDS)), "TILE": tile},
     "ip": {"BOARD": board(BOARDS), "TILE": tile},
     "resources": {"BOARD": board(BOARDS), "TILE": tile},

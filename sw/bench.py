@@ -12,9 +12,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -29,8 +30,11 @@ from hw.spec.numerics.linear import Weights
 from sw.bench_decoder import measure_host, measure_qwen
 from sw.common.errors import UserError, run_cli
 from sw.console.bench_report import print_tables
+from sw.console.options import Parser
 from sw.devices.base import Completion, LinearJob, result_bytes
 from sw.devices.rtl import RtlDevice
+from sw.pages.regressions import compare
+from sw.pages.store import load, save, take
 
 REPORT = Path("build/bench.json")
 QWEN = {"qkv": (896, 1152), "o": (896, 896), "gate+up": (896, 9728), "down": (4864, 896)}
@@ -39,6 +43,10 @@ QWEN_LAYERS = 24
 HEAD = (2 * 896, 151_936)
 """Its lm_head as int8: two planes of 4 bits along K, see docs/numerics.md."""
 MEMORIES = ("ideal", "kv260-2400", "kv260-2133")
+GEMM = (64, 768, 3072)
+"""M, K and N of the tiled matrix multiplication of arXiv 2503.16731, which runs on a KV260, too."""
+GEMM_HZ = 100e6
+"""That design's clock."""
 ROW = 8
 """Layers that are measured in a row."""
 LONG = 1_000_000
@@ -134,6 +142,22 @@ def measure_layer(bench: Bench, shape: Shape) -> dict:
     }
 
 
+def measure_gemm(memory: str, tile: int) -> dict:
+    """GEMM as one layer, int4 weights times activations of 16 bits; GFLOPS are 2 M K N per second at GEMM_HZ."""
+    tokens, k, n = GEMM
+    with (bench := Bench(AcceleratorConfig(tile=tile, max_tokens=tokens, max_k=1024), memory)).device:
+        (alone,), _ = bench.run([bench.job("gemm", fit_layer(bench.device.config, k, n, 128), tokens)])
+    return {
+        "memory": memory,
+        "tile": tile,
+        "m": tokens,
+        "k": k,
+        "n": n,
+        "cycles": alone.cycles,
+        "gflops": 2 * tokens * k * n / alone.cycles * GEMM_HZ / 1e9,
+    }
+
+
 def measure_token(bench: Bench) -> dict:
     """All linear layers of one token of Qwen2.5-0.5B, one behind the other; every layer has weights of its own."""
     config = bench.device.config
@@ -164,8 +188,8 @@ def measure_token(bench: Bench) -> dict:
     }
 
 
-def measure_tools() -> dict:
-    """Seconds of hw.build at tile 16 and 32, and of packing 0.36 G weights, those of Qwen2.5-0.5B's 24 layers."""
+def time_builds() -> dict[str, float]:
+    """Seconds of hw.build at tile 16 and 32."""
     figures = {}
     for tile in (16, 32):
         with tempfile.TemporaryDirectory() as folder:
@@ -177,6 +201,11 @@ def measure_tools() -> dict:
                 timeout=600,
             )
             figures[f"hw_build_tile_{tile}_seconds"] = time.perf_counter() - start
+    return figures
+
+
+def time_packing() -> dict[str, float]:
+    """Seconds of packing 0.36 G weights, those of Qwen2.5-0.5B's 24 layers."""
     config = AcceleratorConfig()
     rng = np.random.default_rng(1)
     seconds = 0.0
@@ -188,8 +217,7 @@ def measure_tools() -> dict:
         start = time.perf_counter()
         pack(layout, weights)
         seconds += time.perf_counter() - start
-    figures["pack_qwen_layers_seconds"] = QWEN_LAYERS * seconds
-    return figures
+    return {"pack_qwen_layers_seconds": QWEN_LAYERS * seconds}
 
 
 def shapes(tile: int) -> Iterable[Shape]:
@@ -203,31 +231,87 @@ def shapes(tile: int) -> Iterable[Shape]:
     yield Shape("qkv", 16, *QWEN["qkv"])
 
 
-def measure(status: Console) -> dict:
-    """Everything, as one JSON-ready dictionary."""
-    layers, tokens = [], []
+def measure_layers(status: Console) -> list[dict]:
+    """Single layers on every array and memory."""
+    rows = []
     for tile, memories in ((16, MEMORIES), (32, MEMORIES[:1])):
         for memory in memories:
-            status.print(f"simulating tile {tile}, memory {memory} ...")
-            bench = Bench(AcceleratorConfig(tile=tile), memory)
-            with bench.device:
-                layers += [measure_layer(bench, shape) for shape in shapes(tile)]
-                if tile == 16:
-                    tokens.append(measure_token(bench))
+            status.print(f"simulating layers, tile {tile}, memory {memory} ...")
+            with (bench := Bench(AcceleratorConfig(tile=tile), memory)).device:
+                rows += [measure_layer(bench, shape) for shape in shapes(tile)]
+    return rows
+
+
+def measure_gemms(status: Console) -> list[dict]:
+    """GEMM on both arrays, and on the memory of a board that it was measured on."""
+    rows = []
+    for tile in (16, 32):
+        for memory in MEMORIES[:2]:
+            status.print(f"simulating a GEMM, tile {tile}, memory {memory} ...")
+            rows.append(measure_gemm(memory, tile))
+    return rows
+
+
+def measure_tokens(status: Console) -> list[dict]:
+    """A token on every memory."""
+    rows = []
+    for memory in MEMORIES:
+        status.print(f"simulating a token, memory {memory} ...")
+        with (bench := Bench(AcceleratorConfig(), memory)).device:
+            rows.append(measure_token(bench))
+    return rows
+
+
+def measure_decoders(status: Console) -> dict:
+    """Whole models."""
     status.print("running whole models ...")
-    decoders = {"host": measure_host(), "qwen": measure_qwen()}
+    return {"host": measure_host(), "qwen": measure_qwen()}
+
+
+def measure_tools(status: Console) -> dict:
+    """How long the tools take."""
     status.print("timing the tools ...")
-    return {"layers": layers, "tokens": tokens, "decoders": decoders, "tools": measure_tools()}
+    return {**time_builds(), **time_packing()}
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m sw.bench", description="Benchmarks; simulated cycles are exact.")
+PARTS: dict[str, Callable[[Console], Any]] = {
+    "layers": measure_layers,
+    "gemm": measure_gemms,
+    "tokens": measure_tokens,
+    "decoders": measure_decoders,
+    "tools": measure_tools,
+}
+"""What the benchmarks measure, by name, in order."""
+
+
+def _parts(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in PARTS]:
+        raise argparse.ArgumentTypeError(f"there are {', '.join(PARTS)}, not {unknown[0]!r}")
+    return [name for name in PARTS if name in names]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m sw.bench", description="Benchmarks; simulated cycles are exact.")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--only", type=_parts, default=list(PARTS), metavar="PARTS", help=f"some of {','.join(PARTS)} (default: all)"
+    )
+    against = parser.add_mutually_exclusive_group()
+    against.add_argument(
+        "--check", action="store_true", help="fail if simulated cycles are more than docs/figures.json says"
+    )
+    against.add_argument("--update", action="store_true", help="write what was measured into docs/figures.json")
+    return parser
+
+
+def main() -> int:
+    """The command line; returns the exit code: 0, or 1 if --check finds more cycles."""
+    options = _parser().parse_args()
     if not Path("hw").is_dir():
         raise UserError("the benchmarks run from the project's own folder")
-    report = measure(Console(stderr=True))
+    status = Console(stderr=True)
+    report = {name: PARTS[name](status) for name in options.only}
     REPORT.parent.mkdir(exist_ok=True)
     REPORT.write_text(json.dumps(report, indent=2) + "\n")
     if options.json:
@@ -235,6 +319,29 @@ def main() -> None:
     else:
         print_tables(report)
         print(f"the same as JSON: {REPORT}")
+    if options.update:
+        update(report)
+    return int(options.check and not check(report))
+
+
+def update(report: dict) -> None:
+    """Writes the parts that are quoted into docs/figures.json."""
+    sections = load()
+    for name in report:
+        if name in sections:
+            take(sections, name, report[name])
+    save(sections)
+    print("docs/figures.json is written; python -m sw.figures writes the pages", file=sys.stderr)
+
+
+def check(report: dict) -> bool:
+    """Whether no count of simulated cycles is more than docs/figures.json says; prints what differs."""
+    worse, better = compare(load(), report)
+    for line in worse:
+        print(f"error: {line}", file=sys.stderr)
+    for line in better:
+        print(f"better: {line}; run python -m sw.bench --update", file=sys.stderr)
+    return not worse
 
 
 if __name__ == "__main__":

@@ -86,7 +86,10 @@ def sources() -> list[Path]:
     """Every source file that a person wrote."""
     suffixes = {".py", ".v", ".vlt", ".cpp", ".cc", ".h", ".hpp", ".sh", ".tcl", ".xdc", ".lpf", ".toml"}
     files = [
-        p for folder in (*ORDER, "tests", "constraints") for p in (ROOT / folder).rglob("*") if p.suffix in suffixes
+        p
+        for folder in (*ORDER, "tests", "constraints", "examples")
+        for p in (ROOT / folder).rglob("*")
+        if p.suffix in suffixes
     ]
     return sorted(files) + [ROOT / "pyproject.toml", ROOT / "Makefile", ROOT / ".ci" / "run"]
 

@@ -24,15 +24,25 @@ def test_page_is_up_to_date(capsys: pytest.CaptureFixture[str]):
 def test_check_finds_an_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     page = tmp_path / "README.md"
     monkeypatch.setattr(docs, "PAGE", page)
-    for text in (None, docs.page() + "\n"):
-        if text is not None:
-            page.write_text(text)
-        assert docs.main(["--check"]) == 1
-        assert capsys.readouterr() == ("", "error: docs/README.md is not up to date; run python -m hw.docs\n")
-        assert (page.read_text() if page.exists() else None) == text
+    names = ("README.md", "gristmill.svd", "gristmill.h")
+
+    def complaints(*names: str) -> str:
+        return "".join(f"error: docs/{name} is not up to date; run python -m hw.docs\n" for name in names)
+
+    assert docs.main(["--check"]) == 1
+    assert capsys.readouterr() == ("", complaints(*names))
+    assert list(tmp_path.iterdir()) == []
     assert docs.main([]) == 0
     assert page.read_text() == docs.page()
     assert docs.main(["--check"]) == 0
+    for name in names:
+        path = tmp_path / name
+        good = path.read_text()
+        path.write_text(good + "\n")
+        assert docs.main(["--check"]) == 1
+        assert capsys.readouterr() == ("", complaints(name))
+        assert path.read_text() == good + "\n"
+        path.write_text(good)
 
 
 def test_everything_is_listed():

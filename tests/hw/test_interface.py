@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The register map as SVD and as C header: valid, complete, and the same as hw.spec says."""
+
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+
+import cmsis_svd
+import pytest
+from lxml import etree
+
+from hw.interface.c_header import c_header
+from hw.interface.svd import svd
+from hw.spec.config import AcceleratorConfig
+from hw.spec.control.descriptor import DESCRIPTOR_WORDS, FIELD_WIDTHS, Descriptor
+from hw.spec.control.registers import REGISTERS, Access, ErrorCode
+from hw.spec.memory.geometry import LayerLayout
+
+SCHEMA = Path(str(cmsis_svd.__file__)).parent / "schemas" / "CMSIS-SVD_1_3_10.xsd"
+COMPILERS = (("gcc", "c", "-std=c99"), ("g++", "c++", "-std=c++11"))
+EXAMPLE = Descriptor.from_layer(
+    LayerLayout(AcceleratorConfig(), k=896, n=1150, group_size=128),
+    2,
+    activations=0x21_1000_0080,
+    results=0x32_1001_0000,
+    weights=0x13_2000_0000,
+    reuse=True,
+    interrupt=True,
+)
+
+
+@pytest.fixture(scope="module")
+def tree():
+    """The SVD, valid by CMSIS' own schema."""
+    parsed = etree.fromstring(svd().encode())
+    etree.XMLSchema(etree.parse(str(SCHEMA))).assertValid(parsed)
+    return parsed
+
+
+def test_schema_refuses_another_order(tree):
+    """The order of elements is what is easily wrong, and the schema knows it."""
+    changed = etree.fromstring(svd().encode())
+    register = changed.find(".//register")
+    register.append(register.find("name"))
+    schema = etree.XMLSchema(etree.parse(str(SCHEMA)))
+    assert not schema.validate(changed)
+
+
+def test_svd_has_every_word_once(tree):
+    found = {}
+    for register in tree.iterfind(".//register"):
+        count = int(register.findtext("dim", "1"))
+        for index in range(count):
+            offset = int(register.findtext("addressOffset"), 16) + index * int(register.findtext("dimIncrement", "0"))
+            assert offset not in found
+            found[offset] = register.findtext("name").replace("[%s]", "")
+    expected = {}
+    for register in REGISTERS:
+        halves = ("_low", "_high") if register.wide else ("",)
+        names = [register.name + half for _ in range(register.words) for half in halves]
+        expected |= {register.offset + 4 * index: name for index, name in enumerate(names)}
+    assert found == expected
+
+
+def test_svd_fields_resets_and_errors(tree):
+    by_name = {register.findtext("name"): register for register in tree.iterfind(".//register")}
+    for register in REGISTERS:
+        if register.wide or register.words > 1 or register.name == "error_code":
+            continue
+        element = by_name[register.name]
+        fields = [(f.findtext("name"), f.findtext("bitOffset"), f.findtext("bitWidth")) for f in element.iter("field")]
+        assert fields == [(field.name, str(field.low), str(field.width)) for field in register.fields]
+        if register.access is not Access.READ:
+            assert int(element.findtext("resetValue"), 16) == register.reset
+            assert element.findtext("resetMask") == "0xffffffff"
+        assert (element.findtext("modifiedWriteValues") == "oneToClear") == (register.access is Access.CLEAR)
+    values = by_name["error_code"].iter("enumeratedValue")
+    assert {value.findtext("name"): int(value.findtext("value")) for value in values} == dict(ErrorCode.__members__)
+
+
+def expressions() -> dict[str, int]:
+    """C expressions and what they must be."""
+    values: dict[str, int] = {f"GRISTMILL_ERROR_{code.name}": code for code in ErrorCode}
+    values["GRISTMILL_DESCRIPTOR_WORDS"] = DESCRIPTOR_WORDS
+    for register in REGISTERS:
+        name = register.name.upper()
+        values[f"GRISTMILL_REG_{name}"] = register.offset
+        for field in register.fields:
+            values[f"GRISTMILL_{name}_{field.name.upper()}_SHIFT"] = field.low
+            values[f"GRISTMILL_{name}_{field.name.upper()}_MASK"] = field.mask
+    return values
+
+
+def run(folder: Path, compiler: tuple[str, str, str], lines: list[str]) -> list[int]:
+    """What a program prints, a number a line."""
+    program, language, standard = compiler
+    (folder / "gristmill.h").write_text(c_header())
+    body = "\n    ".join(lines)
+    source = folder / "main.c"
+    source.write_text(
+        f'#include "gristmill.h"\n#include <stdio.h>\n\nint main(void) {{\n    {body}\n    return 0;\n}}\n'
+    )
+    strict = ["-Wall", "-Wextra", "-Wconversion", "-pedantic", "-Werror"]
+    command = [program, "-x", language, standard, *strict, str(source), "-o", str(folder / "main")]
+    built = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([folder / "main"], capture_output=True, text=True, timeout=60, check=True)
+    return [int(line) for line in done.stdout.split()]
+
+
+@pytest.mark.parametrize("compiler", COMPILERS, ids=["C99", "C++11"])
+def test_header_compiles_and_has_the_values(compiler: tuple[str, str, str], tmp_path: Path):
+    expected = expressions()
+    lines = [f'printf("%ld\\n", (long){name});' for name in expected]
+    assert dict(zip(expected, run(tmp_path, compiler, lines), strict=True)) == expected
+
+
+@pytest.mark.parametrize("compiler", COMPILERS, ids=["C99", "C++11"])
+def test_header_packs_a_descriptor(compiler: tuple[str, str, str], tmp_path: Path):
+    """As Descriptor.to_words does; a value that is too large is refused, and nothing is written."""
+    too_large = {name: 1 << width for name, width in FIELD_WIDTHS.items() if width not in (8, 16, 32, 64)}
+    assert set(too_large) == {"reuse", "interrupt", "result_pitch"}
+    lines = ["struct gristmill_descriptor d;", "uint32_t words[GRISTMILL_DESCRIPTOR_WORDS];", "unsigned index;"]
+    lines += [f"d.{name} = {int(value)}u;" for name, value in asdict(EXAMPLE).items() if value < 1 << 32]
+    lines += [f"d.{name} = {value}ull;" for name, value in asdict(EXAMPLE).items() if value >= 1 << 32]
+    lines += ['printf("%d\\n", gristmill_pack(&d, words));']
+    for name, value in too_large.items():
+        lines += [f"d.{name} = {value}u;", 'printf("%d\\n", gristmill_pack(&d, words));']
+        lines += [f"d.{name} = {int(getattr(EXAMPLE, name))}u;"]
+    lines += ["for (index = 0; index < GRISTMILL_DESCRIPTOR_WORDS; index++)"]
+    lines += ['    printf("%lu\\n", (unsigned long)words[index]);']
+    found = run(tmp_path, compiler, lines)
+    assert found == [0, *[-1] * len(too_large), *EXAMPLE.to_words()]
