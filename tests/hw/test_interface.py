@@ -7,7 +7,7 @@ from pathlib import Path
 
 import cmsis_svd
 import pytest
-from lxml import etree
+from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without type stubs
 
 from hw.interface.c_header import c_header
 from hw.interface.svd import svd
