@@ -7,12 +7,11 @@ standard library alone, because a fresh machine has nothing else.
 
 import difflib
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hw.spec.cli import UserError, run_cli
+from hw.spec.cli import Parser, UserError, run_cli
 from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.parts import BOARDS, SELFTEST_BOARDS
 from sim.harness import SIMULATORS, SetupError, check_path
@@ -103,8 +102,11 @@ def misspelt(given: Iterable[str]) -> str:
     return ""
 
 
-def main(targets: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """The command line; returns 0, or raises UserError."""
+    parser = Parser(prog="python -m sim.check_make", description="Check make's variables, from the environment.")
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help="what make was asked for")
+    targets = parser.parse_args(arguments).targets
     try:
         check_path(ROOT)
     except SetupError as error:
@@ -121,4 +123,4 @@ def main(targets: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_cli(lambda: main(sys.argv[1:]))
+    run_cli(main)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m sim.wave BENCH``: run a bench and keep its waveform, with a GTKWave save file of its streams."""
 
-import argparse
 import secrets
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from hw.spec.cli import Parser, run_cli
 from sim.benches import BENCHES, Bench
 from sim.harness import ROOT, SetupError, run_bench
 from sim.run import select, summary
@@ -39,7 +39,7 @@ def choose(benches: Sequence[Bench], name: str, tile: int | None = None) -> Benc
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0 if the bench passed, 1 if it failed, 2 if it could not be run."""
-    parser = argparse.ArgumentParser("python -m sim.wave", description="The waveform of one bench, by Verilator.")
+    parser = Parser(prog="python -m sim.wave", description="The waveform of one bench, by Verilator.")
     parser.add_argument("bench", help="a name that `python -m sim.run --list` prints, or a part of it: tb_fifo")
     parser.add_argument("--tile", type=int, help="array size, if the bench has one")
     parser.add_argument("--seed", type=int, help="base seed of an earlier run, to repeat it")
@@ -66,7 +66,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_cli(main)

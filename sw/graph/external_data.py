@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 import onnx
 from onnx import TensorProto, external_data_helper
 
-from sw.common.errors import UserError
+from sw.common.errors import UserError, one_line
 
 LOCATION = "location"
 
@@ -34,7 +34,11 @@ def place_external_data(path: Path, model: onnx.ModelProto) -> Path:
         name = PurePath(location)
         if name.is_absolute() or ".." in name.parts:
             raise UserError(f"{path}: external data file {location} is not beside the model")
-        target = (folder / name).resolve()
+        try:
+            target = (folder / name).resolve()
+        except (OSError, RuntimeError, ValueError) as error:
+            # A loop of links, or a name that no file can have.
+            raise UserError(f"{path}: external data file {location!r} cannot be found ({one_line(error)})") from None
         if not target.is_relative_to(real):
             if cache is None or not target.is_relative_to(cache / "blobs"):
                 raise UserError(f"{path}: external data file {location} is a link that leaves the model's folder")
