@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 import onnx
 from onnx import TensorProto, external_data_helper
 
-from sw.common.errors import UserError, one_line
+from sw.common.errors import UserError
 
 LOCATION = "location"
 
@@ -30,18 +30,20 @@ def place_external_data(path: Path, model: onnx.ModelProto) -> Path:
     cache = _hub_cache(folder)
     tensors = list(_external_tensors(model.graph))
     linked = False
-    for location in {_location(tensor) for tensor in tensors}:
+    # One tensor for each file is enough.
+    for location, tensor in {_location(tensor): tensor for tensor in tensors}.items():
         name = PurePath(location)
+        what = f"{path}: tensor {tensor.name}: external data file {location}"
         if name.is_absolute() or ".." in name.parts:
-            raise UserError(f"{path}: external data file {location} is not beside the model")
+            raise UserError(f"{what} is not beside the model")
         try:
             target = (folder / name).resolve()
-        except (OSError, RuntimeError, ValueError) as error:
-            # A loop of links, or a name that no file can have.
-            raise UserError(f"{path}: external data file {location!r} cannot be found ({one_line(error)})") from None
+        except (OSError, RuntimeError, ValueError):
+            # A loop of links, or a name that no file can have: the reader of the tensor says so.
+            continue
         if not target.is_relative_to(real):
             if cache is None or not target.is_relative_to(cache / "blobs"):
-                raise UserError(f"{path}: external data file {location} is a link that leaves the model's folder")
+                raise UserError(f"{what} is a link that leaves the model's folder")
             linked = True
     if not linked or cache is None:
         return folder
