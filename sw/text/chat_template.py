@@ -6,7 +6,8 @@ loop controls and {% generation %}, and the functions raise_exception, strftime_
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +19,49 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sw.common.errors import UserError, one_line
+
+MAX_STEPS = 2_000_000
+"""Lines of Python that rendering may run. Real templates need some thousands."""
+MAX_SIZE = 1_000_000
+"""Elements of a product of text or lists, and digits of a power."""
+
+
+class TooMuchWork(Exception):
+    """A template does not come to an end in reasonable time."""
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """Also bounds the two operators that make large values of small ones."""
+
+    intercepted_binops = frozenset(["*", "**"])
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "*":
+            for values, count in ((left, right), (right, left)):
+                if hasattr(values, "__len__") and isinstance(count, int) and len(values) * count > MAX_SIZE:
+                    raise TooMuchWork(f"it repeats a value {count} times")
+        elif isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > MAX_SIZE:
+            raise TooMuchWork(f"it computes {left} ** {right}")
+        return super().call_binop(context, operator, left, right)
+
+
+def _bounded(render: Callable[[], str]) -> str:
+    """Calls a function that may run MAX_STEPS lines of Python. Raises TooMuchWork after that."""
+    steps = 0
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps > MAX_STEPS:
+            raise TooMuchWork(f"it is not done after {MAX_STEPS:,} steps")
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        return render()
+    finally:
+        sys.settrace(before)
 
 
 class ChatTemplate:
@@ -35,9 +79,7 @@ class ChatTemplate:
         self.path = path
         if not isinstance(source, str):
             raise UserError(f"{path}: the chat template is not text")
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-        )
+        environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _now
@@ -50,12 +92,14 @@ class ChatTemplate:
         """The text up to where the assistant's answer begins.
 
         messages: with role and content. special_tokens: their texts by name, bos_token for example.
-        Raises UserError if the template refuses the messages.
+        Raises UserError if the template refuses the messages, or does not come to an end in reasonable time.
         """
         try:
             # Templates ask whether tools and documents are none.
             values = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
-            return self._template.render({**special_tokens, **values})
+            return _bounded(lambda: self._template.render({**special_tokens, **values}))
+        except TooMuchWork as error:
+            raise UserError(f"{self.path}: the chat template takes too much work: {error}") from None
         except Exception as error:
             raise UserError(f"{self.path}: the chat template refuses the messages ({one_line(error)})") from None
 

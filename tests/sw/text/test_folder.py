@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from sw.common.errors import UserError
 from sw.common.text_files import read_text
+from sw.text.chat_template import ChatTemplate
 from sw.text.folder import TextFolder
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -310,3 +311,19 @@ def test_no_unicode(tmp_path):
     """What a shell passes on when bytes of an argument are no UTF-8."""
     with pytest.raises(UserError, match="the text is not UTF-8"):
         folder(tmp_path).prompt_ids("caf\udce9")
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "not done after 2,000,000"),
+        ("{% macro f() %}{% for a in range(99999) %}{{ f() }}{% endfor %}{% endmacro %}{{ f() }}", "template"),
+        ("{{ 'a' * 10000000000 }}", "repeats a value 10000000000 times"),
+        ("{{ 10 * ([0] * 999999) }}", "repeats a value 10 times"),
+        ("{{ 9 ** 999999999 }}", r"computes 9 \*\* 999999999"),
+    ],
+)
+def test_template_without_end(template, problem, tmp_path):
+    with pytest.raises(UserError, match=problem) as error:
+        ChatTemplate(template, tmp_path / "t").render([{"role": "user", "content": "hi"}], {})
+    assert "\n" not in str(error.value)
