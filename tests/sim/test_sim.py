@@ -70,7 +70,7 @@ def test_failing_bench_fails_the_run(monkeypatch, capsys):
     code, out, _ = _main(monkeypatch, capsys, [FIFO, _variant(fail=True)], "--seed", "7")
     assert code == 1
     assert "FAILED sim/tb_fifo[fail=True] verilator test_deliberately_wrong: a FIFO after reset must be full" in out
-    assert "build/sim/runs/tb_fifo-fail=True.verilator/run.log" in out
+    assert "build/sim/runs/sim-tb_fifo-fail=True.verilator/run.log" in out
     assert "2 benches: 12 tests passed, 1 failed" in out
     assert "--seed 7 repeats this run" in out
 
