@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every block that can be generated on its own, and what a manifest says about one."""
+"""Every block that can be generated alone, and the manifest's description of a block."""
 
 from collections.abc import Callable
 
@@ -113,11 +113,11 @@ def _port(direction: wiring.Flow, shape) -> Port:
 
 
 def describe_ports(component: wiring.Component) -> tuple[dict[str, Port], dict[str, Port]]:
-    """The component's ports outside and inside streams, as the manifest lists them."""
+    """The component's ports that are not streams, and its streams, in the form of the manifest."""
     ports, streams = {}, {}
     for name, member in component.signature.members.items():
         if is_axi(member):
-            # Its ports have the specification's names and need no description.
+            # AXI ports have the specification's names and need no description.
             continue
         if member.is_signature:
             if not isinstance(member.signature, stream.Signature):
@@ -129,6 +129,6 @@ def describe_ports(component: wiring.Component) -> tuple[dict[str, Port], dict[s
 
 
 def describe_properties(component: wiring.Component) -> dict[str, int]:
-    """The figures that a component states about itself."""
+    """The component's latencies and sizes."""
     values = {name: getattr(component, name, None) for name in _PROPERTIES}
     return {name: value for name, value in values.items() if isinstance(value, int)}

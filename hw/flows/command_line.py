@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the command lines of the generator share."""
+"""Options that the generator's command lines share."""
 
 import argparse
 from dataclasses import fields
@@ -13,9 +13,9 @@ CONFIG_HELP = {
     "zero_point": "integer, or fixed (11 fraction bits, for GGUF Q4_1 and other float zero points)",
     "ports": "weight ports: 1, 2 or 4",
     "port_width": "bits of a weight port: 32, 64 or 128",
-    "max_tokens": "most tokens of one layer, up to 64",
-    "max_k": "most in_features of one layer, up to 32,768",
-    "max_group_size": "longest group the accumulators hold: 32, 64, 128 or 256; the packer splits longer ones",
+    "max_tokens": "maximum number of tokens of one layer, up to 64",
+    "max_k": "maximum number of in_features of one layer, up to 32,768",
+    "max_group_size": "longest group that the accumulators hold: 32, 64, 128 or 256; the packer splits longer ones",
 }
 
 
