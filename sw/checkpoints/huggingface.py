@@ -252,7 +252,7 @@ def _token_ids(settings: Settings, key: str) -> list[int]:
 
 
 def _token_text(settings: Settings, key: str) -> str | None:
-    """A special token's text: as it is, or as an object with its content."""
+    """A special token's text, from a text or from an object with content."""
     value = settings.get(key)
     if isinstance(value, dict):
         value = value.get("content")
@@ -267,7 +267,7 @@ def _chat_template(folder: Path, tokens: Settings) -> str | None:
         return read_text(path)
     value = tokens.get("chat_template")
     if isinstance(value, list):
-        # Several with names, of which transformers takes the one named default.
+        # There are several named templates; transformers takes the one named default.
         named = {str(item.get("name")): item.get("template") for item in value if isinstance(item, dict)}
         value = named.get("default", next(iter(named.values()), None) if len(named) == 1 else None)
         if value is None:

@@ -36,7 +36,7 @@ def float_table(tensor: str, table: QuantizedLinear) -> NewTensor:
     for kind, dtype in (("F16", np.float16), ("F32", np.float32)):
         if _is_lossless(table, dtype):
             return NewTensor(tensor, kind, (table.n, table.k), lambda dtype=dtype: _float_rows(table, dtype))
-    raise UserError(f"layer {table.name}: its scales are too small for float32 to tell its integers apart")
+    raise UserError(f"layer {table.name}: its scales are too small to distinguish its integers in float32")
 
 
 def write_scales(folder: Path, tensor: str, table: QuantizedLinear) -> dict[str, Any]:

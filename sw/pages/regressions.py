@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether simulated cycles became more than docs/figures.json says.
+"""Finds simulated cycles that have increased against docs/figures.json.
 
 Simulated cycles are exact and the same on every machine, so one cycle more is a change of the hardware.
 """

@@ -424,7 +424,7 @@ def test_other_damage(graph, tmp_path):
         ({"model_type": "gemma"}, "model_type 'gemma' is not supported"),
         (
             {"num_hidden_layers": 3},
-            "has no constant model.layers.2.input_layernorm.weight that can be told",
+            "has no constant model.layers.2.input_layernorm.weight that can be identified",
         ),
         ({"intermediate_size": 128}, "model.layers.0.mlp.gate_proj is [96, 64], and config.json asks for [128, 64]"),
         ({"num_key_value_heads": 4}, "model.layers.0.self_attn.k_proj is [32, 64], and config.json asks for [64, 64]"),
