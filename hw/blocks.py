@@ -2,6 +2,7 @@
 """Every block that can be generated on its own, and what a manifest says about one."""
 
 from collections.abc import Callable
+from itertools import product
 
 from amaranth.hdl import Shape, ShapeCastable
 from amaranth.lib import data, stream, wiring
@@ -25,7 +26,7 @@ from .rtl.float_out import FloatOut
 from .rtl.gatherer import Gatherer
 from .rtl.header import HeaderReader
 from .rtl.pe import ProcessingElement
-from .rtl.read_manager import ReadManager, read_clients
+from .rtl.read_manager import ReadClient, ReadManager, read_fifo_depths
 from .rtl.register_bank import RegisterBank
 from .rtl.sequencer import Sequencer
 from .rtl.walker import TOKEN_LOOPS, CommandFork, Walker
@@ -53,17 +54,17 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "column_control": ColumnControl,
     "drain": lambda config: Drain(config, chain_latency=config.tile),
     "fifo": lambda config: StreamFifo(StreamLayout(config).word_bits, StreamLayout(config).word_fifo_depth),
-    "read_manager": lambda config: ReadManager(config.port_width, read_clients(config)),
+    "read_manager": lambda config: ReadManager(config.port_width, read_fifo_depths(config)),
     "burst_cutter": lambda config: BurstCutter(config.port_width),
-    "weight_fetch": lambda config: WeightFetch(config, read_clients(config)["weights"]),
+    "weight_fetch": lambda config: WeightFetch(config, read_fifo_depths(config)[ReadClient.WEIGHTS]),
     "dispatcher": Dispatcher,
     "gatherer": Gatherer,
-    "write_manager": lambda config: WriteManager(config.port_width),
+    "write_manager": lambda config: WriteManager(config.port_width, clients=2),
     "register_bank": lambda config: RegisterBank(),
     "activation_fetch": ActivationFetch,
     "descriptor_check": DescriptorCheck,
     "watchdog": lambda config: Watchdog(config.ports + 1),
-    "fork": lambda config: CommandFork(config, ("a", "b", "c")),
+    "fork": lambda config: CommandFork(config, users=3),
     "selftest": selftest,
     "walker": lambda config: Walker(config, TOKEN_LOOPS),
 }
@@ -119,12 +120,15 @@ def describe_ports(component: wiring.Component) -> tuple[dict[str, Port], dict[s
         if is_axi(member):
             # Its ports have the specification's names and need no description.
             continue
+        # Elements of an array are named as hw.lower names their ports.
+        indices = product(*map(range, member.dimensions))
+        names = ["_".join([name, *map(str, index)]) for index in indices]
         if member.is_signature:
             if not isinstance(member.signature, stream.Signature):
                 raise TypeError(f"port {name} is neither a signal nor a stream")
-            streams[name] = _port(member.flow, member.signature.members["payload"].shape)
+            streams |= dict.fromkeys(names, _port(member.flow, member.signature.members["payload"].shape))
         else:
-            ports[name] = _port(member.flow, member.shape)
+            ports |= dict.fromkeys(names, _port(member.flow, member.shape))
     return ports, streams
 
 

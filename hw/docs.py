@@ -10,7 +10,7 @@ from string import Template
 from amaranth.hdl import Shape
 from amaranth.lib.wiring import Out
 
-from .rtl.axi import AxiSignature, lite_signature, memory_signature
+from .rtl.axi import AxiSignature, lite_signature, read_signature, write_signature
 from .rtl.register_bank import CONTROL_ADDRESS_BITS
 from .spec import registers
 from .spec.config import MAX_N, AcceleratorConfig
@@ -161,7 +161,8 @@ def _payload(member) -> Iterable:
 def port_table() -> str:
     """Every signal of the AXI ports."""
     rows = _signals("s_axi_ctrl", lite_signature(CONTROL_ADDRESS_BITS), {})
-    rows += _signals("m_axi_hp0", memory_signature(128, port=0), _SYMBOLIC)
+    for half in (read_signature(128), write_signature(128)):
+        rows += _signals("m_axi_hp0", half, _SYMBOLIC)
     return _table(("port, channel", "the manager drives", "the subordinate drives"), rows)
 
 

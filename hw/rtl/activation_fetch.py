@@ -41,8 +41,8 @@ class ActivationFetch(wiring.Component):
     Members
     -------
     blocks : what to fetch
-    bursts_<p> : port p's chunks, for its read manager
-    beats_<p> : port p's data; always taken at once
+    bursts : each port's chunks, for its read manager
+    port_beats : each port's data; always taken at once
     rows : the blocks' data, in order
     asking : bursts are still to come for the last block
 
@@ -58,15 +58,11 @@ class ActivationFetch(wiring.Component):
     def __init__(self, config: AcceleratorConfig):
         self.config = config
         self.row_beats = config.tile * FLOAT_BITS // config.port_width
-        beats = stream.Signature(config.port_width)
-        members = {}
-        for port in range(config.ports):
-            members[f"bursts_{port}"] = Out(stream.Signature(burst_layout(config.port_width)))
-            members[f"beats_{port}"] = In(beats)
         super().__init__(
             {
                 "blocks": In(stream.Signature(fetch_layout(config))),
-                **members,
+                "bursts": Out(stream.Signature(burst_layout(config.port_width))).array(config.ports),
+                "port_beats": In(stream.Signature(config.port_width)).array(config.ports),
                 "rows": Out(stream.Signature(row_layout(config))),
                 "asking": Out(1),
             }
@@ -118,8 +114,7 @@ class ActivationFetch(wiring.Component):
             lengths.i.payload.rows.eq(block.beats >> row_bits),
             lengths.i.payload.missing.eq(block.address[beat_bits + row_bits : page_bits]),
         ]
-        for index in range(self.config.ports):
-            bursts = getattr(self, f"bursts_{index}")
+        for index, bursts in enumerate(self.bursts):
             m.d.comb += [
                 bursts.payload.address.eq(address),
                 bursts.payload.beats.eq(beats),
@@ -134,7 +129,7 @@ class ActivationFetch(wiring.Component):
 
     def _join(self, m: Module, port: int) -> StreamFifo:
         """A port's beats as rows, in a FIFO."""
-        beats, whole = getattr(self, f"beats_{port}"), Signal(row_layout(self.config), reset_less=True)
+        beats, whole = self.port_beats[port], Signal(row_layout(self.config), reset_less=True)
         m.submodules[f"rows_{port}"] = fifo = StreamFifo(row_layout(self.config), CHUNKS_AHEAD * self.chunk_rows)
         place, full = Signal(range(max(2, self.row_beats))), Signal()
         last = (place == self.row_beats - 1) if self.row_beats > 1 else Const(1)

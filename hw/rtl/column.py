@@ -95,10 +95,9 @@ class Column(wiring.Component):
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        for name in ("group", "ring"):
-            register = Signal.like(getattr(self, f"{name}_in"), name=f"{name}_hop")
-            m.d.sync += register.eq(getattr(self, f"{name}_in"))
-            m.d.comb += getattr(self, f"{name}_out").eq(register)
+        group, ring = Signal.like(self.group_in, name="group_hop"), Signal.like(self.ring_in, name="ring_hop")
+        m.d.sync += [group.eq(self.group_in), ring.eq(self.ring_in)]
+        m.d.comb += [self.group_out.eq(group), self.ring_out.eq(ring)]
         product = self._centre_and_scale(m, platform, self._accumulate_slices(m))
         self._accumulate_groups(m, product)
         return m

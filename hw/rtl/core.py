@@ -71,8 +71,6 @@ class Core(wiring.Component):
     def elaborate(self, platform) -> Module:
         m = Module()
         config = self.config
-        users = ("splitter", "header", "buffer", "sequencer", "control", "drain")
-        m.submodules.fork = fork = CommandFork(config, users)
         m.submodules.splitter = splitter = WeightSplitter(config)
         m.submodules.assembler = assembler = WordAssembler(config)
         m.submodules.header = header = HeaderReader(config)
@@ -82,10 +80,12 @@ class Core(wiring.Component):
         m.submodules.control = control = ColumnControl(config)
         m.submodules.columns = columns = self.columns
         m.submodules.drain = drain = self.drain
+        users = (splitter, header, buffer, sequencer, control, drain)
+        m.submodules.fork = fork = CommandFork(config, len(users))
 
         wiring.connect(m, wiring.flipped(self.command), fork.command)
-        for user in users:
-            wiring.connect(m, getattr(fork, user), getattr(m.submodules, user).command)
+        for copy, user in zip(fork.copies, users, strict=True):
+            wiring.connect(m, copy, user.command)
         wiring.connect(m, wiring.flipped(self.weights), splitter.beats)
         wiring.connect(m, splitter.header, header.beats)
         wiring.connect(m, splitter.body, assembler.beats)

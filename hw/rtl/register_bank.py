@@ -5,7 +5,7 @@ from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
-from ..spec.registers import REGISTERS, Access, Register
+from ..spec.registers import BY_NAME, REGISTERS, Access, Register
 from .axi import Response, lite_signature
 from .control_port import ControlPort
 
@@ -65,6 +65,12 @@ class RegisterBank(wiring.Component):
         members = {name: member for register in REGISTERS for name, member in register_members(register).items()}
         super().__init__({"ctrl": In(lite_signature(CONTROL_ADDRESS_BITS)), "forget": In(1), **members})
 
+    def register(self, name: str):
+        """The member that is named after this register."""
+        if name not in BY_NAME:
+            raise KeyError(f"there is no register {name}")
+        return getattr(self, name)
+
     def elaborate(self, platform) -> Module:
         m = Module()
         m.submodules.port = port = ControlPort(CONTROL_ADDRESS_BITS)
@@ -90,7 +96,7 @@ class RegisterBank(wiring.Component):
         """What a write to the register does."""
         if register.access is Access.READ:
             return
-        member = Value.cast(getattr(self, register.name))
+        member = Value.cast(self.register(register.name))
         bits = _take_fields(register, port.write_data)
         words = [port.write & (port.write_word == word) for word in _words(register)]
         match register.access:
@@ -138,7 +144,7 @@ class RegisterBank(wiring.Component):
         m.d.comb += index.eq(port.read_word[: len(index)])
         picked = Signal(32, name=f"run_{register.name}")
         with m.If(port.read):
-            m.d.sync += picked.eq(getattr(self, register.name))
+            m.d.sync += picked.eq(self.register(register.name))
         return picked
 
     def _read_line(self, m: Module, port: ControlPort, line: int, values: dict[int, Value]) -> Signal:
@@ -156,7 +162,7 @@ class RegisterBank(wiring.Component):
         """What each of a register's words reads as."""
         if register.access is Access.COMMAND:
             return [Const(0, 32)]
-        member = Value.cast(getattr(self, register.name))
+        member = Value.cast(self.register(register.name))
         if register.fields:
             return [_place_fields(register, member)]
         words = [member.word_select(index, 32) for index in range(len(_words(register)))]

@@ -118,21 +118,21 @@ class CommandFork(wiring.Component):
 
     Parameters
     ----------
-    users : names of the outputs
+    users : how many
     depth : commands in the ring, a power of two
 
     Members
     -------
     command : the commands
-    <user> : one stream per user
+    copies : the same commands, one stream per user
     """
 
     latency = 1
 
-    def __init__(self, config: AcceleratorConfig, users: tuple[str, ...], depth: int = 4):
+    def __init__(self, config: AcceleratorConfig, users: int, depth: int = 4):
         self.config, self.users, self.depth = config, users, depth
         signature = command_signature(config)
-        super().__init__({"command": In(signature), **{user: Out(signature) for user in users}})
+        super().__init__({"command": In(signature), "copies": Out(signature).array(users)})
 
     def elaborate(self, platform) -> Module:
         m = Module()
@@ -141,8 +141,8 @@ class CommandFork(wiring.Component):
         # One bit more than the address tells a full ring from an empty one.
         written = Signal(range(2 * self.depth))
         push, full, filled = Signal(), Signal(), []
-        for user in self.users:
-            output, read_port = getattr(self, user), memory.read_port(domain="comb")
+        for user, output in enumerate(self.copies):
+            read_port = memory.read_port(domain="comb")
             read = Signal.like(written, name=f"read_{user}")
             taken, left = Signal(name=f"taken_{user}"), Signal.like(written, name=f"left_{user}")
             m.d.comb += [

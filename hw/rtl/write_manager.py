@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The AXI4 write manager: short pieces of results into memory."""
 
-from amaranth.hdl import Cat, Module, Mux, Signal, unsigned
+import enum
+
+from amaranth.hdl import Array, Cat, Module, Mux, Signal, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -11,6 +13,12 @@ from .axi import ADDRESS_BITS, BOUNDARY, constant_address_fields, is_error, writ
 from .fifo import StreamFifo
 
 PIECE_BYTES = PIECE_FLOATS * FLOAT_BITS // 8
+
+
+class WriteClient(enum.IntEnum):
+    """The clients of the write port, in the order of precedence."""
+
+    RESULTS = 0
 
 
 def piece_layout() -> data.StructLayout:
@@ -35,17 +43,19 @@ class WriteManager(wiring.Component):
     """Writes pieces with INCR bursts: one each, or two where a piece crosses a 4 KiB boundary.
 
     A burst is offered on AW as soon as its piece is known; its data follow, never before it. All bursts have the same
-    ID, so they are acknowledged in order.
+    ID, so they are acknowledged in order. Pieces of several clients are written one by one, the first client's first.
+    All pieces of a descriptor come from one client.
 
     Parameters
     ----------
     width : bits of the port
+    clients : how many write over the port
     outstanding : bursts that may be under way, a power of two
 
     Members
     -------
-    pieces : where to write
-    beats : their data; every piece starts with a new beat
+    pieces : for each client where to write
+    beats : for each client their data; every piece starts with a new beat
     axi : AW, W and B
     halt : offer no further burst; those on AW get their data all the same
     under_way : bursts offered on AW and not yet acknowledged
@@ -61,14 +71,14 @@ class WriteManager(wiring.Component):
     latency = StreamFifo.latency + 2
     """Cycles from a piece's transfer to the first cycle of AWVALID."""
 
-    def __init__(self, width: int, outstanding: int = OUTSTANDING):
+    def __init__(self, width: int, clients: int = len(WriteClient), outstanding: int = OUTSTANDING):
         if outstanding < 2 or outstanding & (outstanding - 1):
             raise ValueError(f"outstanding bursts are a power of two from 2 up, not {outstanding}")
-        self.width, self.outstanding = width, outstanding
+        self.width, self.clients, self.outstanding = width, clients, outstanding
         super().__init__(
             {
-                "pieces": In(stream.Signature(piece_layout())),
-                "beats": In(stream.Signature(width)),
+                "pieces": In(stream.Signature(piece_layout())).array(clients),
+                "beats": In(stream.Signature(width)).array(clients),
                 "axi": Out(write_signature(width)),
                 "halt": In(1),
                 "under_way": Out(range(outstanding + 1)),
@@ -84,10 +94,11 @@ class WriteManager(wiring.Component):
         m = Module()
         floats = self.width // FLOAT_BITS
         # What is under way, for its acknowledgement; ``last`` is that of the descriptor.
-        tag = data.StructLayout({"address": ADDRESS_BITS, "last": 1, "interrupt": 1})
+        client = range(self.clients)
+        tag = data.StructLayout({"address": ADDRESS_BITS, "last": 1, "interrupt": 1, "client": client})
         # The same bursts until their data are sent, so this FIFO is never the fuller one. ``keep``: floats of the last
         # beat that are written.
-        share = data.StructLayout({"last_beat": range(PIECE_FLOATS // floats), "keep": floats})
+        share = data.StructLayout({"last_beat": range(PIECE_FLOATS // floats), "keep": floats, "client": client})
         m.submodules.tags = tags = StreamFifo(tag, self.outstanding)
         m.submodules.shares = shares = StreamFifo(share, self.outstanding)
         m.d.comb += [self.under_way.eq(tags.level), self.oldest.eq(tags.o.payload.address)]
@@ -99,11 +110,8 @@ class WriteManager(wiring.Component):
     def _ask(self, m: Module, tags: StreamFifo, shares: StreamFifo) -> None:
         """Cuts pieces at 4 KiB boundaries and offers the parts on AW."""
         aw, floats = self.axi.aw, self.width // FLOAT_BITS
-        # Takes the path from AWREADY off the users of ``pieces.ready``.
-        m.submodules.fifo = fifo = StreamFifo(piece_layout(), 2)
-        wiring.connect(m, wiring.flipped(self.pieces), fifo.i)
-        piece = fifo.o.payload
-        active, tag = Signal(), Signal(tags.shape)
+        active, tag, take = Signal(), Signal(tags.shape), Signal()
+        piece, client, found = self._choose(m, take)
         left, keep = Signal(range(PIECE_FLOATS // floats)), Signal(floats)
         offset_bits, page_bits = (self.width // 8 - 1).bit_length(), (BOUNDARY - 1).bit_length()
         room = Signal(page_bits - offset_bits)
@@ -114,22 +122,24 @@ class WriteManager(wiring.Component):
             fits.eq(left <= room),
             length.eq(Mux(fits, left, room)),
             start.eq(active & (~aw.valid | aw.ready) & tags.i.ready & ~self.halt),
-            fifo.o.ready.eq(~active | (start & fits)),
+            take.eq(~active | (start & fits)),
             tags.i.valid.eq(start),
             tags.i.payload.eq(tag),
             tags.i.payload.last.eq(tag.last & fits),
             shares.i.valid.eq(start),
             shares.i.payload.last_beat.eq(length),
             shares.i.payload.keep.eq(keep | ~fits.replicate(floats)),
+            shares.i.payload.client.eq(tag.client),
             *constant_address_fields(aw.payload, self.width),
         ]
         with m.If(start):
             m.d.sync += [aw.valid.eq(1), aw.payload.addr.eq(tag.address), aw.payload.len.eq(length)]
         with m.Elif(aw.ready):
             m.d.sync += aw.valid.eq(0)
-        with m.If(fifo.o.ready):
+        with m.If(take):
             m.d.sync += [
-                active.eq(fifo.o.valid),
+                active.eq(found),
+                tag.client.eq(client),
                 tag.address.eq(piece.address),
                 tag.last.eq(piece.last),
                 tag.interrupt.eq(piece.interrupt),
@@ -143,9 +153,24 @@ class WriteManager(wiring.Component):
                 left.eq(left - room - 1),
             ]
 
+    def _choose(self, m: Module, take: Signal) -> tuple[data.View, Signal, Signal]:
+        """The piece of the first client that has one, that client, and whether there is one at all."""
+        piece, client, found = Signal(piece_layout()), Signal(range(self.clients)), Signal(self.clients + 1)
+        for index, pieces in enumerate(self.pieces):
+            # Takes the path from AWREADY off the users of ``pieces.ready``.
+            m.submodules[f"fifo_{index}"] = fifo = StreamFifo(piece_layout(), 2)
+            wiring.connect(m, wiring.flipped(pieces), fifo.i)
+            m.d.comb += [
+                fifo.o.ready.eq(take & ~found[index]),
+                found[index + 1].eq(found[index] | fifo.o.valid),
+            ]
+            with m.If(~found[index]):
+                m.d.comb += [piece.eq(fifo.o.payload), client.eq(index)]
+        return piece, client, found[-1]
+
     def _send(self, m: Module, shares: StreamFifo) -> None:
         """Gives every burst its beats, without a cycle between two bursts."""
-        # As in ``_ask``: users of ``beats.ready`` do not wait for WREADY.
+        # As in ``_choose``: users of ``beats.ready`` do not wait for WREADY.
         m.submodules.data = fifo = StreamFifo(write_layout(self.width), 2)
         wiring.connect(m, fifo.o, wiring.flipped(self.axi.w))
         share, beat = shares.o.payload, Signal(8)
@@ -154,31 +179,38 @@ class WriteManager(wiring.Component):
         m.d.comb += [
             last.eq(beat == share.last_beat),
             keep.eq(share.keep | ~last.replicate(len(keep))),
-            self.beats.ready.eq(shares.o.valid & fifo.i.ready),
-            fifo.i.valid.eq(self.beats.valid & shares.o.valid),
-            fifo.i.payload.data.eq(self.beats.payload),
             fifo.i.payload.strb.eq(Cat(bit.replicate(FLOAT_BITS // 8) for bit in keep)),
             fifo.i.payload.last.eq(last),
             push.eq(fifo.i.valid & fifo.i.ready),
             shares.o.ready.eq(push & last),
         ]
+        for index, beats in enumerate(self.beats):
+            with m.If(share.client == index):
+                m.d.comb += [
+                    beats.ready.eq(shares.o.valid & fifo.i.ready),
+                    fifo.i.valid.eq(beats.valid & shares.o.valid),
+                    fifo.i.payload.data.eq(beats.payload),
+                ]
         with m.If(push):
             m.d.sync += beat.eq(Mux(last, 0, beat + 1))
 
     def _acknowledge(self, m: Module, tags: StreamFifo) -> None:
         """Follows the acknowledgements, and remembers an error until its descriptor's last one."""
         b, tag = self.axi.b, tags.o.payload
-        bad, failed = Signal(), Signal()
+        # Of each client's last descriptor.
+        bad, failed = Signal(), Array(Signal(name=f"failed_{index}") for index in range(self.clients))
+        good = Signal()
         m.d.comb += [
             b.ready.eq(1),
             tags.o.ready.eq(b.valid),
             bad.eq(is_error(b.payload.resp)),
+            good.eq(b.valid & tag.last & ~bad & ~failed[tag.client]),
         ]
         m.d.sync += [
             self.error.eq(b.valid & bad),
             self.error_address.eq(tag.address),
-            self.complete.eq(b.valid & tag.last & ~bad & ~failed),
-            self.complete_interrupt.eq(b.valid & tag.last & ~bad & ~failed & tag.interrupt),
+            self.complete.eq(good),
+            self.complete_interrupt.eq(good & tag.interrupt),
         ]
         with m.If(b.valid):
-            m.d.sync += failed.eq(~tag.last & (failed | bad))
+            m.d.sync += failed[tag.client].eq(~tag.last & (failed[tag.client] | bad))

@@ -46,7 +46,7 @@ class _Bench:
         self.memory = rng(99).bytes(MEMORY)
         self.blocks = StreamSource(dut, "blocks", dut.clk)
         self.bursts = [StreamSink(dut, f"bursts_{port}", dut.clk, asked) for port in range(PORTS)]
-        self.beats = [StreamSource(dut, f"beats_{port}", dut.clk, slow) for port in range(PORTS)]
+        self.beats = [StreamSource(dut, f"port_beats_{port}", dut.clk, slow) for port in range(PORTS)]
         self.rows = StreamSink(dut, "rows", dut.clk, taker)
         self.seen: list[list[Block]] = [[] for _ in range(PORTS)]
         """Bursts of each port."""
@@ -70,7 +70,7 @@ class _Bench:
                         owed.append((now + self.delay, port, burst))
                 # Nobody may let the data wait.
                 if self.beats[port].transfers:
-                    assert self.beats[port].stalled_by_dut == 0, f"beats_{port} had to wait"
+                    assert self.beats[port].stalled_by_dut == 0, f"port_beats_{port} had to wait"
             while self.answering and owed and owed[0][0] <= now:
                 _, port, (address, beats) = owed.popleft()
                 data = self.read(address, beats)
