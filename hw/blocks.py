@@ -13,6 +13,7 @@ from .rtl.activation_unit import ActivationUnit
 from .rtl.activations import ActivationBuffer
 from .rtl.array import SystolicArray
 from .rtl.axi import is_axi
+from .rtl.block import Block
 from .rtl.burst_cutter import BurstCutter
 from .rtl.column import Columns
 from .rtl.column_control import ColumnControl
@@ -69,25 +70,6 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "walker": lambda config: Walker(config, TOKEN_LOOPS),
 }
 
-_PROPERTIES = (
-    "latency",
-    "hop",
-    "scale_delay",
-    "ring_delay",
-    "drain_latency",
-    "chain_latency",
-    "read_latency",
-    "read_period",
-    "write_latency",
-    "write_period",
-    "sum_latency",
-    "lead",
-    "lanes",
-    "depth",
-    "fifo_depth",
-    "word_fifo_depth",
-)
-
 
 def _fields(shape) -> dict[str, Field]:
     if not isinstance(shape, data.StructLayout):
@@ -134,5 +116,4 @@ def describe_ports(component: wiring.Component) -> tuple[dict[str, Port], dict[s
 
 def describe_properties(component: wiring.Component) -> dict[str, int]:
     """The figures that a component states about itself."""
-    values = {name: getattr(component, name, None) for name in _PROPERTIES}
-    return {name: value for name, value in values.items() if isinstance(value, int)}
+    return component.properties() if isinstance(component, Block) else {}

@@ -20,11 +20,12 @@ from .spec.descriptor import (
     BANK_SPAN,
     DATA_ALIGNMENT,
     DESCRIPTOR_WORDS,
-    FIELDS,
     WEIGHT_ALIGNMENT,
     Descriptor,
+    DescriptorField,
 )
 from .spec.layout import LayerLayout
+from .spec.ops import OPS
 from .spec.registers import ERROR_TEXTS, REGISTERS, WINDOW_BYTES, Access, Register
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "README.md"
@@ -83,26 +84,26 @@ def _label(name: str, width: int) -> str:
     return (name if len(name) <= width else name[0]).center(width)
 
 
-def descriptor_diagram() -> str:
-    """The descriptor's words, two characters a bit, the highest bit on the left; reserved words at its end as one."""
-    used = max(field.low + field.width for field in FIELDS)
+def descriptor_diagram(fields: Sequence[DescriptorField]) -> str:
+    """A descriptor's words, two characters a bit, the highest bit on the left; reserved words at its end as one."""
+    used = max(field.low + field.width for field in fields)
     words = -(-used // _WORD)
     inside = 2 * _WORD - 1
     marks = "".join(f"{bit:<{2 * length}}" for bit, length in ((31, 7), (24, 8), (16, 8), (8, 8), (0, 1)))
     line = f"      +{'-' * inside}+"
     lines = [f"word   {marks.rstrip()}", line]
     for word in range(words):
-        cells = reversed([_label(text, 2 * width - 1) for width, text in _cells(word)])
+        cells = reversed([_label(text, 2 * width - 1) for width, text in _cells(fields, word)])
         lines += [f"{word:5} |{'|'.join(cells)}|", line]
     if words < DESCRIPTOR_WORDS:
         lines += [f"{words}-{DESCRIPTOR_WORDS - 1} |{' ' * inside}|".rjust(len(line)), line]
     return "\n".join(lines)
 
 
-def _cells(word: int) -> Iterator[tuple[int, str]]:
+def _cells(fields: Sequence[DescriptorField], word: int) -> Iterator[tuple[int, str]]:
     """(width, text) of a word's parts from bit 0 up; the text is empty where bits are reserved."""
     bit, end = _WORD * word, _WORD * (word + 1)
-    for field in FIELDS:
+    for field in fields:
         low, high = max(field.low, bit), min(field.low + field.width, end)
         if low < high:
             if low > bit:
@@ -114,8 +115,8 @@ def _cells(word: int) -> Iterator[tuple[int, str]]:
         yield end - bit, ""
 
 
-def descriptor_table() -> str:
-    """Every field of the descriptor."""
+def descriptor_table(fields: Sequence[DescriptorField]) -> str:
+    """Every field of a descriptor."""
 
     def place(low: int, width: int) -> str:
         first, last = low // _WORD, (low + width - 1) // _WORD
@@ -123,7 +124,7 @@ def descriptor_table() -> str:
             return f"words {first} and {last}"
         return f"word {first}" + ("" if width == _WORD else f", {_bits(low % _WORD, width)}")
 
-    rows = ((f"`{field.name}`", place(field.low, field.width), field.text) for field in FIELDS)
+    rows = ((f"`{field.name}`", place(field.low, field.width), field.text) for field in fields)
     return _table(("field", "place", "meaning"), rows)
 
 
@@ -174,8 +175,8 @@ def page() -> str:
     values = {
         "registers": register_table(),
         "errors": error_table(),
-        "diagram": descriptor_diagram(),
-        "fields": descriptor_table(),
+        "diagram": "\n\n".join(descriptor_diagram(op.fields) for op in OPS.values()),
+        "fields": "\n\n".join(descriptor_table(op.fields) for op in OPS.values()),
         "example": example(),
         "ports": port_table(),
         "address_bits": ADDRESS_BITS,

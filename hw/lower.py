@@ -25,6 +25,8 @@ _MEMORY_INIT = re.compile(r"^  cell \$meminit_v2 .*?^  end\n", re.MULTILINE | re
 _CELL = re.compile(r"^(  cell )\\(\S+) ", re.MULTILINE)
 _ATTRIBUTE = re.compile(r"^ *\(\* (?!ram_style)[^\n]*\*\)\n|\(\* (?!ram_style)[^\n]*?\*\) ", re.MULTILINE)
 """What yosys notes for itself; where a memory belongs is all that others need."""
+INSIDE = "inside"
+"""Name of a component with AXI ports within the module that takes its channels apart."""
 _MEMORY_PORT, _MEMORY_HALVES = "hp", ("reads", "write")
 """Members of the accelerator that are halves of memory ports, and how those are named: hp0, hp1 ..."""
 _TIMEOUT = 300
@@ -94,7 +96,7 @@ class _AxiPorts(Elaboratable):
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        m.submodules.inside = self.component
+        m.submodules[INSIDE] = self.component
         m.d.comb += [target.eq(source) for target, source in self._parts]
         return m
 

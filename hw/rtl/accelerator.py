@@ -9,6 +9,7 @@ from ..spec.config import AcceleratorConfig
 from ..spec.memory_access import OUTSTANDING
 from ..spec.registers import BY_NAME, COMPLETIONS, IDENTIFICATION, QUEUE_DEPTH, VERSION, ErrorCode, config_digest
 from .axi import lite_signature, read_signature, write_signature
+from .block import Block
 from .datapath import Datapath
 from .faults import FirstError, Watchdog, fault_layout
 from .performance import EVENTS, PerformanceCounters
@@ -16,7 +17,7 @@ from .register_bank import CONTROL_ADDRESS_BITS, RegisterBank
 from .supervisor import Supervisor
 
 
-class Accelerator(wiring.Component):
+class Accelerator(Block):
     """Takes descriptors (:mod:`hw.spec.descriptor`) over its registers (:mod:`hw.spec.registers`) and executes them.
 
     Members
@@ -29,6 +30,8 @@ class Accelerator(wiring.Component):
     or depends on registers alone.
     """
 
+    container = True
+
     def __init__(self, config: AcceleratorConfig):
         self.config = config
         super().__init__(
@@ -40,6 +43,10 @@ class Accelerator(wiring.Component):
             }
         )
 
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.block.Block`."""
+        return {"most_in_flight": Datapath.most_in_flight}
+
     def elaborate(self, platform) -> Module:
         m = Module()
         # The datapath has a reset of its own, which leaves the registers alone.
@@ -47,7 +54,7 @@ class Accelerator(wiring.Component):
         m.submodules.bank = bank = RegisterBank()
         datapath = Datapath(self.config)
         m.submodules.datapath = DomainRenamer("datapath")(datapath)
-        m.submodules.supervisor = supervisor = Supervisor()
+        m.submodules.supervisor = supervisor = Supervisor(datapath.most_in_flight)
         reset = Signal(init=1)
         m.d.sync += reset.eq(supervisor.clear)
         m.d.comb += [ClockSignal("datapath").eq(ClockSignal()), ResetSignal("datapath").eq(reset)]

@@ -2,7 +2,7 @@
 """Fetches a layer's activations over all read ports at once, so that no port has to carry them alone."""
 
 from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, unsigned
-from amaranth.lib import data, stream, wiring
+from amaranth.lib import data, stream
 from amaranth.lib.wiring import In, Out
 
 from ..spec.config import FLOAT_BITS, AcceleratorConfig
@@ -10,6 +10,7 @@ from ..spec.descriptor import activation_beats
 from ..spec.memory_access import CHUNK_BYTES, CHUNKS_AHEAD
 from .activation_unit import row_layout
 from .axi import ADDRESS_BITS
+from .block import Block
 from .burst_cutter import burst_layout
 from .fifo import Credits, StreamFifo
 
@@ -31,7 +32,7 @@ def fetch_layout(config: AcceleratorConfig) -> data.StructLayout:
     )
 
 
-class ActivationFetch(wiring.Component):
+class ActivationFetch(Block):
     """Cuts blocks into chunks, gives them to the ports in turn, and puts the data together again.
 
     Each port's beats are joined to rows of ``tile`` floats before they wait in its FIFO, so that all ports together
@@ -67,6 +68,10 @@ class ActivationFetch(wiring.Component):
                 "asking": Out(1),
             }
         )
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.block.Block`."""
+        return {"latency": self.latency, "row_latency": self.row_latency}
 
     def elaborate(self, platform) -> Module:
         m = Module()

@@ -7,11 +7,6 @@ from amaranth.lib.wiring import In, Out
 
 from ..spec.descriptor import ADDRESS_BITS
 
-MAX_BURST_BEATS = 256
-"""Longest INCR burst."""
-BOUNDARY = 4096
-"""Bytes; no burst crosses a multiple of it."""
-
 
 class Response(enum.Enum, shape=2):
     """RRESP and BRESP."""

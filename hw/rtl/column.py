@@ -7,6 +7,7 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from ..spec.config import SCALE_BITS, AcceleratorConfig
+from .block import Block
 from .delay import delay
 from .product import small_product
 
@@ -174,7 +175,7 @@ class Column(wiring.Component):
         m.d.comb += self.drain_out.eq(slot)
 
 
-class Columns(wiring.Component):
+class Columns(Block):
     """One :class:`Column` under each column of the array; scales and zero points ride east with the control.
 
     Members
@@ -205,6 +206,10 @@ class Columns(wiring.Component):
     def drain_latency(self) -> int:
         """Cycles from ``drain`` to ``drained``."""
         return self.config.tile
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.block.Block`."""
+        return {"drain_latency": self.drain_latency, "scale_delay": Column.scale_delay, "ring_delay": Column.ring_delay}
 
     def elaborate(self, platform) -> Module:
         m = Module()

@@ -9,6 +9,7 @@ from ..spec.config import AcceleratorConfig
 from ..spec.layout import StreamLayout
 from .activations import ActivationBuffer, activation_payload
 from .array import SystolicArray
+from .block import Block
 from .column import Column, Columns
 from .column_control import ColumnControl
 from .delay import delay
@@ -20,7 +21,7 @@ from .walker import CommandFork, command_signature
 from .weights import WeightSplitter, WordAssembler
 
 
-class Core(wiring.Component):
+class Core(Block):
     """Computes one linear layer per command: ``y[m, n] = sum_k x[m, k] * w[n, k]``.
 
     Members
@@ -35,6 +36,8 @@ class Core(wiring.Component):
     Throughput: 1 beat per cycle and 1 token slice per cycle, whichever binds:
     ``max(beats, tokens * slices, results / lanes)`` cycles, without a gap between layers.
     """
+
+    container = True
 
     def __init__(self, config: AcceleratorConfig):
         self.config = config
@@ -67,6 +70,10 @@ class Core(wiring.Component):
         to_psum = self.sequencer.latency + ActivationBuffer.read_latency + self.array.latency
         to_drain = Column.ring_delay + 2
         return to_psum + to_drain + self.drain.latency + StreamFifo.latency
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.block.Block`."""
+        return {"latency": self.latency, "word_fifo_depth": self.word_fifo_depth}
 
     def elaborate(self, platform) -> Module:
         m = Module()

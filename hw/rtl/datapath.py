@@ -11,6 +11,7 @@ from ..spec.registers import QUEUE_DEPTH, ErrorCode
 from .activation_fetch import ActivationFetch
 from .activation_unit import ActivationUnit
 from .axi import ADDRESS_BITS, owed_layout, read_signature, write_signature
+from .block import Block
 from .burst_cutter import max_burst_beats
 from .core import Core
 from .descriptor_check import ERROR_BITS, DescriptorCheck, descriptor_layout
@@ -24,7 +25,7 @@ from .weight_fetch import WeightFetch
 from .write_manager import WriteClient, WriteManager
 
 
-class Datapath(wiring.Component):
+class Datapath(Block):
     """Executes descriptors: reads activations and weights, computes, writes results.
 
     Members
@@ -43,6 +44,12 @@ class Datapath(wiring.Component):
     events : what the counters count, without ``busy``: a beat of weights entered the core, or nothing moved, and why
     reads_owed, write_owed : what memory owes each read port and the write port
     """
+
+    container = True
+    most_in_flight = QUEUE_DEPTH + sum(
+        stage.most_in_flight for stage in (DescriptorCheck, Dispatcher, Gatherer, WriteManager)
+    )
+    """Descriptors that the queue holds, and all that may lie between it and their last acknowledgement."""
 
     def __init__(self, config: AcceleratorConfig):
         self.config = config

@@ -7,6 +7,7 @@ from amaranth.lib.wiring import In, Out
 
 from ..spec.registers import ErrorCode
 from .axi import ADDRESS_BITS
+from .block import Block
 from .descriptor_check import ERROR_BITS
 
 PRECEDENCE = (
@@ -57,7 +58,7 @@ class FirstError(wiring.Component):
         return m
 
 
-class Watchdog(wiring.Component):
+class Watchdog(Block):
     """Finds out when somebody who owes an answer has made no progress for a while.
 
     One counter for all: at each of its ends everybody who has owed an answer since the last one, without any progress,

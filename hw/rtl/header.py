@@ -9,6 +9,7 @@ from amaranth.lib.wiring import In, Out
 from ..spec.command import max_header_beats
 from ..spec.config import AcceleratorConfig
 from ..spec.layout import StreamLayout, ceil_div
+from .block import Block
 from .fifo import StreamFifo
 from .memory import buffer_attributes
 from .walker import Walker, command_signature
@@ -104,7 +105,7 @@ class HeaderBuffer(wiring.Component):
         return m
 
 
-class HeaderReader(wiring.Component):
+class HeaderReader(Block):
     """Cuts headers into the row exponents of each output tile and one record per group.
 
     Members
@@ -142,6 +143,10 @@ class HeaderReader(wiring.Component):
     def latency(self) -> int:
         """Cycles from an output tile's last beat of exponents to the exponents."""
         return 2 + self.stream.exponents_cycles
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.block.Block`."""
+        return {"latency": self.latency}
 
     def elaborate(self, platform) -> Module:
         m = Module()

@@ -11,6 +11,7 @@ from amaranth.lib.wiring import In, Out
 from ..spec.config import AcceleratorConfig
 from ..spec.memory_access import OUTSTANDING
 from .axi import ADDRESS_BITS, constant_address_fields, is_error, read_signature
+from .block import Block
 from .burst_cutter import burst_layout, max_burst_beats
 from .fifo import BlockFifo, StreamFifo
 
@@ -28,7 +29,7 @@ def read_fifo_depths(config: AcceleratorConfig) -> list[int]:
     return [depths[client] for client in ReadClient]
 
 
-class ReadManager(wiring.Component):
+class ReadManager(Block):
     """Reads bursts for several clients over one port, each client's in order.
 
     A client only asks for bursts for which its FIFO has room (it knows from what it asked for and what it took), so
@@ -57,6 +58,8 @@ class ReadManager(wiring.Component):
 
     latency = 1
     """Cycles from a burst's transfer to the first cycle of ARVALID."""
+    beat_latency = BlockFifo.latency
+    """Cycles from R to a client with a FIFO."""
 
     def __init__(self, width: int, depths: Sequence[int], outstanding: int = OUTSTANDING):
         if outstanding < 2 or outstanding & (outstanding - 1):
@@ -74,6 +77,10 @@ class ReadManager(wiring.Component):
                 "oldest": Out(ADDRESS_BITS),
             }
         )
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.block.Block`."""
+        return {"latency": self.latency, "beat_latency": self.beat_latency}
 
     def elaborate(self, platform) -> Module:
         m = Module()

@@ -7,6 +7,7 @@ from amaranth.lib.wiring import In, Out
 
 from ..spec.registers import BY_NAME, REGISTERS, Access, Register
 from .axi import Response, lite_signature
+from .block import Block
 from .control_port import ControlPort
 
 CONTROL_ADDRESS_BITS = 12
@@ -38,7 +39,7 @@ def register_members(register: Register) -> dict[str, wiring.Member]:
             return {name: In(shape)}
 
 
-class RegisterBank(wiring.Component):
+class RegisterBank(Block):
     """All registers of :data:`hw.spec.registers.REGISTERS` behind an AXI4-Lite port.
 
     Members
@@ -70,6 +71,15 @@ class RegisterBank(wiring.Component):
         if name not in BY_NAME:
             raise KeyError(f"there is no register {name}")
         return getattr(self, name)
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.block.Block`."""
+        return {
+            "write_latency": self.write_latency,
+            "write_period": self.write_period,
+            "read_latency": self.read_latency,
+            "read_period": self.read_period,
+        }
 
     def elaborate(self, platform) -> Module:
         m = Module()

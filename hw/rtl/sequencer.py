@@ -7,14 +7,15 @@ from amaranth.lib.wiring import In, Out
 
 from ..spec.config import AcceleratorConfig
 from ..spec.layout import StreamLayout
-from .activations import BANKS, bank_slices
+from .activations import BANKS, bank_slices, bank_start
+from .block import Block
 from .column import ring_depth
 from .fifo import Counter, Credits
 from .header import HeaderReader
 from .walker import Walker, command_signature
 
 
-class Sequencer(wiring.Component):
+class Sequencer(Block):
     """Walks output tile, group, K-slice and token, and starts each slice once all that it needs is there.
 
     A slice takes ``max(tokens, words_per_slice)`` cycles and is never interrupted. It starts when all its words are
@@ -61,6 +62,10 @@ class Sequencer(wiring.Component):
                 "waits_output": Out(1),
             }
         )
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.block.Block`."""
+        return {"latency": self.latency, "fifo_depth": self.fifo_depth}
 
     def elaborate(self, platform) -> Module:
         m = Module()
@@ -154,4 +159,4 @@ class Sequencer(wiring.Component):
         with m.If(self.token):
             m.d.sync += self.address.eq(self.address + 1)
         with m.If(restart):
-            m.d.sync += self.address.eq(Mux(walker.bank, bank_slices(self.config), 0))
+            m.d.sync += self.address.eq(bank_start(self.config, walker.bank))

@@ -2,12 +2,13 @@
 """Fetches a layer's weights: all ports read their regions in step, and a beat of each makes a beat of the stream."""
 
 from amaranth.hdl import Cat, Module, Mux, Signal, unsigned
-from amaranth.lib import data, stream, wiring
+from amaranth.lib import data, stream
 from amaranth.lib.wiring import In, Out
 
 from ..spec.config import AcceleratorConfig
 from ..spec.descriptor import FIELD_WIDTHS
 from .axi import ADDRESS_BITS
+from .block import Block
 from .burst_cutter import BEAT_COUNT_BITS, BurstCutter, burst_layout, max_burst_beats
 from .fifo import Counter
 
@@ -21,7 +22,7 @@ def weights_layout() -> data.StructLayout:
     )
 
 
-class WeightFetch(wiring.Component):
+class WeightFetch(Block):
     """Asks every port for the same bursts, each in its own region, and joins what comes.
 
     As every port's FIFO is filled and emptied by the same bursts and beats, one counter knows the room in all of them.
@@ -54,6 +55,10 @@ class WeightFetch(wiring.Component):
                 "beats": Out(stream.Signature(config.beat_bits)),
             }
         )
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.block.Block`."""
+        return {"latency": self.latency, "depth": self.depth}
 
     def elaborate(self, platform) -> Module:
         m = Module()

@@ -8,8 +8,9 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from ..spec.config import FLOAT_BITS
-from ..spec.memory_access import OUTSTANDING, PIECE_FLOATS
-from .axi import ADDRESS_BITS, BOUNDARY, constant_address_fields, is_error, write_layout, write_signature
+from ..spec.memory_access import BURST_BOUNDARY, OUTSTANDING, PIECE_FLOATS
+from .axi import ADDRESS_BITS, constant_address_fields, is_error, write_layout, write_signature
+from .block import Block
 from .fifo import StreamFifo
 
 PIECE_BYTES = PIECE_FLOATS * FLOAT_BITS // 8
@@ -39,7 +40,7 @@ def last_beat(last_float, width: int):
     return last_float >> (width // FLOAT_BITS).bit_length() - 1
 
 
-class WriteManager(wiring.Component):
+class WriteManager(Block):
     """Writes pieces with INCR bursts: one each, or two where a piece crosses a 4 KiB boundary.
 
     A burst is offered on AW as soon as its piece is known; its data follow, never before it. All bursts have the same
@@ -70,6 +71,12 @@ class WriteManager(wiring.Component):
 
     latency = StreamFifo.latency + 2
     """Cycles from a piece's transfer to the first cycle of AWVALID."""
+    data_latency, complete_latency = StreamFifo.latency, 1
+    """Cycles from a beat's transfer to WVALID, and from the last BVALID to ``complete``."""
+
+    _PIECES_AHEAD = 2
+    most_in_flight = len(WriteClient) * _PIECES_AHEAD + 1 + OUTSTANDING
+    """Descriptors in here: their last piece waits, is cut, or has bursts under way."""
 
     def __init__(self, width: int, clients: int = len(WriteClient), outstanding: int = OUTSTANDING):
         if outstanding < 2 or outstanding & (outstanding - 1):
@@ -89,6 +96,14 @@ class WriteManager(wiring.Component):
                 "oldest": Out(ADDRESS_BITS),
             }
         )
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.block.Block`."""
+        return {
+            "latency": self.latency,
+            "data_latency": self.data_latency,
+            "complete_latency": self.complete_latency,
+        }
 
     def elaborate(self, platform) -> Module:
         m = Module()
@@ -113,7 +128,7 @@ class WriteManager(wiring.Component):
         active, tag, take = Signal(), Signal(tags.shape), Signal()
         piece, client, found = self._choose(m, take)
         left, keep = Signal(range(PIECE_FLOATS // floats)), Signal(floats)
-        offset_bits, page_bits = (self.width // 8 - 1).bit_length(), (BOUNDARY - 1).bit_length()
+        offset_bits, page_bits = (self.width // 8 - 1).bit_length(), (BURST_BOUNDARY - 1).bit_length()
         room = Signal(page_bits - offset_bits)
         fits, length, start = Signal(), Signal.like(left), Signal()
         m.d.comb += [
@@ -158,7 +173,7 @@ class WriteManager(wiring.Component):
         piece, client, found = Signal(piece_layout()), Signal(range(self.clients)), Signal(self.clients + 1)
         for index, pieces in enumerate(self.pieces):
             # Takes the path from AWREADY off the users of ``pieces.ready``.
-            m.submodules[f"fifo_{index}"] = fifo = StreamFifo(piece_layout(), 2)
+            m.submodules[f"fifo_{index}"] = fifo = StreamFifo(piece_layout(), self._PIECES_AHEAD)
             wiring.connect(m, wiring.flipped(pieces), fifo.i)
             m.d.comb += [
                 fifo.o.ready.eq(take & ~found[index]),

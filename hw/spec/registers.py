@@ -18,7 +18,7 @@ VERSION = 1
 QUEUE_DEPTH = 16
 """Descriptors that wait to be started."""
 COMPLETIONS = 32
-"""Completions whose cycle the hardware remembers: more than can be queued and in flight."""
+"""Completions whose cycle the hardware remembers. Software keeps no more descriptors queued and in flight."""
 DEFAULT_TIMEOUT = 1 << 20
 """Cycles: 4 ms at 250 MHz, a thousand times what a memory takes."""
 WINDOW_BYTES = 0x200

@@ -141,12 +141,13 @@ async def full_speed(dut):
     """A row in every cycle, or a beat of every port, whichever takes longer; over several blocks."""
     bench, c = _Bench(dut), config()
     await begin(dut)
-    monitor = Monitor(dut, ("blocks", "rows"), ("bursts_0_valid",))
+    monitor = Monitor(dut, ("blocks", "rows", "port_beats_0"), ("bursts_0_valid",))
     most = activation_beats(c, c.max_tokens, c.max_k // c.tile)
     beats = min(most, 40 * CHUNK_BYTES // BEAT) // ROW_BEATS * ROW_BEATS
     bench.send([(CHUNK_BYTES * 8 * index, beats) for index in range(4)])
     await bench.check()
     assert monitor["bursts_0_valid"][0] - monitor["blocks"][0] == latency()
+    assert monitor["rows"][0] - monitor["port_beats_0"][ROW_BEATS - 1] == latency("row_latency")
     rows = monitor["rows"]
     port_beats = max(sum(beats for _, beats in bursts) for bursts in bench.seen)
     bound = max(len(rows), port_beats)

@@ -12,9 +12,9 @@ from hw.spec.layout import StreamLayout
 from sim.models import random_layer
 from sim.packing import Layout
 from sim.streams import StreamSource, cycle, never, randomly, rng
-from sim.tb.common import begin, config, latency, manifest, payload
+from sim.tb.common import begin, config, latency, payload
 
-RING_DELAY = manifest()["properties"].get("ring_delay", 5)
+RING_DELAY = latency("ring_delay")
 """Cycles from a psum to its group's addition to the ring: what :mod:`sim.tb.tb_columns` measures."""
 
 

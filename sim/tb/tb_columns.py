@@ -8,9 +8,9 @@ from hw.spec.layout import LayerLayout, StreamLayout
 from hw.spec.numerics import accumulate, group_sums
 from sim.models import activations_of, weights_of
 from sim.streams import rng
-from sim.tb.common import begin, config, latency, manifest, payload, trace
+from sim.tb.common import begin, config, latency, payload, trace
 
-RING_DELAY = manifest()["properties"].get("ring_delay", 5)
+RING_DELAY = latency("ring_delay")
 """Cycles from a psum to its group's addition to the ring."""
 
 

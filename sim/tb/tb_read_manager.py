@@ -22,8 +22,6 @@ ACTIVATIONS, WEIGHTS = range(2)
 DEPTHS = (0, OUTSTANDING * longest(BEAT))
 """Beats of each client's FIFO; 0: the client takes every beat at once."""
 MEMORY = 1 << 20
-FIFO_LATENCY = 2
-"""Cycles from R to a client with a FIFO."""
 
 
 class _Client:
@@ -200,7 +198,7 @@ async def full_speed(dut):
     assert memory.bursts == expected
     assert consecutive(monitor["beats_1"])
     assert starts["m_axi_axi_arvalid"][0] - monitor["bursts_1"][0] == latency()
-    assert monitor["beats_1"][0] - starts["m_axi_axi_rvalid"][0] == FIFO_LATENCY
+    assert monitor["beats_1"][0] - starts["m_axi_axi_rvalid"][0] == latency("beat_latency")
 
 
 @cocotb.test()
@@ -249,7 +247,7 @@ async def two_clients(dut):
         await check
 
 
-async def _check_all(bench: _Bench, client: str, regions: list[Stretch]) -> None:
+async def _check_all(bench: _Bench, client: int, regions: list[Stretch]) -> None:
     for region in regions:
         await bench.check(*region, client)
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from hw.spec.config import AcceleratorConfig
 from hw.spec.descriptor import DESCRIPTOR_WORDS, Descriptor
+from hw.spec.ops import LINEAR
 from hw.spec.refusal import refusal
 from hw.spec.registers import ERROR_TEXTS, IDENTIFICATION, VERSION, ErrorCode, config_digest, offset
 from sw.devices.base import Buffer, Completion, DeviceError, LinearJob, PreparedBatch
@@ -198,7 +199,7 @@ class _Watch:
 
 def descriptor(job: LinearJob, interrupt: bool = True) -> Descriptor:
     """The descriptor of a job. interrupt: whether its completion raises the interrupt."""
-    return Descriptor.from_layer(
+    return LINEAR.from_layer(
         job.layout,
         job.tokens,
         activations=job.activations.address,

@@ -9,7 +9,8 @@ import numpy as np
 from hw.spec.config import AcceleratorConfig
 from hw.spec.descriptor import FLOAT_BYTES, result_pitch
 from hw.spec.layout import LayerLayout, unpack
-from hw.spec.numerics import Activations, NumericsError, Weights, linear, quantise_activations
+from hw.spec.numerics import Activations, NumericsError, Weights, quantise_activations
+from hw.spec.ops import LINEAR
 from sw.devices.arena import MEMORY_BYTES, Arena, anonymous_memory
 from sw.devices.base import Buffer, Completion, DeviceError, LinearJob, PreparedBatch, image_beats
 from sw.devices.batches import BatchDevice
@@ -92,5 +93,5 @@ def reference_linear(config: AcceleratorConfig, weights: Weights, activations: A
     parts = []
     for start in range(0, len(weights.q), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
-        parts.append(linear(config, Weights(*(values[rows] for values in weights)), activations))
+        parts.append(LINEAR.compute(config, Weights(*(values[rows] for values in weights)), activations))
     return np.concatenate(parts, axis=1)
