@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hw.spec.manifest import Manifest
-from hw.spec.memory_access import IDEAL_READ_LATENCY, IDEAL_WRITE_LATENCY
+from hw.spec.memory_access import (
+    BURST_BOUNDARY,
+    IDEAL_READ_LATENCY,
+    IDEAL_WRITE_LATENCY,
+    MAX_BURST_BEATS,
+    OUTSTANDING,
+)
+from hw.spec.memory_faults import Fault
+from hw.spec.operands import ADDRESS_BITS
 from hw.spec.registers import WINDOW_BYTES
 from sim.cache import BUILD, ROOT, digest, generator_digest, locked, scratch
 
@@ -31,12 +39,18 @@ COMPILER_ARGS = (
     *("-fno-tree-pre", "-fno-gcse", "-fno-align-jumps", "-fno-align-labels", "-fno-align-loops"),
     *("-fno-semantic-interposition", "-fno-plt", "-fno-stack-protector", "-fcf-protection=none"),
 )
-DEFINES = (
-    f"-DGM_WINDOW_BYTES={WINDOW_BYTES}",
-    f"-DGM_IDEAL_READ_LATENCY={IDEAL_READ_LATENCY}",
-    f"-DGM_IDEAL_WRITE_LATENCY={IDEAL_WRITE_LATENCY}",
-)
-"""What the C++ has from hw.spec."""
+FACTS = {
+    "WINDOW_BYTES": WINDOW_BYTES,
+    "ADDRESS_BITS": ADDRESS_BITS,
+    "BURST_BOUNDARY": BURST_BOUNDARY,
+    "MAX_BURST_BEATS": MAX_BURST_BEATS,
+    "OUTSTANDING": OUTSTANDING,
+    "IDEAL_READ_LATENCY": IDEAL_READ_LATENCY,
+    "IDEAL_WRITE_LATENCY": IDEAL_WRITE_LATENCY,
+    **{f"FAULT_{fault.name}": int(fault) for fault in Fault},
+}
+"""What the C++ has from hw.spec, as macros GM_<name>."""
+DEFINES = tuple(f"-DGM_{name}={value}" for name, value in FACTS.items())
 TIMEOUT = 900
 """Seconds that one tool may take."""
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from hw.spec.memory_faults import Fault
 from hw.spec.registers import offset
 from sw import doctor, doctor_layers
 from sw.devices import make_config
 from sw.devices.kv260 import FIRMWARE, KV260Device
-from sw.devices.library import Fault
 from sw.doctor_checks import OK, UNKNOWN, WRONG, examine
 from sw.errors import UserError
 from tests.sw.fake_board import (

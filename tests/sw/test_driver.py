@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from hw.spec.descriptor import ADDRESS_LIMIT, DESCRIPTOR_WORDS, FIELDS, weights_stride
+from hw.spec.memory_faults import Fault
 from hw.spec.refusal import refusal
 from hw.spec.registers import (
     BY_NAME,
@@ -23,7 +24,7 @@ from sw.devices import make_config
 from sw.devices.arena import Arena
 from sw.devices.base import PAGE, DeviceError
 from sw.devices.driver import PATIENCE, AcceleratorDevice, descriptor
-from sw.devices.library import Fault, build_library
+from sw.devices.library import build_library
 from sw.devices.rtl import RtlDevice
 from tests.sw.linears import TIMEOUT, free_jobs, make_job, random_activations, random_linear, run_exactly
 
