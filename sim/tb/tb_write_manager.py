@@ -8,17 +8,18 @@ from typing import Any, cast
 import cocotb
 import numpy as np
 from cocotb.triggers import RisingEdge
-from cocotbext.axi import AxiRamWrite, AxiWriteBus
+from cocotbext.axi import AxiResp, AxiWriteBus
 
+from hw.spec.memory_access import BURST_BOUNDARY as BOUNDARY
+from hw.spec.memory_access import OUTSTANDING, PIECE_FLOATS
 from sim.streams import Stall, StreamSource, cycle, never, randomly, rng, until
 from sim.tb.common import begin, config, latency, payload
+from sim.tb.faulty_memory import FaultyWrite
 from sim.tb.monitor import Monitor, consecutive
 
-BOUNDARY = 4096
 MEMORY = 1 << 20
-PIECE = 256
+PIECE = PIECE_FLOATS
 """Most floats of a piece."""
-OUTSTANDING = 8
 CLIENTS = range(2)
 """By precedence."""
 
@@ -122,8 +123,10 @@ class _Bench:
         self.dut, self.size = dut, config().port_width // 8
         self.pieces = [StreamSource(dut, f"pieces_{client}", dut.clk, pieces_stall) for client in CLIENTS]
         self.beats = [StreamSource(dut, f"beats_{client}", dut.clk, beats_stall) for client in CLIENTS]
-        self.memory = AxiRamWrite(AxiWriteBus.from_prefix(dut, "m_axi_axi"), dut.clk, dut.rst, size=MEMORY)
-        self.memory.log.setLevel(logging.WARNING)
+        self.faults: dict[int, AxiResp] = {}
+        bus = AxiWriteBus.from_prefix(dut, "m_axi_axi")
+        self.memory = FaultyWrite(bus, dut.clk, dut.rst, size=MEMORY, faults=self.faults)
+        self.memory.log.setLevel(logging.ERROR)
         self.channels = (self.memory.aw_channel, self.memory.w_channel, self.memory.b_channel)
         for channel in self.channels:
             # By itself it takes no third transfer before it has answered the first.
@@ -240,7 +243,7 @@ async def full_speed(dut, floats):
     bench, random = _Bench(dut), rng(1)
     await begin(dut)
     pulses = ("m_axi_axi_awvalid", "m_axi_axi_wvalid", "m_axi_axi_bvalid", "complete")
-    monitor = Monitor(dut, ("pieces_0",), pulses)
+    monitor = Monitor(dut, ("pieces_0", "beats_0"), pulses)
     # One row after another; now and then a piece crosses a boundary.
     pieces = [_piece(random, 1088 * i, floats, last=i % 5 == 4, interrupt=1) for i in range(40)]
     bench.send(pieces, random)
@@ -249,7 +252,8 @@ async def full_speed(dut, floats):
     data = monitor["m_axi_axi_wvalid"]
     assert monitor["m_axi_axi_awvalid"][0] - monitor["pieces_0"][0] == latency()
     assert data[0] - monitor["m_axi_axi_awvalid"][0] == 1
-    assert monitor["complete"][-1] - monitor["m_axi_axi_bvalid"][-1] == 1
+    assert data[0] - monitor["beats_0"][0] == latency("data_latency")
+    assert monitor["complete"][-1] - monitor["m_axi_axi_bvalid"][-1] == latency("complete_latency")
     # Every cycle with valid data was a transfer, and there was no other cycle in between.
     assert len(data) == sum(beats for _, beats in bench.bursts)
     assert consecutive(data), f"{data[-1] - data[0] + 1} cycles for {len(data)} beats"
@@ -389,15 +393,7 @@ async def an_error_of_another_client(dut):
     dut.halt.value = 1
     await begin(dut)
     faulty = BOUNDARY
-    work = bench.memory._write
-
-    async def write(address, *arguments):
-        if address == faulty:
-            raise ValueError("this is a fault")
-        return await work(address, *arguments)
-
-    bench.memory._write = write
-    bench.memory.log.setLevel(logging.ERROR)
+    bench.faults[faulty] = AxiResp.SLVERR
     # The first client's second piece comes when the second client's first one is already taken.
     bench.send([_piece(random, 0, 16), _piece(random, 2 * BOUNDARY, 16, last=1, interrupt=1)], random, 1)
     await cycle(dut.clk, 20)
