@@ -7,12 +7,21 @@ from amaranth.lib.wiring import In, Out
 
 from ..spec.config import AcceleratorConfig
 from ..spec.memory_access import OUTSTANDING
-from ..spec.registers import BY_NAME, COMPLETIONS, IDENTIFICATION, QUEUE_DEPTH, VERSION, ErrorCode, config_digest
+from ..spec.registers import (
+    BY_NAME,
+    COMPLETIONS,
+    EVENTS,
+    IDENTIFICATION,
+    QUEUE_DEPTH,
+    VERSION,
+    ErrorCode,
+    config_digest,
+)
 from .axi import lite_signature, read_signature, write_signature
 from .block import Block
 from .datapath import Datapath
 from .faults import FirstError, Watchdog, fault_layout
-from .performance import EVENTS, PerformanceCounters
+from .performance import PerformanceCounters
 from .register_bank import CONTROL_ADDRESS_BITS, RegisterBank
 from .supervisor import Supervisor
 

@@ -6,10 +6,7 @@ from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
-from ..spec.registers import COMPLETIONS
-
-EVENTS = ("busy", "beats", "starved_weights", "starved_activations", "starved_output")
-"""What is counted. Each has a register of its name."""
+from ..spec.registers import COMPLETIONS, EVENTS
 
 
 def event_layout() -> data.StructLayout:

@@ -181,6 +181,10 @@ REGISTERS: tuple[Register, ...] = (
 BY_NAME = {register.name: register for register in REGISTERS}
 
 
+EVENTS = ("busy", "beats", "starved_weights", "starved_activations", "starved_output")
+"""Registers that count events, and that control.clear_counters clears."""
+
+
 def offset(name: str, word: int = 0) -> int:
     """Offset in bytes of a register's word."""
     register = BY_NAME[name]

@@ -2,6 +2,7 @@
 """The simulated accelerator's memory and protocol checks, on their own: speed, order, data, faults, broken rules."""
 
 import ctypes
+import re
 import shutil
 import subprocess
 from ctypes import POINTER, byref, c_bool, c_char_p, c_double, c_int, c_uint32, c_uint64, c_void_p
@@ -488,3 +489,11 @@ def test_broken_rule_is_reported(problem, cycles, said):
 
 def test_first_report_stays(problem):
     assert problem([_address("ar", 0x1008, 0), _address("ar", 0x1010)]).startswith("cycle 0: port 0: AR {addr 0x1008")
+
+
+def test_faults_are_those_of_the_contract():
+    """Each kind has a name in C++, the same one; their numbers are macros that are made from the same place."""
+    pairs = re.findall(r"(\w+) = GM_FAULT_(\w+),", (DEVICE / "memory.h").read_text())
+    assert [kind for _, kind in pairs] == [fault.name for fault in Fault]
+    assert [name for name, _ in pairs[1:]] == [kind for _, kind in pairs[1:]]
+    assert [f"-DGM_FAULT_{fault.name}={fault.value}" in DEFINES for fault in Fault] == [True] * len(Fault)
