@@ -3,7 +3,7 @@
 
 import enum
 
-from amaranth.hdl import Array, Cat, Module, Mux, Signal, unsigned
+from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -168,20 +168,20 @@ class WriteManager(Block):
                 left.eq(left - room - 1),
             ]
 
-    def _choose(self, m: Module, take: Signal) -> tuple[data.View, Signal, Signal]:
+    def _choose(self, m: Module, take: Signal) -> tuple[data.View, Value, Value]:
         """The piece of the first client that has one, that client, and whether there is one at all."""
-        piece, client, found = Signal(piece_layout()), Signal(range(self.clients)), Signal(self.clients + 1)
+        fifos, earlier = [], Const(0)
         for index, pieces in enumerate(self.pieces):
             # Takes the path from AWREADY off the users of ``pieces.ready``.
             m.submodules[f"fifo_{index}"] = fifo = StreamFifo(piece_layout(), self._PIECES_AHEAD)
             wiring.connect(m, wiring.flipped(pieces), fifo.i)
-            m.d.comb += [
-                fifo.o.ready.eq(take & ~found[index]),
-                found[index + 1].eq(found[index] | fifo.o.valid),
-            ]
-            with m.If(~found[index]):
-                m.d.comb += [piece.eq(fifo.o.payload), client.eq(index)]
-        return piece, client, found[-1]
+            m.d.comb += fifo.o.ready.eq(take & ~earlier)
+            earlier |= fifo.o.valid
+            fifos.append(fifo)
+        piece, client = fifos[-1].o.payload.as_value(), Const(len(fifos) - 1)
+        for index, fifo in reversed(list(enumerate(fifos[:-1]))):
+            piece, client = Mux(fifo.o.valid, fifo.o.payload.as_value(), piece), Mux(fifo.o.valid, index, client)
+        return data.View(piece_layout(), piece), client, earlier
 
     def _send(self, m: Module, shares: StreamFifo) -> None:
         """Gives every burst its beats, without a cycle between two bursts."""
