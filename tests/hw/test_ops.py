@@ -14,7 +14,6 @@ from hw.spec.presets import preset
 from hw.spec.registers import ErrorCode
 
 CONFIG = preset("small")
-PLACES = dict(activations=0x1000, weights=0x10000, results=0x8000)
 
 
 class Second(Linear):
@@ -47,7 +46,7 @@ def test_every_opcode_has_an_object():
 
 def test_what_an_op_makes_is_accepted():
     layer = fit_layer(CONFIG, 64, 8, 32)
-    words = LINEAR.from_layer(layer, 2, **PLACES).to_words()
+    words = LINEAR.from_layer(layer, 2, activations=0x1000, weights=0x10000, results=0x8000).to_words()
     assert refusals.refusal(CONFIG, words) == ErrorCode.NONE
     assert LINEAR.cycles(layer, 2) > layer.beats
 
@@ -55,7 +54,7 @@ def test_what_an_op_makes_is_accepted():
 def test_a_second_opcode(monkeypatch):
     """It is refused until there is an object for it. Then its own fields count, and the documentation has it."""
     layer = fit_layer(CONFIG, 64, 8, 32)
-    words = LINEAR.from_layer(layer, 2, **PLACES).to_words()
+    words = LINEAR.from_layer(layer, 2, activations=0x1000, weights=0x10000, results=0x8000).to_words()
     words[0] += 1
     assert refusals.refusal(CONFIG, words) == ErrorCode.OPCODE
     monkeypatch.setitem(OPS, 2, Second())
