@@ -6,12 +6,13 @@ from amaranth.lib import stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.common.block import Block
 from hw.rtl.common.fifo import StreamFifo
 from hw.rtl.common.ram import buffer_attributes
 from hw.rtl.common.walker import Walker, command_signature
 from hw.spec.config import AcceleratorConfig
-from hw.spec.control.command import max_header_beats
 from hw.spec.memory.geometry import StreamLayout, ceil_div
+from hw.spec.ops.command import max_header_beats
 
 
 class HeaderBuffer(wiring.Component):
@@ -104,7 +105,7 @@ class HeaderBuffer(wiring.Component):
         return m
 
 
-class HeaderReader(wiring.Component):
+class HeaderReader(Block):
     """Cuts headers into the row exponents of each output tile and one record per group.
 
     Members
@@ -142,6 +143,10 @@ class HeaderReader(wiring.Component):
     def latency(self) -> int:
         """Cycles from an output tile's last beat of exponents to the exponents."""
         return 2 + self.stream.exponents_cycles
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.common.block.Block`."""
+        return {"latency": self.latency}
 
     def elaborate(self, platform) -> Module:
         m = Module()

@@ -5,9 +5,9 @@ import cocotb
 import numpy as np
 
 from hw.spec.config import EXPONENT_BITS, SCALE_BITS
-from hw.spec.control.command import LayerCommand
 from hw.spec.memory.geometry import LayerLayout, StreamLayout
 from hw.spec.memory.packing import pack
+from hw.spec.ops.command import LayerCommand
 from sim.bench.dut import begin, config, latency
 from sim.bench.layers import random_layer, weights_of
 from sim.bench.monitor import Monitor

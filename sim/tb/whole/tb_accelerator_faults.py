@@ -34,7 +34,8 @@ def _works(driver, count, **options):
 async def _recovers(driver):
     """Resets, and runs two layers."""
     await driver.reset()
-    driver.bad.clear()
+    for faults in (*driver.read_faults, driver.write_faults):
+        faults.clear()
     driver.forget()
     await driver.run(_works(driver, 2))
 
@@ -149,7 +150,8 @@ async def read_errors(dut, port, what, response):
     else:
         # Which port reads what of it is its own affair.
         place = bad.activations + size * int(rng(5).integers(0, works[1].x.nbytes // size))
-    driver.bad = [(f"hp{index}_r", place, response) for index in range(PORTS)]
+    for faults in driver.read_faults:
+        faults[place] = response
     await driver.set("interrupt_enable", "error")
     stops = cocotb.start_soon(_stops(driver))
     await driver.start(works)
@@ -173,7 +175,7 @@ async def write_errors(dut, response, pausing):
     works = _works(driver, 6)
     number = int(rng(6).integers(1, 5))
     address, _ = works[number].writes[-1][0]
-    driver.bad = [("hp0_b", address, response)]
+    driver.write_faults[address] = response
     await driver.set("interrupt_enable", "error")
     stops = cocotb.start_soon(_stops(driver))
     await driver.start(works)
@@ -191,7 +193,7 @@ async def nothing_completes_after(dut):
     driver = await AcceleratorDriver.create(dut)
     works = _works(driver, 2)
     driver.pause("hp0_b", lambda: True)
-    driver.bad = [("hp0_r", works[1].descriptor.weights, AxiResp.SLVERR)]
+    driver.read_faults[0][works[1].descriptor.weights] = AxiResp.SLVERR
     await driver.start(works[:1])
     await driver.until(lambda: len(driver.monitors[0].written) == len(works[0].writes), "the results")
     await driver.push(works[1])
@@ -386,11 +388,11 @@ async def first_one_counts(dut):
         await driver.failed(code, 0)
         # A bus error in what is still under way changes nothing.
         place = works[0].writes[-1][0].address
-        driver.bad = [("hp0_b", place, AxiResp.SLVERR)]
+        driver.write_faults[place] = AxiResp.SLVERR
         await driver.calm()
         assert await driver.get("error_code") == code != second
         driver.check([], works)
-        driver.bad.clear()
+        driver.write_faults.clear()
         await driver.reset()
         driver.forget()
     await driver.run(_works(driver, 2))
