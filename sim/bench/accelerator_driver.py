@@ -30,9 +30,9 @@ from hw.spec.numerics.linear import Activations, NumericsError, quantise_activat
 from hw.spec.ops import LINEAR
 from sim.bench.axi_monitor import AxiMonitor, Burst, LiteMonitor
 from sim.bench.dut import begin, config
+from sim.bench.faulty_memory import FaultyRead, FaultyWrite
 from sim.bench.layers import Job, weights_of
 from sim.bench.streams import Stall, bursty, cycle, randomly, read, rng, until
-from sim.tb.faulty_memory import FaultyRead, FaultyWrite
 
 __all__ = ["MEMORY", "AcceleratorDriver", "Work", "fit", "floats", "pauses"]
 

@@ -13,9 +13,9 @@ from cocotbext.axi import AxiResp, AxiWriteBus
 from hw.spec.memory.access import BURST_BOUNDARY as BOUNDARY
 from hw.spec.memory.access import OUTSTANDING, PIECE_FLOATS
 from sim.bench.dut import begin, config, latency, payload
+from sim.bench.faulty_memory import FaultyWrite
 from sim.bench.monitor import Monitor, consecutive
 from sim.bench.streams import Stall, StreamSource, cycle, never, randomly, rng, until
-from sim.tb.faulty_memory import FaultyWrite
 
 MEMORY = 1 << 20
 PIECE = PIECE_FLOATS
