@@ -119,6 +119,7 @@ BENCHES: list[Bench] = [
     _bench("core", _TILE_32),
     _bench("core", _TILE_32, tb="core_speed"),
     *(_bench("activation_fetch", params) for params in (_SMALL, _TWO_PORTS, _TILE_16)),
+    _bench("first_error", _SMALL),
     _bench("watchdog", _TWO_PORTS),
     *(_bench("selftest", params) for params in (_ULX3S, _ULX3S_8)),
     *(_bench("accelerator", params) for params in (_SMALL, _TWO_PORTS, _TILE_16)),

@@ -14,7 +14,7 @@ from hw.rtl.common.fifo import StreamFifo
 from hw.rtl.common.walker import TOKEN_LOOPS, CommandFork, Walker
 from hw.rtl.control.descriptor_check import DescriptorCheck
 from hw.rtl.control.dispatcher import Dispatcher
-from hw.rtl.control.faults import Watchdog
+from hw.rtl.control.faults import FirstError, Watchdog
 from hw.rtl.control.register_bank import RegisterBank
 from hw.rtl.core.activation_buffer import ActivationBuffer
 from hw.rtl.core.activation_unit import ActivationUnit
@@ -64,6 +64,7 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "register_bank": lambda config: RegisterBank(),
     "activation_fetch": ActivationFetch,
     "descriptor_check": DescriptorCheck,
+    "first_error": lambda config: FirstError(),
     "watchdog": lambda config: Watchdog(config.ports + 1),
     "fork": lambda config: CommandFork(config, users=3),
     "selftest": selftest,

@@ -92,20 +92,37 @@ def layer_cycles(layer: LayerLayout, tokens: int) -> int:
     # The weights come behind the activations, as far as there is room for them before the first slice.
     room = layer.header_beats + stream.word_fifo_depth * stream.beats_per_word
     ahead = min(max(0, first_slice - ports_free - latencies.beat), room, layer.beats)
-    steady = (tiles - 1) * max(layer.header_cycles, array, drain)
+    steady = (tiles - 1) * max(layer.header_cycles, array, drain, _tile_write_cycles(config, tokens))
     to_last_slice = max(steady + array, layer.beats - ahead) - one_slice
     last_tile = (tokens - 1) * config.tile // lanes + ceil_div(layer.last_columns, lanes)
     return first_slice + to_last_slice + latencies.core + last_tile + write_cycles(layer, tokens)
 
 
 def write_cycles(layer: LayerLayout, tokens: int) -> int:
-    """Cycles from the last result to the completion: the last chunk is written, and memory acknowledges it."""
+    """Cycles from the last result to the completion: the last piece is written, and memory acknowledges it.
+
+    The last piece waits until the piece before it is written. That matters where the last piece has few columns.
+    """
+    config, latencies = layer.config, Latencies(layer.config)
     columns = layer.n % PIECE_FLOATS or PIECE_FLOATS
-    beats = ceil_div(columns * FLOAT_BITS, layer.config.port_width)
-    latencies = Latencies(layer.config)
+    waiting = 0
+    if layer.n > PIECE_FLOATS:
+        tile_period = max(tile_cycles(layer, tokens), _tile_write_cycles(config, tokens))
+        since_last_piece = ceil_div(columns, config.tile) * tile_period
+        waiting = max(0, tokens * _row_beats(config, PIECE_FLOATS) - since_last_piece)
     # One cycle more for the completion to be counted.
     around = latencies.gatherer + latencies.write_data + latencies.write_complete + 1
-    return around + tokens * beats + IDEAL_WRITE_LATENCY
+    return waiting + around + tokens * _row_beats(config, columns) + IDEAL_WRITE_LATENCY
+
+
+def _tile_write_cycles(config: AcceleratorConfig, tokens: int) -> int:
+    """Cycles that the first port needs to write the results of an output tile."""
+    return tokens * config.tile * FLOAT_BITS // config.port_width
+
+
+def _row_beats(config: AcceleratorConfig, columns: int) -> int:
+    """Beats of one row of results of a piece."""
+    return ceil_div(columns * FLOAT_BITS, config.port_width)
 
 
 def cycles(config: AcceleratorConfig, tokens: int, k: int, n: int, group_size: int = 128) -> int:

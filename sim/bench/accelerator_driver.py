@@ -357,9 +357,11 @@ class AcceleratorDriver:
         assert self._free <= MEMORY, "the test wants more memory than there is"
         return self.base + start
 
-    def forget(self) -> None:
-        """Let new layers overwrite those so far."""
+    def forget(self, *, window: bool = False) -> None:
+        """Let new layers overwrite those so far; after the rst pin, also what the window of a descriptor held."""
         self._free = 0
+        if window:
+            self._window = [None] * len(self._window)
 
     def write(self, address: int, data: bytes) -> None:
         """Write to memory from outside."""

@@ -15,6 +15,11 @@ from hw.spec.memory.geometry import StreamLayout, ceil_div
 from hw.spec.ops.command import max_header_beats
 
 
+def ring_depth(config: AcceleratorConfig) -> int:
+    """Beats in the header ring: room for the longest header while half of one more is being used."""
+    return 1 << (max_header_beats(config) * 3 // 2).bit_length()
+
+
 class HeaderBuffer(wiring.Component):
     """A ring of beats, read in runs of units that start anywhere: one bank of memory per unit of a beat.
 
@@ -35,8 +40,7 @@ class HeaderBuffer(wiring.Component):
     def __init__(self, config: AcceleratorConfig):
         self.config = config
         self.stream = StreamLayout(config)
-        # Room for the longest header while half of one more is being used.
-        self.depth = 1 << (max_header_beats(config) * 3 // 2).bit_length()
+        self.depth = ring_depth(config)
         units = self.stream.beat_units
         super().__init__(
             {
@@ -146,7 +150,7 @@ class HeaderReader(Block):
 
     def properties(self) -> dict[str, int]:
         """See :class:`hw.rtl.common.block.Block`."""
-        return {"latency": self.latency}
+        return {"latency": self.latency, "ring_depth": ring_depth(self.config)}
 
     def elaborate(self, platform) -> Module:
         m = Module()

@@ -168,6 +168,25 @@ async def read_errors(dut, port, what, response):
 
 
 @cocotb.test()
+async def read_errors_of_all_ports(dut):
+    """Every port's memory fails in the same beat of its region: one of the bursts is reported, nothing is completed."""
+    driver, c = await AcceleratorDriver.create(dut, base=BASE), config()
+    work = driver.place(fit(c.max_k, 2 * c.tile, 128), c.max_tokens)
+    size, descriptor = c.port_width // 8, work.descriptor
+    places = [descriptor.weights + port * descriptor.weights_stride + 40 * size for port in range(PORTS)]
+    for faults, place in zip(driver.read_faults, places, strict=True):
+        faults[place] = AxiResp.SLVERR
+    await driver.start([work])
+    await driver.failed(ErrorCode.READ_BUS)
+    bursts = {burst.address: burst for monitor in driver.monitors for burst in monitor.reads}
+    found = bursts[await driver.get("error_address")]
+    assert any(found.address <= place < found.address + found.beats * size for place in places)
+    await driver.calm()
+    assert await driver.completed() == 0
+    await _recovers(driver)
+
+
+@cocotb.test()
 @cocotb.parametrize(response=[AxiResp.SLVERR, AxiResp.DECERR], pausing=[False, True])
 async def write_errors(dut, response, pausing):
     """A bad answer to a write: the burst's address, and its layer is not completed, nor are those behind it."""
@@ -303,6 +322,32 @@ async def resets(dut, run):
         driver.check(works[:completed], works[completed:])
         driver.forget()
         await driver.run(_works(driver, int(random.integers(1, 3))))
+        driver.forget()
+
+
+@cocotb.test()
+@cocotb.parametrize(run=range(8 if LONG else 2))
+async def rst_pin(dut, run):
+    """The rst pin of accelerator and memory at any moment: all registers have their first values, layers are exact."""
+    random = rng(10, run)
+    driver = await AcceleratorDriver.create(dut, pauses(run), BASE)
+    for _ in range(20 if LONG else 6):
+        await driver.set("timeout", 54321)
+        await driver.set("interrupt_enable", "done")
+        works = _works(driver, 4, interrupt=True)
+        await driver.start(works)
+        await cycle(dut.clk, int(random.integers(1, random.choice([60, 3000]))))
+        dut.rst.value = 1
+        await cycle(dut.clk, int(random.integers(1, 4)))
+        dut.rst.value = 0
+        await cycle(dut.clk)
+        driver.check([], works)
+        assert read(dut.irq) == 0
+        for name in ("status", "completed", "interrupt_enable", "interrupt_pending", "busy", "beats", "error_code"):
+            assert await driver.get(name) == 0, f"{name} is not 0 after rst"
+        assert await driver.get("timeout") == DEFAULT_TIMEOUT
+        driver.forget(window=True)
+        await driver.run(_works(driver, 2))
         driver.forget()
 
 
