@@ -394,13 +394,16 @@ async def an_error_of_another_client(dut):
     await begin(dut)
     faulty = BOUNDARY
     bench.faults[faulty] = AxiResp.SLVERR
-    # The first client's second piece comes when the second client's first one is already taken.
+    # The first client's faulty piece comes when the second client's first one is taken, its last one at the end.
     bench.send([_piece(random, 0, 16), _piece(random, 2 * BOUNDARY, 16, last=1, interrupt=1)], random, 1)
     await cycle(dut.clk, 20)
-    bench.send([_piece(random, faulty, 16), _piece(random, 3 * BOUNDARY, 16, last=1)], random, 0)
+    bench.send([_piece(random, faulty, 16)], random, 0)
     await cycle(dut.clk, 20)
     dut.halt.value = 0
     await bench.quiet()
-    assert [address for address, _ in bench.watcher.offered] == [0, faulty, 3 * BOUNDARY, 2 * BOUNDARY]
+    bench.send([_piece(random, 3 * BOUNDARY, 16, last=1)], random, 0)
+    await bench.quiet()
+    assert [address for address, _ in bench.watcher.offered] == [0, faulty, 2 * BOUNDARY, 3 * BOUNDARY]
     assert bench.watcher.errors == [faulty]
-    assert bench.watcher.completions == [(4, 1)]
+    # And the other one's end does not forgive it.
+    assert bench.watcher.completions == [(3, 1)]
