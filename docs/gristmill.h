@@ -21,10 +21,10 @@ extern "C" {
 /* read: version of this register map and of the descriptor */
 #define GRISTMILL_REG_VERSION 0x004u
 
-/* read: first 32 bits of the config's SHA-256: software refuses another hardware */
+/* read: first 32 bits of the config's SHA-256: software must have the same config */
 #define GRISTMILL_REG_CONFIG_DIGEST 0x008u
 
-/* read: sizes that software adapts to */
+/* read: sizes for the driver */
 #define GRISTMILL_REG_CAPABILITIES 0x00cu
 #define GRISTMILL_CAPABILITIES_QUEUE_DEPTH_SHIFT 0
 #define GRISTMILL_CAPABILITIES_QUEUE_DEPTH_MASK 0x000000ffu /* descriptors that the queue holds */
@@ -40,16 +40,16 @@ extern "C" {
 #define GRISTMILL_CONTROL_PUSH_SHIFT 0
 #define GRISTMILL_CONTROL_PUSH_MASK 0x00000001u /* queue the descriptor in the window; ignored while the queue is full or resetting */
 #define GRISTMILL_CONTROL_RESET_SHIFT 1
-#define GRISTMILL_CONTROL_RESET_MASK 0x00000002u /* stop, let the memory finish what is under way, then forget everything but this port's settings */
+#define GRISTMILL_CONTROL_RESET_MASK 0x00000002u /* stop, wait until memory has answered all requests, then clear everything but this port's settings */
 #define GRISTMILL_CONTROL_CLEAR_COUNTERS_SHIFT 2
 #define GRISTMILL_CONTROL_CLEAR_COUNTERS_MASK 0x00000004u /* set all counters but cycles to 0 */
 
-/* read: what the accelerator is doing */
+/* read: state of the accelerator */
 #define GRISTMILL_REG_STATUS 0x014u
 #define GRISTMILL_STATUS_RUNNING_SHIFT 0
 #define GRISTMILL_STATUS_RUNNING_MASK 0x00000001u /* descriptors are queued or in flight */
 #define GRISTMILL_STATUS_RESETTING_SHIFT 1
-#define GRISTMILL_STATUS_RESETTING_MASK 0x00000002u /* a reset waits for the memory to finish what is under way */
+#define GRISTMILL_STATUS_RESETTING_MASK 0x00000002u /* a reset waits until memory has answered all requests */
 #define GRISTMILL_STATUS_ERROR_SHIFT 2
 #define GRISTMILL_STATUS_ERROR_MASK 0x00000004u /* stopped; see error_code */
 #define GRISTMILL_STATUS_QUEUED_SHIFT 8
@@ -62,26 +62,26 @@ extern "C" {
 #define GRISTMILL_INTERRUPT_PENDING_ERROR_SHIFT 1
 #define GRISTMILL_INTERRUPT_PENDING_ERROR_MASK 0x00000002u /* the accelerator has stopped */
 
-/* read, write: which causes raise the interrupt line */
+/* read, write: causes that raise the interrupt line */
 #define GRISTMILL_REG_INTERRUPT_ENABLE 0x01cu
 #define GRISTMILL_INTERRUPT_ENABLE_DONE_SHIFT 0
 #define GRISTMILL_INTERRUPT_ENABLE_DONE_MASK 0x00000001u /* see interrupt_pending */
 #define GRISTMILL_INTERRUPT_ENABLE_ERROR_SHIFT 1
 #define GRISTMILL_INTERRUPT_ENABLE_ERROR_MASK 0x00000002u /* see interrupt_pending */
 
-/* read: descriptors completed since the last reset, modulo 2^32: results are in memory */
+/* read: completed descriptors (results in memory) since the last reset, modulo 2^32 */
 #define GRISTMILL_REG_COMPLETED 0x020u
 
-/* read: why it stopped: see the table of error codes */
+/* read: reason of the stop: see the table of error codes */
 #define GRISTMILL_REG_ERROR_CODE 0x024u
 
-/* read, 64 bits, low word first: for bus errors and timeouts the burst's address, for faulty activations theirs, else 0 */
+/* read, 64 bits, low word first: address of the burst for bus errors and timeouts, of the activations if they are faulty, else 0 */
 #define GRISTMILL_REG_ERROR_ADDRESS 0x028u
 
-/* read, write: cycles without any progress of a port that has transfers under way until that is an error; 0: never */
+/* read, write: a port with transfers under way and no progress for this many cycles is an error; 0: never */
 #define GRISTMILL_REG_TIMEOUT 0x030u
 
-/* read: read bursts asked for and not yet complete */
+/* read: read bursts requested and not yet complete */
 #define GRISTMILL_REG_READS_UNDER_WAY 0x034u
 #define GRISTMILL_READS_UNDER_WAY_PORT_0_SHIFT 0
 #define GRISTMILL_READS_UNDER_WAY_PORT_0_MASK 0x000000ffu /* of port 0 */
@@ -107,16 +107,16 @@ extern "C" {
 /* read, 64 bits, low word first: beats of the weight stream that the core took */
 #define GRISTMILL_REG_BEATS 0x050u
 
-/* read, 64 bits, low word first: cycles in which neither a beat moved nor the array worked, because weights were not there */
+/* read, 64 bits, low word first: cycles in which no beat moved and the array did not work, because weights were missing */
 #define GRISTMILL_REG_STARVED_WEIGHTS 0x058u
 
-/* read, 64 bits, low word first: the same, because activations were not there */
+/* read, 64 bits, low word first: the same, because activations were missing */
 #define GRISTMILL_REG_STARVED_ACTIVATIONS 0x060u
 
 /* read, 64 bits, low word first: the same, because results could not leave */
 #define GRISTMILL_REG_STARVED_OUTPUT 0x068u
 
-/* read, write, 16 words: the window that push takes */
+/* read, write, 16 words: the window for the descriptor that push queues */
 #define GRISTMILL_REG_DESCRIPTOR 0x080u
 #define GRISTMILL_DESCRIPTOR_WORDS 16u
 
@@ -136,7 +136,7 @@ enum gristmill_error {
     GRISTMILL_ERROR_WRITE_BUS = 7, /* memory answered a write with SLVERR or DECERR */
     GRISTMILL_ERROR_READ_TIMEOUT = 8, /* memory did not answer a read in time */
     GRISTMILL_ERROR_WRITE_TIMEOUT = 9, /* memory did not answer a write in time */
-    GRISTMILL_ERROR_UNDERRUN = 10, /* the core read a scale before it was there: a fault of the hardware */
+    GRISTMILL_ERROR_UNDERRUN = 10, /* the core read a scale before it was available: an error of the hardware */
 };
 
 /* Descriptor. */
@@ -146,7 +146,7 @@ enum gristmill_error {
 
 struct gristmill_descriptor {
     uint8_t opcode; /* 1: linear layer */
-    uint8_t reuse; /* take the activations of the descriptor before, which have the same shape; 1 bit */
+    uint8_t reuse; /* use the activations of the previous descriptor, which have the same shape; 1 bit */
     uint8_t interrupt; /* completion sets interrupt_pending.done; 1 bit */
     uint16_t tokens; /* M */
     uint16_t groups; /* groups along K */

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How every command line of the project ends: its exit status, one line for an error, and what becomes of its output.
+"""The end of every command line of the project: its exit status, one line for an error, and closed or full outputs.
 
-Programs start each other (a bench starts the generator, a device its builder) and read this status and this line.
+Programs that start each other (a bench starts the generator, a device its builder) read this status and this line.
 """
 
 import argparse
@@ -16,21 +16,21 @@ from collections.abc import Callable
 from typing import NoReturn, TextIO
 
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
+"""Exit status after Ctrl-C, as in shells."""
 TERMINATED = 143
 """Exit status after SIGTERM."""
 _CLOSED = (errno.EPIPE, errno.ECONNRESET)
-"""What a write says if nobody reads any more."""
+"""Errors of a write to a pipe or socket whose reader has closed it."""
 _REPLACE = "gristmill.replace"
 """Name of the error handler of both streams."""
 
 
 class UserError(Exception):
-    """Something the user can change: a file, an option, a missing package. The message is one clear line."""
+    """An error that the user can correct: a file, an option, a missing package. The message is one clear line."""
 
 
 class OutputError(BaseException):
-    """Standard output takes no more. Not an Exception, so that only :func:`run_cli` handles it.
+    """A write to standard output failed. It is not an Exception, so that only :func:`run_cli` handles it.
 
     Attributes
     ----------
@@ -43,14 +43,14 @@ class OutputError(BaseException):
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports wrong options in one line, as all other errors."""
+    """Reports wrong options in one line, like all other errors."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """The text of an exception as one line of at most `limit` characters, for quoting inside a UserError."""
+    """The text of an exception as one line of at most `limit` characters, for use in a UserError."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
@@ -58,13 +58,13 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Runs a command line and exits with its status.
 
-    UserError, a file that the system cannot read or write (OSError), or a Python package that a command imports and
-    finds missing: one line `error: ...` on stderr, status 2, no traceback. Interrupt: status 130. SIGTERM: status 143,
-    raised as an exception so that the context managers remove whatever is half-written.
+    After a UserError, a file that the system cannot read or write (OSError), or a missing Python package: one line
+    `error: ...` on stderr, status 2, no traceback. Interrupt: status 130. SIGTERM: status 143; it is raised as an
+    exception so that context managers remove incomplete files.
 
-    A reader of stdout that closes the pipe early (`| head`) ends the command in silence, with status 0 unless the
-    command had its own status already. Any other failure to write to stdout is an error. What cannot be written to
-    stderr is lost, and the command goes on. Streams that are closed from the start take everything.
+    If the reader of stdout closes the pipe early (`| head`), the command ends without a message, with status 0 unless
+    it has its own status already. Any other failure to write to stdout is an error. Text that cannot be written to
+    stderr is lost, and the command continues. Output to streams that are closed from the start is discarded.
     """
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
     _open_streams()
@@ -73,7 +73,7 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         try:
             status = main() or 0
         except SystemExit as leave:
-            # As --help does it.
+            # For example after --help.
             status = leave.code
     except OutputError as lost:
         if not lost.closed:
@@ -89,7 +89,7 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         status = INTERRUPTED
     try:
-        # What is still in its buffer: all of a short output.
+        # The rest of the output may be in the buffer; a short output is there completely.
         sys.stdout.flush()
     except OutputError as lost:
         if not lost.closed:
@@ -103,7 +103,7 @@ def _error(text: str) -> int:
 
 
 def _describe(error: OSError) -> str:
-    """What happened, without the number, and to which file if it is known."""
+    """The error without its number, and its file if it is known."""
     if error.strerror is None:
         return one_line(error)
     if error.filename is not None:
@@ -119,9 +119,9 @@ def _describe(error: OSError) -> str:
 
 
 class _Output(io.FileIO):
-    """Standard output. The first write that fails raises OutputError; what comes later goes nowhere, in silence.
+    """Standard output. The first write that fails raises OutputError; later writes are discarded without an error.
 
-    The interpreter flushes once more when it exits, and would complain about the same failure.
+    The interpreter flushes again when it exits, and would report the same failure.
     """
 
     failed = False
@@ -144,22 +144,22 @@ class _Output(io.FileIO):
 
 
 class _Messages(_Output):
-    """Standard error: a message that cannot be written is no reason to end the work."""
+    """Standard error. A message that cannot be written is lost, and the command continues."""
 
     def fail(self, error: OSError) -> None:
         pass
 
 
 def _open_streams() -> None:
-    """Replaces the streams of the process by those above, with encodings that never fail.
+    """Replaces the streams of the process by the classes above, with encodings that never fail.
 
-    A text may have characters that the terminal's encoding has not, and a path may have bytes that are no text.
+    A text may have characters that the terminal's encoding lacks, and a path may have bytes that are not valid text.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # Closed. The next file to be opened would get this number, and the output of child processes.
+            # It is closed. The next opened file would get this number, and then the output of child processes.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     codecs.register_error(_REPLACE, _replace)
     if sys.stdin is None:
@@ -176,8 +176,8 @@ def _open_streams() -> None:
 
 
 def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
-    """A byte of a path as it was, and a question mark for a character that the encoding lacks."""
+    """The original byte of a path, or a question mark for a character that the encoding lacks."""
     assert isinstance(error, UnicodeEncodeError)
     code = ord(error.object[error.start])
-    # How Python keeps bytes that are no text, PEP 383.
+    # Python represents bytes that are not valid text like this (PEP 383).
     return bytes([code - 0xDC00]) if 0xDC80 <= code <= 0xDCFF else "?", error.start + 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``AcceleratorConfig``: what one generated accelerator can do, validated once, with every width derived from it."""
+"""``AcceleratorConfig``: the parameters of one accelerator, validated once, and every width derived from them."""
 
 import hashlib
 import json
@@ -18,13 +18,13 @@ FIXED_FRACTION_BITS = 11
 FLOAT_BITS = 32
 """Bits of a result: IEEE 754 binary32."""
 MAX_N = 1 << 18
-"""Most output rows of one layer (Qwen2.5's vocabulary, 151,936 rows, fits)."""
+"""Maximum number of output rows of one layer (Qwen2.5's vocabulary, 151,936 rows, fits)."""
 MAX_SUM_BITS = 64
 """Widest accumulator: numpy's int64 is the definition of the numerics."""
 
 
 class ConfigError(ValueError):
-    """A value that no accelerator, or not this one, can be built or used with. The message names rule and value."""
+    """A value outside the supported range, or not supported by this configuration. The message names rule and value."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,10 @@ class AcceleratorConfig:
     activation_bits : bits of an activation mantissa ``X``, 8 to 16
     zero_point : ``"integer"`` (unsigned, ``weight_bits``) or ``"fixed"`` (signed 16 bits, 11 of them fraction)
     ports : weight ports, 1, 2 or 4
-    port_width : bits a port carries per cycle, 32, 64 or 128
-    max_tokens : most tokens M of one layer, up to 64
-    max_k : most in_features K of one layer, padding included, up to 32,768; a multiple of ``tile``
-    max_group_size : longest group the accumulators hold; the packer splits longer ones, which is exact
+    port_width : bits of a port per cycle, 32, 64 or 128
+    max_tokens : maximum number of tokens M of one layer, up to 64
+    max_k : maximum number of in_features K of one layer with padding, up to 32,768; a multiple of ``tile``
+    max_group_size : longest group that the accumulators hold; the packer splits longer ones, which is exact
 
     Raises
     ------
@@ -104,10 +104,10 @@ class AcceleratorConfig:
     )
     ports: int = _parameter(4, Choice("weight ports", (1, 2, 4)))
     port_width: int = _parameter(128, Choice("bits of a weight port", (32, 64, 128)))
-    max_tokens: int = _parameter(16, Limit("most tokens of one layer", 1, 64))
-    max_k: int = _parameter(8192, Limit("most in_features of one layer", 32, 32_768))
+    max_tokens: int = _parameter(16, Limit("maximum number of tokens of one layer", 1, 64))
+    max_k: int = _parameter(8192, Limit("maximum number of in_features of one layer", 32, 32_768))
     max_group_size: int = _parameter(
-        128, Choice("longest group the accumulators hold; the packer splits longer ones", (32, 64, 128, 256))
+        128, Choice("longest group that the accumulators hold; the packer splits longer ones", (32, 64, 128, 256))
     )
 
     def __post_init__(self) -> None:
@@ -150,7 +150,7 @@ class AcceleratorConfig:
 
     @property
     def drain_lanes(self) -> int:
-        """Results drained per cycle: one up to tile 16, two at tile 32, where one would take longer than the array."""
+        """Results drained per cycle: 1 up to tile 16; 2 at tile 32, because 1 would take longer than the array."""
         return max(1, self.tile // 16)
 
     # Largest magnitudes, from which every width follows
@@ -224,16 +224,16 @@ class AcceleratorConfig:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the parameters, 64 hexadecimal digits: software refuses hardware of another config by it."""
+        """SHA-256 of the parameters, 64 hexadecimal digits. With it software refuses hardware of another config."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
 RULES: dict[str, Choice | Limit] = {item.name: item.metadata["rule"] for item in fields(AcceleratorConfig)}
-"""What each parameter may be, and what it is."""
+"""The rule and the description of each parameter."""
 
 
 def choices(name: str) -> tuple:
-    """The values that a parameter may have, of those that have one of a few."""
+    """The values of a parameter whose rule is a :class:`Choice`."""
     rule = RULES[name]
     assert isinstance(rule, Choice)
     return rule.values

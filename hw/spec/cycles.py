@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The performance model: how many cycles a layer takes, before any hardware is built.
+"""The performance model: predicts a layer's cycles before any hardware is built.
 
-Memory is the simulated one called `ideal`: a fixed latency, then a beat per cycle on every port. The hardware's own
+The memory is the simulated one named `ideal`: a fixed latency, then a beat per cycle on every port. The hardware's own
 latencies are in :mod:`hw.spec.latencies`.
 """
 
@@ -12,17 +12,17 @@ from hw.spec.memory.geometry import LayerLayout, ceil_div, fit_layer
 from hw.spec.memory.operands import activation_beats
 
 _COUNTED_TWICE = 2
-"""The sequencer's decision on a slice and its read: in the time until the slice is there, and in `Latencies.core`."""
+"""The sequencer's decision and the read of a slice: in the time until the slice is stored, and in `Latencies.core`."""
 
 
 def command_cycles(config: AcceleratorConfig) -> int:
-    """From the core's command to the first beat and to the first activations."""
+    """Cycles from the core's command to the first beat and to the first activations."""
     latencies = Latencies(config)
     return latencies.fork + latencies.walker
 
 
 def dispatch_cycles(config: AcceleratorConfig) -> int:
-    """From the push to the first block of activations."""
+    """Cycles from the push to the first block of activations."""
     latencies = Latencies(config)
     return latencies.queue + latencies.check
 
@@ -35,10 +35,10 @@ def pipeline_latency(config: AcceleratorConfig) -> int:
 def tile_cycles(layer: LayerLayout, tokens: int) -> int:
     """Cycles per output tile in the steady state, also from one layer to the next: the slowest of four.
 
-    The beats of the stream; the reading of the header, the slowest only where K is a few tiles; the array, one token
-    slice or one word per cycle; the drain. Where array and drain take
-    equally long and M is max_tokens, the real figure is about 2 % higher: the ring of sums holds two output tiles, and
-    the third one waits until the first has left.
+    They are the beats of the stream; the reading of the header, which is the slowest only if K is a few tiles; the
+    array, with one token slice or one word per cycle; and the drain. If array and drain take the same time and M is
+    max_tokens, the real figure is about 2 % higher: the ring of sums holds two output tiles, and the third one waits
+    until the first has left.
     """
     array = layer.slices * max(tokens, layer.stream.words_per_slice)
     drain = tokens * layer.config.tile // layer.config.drain_lanes
@@ -46,7 +46,7 @@ def tile_cycles(layer: LayerLayout, tokens: int) -> int:
 
 
 def core_cycles(layer: LayerLayout, tokens: int) -> int:
-    """Cycles from the command to the last result of an idle core whose streams never make it wait."""
+    """Cycles from the command to the last result of an idle core that never waits for its streams."""
     config, words, lanes = layer.config, layer.stream.words_per_slice, layer.config.drain_lanes
     first_words = words * layer.stream.beats_per_word
     first_slice = command_cycles(config) + max(layer.header_beats + first_words, tokens)
@@ -58,7 +58,7 @@ def core_cycles(layer: LayerLayout, tokens: int) -> int:
 
 
 def activation_cycles(config: AcceleratorConfig, tokens: int, slices: int) -> tuple[int, int]:
-    """Cycles from the push to the last row of activations in the unit, and to the last beat of them on any port.
+    """Cycles from the push to the last row of activations in the unit, and to their last beat on any port.
 
     Ports take turns, chunk by chunk.
     """
@@ -71,7 +71,7 @@ def activation_cycles(config: AcceleratorConfig, tokens: int, slices: int) -> tu
     arrived, merged = [0] * config.ports, []
     while left:
         port, rows = len(merged) % config.ports, min(left, chunk_rows)
-        # A chunk is asked for when there is room for it, and comes after the one before on its port.
+        # A chunk is requested when there is room for it, and comes after the previous one on its port.
         asked = merged[-window] if len(merged) >= window else pushed
         begins = max(arrived[port], asked + latency)
         arrived[port] = begins + rows * row_beats
@@ -82,14 +82,14 @@ def activation_cycles(config: AcceleratorConfig, tokens: int, slices: int) -> tu
 
 
 def layer_cycles(layer: LayerLayout, tokens: int) -> int:
-    """Cycles from the push of a descriptor to its completion, alone on an idle accelerator."""
+    """Cycles from the push of a descriptor to its completion, on an idle accelerator."""
     config, stream, latencies = layer.config, layer.stream, Latencies(layer.config)
     words, lanes, tiles = stream.words_per_slice, config.drain_lanes, layer.out_tiles
     rows_done, ports_free = activation_cycles(config, tokens, layer.slices)
     first_slice = rows_done + latencies.activation_unit - _COUNTED_TWICE + tokens
     one_slice = max(tokens, words)
     array, drain = layer.slices * one_slice, tokens * config.tile // lanes
-    # The weights come behind the activations, as far as there is room for them before the first slice.
+    # The weights come after the activations, if there is room for them before the first slice.
     room = layer.header_beats + stream.word_fifo_depth * stream.beats_per_word
     ahead = min(max(0, first_slice - ports_free - latencies.beat), room, layer.beats)
     steady = (tiles - 1) * max(layer.header_cycles, array, drain, _tile_write_cycles(config, tokens))
@@ -99,9 +99,9 @@ def layer_cycles(layer: LayerLayout, tokens: int) -> int:
 
 
 def write_cycles(layer: LayerLayout, tokens: int) -> int:
-    """Cycles from the last result to the completion: the last piece is written, and memory acknowledges it.
+    """Cycles from the last result to the completion: writing of the last piece, and its acknowledgement by memory.
 
-    The last piece waits until the piece before it is written. That matters where the last piece has few columns.
+    The last piece waits until the previous piece is written. This matters if the last piece has few columns.
     """
     config, latencies = layer.config, Latencies(layer.config)
     columns = layer.n % PIECE_FLOATS or PIECE_FLOATS
@@ -110,7 +110,7 @@ def write_cycles(layer: LayerLayout, tokens: int) -> int:
         tile_period = max(tile_cycles(layer, tokens), _tile_write_cycles(config, tokens))
         since_last_piece = ceil_div(columns, config.tile) * tile_period
         waiting = max(0, tokens * _row_beats(config, PIECE_FLOATS) - since_last_piece)
-    # One cycle more for the completion to be counted.
+    # One more cycle to count the completion.
     around = latencies.gatherer + latencies.write_data + latencies.write_complete + 1
     return waiting + around + tokens * _row_beats(config, columns) + IDEAL_WRITE_LATENCY
 
@@ -126,7 +126,7 @@ def _row_beats(config: AcceleratorConfig, columns: int) -> int:
 
 
 def cycles(config: AcceleratorConfig, tokens: int, k: int, n: int, group_size: int = 128) -> int:
-    """Cycles of a whole layer alone: M = ``tokens``, in_features ``k``, out_features ``n``.
+    """Cycles of a single layer: M = ``tokens``, in_features ``k``, out_features ``n``.
 
     Raises
     ------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The manifest: the one file from which software learns everything about a piece of generated hardware."""
+"""The manifest: the one file that describes generated hardware to software."""
 
 import json
 from dataclasses import dataclass, field
@@ -18,13 +18,13 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True)
 class Field:
-    """Where a port keeps one field of its payload."""
+    """The place of one field in a port's payload."""
 
     offset: int
     width: int
     signed: bool
     elements: int = 1
-    """Equal parts side by side, element 0 lowest; ``width`` is that of all of them."""
+    """Number of equal parts side by side, element 0 lowest; ``width`` is the width of all of them together."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,16 @@ class Port:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What was generated.
+    """The description of a generated block.
 
     Attributes
     ----------
     block : ``"core"``, or the name of a smaller block
-    config : its parameters
-    ports : every port that belongs to no stream
-    streams : every ready/valid stream by its prefix: ``{prefix}_payload``, ``{prefix}_valid``, ``{prefix}_ready``
-    properties : latencies in cycles and other figures that the block states about itself
-    verilog_sha256 : of the Verilog beside the manifest
+    config : the parameters
+    ports : every port that is not part of a stream
+    streams : every ready/valid stream by its prefix; ports ``{prefix}_payload``, ``{prefix}_valid``, ``{prefix}_ready``
+    properties : latencies in cycles and other figures of the block
+    verilog_sha256 : SHA-256 of the Verilog beside the manifest
     """
 
     block: str

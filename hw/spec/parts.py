@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the hardware is generated for: families of parts, the parts of boards, and the boards of the self-test."""
+"""Targets of the generated hardware: families of parts, and the parts of boards."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Target:
-    """What blocks are elaborated for, in the place of one of Amaranth's platforms.
+    """A target of elaboration, used like one of Amaranth's platforms.
 
     Parameters
     ----------
-    family : as Amaranth's platforms name theirs
+    family : the family's name in Amaranth's platforms
     """
 
     family: str
@@ -18,17 +18,17 @@ class Target:
 
 _FAMILIES = ("ultrascaleplus", "ecp5")
 TARGETS: dict[str, Target | None] = {"generic": None, **{family: Target(family) for family in _FAMILIES}}
-"""By the name that ``python -m hw.build --target`` takes. ``generic`` is plain Verilog for any part and simulator."""
+"""Targets by their names for ``hw.build --target``. ``generic`` is plain Verilog for any part and simulator."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part as its vendor orders it, and how much of each resource it has.
+    """A part and its resources.
 
     Parameters
     ----------
-    name : ordering code
-    target : the name in TARGETS that uses its primitives
+    name : the vendor's ordering code
+    target : the name in TARGETS of the target that uses its primitives
     resources : count by kind; URAM288 is 288 kbit and BRAM36 is 36 kbit
     """
 
@@ -38,7 +38,7 @@ class Part:
 
 
 BOARDS = {
-    # AMD DS987 (K26 SOM) and DS891 (Zynq UltraScale+ overview); SRLs take LUTs of the kind that can be memory.
+    # AMD DS987 (K26 SOM) and DS891 (Zynq UltraScale+ overview); SRLs are made of LUTs that can be memory.
     "kv260": Part(
         "xck26-sfvc784-2LV-c",
         "ultrascaleplus",

@@ -162,14 +162,14 @@ class WriteManager(Block):
                 keep.eq(Cat(index <= piece.last_float & floats - 1 for index in range(floats))),
             ]
         with m.Elif(start):
-            # The rest lies behind the boundary.
+            # The rest is after the boundary.
             m.d.sync += [
                 tag.address.eq((tag.address[page_bits:] + 1) << page_bits),
                 left.eq(left - room - 1),
             ]
 
     def _choose(self, m: Module, take: Signal) -> tuple[data.View, Value, Value]:
-        """The piece of the first client that has one, that client, and whether there is one at all."""
+        """The piece of the first client that has one, this client, and whether any client has a piece."""
         fifos, earlier = [], Const(0)
         for index, pieces in enumerate(self.pieces):
             # With this FIFO, ``pieces.ready`` does not depend on AWREADY.

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Control: registers, descriptors, the command that the core gets, and what is refused."""
+"""Control: registers, descriptors, and the rules for refusing them."""

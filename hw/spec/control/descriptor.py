@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The descriptor: one piece of work for the accelerator.
+"""The descriptor: one operation for the accelerator.
 
-What its fields mean depends on its opcode (:mod:`hw.spec.ops`).
-:mod:`hw.spec.memory.operands` says how operands lie in memory.
+The meaning of its fields depends on its opcode (:mod:`hw.spec.ops`).
+:mod:`hw.spec.memory.operands` defines the layout of operands in memory.
 """
 
 from hw.spec.memory.operands import (
@@ -45,5 +45,5 @@ __all__ = [
 FIELDS: tuple[DescriptorField, ...] = tuple(
     sorted({field.name: field for op in OPS.values() for field in op.fields}.values(), key=lambda field: field.low)
 )
-"""The fields of all opcodes, by their places. Every bit that is in no field is reserved and 0."""
+"""The fields of all opcodes, in the order of their bits. All other bits are reserved and 0."""
 FIELD_WIDTHS = {field.name: field.width for field in FIELDS}

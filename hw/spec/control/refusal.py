@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which descriptors the accelerator refuses, and why: the definition that the RTL is tested against."""
+"""The definition of descriptors that the accelerator refuses, with the reason. The RTL is tested against it."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from hw.spec.ops.base import OPCODE_BITS, DescriptorField
 
 
 def parse(words: Sequence[int], fields: Sequence[DescriptorField]) -> tuple[dict[str, int], bool]:
-    """These fields of a descriptor's words, and whether every other bit is 0."""
+    """The values of fields in a descriptor's words, and whether all other bits are 0."""
     whole = sum(word << 32 * index for index, word in enumerate(words))
     values = {field.name: whole >> field.low & ((1 << field.width) - 1) for field in fields}
     used = sum(value << field.low for field, value in zip(fields, values.values(), strict=True))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The control port's registers: what the RTL builds, the driver reads and writes, and the documentation lists.
+"""The control port's registers: the single definition for RTL, driver and documentation.
 
 Registers are 32 bits wide, little-endian, at multiples of 4 bytes. A 64-bit register is two of them, low word first;
-reading its low word freezes its high word until the next such read, so that the pair is of one moment.
+reading its low word freezes its high word until the next such read, so that both words are from the same cycle.
 """
 
 import enum
@@ -12,21 +12,21 @@ from hw.spec.config import AcceleratorConfig
 from hw.spec.control.descriptor import DESCRIPTOR_WORDS
 
 IDENTIFICATION = int.from_bytes(b"GRST", "big")
-"""What the first register holds."""
+"""The value of the first register."""
 VERSION = 1
-"""Of the registers and the descriptor: hardware of another version needs another driver."""
+"""Version of the registers and the descriptor: hardware of another version needs another driver."""
 QUEUE_DEPTH = 16
-"""Descriptors that wait to be started."""
+"""Depth of the descriptor queue."""
 COMPLETIONS = 32
-"""Completions whose cycle the hardware remembers. Software keeps no more descriptors queued and in flight."""
+"""Number of completions whose cycles the hardware stores. Software keeps at most this many descriptors in flight."""
 DEFAULT_TIMEOUT = 1 << 20
-"""Cycles: 4 ms at 250 MHz, a thousand times what a memory takes."""
+"""Timeout in cycles: 4 ms at 250 MHz, a thousand times the latency of a memory."""
 WINDOW_BYTES = 0x200
-"""Size of the register space; accesses beyond get a DECERR."""
+"""Size of the register space in bytes; accesses beyond it get DECERR."""
 
 
 class ErrorCode(enum.IntEnum):
-    """Why the accelerator stopped. Only a reset starts it again."""
+    """The reason why the accelerator stopped. Only a reset starts it again."""
 
     NONE = 0
     OPCODE = 1
@@ -52,21 +52,21 @@ ERROR_TEXTS = {
     ErrorCode.WRITE_BUS: "memory answered a write with SLVERR or DECERR",
     ErrorCode.READ_TIMEOUT: "memory did not answer a read in time",
     ErrorCode.WRITE_TIMEOUT: "memory did not answer a write in time",
-    ErrorCode.UNDERRUN: "the core read a scale before it was there: a fault of the hardware",
+    ErrorCode.UNDERRUN: "the core read a scale before it was available: an error of the hardware",
 }
 
 
 class Access(enum.Enum):
-    """What software may do with a register."""
+    """The access of software to a register."""
 
     READ = "read"
-    """Written by the hardware alone."""
+    """Only the hardware writes it."""
     READ_WRITE = "read, write"
-    """Holds what software wrote."""
+    """It holds the value that software wrote."""
     COMMAND = "write"
-    """Every bit written as 1 does something once; reads as 0."""
+    """Every bit that is written as 1 has an effect once; it reads as 0."""
     CLEAR = "read, write 1 to clear"
-    """Set by the hardware, cleared bit by bit by writing 1."""
+    """The hardware sets bits; software clears bits by writing 1 to them."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Register:
     Attributes
     ----------
     offset : bytes from the start of the control port's address space
-    reset : value after reset, where that is a constant
+    reset : value after reset, if it is a constant
     wide : 64 bits, low word first
     """
 
@@ -110,7 +110,7 @@ class Register:
 
     @property
     def end(self) -> int:
-        """Offset of what follows."""
+        """Offset of the next register."""
         return self.offset + 4 * self.words * (2 if self.wide else 1)
 
     def field(self, name: str) -> Field:
@@ -131,8 +131,8 @@ _R, _RW, _W, _W1C = Access.READ, Access.READ_WRITE, Access.COMMAND, Access.CLEAR
 REGISTERS: tuple[Register, ...] = (
     Register("identification", 0x000, _R, f"{IDENTIFICATION:#x}, \"GRST\": this is a Gristmill accelerator"),
     Register("version", 0x004, _R, "version of this register map and of the descriptor"),
-    Register("config_digest", 0x008, _R, "first 32 bits of the config's SHA-256: software refuses another hardware"),
-    Register("capabilities", 0x00C, _R, "sizes that software adapts to", (
+    Register("config_digest", 0x008, _R, "first 32 bits of the config's SHA-256: software must have the same config"),
+    Register("capabilities", 0x00C, _R, "sizes for the driver", (
         Field("queue_depth", 0, 8, "descriptors that the queue holds"),
         Field("completions", 8, 8, "entries of completion_cycles"),
         Field("ports", 16, 8, "memory ports"),
@@ -140,12 +140,12 @@ REGISTERS: tuple[Register, ...] = (
     )),
     Register("control", 0x010, _W, "commands", _flags(
         "push", "queue the descriptor in the window; ignored while the queue is full or resetting",
-        "reset", "stop, let the memory finish what is under way, then forget everything but this port's settings",
+        "reset", "stop, wait until memory has answered all requests, then clear everything but this port's settings",
         "clear_counters", "set all counters but cycles to 0",
     )),
-    Register("status", 0x014, _R, "what the accelerator is doing", (
+    Register("status", 0x014, _R, "state of the accelerator", (
         *_flags("running", "descriptors are queued or in flight",
-                "resetting", "a reset waits for the memory to finish what is under way",
+                "resetting", "a reset waits until memory has answered all requests",
                 "error", "stopped; see error_code"),
         Field("queued", 8, 8, "descriptors in the queue"),
     )),
@@ -153,36 +153,36 @@ REGISTERS: tuple[Register, ...] = (
         "done", "a descriptor with its interrupt flag set is complete",
         "error", "the accelerator has stopped",
     )),
-    Register("interrupt_enable", 0x01C, _RW, "which causes raise the interrupt line", _flags(
+    Register("interrupt_enable", 0x01C, _RW, "causes that raise the interrupt line", _flags(
         "done", "see interrupt_pending", "error", "see interrupt_pending")),
-    Register("completed", 0x020, _R, "descriptors completed since the last reset, modulo 2^32: results are in memory"),
-    Register("error_code", 0x024, _R, "why it stopped: see the table of error codes"),
-    Register("error_address", 0x028, _R, "for bus errors and timeouts the burst's address, for faulty activations"
-             " theirs, else 0", wide=True),
-    Register("timeout", 0x030, _RW, "cycles without any progress of a port that has transfers under way until that is"
-             " an error; 0: never", reset=DEFAULT_TIMEOUT),
-    Register("reads_under_way", 0x034, _R, "read bursts asked for and not yet complete", tuple(
+    Register("completed", 0x020, _R, "completed descriptors (results in memory) since the last reset, modulo 2^32"),
+    Register("error_code", 0x024, _R, "reason of the stop: see the table of error codes"),
+    Register("error_address", 0x028, _R, "address of the burst for bus errors and timeouts, of the activations if they"
+             " are faulty, else 0", wide=True),
+    Register("timeout", 0x030, _RW, "a port with transfers under way and no progress for this many cycles is an error;"
+             " 0: never", reset=DEFAULT_TIMEOUT),
+    Register("reads_under_way", 0x034, _R, "read bursts requested and not yet complete", tuple(
         Field(f"port_{port}", 8 * port, 8, f"of port {port}") for port in range(4))),
     Register("writes_under_way", 0x038, _R, "write bursts not yet acknowledged"),
     Register("started", 0x03C, _R, "low word of cycles when status.running last became 1"),
     Register("cycles", 0x040, _R, "free-running cycle counter; only the reset pin clears it", wide=True),
     Register("busy", 0x048, _R, "cycles with a descriptor queued or in flight", wide=True),
     Register("beats", 0x050, _R, "beats of the weight stream that the core took", wide=True),
-    Register("starved_weights", 0x058, _R, "cycles in which neither a beat moved nor the array worked, because weights"
-             " were not there", wide=True),
-    Register("starved_activations", 0x060, _R, "the same, because activations were not there", wide=True),
+    Register("starved_weights", 0x058, _R, "cycles in which no beat moved and the array did not work, because weights"
+             " were missing", wide=True),
+    Register("starved_activations", 0x060, _R, "the same, because activations were missing", wide=True),
     Register("starved_output", 0x068, _R, "the same, because results could not leave", wide=True),
-    Register("descriptor", 0x080, _RW, "the window that push takes", words=DESCRIPTOR_WORDS),
+    Register("descriptor", 0x080, _RW, "the window for the descriptor that push queues", words=DESCRIPTOR_WORDS),
     Register("completion_cycles", 0x100, _R, "entry c modulo 32: low word of cycles when descriptor c was complete",
              words=COMPLETIONS),
 )  # fmt: skip
-"""The whole map, in order of offsets."""
+"""The complete map, in order of offsets."""
 
 BY_NAME = {register.name: register for register in REGISTERS}
 
 
 EVENTS = ("busy", "beats", "starved_weights", "starved_activations", "starved_output")
-"""Registers that count events, and that control.clear_counters clears."""
+"""Registers that count events; control.clear_counters clears them."""
 
 
 def offset(name: str, word: int = 0) -> int:
@@ -194,5 +194,5 @@ def offset(name: str, word: int = 0) -> int:
 
 
 def config_digest(config: AcceleratorConfig) -> int:
-    """What register config_digest holds."""
+    """The value of register config_digest."""
     return int(config.digest[:8], 16)

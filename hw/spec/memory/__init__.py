@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory: where a layer's bytes are, in which order, and how the accelerator reads and writes them."""
+"""Memory: the layout of a layer's bytes, and how the accelerator reads and writes them."""

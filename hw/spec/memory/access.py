@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the accelerator uses its memory ports: sizes that the RTL is built with and that the performance model knows."""
+"""How the accelerator uses its memory ports: sizes for the RTL and for the performance model."""
 
 BURST_BOUNDARY = 4096
-"""Bytes; no AXI burst crosses a multiple of it (Arm IHI 0022)."""
+"""No AXI burst crosses a multiple of this number of bytes (Arm IHI 0022)."""
 MAX_BURST_BEATS = 256
-"""Longest INCR burst of AXI4."""
+"""Length of the longest INCR burst of AXI4."""
 OUTSTANDING = 8
-"""Bursts that a port may have under way: 8 times 4 KiB cover 2,048 cycles of latency."""
+"""Maximum number of bursts that a port has under way: 8 times 4 KiB cover 2,048 cycles of latency."""
 WEIGHT_BURSTS_AHEAD = 6
-"""Bursts of weights that a port may be ahead of the core. Ports whose regions begin a quarter of the DRAM's banks apart
-(32 KiB) must not drift apart by as much: with 8 bursts of 4 KiB they do, and then meet in a bank for a whole layer."""
+"""Maximum number of bursts of weights that a port is ahead of the core. The starts of the ports' regions are a quarter
+of the DRAM's banks (32 KiB) apart. With 8 bursts of 4 KiB, ports could drift apart by this distance, and would then use
+the same bank for a whole layer."""
 CHUNK_BYTES = 512
-"""Activations that a port reads before it is the next port's turn: long enough for DDR, and a single token spreads over
-all ports. Chunks end at multiples of this, so that each of them is one burst: none crosses 4 KiB, none is too long."""
+"""Bytes of activations that a port reads before the next port's turn: long enough for DDR, and short enough that a
+single token uses all ports. Chunks end at multiples of this size, so each of them is one burst: none crosses 4 KiB, and
+none is too long."""
 CHUNKS_AHEAD = 4
-"""Chunks that a port's FIFO holds: while some are handed over others arrive, from every port."""
+"""Number of chunks that a port's FIFO holds: while some leave the FIFO, others arrive from memory, on every port."""
 PIECE_FLOATS = 256
-"""Results of one row that are written together: 1 KiB. Shorter writes cost the reads more than they take themselves."""
+"""Results of one row that are written together: 1 KiB. Shorter writes would delay reads by more than their own time."""
 IDEAL_READ_LATENCY = 32
-"""Cycles from AR to the first R of the simulated memory `ideal`, which otherwise moves a beat per cycle and port."""
+"""Cycles from AR to the first R of the simulated memory `ideal`; after that it moves a beat per cycle and port."""
 IDEAL_WRITE_LATENCY = 16
-"""Cycles from the last W to B of that memory."""
+"""Cycles from the last W to B of the memory `ideal`."""

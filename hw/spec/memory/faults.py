@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the simulated memory can be made to do wrong: the C++ model has its numbers from here."""
+"""Faults of the simulated memory; the C++ model uses these numbers."""
 
 import enum
 
 
 class Fault(enum.IntEnum):
-    """What the simulated memory does wrong, in a range of addresses."""
+    """A fault of the simulated memory, in a range of addresses."""
 
     NONE = 0
-    """Nothing any more: ends all faults, and what was silent is answered."""
+    """No fault: it ends all faults, and bursts without an answer are answered."""
     READ_ERROR = 1
     """Bursts that touch the range are answered with SLVERR."""
     WRITE_ERROR = 2
-    """The same, and nothing is written."""
+    """Bursts that touch the range are answered with SLVERR, and nothing is written."""
     READ_SILENT = 3
     """Bursts that touch the range are not answered."""
     WRITE_SILENT = 4
-    """The same: their B does not come."""
+    """Bursts that touch the range get no B."""
     READ_BLOCKED = 5
     """ARREADY is low on all ports."""
     WRITE_BLOCKED = 6

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weight stream: where every bit of a layer's weights, scales and zero points lies. No other file knows.
+"""The weight stream: the place of every bit of a layer's weights, scales and zero points. Only this file defines it.
 
 A layer is one sequential stream of beats. For each output tile (``tile`` consecutive output rows):
 
@@ -7,8 +7,8 @@ A layer is one sequential stream of beats. For each output tile (``tile`` consec
   Packed without gaps, padded once to a beat.
 - body: for each group, for each K-slice, ``tile x tile`` weights, row (along K) major, column n in ascending bits.
 
-Everything is little-endian: the first element lies in the lowest bits of the first byte. The RTL handles the body in
-*words*: as many whole K rows as a beat holds (and at least one, taking several beats where ports are narrow).
+Everything is little-endian: the first element is in the lowest bits of the first byte. The RTL handles the body in
+*words*: as many whole K rows as a beat holds, and at least one; with narrow ports a word takes several beats.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ def ceil_div(a: int, b: int) -> int:
 
 @dataclass(frozen=True)
 class StreamLayout:
-    """What one config fixes about the stream, whatever the layer."""
+    """The properties of the stream that depend only on the config, not on the layer."""
 
     config: AcceleratorConfig
 
@@ -37,17 +37,17 @@ class StreamLayout:
 
     @property
     def beats_per_word(self) -> int:
-        """Beats that make one word; more than 1 only where a beat is shorter than a row."""
+        """Beats of one word; more than 1 only if a beat is shorter than a row."""
         return ceil_div(self.row_bits, self.config.beat_bits)
 
     @property
     def word_bits(self) -> int:
-        """Bits of a word, unused ones included."""
+        """Bits of a word, including unused ones."""
         return self.beats_per_word * self.config.beat_bits
 
     @property
     def slices_per_word(self) -> int:
-        """Slices in one word; more than 1 only where a slice is smaller than half a beat."""
+        """Slices in one word; more than 1 only if a slice is at most half a beat."""
         return max(1, self.word_bits // self.row_bits // self.config.tile)
 
     @property
@@ -58,7 +58,7 @@ class StreamLayout:
 
     @property
     def words_per_slice(self) -> int:
-        """Words of one slice (1 where a word holds several slices): the cycles that a slice takes at M = 1."""
+        """Words of one slice (1 if a word holds several slices): the cycles of a slice at M = 1."""
         return ceil_div(self.config.tile, self.rows_per_word)
 
     def row_delay(self, row: int) -> int:
@@ -67,14 +67,14 @@ class StreamLayout:
 
     @property
     def word_fifo_depth(self) -> int:
-        """Words that wait for the array: two slices, and what arrives while a header is being read."""
+        """Depth of the FIFO before the array: two slices, and the words that arrive while a header is read."""
         return 1 << (2 * self.words_per_slice + 15).bit_length()
 
     # Header
 
     @property
     def exponents_bits(self) -> int:
-        """Bits of the row exponents that open a header."""
+        """Bits of the row exponents at the start of a header."""
         return self.config.tile * EXPONENT_BITS
 
     @property
@@ -84,7 +84,7 @@ class StreamLayout:
 
     @property
     def unit_bits(self) -> int:
-        """Granule of the header: exponents, records and beats are whole multiples of it."""
+        """Unit of the header: exponents, records and beats are whole multiples of it."""
         return gcd(self.exponents_bits, self.record_bits, self.config.beat_bits)
 
     @property
@@ -104,42 +104,42 @@ class StreamLayout:
 
     @property
     def exponents_cycles(self) -> int:
-        """Cycles that it takes to read the row exponents: one to see that they are there, and one a beat's worth."""
+        """Cycles to read the row exponents: one to check that they are available, and one for each beat's worth."""
         return 1 + ceil_div(self.exponents_units, self.beat_units)
 
     @property
     def record_cycles(self) -> int:
-        """Cycles that it takes to read one record, as of the exponents."""
+        """Cycles to read one record, like the exponents."""
         return 1 + ceil_div(self.record_units, self.beat_units)
 
     @property
     def min_group_slices(self) -> int:
-        """Slices of the shortest group during whose body the next group's record can be read."""
+        """Slices of the shortest group whose body takes long enough to read the next group's record."""
         return ceil_div(self.record_cycles, self.words_per_slice)
 
     @property
     def overhead(self) -> float:
-        """Stream bits over ideal bits of the typical layer, less one: ideal is weights, scales, zero points alone."""
+        """Bits of the typical layer's stream over its ideal bits (weights, scales and zero points only), minus 1."""
         layer = self.typical_layer
         ideal = self.config.tile * layer.k * self.config.weight_bits + layer.groups * self.record_bits
         return layer.beats * self.config.beat_bits / ideal - 1
 
     @property
     def typical_layer(self) -> "LayerLayout":
-        """One output tile of K = 896 in groups of 128, or as much of either as the config holds."""
+        """One output tile with K = 896 in groups of 128, or with the largest values that the config allows."""
         config = self.config
         size = min(128, config.max_group_size, config.max_k)
         return LayerLayout(config, k=min(896, config.max_k) // size * size, n=config.tile, group_size=size)
 
     @property
     def array_factor(self) -> float:
-        """Slices that a beat holds over the one that the array takes per cycle; above 1 the array is the limit."""
+        """Slices in a beat, divided by the one slice that the array takes per cycle; above 1 the array is the limit."""
         return self.slices_per_word / self.beats_per_word
 
 
 @dataclass(frozen=True)
 class LayerLayout:
-    """One layer's share of the stream. ``k`` is padded to whole groups already; ``n`` is the true N.
+    """One layer's part of the stream. ``k`` is already padded to whole groups; ``n`` is the true N.
 
     Raises
     ------
@@ -163,7 +163,7 @@ class LayerLayout:
             raise ConfigError(f"K is a whole number of groups of {size}, not {self.k:,}")
         if self.k > config.max_k:
             raise ConfigError(f"K is at most max_k ({config.max_k:,}), not {self.k:,}")
-        # Records are read from the header while the group before streams.
+        # A group's record is read from the header while the body of the previous group is streamed.
         least = self.stream.min_group_slices
         if self.group_slices < least:
             raise ConfigError(
@@ -188,7 +188,7 @@ class LayerLayout:
 
     @property
     def out_tiles(self) -> int:
-        """Output tiles, the last one perhaps partly filled."""
+        """Output tiles; the last one may be partly filled."""
         return ceil_div(self.n, self.config.tile)
 
     @property
@@ -203,7 +203,7 @@ class LayerLayout:
 
     @property
     def header_cycles(self) -> int:
-        """Cycles that it takes to read one output tile's header."""
+        """Cycles to read one output tile's header."""
         return self.stream.exponents_cycles + self.groups * self.stream.record_cycles
 
     @property
@@ -232,8 +232,8 @@ def fit_layer(config: AcceleratorConfig, k: int, n: int, group_size: int) -> Lay
     """The cheapest layout, in beats, of a layer with in_features ``k`` and groups of ``group_size``.
 
     A group may be split into equal parts that share scale and zero point: all sums are exact, so no result changes.
-    That is how groups longer than ``max_group_size`` fit, one group over all of K among them, and how a K that is not
-    a whole number of groups needs less padding.
+    In this way groups longer than ``max_group_size`` fit, also a single group over all of K, and a K that is not a
+    whole number of groups needs less padding.
 
     Raises
     ------

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the operands of a layer lie in memory.
+"""The layout of a layer's operands in memory.
 
 - activations: float32 [M, K], rows one after the other, K padded with zeros to whole groups;
 - weights: the stream of :mod:`hw.spec.memory.geometry`, striped over the ports; port p reads one contiguous region of
-  ``beats * port_bytes`` from ``weights + p * weights_stride`` on;
-- results: float32 [M, N], row m from ``results + m * result_pitch`` on.
+  ``beats * port_bytes`` that starts at ``weights + p * weights_stride``;
+- results: float32 [M, N]; row m starts at ``results + m * result_pitch``.
 """
 
 from hw.spec.config import FLOAT_BITS, AcceleratorConfig
@@ -13,20 +13,20 @@ from hw.spec.memory.geometry import LayerLayout, ceil_div
 
 FLOAT_BYTES = FLOAT_BITS // 8
 WEIGHT_ALIGNMENT = BURST_BOUNDARY
-"""Bytes: of the weights and their stride. No burst crosses a multiple of it, so every burst is a long one."""
+"""Alignment in bytes of the weights and their stride. Bursts end at multiples of it, so every burst is long."""
 DATA_ALIGNMENT = 128
-"""Bytes: of activations, results and the results' pitch; the largest array's K-slice of one token is as long, so none
-straddles what is read at once."""
+"""Alignment in bytes of activations, results and the results' pitch. It is the size of one token's K-slice for the
+largest array, so no slice is in two reads."""
 BANK_SPAN = 128 * 1024
-"""Bytes after which DDR4 memory of 64 bits comes back to the same bank: 16 banks with rows of 8 KiB."""
+"""Bytes until 64-bit DDR4 memory uses the same bank again: 16 banks with rows of 8 KiB."""
 ADDRESS_BITS = 40
-"""What the memory ports of a Zynq UltraScale+ take."""
+"""Address bits of the memory ports, as in a Zynq UltraScale+."""
 ADDRESS_LIMIT = (1 << ADDRESS_BITS) - (1 << 34)
-"""Addresses in a descriptor are below this, so that no region can reach the end of the address space."""
+"""Addresses in a descriptor are below this limit, so that no region can reach the end of the address space."""
 
 
 def result_pitch(n: int) -> int:
-    """Least bytes from one row of ``n`` results to the next."""
+    """Least number of bytes from one row of ``n`` results to the next."""
     return ceil_div(FLOAT_BYTES * n, DATA_ALIGNMENT) * DATA_ALIGNMENT
 
 
@@ -38,8 +38,8 @@ def region_bytes(layer: LayerLayout) -> int:
 def weights_stride(layer: LayerLayout) -> int:
     """Bytes from one port's region of a layer's weights to the next, so that the ports never meet in a DRAM bank.
 
-    All ports read at the same pace. Were their regions a multiple of BANK_SPAN apart, they would all want another row
-    of the same bank all the time; so the regions begin evenly spread over the banks.
+    All ports read at the same pace. If their regions were a multiple of BANK_SPAN apart, they would always need
+    different rows of the same bank. For this reason the starts of the regions are evenly spread over the banks.
     """
     apart = BANK_SPAN // layer.config.ports
     return apart + ceil_div(max(0, region_bytes(layer) - apart), BANK_SPAN) * BANK_SPAN

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bits of a layer's weights: packed into the beats of the weight stream, and unpacked from them."""
+"""Packs the bits of a layer's weights into the beats of the weight stream, and unpacks them."""
 
 import numpy as np
 
@@ -67,7 +67,7 @@ def _unpack_header(layer: LayerLayout, header: np.ndarray) -> tuple[np.ndarray, 
 
 
 def _body_shape(layer: LayerLayout) -> tuple[int, int, int]:
-    """Rows of one output tile's body as (runs, rows with weights, rows with padding) per run of whole words."""
+    """Rows of one output tile's body: (runs of whole words, rows with weights per run, rows with padding per run)."""
     stream, tile = layer.stream, layer.config.tile
     if stream.slices_per_word > 1:
         return 1, layer.slices * tile, layer.body_words * stream.rows_per_word

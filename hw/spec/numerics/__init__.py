@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers: what a layer computes, bit by bit, as numpy."""
+"""Numerics: the definition of a layer's results in numpy, bit for bit."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numerics in numpy: the definition that every configuration of the hardware meets bit for bit.
+"""The numerics in numpy: every configuration of the hardware computes these results bit for bit.
 
 ``y[m, n] = sum_k x[m, k] * w[n, k]`` with ``w[n, k] = (q[n, k] - z[n, g]) * s[n, g]`` and ``g = k // group_size``.
-Activations and scales become integers with power-of-two exponents; from there everything is exact until the one
-rounding to float32. So a result depends neither on tile and ports nor on the order of accumulation.
+Activations and scales become integers with power-of-two exponents. From there on everything is exact, until one
+rounding to float32. So a result does not depend on tile, ports or the order of accumulation.
 """
 
 from typing import NamedTuple
@@ -116,7 +116,7 @@ def quantise_zero_points(config: AcceleratorConfig, zero_points: np.ndarray) -> 
 
 
 def round_zero_points(config: AcceleratorConfig, zero_points: np.ndarray) -> np.ndarray:
-    """Zero points as int64 in units of ``2**-f``, of any size. Raises NumericsError as ``quantise_zero_points``."""
+    """Zero points as int64 in units of ``2**-f``, of any size. Raises NumericsError like ``quantise_zero_points``."""
     exact = np.asarray(zero_points, np.float64) * (1 << config.fraction_bits)
     rounded = np.rint(exact)
     if config.zero_point == "integer" and (rounded != exact).any():
@@ -129,7 +129,7 @@ def round_zero_points(config: AcceleratorConfig, zero_points: np.ndarray) -> np.
 
 
 def check_zero_points(config: AcceleratorConfig, fields: np.ndarray, whole: np.ndarray) -> None:
-    """Raises NumericsError, with the value in ``whole``, where one of ``fields`` does not fit the hardware's field."""
+    """Raises NumericsError, with the value in ``whole``, if one of ``fields`` does not fit the hardware's field."""
     bits = config.zero_point_bits
     low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if config.zero_point_signed else (0, (1 << bits) - 1)
     bad = (fields < low) | (fields > high)
@@ -153,7 +153,7 @@ def accumulate(config: AcceleratorConfig, weights: Weights, activations: Activat
     total = np.zeros((tokens, len(weights.q)), np.int64)
     for group in range(sums.shape[1]):
         part = slice(group * size, (group + 1) * size)
-        # P stays far below 2**53, so the float64 product is exact, and BLAS makes it fast.
+        # P is far below 2**53, so the product in float64 is exact, and BLAS is fast.
         value = (x[:, part] @ weights.q[:, part].T.astype(np.float64)).astype(np.int64)
         value <<= config.fraction_bits
         value -= weights.zero_points[:, group] * sums[:, group, None]
@@ -163,14 +163,14 @@ def accumulate(config: AcceleratorConfig, weights: Weights, activations: Activat
 
 
 def to_float32(values: np.ndarray, exponents: np.ndarray) -> np.ndarray:
-    """``values * 2**exponents`` as float32 with one rounding, half to even, exactly as the hardware does it.
+    """``values * 2**exponents`` as float32 with one rounding, half to even, exactly like the hardware.
 
-    Parameters: int64 ``values`` and ``exponents``, broadcast together. Too large becomes infinity; a result below
-    the smallest normal number, 2**-126, becomes a zero of the same sign; an integer 0 gives +0.
+    Parameters: int64 ``values`` and ``exponents``, which are broadcast. A result that is too large becomes infinity. A
+    result below the smallest normal number, 2**-126, becomes a zero of the same sign. An integer 0 gives +0.
     """
     values, exponents = np.broadcast_arrays(np.asarray(values, np.int64), np.asarray(exponents, np.int64))
     magnitude = np.abs(values).astype(np.uint64)
-    # frexp sees the value after a rounding to 53 bits, which may have carried into one bit more.
+    # The conversion to float64 rounds to 53 bits, which may carry into another bit.
     length = np.frexp(magnitude.astype(np.float64))[1].astype(np.int64)
     length -= (magnitude >> np.maximum(length - 1, 0).astype(np.uint64)) == 0
     shift = np.maximum(length - float32.SIGNIFICAND_BITS, 0)
@@ -186,7 +186,7 @@ def to_float32(values: np.ndarray, exponents: np.ndarray) -> np.ndarray:
 
 
 def linear(config: AcceleratorConfig, weights: Weights, activations: Activations) -> np.ndarray:
-    """The whole layer: float32 [M, N], bit for bit what the hardware returns."""
+    """The complete layer: float32 [M, N], bit for bit the hardware's results."""
     exponents = weights.exponents[None, :] + activations.exponents[:, None]
     exponents = exponents - (SCALE_BITS - 1) - config.fraction_bits
     return to_float32(accumulate(config, weights, activations), exponents)

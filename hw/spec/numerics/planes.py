@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of more bits than the hardware's, as two planes that it takes for groups of their own.
+"""Weights of more bits than the hardware's, as two planes; for the hardware they are additional groups.
 
 With w = ``weight_bits``, a weight of up to 2w bits is ``q = 2^w * high + low``, and its zero point is split in the
-same way. Both planes get the same activations; the scale mantissas of the high one are ``2^w`` times those of the low
-one. So the integer result is exactly that of one weight of 2w bits, with a scale of ``16 - w`` bits, and no hardware
-knows.
+same way. Both planes get the same activations; the scale mantissas of the high plane are ``2^w`` times those of the low
+plane. So the integer result is exactly that of one weight of 2w bits with a scale of ``16 - w`` bits, and the hardware
+needs no change.
 """
 
 import numpy as np
@@ -14,11 +14,11 @@ from hw.spec.numerics.linear import NumericsError, Weights, check_zero_points, q
 
 
 def plane_count(config: AcceleratorConfig, bits: int) -> int:
-    """Planes that weights of ``bits`` bits take: 1 or 2.
+    """Number of planes for weights of ``bits`` bits: 1 or 2.
 
     Raises
     ------
-    NumericsError : two planes do not hold them
+    NumericsError : two planes cannot hold them
     """
     if bits > 2 * config.weight_bits:
         raise NumericsError(
@@ -29,11 +29,11 @@ def plane_count(config: AcceleratorConfig, bits: int) -> int:
 
 
 def plane_zero_points(config: AcceleratorConfig, bits: int, zero_points: np.ndarray) -> list[np.ndarray]:
-    """Zero points in steps of q, of any shape, as int64 in units of ``2**-f`` for each plane, the high one first.
+    """Zero points in steps of q, of any shape, as int64 in units of ``2**-f`` for each plane, the high plane first.
 
     Raises
     ------
-    NumericsError : as ``plane_count``, or as :func:`hw.spec.numerics.linear.quantise_zero_points`
+    NumericsError : see ``plane_count`` and :func:`hw.spec.numerics.linear.quantise_zero_points`
     """
     whole = round_zero_points(config, zero_points)
     if plane_count(config, bits) == 1:
@@ -49,14 +49,14 @@ def plane_zero_points(config: AcceleratorConfig, bits: int, zero_points: np.ndar
 def quantise_weights(
     config: AcceleratorConfig, bits: int, q: np.ndarray, scales: np.ndarray, zero_points: np.ndarray
 ) -> list[Weights]:
-    """A layer's weights in the hardware's formats, plane by plane, the high one first.
+    """A layer's weights in the hardware's formats, plane by plane, the high plane first.
 
-    Parameters: uint8 ``q`` [N, K] below ``2**bits``; float ``scales`` and ``zero_points`` [N, G]. Two planes have one
-    row exponent, so their sum over K is the layer.
+    Parameters: uint8 ``q`` [N, K] below ``2**bits``; float ``scales`` and ``zero_points`` [N, G]. Two planes share
+    their row exponents, so their sum over K is the layer.
 
     Raises
     ------
-    NumericsError : as ``plane_zero_points`` and :func:`hw.spec.numerics.linear.quantise_scales`
+    NumericsError : see ``plane_zero_points`` and :func:`hw.spec.numerics.linear.quantise_scales`
     """
     zeros = plane_zero_points(config, bits, zero_points)
     if len(zeros) == 1:

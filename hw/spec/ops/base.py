@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every opcode has to say about itself."""
+"""The interface of an opcode's object."""
 
 import enum
 from abc import ABC, abstractmethod
@@ -16,14 +16,14 @@ DESCRIPTOR_WORDS = 16
 
 
 class Opcode(enum.IntEnum):
-    """What a descriptor asks for. There is room for other units."""
+    """The operation of a descriptor. There is room for further operations."""
 
     LINEAR = 1
 
 
 @dataclass(frozen=True)
 class DescriptorField:
-    """Bits ``low`` to ``low + width - 1`` of the descriptor, bit 0 being the lowest of word 0."""
+    """Bits ``low`` to ``low + width - 1`` of the descriptor; bit 0 is the lowest of word 0."""
 
     name: str
     low: int
@@ -61,15 +61,15 @@ class DescriptorWords:
 
 
 class Op(ABC):
-    """One opcode: its descriptor, when that is refused, what it computes, and how long that takes.
+    """One opcode: its descriptor, the rules for refusing it, its results, and its cycles.
 
     Attributes
     ----------
     opcode : its number
-    title : what it is called in the documentation
-    fields : of its descriptor, by their places; every other bit is 0
-    addresses : fields that are addresses, which are all below ADDRESS_LIMIT
-    alignments : bytes that addresses and pitches are multiples of, by field
+    title : its name in the documentation
+    fields : the fields of its descriptor, in the order of their bits; all other bits are 0
+    addresses : fields that are addresses; all of them are below ADDRESS_LIMIT
+    alignments : alignment in bytes of addresses and pitches, by field
     """
 
     opcode: ClassVar[Opcode]
@@ -80,7 +80,7 @@ class Op(ABC):
 
     @abstractmethod
     def bounds(self, config: AcceleratorConfig) -> dict[str, tuple[int, int]]:
-        """Least and greatest value of each count in the descriptor, whatever the others are."""
+        """Least and greatest value of each count in the descriptor, for any values of the others."""
 
     @abstractmethod
     def shape_is_wrong(
@@ -90,12 +90,12 @@ class Op(ABC):
 
     @abstractmethod
     def from_layer(self, layer: Any, tokens: int, **places: Any) -> DescriptorWords:
-        """The descriptor of a layer whose operands are at these places. Raises ConfigError for what cannot be."""
+        """The descriptor of a layer with operands at these places. Raises ConfigError for impossible layers."""
 
     @abstractmethod
     def compute(self, config: AcceleratorConfig, weights: Any, activations: Any) -> np.ndarray:
-        """What the results are, bit for bit: float32 [M, N]."""
+        """The results, bit for bit: float32 [M, N]."""
 
     @abstractmethod
     def cycles(self, layer: Any, tokens: int) -> int:
-        """Predicted cycles from the push to the completion, alone on an idle accelerator with ideal memory."""
+        """Predicted cycles from the push to the completion, on an idle accelerator with ideal memory."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The core's command: one layer, as the loop bounds that its walkers count."""
+"""The core's command: one layer, as the bounds of its walkers' loops."""
 
 from dataclasses import asdict, dataclass
 
@@ -24,7 +24,7 @@ def command_fields(config: AcceleratorConfig) -> dict[str, int]:
 
 
 def max_header_beats(config: AcceleratorConfig) -> int:
-    """Beats of the longest header that a layer can have: ``max_k`` in the shortest legal groups."""
+    """Beats of the longest possible header: ``max_k`` in the shortest legal groups."""
     for size in range(config.tile, config.max_group_size + 1, config.tile):
         try:
             return LayerLayout(config, config.max_k // size * size, config.tile, size).header_beats
@@ -45,7 +45,7 @@ class LayerCommand:
     out_tiles : output tiles
     last_columns : columns in use in the last output tile
     header_beats, body_words : the weight stream of one output tile (:class:`hw.spec.memory.geometry.LayerLayout`)
-    reuse : 1 to take the activations of the command before instead of new ones
+    reuse : 1 to use the activations of the previous command instead of new ones
     """
 
     tokens: int
@@ -79,7 +79,7 @@ class LayerCommand:
         )
 
     def to_int(self, config: AcceleratorConfig) -> int:
-        """The command as the number that the core's command port takes."""
+        """The command as a number, for the core's command port."""
         values, position, word = asdict(self), 0, 0
         for name, width in command_fields(config).items():
             if values[name] >> width:

@@ -18,7 +18,7 @@ _TITLE = "linear layer"
 _DATA, _PAGES = f"a multiple of {DATA_ALIGNMENT}", f"a multiple of {WEIGHT_ALIGNMENT}"
 FIELDS: tuple[DescriptorField, ...] = (
     opcode_field(Opcode.LINEAR, _TITLE),
-    DescriptorField("reuse", 8, 1, "take the activations of the descriptor before, which have the same shape"),
+    DescriptorField("reuse", 8, 1, "use the activations of the previous descriptor, which have the same shape"),
     DescriptorField("interrupt", 9, 1, "completion sets interrupt_pending.done"),
     DescriptorField("tokens", 16, 16, "M"),
     DescriptorField("groups", 32, 16, "groups along K"),
@@ -40,7 +40,7 @@ FIELDS: tuple[DescriptorField, ...] = (
 
 @dataclass(frozen=True)
 class Descriptor(DescriptorWords):
-    """One linear layer as the accelerator takes it; the attributes are those of :data:`FIELDS`."""
+    """The descriptor of one linear layer; the attributes are those of :data:`FIELDS`."""
 
     op_fields = FIELDS
 
@@ -71,8 +71,8 @@ class Descriptor(DescriptorWords):
         reuse: bool = False,
         interrupt: bool = False,
     ) -> "Descriptor":
-        """The descriptor of ``layer`` for ``tokens`` tokens, with its weights' regions and its results' rows where
-        :func:`weights_stride` and :func:`result_pitch` put them.
+        """The descriptor of ``layer`` for ``tokens`` tokens, with the stride of :func:`weights_stride` and the pitch of
+        :func:`result_pitch`.
 
         Raises
         ------
@@ -111,7 +111,7 @@ class Linear(Op):
         "weights_stride": WEIGHT_ALIGNMENT,
     }
     activation_shape = ("tokens", "groups", "group_slices")
-    """Fields that say how many activations there are, and in which order they are used."""
+    """Fields that determine the number of activations and the order of their use."""
 
     def bounds(self, config: AcceleratorConfig) -> dict[str, tuple[int, int]]:
         """See :class:`Op`."""

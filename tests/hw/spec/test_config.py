@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configuration: what it refuses and how it says so, and the widths it derives, against brute-force bounds."""
+"""The configuration: the values that it refuses, its messages, and its derived widths against brute-force bounds."""
 
 import dataclasses
 import subprocess
@@ -54,7 +54,7 @@ def test_is_frozen_and_hashable():
     assert config == AcceleratorConfig() and hash(config) == hash(AcceleratorConfig())
 
 
-def test_widths_that_the_design_promises():
+def test_widths_of_the_design():
     integer = AcceleratorConfig(max_k=8704)
     assert (integer.centred_bits, integer.sum_bits) == (27, 48)
     assert integer.fraction_bits == 0
@@ -75,7 +75,7 @@ def test_signed_bits_is_the_smallest_width(bound: int):
     list(product((2, 4, 7), (8, 16), ("integer", "fixed"), (32, 128))),
 )
 def test_widths_hold_every_extreme(weight_bits: int, activation_bits: int, zero_point: str, group: int):
-    """The sums of extreme weights, zero points, activations and scales fit their widths, and fill them."""
+    """The sums of extreme weights, zero points, activations and scales fit their widths and need all bits of them."""
     k = 1024
     config = AcceleratorConfig(
         weight_bits=weight_bits,
@@ -119,7 +119,7 @@ def test_dictionary_round_trip():
         AcceleratorConfig.from_dict({**config.to_dict(), "colour": "red"})
 
 
-def test_digest_tells_configs_apart():
+def test_digest_differs_between_configs():
     digests = {AcceleratorConfig(tile=tile, ports=ports).digest for tile in (4, 8, 16, 32) for ports in (1, 2, 4)}
     assert len(digests) == 12
     assert AcceleratorConfig().digest == AcceleratorConfig(tile=16).digest

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The manifest: the same bytes every time, read back as it was written, and a damaged one refused by name."""
+"""The manifest: the same bytes every time, a round trip, and messages that name a damaged file."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def test_round_trip(manifest: Manifest, tmp_path: Path):
     assert manifest.top == json.loads(path.read_text())["top"] == "gristmill_core"
 
 
-def test_says_what_software_needs(manifest: Manifest):
+def test_has_what_software_needs(manifest: Manifest):
     values = json.loads(manifest.to_json())
     assert values["config_digest"] == manifest.config.digest
     assert values["weight_stream"]["beat_bytes"] == 64

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
-"""Small products: made of adders or of a multiplier, they are products."""
+"""Small products are right, whether they are made of adders or of a multiplier."""
 
 import pytest
 from amaranth.hdl import Module, signed, unsigned

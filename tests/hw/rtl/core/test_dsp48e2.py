@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-# Amaranth makes a component's ports when the program runs: what pyright says about them here is as wrong as in hw/rtl.
+# Amaranth makes a component's ports at run time, so pyright's reports about them are wrong here, as in hw/rtl.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportIncompatibleMethodOverride=false
-"""The element in a DSP48E2 slice computes what the portable element does: in simulation, and proven.
+"""The element in a DSP48E2 slice computes the same as the portable element: tested in simulation, and proven.
 
-A result depends on the inputs of the four cycles before it and on nothing else, because nothing feeds back. So a proof
-over a window of cycles that starts from arbitrary registers, and looks at the fifth cycle, holds for every cycle of
-every run. The proofs are for weights of up to 4 bits; with 8, a SAT solver does not finish, and simulation has to do.
+A result depends only on the inputs of the four cycles before it, because there is no feedback. So a proof that starts
+from arbitrary register values and checks the fifth cycle is valid for every cycle of every run. The proofs are for
+weights of up to 4 bits; with 8 bits a SAT solver does not finish, and simulation is used instead.
 """
 
 import json
@@ -36,8 +36,9 @@ CONFIGS = {
     "int2": AcceleratorConfig(tile=4, weight_bits=2, activation_bits=8, ports=1, port_width=64),
 }
 
-# The slice of the series before, which yosys has a complete model of. What is used here is in both; what differs is
-# the multiplier, 25 bits instead of 27, the OPMODE's two highest bits, which must be 0, and the names checked below.
+# The slice of the previous series, for which yosys has a complete model. Both have all functions that are used here.
+# They differ in the multiplier (25 bits instead of 27), in OPMODE's two highest bits, which must be 0, and in the names
+# that are checked below.
 SERIES_7 = """
 module DSP48E2(
   input CLK, input [29:0] A, input [17:0] B, input [47:0] C, input [26:0] D, input [47:0] PCIN,
@@ -75,7 +76,7 @@ text = Path(libyosys.__file__).with_name("share").joinpath("xilinx/cells_sim.v")
 
 
 class Both(wiring.Component):
-    """Both elements side by side, and whether they agree. Activations are sign-extended as the array does it."""
+    """Both elements side by side, and whether they agree. Activations are sign-extended as in the array."""
 
     def __init__(self, config: AcceleratorConfig, column: int, *, first: bool):
         self.config, self.column, self.first = config, column, first
@@ -139,12 +140,12 @@ def test_twin_is_proven_equal(name: str, first: bool, tmp_path: Path):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("first", [False, True])
 def test_primitive_is_proven_equal(name: str, first: bool, tmp_path: Path):
-    """With the registers, modes and ties that the instance really has."""
+    """The model has the registers, modes and constant inputs of the real instance."""
     assert prove(Both(CONFIGS[name], 1, first=first), XCUP, tmp_path)
 
 
 class _Late(Dsp48e2):
-    """One register too many."""
+    """A slice with an additional register."""
 
     def _twin(self, m: Module) -> None:
         inner = Dsp48e2(cascade=self.cascade)
@@ -154,7 +155,7 @@ class _Late(Dsp48e2):
 
 
 class _Narrow(Dsp48e2):
-    """A multiplier of 15 bits."""
+    """A slice with a multiplier of 15 bits."""
 
     def _twin(self, m: Module) -> None:
         inner = Dsp48e2(cascade=self.cascade)
@@ -171,7 +172,7 @@ def test_proof_finds_a_wrong_twin(wrong: type, tmp_path: Path, monkeypatch):
 
 @pytest.mark.parametrize("change", [("_PRODUCT_AND_CASCADE", 0b00_000_01_01), ("_PRODUCT_AND_CASCADE", 0b11_001_01_01)])
 def test_proof_finds_a_wrong_mode(change: tuple[str, int], tmp_path: Path, monkeypatch):
-    """The cascade left out, and another operand let in."""
+    """Modes without the cascade, and with another operand."""
     monkeypatch.setattr(dsp48e2, *change)
     assert not prove(Both(CONFIGS["default"], 0, first=False), XCUP, tmp_path)
 
@@ -201,7 +202,7 @@ class _Arrays(wiring.Component):
 
 @pytest.mark.parametrize("weight_bits", [2, 4, 5, 8])
 def test_elements_agree_in_simulation(weight_bits: int):
-    """Corners of all three inputs, then random ones."""
+    """Extreme values of all three inputs, then random ones."""
     config = AcceleratorConfig(tile=4, weight_bits=weight_bits, ports=1, port_width=64)
     random, both, cycles = np.random.default_rng(weight_bits), Both(config, 2, first=False), 300
     bits = len(both.activation)
@@ -230,7 +231,7 @@ def test_elements_agree_in_simulation(weight_bits: int):
 
 
 def test_arrays_give_the_same_psums():
-    """Corners and random numbers, all columns, a new slice every cycle or two, against each other and against numpy."""
+    """Extreme and random values, all columns, a new slice every cycle or two: equal to each other and to numpy."""
     random, config, cycles = np.random.default_rng(7), SMALL, 160
     top = _Arrays(config)
     tile, bound = config.tile, config.activation_max
@@ -240,7 +241,7 @@ def test_arrays_give_the_same_psums():
     weights[::4] = config.weight_max
     loads = random.integers(0, 1, cycles, endpoint=True)
     loads[0] = 1
-    # Tile 4 takes one word a slice here, row r lowest but for the rows before it.
+    # At tile 4 a slice is one word here, with row 0 lowest.
     assert len(top.words) == tile * tile * config.weight_bits
     words = [
         sum(int(q) << (index * config.weight_bits) for index, q in enumerate(slice_.ravel())) for slice_ in weights
@@ -271,7 +272,7 @@ def test_arrays_give_the_same_psums():
             assert np.array_equal(columns[wait:, column], expected[: cycles - wait, column]), (name, column)
 
 
-def test_only_ultrascale_plus_gets_it():
+def test_only_ultrascale_plus_has_it():
     class Platform:
         family = "series7"
 
@@ -284,7 +285,7 @@ def test_only_ultrascale_plus_gets_it():
 
 
 def test_cascade_stays_in_its_column(tmp_path: Path):
-    """PCOUT has wires to the next slice's PCIN and to nothing else, and the last slice's result leaves by P."""
+    """PCOUT is connected only to the next slice's PCIN, and the last slice's result leaves through P."""
     Path(tmp_path, "array.il").write_text(to_rtlil(SystolicArray(SMALL), "array", XCUP))
     script = [
         "read_verilog -lib +/xilinx/cells_xtra.v",

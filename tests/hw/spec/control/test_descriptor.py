@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The descriptor: every field in its place and wide enough for every layer of every config; refusals that say why."""
+"""The descriptor: the places and widths of its fields, for every layer of every config, and clear refusals."""
 
 import re
 from dataclasses import fields, replace
@@ -29,7 +29,7 @@ WIDTHS = {field.name: field.width for field in FIELDS}
 
 
 def configs() -> list[AcceleratorConfig]:
-    """Every tile, weight width, kind of zero point and port, with as large limits as each allows."""
+    """Every tile, weight width, kind of zero point and port, each with the largest possible limits."""
     found = []
     for tile, bits, zero_point, ports, width in product(
         (4, 8, 16, 32), (2, 3, 4, 5, 7, 8), ("integer", "fixed"), (1, 2, 4), (32, 64, 128)
@@ -59,7 +59,7 @@ def largest(config: AcceleratorConfig, size: int, n: int = MAX_N) -> LayerLayout
 
 
 def unpack(words: list[int]) -> dict[str, int]:
-    """The fields of a descriptor, cut out bit by bit; anything outside them is an error."""
+    """The fields of a descriptor, extracted bit by bit; a 1 in any other bit is an error."""
     assert len(words) == DESCRIPTOR_WORDS and all(0 <= word < 1 << 32 for word in words)
     whole = sum(word << 32 * index for index, word in enumerate(words))
     found = {}
@@ -80,7 +80,7 @@ def test_fields_fit_and_do_not_overlap():
     for field in FIELDS:
         assert field.low >= end and field.width > 0 and field.text, field.name
         end = field.low + field.width
-        # A driver in C sets a field with one shift and one mask, or two words of an address.
+        # A driver in C writes a field with one shift and one mask, or an address as two words.
         assert field.low // 32 == (end - 1) // 32 or (field.low % 32, field.width) == (0, 64), field.name
     assert end <= 32 * DESCRIPTOR_WORDS
 
@@ -121,27 +121,27 @@ def test_from_layer():
 
 
 def test_widest_layers_fit():
-    """Shapes, longest headers and longest bodies of every config fit their fields, in all groups that matter."""
+    """Shapes, longest headers and longest bodies of every config fit their fields, for all relevant groups."""
     assert len(CONFIGS) > 1000
     reached = dict.fromkeys(("groups", "header_beats", "body_words"), 0)
     for config in CONFIGS:
         for size in {smallest_group(config), config.max_group_size // config.tile * config.tile}:
             layer = largest(config, size)
-            # Striding over 4 GiB is more than the field holds; see the next test.
+            # A stride over 4 GiB does not fit the field; see the next test.
             made = replace(descriptor(layer, config.max_tokens), weights_stride=0)
             values = unpack(made.to_words())
             assert values["tokens"] == config.max_tokens
             assert values["groups"] * values["group_slices"] * config.tile == layer.k
             for name in reached:
                 reached[name] = max(reached[name], values[name])
-    # So the sweep is one: tile 4, groups of one slice, 8-bit weights on one narrow port.
+    # The sweep reaches the extremes: tile 4, groups of one slice, 8-bit weights on one narrow port.
     assert reached["groups"] == 8192
     assert reached["body_words"] == 32768
     assert all(value < 1 << WIDTHS[name] for name, value in reached.items())
 
 
 def test_weights_of_a_port_are_below_4_gib():
-    """What weights_stride holds; a layer beyond it is refused, not cut."""
+    """The limit of weights_stride: a larger layer is refused, not truncated."""
     refused = 0
     for config in CONFIGS:
         layer = largest(config, smallest_group(config))
@@ -175,7 +175,7 @@ def test_regions_and_rows():
 
 
 def test_address_space():
-    """No operand that starts below the limit ends beyond what the ports can address."""
+    """No operand that starts below the limit ends beyond the address space of the ports."""
     furthest = max(4 << WIDTHS["weights_stride"], 64 << WIDTHS["result_pitch"], 4 * 64 * 32768)
     assert ADDRESS_LIMIT + furthest <= 1 << 40
     assert ADDRESS_LIMIT.bit_length() <= WIDTHS["activations"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The register map: everything has a place of its own, and the RTL can build it."""
+"""The register map: no overlaps, and the RTL can build it."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def test_names_are_unique():
 
 @pytest.mark.parametrize("register", WITH_FIELDS, ids=lambda register: register.name)
 def test_fields_fit(register: Register):
-    """Ascending, apart and within the word: their masks add up to as many bits as they have."""
+    """Fields are ascending, disjoint and within the word: the sum of their masks has as many bits as they have."""
     lows = [field.low for field in register.fields]
     assert lows == sorted(lows)
     union = 0
@@ -46,7 +46,7 @@ def test_fields_fit(register: Register):
 
 
 def test_kinds_of_registers():
-    """What the bank relies on."""
+    """Properties that the register bank relies on."""
     for register in REGISTERS:
         assert register.text
         if register.access in (Access.COMMAND, Access.CLEAR):
@@ -101,7 +101,7 @@ def test_every_error_code_has_a_text():
     assert all(ERROR_TEXTS.values()) and len(set(ERROR_TEXTS.values())) == len(ErrorCode)
 
 
-def test_config_digest_tells_configs_apart():
+def test_config_digest_differs_between_configs():
     digests = [registers.config_digest(AcceleratorConfig(tile=tile)) for tile in (4, 8, 16, 32)]
     assert len(set(digests)) == 4
     assert all(0 <= digest < 1 << 32 for digest in digests)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many beats a layer takes: what is not weights, padding and splitting of groups, and what is refused."""
+"""The beats of a layer: overhead, padding and splitting of groups, and layers that are refused."""
 
 import re
 from itertools import product
@@ -13,7 +13,7 @@ from hw.spec.numerics.linear import Activations, Weights, linear
 
 
 def test_overhead_is_below_one_per_cent():
-    """At K >= 896 and tile >= 16, over weights, scales and zero points alone; dense widths."""
+    """At K >= 896 and tile >= 16, relative to weights, scales and zero points only, for widths without gaps."""
     for tile, (ports, width), zero_point in product((16, 32), ((1, 32), (2, 64), (4, 128)), ("integer", "fixed")):
         config = AcceleratorConfig(tile=tile, ports=ports, port_width=width, zero_point=zero_point)
         for k, size in ((896, 128), (4864, 128), (896, 64), (960, 64)):
@@ -30,14 +30,14 @@ def test_overhead_is_below_one_per_cent():
 
 
 @pytest.mark.parametrize("max_k", [32, 64, 512])
-def test_overhead_of_short_layers_is_known_too(max_k: int):
-    """A config that holds no K of 896 and no groups of 128 is a config like any other."""
+def test_overhead_of_small_configs(max_k: int):
+    """A config that does not support K of 896 or groups of 128 has an overhead, too."""
     config = AcceleratorConfig(tile=8, max_k=max_k, max_group_size=32)
     assert StreamLayout(config).overhead >= 0
 
 
 def test_padding_and_splitting_change_no_result():
-    """fit_layer pads K and splits groups; the result is that of the layer as it was given."""
+    """fit_layer pads K and splits groups; the result is that of the given layer."""
     config, random = AcceleratorConfig(max_group_size=64), np.random.default_rng(7)
     for k, n, size in ((300, 5, 128), (300, 5, 300), (64, 3, 64), (96, 3, 96)):
         layer = fit_layer(config, k, n, size)
@@ -54,7 +54,7 @@ def test_padding_and_splitting_change_no_result():
             np.pad(q, ((0, 0), (0, layer.k - k)), constant_values=9), zeros[:, whole], scales[:, whole], exponents
         )
         padded = Activations(np.pad(x, ((0, 0), (0, layer.k - k))), e)
-        # The layer as given, as one group per weight: nothing is padded or split.
+        # The given layer with one group per weight: nothing is padded or split.
         each = np.arange(k) // size
         given = Weights(q, zeros[:, each], scales[:, each], exponents)
         assert np.array_equal(linear(config, fitted, padded), linear(config, given, Activations(x, e)))
@@ -63,9 +63,9 @@ def test_padding_and_splitting_change_no_result():
 def test_fit_layer_takes_the_cheapest():
     config = AcceleratorConfig()
     assert fit_layer(config, 896, 16, 128) == LayerLayout(config, 896, 16, 128)
-    # One group over all of K: any size will do, and the longest that divides K costs least.
+    # One group over all of K: any size is possible, and the longest that divides K has the fewest beats.
     assert fit_layer(config, 1024, 16, 1024).group_size == 128
-    # Groups of 128 would need padding to 384; halves of them do not.
+    # Groups of 128 would need padding to 384, but halves of them need none.
     assert fit_layer(config, 320, 16, 128) == LayerLayout(config, 320, 16, 64)
 
 

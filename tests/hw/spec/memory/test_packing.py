@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weight stream: every bit against a slow packer that is written from the contract alone, and back."""
+"""The weight stream: every bit equals that of a slow packer, which is written from the contract; and a round trip."""
 
 import re
 from itertools import product
@@ -25,12 +25,12 @@ def random_weights(layer: LayerLayout, random: np.random.Generator) -> Weights:
 
 
 class SlowPacker:
-    """One bit after the other.
+    """It packs one bit after the other.
 
-    For each output tile a header: the tile's row exponents; per group the tile's scale mantissas, then its zero
-    points; padded to a beat. Then the body: per group, per K-slice, the rows along K, each ``tile`` weights in
-    ascending n. As many whole rows as fit share a beat, a slice starts with a new one unless whole slices share it; a
-    row longer than a beat takes whole beats. Rows of N beyond the last are zeros.
+    Each output tile has a header: the tile's row exponents; per group the tile's scale mantissas, then its zero
+    points; padded to a beat. Then comes the body: per group, per K-slice, the rows along K, each with ``tile`` weights
+    in ascending n. As many whole rows as fit share a beat. A slice starts with a new beat, unless a beat holds several
+    whole slices. A row that is longer than a beat takes whole beats. Rows of N beyond the last one are zeros.
     """
 
     def __init__(self, config: AcceleratorConfig):
@@ -74,7 +74,7 @@ class SlowPacker:
         start = len(self.bits)
         in_beat = 0
         for k in range(weights.q.shape[1]):
-            # A beat with room for whole slices holds only whole slices; one with less holds rows of one slice.
+            # A beat with room for whole slices holds only whole slices; a smaller beat holds rows of one slice.
             room = fitting // tile * tile if fitting >= tile else fitting
             if fitting == 0 or in_beat == room or (fitting < tile and k % tile == 0):
                 self.fill_from(start)
@@ -138,7 +138,7 @@ def test_round_trip_over_the_sweep():
 
 @pytest.mark.parametrize("ports", [1, 2, 4])
 def test_stripes(ports: int):
-    """Port p holds bytes p * port_bytes onwards of every beat, one beat after the other."""
+    """Port p holds the port_bytes of every beat that start at p * port_bytes, one beat after the other."""
     config = AcceleratorConfig(ports=ports, port_width=64)
     beats = np.random.default_rng(6).integers(0, 256, (37, config.beat_bytes), dtype=np.uint8)
     regions = stripe(config, beats)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numerics against Python's own integers and fractions: independent code, no numpy, no vectors."""
+"""The numerics against Python's own integers and fractions: independent code without numpy."""
 
 from fractions import Fraction
 
@@ -25,7 +25,7 @@ FIXED = AcceleratorConfig(zero_point="fixed")
 
 
 def rounded(value: Fraction) -> int:
-    """To the nearest integer, half to even: what Python's round does with a fraction."""
+    """Rounded to the nearest integer, half to even, as Python's round does with a fraction."""
     return round(value)
 
 
@@ -54,7 +54,7 @@ def float32_bits(value: Fraction, negative_zero: bool) -> int:
 
 
 def exact_sum(weights: Weights, activations: Activations, fraction_bits: int, m: int, n: int) -> int:
-    """Y[m, n], straight from the definition."""
+    """Y[m, n], directly from the definition."""
     size = weights.q.shape[1] // weights.scale_mantissas.shape[1]
     total = 0
     for k in range(weights.q.shape[1]):
@@ -90,7 +90,7 @@ def test_linear_is_exact(config: AcceleratorConfig):
 
 
 def test_linear_at_the_bound():
-    """K = 32,768 with everything at its extreme: no overflow anywhere on the way."""
+    """K = 32,768 with all values at their extremes: no intermediate value overflows."""
     config = AcceleratorConfig(max_k=32768, weight_bits=4, zero_point="fixed", max_group_size=256)
     for sign in (1, -1):
         weights = Weights(
@@ -121,7 +121,7 @@ def test_splitting_a_group_changes_nothing():
 
 @pytest.mark.parametrize("bits", range(8, 17))
 def test_activations(bits: int):
-    """The smallest exponent that fits, and every mantissa rounded half to even."""
+    """The exponent is the smallest that fits, and every mantissa is rounded half to even."""
     config, random = AcceleratorConfig(activation_bits=bits), np.random.default_rng(bits)
     limit = 2 ** (bits - 1) - 1
     x = random.normal(size=(40, 9)) * 2.0 ** random.integers(-90, 90, (40, 1))
@@ -169,7 +169,7 @@ def test_zero_points():
 
 
 def test_float32():
-    """Every alignment with ties and their neighbours, around both ends of the range and in the middle."""
+    """Every alignment with ties and their neighbours, near both ends of the range and in the middle."""
     random = np.random.default_rng(4)
     values = [0, 1, -1, 3, (1 << 62) - 1, -(1 << 62), (1 << 63) - 1, -(1 << 63) + 1, (1 << 53) + 1, (1 << 54) - 1]
     for length in range(1, 63):

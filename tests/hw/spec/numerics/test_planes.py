@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two planes of few bits: exactly one weight of many, whatever the zero points."""
+"""Two planes of few bits equal one weight of many bits exactly, for all zero points."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def config(width: int, zero_point: str = "integer") -> AcceleratorConfig:
     return AcceleratorConfig(tile=8, weight_bits=width, zero_point=zero_point)
 
 
-# Fixed zero points are below 16, which is less than the low plane of 5 bits may need.
+# Fixed zero points are below 16, which is too little for the low plane of 5 bits.
 CASES = [(2, 4), (3, 6), (4, 5), (4, 8)]
 
 
@@ -25,7 +25,7 @@ CASES = [(2, 4), (3, 6), (4, 5), (4, 8)]
     [(*case, kind) for case in CASES for kind in ("integer", "fixed")] + [(5, 8, "integer")],
 )
 def test_sum_of_planes_is_the_layer(width, bits, zero_point):
-    """In integers: sum_g sm * sum_k (q * 2^f - z) * X with sm of 16 - w bits, straight from the wide weights."""
+    """In integers: sum_g sm * sum_k (q * 2^f - z) * X with sm of 16 - w bits, directly from the wide weights."""
     hardware, rng = config(width, zero_point), np.random.default_rng(width * bits)
     q = rng.integers(0, 1 << bits, (N, GROUPS * SIZE)).astype(np.uint8)
     q[:2] = [[(1 << bits) - 1], [0]]
@@ -54,7 +54,7 @@ def test_sum_of_planes_is_the_layer(width, bits, zero_point):
 
 
 def test_scales_of_planes():
-    """The exponent is the smallest with which the largest mantissa fits; so the high plane's fit 16 bits."""
+    """The exponent is the smallest with which the largest mantissa fits, so the high plane's mantissas fit 16 bits."""
     (high, low) = quantise_weights(
         config(4), 8, np.zeros((3, 32), np.uint8), np.array([[2047.0], [2047.5], [-1.0]]), ZERO
     )
@@ -63,7 +63,7 @@ def test_scales_of_planes():
     assert low.exponents.tolist() == [15, 16, 5]
 
 
-def test_one_plane_is_left_alone():
+def test_one_plane_is_not_changed():
     q = np.arange(32, dtype=np.uint8)[None] % 16
     (plane,) = quantise_weights(config(4), 4, q, np.ones((1, 1)), np.full((1, 1), 7))
     assert isinstance(plane, Weights) and np.array_equal(plane.q, q)
