@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which benches there are, as plain data: one entry per cocotb module and parameter set."""
+"""The list of all benches, as plain data: one entry per cocotb module and parameter set."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ class Bench:
     params : dict
         Options of ``hw.build``: ``dict(tile=4, weight_bits=4)`` becomes ``--tile 4 --weight-bits 4``.
     settings : dict
-        Anything the bench wants to know that the hardware does not; see `sim.harness.settings`.
+        Settings of the bench that are not parameters of the hardware; see `sim.harness.settings`.
     full : bool
         A long sweep: only ``--full`` and ``make test-full`` run it.
     timeout : int
@@ -45,7 +45,7 @@ class Bench:
 
     @property
     def parameters(self) -> str:
-        """Parameters and settings in the form that tables show."""
+        """Parameters and settings in the form of the tables."""
         return " ".join(f"{name}={value}" for name, value in {**self.params, **self.settings}.items())
 
     @property
@@ -63,7 +63,7 @@ _SMALL, _WIDE, _NARROW, _FIXED = (PRESETS[name] for name in ("small", "wide", "n
 _TWO_PORTS, _TILE_16, _TILE_32 = (PRESETS[name] for name in ("two_ports", "tile16", "tile32"))
 _ULX3S, _ULX3S_8 = (dict(target="ecp5", **PRESETS[name]) for name in ("ulx3s4", "ulx3s8"))
 
-# Every value that a parameter may have occurs here, and combinations that nothing in the quick list has.
+# Every value of every parameter occurs here, also in combinations that the quick list does not have.
 _SWEEP = [
     dict(tile=4, ports=1, port_width=64, max_k=64, max_group_size=32, max_tokens=3),
     dict(tile=8, ports=4, port_width=128, max_k=32, max_group_size=256, max_tokens=1),
@@ -85,7 +85,7 @@ _SWEEP = [
 ]
 
 
-# Cocotb module without ``tb_`` -> its room, the folder that it lies in.
+# Cocotb module without ``tb_`` -> its room, the folder of the module.
 _ROOMS = {path.stem.removeprefix("tb_"): path.parent.name for path in Path(__file__).parent.glob("tb/*/tb_*.py")}
 
 
@@ -95,7 +95,7 @@ def _bench(block: str, params: Mapping[str, object], tb: str = "", full: bool = 
     return Bench(module, block, dict(params), settings, full, timeout=3600 if full else 600)
 
 
-# The first one also runs on Icarus in `make test`. The builds take most of the time, so a block has few of them.
+# The first one also runs on Icarus in `make test`. Builds take most of the time, so each block has only a few of them.
 BENCHES: list[Bench] = [
     *(_bench(block, _SMALL) for block in ("pe", "array", "float_out", "fifo", "fork", "walker", "splitter", "header")),
     *(_bench(block, _SMALL) for block in ("columns", "activations", "sequencer", "column_control", "drain")),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was built once is kept: directories named by the content they were built from, safe between processes."""
+"""A cache of builds: directories named by the content of their sources, safe between processes."""
 
 import contextlib
 import fcntl
@@ -21,13 +21,13 @@ def digest(*parts: object) -> str:
 
 
 def generator_digest() -> str:
-    """Changes with anything that can change the generated Verilog, other than the options."""
+    """A digest of everything except the options that can change the generated Verilog."""
     sources = {str(p.relative_to(ROOT)): p.read_bytes() for p in sorted((ROOT / "hw").rglob("*.py"))}
     return digest(importlib.metadata.version("amaranth"), importlib.metadata.version("pyosys"), sources)
 
 
 def scratch(out: Path) -> Path:
-    """An empty directory beside `out`, to be renamed when it is complete."""
+    """An empty directory beside `out`; the caller renames it when it is complete."""
     directory = out.with_name(f"{out.name}.partial")
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
@@ -36,7 +36,7 @@ def scratch(out: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a directory against other threads and other processes."""
+    """Lock a directory against other threads and other processes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

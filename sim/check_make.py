@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks make's variables and the checkout's path before a target installs or builds anything.
 
-The Makefile runs it with the targets' names as arguments and the variables in the environment. It needs Python's
-standard library alone, because a fresh machine has nothing else.
+The Makefile runs it with the targets' names as arguments and the variables in the environment. It needs only Python's
+standard library, because a fresh machine has nothing else.
 """
 
 import difflib
@@ -19,7 +19,7 @@ from sim.harness import SIMULATORS, SetupError, check_path
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("TILE", "SIM", "BOARD", "PROMPT", "PYTHON", "BENCH", "SEED", "CHECK")
-"""Every variable of the Makefile that a user may set; the Makefile itself looks for PYTHON."""
+"""Every variable of the Makefile that a user may set; the Makefile itself checks PYTHON."""
 Check = Callable[[Mapping[str, str]], None]
 
 
@@ -28,7 +28,7 @@ def _any_of(values: Iterable[object]) -> str:
 
 
 def tile(values: Mapping[str, str]) -> None:
-    """A tile that the generator has; none is each command's own."""
+    """Checks that the generator supports the tile; an empty value means each command's default."""
     text = values["TILE"]
     value: Any = int(text) if text.isascii() and text.isdecimal() else text
     try:
@@ -42,7 +42,7 @@ def tile(values: Mapping[str, str]) -> None:
 
 
 def board(boards: Iterable[str]) -> Check:
-    """One of these boards."""
+    """A check that BOARD is one of these boards."""
     known = tuple(boards)
 
     def check(values: Mapping[str, str]) -> None:
@@ -53,31 +53,31 @@ def board(boards: Iterable[str]) -> Check:
 
 
 def simulators(values: Mapping[str, str]) -> None:
-    """Simulators with commas between them."""
+    """Checks a list of simulators, separated by commas."""
     if set(values["SIM"].split(",")) - set(SIMULATORS):
         raise UserError(f"SIM is {_any_of(SIMULATORS)}, or several with a comma, not {values['SIM']!r}")
 
 
 def prompt(values: Mapping[str, str]) -> None:
-    """Something to ask."""
+    """Checks that there is a prompt."""
     if not values["PROMPT"]:
         raise UserError('PROMPT is empty; ask something with PROMPT="..."')
 
 
 def bench(values: Mapping[str, str]) -> None:
-    """The name of a bench, or a part of it; sim.wave finds it among the benches."""
+    """Checks that there is the name of a bench, or a part of it; sim.wave looks it up."""
     if not values["BENCH"]:
         raise UserError("BENCH is empty; name a bench with BENCH=tb_fifo (python -m sim.run --list prints all)")
 
 
 def seed(values: Mapping[str, str]) -> None:
-    """A whole number from 0; none is a new one for each run."""
+    """Checks that the seed is a whole number from 0; an empty value means a new seed for each run."""
     if values["SEED"] and not (values["SEED"].isascii() and values["SEED"].isdecimal()):
         raise UserError(f"SEED is a whole number from 0, not {values['SEED']!r}")
 
 
 def compare(values: Mapping[str, str]) -> None:
-    """1 or nothing."""
+    """Checks that CHECK is 1 or empty."""
     if values["CHECK"] not in ("", "1"):
         raise UserError(f"CHECK is 1 or nothing, not {values['CHECK']!r}")
 
@@ -91,11 +91,11 @@ TARGETS: dict[str, dict[str, Check]] = {
     "ip": {"BOARD": board(BOARDS), "TILE": tile},
     "resources": {"BOARD": board(BOARDS), "TILE": tile},
 }
-"""The variables that each target reads; targets that read none are not here."""
+"""The variables that each target reads; targets without variables are not listed."""
 
 
 def misspelt(given: Iterable[str]) -> str:
-    """What is wrong with the names of variables that were given to make, if one is nearly the name of a known one."""
+    """An error text if the name of a variable on make's command line is similar to a known name, else empty."""
     for name in given:
         near = difflib.get_close_matches(name.upper(), NAMES, 1, 0.8)
         if near and name not in NAMES:
@@ -106,7 +106,7 @@ def misspelt(given: Iterable[str]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns 0, or raises UserError."""
     parser = Parser(prog="python -m sim.check_make", description="Check make's variables, from the environment.")
-    parser.add_argument("targets", nargs="*", metavar="TARGET", help="what make was asked for")
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help="a target of make")
     targets = parser.parse_args(arguments).targets
     try:
         check_path(ROOT)
@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise UserError(problem)
     values = {name: os.environ.get(name, "").strip() for name in NAMES}
     for target in targets:
-        # A variable that the target does not read may mean something to another program.
+        # A variable that the target does not read may have a meaning for another program.
         read = {name: values[name] if name in TARGETS.get(target, {}) else "" for name in NAMES}
         for check in TARGETS.get(target, {}).values():
             check(read)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run one bench: generate its Verilog, build it for a simulator, run it, and read what passed.
+"""Run one bench: generate its Verilog, build it for a simulator, run it, and read its results.
 
-cocotb-test knows the command lines and the environment that cocotb needs. What is added here: generated Verilog and
-built simulators are cached by content, every tool's output goes to a log, and a run cannot hang.
+cocotb-test has the command lines and the environment that cocotb needs. This module adds three things: Verilog and
+built simulators are cached by content, every tool's output goes to a log, and every run has a timeout.
 """
 
 import contextlib
@@ -29,27 +29,27 @@ __all__ = ["SIMULATORS", "Result", "SetupError", "check_path", "manifest", "requ
 
 SIMULATORS = ("verilator", "icarus")
 
-# -Wall, and a warning ends the build. Only the ports are visible to cocotb: a public inside would stop most of
-# Verilator's optimisations. The benches are short, so a quick compilation beats a quick simulation.
+# With -Wall a warning ends the build. Only the ports are visible to cocotb: public signals inside would prevent most of
+# Verilator's optimisations. The benches are short, so a fast compilation is better than a fast simulation.
 VERILATOR_ARGS = ["-Wall", "--public-depth", "1"]
-# The wheel's makefile forgets the option that includes a precompiled header, which only larger models have.
+# The wheel's makefile lacks the option that includes a precompiled header, which only larger models have.
 VERILATOR_MAKE_ARGS = ["-j2", "OPT_FAST=-O1", "OPT_SLOW=-O0", "OPT_GLOBAL=-O1", "CFG_CXXFLAGS_PCH_I=-include"]
 TIMESCALE = "1ns/1ps"
 PATH_CHARACTERS = frozenset(f"{string.ascii_letters}{string.digits}/._-+,=@%~!^{{}}[]*?")
-"""With these in its path a bench was built and run; it fails with a space, with non-ASCII letters and with most of the
-shell's own characters."""
+"""Benches work in a path of these characters (tested). They fail with a space, with non-ASCII letters and with most of
+the shell's special characters."""
 WAIVERS = ROOT / "sim" / "waivers.vlt"
 
 _running: set[subprocess.Popen[bytes]] = set()
 
 
 class SetupError(Exception):
-    """Something about the machine or the request, in one line; the command line exits with 2."""
+    """A problem of the machine or of the options, in one line; the command line exits with 2."""
 
 
 @dataclass
 class Result:
-    """What became of one bench."""
+    """The results of one bench."""
 
     bench: Bench
     simulator: str
@@ -77,23 +77,23 @@ def manifest() -> dict[str, Any]:
 
 
 def check_path(folder: Path) -> None:
-    """Check that Verilator can work in a folder: its makefiles take neither spaces nor most other characters.
+    """Check that Verilator can work in a folder: its makefiles do not support spaces and many other special characters.
 
     Raises
     ------
-    SetupError : a character that they do not take, by name
+    SetupError : an unsupported character; the message names it
     """
     wrong = [part for part in str(folder) if part not in PATH_CHARACTERS]
     if wrong:
         name = "a space" if wrong[0] == " " else repr(wrong[0])
         raise SetupError(
-            f"the path of this checkout has {name}, which Verilator's makefiles do not take: {str(folder)!r}; "
+            f"the path of this checkout has {name}, which Verilator's makefiles do not support: {str(folder)!r}; "
             "move it to a path of letters from a to z, digits, and . _ - /"
         )
 
 
 def require(simulator: str) -> None:
-    """Check that a simulator is there, and make the virtual environment's tools reachable."""
+    """Check that a simulator is installed, and put the virtual environment's tools on PATH."""
     if simulator not in SIMULATORS:
         raise SetupError(f"Simulator must be one of {', '.join(SIMULATORS)}, not {simulator!r}")
     if simulator == "verilator":
@@ -108,7 +108,7 @@ def require(simulator: str) -> None:
 
 
 def run_bench(bench: Bench, simulator: str, seed: int) -> Result:
-    """Run one bench; whatever goes wrong with it is a failure in the result, with a log."""
+    """Run one bench; every error is a failure in the result, with a log."""
     require(simulator)
     begin = time.monotonic()
     run_dir = BUILD / "runs" / f"{re.sub('[^A-Za-z0-9_=.,]+', '-', bench.name).strip('-')}.{simulator}"
@@ -134,7 +134,7 @@ class _StepFailed(Exception):
 
 
 def _generate(bench: Bench, log: Path, result: Result) -> tuple[Path, Path | None]:
-    """Verilog and manifest of the bench's block, from the cache when neither hw/ nor the request has changed."""
+    """Verilog and manifest of the bench's block, from the cache if neither hw/ nor the options have changed."""
     if bench.verilog is not None:
         return bench.verilog.resolve(), None
     options = [part for name, value in bench.params.items() for part in (f"--{name.replace('_', '-')}", str(value))]
@@ -151,7 +151,7 @@ def _generate(bench: Bench, log: Path, result: Result) -> tuple[Path, Path | Non
 
 
 def _build(bench: Bench, simulator: str, verilog: Path, log: Path, result: Result) -> Path:
-    """Directory of the built simulator, from the cache when it was built before."""
+    """Directory of the built simulator, from the cache if it was built before."""
     if simulator == "icarus":
         version: object = subprocess.run(["iverilog", "-V"], capture_output=True, text=True, check=False).stdout[:64]
         arguments: list[object] = [TIMESCALE]
@@ -200,7 +200,7 @@ def _simulate(
         ).run()
     except _StepFailed as failure:
         result.failed[failure.step] = str(failure)
-    # The exit code says nothing about the tests.
+    # The exit code does not depend on the tests' results.
     if results_xml.exists():
         for case in ET.parse(results_xml).iter("testcase"):
             name = case.get("name", "?")
@@ -221,7 +221,7 @@ def _verilator_args(bench: Bench) -> list[str]:
 def _simulator(
     bench: Bench, simulator: str, verilog: Path, sim_dir: Path, log: Path, step: str, timeout: int, **options: Any
 ) -> Any:
-    """A cocotb-test simulator whose commands go through `_execute`, which either only builds or only runs."""
+    """A cocotb-test simulator that uses `_execute` for its commands, and either only builds or only runs."""
     from cocotb_test import simulator as cocotb_simulator
 
     base = {"verilator": cocotb_simulator.Verilator, "icarus": cocotb_simulator.Icarus}[simulator]
@@ -254,7 +254,7 @@ def _simulator(
 def _execute(
     command: list[str], log: Path, step: str, cwd: Path | str, timeout: int, env: Mapping[str, str] | None = None
 ) -> None:
-    """Run a command with its output in `log`; ask it what it waits for, and kill it, when the time is over."""
+    """Run a command with its output in `log`. After the timeout, ask a simulation what it waits for, and kill it."""
     with log.open("ab") as stream:
         stream.write(f"$ {' '.join(map(str, command))}\n".encode())
         stream.flush()
@@ -283,7 +283,7 @@ def _execute(
 
 
 def stop() -> None:
-    """Kill every tool and simulation that is running now, for instance because the user has interrupted the run."""
+    """Kill every running tool and simulation, for example because the user has interrupted the run."""
     for process in list(_running):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -295,11 +295,11 @@ def _ask_what_it_waits_for(process: subprocess.Popen[bytes], log: Path) -> str:
         time.sleep(0.1)
         if named := re.findall(r"^WAITING FOR (.*)$", log.read_text(errors="replace"), re.MULTILINE):
             return "; ".join(named)
-    return "nothing it could name: the simulator itself does not come back"
+    return "nothing that it could name: the simulator itself does not respond"
 
 
 def _complaint(log: Path) -> str:
-    """The line of a log that most likely says what was wrong."""
+    """The line of a log that most likely describes the error."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     telling = [line for line in lines if re.search(r"%(Error|Warning)|\berror\b", line, re.IGNORECASE)]
     return (telling[0] if telling else lines[-1])[:300]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m sim.run``: run the benches and print a table of what passed."""
+"""``python -m sim.run``: run the benches and print a table of the results."""
 
 import os
 import secrets
@@ -19,11 +19,11 @@ __all__ = ["main", "run_all", "select"]
 def select(
     benches: Sequence[Bench], full: bool = False, words: str | None = None, tile: int | None = None
 ) -> list[Bench]:
-    """Benches that a request names.
+    """The benches that match the options.
 
-    `words` is a pytest-like filter on names: substrings joined with ``and``, ``or`` and ``not``, ``or`` binding last.
-    `tile` replaces the array size of every bench that has one; those made for a part have a board's, and keep it.
-    Raises SetupError if there is no such tile or nothing to run.
+    `words` is a filter on names like pytest's: substrings joined with ``and``, ``or`` and ``not``; ``or`` has the
+    lowest precedence. `tile` replaces the array size of every bench that has one; benches for a part have a board's
+    size, which does not change. Raises SetupError if the tile is not valid or no bench matches.
     """
     chosen = [bench for bench in benches if full or not bench.full]
     if tile is not None:

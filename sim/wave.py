@@ -19,7 +19,7 @@ OUT = ROOT / "build" / "wave"
 
 
 def choose(benches: Sequence[Bench], name: str, tile: int | None = None) -> Bench:
-    """The bench of that name, or else the first one whose name matches it as in ``sim.run -k``.
+    """The bench with this name, or else the first one whose name matches it as in ``sim.run -k``.
 
     Raises SetupError if there is none, or if benches of several modules match.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a waveform (VCD) to a GTKWave save file that shows a block's streams: payload, valid and ready as one group."""
+"""Makes a GTKWave save file from a waveform (VCD): payload, valid and ready of each stream of a block are a group."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ _ROOT = "$rootio"
 
 @dataclass(frozen=True)
 class Variable:
-    """A signal of a scope. bits: its range as GTKWave writes it, such as ``[7:0]``; empty for a single bit."""
+    """A signal of a scope. bits: its range in GTKWave's form, such as ``[7:0]``; empty for a single bit."""
 
     name: str
     bits: str
@@ -31,7 +31,7 @@ class Scope:
     variables: list[Variable] = field(default_factory=list)
 
     def full_name(self, variable: Variable) -> str:
-        """The name by which GTKWave finds a signal."""
+        """A signal's name in GTKWave."""
         return ".".join([*self.path, variable.name]) + variable.bits
 
 
@@ -44,7 +44,7 @@ class Stream:
 
 
 def read_scopes(vcd: Path) -> list[Scope]:
-    """All scopes of a waveform in the file's order, from its header alone."""
+    """All scopes of a waveform in the file's order; only the header is read."""
     scopes: list[Scope] = []
     path: list[Scope] = []
     with vcd.open(encoding="utf-8", errors="replace") as lines:
@@ -65,7 +65,7 @@ def read_scopes(vcd: Path) -> list[Scope]:
 
 
 def streams(variables: Sequence[Variable]) -> list[Stream]:
-    """What is a stream among the signals of a scope: NAMEvalid and NAMEready, and what begins with NAME.
+    """The streams among the signals of a scope: NAMEvalid and NAMEready, and other signals that begin with NAME.
 
     Amaranth's streams are ``i_valid`` at the top and ``i__valid`` inside; AXI's channels ``m_axi_hp0_arvalid``.
     """
@@ -75,7 +75,7 @@ def streams(variables: Sequence[Variable]) -> list[Stream]:
         prefix = name.removesuffix("valid")
         if prefix in ("", name) or f"{prefix}ready" not in by_name:
             continue
-        # An AXI channel has members in place of a payload: letters after the channel's name.
+        # An AXI channel has members instead of a payload: letters after the channel's name.
         member = r"payload(\.\w+)*" if prefix.endswith("_") else r"[a-z]+"
         payload = [v for v in variables if re.fullmatch(re.escape(prefix) + member, v.name)]
         payload = [v for v in payload if not v.name.endswith(("valid", "ready"))]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The accelerator's surroundings: a memory behind all of its ports, software at its registers, and what must come out.
+"""The environment of the accelerator: a memory on all of its ports, software at its registers, expected results.
 
 The memory is full of noise, and :meth:`AcceleratorDriver.check` compares all of it: every result bit for bit, and that
-nothing else was written. Every burst on the bus is compared, too, with what the layers' operands ask for.
+nothing else was written. Every burst on the bus is also compared with the bursts that the layers' operands need.
 """
 
 import logging
@@ -37,20 +37,20 @@ from sim.bench.streams import Stall, bursty, cycle, randomly, read, rng, until
 __all__ = ["MEMORY", "AcceleratorDriver", "Work", "fit", "floats", "pauses"]
 
 MEMORY = 1 << 21
-"""Bytes. Addresses are taken modulo this, so that layers may lie anywhere in the address space."""
+"""Size in bytes. Addresses are used modulo this size, so layers may be anywhere in the address space."""
 PATIENCE = 20_000
-"""Cycles without any transfer on a memory port after which a test gives up."""
+"""A test fails after this number of cycles without any transfer on a memory port."""
 CALM = 3_000
-"""Cycles that no layer of these tests computes without reading or writing anything."""
+"""Cycles without a transfer after which no layer of these tests can be in flight."""
 PIECE_BYTES = FLOAT_BYTES * PIECE_FLOATS
 CONTROL = ("aw", "w", "b", "ar", "r")
-"""Channels of the control port, which pauses know as ``ctrl_<channel>``; the memory's are ``hp<port>_<channel>``."""
+"""Channels of the control port. Pauses name them ``ctrl_<channel>``, and the memory's ``hp<port>_<channel>``."""
 
 
 def floats(
     config: AcceleratorConfig, tokens: int, k: int, random: np.random.Generator, kind: str = "random"
 ) -> np.ndarray:
-    """Activations for a layer, float32 [M, K]; the kinds are those of :func:`sim.bench.layers.weights_of`."""
+    """Activations for a layer, float32 [M, K], with the kinds of :func:`sim.bench.layers.weights_of`."""
     most = config.activation_max
     if kind.endswith("bound"):
         x = np.full((tokens, k), most, np.float64)
@@ -65,7 +65,7 @@ def floats(
             if choice == 0:
                 x[token] *= 2.0 ** random.integers(-40, 1, k)
             elif choice == 1:
-                # Halfway between two mantissas.
+                # Ties between two mantissas.
                 x[token] = random.integers(-most, most, k) + 0.5
             elif choice == 2:
                 x[token] = -0.0
@@ -77,7 +77,7 @@ def floats(
 
 
 def fit(k: int, n: int, group_size: int) -> LayerLayout:
-    """A layer, or the nearest that fits the config: with larger groups, and no longer than the config holds."""
+    """A layer, or the nearest one that fits the config: with larger groups, and with K at most max_k."""
     c = config()
     k = min(k, c.max_k)
     for size in (group_size, 2 * group_size, 4 * group_size, k):
@@ -122,7 +122,7 @@ class Work:
 
     @property
     def writes(self) -> list[tuple[Burst, int]]:
-        """Every write burst, in order, and its bytes: for every 256 columns every row, cut where it crosses 4 KiB."""
+        """Every write burst, in order, and its bytes: every row of every 256 columns, cut at 4 KiB boundaries."""
         size, row_bytes, bursts = self.job.layer.config.port_width // 8, 4 * self.job.layer.n, []
         for start in range(0, row_bytes, PIECE_BYTES):
             for token in range(self.job.tokens):
@@ -140,24 +140,24 @@ class AcceleratorDriver:
 
     Parameters
     ----------
-    pauses : stall generators of channels, such as ``hp0_r`` or ``ctrl_aw``; the others never pause
-    base : of all addresses, a multiple of MEMORY
+    pauses : stall generators of channels, such as ``hp0_r`` or ``ctrl_aw``; other channels never pause
+    base : base of all addresses, a multiple of MEMORY
     """
 
     def __init__(self, dut: Any, pauses: Mapping[str, Stall], base: int):
         assert base % MEMORY == 0 and base + MEMORY <= ADDRESS_LIMIT
         self.dut, self.config, self.base = dut, config(), base
         self.image = np.frombuffer(rng(99).bytes(MEMORY), np.uint8).copy()
-        """What the memory has to hold."""
+        """The expected contents of the memory."""
         self.memory = bytearray(self.image.tobytes())
         self._random = rng(98)
         self._free = 0
         self._window: list[int | None] = [None] * BY_NAME["descriptor"].words
         self.channels: dict[str, Any] = {}
         self.read_faults: list[dict[int, AxiResp]] = [{} for _ in range(self.config.ports)]
-        """Faults of each port's memory when it is read: at which address, and what is answered."""
+        """Faults of each port's memory when it is read: address -> response."""
         self.write_faults: dict[int, AxiResp] = {}
-        """The same when it is written."""
+        """Faults of the memory when it is written: address -> response."""
         self.monitors = [
             AxiMonitor(dut, f"m_axi_hp{port}", self.config.port_width) for port in range(self.config.ports)
         ]
@@ -191,17 +191,17 @@ class AcceleratorDriver:
         self.channels |= {f"ctrl_{name}": channel for name, channel in zip(CONTROL, control, strict=True)}
 
     def _attach(self, memory: Any, takes: Mapping[str, Any], answers: Mapping[str, Any]) -> None:
-        """A half of a memory port, and its channels by their names."""
+        """Registers a half of a memory port, and its channels by their names."""
         memory.log.setLevel(logging.ERROR)
         self.channels |= {**takes, **answers}
         for channel in takes.values():
-            # By itself it takes no third transfer before it has answered the first.
+            # By default it accepts no third transfer before it has answered the first.
             channel.queue_occupancy_limit = 32
 
     # Time
 
     def pause(self, name: str, stall: Stall | None) -> None:
-        """Pause a channel by a stall generator from now on; None: never."""
+        """Start to pause a channel by a stall generator; None: no pauses."""
         channel = self.channels[name]
         channel.set_pause_generator(None if stall is None else iter(stall, None))
         if stall is None:
@@ -209,11 +209,11 @@ class AcceleratorDriver:
 
     @property
     def now(self) -> int:
-        """Cycles so far."""
+        """Number of cycles so far."""
         return self.control.now
 
     async def until(self, condition, what: str) -> None:
-        """Wait until `condition` holds; complains when no memory port moves any more."""
+        """Wait until `condition` holds; raises TimeoutError if no memory port moves any more."""
         start = self.now
 
         def given_up() -> bool:
@@ -224,13 +224,13 @@ class AcceleratorDriver:
             raise TimeoutError(f"Nothing has moved for {PATIENCE} cycles; waited for {what}")
 
     async def calm(self) -> None:
-        """Wait until no memory port has moved for so long that no layer can still be on its way."""
+        """Wait until no memory port has moved for so long that no layer can be in flight."""
         moved = lambda: max(monitor.moved for monitor in self.monitors)  # noqa: E731
         await until(self.dut.clk, lambda: self.now - moved() > CALM, "nothing to happen", 200_000)
 
     @property
     def offered(self) -> list[tuple[int, int]]:
-        """How many bursts were offered on AR and AW of every port."""
+        """Number of bursts on AR and AW of every port."""
         return [(len(monitor.reads), len(monitor.writes)) for monitor in self.monitors]
 
     # Registers
@@ -258,13 +258,13 @@ class AcceleratorDriver:
         return BY_NAME[name].field(field).get(await self.get(name))
 
     async def set(self, name: str, value: int | str, word: int = 0) -> None:
-        """Write a register, or all ones to one of its fields."""
+        """Write a number to a register, or ones to one of its fields."""
         bits = BY_NAME[name].field(value).mask if isinstance(value, str) else value
         response, _ = await self.access(offset(name, word), bits)
         assert response == 0, f"writing {name} was answered with {response}"
 
     async def push(self, item: Work | Sequence[int]) -> None:
-        """Queue a descriptor. Words that the window holds already are not written again."""
+        """Queue a descriptor. Words that are already in the window are not written again."""
         words = item.descriptor.to_words() if isinstance(item, Work) else item
         for index, word in enumerate(words):
             if self._window[index] != word:
@@ -273,23 +273,23 @@ class AcceleratorDriver:
         await self.set("control", "push")
 
     async def reset(self) -> None:
-        """Reset by the register, and check that nothing is left."""
+        """Reset by the register, and check that nothing remains."""
         await self.set("control", "reset")
         await self.has_reset()
 
     async def has_reset(self) -> None:
-        """Wait for the end of a reset; nothing is under way any more, and everything is forgotten."""
+        """Wait for the end of a reset, and check that nothing is under way and that all state is cleared."""
         for _ in range(PATIENCE):
             if not await self.field("status", "resetting"):
                 break
-        assert all(monitor.quiet for monitor in self.monitors), "reset while the bus was owed something"
+        assert all(monitor.quiet for monitor in self.monitors), "the reset ended while a bus transfer was under way"
         for name in ("status", "completed", "error_code", "error_address", "interrupt_pending"):
             assert await self.get(name) == 0, f"{name} is not 0 after a reset"
         for name in ("reads_under_way", "writes_under_way"):
             assert await self.get(name) == 0, f"{name} is not 0 after a reset"
 
     async def failed(self, code: ErrorCode, address: int | None = None) -> None:
-        """Wait for an error, and check its code, and its address if that is known."""
+        """Wait for an error, and check its code, and its address if it is known."""
         await self.set("interrupt_enable", "error")
         await until(self.dut.clk, lambda: read(self.dut.irq) == 1, f"error {code.name}", 200_000)
         found = ErrorCode(await self.get("error_code"))
@@ -311,11 +311,11 @@ class AcceleratorDriver:
         aligned: bool = False,
         interrupt: bool = False,
     ) -> Work:
-        """Put a layer's operands somewhere into free memory.
+        """Put a layer's operands into free memory.
 
-        Regions of weights are as close together as they may be, or where the driver puts them, or in between. Blocks
-        of activations and results begin shortly before a 4 KiB boundary, results not at a multiple of 1 KiB, and rows
-        of results may have gaps. `aligned` takes all that back. `x` may hold what cannot be quantised.
+        Regions of weights have the least possible stride, the driver's stride, or one in between. Blocks of activations
+        and results start shortly before a 4 KiB boundary, results do not start at a multiple of 1 KiB, and rows of
+        results may have gaps. With `aligned` all this is omitted. `x` may have values that cannot be quantised.
         """
         random = self._random
         if reuse is not None:
@@ -325,7 +325,7 @@ class AcceleratorDriver:
             try:
                 activations = quantise_activations(self.config, x)
             except NumericsError:
-                # The accelerator will refuse them, too.
+                # The accelerator refuses them, too.
                 activations = Activations(np.zeros(x.shape, np.int64), np.zeros(tokens, np.int64))
         job = Job(layer, weights_of(layer, random, kind), activations, reuse is not None)
         descriptor = Descriptor.from_layer(
@@ -344,7 +344,7 @@ class AcceleratorDriver:
             address = self._take(x.nbytes, BURST_BOUNDARY if aligned else 0)
             self.write(address, x.tobytes())
         else:
-            # Nobody reads there.
+            # This address is not read.
             address = self.base + DATA_ALIGNMENT * int(random.integers(0, MEMORY // DATA_ALIGNMENT))
         results = self._take(tokens * descriptor.result_pitch, BURST_BOUNDARY if aligned else 0)
         return Work(job, x, replace(descriptor, activations=address, weights=weights, results=results))
@@ -354,17 +354,17 @@ class AcceleratorDriver:
         page = -(-(self._free + DATA_ALIGNMENT) // BURST_BOUNDARY) * BURST_BOUNDARY
         skip = 0 if alignment else BURST_BOUNDARY - DATA_ALIGNMENT * int(self._random.integers(1, 20))
         start, self._free = page + skip, page + skip + size
-        assert self._free <= MEMORY, "the test wants more memory than there is"
+        assert self._free <= MEMORY, "the test needs more memory than there is"
         return self.base + start
 
     def forget(self, *, window: bool = False) -> None:
-        """Let new layers overwrite those so far; after the rst pin, also what the window of a descriptor held."""
+        """Let new layers overwrite earlier ones; `window`: also forget the descriptor window, after the rst pin."""
         self._free = 0
         if window:
             self._window = [None] * len(self._window)
 
     def write(self, address: int, data: bytes) -> None:
-        """Write to memory from outside."""
+        """Write to memory without the bus."""
         start = address % MEMORY
         self.memory[start : start + len(data)] = data
         self.image[start : start + len(data)] = np.frombuffer(data, np.uint8)
@@ -377,7 +377,7 @@ class AcceleratorDriver:
         await self.finish(works)
 
     async def start(self, works: Sequence[Work], room: int = 16) -> None:
-        """Push layers as there is room."""
+        """Push layers when there is room."""
         self._first = await self.get("completed")
         self._marks = self.offered
         for index, item in enumerate(works):
@@ -386,12 +386,12 @@ class AcceleratorDriver:
             await self.push(item)
 
     async def completed(self) -> int:
-        """How many of those that were started are complete."""
+        """Number of complete layers since ``start``."""
         return await self.get("completed") - self._first
 
     async def finish(self, works: Sequence[Work], status: int = 0) -> None:
-        """Wait until so many of those that were started are complete, and check them, and the status then."""
-        # The last acknowledgement sets ``completed``; asking all the time would cost more than simulating.
+        """Wait until these layers are complete; then check them and the status."""
+        # The last acknowledgement sets ``completed``; polling it would take more time than the simulation.
         bursts = sum(len(item.writes) for item in works) + self._marks[0][1]
         hp0 = self.monitors[0]
         await self.until(lambda: hp0.acknowledged >= bursts, f"{len(works)} layers")
@@ -402,7 +402,7 @@ class AcceleratorDriver:
         self.check_bursts(works)
 
     def check(self, done: Sequence[Work], partly: Sequence[Work] = ()) -> None:
-        """Compare all of the memory. Of the layers `partly` done each float is there or is not."""
+        """Compare all of the memory. For layers in `partly` each float may be written or not."""
         for item in done:
             for address, row in item.rows:
                 start = address % MEMORY
@@ -418,7 +418,7 @@ class AcceleratorDriver:
         assert not len(wrong), f"{len(wrong)} bytes are wrong, the first at {self.base + wrong[0]:#x}"
 
     def check_bursts(self, works: Sequence[Work]) -> None:
-        """The write bursts in order; and that what was read, everything once, are weights and activations."""
+        """Check the write bursts in order, and that weights and activations were read once, and nothing else."""
         monitor, (_, mark) = self.monitors[0], self._marks[0]
         seen = list(zip(monitor.writes[mark:], monitor.written[mark:], strict=True))
         wanted = [burst for item in works for burst in item.writes]

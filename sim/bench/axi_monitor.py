@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Always-on assertions on AXI ports of the hardware: what it may do on the bus, checked in every cycle of a test.
+"""Assertions on the hardware's AXI ports: the rules of the bus are checked in every cycle of a test.
 
-A broken rule often gives right answers until another memory comes along. Rules and names: Arm IHI 0022.
-An :class:`AxiMonitor` looks at an AXI4 manager, reading, writing or both; a :class:`LiteMonitor` at an AXI4-Lite
-subordinate. They cost a few accesses to the simulator per cycle: addresses are only looked at while they are valid,
-answers only while some are owed, and data only while they wait.
+With one memory a broken rule often gives right results, but with another memory it fails. Rules and names are from Arm
+IHI 0022. An :class:`AxiMonitor` checks an AXI4 manager with reads, writes or both; a :class:`LiteMonitor` checks an
+AXI4-Lite subordinate. They need a few accesses to the simulator per cycle: addresses are read only while they are
+valid, responses only while some are due, and data only while it waits.
 """
 
 from collections import deque
@@ -23,14 +23,14 @@ _INCR, _CACHE, _PROT, _ID = 1, 3, 0, 0
 
 
 class Burst(NamedTuple):
-    """A burst as it was offered."""
+    """A burst on an address channel."""
 
     address: int
     beats: int
 
 
 class _Channel:
-    """One channel's valid, ready and payload, and the rule of every channel: what is valid stays until it is taken."""
+    """One channel's valid, ready and payload, and the rule of every channel: a valid payload is stable until taken."""
 
     def __init__(self, dut: Any, prefix: str, channel: str, fields: tuple[str, ...]):
         self.name = f"{prefix}_{channel}".upper()
@@ -38,14 +38,14 @@ class _Channel:
         self.ready = getattr(dut, f"{prefix}_{channel}ready")
         self.fields = tuple(getattr(dut, f"{prefix}_{channel}{field}") for field in fields)
         self.waiting: tuple[int, ...] | None = None
-        """Payload of the transfer that has been offered and not taken."""
+        """Payload of the transfer that is valid and not taken."""
         self.fresh = False
-        """Whether the transfer on offer was not there in the cycle before."""
+        """Whether the valid transfer is new in this cycle."""
         self.taken = False
-        """Whether it is taken in this cycle."""
+        """Whether the transfer is taken in this cycle."""
 
     def look(self) -> bool:
-        """Whether there is a transfer on offer; checks that the one before was not withdrawn."""
+        """Whether there is a valid transfer; checks that the previous one was not withdrawn."""
         if not self.valid.value:
             assert self.waiting is None, f"{self.name}VALID was withdrawn"
             self.taken = False
@@ -59,12 +59,12 @@ class _Channel:
 
 
 class _Watched:
-    """Runs a check in every cycle; the rst pin starts it anew."""
+    """Runs a check in every cycle; the rst pin restarts it."""
 
     def __init__(self, dut: Any):
         self.dut = dut
         self.now = 0
-        """Cycles seen so far."""
+        """Number of cycles so far."""
         self._clear()
         cocotb.start_soon(self._run())
 
@@ -79,7 +79,7 @@ class _Watched:
         while True:
             await edge
             self.now += 1
-            # In the first cycles it has no value yet.
+            # In the first cycles rst has no value.
             if str(rst.value) == "0":
                 self._cycle()
             else:
@@ -87,29 +87,29 @@ class _Watched:
 
 
 class AxiMonitor(_Watched):
-    """The rules for an AXI4 manager, and what it did.
+    """The rules for an AXI4 manager, and a record of its transfers.
 
     Parameters
     ----------
-    prefix : of the port's signals, such as ``m_axi_hp0``; without AW or without AR it only reads or writes
+    prefix : prefix of the port's signals, such as ``m_axi_hp0``; a port without AW or without AR only reads or writes
     width : bits of the port
-    outstanding : bursts that may be under way, of each direction
+    outstanding : maximum number of bursts under way in each direction
     """
 
     def __init__(self, dut: Any, prefix: str, width: int, outstanding: int = 8):
         self.size, self.outstanding = width // 8, outstanding
         self.reads: list[Burst] = []
-        """Every burst offered on AR."""
+        """Every burst on AR."""
         self.writes: list[Burst] = []
-        """Every burst offered on AW."""
+        """Every burst on AW."""
         self.written: list[int] = []
-        """Bytes written by each burst whose data were taken completely."""
+        """Bytes written by each burst whose data is complete."""
         self.acknowledged = 0
-        """Bursts acknowledged on B."""
+        """Number of bursts acknowledged on B."""
         self.beats = 0
-        """Beats taken on R."""
+        """Number of beats taken on R."""
         self.read_at = self.wrote_at = 0
-        """Cycle of the last progress: a transfer, or an offer while nothing else was under way."""
+        """Cycle of the last progress: a transfer, or a new valid address while nothing else was under way."""
         self._reading, self._writing = hasattr(dut, f"{prefix}_arvalid"), hasattr(dut, f"{prefix}_awvalid")
         if self._reading:
             self._ar = _Channel(dut, prefix, "ar", _ADDRESS_FIELDS)
@@ -122,17 +122,17 @@ class AxiMonitor(_Watched):
 
     @property
     def reads_under_way(self) -> int:
-        """Bursts offered on AR and not yet answered completely."""
+        """Bursts on AR that are not completely answered."""
         return len(self._owed_reads)
 
     @property
     def writes_under_way(self) -> int:
-        """Bursts offered on AW and not yet acknowledged."""
+        """Bursts on AW that are not acknowledged."""
         return len(self._owed_data) + self._unacknowledged
 
     @property
     def moved(self) -> int:
-        """Cycle of the last progress of either direction."""
+        """Cycle of the last progress in either direction."""
         return max(self.read_at, self.wrote_at)
 
     @property
@@ -141,7 +141,7 @@ class AxiMonitor(_Watched):
         return not self.reads_under_way and not self.writes_under_way
 
     def _clear(self) -> None:
-        # What was under way is never answered: counts of what was offered and of what was answered start together.
+        # Bursts under way are never answered, so all counts restart together.
         for bursts in (self.reads, self.writes, self.written):
             bursts.clear()
         self.acknowledged = self.beats = 0
@@ -155,7 +155,7 @@ class AxiMonitor(_Watched):
 
     def _cycle(self) -> None:
         if self._reading:
-            # What is offered in this cycle is not answered in it: outputs depend on registers alone.
+            # A burst that appears in this cycle is not answered in it: outputs depend only on registers.
             if self._owed_reads and self._r.look() and self._r.taken:
                 self._receive()
             if self._ar.look():
@@ -175,7 +175,7 @@ class AxiMonitor(_Watched):
                 self._data()
 
     def _address(self, channel: _Channel, bursts: list[Burst], owed: deque[int], under_way: int) -> None:
-        """A burst keeps to the rules from the moment in which it is offered."""
+        """Checks the rules for a burst in its first valid cycle."""
         if not channel.fresh:
             return
         address, length, *constant = (int(field.value) for field in channel.fields)
@@ -199,9 +199,9 @@ class AxiMonitor(_Watched):
             self._owed_reads.popleft()
 
     def _data(self) -> None:
-        """Data come after their address, end with WLAST, and only a burst's last beat leaves out its upper floats."""
+        """Checks that data comes after its address and ends with WLAST, and that only the last beat is partly written."""
         channel = self._w
-        assert self._owed_data, f"{channel.name}: data before their address"
+        assert self._owed_data, f"{channel.name}: data before its address"
         if not channel.taken:
             return
         self.wrote_at = self.now
@@ -221,7 +221,7 @@ class AxiMonitor(_Watched):
 
 
 class LiteMonitor(_Watched):
-    """The rules for an AXI4-Lite subordinate: answers stay until they are taken, and nobody gets one unasked."""
+    """The rules for an AXI4-Lite subordinate: a response stays until it is taken, and each has a request before it."""
 
     def __init__(self, dut: Any, prefix: str):
         self._requests = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drives the core's four streams and checks what comes back."""
+"""Drives the core's four streams and checks the results."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -36,7 +36,7 @@ class CoreDriver:
         return core
 
     async def restart(self) -> None:
-        """Reset the core in the middle of whatever it is doing, for a single cycle, and forget what was queued."""
+        """Reset the core for a single cycle, in any state, and discard everything that was queued."""
         for stream in self._streams:
             stream._task.cancel()
         self.dut.rst.value = 1
@@ -48,7 +48,7 @@ class CoreDriver:
         await cycle(self.dut.clk)
 
     def send(self, jobs: Sequence[Job]) -> None:
-        """Queue everything that some layers need."""
+        """Queue the streams of several layers."""
         for item in jobs:
             self.sources["command"].send(item.command)
             self.sources["weights"].send(beats(item))
@@ -58,7 +58,7 @@ class CoreDriver:
     async def check(self, jobs: Sequence[Job], patience: int = 5_000) -> int:
         """Send layers and compare every transfer of results; returns the cycles until the last one.
 
-        ``idle_beats`` are then the cycles between the first and the last beat in which the core took none.
+        It sets ``idle_beats``: the cycles between the first and the last beat in which the core took no beat.
         """
         self.send(jobs)
         weights, edge, count = self.sources["weights"], RisingEdge(self.dut.clk), result_count(jobs)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benches share: the hardware's contract from its manifest, clock and reset, and recorded cycles."""
+"""Code that benches share: the hardware's contract from its manifest, clock and reset, and recorded cycles."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,12 +22,12 @@ def config() -> AcceleratorConfig:
 
 
 def latency(name: str = "latency") -> int:
-    """A figure that the block states about itself."""
+    """A property of the block, from its manifest."""
     return manifest()["properties"][name]
 
 
 def ports() -> dict[str, Any]:
-    """Every port and every stream's payload, as the manifest lists them."""
+    """Every port and every stream's payload, from the manifest."""
     return {**manifest()["ports"], **manifest()["streams"]}
 
 
@@ -37,7 +37,7 @@ def payload(port: str) -> Layout:
 
 
 async def begin(dut: Any) -> None:
-    """Clock and reset; a block without state to reset has no reset port."""
+    """Start the clock and reset; a block without a resettable state has no reset port."""
     if hasattr(dut, "rst"):
         await streams.start(dut)
     else:
@@ -46,13 +46,13 @@ async def begin(dut: Any) -> None:
 
 
 class Trace:
-    """Values of output ports, one per cycle; cycle t saw the inputs' values t."""
+    """Values of output ports, one per cycle; those of cycle t belong to the inputs' values t."""
 
     def __init__(self, names: Sequence[str]):
         self.bits: dict[str, list[str]] = {name: [] for name in names}
 
     def raw(self, name: str, cycles: Sequence[int] | np.ndarray, low: int = 0, high: int | None = None) -> list[int]:
-        """Bits ``low`` to ``high`` of the port in some cycles, unsigned; an undefined bit there is an error."""
+        """Bits ``low`` to ``high`` of the port in some cycles, unsigned; an undefined bit is an error."""
         values = []
         for t in cycles:
             bits = self.bits[name][t]
@@ -80,7 +80,7 @@ class Trace:
 
 
 async def trace(dut: Any, inputs: Mapping[str, Sequence[int]], outputs: Sequence[str]) -> Trace:
-    """Drive the inputs cycle by cycle, all lists equally long, and record the outputs of every cycle."""
+    """Drive the inputs cycle by cycle and record the outputs of every cycle; all lists have the same length."""
     edge = RisingEdge(dut.clk)
     drives = [(getattr(dut, name), list(map(int, values))) for name, values in inputs.items()]
     (length,) = {len(values) for _, values in drives}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""cocotbext-axi's memories, answering some addresses with an error of choice; by themselves they only know SLVERR."""
+"""cocotbext-axi's memories with error responses at some addresses. By themselves they only support SLVERR."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,14 +14,14 @@ class _Fault(Exception):
 
 
 class _Faults:
-    """Which accesses fail, and the response of the burst that is being answered."""
+    """The accesses that fail, and the response of the current burst."""
 
     def __init__(self, table: Mapping[int, AxiResp], channel: Any):
         self._table, self._send, self._response = table, channel.send, AxiResp.SLVERR
         channel.send = self._answer
 
     def check(self, address: int) -> None:
-        """Raises what makes the memory model answer with an error, if the address is in the table."""
+        """Raises _Fault if the address is in the table; the memory model then answers with an error."""
         if address in self._table:
             self._response = self._table[address]
             raise _Fault(f"fault at {address:#x}")
@@ -34,7 +34,7 @@ class _Faults:
 
 
 class FaultyRead(AxiRamRead):
-    """A memory's read half. Beats at the addresses in ``faults`` are answered with the response there."""
+    """A memory's read half. Beats at the addresses in ``faults`` get the response from this table."""
 
     def __init__(self, *arguments: Any, faults: Mapping[int, AxiResp], **options: Any):
         super().__init__(*arguments, **options)
@@ -46,7 +46,7 @@ class FaultyRead(AxiRamRead):
 
 
 class FaultyWrite(AxiRamWrite):
-    """A memory's write half. Bursts with a beat at one of the addresses in ``faults`` get the response there."""
+    """A memory's write half. Bursts with a beat at an address in ``faults`` get the response from this table."""
 
     def __init__(self, *arguments: Any, faults: Mapping[int, AxiResp], **options: Any):
         super().__init__(*arguments, **options)

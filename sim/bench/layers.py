@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers for the benches: random and extreme data, and the streams that carry them into and out of the core."""
+"""Layers for the benches: random and extreme data, and their streams into and out of the core."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -30,7 +30,7 @@ DATA = ("random", "minimum", "maximum", "bound", "negative_bound", "zero_rows")
 
 
 class Job(NamedTuple):
-    """One layer with its data, and whether it reuses the activations of the job before."""
+    """One layer with its data, and whether it reuses the activations of the previous job."""
 
     layer: LayerLayout
     weights: Weights
@@ -58,9 +58,9 @@ def _zero_point_range(config: AcceleratorConfig) -> tuple[int, int]:
 def weights_of(layer: LayerLayout, random: np.random.Generator, kind: str = "random") -> Weights:
     """A layer's weights.
 
-    ``random``: anything, scales of both signs. ``minimum``, ``maximum``: every field at that end of its range.
-    ``bound``: the sums reach the accumulators' bound with maximal activations; ``negative_bound`` the other one.
-    ``zero_rows``: random, but every other row has zero scales.
+    ``random``: random values, scales of both signs. ``minimum``, ``maximum``: every field at this end of its range.
+    ``bound``: with maximal activations the sums reach the accumulators' upper bound; ``negative_bound``: the lower one.
+    ``zero_rows``: random, but every second row has zero scales.
     """
     config, n, k, groups = layer.config, layer.n, layer.k, layer.groups
     low, high = _zero_point_range(config)
@@ -81,7 +81,7 @@ def weights_of(layer: LayerLayout, random: np.random.Generator, kind: str = "ran
 
 
 def activations_of(layer: LayerLayout, tokens: int, random: np.random.Generator, kind: str = "random") -> Activations:
-    """Activations for a layer: random, or all at the end of the range that `kind` asks for."""
+    """Activations for a layer: random, or all at the end of the range that `kind` gives."""
     config = layer.config
     mantissas = random.integers(-config.activation_max, config.activation_max, (tokens, layer.k), endpoint=True)
     exponents = random.integers(-40, 40, tokens)
@@ -107,7 +107,7 @@ def job(
     kind: str = "random",
     reuse: Job | None = None,
 ) -> Job:
-    """A job whose true K is ``k``: padding and group splitting are :func:`hw.spec.memory.geometry.fit_layer`'s."""
+    """A job with the true K ``k``; :func:`hw.spec.memory.geometry.fit_layer` pads K and splits groups."""
     layer = fit_layer(config, k, n, group_size)
     if reuse is not None:
         return Job(layer, weights_of(layer, random, kind), reuse.activations, True)
@@ -144,7 +144,7 @@ def activation_payloads(job: Job, fields: Layout) -> list[int]:
 
 
 def results(job: Job) -> list[tuple[list[int], int, int]]:
-    """What the core must return: (float32 bits of the existing lanes, keep, last) of every transfer."""
+    """The expected results: (float32 bits of the existing lanes, keep, last) of every transfer."""
     config, layer = job.layer.config, job.layer
     y = linear(config, job.weights, job.activations).view(np.uint32)
     width, transfers = config.drain_lanes, []
@@ -158,7 +158,7 @@ def results(job: Job) -> list[tuple[list[int], int, int]]:
 
 
 def result_count(jobs: Sequence[Job]) -> int:
-    """Transfers of results of several jobs."""
+    """Number of transfers of results of several jobs."""
     total = 0
     for item in jobs:
         config, n = item.layer.config, item.layer.n

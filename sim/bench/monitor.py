@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Watches streams and pulses, and remembers in which cycle each of them happened."""
+"""Records the cycles of transfers on streams and of pulses on ports."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,12 +11,12 @@ __all__ = ["Monitor", "consecutive"]
 
 
 def consecutive(cycles: Sequence[int]) -> bool:
-    """Whether something happened in every cycle from the first to the last."""
+    """Whether the list has every cycle from the first to the last."""
     return not cycles or list(cycles) == list(range(cycles[0], cycles[0] + len(cycles)))
 
 
 class Monitor:
-    """From its creation on, the cycles of every transfer of some streams and of every high cycle of some ports."""
+    """Records, from its creation, the cycles of all transfers of some streams and of all high cycles of some ports."""
 
     def __init__(self, dut: Any, streams: Sequence[str] = (), pulses: Sequence[str] = ()):
         self.now = 0

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numpy arrays to stream payloads and back.
+"""Conversion of numpy arrays to stream payloads and back.
 
-A payload is one unsigned integer per transfer. A field of it holds one value, or equal elements side by side with
-element 0 in the low bits, which is where Amaranth's ``ArrayLayout`` and little-endian numpy both put it.
+A payload is one unsigned integer per transfer. A field of it holds one value, or equal elements side by side, with
+element 0 in the low bits, as in Amaranth's ``ArrayLayout`` and in little-endian numpy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ def pack_elements(values: np.ndarray, bits: int) -> list[int]:
     if bits in (8, 16, 32, 64):
         raw = np.ascontiguousarray(values.astype(f"<i{bits // 8}")).view(np.uint8)
     else:
-        # Bits beyond the 64th of an int64 are its sign.
+        # Bits after the 64th are copies of the sign.
         shifts = np.minimum(np.arange(bits), 63)
         bools = ((values[:, :, None] >> shifts) & 1).astype(np.uint8).reshape(len(values), -1)
         raw = np.packbits(bools, axis=1, bitorder="little")
@@ -46,7 +46,7 @@ def unpack_elements(payloads: Sequence[int], bits: int, count: int, signed: bool
 
 @dataclass(frozen=True)
 class Field:
-    """Where a payload keeps one field."""
+    """The place of one field in a payload."""
 
     offset: int
     width: int
@@ -59,7 +59,7 @@ class Layout:
     Parameters
     ----------
     fields : mapping of name to (offset, width, signed, ...)
-        As the manifest gives them under ``streams``, ``fields``.
+        The entries of the manifest under ``streams``, ``fields``.
     """
 
     def __init__(self, fields: Mapping[str, Sequence[int]]):
@@ -105,7 +105,7 @@ class Layout:
     def unpack(self, payloads: Sequence[int], **elements: int) -> dict[str, np.ndarray]:
         """Every field as an array ``[transfers]``, or ``[transfers, n]`` for a field named with ``field=n`` elements.
 
-        Fields wider than an int64 come as Python integers in an object array.
+        Fields wider than an int64 are Python integers in an object array.
         """
         out = {}
         for name, field in self.fields.items():

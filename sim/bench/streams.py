@@ -2,10 +2,10 @@
 """Clock, reset, and ready/valid streams for cocotb benches.
 
 A stream is three flat ports, ``{prefix}_payload``, ``{prefix}_valid`` and ``{prefix}_ready``. A transfer happens on
-every rising clock edge where valid and ready are both high. A source and a sink check the rules of the handshake in
-every cycle of every test, because a broken rule often gives right answers until somebody stalls.
+every rising clock edge at which valid and ready are both high. A source and a sink check the rules of the handshake in
+every cycle of every test, because a broken rule often gives right results as long as nothing stalls.
 
-Each stream costs one wake-up and at most four accesses to the simulator per cycle, however wide the payload is.
+Each stream costs one wake-up and at most four accesses to the simulator per cycle, for any width of the payload.
 """
 
 import signal
@@ -33,7 +33,7 @@ __all__ = [
 
 Stall = Callable[[], bool]
 
-# What the running test waits for; printed when the runner's patience ends.
+# The conditions that the running test waits for; they are printed after the runner's timeout.
 _waiting: dict[int, str] = {}
 
 
@@ -42,7 +42,7 @@ class ProtocolError(AssertionError):
 
 
 def never() -> bool:
-    """Stall generator: no stall at all, the fastest that the handshake allows."""
+    """Stall generator: no stalls, the fastest that the handshake allows."""
     return False
 
 
@@ -50,7 +50,7 @@ def randomly(p: float, rng: np.random.Generator) -> Stall:
     """Stall generator: every cycle stalls with probability `p`."""
     if not 0 <= p < 1:
         raise ValueError(f"Probability of a stall must be in [0, 1), not {p}")
-    # Drawn in blocks: one numpy call per cycle would cost more than the simulator does.
+    # Numbers are drawn in blocks, because one numpy call per cycle would take more time than the simulator.
     block: list[bool] = []
 
     def stall() -> bool:
@@ -62,7 +62,7 @@ def randomly(p: float, rng: np.random.Generator) -> Stall:
 
 
 def bursty(rng: np.random.Generator, run: int = 16, pause: int = 8) -> Stall:
-    """Stall generator: free runs of about `run` cycles between stalls of about `pause` cycles."""
+    """Stall generator: runs of about `run` cycles without stalls between stalls of about `pause` cycles."""
     if run < 1 or pause < 1:
         raise ValueError(f"Runs and pauses must be at least one cycle, not {run} and {pause}")
     stalled, left = False, 0
@@ -79,7 +79,7 @@ def bursty(rng: np.random.Generator, run: int = 16, pause: int = 8) -> Stall:
 
 
 def rng(*salt: int) -> np.random.Generator:
-    """Random numbers of the running test: they follow the base seed of the run and the name of the test."""
+    """Random numbers of the running test: they depend on the base seed of the run and on the name of the test."""
     return np.random.default_rng([cocotb.RANDOM_SEED, *salt])
 
 
@@ -101,9 +101,9 @@ async def cycle(clk: Any, count: int = 1) -> None:
 
 
 async def until(clk: Any, condition: Callable[[], bool], what: str | Callable[[], str], cycles: int = 100_000) -> int:
-    """Wait until `condition` holds at a rising clock edge; returns the number of edges that took.
+    """Wait until `condition` holds at a rising clock edge; returns the number of edges.
 
-    After `cycles` edges it raises `TimeoutError` that says `what` it waited for.
+    After `cycles` edges it raises `TimeoutError` with `what` it waited for.
     """
     describe = what if callable(what) else lambda: what
     key = id(condition)
@@ -122,7 +122,7 @@ async def until(clk: Any, condition: Callable[[], bool], what: str | Callable[[]
 
 
 async def start(dut: Any, period: int = 4, reset_cycles: int = 4) -> None:
-    """Start ``dut.clk`` with a period of `period` ns and pull ``dut.rst`` for `reset_cycles` cycles.
+    """Start ``dut.clk`` with a period of `period` ns and set ``dut.rst`` for `reset_cycles` cycles.
 
     Create sources and sinks before this call, so that their ports have values when the reset ends.
     """
@@ -136,8 +136,8 @@ async def start(dut: Any, period: int = 4, reset_cycles: int = 4) -> None:
 
 
 def _report_waiting(*_: object) -> None:
-    """On the runner's signal: say what the test waits for, while the simulation still runs."""
-    for what in _waiting.values() or ["nothing that sim.bench.streams knows of"]:
+    """Handles the runner's signal: prints what the test waits for."""
+    for what in _waiting.values() or ["nothing that sim.bench.streams tracks"]:
         print(f"WAITING FOR {what}", flush=True)
 
 
@@ -151,9 +151,9 @@ class _Stream:
         self.payload = getattr(dut, f"{prefix}_payload")
         self.width = len(self.payload)
         self.transfers = 0
-        """Transfers so far."""
+        """Number of transfers so far."""
         self.stalled_by_dut = 0
-        """Cycles in which this side was willing and the hardware was not."""
+        """Cycles in which this side was ready for a transfer and the hardware was not."""
         self._rst = getattr(dut, "rst", None)
         self._task = cocotb.start_soon(self._run())
 
@@ -168,7 +168,7 @@ class _Stream:
 
 
 class StreamSource(_Stream):
-    """Drives a stream into the hardware. `stall` decides, before each transfer is offered, whether to wait a cycle."""
+    """Drives a stream into the hardware. `stall` decides before each transfer whether to wait for a cycle."""
 
     def __init__(self, dut: Any, prefix: str, clk: Any, stall: Stall = never):
         self._queue: deque[int] = deque()
@@ -212,9 +212,9 @@ class StreamSource(_Stream):
 
 
 class StreamSink(_Stream):
-    """Takes a stream from the hardware. `stall` decides in each cycle whether ready is low.
+    """Receives a stream from the hardware. `stall` decides in each cycle whether ready is low.
 
-    Raises `ProtocolError` when valid falls, or the payload changes, before the transfer happened.
+    Raises `ProtocolError` if valid falls, or the payload changes, before the transfer.
     """
 
     def __init__(self, dut: Any, prefix: str, clk: Any, stall: Stall = never):
@@ -232,7 +232,7 @@ class StreamSink(_Stream):
         return taken
 
     async def quiet(self, cycles: int = 64) -> None:
-        """Check that nothing more comes for `cycles` cycles, and that nothing is left over."""
+        """Check that there is no further transfer for `cycles` cycles, and that every payload was taken."""
         await cycle(self.clk, cycles)
         if self.received:
             raise AssertionError(f"{self.prefix} gave {len(self.received)} payloads more than were asked for")

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The simulated device: generated Verilog, verilated into a shared library that software drives in batches."""
+"""The simulated device: generated Verilog, compiled with Verilator to a shared library that software calls."""

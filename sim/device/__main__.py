@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m sim.device``: build the simulated device and say on one line of JSON where it is.
+"""``python -m sim.device``: build the simulated device and print its place as one line of JSON.
 
-Takes the options of ``python -m hw.build``, but ``--out`` and ``--top``.
+It has the options of ``python -m hw.build`` except ``--out`` and ``--top``.
 """
 
 import json

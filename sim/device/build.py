@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the simulated device: hw.build, Verilator, g++, into one shared library with a C interface."""
+"""Builds the simulated device with hw.build, Verilator and g++, as one shared library with a C interface."""
 
 import importlib.metadata
 import importlib.util
@@ -21,13 +21,13 @@ from sim.cache import BUILD, ROOT, digest, generator_digest, locked, scratch
 __all__ = ["Built", "DeviceBuildError", "build"]
 
 SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h"))
-"""Harness and memory model."""
+"""Sources of harness and memory model."""
 BLOCK = "accelerator"
 TOP = f"gristmill_{BLOCK}"
-# Nothing is traced, asserted or randomised: this is the fast path, the benches are the thorough one.
+# No traces, assertions or random values: this model must be fast, and the benches do the thorough checks.
 VERILATOR_ARGS = ("--cc", "-O3", "--x-assign", "fast", "--x-initial", "fast", "--noassert", "-Wno-lint")
-# The model is one long stream of instructions, more than a processor's first cache holds, so what matters is its size:
-# no padding between jumps, and no values kept for reuse a thousand lines later. -O3 and -Os run slower.
+# The model is one long sequence of instructions, larger than a processor's first-level cache, so its size matters most:
+# no padding for jumps, and no values that are kept for reuse a thousand lines later. -O3 and -Os are slower.
 COMPILER_ARGS = (
     *("-std=c++17", "-O2", "-fPIC", "-DVM_TRACE=0"),
     *("-fno-tree-pre", "-fno-gcse", "-fno-align-jumps", "-fno-align-labels", "-fno-align-loops"),
@@ -43,14 +43,14 @@ FACTS = {
     "IDEAL_WRITE_LATENCY": IDEAL_WRITE_LATENCY,
     **{f"FAULT_{fault.name}": int(fault) for fault in Fault},
 }
-"""What the C++ has from hw.spec, as macros GM_<name>."""
+"""Values from hw.spec for the C++ code, as macros GM_<name>."""
 DEFINES = tuple(f"-DGM_{name}={value}" for name, value in FACTS.items())
 TIMEOUT = 900
-"""Seconds that one tool may take."""
+"""Timeout of a tool in seconds."""
 
 
 class DeviceBuildError(Exception):
-    """The device could not be built; one line says why, and where the log is."""
+    """The device could not be built; the message is one line with the reason and the log's path."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _generate(options: list[str]) -> Path:
         if not out.exists():
             print("generating the hardware ...", file=sys.stderr, flush=True)
             partial = scratch(out)
-            # Its own message is the best there is, so it goes straight through.
+            # Its own error message is passed on unchanged.
             run = subprocess.run(
                 [sys.executable, "-m", "hw.build", "--top", BLOCK, *options, "--out", str(partial)],
                 cwd=ROOT,
@@ -121,7 +121,7 @@ def _compile(verilog: Path, ports: int, partial: Path, log: Path) -> None:
         _run(["g++", *COMPILER_ARGS, *paths, "-c", str(source), "-o", target], log)
         return target
 
-    # The largest file first: it decides how long the whole takes.
+    # The largest file first, because it determines the total time.
     sources.sort(key=lambda source: -source.stat().st_size)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, sources))
@@ -132,7 +132,7 @@ def _compile(verilog: Path, ports: int, partial: Path, log: Path) -> None:
 
 
 def build(options: list[str]) -> Built:
-    """The device for these options of ``hw.build``, from the cache if nothing that goes into it has changed.
+    """The device for these options of ``hw.build``, from the cache if none of its sources has changed.
 
     Raises
     ------
