@@ -199,7 +199,7 @@ class AxiMonitor(_Watched):
             self._owed_reads.popleft()
 
     def _data(self) -> None:
-        """Checks that data comes after its address and ends with WLAST, and that only the last beat is partly written."""
+        """Checks that data comes after its address and ends with WLAST, and that only its last beat is partial."""
         channel = self._w
         assert self._owed_data, f"{channel.name}: data before its address"
         if not channel.taken:

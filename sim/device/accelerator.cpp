@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Drives the verilated accelerator: its control port by register accesses, its memory ports with the memory model.
+// Drives the verilated accelerator: register accesses drive its control port, the memory model drives its memory ports.
 //
-// Nothing crosses the library's border in a cycle: the caller maps its buffers, writes registers and lets the hardware
-// run until its interrupt. GM_PORTS is the number of memory ports; their width is that of the verilated ports.
+// The caller does not call the library in every cycle. It maps its buffers, writes registers and lets the hardware run
+// until its interrupt. GM_PORTS is the number of memory ports; their width is that of the verilated ports.
 
 #include <cstdint>
 #include <cstring>
@@ -30,11 +30,12 @@ using Model = Vgristmill_accelerator;
 using ReadData = std::remove_reference_t<decltype(Model::m_axi_hp0_rdata)>;  // IData, QData or words of a VlWide
 
 constexpr uint32_t PORT_BYTES = sizeof(ReadData);
-constexpr uint32_t WINDOW_BYTES = GM_WINDOW_BYTES;  // of the control port's address space
+constexpr uint32_t WINDOW_BYTES = GM_WINDOW_BYTES;  // size of the control port's address space
 constexpr uint32_t CONTROL_PATIENCE = 10000;  // cycles
 constexpr int NO_ANSWER = -1, VIOLATION = -2;
 
-// All integers in Verilator are little-endian, words of wide ports are lowest first: as bytes lie in memory.
+// All integers in Verilator are little-endian, and a wide port's lowest word is first. So the bytes have the same order
+// as in memory.
 static_assert(PORT_BYTES <= MAX_PORT_BYTES && GM_PORTS <= MAX_PORTS, "the memory model is too small for these ports");
 
 struct AddressPins {
@@ -73,7 +74,7 @@ struct gm_device {
     Model model{&context};
     Memory memory;
     Protocol protocol{PORT_BYTES};
-    const bool hostile;  // then control accesses take their time, too
+    const bool hostile;  // then control accesses are delayed, too
     const uint64_t seed;
     Random random;
     uint64_t cycles = 0;
@@ -94,14 +95,14 @@ struct gm_device {
 
 namespace {
 
-// What the outputs show is of the cycle before the edge, as they depend on registers alone; so inputs that answer them
+// The outputs depend only on registers, so they show the cycle before the edge. Therefore the inputs that answer them
 // can be set now, for the same edge.
 
 void read_channels(gm_device* device, uint32_t port) {
     const ReadPins& pins = device->reads[port];
     Memory& memory = device->memory;
     Protocol& protocol = device->protocol;
-    // First the beat: a burst that is asked for in this cycle is not answered in it.
+    // The beat comes first: a burst is not answered in the cycle of its request.
     const bool valid = memory.read_valid(port);
     *pins.valid = valid;
     protocol.read_data(port, valid, *pins.ready);
@@ -142,14 +143,14 @@ void write_channels(gm_device* device) {
     model.m_axi_hp0_wready = data_ready;
     const auto* bytes = reinterpret_cast<const uint8_t*>(&model.m_axi_hp0_wdata);
     protocol.write_data(model.m_axi_hp0_wvalid, data_ready, bytes, model.m_axi_hp0_wstrb, model.m_axi_hp0_wlast);
-    // What breaks a rule never reaches the memory.
+    // A beat that breaks a rule never reaches the memory.
     const bool taken = model.m_axi_hp0_wvalid && data_ready && !protocol.broken();
     if (taken) memory.take_write_beat(bytes, model.m_axi_hp0_wstrb);
 }
 
-// One rising edge. Nothing in the design happens at a falling one, and there is one clock: so Verilator's scheduler, which
-// would find out what has changed and evaluate the falling edge too, is passed by. Called are the two parts that it would
-// call: what hangs on the inputs, and what happens at the clock.
+// One rising edge. Verilator's scheduler would look for changes and evaluate the falling edge too. The design has one
+// clock and no falling-edge logic, so we bypass the scheduler and call its two evaluation functions directly: one for
+// the logic that depends on the inputs, one for the logic at the clock edge.
 void clock_edge(gm_device* device) {
     auto* root = device->model.rootp;
     root->__VicoTriggered[0] = 1;
@@ -159,7 +160,7 @@ void clock_edge(gm_device* device) {
     ++device->cycles;
 }
 
-// One cycle; false if a rule was broken, now or before.
+// Runs one cycle. Returns false if a rule is broken, now or in an earlier cycle.
 bool cycle(gm_device* device) {
     if (device->protocol.broken()) return false;
     for (uint32_t port = 0; port < GM_PORTS; ++port) read_channels(device, port);
@@ -170,7 +171,7 @@ bool cycle(gm_device* device) {
     return !device->protocol.broken();
 }
 
-// A channel of the control port on our side: offered, or ready, after a delay.
+// This side of a channel of the control port: valid, or ready, after a delay.
 struct ControlChannel {
     uint32_t delay;
     bool done = false;
@@ -184,8 +185,8 @@ void release_control(Model& model) {
     model.s_axi_ctrl_arvalid = model.s_axi_ctrl_rready = 0;
 }
 
-// One control access: clocks until its response is taken. `shake` drives the channels for a cycle, and returns the
-// response if it moves in that cycle, else -1.
+// One control access: runs cycles until its response is taken. `shake` drives the channels for one cycle. It returns
+// the response if the response is taken in that cycle, else -1.
 template <typename Shake>
 int access(gm_device* device, Shake shake) {
     Model& model = device->model;
@@ -194,7 +195,7 @@ int access(gm_device* device, Shake shake) {
         if (!cycle(device)) return release_control(model), VIOLATION;
         if (response >= 0) return release_control(model), response;
     }
-    // Withdrawing what was not answered breaks the protocol: a device that is this far gone wants a gm_reset.
+    // A withdrawn request breaks the protocol: a device that does not answer needs a gm_reset.
     return release_control(model), NO_ANSWER;
 }
 
@@ -207,7 +208,7 @@ struct gm_statistics_t {
     uint64_t shortest_write_burst, longest_write_burst;
 };
 
-// Power-on reset of the hardware and the memory model, faults and statistics included; mappings stay.
+// Power-on reset of the hardware and the memory model, including faults and statistics. The mappings stay.
 void gm_reset(gm_device* device) {
     Model& model = device->model;
     device->memory.reset();
@@ -237,7 +238,7 @@ void gm_close(gm_device* device) {
     delete device;
 }
 
-// Memory of the caller at a physical address. Returns 0, or 1 if it overlaps another mapping or ends beyond 2^40.
+// Maps memory of the caller to a physical address. Returns 0, or 1 if it overlaps another mapping or ends beyond 2^40.
 int gm_map(gm_device* device, uint64_t address, uint64_t size, void* bytes) {
     return !device->memory.space.map(address, size, bytes);
 }
@@ -245,9 +246,9 @@ int gm_map(gm_device* device, uint64_t address, uint64_t size, void* bytes) {
 // Returns 0, or 1 if no mapping starts there.
 int gm_unmap(gm_device* device, uint64_t address) { return !device->memory.space.unmap(address); }
 
-// Returns BRESP, -1 if there was no answer within 10,000 cycles, -2 if a rule was broken.
+// Returns BRESP, -1 if there is no answer within 10,000 cycles, or -2 if a rule is broken.
 int gm_write_register(gm_device* device, uint32_t offset, uint32_t value) {
-    if (offset >= WINDOW_BYTES) return DECERR;  // as the interconnect would
+    if (offset >= WINDOW_BYTES) return DECERR;  // as an interconnect does
     Model& model = device->model;
     ControlChannel address(device), data(device), response(device);
     model.s_axi_ctrl_awaddr = offset;
@@ -266,8 +267,8 @@ int gm_write_register(gm_device* device, uint32_t offset, uint32_t value) {
     });
 }
 
-// Writes `offsets_and_values`, pair by pair, until one is not answered well; `index` becomes that of the last one written.
-// Returns what gm_write_register returned for it.
+// Writes `offsets_and_values`, pair by pair, until a write fails. `index` becomes the index of the pair that failed, or
+// `count`. Returns the result of the last gm_write_register.
 int gm_write_registers(gm_device* device, const uint32_t* offsets_and_values, uint32_t count, uint32_t* index) {
     int status = 0;
     for (*index = 0; *index < count; ++*index) {
@@ -277,7 +278,7 @@ int gm_write_registers(gm_device* device, const uint32_t* offsets_and_values, ui
     return status;
 }
 
-// The same with RRESP.
+// Returns RRESP, or -1 or -2 like gm_write_register.
 int gm_read_register(gm_device* device, uint32_t offset, uint32_t* value) {
     if (offset >= WINDOW_BYTES) return DECERR;
     Model& model = device->model;
@@ -295,7 +296,7 @@ int gm_read_register(gm_device* device, uint32_t offset, uint32_t* value) {
     });
 }
 
-// Clocks until the interrupt is high. Returns 1 if it is, 0 when `cycles` are over, -2 if a rule was broken.
+// Runs until the interrupt is high. Returns 1 if it is, 0 after `cycles` cycles, -2 if a rule is broken.
 int gm_run(gm_device* device, uint64_t cycles) {
     if (device->protocol.broken()) return VIOLATION;
     for (uint64_t i = 0; i < cycles && !device->model.irq; ++i) {
@@ -304,18 +305,18 @@ int gm_run(gm_device* device, uint64_t cycles) {
     return device->model.irq;
 }
 
-// What rule the hardware broke first, in one line, or "". Only gm_reset forgets it.
+// The first rule that the hardware broke, in one line, or "". Only gm_reset clears it.
 const char* gm_problem(gm_device* device) { return device->protocol.problem().c_str(); }
 
-// Cycles since gm_open, resets included.
+// Cycles since gm_open, including resets.
 uint64_t gm_cycles(gm_device* device) { return device->cycles; }
 
-// Makes memory fail: see FaultKind in memory.h.
+// Makes the memory fail: see FaultKind in memory.h.
 void gm_fault(gm_device* device, int kind, uint64_t address, uint64_t size) {
     device->memory.fault(kind, address, size);
 }
 
-// Since the last reset.
+// Statistics since the last reset.
 void gm_statistics(gm_device* device, gm_statistics_t* statistics) {
     static_assert(sizeof(gm_statistics_t) == sizeof(Statistics), "the same fields in the same order");
     const Statistics now = device->memory.statistics();

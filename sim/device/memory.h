@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The memory behind the accelerator's AXI ports: the caller's buffers at physical addresses, answered when a timing
-// model says so, and made to fail on request.
+// The memory at the accelerator's AXI ports. It maps the caller's buffers to physical addresses, a timing model
+// decides when it answers, and it can be made to fail.
 //
-// In each fabric cycle: ask what is offered, take what moves, then step(). Addresses and beats must keep to AXI's
+// In each fabric cycle: ask what is offered, take what moves, then call step(). Addresses and beats must follow AXI's
 // rules, which protocol.h checks.
 
 #ifndef GRISTMILL_MEMORY_H
@@ -18,14 +18,14 @@
 namespace gristmill {
 
 constexpr uint32_t MAX_PORT_BYTES = 16;
-// Of hw.spec: sim.device.build passes them on.
+// Values from hw.spec; sim.device.build passes them to the compiler.
 constexpr uint64_t ADDRESS_END = uint64_t{1} << GM_ADDRESS_BITS;
 constexpr uint32_t BURST_BOUNDARY = GM_BURST_BOUNDARY;  // bytes; no burst crosses a multiple of it
 constexpr uint32_t MAX_BURST_BEATS = GM_MAX_BURST_BEATS;
 
 enum Response : uint8_t { OKAY = 0, SLVERR = 2, DECERR = 3 };
 
-// hw.spec.memory.faults says what each one is.
+// hw.spec.memory.faults describes each of them.
 enum FaultKind {
     NO_FAULT = GM_FAULT_NONE,
     READ_ERROR = GM_FAULT_READ_ERROR,
@@ -37,21 +37,21 @@ enum FaultKind {
 };
 
 struct Statistics {
-    uint64_t read_bytes, write_bytes;    // written are those with their strobe set
-    uint64_t read_bursts, write_bursts;  // addresses taken
+    uint64_t read_bytes, write_bytes;    // only bytes whose strobe is set count as written
+    uint64_t read_bursts, write_bursts;  // accepted addresses
     uint64_t refreshes, row_misses;
     uint64_t port_read_beats[MAX_PORTS];
-    uint64_t shortest_write_burst, longest_write_burst;  // bytes; 0 while there was none
+    uint64_t shortest_write_burst, longest_write_burst;  // bytes; 0 before the first burst
 };
 
-// Which of the caller's bytes are at a physical address.
+// Maps physical addresses to the caller's bytes.
 class AddressSpace {
   public:
     bool map(uint64_t address, uint64_t size, void* bytes);  // false: overlaps, empty, or ends beyond 2^40
     bool unmap(uint64_t address);                            // false: no mapping starts there
 
-    // The caller's memory for a range, or null if it is not all in one mapping. Each reader (port) and the writer
-    // nearly always want the mapping that they had before, so it is kept for each of them.
+    // The caller's memory for a range, or null if the range is not inside one mapping. Each reader (port) and the
+    // writer nearly always use the same mapping as before, so the last mapping of each is kept.
     uint8_t* find(uint32_t user, uint64_t address, uint64_t size) {
         const Mapping& last = last_[user];
         const uint64_t offset = address - last.address;
@@ -71,7 +71,7 @@ class AddressSpace {
 };
 
 struct ReadBeat {
-    const uint8_t* bytes;  // of the port's width; they live until the next beat is asked for
+    const uint8_t* bytes;  // as many as the port is wide; valid until the next call of read_beat
     Response response;
     bool last;
 };
@@ -83,11 +83,11 @@ class Memory {
 
     AddressSpace space;
 
-    void reset();  // everything but the mappings: bursts, faults and statistics
+    void reset();  // resets bursts, faults and statistics; keeps the mappings
     void fault(int kind, uint64_t address, uint64_t size);
     Statistics statistics() const;
 
-    // What is offered in this cycle.
+    // What the memory offers in this cycle.
     bool read_ready(uint32_t port) const {
         return timing_->offers.read_ready[port] && !reads_[port].full() && !reads_refused_;
     }
@@ -100,12 +100,12 @@ class Memory {
     bool write_ready() const {
         return timing_->offers.write_ready && writes_.size() + answers_.size() < MAX_BURSTS && !writes_refused_;
     }
-    // W is only taken once its AW has been, be it in the same cycle.
+    // W is taken only after its AW, or in the same cycle.
     bool data_ready() const { return timing_->offers.data_ready && !writes_.empty() && !writes_refused_; }
     bool acknowledge_valid() const { return timing_->offers.acknowledge_valid && !answers_.front().silent; }
     Response acknowledge_response() const { return answers_.front().response; }
 
-    // What moves in this cycle. Addresses are taken before beats.
+    // The transfers of this cycle. Addresses are taken before beats.
     void take_read_address(uint32_t port, uint64_t address, uint32_t beats);
     void take_read_beat(uint32_t port) {
         Burst& burst = reads_[port].front();
@@ -123,7 +123,7 @@ class Memory {
   private:
     struct Burst {
         uint64_t address;  // of the next beat
-        uint32_t beats;    // still to come
+        uint32_t beats;    // that remain
         uint32_t bytes;    // written so far
         Response response;
         bool silent;
@@ -146,7 +146,7 @@ class Memory {
     Statistics statistics_ = {};
 };
 
-// Bytes per cycle that a preset gives to `ports` endless contiguous read streams; negative if the arguments are wrong.
+// Bytes per cycle that a preset delivers to `ports` endless contiguous read streams; negative if an argument is wrong.
 double stream_limit(const char* preset, uint32_t ports, uint32_t port_bytes, uint64_t cycles, uint64_t seed);
 
 }  // namespace gristmill

@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// The KV260's DDR4 behind four HP ports: banks with open rows, one data bus, refresh, turnarounds, and an arbiter.
+// The KV260's DDR4 with four HP ports: banks with open rows, one data bus, refresh, turnarounds, and an arbiter.
 //
-// Every burst is cut into accesses of 64 bytes (BL8 on 64 bits). A port's next few accesses stand in its window, where
-// their rows are opened ahead of time; the arbiter gives the data bus to the window whose head can start first. Data
-// then wait in the port's read buffer for the port to take them, one beat a cycle, so that the controller runs ahead
-// of slow ports and rides over refreshes. Time is in picoseconds, since no two clocks here divide each other.
+// Every burst is divided into accesses of 64 bytes (BL8 on 64 bits). The next few accesses of a port are in its window,
+// where their rows are opened in advance. The arbiter gives the data bus to the window whose head can start first. The
+// data then wait in the port's read buffer, and the port takes one beat per cycle. So the controller can run ahead of
+// slow ports, and the buffered data cover refreshes. Time is in picoseconds, because no clock period here is a multiple
+// of another.
 //
-// Where the constants come from: J is JEDEC JESD79-4 (speed bins 2400 16-16-16 and 2133 15-15-15), U the Zynq
-// UltraScale+ manual UG1085. C is chosen or calibrated: four contiguous streams of 128 bits reached 15.9 to 16.0 GB/s
-// on KV260 boards (here: 15.8 at 2400 MT/s) or 13.3 (here: 14.4 at 2133), and a read takes 200 to 280 ns. That writing
-// results in pieces of 1 KiB instead of 64 bytes gives readers 9 % more was not calibrated: here it is 6 to 8 %, at one
-// byte written in two cycles.
+// Sources of the constants: J is JEDEC JESD79-4 (speed bins 2400 16-16-16 and 2133 15-15-15), U is the Zynq UltraScale+
+// manual UG1085. C is chosen or calibrated: four contiguous streams of 128 bits reached 15.9 to 16.0 GB/s on KV260
+// boards (here: 15.8 at 2400 MT/s) or 13.3 (here: 14.4 at 2133), and a read takes 200 to 280 ns. One effect was not
+// calibrated: on the board, readers get 9 % more when results are written in pieces of 1 KiB instead of 64 bytes. Here
+// they get 6 to 8 % more, at one byte written in two cycles.
 
 #include <algorithm>
 
@@ -37,44 +38,44 @@ constexpr Time BETWEEN_ACTIVATES = 3700;       // J: tRRD_S at 2133; 3,300 at 24
 constexpr Time REFRESH_INTERVAL = 7800000;     // J: tREFI up to 85 degrees
 constexpr Time REFRESH = 350000;               // J: tRFC of 8 Gb chips
 
-// U: HP1 and HP2 meet at one 128-bit port of the controller; HP0 and HP3 have one each. A port of the controller moves
-// a beat per controller clock, which is half the DRAM's: 9.6 GB/s at 2400, more than two HP ports can take.
+// U: HP1 and HP2 share one 128-bit port of the controller; HP0 and HP3 have one each. A port of the controller moves
+// one beat per controller clock, which is half the DRAM's clock: 9.6 GB/s at 2400, more than two HP ports can take.
 constexpr uint32_t LINKS = 3;
 constexpr uint32_t LINK[MAX_PORTS] = {0, 1, 1, 2};
 constexpr uint32_t LINK_CLOCKS = 2 * ACCESS_BYTES / 16;
 
-constexpr uint32_t BURSTS = 16;  // C: bursts that a port accepts ahead of the controller
-constexpr uint32_t WINDOW = 8;   // C: accesses of a port that the controller looks at; hides the opening of rows
+constexpr uint32_t BURSTS = 16;  // C: bursts that a port accepts before the controller takes them
+constexpr uint32_t WINDOW = 8;   // C: accesses of a port that the controller sees, to open their rows in advance
 constexpr uint32_t BUFFER = 32;  // C: accesses in a port's read buffer, and in the write buffer: 2 KiB
-constexpr uint32_t RUN = 4;      // C: accesses that a port may have in a row while others wait
-// C: bus time lost between two ports; as tCCD_L - tCCD_S, the cost of meeting the same bank group twice in a row.
+constexpr uint32_t RUN = 4;      // C: consecutive accesses of a port while other ports wait
+// C: bus time lost between two ports. It equals tCCD_L - tCCD_S, the cost of two accesses in turn to one bank group.
 constexpr uint32_t SWITCH_CLOCKS = 2;
 constexpr uint32_t REQUEST = 28;       // C: cycles from AR or W to the controller
 constexpr uint32_t RETURN = 26;        // C: cycles from the controller to R or B
-constexpr Time PATIENCE = 32 * CYCLE;  // C: how long a row that is still wanted stays open when another one is, too
-// C: writes wait until they are worth two turnarounds, or one of them has waited for 100 cycles.
+constexpr Time PATIENCE = 32 * CYCLE;  // C: how long a row in use stays open while its bank needs another row
+// C: writes wait until there are enough for two turnarounds, or until one of them has waited for 100 cycles.
 constexpr uint32_t WRITE_BATCH = 24;
 constexpr Time WRITE_PATIENCE = 100 * CYCLE;
 
-constexpr uint32_t WRITES = MAX_PORTS;  // the queue of writes, behind those of the ports' reads
+constexpr uint32_t WRITES = MAX_PORTS;  // index of the write queue, after the ports' read queues
 constexpr uint32_t QUEUES = MAX_PORTS + 1;
 constexpr int64_t NO_ROW = -1;
-static_assert(BURSTS + WINDOW + BUFFER <= MAX_BURSTS, "no port gets more bursts than its user keeps track of");
+static_assert(BURSTS + WINDOW + BUFFER <= MAX_BURSTS, "a port must not accept more bursts than the memory can track");
 
 struct Access {
     int64_t row;
     uint32_t bank;
     uint32_t bytes;
     bool last;   // of its burst
-    Time since;  // when it reached the controller
+    Time since;  // when the access reached the controller
 };
 
 struct Bank {
     int64_t row = NO_ROW;
-    Time ready = 0;  // the open row can be read and written from then on
+    Time ready = 0;  // when reads and writes of the open row can start
     Time activated = 0;
-    Time closable = 0;  // no PRECHARGE before that
-    uint32_t hits = 0;  // accesses to the open row that stand in windows
+    Time closable = 0;  // earliest time of a PRECHARGE
+    uint32_t hits = 0;  // accesses in the windows to the open row
 };
 
 struct PendingBurst {
@@ -127,8 +128,8 @@ class DramTiming final : public Timing {
     void offer();
 
     const uint32_t ports_, port_bytes_;
-    const Time clock_, access_;  // J: tCK and four of it
-    const Time core_;            // J: tAA = tRCD = tRP: to a row's data, to open a row, to close one
+    const Time clock_, access_;  // J: tCK and 4 tCK
+    const Time core_;            // J: tAA = tRCD = tRP: the time to read data, to open a row, and to close a row
 
     uint64_t cycle_ = 0;
     Time now_ = 0;       // start of the cycle
@@ -137,15 +138,15 @@ class DramTiming final : public Timing {
     Time next_refresh_ = 0;
     Time link_free_[LINKS] = {};
     bool writing_ = false;
-    uint32_t written_ = 0;  // accesses since the bus was turned to writing
-    uint32_t last_ = 0;     // queue that had the bus
-    uint32_t run_ = 0;      // how many times in a row
+    uint32_t written_ = 0;  // accesses since the bus turned to writing
+    uint32_t last_ = 0;     // queue that had the bus last
+    uint32_t run_ = 0;      // its consecutive accesses
     Bank banks_[BANKS];
     Ring<Access, WINDOW> windows_[QUEUES];
     Ring<PendingBurst, BURSTS> bursts_[MAX_PORTS];
     Ring<Delivery, BUFFER> buffers_[MAX_PORTS];
-    Ring<PendingBurst, BURSTS> incoming_;          // write bursts whose data are not all there
-    Ring<Access, BUFFER> written_data_;            // accesses whose data are
+    Ring<PendingBurst, BURSTS> incoming_;          // write bursts whose data are incomplete
+    Ring<Access, BUFFER> written_data_;            // accesses whose data are complete
     Ring<uint64_t, MAX_BURSTS> acknowledgements_;  // cycles
 };
 
@@ -168,8 +169,8 @@ void DramTiming::reset() {
     offer();
 }
 
-// Address map row:bank:column, without a hash, as the controller is set up by default: a contiguous stream stays in a
-// row for 8 KiB, and streams whose regions lie a multiple of 128 KiB apart do meet in the same bank.
+// The address map is row:bank:column without a hash, as in the controller's default setup. A contiguous stream stays in
+// a row for 8 KiB. Streams use the same bank if the distance of their regions is a multiple of 128 KiB.
 Access DramTiming::access_at(uint64_t address, uint32_t bytes, bool last, Time since) {
     const uint64_t place = address / ROW_BYTES;
     return {static_cast<int64_t>(place / BANKS), static_cast<uint32_t>(place % BANKS), bytes, last, since};
@@ -223,8 +224,9 @@ void DramTiming::enter(uint32_t queue, const Access& access) {
     open(access, false);
 }
 
-// Opens the row of an access, unless others still want the row that is open there. Whether it is open now. The head of
-// a window insists after a while; without that while, two heads would close each other's row before it is of use.
+// Opens the row of an access, unless other accesses still need the bank's open row. Returns whether the row is open
+// now. The head of a window opens its row in any case after a delay. Without the delay, two heads would close each
+// other's row before they could use it.
 bool DramTiming::open(const Access& access, bool head) {
     const Bank& bank = banks_[access.bank];
     if (bank.row == access.row) return true;
@@ -251,7 +253,7 @@ void DramTiming::activate(const Access& access) {
     ++row_misses;
 }
 
-// All banks at once: nothing moves until they are done, then every row is to be opened anew.
+// Refreshes all banks at once. Nothing moves until they are done, then every row must be opened again.
 void DramTiming::refresh() {
     next_refresh_ += REFRESH_INTERVAL;
     ++refreshes;
@@ -266,7 +268,7 @@ void DramTiming::refresh() {
     }
 }
 
-// Decides between reading and writing. Turning round costs more than a transfer, so writes are collected.
+// Decides between reading and writing. A turnaround takes longer than a transfer, so writes are collected.
 void DramTiming::turn() {
     const auto& writes = windows_[WRITES];
     if (writing_) {
@@ -287,10 +289,10 @@ void DramTiming::turn() {
     written_ = 0;
 }
 
-// When the head of a queue can start, NEVER if it cannot yet.
+// The time when the head of a queue can start, or NEVER if it cannot start yet.
 Time DramTiming::earliest(uint32_t queue) {
     if (windows_[queue].empty()) return NEVER;
-    // Room for the data comes first: no row is closed for a port that could not take what it holds.
+    // Check the space for the data first: no row is closed for a port whose buffer is full.
     if (queue != WRITES && buffers_[queue].full()) return NEVER;
     const Access& access = windows_[queue].front();
     if (!open(access, true)) return NEVER;
@@ -298,7 +300,7 @@ Time DramTiming::earliest(uint32_t queue) {
     return std::max({free, now_, banks_[access.bank].ready});
 }
 
-// Gives the bus away until the end of this cycle.
+// Assigns the bus until the end of this cycle.
 void DramTiming::run_bus() {
     turn();
     while (bus_free_ < now_ + CYCLE) {
@@ -307,7 +309,7 @@ void DramTiming::run_bus() {
         if (writing_) {
             start = earliest(WRITES);
         } else {
-            // In turns; among those that can start at once the first one has it.
+            // Round robin: the first port that can start at once gets the bus.
             uint32_t port = run_ < RUN ? last_ : last_ + 1;
             for (uint32_t i = 0; i < ports_; ++i, ++port) {
                 if (port >= ports_) port = 0;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The memory behind the accelerator: what it answers. When, is up to the timing models.
+// The memory at the accelerator's ports: what it answers. The timing models decide when.
 
 #include "memory.h"
 
@@ -8,7 +8,7 @@
 
 namespace gristmill {
 
-constexpr uint32_t WRITER = MAX_PORTS;  // of the address space, behind the ports' reads
+constexpr uint32_t WRITER = MAX_PORTS;  // the writer's index as a user of the address space, after the ports' reads
 
 bool AddressSpace::map(uint64_t address, uint64_t size, void* bytes) {
     if (!size || address >= ADDRESS_END || size > ADDRESS_END - address) return false;
@@ -71,12 +71,12 @@ void Memory::fault(int kind, uint64_t address, uint64_t size) {
 
 bool Memory::faulty(FaultKind kind, uint64_t address, uint64_t bytes) const {
     return std::any_of(faults_.begin(), faults_.end(), [&](const Fault& fault) {
-        // Two ranges meet if either starts within the other.
+        // Two ranges overlap if one of them starts within the other.
         return fault.kind == kind && (address - fault.address < fault.size || fault.address - address < bytes);
     });
 }
 
-// A burst's faults are those of the moment when its address is taken.
+// The faults that are set when a burst's address is taken apply to the burst.
 Memory::Burst Memory::burst(uint64_t address, uint32_t beats, FaultKind error, FaultKind silence) const {
     const uint64_t bytes = beats * port_bytes_;
     const Response response = faulty(error, address, bytes) ? SLVERR : OKAY;
@@ -89,7 +89,7 @@ void Memory::take_read_address(uint32_t port, uint64_t address, uint32_t beats) 
     ++statistics_.read_bursts;
 }
 
-// A beat that is not in one mapping: mappings may meet within it, and what none of them holds reads as 0.
+// A beat that is not inside one mapping: two mappings may meet within it, and bytes without a mapping read as 0.
 ReadBeat Memory::piece(uint32_t port) {
     const Burst& burst = reads_[port].front();
     bool whole = true;
@@ -107,7 +107,7 @@ void Memory::take_write_address(uint64_t address, uint32_t beats) {
     ++statistics_.write_bursts;
 }
 
-// Writes the bytes whose strobes are set. Whether all of them are mapped.
+// Writes the bytes whose strobes are set. Returns whether all of them are mapped.
 bool Memory::copy(uint64_t address, const uint8_t* bytes, uint32_t strobes) {
     uint8_t* whole = space.find(WRITER, address, port_bytes_);
     if (whole && strobes == (uint32_t{1} << port_bytes_) - 1) {
@@ -169,8 +169,9 @@ double stream_limit(const char* preset, uint32_t ports, uint32_t port_bytes, uin
     const uint32_t beats = std::min(MAX_BURST_BEATS, BURST_BOUNDARY / port_bytes);
     Random random(seed);
     uint64_t address[MAX_PORTS], taken = 0;
-    uint32_t asked[MAX_PORTS] = {};  // beats under way
-    // Regions lie somewhere in a gigabyte each: what a preset gives must not hang on how they meet in the banks.
+    uint32_t asked[MAX_PORTS] = {};  // outstanding beats
+    // Each region starts at a random place in its own gigabyte: the result must not depend on bank conflicts between
+    // the regions.
     for (uint32_t port = 0; port < ports; ++port) address[port] = (uint64_t{port} << 30) + (random.next() >> 14 << 12);
     for (uint64_t cycle = 0; cycle < cycles; ++cycle) {
         for (uint32_t port = 0; port < ports; ++port) {

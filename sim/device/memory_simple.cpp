@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memories without a mechanism: the ideal one, and one that does everything that AXI allows to be unpleasant.
+// Memories that do not model a mechanism: an ideal memory, and a hostile one that uses all the freedom that AXI allows.
 
 #include "memory_timing.h"
 
 namespace gristmill {
 namespace {
 
-// One of each kind of read channel per port.
+// Each port has one of each kind of read channel.
 enum Channel { READ_ADDRESS, READ_DATA = MAX_PORTS, WRITE_ADDRESS = 2 * MAX_PORTS, WRITE_DATA, ACKNOWLEDGE, CHANNELS };
 
-// Bursts wait for their latency, then give a beat a cycle, port by port in order. The behaviour draws the latencies and
-// may hold back any channel in any cycle:
+// A burst waits for its latency, then delivers one beat per cycle. The bursts of a port are in order. The behaviour
+// chooses the latencies and may stall any channel in any cycle:
 //   void reset()
 //   uint32_t read_latency(), write_latency()  cycles from AR to the first R, from the last W to B
-//   bool holds_back(channel)                  asked once per channel and cycle
+//   bool holds_back(channel)                  called once per channel and cycle
 template <typename Behaviour>
 class QueuedTiming final : public Timing {
   public:
@@ -62,7 +62,7 @@ class QueuedTiming final : public Timing {
     void offer() {
         for (uint32_t port = 0; port < ports_; ++port) {
             offers.read_ready[port] = !behaviour_.holds_back(READ_ADDRESS + port);
-            // What is still offered was not taken, and stays.
+            // A beat that is still offered has not been taken, and stays offered.
             offers.read_valid[port] |= !behaviour_.holds_back(READ_DATA + port) && due(reads_[port]);
         }
         offers.write_ready = !behaviour_.holds_back(WRITE_ADDRESS);
@@ -76,7 +76,7 @@ class QueuedTiming final : public Timing {
     Queue reads_[MAX_PORTS], incoming_, acknowledgements_;
 };
 
-// What the ports could do if memory were no limit.
+// A memory that does not limit the ports.
 struct Ideal {
     void reset() {}
     uint32_t read_latency() { return GM_IDEAL_READ_LATENCY; }
@@ -84,8 +84,9 @@ struct Ideal {
     bool holds_back(uint32_t) { return false; }
 };
 
-// A channel's temper: for some hundred cycles it stalls now and then, or hardly, or nearly always, or not at all, and
-// once in a while it is gone for 2,000 cycles. Constant rates would miss what happens when queues run full or empty.
+// How often a channel stalls. For some hundred cycles the rate is constant (never, rarely, half the time, or nearly
+// always), then it changes; sometimes the channel stalls for 2,000 cycles. With one constant rate, queues would not run
+// both full and empty.
 class Temper {
   public:
     explicit Temper(uint64_t seed = 0) : random_(seed) {}
@@ -98,7 +99,7 @@ class Temper {
 
   private:
     void change() {
-        constexpr uint32_t RATES[] = {0, 1, 8, 15};  // of 16 cycles
+        constexpr uint32_t RATES[] = {0, 1, 8, 15};  // stalls in 16 cycles
         const uint32_t mood = random_.between(0, 31);
         left_ = mood ? random_.between(50, 1000) : 2000;
         rate_ = mood ? RATES[mood & 3] : 16;
@@ -112,7 +113,7 @@ class Hostile {
   public:
     explicit Hostile(uint64_t seed) : seed_(seed) {}
     void reset() {
-        // Channels must not follow each other, or ports would never overtake each other.
+        // Each channel has its own seed. With equal stalls, no port would ever overtake another.
         uint64_t seed = seed_ * CHANNELS;
         for (auto& temper : tempers_) temper = Temper(seed++);
         latencies_ = Random(~seed_);

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// When a memory answers: the interface of the timing models, and what they are made of.
+// When a memory answers: the interface of the timing models, and the parts that they share.
 //
-// A timing model never sees data. In each fabric cycle it says which channels of which port are willing (`offers`), is
-// told what moved, and steps to the next cycle. Offers depend on earlier cycles alone, and a read beat or an
-// acknowledgement that is offered stays so until it is taken, as AXI demands of a valid signal.
+// A timing model never sees data. In each fabric cycle it states which channels of each port can transfer (`offers`),
+// is told which transfers happened, and steps to the next cycle. Offers depend only on earlier cycles. An offered read
+// beat or acknowledgement stays offered until it is taken, as AXI requires of a valid signal.
 
 #ifndef GRISTMILL_MEMORY_TIMING_H
 #define GRISTMILL_MEMORY_TIMING_H
@@ -14,9 +14,9 @@
 namespace gristmill {
 
 constexpr uint32_t MAX_PORTS = 4;
-constexpr uint32_t MAX_BURSTS = 64;  // that may be under way per port and direction; who uses a model sees to it
+constexpr uint32_t MAX_BURSTS = 64;  // outstanding, per port and direction; the user of a model ensures it
 
-// First in, first out, without allocation. The user keeps it from overflowing.
+// A queue (first in, first out) that does not allocate. The user must not let it overflow.
 template <typename T, uint32_t SIZE>
 class Ring {
     static_assert((SIZE & (SIZE - 1)) == 0, "a ring's size is a power of two");
@@ -37,12 +37,12 @@ class Ring {
     T items_[SIZE] = {};
 };
 
-// xorshift64*: one multiplication a number, and the same on every machine.
+// xorshift64*: one multiplication per number, and the same numbers on every machine.
 class Random {
   public:
     explicit Random(uint64_t seed = 0) : state_(seed * 0x9E3779B97F4A7C15ULL + 0x2545F4914F6CDD1DULL) {
         if (!state_) state_ = 1;
-        // Neighbouring seeds start out alike.
+        // The first numbers of neighbouring seeds are similar.
         for (int i = 0; i < 8; ++i) next();
     }
     uint32_t next() {
@@ -59,12 +59,12 @@ class Random {
     uint64_t state_;
 };
 
-// What the memory is willing to do in the current cycle. Only port 0 writes.
+// The transfers that the memory offers in the current cycle. Only port 0 writes.
 struct Offers {
     bool read_ready[MAX_PORTS] = {};  // ARREADY
     bool read_valid[MAX_PORTS] = {};  // RVALID
     bool write_ready = false;         // AWREADY
-    bool data_ready = false;          // WREADY, for bursts whose address was taken
+    bool data_ready = false;          // WREADY, for bursts whose address has been taken
     bool acknowledge_valid = false;   // BVALID
 };
 
@@ -72,27 +72,27 @@ class Timing {
   public:
     virtual ~Timing() = default;
 
-    // Back to the state after construction; seeded models repeat themselves.
+    // Returns to the state after construction. A seeded model then repeats the same behaviour.
     virtual void reset() = 0;
 
-    // What moved in the current cycle.
+    // The transfers of the current cycle.
     virtual void read_burst(uint32_t port, uint64_t address, uint32_t beats) = 0;
     virtual void read_beat(uint32_t port) = 0;
     virtual void write_burst(uint64_t address, uint32_t beats) = 0;
     virtual void write_beat() = 0;
     virtual void acknowledge() = 0;
 
-    // To the next cycle.
+    // Steps to the next cycle.
     virtual void step() = 0;
 
     Offers offers;
-    uint64_t refreshes = 0, row_misses = 0;  // of models that have such things
+    uint64_t refreshes = 0, row_misses = 0;  // 0 in models without refresh or rows
 };
 
-// The model of a preset, or null if there is none of that name.
+// The model of a preset, or null if there is no preset of that name.
 std::unique_ptr<Timing> make_timing(const char* preset, uint32_t ports, uint32_t port_bytes, uint64_t seed);
 
-// What make_timing chooses from: memory_simple.cpp and memory_dram.cpp.
+// The models that make_timing chooses from (memory_simple.cpp and memory_dram.cpp).
 std::unique_ptr<Timing> make_ideal_timing(uint32_t ports);
 std::unique_ptr<Timing> make_hostile_timing(uint32_t ports, uint64_t seed);
 std::unique_ptr<Timing> make_dram_timing(uint32_t ports, uint32_t port_bytes, uint32_t megatransfers);

@@ -57,7 +57,7 @@ void Protocol::check_burst(const char* name, uint32_t port, const Address& addre
     const uint64_t bytes = uint64_t{address.beats()} * port_bytes_;
     const char* rule = nullptr;
     if (address.burst != INCR) {
-        rule = "is no INCR burst";
+        rule = "is not an INCR burst";
     } else if (uint32_t{1} << address.size != port_bytes_) {
         rule = "has beats of another size than the port's";
     } else if (address.id) {
@@ -76,7 +76,7 @@ void Protocol::check_burst(const char* name, uint32_t port, const Address& addre
 
 void Protocol::write_address(bool valid, bool ready, const Address& address) {
     check("AW", 0, write_address_, valid, ready, address);
-    // The memory takes no more than the ring holds.
+    // The memory does not take more bursts than the ring holds.
     if (valid && ready) promised_.push(address.beats());
 }
 
@@ -88,14 +88,14 @@ void Protocol::write_data(bool valid, bool ready, const uint8_t* bytes, uint32_t
         return;
     }
     if (!shown.waiting) {
-        // Adding the lowest strobe to a contiguous run carries all the way through it.
+        // Adding the lowest strobe to contiguous strobes carries through all of them.
         const uint32_t carried = strobes + (strobes & -strobes);
         if (strobes & carried) report("port 0: strobes 0x%x are not contiguous", strobes);
     } else if (strobes != shown.strobes || last != shown.last || std::memcmp(bytes, shown.bytes, port_bytes_)) {
         report("port 0: W changed before it was taken (strobes 0x%x to 0x%x, last %u to %u)", shown.strobes, strobes,
                shown.last, last);
     }
-    // An address that is being offered counts: it cannot be withdrawn any more.
+    // An address that is valid but not yet taken counts: it cannot be withdrawn any more.
     if (promised_.empty() && !write_address_.waiting) {
         report("port 0: W without its AW (strobes 0x%x, last %u)", strobes, last);
     }

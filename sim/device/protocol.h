@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Watches AXI4 ports for broken rules, in every cycle, beside the memory. Rules: Arm IHI 0022, AXI4, and what our
-// managers promise beyond it: bursts of the port's width, ID 0, no W before its AW, contiguous strobes.
+// Checks in every cycle that AXI4 ports follow the rules. The rules are those of AXI4 (Arm IHI 0022), and what our
+// managers promise in addition: bursts of the port's width, ID 0, no W before its AW, contiguous strobes.
 //
-// What holds is found out inline and costs next to nothing; what is broken is reported once, with port, cycle and
-// values, and the first report stays.
+// The checks are inline and cost almost nothing while the rules hold. The first broken rule is reported, with port,
+// cycle and values; later ones are ignored.
 
 #ifndef GRISTMILL_PROTOCOL_H
 #define GRISTMILL_PROTOCOL_H
@@ -33,8 +33,8 @@ class Protocol {
   public:
     explicit Protocol(uint32_t port_bytes) : port_bytes_(port_bytes) {}
 
-    // One call per channel and cycle, with what the channel shows before the clock edge; AW before W. A channel on
-    // which nothing is valid and nothing was need not build its payload: see the `idle` functions.
+    // One call per channel and cycle, with the channel's values before the clock edge; AW before W. The caller need not
+    // build the payload of a channel that is not valid and was not valid: see the `idle` functions.
     bool read_address_idle(uint32_t port, bool valid) const { return !valid && !read_address_[port].waiting; }
     bool write_address_idle(bool valid) const { return !valid && !write_address_.waiting; }
     void read_address(uint32_t port, bool valid, bool ready, const Address& address) {
@@ -43,11 +43,11 @@ class Protocol {
     void write_address(bool valid, bool ready, const Address& address);
     void write_data(bool valid, bool ready, const uint8_t* bytes, uint32_t strobes, bool last);
 
-    // R and B are not to be left waiting forever.
+    // R and B must be taken at some point.
     void read_data(uint32_t port, bool valid, bool ready) { patience("R", port, read_wait_[port], valid, ready); }
     void acknowledge(bool valid, bool ready) { patience("B", 0, acknowledge_wait_, valid, ready); }
 
-    // To the next cycle.
+    // Steps to the next cycle.
     void step() { ++cycle_; }
     void reset();
 
@@ -57,7 +57,7 @@ class Protocol {
 
   private:
     struct AddressChannel {
-        bool waiting = false;  // shown in the cycle before, and not taken
+        bool waiting = false;  // valid in the cycle before, and not taken
         Address shown = {};
     };
     struct DataChannel {
@@ -73,14 +73,14 @@ class Protocol {
         if (wait == PATIENCE) report("port %u: %s was not taken for %u cycles", port, name, PATIENCE);
     }
 
-    static constexpr uint32_t PATIENCE = 100000;  // cycles; no path of ours waits longer than a layer takes
+    static constexpr uint32_t PATIENCE = 100000;  // cycles; no path of the design waits longer than a layer takes
 
     const uint32_t port_bytes_;
     uint64_t cycle_ = 0;
     std::string problem_;
     AddressChannel read_address_[MAX_PORTS], write_address_;
     DataChannel write_data_;
-    Ring<uint32_t, MAX_BURSTS> promised_;  // beats still to come of the write bursts whose address was taken
+    Ring<uint32_t, MAX_BURSTS> promised_;  // remaining beats of the write bursts whose address has been taken
     uint32_t read_wait_[MAX_PORTS] = {}, acknowledge_wait_ = 0;
 };
 

@@ -461,7 +461,7 @@ def test_legal(problem, cycles):
         ([_address("ar", size=3)], "has beats of another size"),
         (
             [_address("aw", burst=0)],
-            "port 0: AW {addr 0x1000, len 255, size 4, burst 0, cache 3, prot 0, id 0} is no INCR",
+            "port 0: AW {addr 0x1000, len 255, size 4, burst 0, cache 3, prot 0, id 0} is not an INCR",
         ),
         ([_address("ar", id=1)], "has another ID"),
         ([_address("ar", 0, 256)], "has more than 256 beats"),

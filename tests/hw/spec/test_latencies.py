@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The latencies that the performance model knows are those that the hardware states in its manifests."""
+"""The latencies of the performance model equal those in the hardware's manifests."""
 
 import gc
 
@@ -19,7 +19,7 @@ def test_latencies_are_those_of_the_manifests(name: str):
     assert len(figures) == 13
     for block, figure, cycles in figures:
         assert (block, figure, describe_properties(BLOCKS[block](config))[figure]) == (block, figure, cycles)
-    # What was not elaborated is collected here, where its warning is ignored, and not in another test.
+    # Objects that were not elaborated are collected here, where their warning is ignored, and not in another test.
     gc.collect()
 
 
