@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cocotb benches, one module per hardware block; sim/benches.py says which parameters each one runs at."""
+"""Cocotb benches, one module per hardware block. sim/benches.py lists the parameters of each bench."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cocotb bench of the test FIFO: the stream helpers move data, measure, and catch broken handshakes."""
+"""Cocotb bench of the test FIFO: the stream helpers move data, measure, and detect broken handshakes."""
 
 import cocotb
 import numpy as np
@@ -44,7 +44,7 @@ async def test_bursty_stalls(dut):
 
 
 async def _fails_with(dut, fault, error, text):
-    """Run with a fault; the sink's task or the wait must end with `error`."""
+    """Runs with a fault; the sink's task or the wait must end with `error`."""
     dut.fault.value = fault
     source = StreamSource(dut, "in", dut.clk)
     sink = StreamSink(dut, "out", dut.clk, bursty(rng(), run=4, pause=12))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The simulated accelerator's memory and protocol checks, on their own: speed, order, data, faults, broken rules."""
+"""The simulated accelerator's memory and protocol checks without the accelerator: speed, order, data, faults, rules."""
 
 import ctypes
 import re
@@ -27,7 +27,7 @@ STATISTICS = (
 )
 EVENT = np.dtype([("cycle", "u8"), ("kind", "u4"), ("port", "u4"), ("response", "u4"), ("last", "u4")])
 
-# Return type and arguments of what the library exports; shim_* and protocol_* take their handle before these.
+# Return type and arguments of the library's functions. shim_* and protocol_* take a handle before these arguments.
 _FUNCTIONS = {
     "gm_stream_limit": (c_double, [c_char_p, c_uint32, c_uint32, c_uint64, c_uint64]),
     "shim_open": (c_void_p, [c_char_p, c_uint64, c_uint32, c_uint32]),
@@ -71,7 +71,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 class _Memory:
-    """A memory with one buffer of noise, and a manager that plays bursts."""
+    """A memory with one buffer of noise, and a manager that runs bursts."""
 
     BASE = 0x10_0000
 
@@ -102,7 +102,7 @@ class _Memory:
         self.library.shim_fault(self.handle, kind, self.BASE + offset, size)
 
     def events(self, kind: int, port: int = 0) -> np.ndarray:
-        """What moved on a channel, in order."""
+        """The transfers on a channel, in order."""
         pointer = c_void_p()
         count = self.library.shim_events(self.handle, byref(pointer))
         every = np.frombuffer(ctypes.string_at(pointer, count * EVENT.itemsize), EVENT) if count else np.zeros(0, EVENT)
@@ -120,7 +120,7 @@ class _Memory:
         return dict(zip(STATISTICS, values, strict=True))
 
     def stream(self, bursts: int) -> None:
-        """Every port reads its own part of the buffer in bursts of 4 KiB."""
+        """Makes every port read its own part of the buffer in bursts of 4 KiB."""
         part = self.bytes.nbytes // self.ports
         for port in range(self.ports):
             for burst in range(bursts):
@@ -129,7 +129,7 @@ class _Memory:
 
 @pytest.fixture
 def memory(library: ctypes.CDLL):
-    """Makes memories, and closes them."""
+    """Makes memories, and closes them at the end."""
     made: list[_Memory] = []
 
     def make(preset: str = "ideal", **options: int) -> _Memory:
@@ -201,7 +201,7 @@ def test_ideal_cycles(memory):
 
 @pytest.mark.parametrize("preset", ["kv260-2400", "kv260-2133"])
 def test_dram_latency(memory, preset):
-    """200 to 280 ns on boards, and less for the next burst, whose row is open."""
+    """The latency is 200 to 280 ns, as on boards, and less for the next burst, whose row is open."""
     sut = memory(preset)
     latencies = []
     for offset in (0, 4096):
@@ -212,7 +212,7 @@ def test_dram_latency(memory, preset):
 
 
 def test_dram_refresh(memory):
-    """Every 7.8 us, and with one port nothing is lost by it, as the read buffer is deeper than the pause."""
+    """A refresh comes every 7.8 us. With one port it costs nothing, because the read buffer covers the pause."""
     sut = memory("kv260-2400", ports=1)
     sut.stream(100)
     sut.run(19_600)
@@ -229,7 +229,7 @@ def test_dram_refresh(memory):
 
 
 def test_dram_turnarounds(memory):
-    """Results written in pieces of 1 KiB instead of 64 bytes gave readers 9 % more on a board."""
+    """Readers get more when results are written in pieces of 1 KiB instead of 64 bytes (9 % more on a board)."""
 
     def beats(piece: int) -> int:
         sut, data = memory("kv260-2133"), np.zeros(piece, np.uint8)
@@ -260,12 +260,12 @@ def test_hostile_is_reproducible(memory):
 def test_hostile_is_hostile(memory):
     runs = [_hostile_run(memory, seed) for seed in range(3)]
     for kind in range(5):
-        # Some without a pause, some with a short one, some with a long one.
+        # There are beats without a pause, with a short pause, and with a long pause.
         gaps = np.concatenate([np.diff(run[kind, port]) for run in runs for port in range(4)])
         assert gaps.min() == 1
         assert ((gaps > 1) & (gaps < 50)).any()
         assert gaps.max() >= (1500 if kind in (AR, R) else 50)
-    # Ports overtake each other: none is ahead all the time.
+    # Ports overtake each other: no port is ahead all the time.
     counts = np.array(
         [[np.searchsorted(runs[0][R, port], cycle) for port in range(4)] for cycle in range(0, 60_000, 100)]
     )
@@ -283,7 +283,7 @@ def test_hostile_is_hostile(memory):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_writes(memory, preset):
-    """Strobes are honoured byte by byte; B comes once a burst, in order, after its data."""
+    """Strobes apply to each byte. B comes once per burst, in order, after the data of the burst."""
     sut, random = memory(preset), np.random.default_rng(1)
     expected = sut.bytes.copy()
     for index in range(40):
@@ -316,7 +316,7 @@ def test_map_refuses(memory, library):
 
 
 def test_unmapped(memory, library):
-    """Reads of nothing give zeros and DECERR, beat by beat; so do writes, and what is mapped is written."""
+    """A read beat without a mapping gives zeros and DECERR. A write gives DECERR, and its mapped bytes are written."""
     sut, size = memory(), 1 << 19
     sut.read(0, size - 32, 4)
     sut.read(0, 1 << 30, 1)
@@ -330,7 +330,7 @@ def test_unmapped(memory, library):
     sut.run(100)
     assert sut.events(B)["response"].tolist() == [DECERR, OKAY]
     assert np.array_equal(sut.bytes[-32:], np.concatenate([data[:16], data[:16]]))
-    # A buffer that is taken away is gone at once, and one that joins on in the middle of a beat is found.
+    # A buffer that is unmapped is gone at once, and a buffer that starts in the middle of a beat is found.
     half = np.arange(24, dtype=np.uint8)
     sut.map(sut.BASE + size, half[:8])
     sut.map(sut.BASE + size + 8, half[8:])
@@ -366,7 +366,7 @@ def test_error_faults(memory, preset):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_silence_faults(memory, preset):
-    """What is not answered holds up its own port alone, and is answered once faults are cleared."""
+    """A burst without an answer stops only its own port, and is answered when the faults are cleared."""
     sut = memory(preset)
     sut.fault(Fault.READ_SILENT, 4096, 16)
     sut.fault(Fault.WRITE_SILENT, 8192, 16)
@@ -402,7 +402,7 @@ def test_refusal_faults(memory, preset):
     assert len(sut.events(B)) == 1
 
 
-# One cycle each: channel, valid, ready, then what the channel shows. Ports of 16 bytes.
+# One cycle each: channel, valid, ready, then the values of the channel. Ports of 16 bytes.
 _AR = ("ar", True, True, 0x1000, 255, 4, 1, 0)
 _AW = ("aw", True, True, 0x1000, 1, 4, 1, 0)
 _NO_AR = ("ar", False, True, 0, 0, 0, 0, 0)
@@ -420,7 +420,7 @@ def _address(
 
 @pytest.fixture
 def problem(library: ctypes.CDLL):
-    """What the checks say of a list of cycles."""
+    """The report of the checks for a list of cycles."""
 
     def run(cycles: list[tuple]) -> str:
         handle = library.protocol_open(16)
@@ -492,7 +492,7 @@ def test_first_report_stays(problem):
 
 
 def test_faults_are_those_of_the_contract():
-    """Each kind has a name in C++, the same one; their numbers are macros that are made from the same place."""
+    """Each kind has the same name in C++. The numbers are macros that come from the same source."""
     pairs = re.findall(r"(\w+) = GM_FAULT_(\w+),", (DEVICE / "memory.h").read_text())
     assert [kind for _, kind in pairs] == [fault.name for fault in Fault]
     assert [name for name, _ in pairs[1:]] == [kind for _, kind in pairs[1:]]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every bench of sim/benches.py as a test, and proof that the runner notices what goes wrong."""
+"""Every bench of sim/benches.py as a test, and tests that the runner detects failures."""
 
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +29,7 @@ def _bench_params():
 
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest):
-    """All selected benches, started at once on all cores; a test waits for its own only."""
+    """All selected benches, started together on all cores; a test waits only for its own bench."""
     wanted: dict[tuple[str, str], Future[harness.Result]] = {}
     with ThreadPoolExecutor() as pool:
         for item in request.session.items:

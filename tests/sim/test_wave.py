@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m sim.wave``: a waveform of an ordinary bench run, and a save file whose signals are all in it."""
+"""``python -m sim.wave`` writes a waveform of a normal bench run, and a save file whose signals are all in it."""
 
 import re
 from pathlib import Path
@@ -17,13 +17,13 @@ FAILING = Bench(FIFO.module, FIFO.top, settings={"fail": True}, verilog=FIFO.ver
 
 
 def shown(text: str) -> list[str]:
-    """The signals of a save file."""
+    """The signals in a save file."""
     return [line for line in text.splitlines() if line[0] not in "@-["]
 
 
 @pytest.mark.parametrize(("bench", "code"), [(FIFO, 0), (FAILING, 1)], ids=["passes", "fails"])
 def test_waveform_of_a_run(bench: Bench, code: int, tmp_path: Path, monkeypatch, capsys):
-    """A bench that fails leaves its waveform, too: that is the one to look at."""
+    """A bench that fails leaves its waveform, too, because it is needed most."""
     monkeypatch.setattr(wave, "BENCHES", [bench])
     assert wave.main(["tb_fifo", "--seed", "7", "--out", str(tmp_path)]) == code
     out, err = capsys.readouterr()
@@ -34,7 +34,7 @@ def test_waveform_of_a_run(bench: Bench, code: int, tmp_path: Path, monkeypatch,
     there = {scope.full_name(variable) for scope in read_scopes(vcd) for variable in scope.variables}
     assert shown(text) and set(shown(text)) <= there
     assert f'[dumpfile] "{vcd}"' in text
-    # The clock has edges: the waveform is not only a header.
+    # The clock has edges, so the waveform is more than a header.
     clock = next(line.split()[3] for line in vcd.read_text().splitlines() if re.search(r"\bclk \$end", line))
     assert sum(line in (f"0{clock}", f"1{clock}") for line in vcd.read_text().splitlines()) > 100
 
@@ -83,7 +83,7 @@ def test_save_file(tmp_path: Path):
 
 
 def test_streams_of_axi():
-    """Its channels have members of their own, and no channel takes those of another."""
+    """Each AXI channel has its own members, and no channel takes the members of another one."""
     names = [f"m_axi_hp0_{name}" for name in ("araddr", "arlen", "arvalid", "arready", "rdata", "rvalid", "rready")]
     found = streams([Variable(name, "") for name in [*names, "valid", "ready", "lonely_valid"]])
     assert {item.name: [variable.name[10:] for variable in item.variables] for item in found} == {

@@ -19,7 +19,7 @@ DIVISOR = 4
 _LINE_CYCLES = 40_000
 _LINE = re.compile(r"gristmill tile (\d+) config ([0-9a-f]{8}): (\d+) results, (\d+) wrong, (\d+) cycles: (pass|FAIL)")
 _TOLERANCE = 3
-"""Cycles by which the self-test may count more than the performance model: two on the way from the ROMs."""
+"""Cycles that the self-test may count above the performance model: two of them are the delay from the ROMs."""
 
 
 def config() -> AcceleratorConfig:
@@ -30,7 +30,7 @@ def config() -> AcceleratorConfig:
 
 
 async def read_byte(dut: Any) -> int:
-    """One frame from the UART: each bit is looked at in its middle, start and stop bit are checked."""
+    """One frame from the UART: each bit is sampled in its middle, and the start and stop bits are checked."""
     await FallingEdge(dut.tx)
     await ClockCycles(dut.clk, DIVISOR // 2)
     bits = [int(dut.tx.value)]
@@ -42,7 +42,7 @@ async def read_byte(dut: Any) -> int:
 
 
 async def read_line(dut: Any) -> str:
-    """The next whole line, without its end."""
+    """The next complete line, without the line end."""
 
     async def read() -> str:
         text = ""
@@ -57,7 +57,7 @@ async def read_line(dut: Any) -> str:
 
 
 def parse(line: str) -> tuple[int, int, int, str]:
-    """Results, wrong ones, cycles and verdict of a line, whose tile and config must be those under test."""
+    """Results, wrong results, cycles and verdict of a line. Its tile and config must be those under test."""
     match = _LINE.fullmatch(line)
     assert match, f"not the self-test's line: {line!r}"
     assert (int(match[1]), match[2]) == (config().tile, config().digest[:8]), line
@@ -67,7 +67,7 @@ def parse(line: str) -> tuple[int, int, int, str]:
 
 
 async def begin(dut: Any) -> tuple[int, int]:
-    """Start; returns the results that a run has and the cycles that it takes by the performance model."""
+    """Start; returns the number of results of a run, and its cycles by the performance model."""
     dut.corrupt.value = 0
     dut.hold.value = 0
     c = config()
@@ -77,13 +77,13 @@ async def begin(dut: Any) -> tuple[int, int]:
 
 
 def lights(dut: Any) -> tuple[int, int, int]:
-    """What the LEDs show: passed, failed, failed_ever."""
+    """The LEDs: passed, failed, failed_ever."""
     return int(dut.passed.value), int(dut.failed.value), int(dut.failed_ever.value)
 
 
 @cocotb.test()
 async def test_pass(dut):
-    """Every result comes and is right, in the cycles that the model says, and again in the next run."""
+    """Every result comes and is correct, in the cycles of the model, and again in the next run."""
     count, cycles = await begin(dut)
     assert lights(dut) == (0, 0, 0)
     first = await read_line(dut)
@@ -99,7 +99,7 @@ async def test_pass(dut):
 
 @cocotb.test()
 async def test_corrupt(dut):
-    """A corrupted expected value fails the run, is counted once, and is remembered by one LED only."""
+    """A corrupted expected value fails the run and is counted once. In the next run only one LED still shows it."""
     count, _ = await begin(dut)
     dut.corrupt.value = 1
     line = await read_line(dut)
@@ -114,7 +114,7 @@ async def test_corrupt(dut):
 
 @cocotb.test()
 async def test_reset_in_between(dut):
-    """A reset in the middle of a run leaves nothing behind."""
+    """A reset in the middle of a run leaves no trace."""
     count, _ = await begin(dut)
     await RisingEdge(dut.running)
     await streams.cycle(dut.clk, 100)
@@ -124,7 +124,7 @@ async def test_reset_in_between(dut):
 
 @cocotb.test()
 async def test_hold(dut):
-    """`hold` is a reset: nothing runs under it, and nothing is left of what it has ended."""
+    """`hold` is a reset: nothing runs while it is set, and a run that it ends leaves no trace."""
     count, _ = await begin(dut)
     dut.corrupt.value = 1
     assert parse(await read_line(dut))[3] == "FAIL"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stream FIFO: order, latency, throughput, and exactly as much room as it says."""
+"""The stream FIFO: order, latency, throughput, and exactly the stated depth."""
 
 import cocotb
 
@@ -40,7 +40,7 @@ async def test_random_stalls(dut, speeds):
 
 @cocotb.test()
 async def test_depth(dut):
-    """It takes ``depth`` payloads and not one more, says so, and then still gives a payload in every cycle."""
+    """It takes exactly ``depth`` payloads, its level shows it, and then it still gives a payload in every cycle."""
     depth, blocked = latency("depth"), [True]
     source, sink = StreamSource(dut, "i", dut.clk), StreamSink(dut, "o", dut.clk, lambda: blocked[0])
     await begin(dut)

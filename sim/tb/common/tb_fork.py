@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command fork: every user gets every command, and a slow one holds up the others only when its FIFO is full."""
+"""The command fork: every user gets every command. A slow user delays the others only when its FIFO is full."""
 
 import cocotb
 
@@ -44,7 +44,7 @@ async def test_random_stalls(dut):
 
 @cocotb.test()
 async def test_one_user_blocked(dut):
-    """The others get as many commands as the blocked one's FIFO holds, and the rest when it goes on."""
+    """The others get as many commands as the FIFO of the blocked user holds, and the rest when that user continues."""
     depth, blocked = latency("depth"), [True]
     source = StreamSource(dut, "command", dut.clk)
     sinks = [StreamSink(dut, user, dut.clk, (lambda: blocked[0]) if user == USERS[1] else never) for user in USERS]

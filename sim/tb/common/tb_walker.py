@@ -25,7 +25,7 @@ def _commands(random, count):
 
 
 def _steps(commands):
-    """What the outputs must be in every step."""
+    """The expected outputs of every step."""
     bank = 1
     for command in commands:
         bank ^= 1 - command["reuse"]

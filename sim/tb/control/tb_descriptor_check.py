@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The check against hw.spec.control.refusal: good descriptors pass with what follows from them, bad ones do not."""
+"""The check against hw.spec.control.refusal: valid descriptors pass, with the values derived from them; others fail."""
 
 from dataclasses import replace
 from typing import Any
@@ -84,24 +84,24 @@ async def _accept_many(dut: Any, stall: Stall) -> None:
 
 @cocotb.test()
 async def good_ones(dut):
-    """Random and extreme layers, with and without reuse: the work is that of hw.spec."""
+    """Random and extreme layers, with and without reuse: the work equals that of hw.spec."""
     await _accept_many(dut, never)
 
 
 @cocotb.test()
 async def good_ones_with_stalls(dut):
-    """The same with pauses."""
+    """The same test with pauses."""
     await _accept_many(dut, randomly(0.5, rng(2)))
 
 
 @cocotb.test()
 async def time(dut):
-    """The latency that the block states."""
+    """The latency is the one that the block states."""
     random, bench = rng(1), _Bench(dut)
     await begin(dut)
     bench.source.send(_number(_descriptor(_limits()[0], random).to_words()))
     await until(dut.clk, lambda: bench.source.transfers == 1, "the descriptor", cycles=50)
-    # The source notes a transfer one edge after it happened.
+    # The source records a transfer one edge after it happens.
     assert await until(dut.clk, lambda: bool(int(dut.work_valid.value)), "work", cycles=50) == latency() - 1
 
 
@@ -134,7 +134,7 @@ def _mutations(descriptor: Descriptor, random) -> list[list[int]]:
 
 @cocotb.test()
 async def bad_ones(dut):
-    """Every field just beside its right value, at its ends, and with a bit flipped; every reserved bit."""
+    """Every field one away from its valid value, at its limits, and with a bit flipped; every reserved bit."""
     random, bench = rng(1), _Bench(dut)
     await begin(dut)
     edge, codes = RisingEdge(dut.clk), set()
@@ -152,7 +152,7 @@ async def bad_ones(dut):
             shown = [f"{word:#x}" for word in words]
             assert got == (expected, int(expected == ErrorCode.NONE)), f"{got}, not {expected.name}: {shown}"
             bench.work.received.clear()
-            # Nothing that follows a bad one is looked at, until the reset.
+            # After an invalid descriptor, the block ignores all others until the reset.
             if expected:
                 bench.source.send(_number(descriptor.to_words()))
                 await cycle(dut.clk, 12)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dispatcher: every unit gets its share of every layer, in order and no sooner than it may."""
+"""The dispatcher: every unit gets its share of every layer, in order and not too early."""
 
 from typing import Any, NamedTuple
 
@@ -15,11 +15,11 @@ from sim.bench.streams import Stall, StreamSink, StreamSource, cycle, never, ran
 
 UNITS = ("core", "unit", "blocks", "jobs", "regions")
 LAYERS_AHEAD = {"unit": 2, "jobs": 4}
-"""Layers that wait for these units in FIFOs."""
+"""Layers that wait in the FIFOs of these units."""
 
 
 class _Work(NamedTuple):
-    """A checked descriptor, as the units know its fields."""
+    """A checked descriptor, with the units' names of its fields."""
 
     command: LayerCommand
     activations: int
@@ -38,7 +38,7 @@ class _Work(NamedTuple):
         return payload("work").pack(**{name: [value] for name, value in fields.items()})[0]
 
     def share(self, unit: str) -> dict[str, int] | None:
-        """What a unit must be told; None if nothing."""
+        """The expected share of a unit, or None if it gets nothing."""
         command = self.command
         if unit == "core":
             return command.__dict__
@@ -53,7 +53,7 @@ class _Work(NamedTuple):
 
 
 def _works(count: int, reuse: float = 0.4) -> list[_Work]:
-    """Random layers, a part of which take the activations of the layer before; nothing in two of them is alike."""
+    """Random layers; some of them reuse the activations of the layer before. No two layers have a value in common."""
     random, works = rng(7), []
     for _ in range(count):
         layer = random_layer(config(), random)
@@ -77,10 +77,10 @@ def _works(count: int, reuse: float = 0.4) -> list[_Work]:
 
 
 class _Bench:
-    """The units, the fetch's ``asking``, and when weights may be offered."""
+    """The units, the fetch's ``asking``, and the check when weights may be offered."""
 
     def __init__(self, dut: Any, stalls: dict[str, Stall] | None = None, busy: range = range(1, 2)):
-        """busy: cycles that the fetch may ask for a block."""
+        """busy: how many cycles the fetch may ask for a block."""
         self.dut, self.busy = dut, busy
         stalls = stalls or {}
         self.work = StreamSource(dut, "work", dut.clk, stalls.get("work", never))
@@ -90,7 +90,7 @@ class _Bench:
         cocotb.start_soon(self._fetch())
 
     async def _fetch(self) -> None:
-        """Asks for each block for some cycles, from the cycle after its transfer on. Weights must wait for that."""
+        """Asks for each block for some cycles, starting in the cycle after its transfer. Weights must wait for that."""
         edge, random, dut = RisingEdge(self.dut.clk), rng(6), self.dut
         left = blocks = regions = 0
         while True:
@@ -114,7 +114,7 @@ class _Bench:
         self.work.send(work.word for work in works)
 
     async def check(self) -> None:
-        """Every unit got its shares of everything that was sent, and nothing else."""
+        """Every unit got its shares of all layers that were sent, and nothing else."""
         for unit, sink in self.units.items():
             shares = [share for work in self.works if (share := work.share(unit)) is not None]
             fields = payload(unit).unpack(await sink.take(len(shares), cycles=100_000))
@@ -127,7 +127,7 @@ class _Bench:
 
 @cocotb.test()
 async def shares(dut):
-    """Nobody pauses."""
+    """No unit pauses."""
     bench = _Bench(dut)
     await begin(dut)
     bench.send(_works(60))
@@ -137,12 +137,12 @@ async def shares(dut):
 @cocotb.test()
 @cocotb.parametrize(longest=[3, 60])
 async def shares_with_stalls(dut, longest):
-    """Everybody pauses at a pace of their own, and fetching activations takes its time."""
+    """Every unit pauses at its own rate, and the fetch of activations takes some cycles."""
     stalls = {
         unit: randomly(p, rng(n)) for n, (unit, p) in enumerate(zip(("work", *UNITS), (0.2, 0.3, 0.6, 0, 0.8, 0.5)))
     }
     bench, pause = _Bench(dut, stalls, range(1, longest + 1)), stalls["blocks"]
-    # The fetch takes no block before the last one is asked for.
+    # The fetch takes no block before it has asked for all of the previous one.
     bench.units["blocks"].stall = lambda: bool(read(dut.asking)) or pause()
     await begin(dut)
     bench.send(_works(150))
@@ -151,7 +151,7 @@ async def shares_with_stalls(dut, longest):
 
 @cocotb.test()
 async def time(dut):
-    """Layers that reuse their activations: the core's and the weights' share at once, a layer in two cycles."""
+    """Layers that reuse activations: the core and the weights get their shares together, one layer in two cycles."""
     bench, works = _Bench(dut), _works(40, reuse=1)
     await begin(dut)
     bench.send(works[:1])
@@ -168,7 +168,7 @@ async def time(dut):
 @cocotb.test()
 @cocotb.parametrize(blocked=UNITS)
 async def one_unit_blocked(dut, blocked):
-    """The others get the layers that the blocked one's FIFO holds and one more, and the rest when it goes on."""
+    """The others get one layer more than the blocked unit's FIFO holds, and the rest when that unit continues."""
     holding = [True]
     bench = _Bench(dut, {blocked: lambda: holding[0]})
     await begin(dut)
@@ -184,7 +184,7 @@ async def one_unit_blocked(dut, blocked):
 
 @cocotb.test()
 async def weights_wait_for_activations(dut):
-    """However long the fetch asks for a layer's block, its weights come in the very next cycle, and not before."""
+    """A layer's weights come in the cycle after the fetch has asked for the layer's block, however long it asks."""
     bench = _Bench(dut)
     await begin(dut)
     monitor = Monitor(dut, ("blocks", "regions"))

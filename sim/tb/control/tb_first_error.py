@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first error: which one is kept of several in one cycle, and that later ones change nothing."""
+"""The first error: which of several errors in one cycle is kept, and that later errors change nothing."""
 
 import cocotb
 import numpy as np
@@ -10,13 +10,13 @@ from sim.bench.streams import rng
 
 BUS = (ErrorCode.READ_BUS, ErrorCode.WRITE_BUS, ErrorCode.READ_TIMEOUT, ErrorCode.WRITE_TIMEOUT)
 SERIOUS_FIRST = (*BUS, ErrorCode.UNDERRUN, ErrorCode.NON_FINITE, ErrorCode.EXPONENT)
-"""What a driver may rely on: an error of the bus hides one of the data, and both hide a refused descriptor."""
+"""A driver may rely on this order: a bus error hides a data error, and both hide a refused descriptor."""
 REFUSALS = (ErrorCode.OPCODE, ErrorCode.SHAPE, ErrorCode.ALIGNMENT)
 ADDRESS_BITS = 40
 
 
 def _model(rst, faults, refused) -> tuple[list[int], list[int]]:
-    """Code and address at the start of each cycle; ``faults`` has (raised, address) of each cycle by code."""
+    """Code and address at the start of each cycle. ``faults`` holds, by code, (raised, address) of each cycle."""
     codes, addresses, code, address = [], [], 0, 0
     for t, reset in enumerate(rst):
         codes.append(code)
@@ -48,7 +48,7 @@ async def _compare(dut, rst, faults, refused) -> None:
 
 @cocotb.test()
 async def every_pair(dut):
-    """Any two errors in one cycle: the more serious one is kept, with its address."""
+    """Of any two errors in one cycle, the more serious one is kept, with its address."""
     random, rst, refused = rng(1), [], []
     faults = {code: [] for code in SERIOUS_FIRST}
     for one in SERIOUS_FIRST:
@@ -63,7 +63,7 @@ async def every_pair(dut):
 
 @cocotb.test()
 async def random_errors(dut):
-    """Errors at random, several at a time: the first cycle with any of them counts, until the reset."""
+    """Random errors, several at a time: the first cycle with an error counts, until the reset."""
     random, cycles = rng(2), 4000
     rst = (random.random(cycles) < 0.1).astype(int).tolist()
     refused = np.where(random.random(cycles) < 0.1, random.choice(REFUSALS, cycles), 0).tolist()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The control port against cocotbext-axi and against pins driven by hand; what to expect is in the register map."""
+"""The control port, with cocotbext-axi and with pins driven directly. The register map gives the expected values."""
 
 import logging
 from typing import Any
@@ -33,7 +33,7 @@ def _random(random: np.random.Generator, bits: int) -> int:
 
 
 def _to_pins(register: Register, value: int) -> int:
-    """A register's value as its member has it: the fields alone, side by side."""
+    """A register's value as its member holds it: only the fields, without gaps."""
     if not register.fields:
         return value
     return payload(register.name).pack(**{field.name: [field.get(value)] for field in register.fields})[0]
@@ -45,14 +45,14 @@ def _used(register: Register) -> int:
 
 
 class _Bench:
-    """Both sides of the bank: the hardware's values on its members, and the bus."""
+    """Both sides of the bank: the values of the hardware on its members, and the bus."""
 
     def __init__(self, dut: Any, *, master: bool = True):
         self.dut, self.random = dut, rng(1)
         self.values: dict[str, int] = {}
         self.memories = {run.name: [_random(self.random, 32) for _ in range(run.words)] for run in RUNS}
         self.strobes: list[tuple[str, int]] = []
-        """Every command seen: register and fields."""
+        """All commands so far: register and fields."""
         dut.forget.value = 0
         for register in _of(Access.CLEAR):
             getattr(dut, f"set_{register.name}").value = 0
@@ -82,13 +82,13 @@ class _Bench:
             channel.set_pause_generator(iter(stall, None))
 
     def show(self, register: Register) -> None:
-        """A new random value on a READ register's member."""
+        """Puts a new random value on the member of a READ register."""
         value = _random(self.random, 64) & _used(register)
         self.values[register.name] = value
         getattr(self.dut, register.name).value = _to_pins(register, value)
 
     def held(self) -> dict[str, int]:
-        """What every register that software or its bits can change holds."""
+        """The value of every register that software can change."""
         return {r.name: read(getattr(self.dut, r.name)) for r in [*HELD, *_of(Access.CLEAR)]}
 
     async def get(self, offset: int) -> int:
@@ -101,14 +101,14 @@ class _Bench:
         assert answer.resp == OKAY, f"write of {offset:#x}: {answer.resp}"
 
     async def drive(self, channel: str, wait: int = 0, **values: int) -> None:
-        """One transfer to the hardware on AW, W or AR, after so many cycles."""
+        """One transfer to the hardware on AW, W or AR, after ``wait`` cycles."""
         await cycle(self.dut.clk, wait)
         for name, value in values.items():
             self.pin(channel + name).value = value
         await self._transfer(channel, "valid", "ready")
 
     async def take(self, channel: str, wait: int = 0) -> tuple[int, int]:
-        """(response, data) of one transfer from the hardware on B or R, after so many cycles of not being ready."""
+        """(response, data) of one transfer from the hardware on B or R, after ``wait`` cycles without ready."""
         await cycle(self.dut.clk, wait)
         answer = await self._transfer(channel, "ready", "valid")
         assert answer is not None
@@ -128,7 +128,7 @@ class _Bench:
         return read(self.pin(f"{channel}resp")), read(self.pin("rdata")) if channel == "r" else 0
 
     async def write(self, offset: int, value: int, strobes: int = 15, aw: int = 0, w: int = 0, b: int = 0) -> int:
-        """A write by hand; returns the response."""
+        """A write by driving the pins; returns the response."""
         address = cocotb.start_soon(self.drive("aw", aw, addr=offset))
         data = cocotb.start_soon(self.drive("w", w, data=value, strb=strobes))
         answer = await self.take("b", b)
@@ -136,12 +136,12 @@ class _Bench:
         return answer[0]
 
     async def read(self, offset: int, r: int = 0) -> tuple[int, int]:
-        """A read by hand: (response, data)."""
+        """A read by driving the pins: (response, data)."""
         cocotb.start_soon(self.drive("ar", addr=offset))
         return await self.take("r", r)
 
     async def _memory(self, run: Register) -> None:
-        """Hardware's side of a run: asynchronous reads."""
+        """The hardware's side of a memory (a run of registers): asynchronous reads."""
         index, member = getattr(self.dut, f"{run.name}_index"), getattr(self.dut, run.name)
         member.value = self.memories[run.name][0]
         while True:
@@ -150,7 +150,7 @@ class _Bench:
                 member.value = self.memories[run.name][read(index)]
 
     async def _watch(self, channel: str) -> None:
-        """In every test: an answer stays as it is until it is taken, and every request gets one."""
+        """Checks in every test: an answer does not change until it is taken, and every request gets one answer."""
         before, owed = None, 0
         requests = {"b": ("aw", "w"), "r": ("ar",)}[channel]
         counts = dict.fromkeys(requests, 0)
@@ -183,7 +183,7 @@ async def _begin(dut: Any, **options: bool) -> _Bench:
 
 @cocotb.test()
 async def hardware_values(dut):
-    """Every word that hardware shows reads as what is on its member, with 0 where there is no field."""
+    """Every word that the hardware shows reads as the value on its member, with 0 where there is no field."""
     bench = await _begin(dut)
     for _ in range(2):
         for register in SHOWN:
@@ -200,7 +200,7 @@ async def hardware_values(dut):
 
 @cocotb.test()
 async def software_values(dut):
-    """Every word that software writes comes out, reads back and leaves all others alone; after reset it is as said."""
+    """A word that software writes appears at the member, reads back and changes no other; reset restores its value."""
     bench = await _begin(dut)
     expected = {register.name: _to_pins(register, register.reset) for register in HELD}
     expected |= {register.name: 0 for register in _of(Access.CLEAR)}
@@ -219,7 +219,7 @@ async def software_values(dut):
 
 @cocotb.test()
 async def commands(dut):
-    """A command is one cycle long, whatever the bus does, and reads as 0."""
+    """A command lasts one cycle, whatever the bus does, and reads as 0."""
     bench = await _begin(dut)
     for register in _of(Access.COMMAND):
         for value in [*(field.mask for field in register.fields), _used(register), 0, 0xFFFF_FFFF & ~_used(register)]:
@@ -233,7 +233,7 @@ async def commands(dut):
 
 @cocotb.test()
 async def pending(dut):
-    """Causes stay until software writes 1 to them, or the hardware forgets them all."""
+    """Causes stay until software writes 1 to them, or until the hardware clears all of them."""
     bench = await _begin(dut, master=False)
     for register in _of(Access.CLEAR):
         member = getattr(dut, register.name)
@@ -254,7 +254,7 @@ async def pending(dut):
 
 @cocotb.test()
 async def set_while_clearing(dut):
-    """A cause that comes with the write that clears it, or after, is not lost; one that comes before is."""
+    """A cause that is set in the cycle of the write that clears it, or later, is kept; an earlier one is cleared."""
     bench = await _begin(dut, master=False)
     for register in _of(Access.CLEAR):
         everything = _to_pins(register, _used(register))
@@ -270,7 +270,7 @@ async def set_while_clearing(dut):
 
 
 async def _pulse(dut: Any, name: str, value: int = 1) -> None:
-    """The value for one cycle, and one cycle to see what it does."""
+    """Sets the value for one cycle, then waits one cycle for its effect."""
     getattr(dut, name).value = value
     await cycle(dut.clk)
     getattr(dut, name).value = 0
@@ -279,7 +279,7 @@ async def _pulse(dut: Any, name: str, value: int = 1) -> None:
 
 @cocotb.test()
 async def responses(dut):
-    """What is not there, what is read-only and what is a part of a word is refused, and nothing happens."""
+    """Accesses without a register, writes to read-only words and partial writes are refused and have no effect."""
     bench = await _begin(dut, master=False)
     before = bench.held()
     for offset in sorted({*UNKNOWN[:: len(UNKNOWN) // 32], UNKNOWN[0], WINDOW_BYTES, SPACE - 4} & set(UNKNOWN)):
@@ -304,7 +304,7 @@ async def responses(dut):
 
 @cocotb.test()
 async def frozen(dut):
-    """The high word is that of the moment in which the low word was read, and of no other register."""
+    """The high word is the one of the moment when the low word was read, and belongs to the same register."""
     bench = await _begin(dut, master=False)
     assert WIDE
     order = [WIDE[index] for index in bench.random.permutation(len(WIDE))]
@@ -326,7 +326,7 @@ async def frozen(dut):
 @cocotb.test()
 @cocotb.parametrize(pauses=["none", "some"])
 async def concurrent(dut, pauses):
-    """Reads and writes at the same time, in bursts, with random pauses on all five channels: none disturbs another."""
+    """Concurrent reads and writes, in bursts, with random pauses on all five channels, do not disturb each other."""
     bench = await _begin(dut)
     bench.pause([never if pauses == "none" else bursty(rng(10 + index), 3, 3) for index in range(5)])
     words = [offset for register in HELD for offset in range(register.offset, register.end, 4)]
@@ -363,7 +363,7 @@ async def concurrent(dut, pauses):
 @cocotb.test()
 @cocotb.parametrize(aw=[0, 1, 2, 13], w=[0, 1, 2, 13])
 async def orders(dut, aw, w):
-    """AW long before W, W long before AW, and answers that wait long; the value is out when B is valid."""
+    """AW long before W, W long before AW, and answers that wait long; the member has the value when B is valid."""
     bench = await _begin(dut, master=False)
     register = BY_NAME["descriptor"]
     for index, wait in enumerate((0, 1, 2, 17)):
@@ -371,7 +371,7 @@ async def orders(dut, aw, w):
         at = register.offset + 4 * index
         assert await bench.write(at, value, aw=aw, w=w, b=wait) == OKAY
         assert await bench.read(at, r=wait) == (OKAY, value)
-    # The next write's AW and W are taken while the answer to the one before waits, and it waits for that.
+    # The AW and W of the next write are taken while the answer to the first one waits. The second write waits for that.
     first, second = register.offset, register.offset + 4
     await Combine(
         cocotb.start_soon(bench.drive("aw", aw, addr=first)), cocotb.start_soon(bench.drive("w", w, data=1, strb=15))
@@ -390,7 +390,7 @@ async def orders(dut, aw, w):
 
 @cocotb.test()
 async def no_path_through(dut):
-    """Inputs that change in the middle of a cycle change no AXI output within it."""
+    """Inputs that change in the middle of a cycle change no AXI output in the same cycle."""
     bench = await _begin(dut, master=False)
     inputs = ("awaddr", "awvalid", "wdata", "wstrb", "wvalid", "bready", "araddr", "arvalid", "rready")
     outputs = ("awready", "wready", "bvalid", "bresp", "arready", "rvalid", "rdata", "rresp")
@@ -404,7 +404,7 @@ async def no_path_through(dut):
                 handle = bench.pin(name)
                 handle.value = _random(bench.random, len(handle))
             if round_:
-                # Mostly a register's address, so that everything happens.
+                # Mostly the address of a register, so that all cases occur.
                 bench.pin("awaddr").value = int(bench.random.choice(list(KNOWN)))
                 bench.pin("araddr").value = int(bench.random.choice(list(KNOWN)))
             await Timer(500, "ps")
@@ -415,7 +415,7 @@ async def no_path_through(dut):
 
 @cocotb.test()
 async def latencies(dut):
-    """From the last request to the answer, and from one access to the next, as stated."""
+    """The cycles from the last request to the answer, and from one access to the next, are as stated."""
     bench = await _begin(dut, master=False)
     for name, value in dict(awaddr=BY_NAME["timeout"].offset, wdata=7, wstrb=15, araddr=0).items():
         bench.pin(name).value = value

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The watchdog: when it reports somebody who owes an answer, and when it does not."""
+"""The watchdog: when it reports a client that owes an answer, and when it does not."""
 
 import cocotb
 import numpy as np
@@ -10,11 +10,11 @@ from sim.bench.streams import rng
 WATCHED = config().ports + 1
 ALL = (1 << WATCHED) - 1
 SLACK = 4
-"""Cycles: the counter's own, and the output register."""
+"""Cycles of delay in the counter and in the output register."""
 
 
 async def _late(dut, timeout, owes, progress) -> np.ndarray:
-    """Which bits are reported, bool [cycles, WATCHED]; what is given is a number per cycle, or one for all."""
+    """The reported bits, bool [cycles, WATCHED]. Each argument is a number per cycle, or one number for all cycles."""
     inputs = dict(timeout=timeout, owes=owes, progress=progress)
     length = max(len(value) for value in inputs.values() if not isinstance(value, int))
     lists = {name: [value] * length if isinstance(value, int) else value for name, value in inputs.items()}
@@ -30,24 +30,24 @@ def _bits(values) -> np.ndarray:
 
 
 @cocotb.test()
-@cocotb.parametrize(timeout=[1, 2, 7, 100], who=range(WATCHED))
-async def one_to_two_timeouts(dut, timeout, who):
-    """Somebody who owes and does not move is reported after one to two timeouts, and nobody else; in any phase."""
+@cocotb.parametrize(timeout=[1, 2, 7, 100], client=range(WATCHED))
+async def one_to_two_timeouts(dut, timeout, client):
+    """Only a client that owes and does not move is reported, after one to two timeouts, in any phase."""
     for start in rng(1).permutation(2 * timeout + 3)[:12].tolist():
-        owes = [0] * start + [1 << who] * (3 * timeout + 3 * SLACK)
+        owes = [0] * start + [1 << client] * (3 * timeout + 3 * SLACK)
         late = await _late(dut, timeout, owes, 0)
-        assert not np.delete(late, who, axis=1).any()
-        first = int(np.flatnonzero(late[:, who])[0]) - start
+        assert not np.delete(late, client, axis=1).any()
+        first = int(np.flatnonzero(late[:, client])[0]) - start
         assert timeout < first <= 2 * timeout + SLACK, f"reported after {first} cycles"
 
 
 @cocotb.test()
 @cocotb.parametrize(event=["progress", "nothing_owed"])
 async def starts_anew(dut, event):
-    """A single cycle of progress, or of owing nothing, counts as an answer."""
+    """A single cycle with progress, or without a debt, counts as an answer."""
     timeout = 20
     for gap in rng(1).integers(1, timeout, 6).tolist():
-        # Ever again just in time, and then no more.
+        # Each answer comes just in time, and then no more answers come.
         times = list(range(gap, 15 * timeout, gap))
         length = times[-1] + 3 * timeout + SLACK
         owes, progress = [ALL] * length, [0] * length
@@ -63,26 +63,26 @@ async def starts_anew(dut, event):
 
 @cocotb.test()
 async def never(dut):
-    """A timeout of 0 is none."""
+    """With a timeout of 0, the watchdog never reports."""
     assert not (await _late(dut, 0, [ALL] * 2000, 0)).any()
 
 
 @cocotb.test()
 @cocotb.parametrize(before=[0, 5000, 0xFFFF_FFFF])
 async def another_timeout(dut, before):
-    """A new timeout counts from when it is set, also where none or a much longer one was set before."""
+    """A new timeout counts from the cycle when it is set, also after none or a much longer one."""
     after, at = 30, 100
     late = await _late(dut, [before] * at + [after] * 200, [ALL] * 300, 0)
     first = int(np.flatnonzero(late.any(axis=1))[0])
     assert at + after < first <= at + 2 * after + SLACK
-    # And back to never.
+    # Back to no timeout.
     late = await _late(dut, [after] * 10 + [0] * 300, [ALL] * 310, 0)
     assert not late.any()
 
 
 @cocotb.test()
 async def random_traffic(dut):
-    """Anybody reported has been silent for the timeout, and nobody silent for two stays unreported."""
+    """A reported client has been silent for the timeout. A client that is silent for two timeouts is reported."""
     random, cycles = rng(1), 6000
     for timeout in (3, 17, 60):
         busy = random.random((cycles, WATCHED)) < 1.5 / timeout

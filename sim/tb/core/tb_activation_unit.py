@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The activation unit: float32 in, the mantissas and exponents of the numpy definition out, bit for bit."""
+"""The activation unit: from float32 values, the mantissas and exponents of the numpy definition, bit for bit."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ def _layer(random: np.random.Generator, groups: int | None = None) -> LayerLayou
 
 
 def _bits(x: np.ndarray) -> list[int]:
-    """float32 [M, K], one token after the other, slice by slice."""
+    """The bits of float32 [M, K], token after token, slice by slice."""
     raw = np.ascontiguousarray(x, np.float32).view(np.uint8).reshape(-1, 4 * config().tile)
     return [int.from_bytes(row.tobytes(), "little") for row in raw]
 
@@ -54,7 +54,7 @@ class _Bench:
 
 
 def _random_x(random: np.random.Generator, m: int, k: int) -> np.ndarray:
-    """Every kind of token: usual ones, outliers, zeros, tiny next to huge, mantissas that just round up."""
+    """Every kind of token: usual values, outliers, zeros, tiny next to huge values, mantissas that just round up."""
     x = random.standard_normal((m, k)).astype(np.float32)
     for row in x:
         kind = random.integers(6)
@@ -65,10 +65,10 @@ def _random_x(random: np.random.Generator, m: int, k: int) -> np.ndarray:
         elif kind == 3:
             row *= np.exp2(random.integers(-60, 60, k)).astype(np.float32)
         elif kind == 4:
-            # Halves and values next to them, so that every way to round occurs.
+            # Halves and values next to them, so that every case of rounding occurs.
             row[:] = random.integers(-(1 << 17), 1 << 17, k) / np.float32(4)
         elif kind == 5:
-            # Whether rounding carries into one bit more: values around the one where it begins to.
+            # Values around the smallest one whose rounding carries into one more bit.
             bits = config().activation_bits
             below = 2.0**-bits + random.choice([-(2.0**-24), 0, 2.0**-24, 2.0 ** -(bits + 1), 2.0**-bits])
             row[random.integers(k)] = np.float32(random.choice([-1, 1]) * (1 - below) * 2.0 ** random.integers(4, 20))
@@ -92,7 +92,7 @@ async def _run(dut, stalls=never, command_stall=never, sink_stall=never, count=4
 
 @cocotb.test()
 async def stalls(dut):
-    """Random pauses everywhere."""
+    """Random pauses on every stream."""
     await _run(dut, randomly(0.4, rng(2)), randomly(0.5, rng(3)), randomly(0.4, rng(4)))
 
 
@@ -104,7 +104,7 @@ async def bursts(dut):
 
 @cocotb.test()
 async def full_speed(dut):
-    """Without pauses: a slice per cycle in, the latency that the manifest states, a slice per cycle out."""
+    """Without pauses, the unit takes and gives a slice per cycle, with the latency that the manifest states."""
     c, random, bench = config(), rng(1), _Bench(dut)
     await begin(dut)
     layer = _layer(random, groups=3)
@@ -128,8 +128,8 @@ async def full_speed(dut):
 
 
 @cocotb.test()
-async def reuse_passes_by(dut):
-    """A command that reuses activations takes none, and the next one is not disturbed."""
+async def reuse_takes_no_activations(dut):
+    """A command that reuses activations takes none, and does not disturb the next command."""
     random, bench = rng(1), _Bench(dut)
     await begin(dut)
     layer = _layer(random)
@@ -152,7 +152,7 @@ async def _refuse(dut, value: float, flag: str) -> None:
     x[-1, random.integers(layer.k)] = value
     bench.send(layer, x)
     await until(dut.clk, lambda: bool(int(getattr(dut, flag).value)), flag, cycles=10_000)
-    # The layer stays where it is.
+    # The layer does not move.
     await bench.slices.quiet(128)
     other = "out_of_range" if flag == "non_finite" else "non_finite"
     assert int(getattr(dut, flag).value) and not int(getattr(dut, other).value)
@@ -161,12 +161,12 @@ async def _refuse(dut, value: float, flag: str) -> None:
 @cocotb.test()
 @cocotb.parametrize(value=[float("inf"), float("-inf"), float("nan")])
 async def non_finite(dut, value):
-    """One element that is not a finite number is found."""
+    """A single element that is not a finite number is detected."""
     await _refuse(dut, value, "non_finite")
 
 
 @cocotb.test()
 @cocotb.parametrize(value=[1e-40, 2.0**-120])
 async def out_of_range(dut, value):
-    """A token whose exponent leaves its field is found."""
+    """A token whose exponent does not fit its field is detected."""
     await _refuse(dut, value, "out_of_range")

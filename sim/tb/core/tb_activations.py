@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The activation buffer: what is written can be read when it is said to be, sums too, and banks wait for release."""
+"""The activation buffer: written data and sums can be read as soon as the buffer states it; banks wait for release."""
 
 import cocotb
 import numpy as np
@@ -26,7 +26,7 @@ def _jobs(random, count, reuse=0.0, tokens=None):
 
 
 class _Bench:
-    """Drives the buffer; addresses are set in mid-cycle, so that a read happens in the very cycle that allows it."""
+    """Drives the buffer. Addresses are set in mid-cycle, so that a read happens in the first cycle that allows it."""
 
     def __init__(self, dut, jobs, stall=never, command_stall=never):
         self.dut, self.jobs = dut, [job for job in jobs if not job.reuse]
@@ -46,7 +46,7 @@ class _Bench:
         self._plan()
 
     def _plan(self):
-        """Contents of the memories, in the order of the transfers."""
+        """The contents of the memories, in the order of the transfers."""
         self.mantissas, self.group_sums, self.ends, self.slice_ends = [], [], [], []
         for number, job in enumerate(self.jobs):
             c, base = config(), number % 2 * self.bank_slices
@@ -79,7 +79,7 @@ class _Bench:
         raise AssertionError(f"not done after {limit} cycles: {len(self.transfers)} slices taken")
 
     def _ask(self):
-        """Set addresses for reads that are allowed from this very cycle on."""
+        """Set addresses for reads that are allowed starting in this cycle."""
         dut = self.dut
         if str(dut.slice_ready.value) == "1":
             self.ready += 1
@@ -99,7 +99,7 @@ class _Bench:
             self.due[self.now + latency("read_latency"), "sum"] = ("sum_data", value)
 
     def _check(self):
-        """At the end of the cycle: data that is due, and whether a slice went in."""
+        """Checks at the end of the cycle: the data that is due, and whether the buffer took a slice."""
         dut, c = self.dut, config()
         name, values = self.due.pop(self.now, (None, None))
         if name:
@@ -116,7 +116,7 @@ class _Bench:
             self.transfers.append(self.now)
 
     async def read_back(self, number):
-        """Read a whole bank again, exponents too, whatever the other bank is doing."""
+        """Read a whole bank again, exponents too, while the other bank does anything."""
         job, start = self.jobs[number], self.ends[number - 1] if number else 0
         self.reads = list(range(start, self.ends[number]))
         for token in range(job.tokens):
@@ -129,7 +129,7 @@ class _Bench:
 
 @cocotb.test()
 async def test_full_throughput(dut):
-    """A slice every cycle, also from one command to the next; every read as early as it is allowed."""
+    """A slice every cycle, also between commands; every read as early as it is allowed."""
     bench = _Bench(dut, _jobs(rng(), 2))
     await begin(dut)
     await bench.run(lambda b: b.ready == sum(b.slice_ends) and not b.reads, lambda b: b.now == 0)
@@ -140,7 +140,7 @@ async def test_full_throughput(dut):
 
 @cocotb.test()
 async def test_sums_of_short_groups(dut):
-    """One token, groups of one slice: a sum is complete in every cycle, and read in the cycle that first allows it."""
+    """One token, groups of one slice: a sum is complete in every cycle, and is read as early as it is allowed."""
     c = config()
     layer = random_layer(c, rng(), max_k=160, max_tiles=1)
     job = Job(layer, weights_of(layer, rng()), activations_of(layer, 1, rng()))
@@ -153,11 +153,11 @@ async def test_sums_of_short_groups(dut):
 @cocotb.test()
 @cocotb.parametrize(stall=[0.0, 0.5])
 async def test_banks(dut, stall):
-    """Two banks fill, a third waits; each holds its data until it is released; reusing commands bring nothing."""
+    """Two banks fill and the next data waits. A bank keeps its data until its release. Reuse brings no data."""
     random = rng()
     bench = _Bench(dut, _jobs(random, 14, reuse=0.4), randomly(stall, rng(1)), randomly(stall, rng(2)))
     await begin(dut)
-    # The first release stands for the bank that is missing at the start: without it only one bank can be filled.
+    # One bank is not free at the start. The first release frees it: before that, only one bank can be filled.
     await bench.run(lambda b: b.now > 2 * b.bank_slices + 50)
     assert len(bench.transfers) == bench.ends[0]
     for number in range(len(bench.jobs)):

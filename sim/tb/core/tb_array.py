@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The systolic array: slices of any number of tokens, back to back or apart, with rubbish on every idle input."""
+"""The systolic array: slices of any number of tokens, with or without gaps, with random values on every idle input."""
 
 import cocotb
 import numpy as np
@@ -68,5 +68,5 @@ async def test_gaps(dut):
 
 @cocotb.test()
 async def test_extremes(dut):
-    """All weights and activations at their bounds: the psum's width is just enough."""
+    """All weights and activations at their bounds: the width of the psum is just sufficient."""
     await _multiply(dut, [1, 2, 1, 3], [0, 0, 1, 0], extreme=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The word assembler: several narrow beats become one word, the first one lowest; a wide beat is a word."""
+"""The word assembler: several narrow beats become one word, with the first beat lowest; a wide beat is one word."""
 
 import cocotb
 from cocotb.triggers import Timer
@@ -14,7 +14,7 @@ PER_WORD = StreamLayout(config()).beats_per_word
 
 @cocotb.test(skip=PER_WORD > 1)
 async def test_straight_through(dut):
-    """Where a beat is a word, everything passes at once, in both directions."""
+    """If a beat is a word, everything passes in the same cycle, in both directions."""
     random, bits = rng(), config().beat_bits
     assert latency() == 0
     for _ in range(200):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The control at the column heads against the loop nest: flags, tokens, ring entries, sums, scales, every cycle."""
+"""The control at the column heads against the loop nest: flags, tokens, ring entries, sums, scales, in every cycle."""
 
 from typing import NamedTuple
 
@@ -15,11 +15,11 @@ from sim.bench.packing import Layout
 from sim.bench.streams import StreamSource, cycle, never, randomly, rng
 
 RING_DELAY = latency("ring_delay")
-"""Cycles from a psum to its group's addition to the ring: what :mod:`sim.tb.core.tb_columns` measures."""
+"""Cycles from a psum to the addition of its group to the ring, as :mod:`sim.tb.core.tb_columns` measures them."""
 
 
 class _Token(NamedTuple):
-    """What column 0 must be told about one token."""
+    """The expected outputs to column 0 for one token."""
 
     token: int
     first_slice: int
@@ -30,7 +30,7 @@ class _Token(NamedTuple):
     record: int
     tile_done: int
     starts: int
-    """Number of the command that this token belongs to."""
+    """The number of the command that this token belongs to."""
 
 
 def _tokens(commands):
@@ -90,7 +90,7 @@ class _Bench:
         after = 0
         while after < latency("lead") + RING_DELAY + 8:
             after += sent == len(self.tokens)
-            # A token only follows its command, which the walker takes with the last token of the one before.
+            # A token comes only after its command, which the walker takes with the last token of the previous command.
             known = sent < len(self.tokens) and self.source.transfers > self.tokens[sent].starts
             fire = known and not stall()
             dut.token.value = int(fire)
@@ -108,7 +108,7 @@ class _Bench:
         return log
 
     def _check(self, log):
-        """The outputs of the cycle that has just ended, cycle ``len(log) - 1``."""
+        """Checks the outputs of the cycle that has just ended, cycle ``len(log) - 1``."""
         dut, lead = self.dut, latency("lead")
 
         def ago(cycles):
@@ -140,7 +140,7 @@ class _Bench:
 
 @cocotb.test()
 async def test_full_throughput(dut):
-    """A token every cycle, from the first layer's first to the last layer's last."""
+    """A token every cycle, from the first token of the first layer to the last token of the last layer."""
     bench = _Bench(dut, rng(), 12)
     await begin(dut)
     log = await bench.run(never)
@@ -158,13 +158,13 @@ async def test_random_stalls(dut, p):
 
 @cocotb.test()
 async def test_underrun(dut):
-    """A group that ends without its record is noticed, and stays so."""
+    """A group that ends without its record is detected, and the error stays."""
     bench = _Bench(dut, rng(), 1)
     await begin(dut)
     bench.source.send(bench.commands[0].to_int(config()))
     await cycle(dut.clk, 4)
     dut.token.value = 1
-    # Up to the first token of the group's last slice, which is the first to want the record.
+    # Run to the first token of the group's last slice, which is the first token that needs the record.
     await cycle(dut.clk, (bench.commands[0].group_slices - 1) * bench.commands[0].tokens + 1)
     dut.token.value = 0
     assert not int(dut.underrun.value)

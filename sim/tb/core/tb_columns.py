@@ -11,7 +11,7 @@ from sim.bench.layers import activations_of, weights_of
 from sim.bench.streams import rng
 
 RING_DELAY = latency("ring_delay")
-"""Cycles from a psum to its group's addition to the ring."""
+"""Cycles from a psum to the addition of its group to the ring."""
 
 
 def _junk(random, port, length):
@@ -21,7 +21,7 @@ def _junk(random, port, length):
 
 
 class _Run:
-    """The inputs of one layer, cycle by cycle, and where its sums come out."""
+    """The inputs of one layer, cycle by cycle, and the slots of its sums."""
 
     def __init__(self, tokens, group_slices, groups, tiles, gap=0.0, kind="random"):
         c, self.random = config(), rng(tokens, groups)
@@ -35,7 +35,7 @@ class _Run:
         self.steps, self.drains, self.total = self._schedule(layer, gap)
 
     def _schedule(self, layer, gap):
-        """When each token's psum comes, and when each sum is drained: as early as both may be."""
+        """When each token's psum comes, and when each sum is drained: both as early as allowed."""
         steps, drains, now, drain_free, freed = [], [], 0, 0, []
         for tile in range(layer.out_tiles):
             for group in range(layer.groups):
@@ -44,7 +44,7 @@ class _Run:
                         now += int(self.random.random() < gap)
                         entry = tile * self.tokens + token
                         if group == part == 0 and entry >= self.ring:
-                            # The first write to an entry comes after the last read of what it held before.
+                            # The first write to an entry comes after the last read of its previous value.
                             now = max(now, freed[entry - self.ring] + 1 - RING_DELAY)
                         steps.append((now, tile, group, part, token))
                         now += 1
@@ -59,7 +59,7 @@ class _Run:
         return steps, drains, max(now, drain_free) + self.c.tile + RING_DELAY + 2
 
     def inputs(self):
-        """The ports' values for every cycle."""
+        """The values of the ports in every cycle."""
         c, length = self.c, self.total
         ports = {name: _junk(self.random, name, length) for name in ("psums", "zero_points", "scales", "group", "ring")}
         for port, flags in (("group", ("valid", "ends")), ("ring", ("write",))):
@@ -97,7 +97,7 @@ class _Run:
         return ports
 
     def check(self, record):
-        """Every drained sum, and the slot it came in."""
+        """Checks every drained sum and its slot."""
         c, width = self.c, self.c.drain_lanes
         expected = accumulate(c, self.weights, self.activations)
         cycles = [t + latency("drain_latency") for t, *_ in self.drains]
@@ -119,20 +119,20 @@ async def _accumulate(dut, *shape, **options):
 
 @cocotb.test()
 async def test_one_token(dut):
-    """M = 1: the group accumulator's address comes back in the next cycle."""
+    """M = 1: the same address of the group accumulator is used in consecutive cycles."""
     await _accumulate(dut, 1, 2, 5, 3)
 
 
 @cocotb.test()
 async def test_all_tokens(dut):
-    """As many tokens as the ring is made for, and more output tiles than it holds."""
+    """As many tokens as the ring is designed for, and more output tiles than it holds."""
     await _accumulate(dut, config().max_tokens, 2, 3, 5)
 
 
 @cocotb.test()
 @cocotb.parametrize(tokens=[1, 2, 3])
 async def test_gaps(dut, tokens):
-    """Cycles without a token in between, as many tokens as the hardware has room for."""
+    """Cycles without a token between the others, with as many tokens as the hardware supports."""
     await _accumulate(dut, min(tokens, config().max_tokens), 3, 4, 4, gap=0.5)
 
 

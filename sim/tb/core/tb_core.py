@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The core: whole layers through its streams, bit for bit those of :func:`hw.spec.numerics.linear`."""
+"""The core: whole layers through its streams, bit-identical to :func:`hw.spec.numerics.linear`."""
 
 import cocotb
 
@@ -16,7 +16,7 @@ LONG = settings().get("long", False)
 
 
 def _job(random, k, n, group_size, tokens, kind="random", reuse=None):
-    """A job, or the nearest that fits the parameters: group_size rounded up to a multiple of the tile."""
+    """A job, or the nearest one that fits the parameters: group_size is rounded up to a multiple of the tile."""
     c = config()
     k, tokens = min(k, c.max_k), min(tokens, c.max_tokens)
     for size in (group_size, 2 * group_size, 4 * group_size, k):
@@ -29,7 +29,7 @@ def _job(random, k, n, group_size, tokens, kind="random", reuse=None):
 
 
 def _random_jobs(random, count):
-    """Layers of all shapes, one in four on the activations of the one before."""
+    """Layers of all shapes. One in four uses the activations of the layer before."""
     c, jobs = config(), []
     for _ in range(count):
         k = int(random.choice([32, 64, 96, 128, 200, 320]))
@@ -45,7 +45,7 @@ def _random_jobs(random, count):
 
 @cocotb.test()
 async def test_group_sizes(dut):
-    """Groups of 32, 64, 128 and all of K; K that needs padding and N that fills no tile."""
+    """Groups of 32, 64, 128 and all of K; K that needs padding, and N that is not a multiple of the tile."""
     core, random = await CoreDriver.create(dut), rng()
     n = 3 * config().tile - 1
     await core.check([_job(random, 320, n, size, 2) for size in (32, 64, 128, 320)])
@@ -62,7 +62,7 @@ async def test_token_counts(dut):
 
 @cocotb.test()
 async def test_extremes(dut):
-    """All-minimum, all-maximum, zero rows and tokens, and the accumulators' bound reached with K = max_k."""
+    """All-minimum, all-maximum, zero rows and tokens, and sums at the bound of the accumulators with K = max_k."""
     core, random = await CoreDriver.create(dut), rng()
     n = config().tile
     await core.check([_job(random, 64, n + 1, 32, 2, kind) for kind in DATA])
@@ -71,7 +71,7 @@ async def test_extremes(dut):
 
 @cocotb.test()
 async def test_random_layers(dut):
-    """Back-to-back commands of different shapes; nothing waits anywhere."""
+    """Back-to-back commands of different shapes, without stalls."""
     core, random = await CoreDriver.create(dut), rng()
     await core.check(_random_jobs(random, 100 if LONG else 24))
 
@@ -79,7 +79,7 @@ async def test_random_layers(dut):
 @cocotb.test()
 @cocotb.parametrize(run=range(6 if LONG else 3))
 async def test_random_stalls(dut, run):
-    """The same with stalls on every stream, light and heavy ones mixed."""
+    """The same with stalls on every stream, light and heavy stalls mixed."""
     random = rng()
     stalls = {
         name: bursty(rng(run, index), run=20, pause=40)
@@ -105,7 +105,7 @@ async def test_reuse(dut):
 
 @cocotb.test()
 async def test_reset_in_between(dut):
-    """A reset in the middle of a layer, wherever it is, leaves nothing behind."""
+    """A reset in the middle of a layer, at any point, leaves no trace."""
     core, random = await CoreDriver.create(dut), rng()
     for cycles in random.integers(10, 400, 6).tolist():
         core.send(_random_jobs(random, 6))

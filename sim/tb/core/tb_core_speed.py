@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The core's throughput: a beat every cycle, or a token slice every cycle, whichever binds, and no gap between layers.
+"""The core's throughput: a beat or a token slice every cycle, whichever is the limit, and no gap between layers.
 
-Cycles count from the moment when all streams are offered to the last result, so latency and the first activations are
-in them. The results are checked too.
+Cycles count from the moment when all streams are offered to the last result, so they include latency and the first
+activations. The results are checked too.
 """
 
 import cocotb
@@ -16,14 +16,14 @@ from sim.bench.streams import rng
 
 K, N, GROUP_SIZE = 896, 1152, 128
 TOLERANCE = 4
-"""Cycles by which the performance model may be wrong about a whole layer."""
+"""The permitted error of the performance model for a whole layer, in cycles."""
 
 ARRAY_LIMITED = StreamLayout(config()).array_factor > 1
-"""A beat holds more slices than the array takes in a cycle, so there have to be cycles without a beat."""
+"""A beat holds more slices than the array takes in a cycle, so some cycles must be without a beat."""
 
 
 async def _measure(dut, tokens, limit):
-    """One layer; returns its cycles over the bound ``max(beats, M * slices * out_tiles)``."""
+    """Runs one layer; returns its cycles divided by the bound ``max(beats, M * slices * out_tiles)``."""
     core = await CoreDriver.create(dut)
     item = job(config(), rng(), K, N, GROUP_SIZE, tokens)
     slices = item.layer.k // config().tile * item.layer.out_tiles
@@ -53,7 +53,7 @@ async def test_all_tokens(dut):
 
 @cocotb.test(skip=ARRAY_LIMITED)
 async def test_no_idle_beat_between_layers(dut):
-    """At M = 1 the core takes a beat in every cycle from the first of the first layer to the last of the last."""
+    """At M = 1 the core takes a beat in every cycle, from the first beat of the first layer to the last of the last."""
     core, random = await CoreDriver.create(dut), rng()
     await core.check([job(config(), random, K, 128, GROUP_SIZE, 1) for _ in range(8)])
     assert core.idle_beats == 0, f"{core.idle_beats} cycles without a beat"
@@ -61,7 +61,7 @@ async def test_no_idle_beat_between_layers(dut):
 
 @cocotb.test(skip=ARRAY_LIMITED)
 async def test_no_idle_beat_between_shapes(dut):
-    """The same with layers of different shapes; short ones, too, as long as their results keep up."""
+    """The same with layers of different shapes; short layers, too, if the output of their results is fast enough."""
     core, random = await CoreDriver.create(dut), rng()
     shapes = [(896, 96), (1024, 32), (512, 64), (768, 33), (1024, 1), (896, 128)]
     await core.check([job(config(), random, k, n, GROUP_SIZE, 1) for k, n in shapes])
@@ -70,7 +70,7 @@ async def test_no_idle_beat_between_shapes(dut):
 
 @cocotb.test()
 async def test_no_idle_slice_between_layers(dut):
-    """Where the array is the limit (K well above tile**2, or the drain is), it takes a token slice in every cycle."""
+    """If the array is the limit (K well above tile**2; else the drain is), it takes a token slice in every cycle."""
     core, random, count = await CoreDriver.create(dut), rng(), 10
     jobs = [job(config(), random, 1024, 2 * config().tile, GROUP_SIZE, config().max_tokens) for _ in range(count)]
     layer, tokens = jobs[0].layer, jobs[0].tokens

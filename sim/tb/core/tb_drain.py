@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The drain, with a model of the columns at its chain: which results, in which order, how fast, and what it frees."""
+"""The drain, with a model of the columns at its chain: its results, their order and speed, and the entries it frees."""
 
 import cocotb
 import numpy as np
@@ -16,7 +16,7 @@ from sim.bench.streams import StreamSink, StreamSource, cycle, never, randomly, 
 
 
 class _Layer:
-    """One command, its sums and exponents, and the transfers that must come of it."""
+    """One command, its sums and exponents, and the transfers that it must produce."""
 
     def __init__(self, random, whole, reuse):
         c = config()
@@ -34,7 +34,7 @@ class _Layer:
         self.n, self.tokens, self.tiles = n, tokens, layer.out_tiles
 
     def use(self, token_exponents):
-        """The activations of the layer before, as far as the drain sees them."""
+        """Uses the activations of the layer before: the drain sees only their exponents."""
         self.tokens = len(token_exponents)
         self.token_exponents = token_exponents
 
@@ -54,7 +54,7 @@ class _Layer:
 
 
 class _Bench:
-    """Plays the columns, the activation buffer and the header reader."""
+    """Models the columns, the activation buffer and the header reader."""
 
     def __init__(self, dut, random, count, whole, stalls):
         self.dut, self.random, c = dut, random, config()
@@ -86,7 +86,7 @@ class _Bench:
             self.exponents.send(pack_elements(layer.rows, EXPONENT_BITS))
 
     async def run(self):
-        """Drain everything; returns the monitor of the streams."""
+        """Drains all layers; returns the monitor of the streams."""
         dut = self.dut
         monitor = Monitor(dut, ("results",), ("ring_release", "bank_release", "tile_done"))
         self._send()
@@ -117,12 +117,13 @@ class _Bench:
         return monitor
 
     def _finish_tile(self):
-        """Write the sums of the next output tile when the ring has room for it, and say so."""
+        """Writes the sums of the next output tile when the ring has space for it, and signals it."""
         self.dut.tile_done.value = 0
         if self.finished == len(self.tiles) or self.tile_stall():
             return
         layer, tile = self.tiles[self.finished]
-        # A freed entry is written again no sooner than a token takes through the array: the slot has read it by then.
+        # A token needs some cycles through the array, so a freed entry is not written again at once: by then the slot
+        # has read it.
         freed = sum(self.releases[: max(0, len(self.releases) - latency("chain_latency") - 2)])
         if self.written - freed + layer.tokens > self.depth:
             return
@@ -134,7 +135,7 @@ class _Bench:
         self.dut.tile_done.value = 1
 
     def _answer_exponent(self):
-        """Token exponents, in the cycle of the address; the other bank holds something else."""
+        """Answers with token exponents, in the cycle of the address; the other bank holds other values."""
         c, address = config(), int(str(self.dut.token_exponent_address.value), 2)
         bank, token = divmod(address, c.max_tokens)
         current = self.banks - 1
@@ -144,7 +145,7 @@ class _Bench:
         (self.dut.token_exponent.value,) = payload("token_exponent").pack(value=[value])
 
     def _fill(self, bits):
-        """A slot as it comes back from the columns."""
+        """A slot as the columns return it."""
         if set(bits) - {"0", "1"}:
             return 0
         fields, width = payload("slot"), config().drain_lanes
@@ -166,7 +167,7 @@ async def test_full_throughput(dut):
     """``lanes`` results in every cycle, without a gap between tokens, tiles and layers."""
     monitor, bench = await _drain(dut, 12, whole=True)
     assert consecutive(monitor["results"])
-    # The decision follows the pulse by a cycle, and the FIFO adds one.
+    # The decision comes one cycle after the pulse, and the FIFO adds a cycle.
     assert monitor["results"][0] - monitor["tile_done"][0] == 1 + latency() + 1
     assert len(monitor["results"]) == sum(y.tokens * y.tiles for y in bench.layers) * config().tile // latency("lanes")
 
@@ -179,6 +180,6 @@ async def test_partial_tiles(dut):
 @cocotb.test()
 @cocotb.parametrize(speeds=[(0.5, 0.5, 0.5), (0.0, 0.9, 0.0), (0.9, 0.0, 0.9)])
 async def test_random_stalls(dut, speeds):
-    """A sink that stalls fills the FIFO, never more. Row exponents come in time: a tile only starts after them."""
+    """A sink that stalls only fills the FIFO. Row exponents come in time: a tile starts only after them."""
     names = ("command", "results", "tile_done")
     await _drain(dut, 10, stalls={name: randomly(p, rng(n)) for n, (name, p) in enumerate(zip(names, speeds))})

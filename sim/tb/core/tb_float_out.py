@@ -10,7 +10,7 @@ from sim.bench.streams import rng
 
 
 async def _convert(dut, values, exponents, gaps=0.0):
-    """One conversion per cycle, or with gaps; the results must be those of the reference, bit for bit."""
+    """One conversion per cycle, or with gaps. The results must equal the reference, bit for bit."""
     values, exponents = np.asarray(values, np.int64), np.asarray(exponents, np.int64)
     wait, random = latency(), rng(len(values))
     cycles = np.arange(len(values)) + np.cumsum(random.random(len(values)) < gaps)
@@ -39,7 +39,7 @@ def _bound() -> int:
 
 
 def _exponent_range() -> tuple[int, int]:
-    """Smallest and largest sum of a row's and a token's exponent."""
+    """The smallest and largest sum of a row's exponent and a token's exponent."""
     offset = 15 + config().fraction_bits
     return -256 - offset, 254 - offset
 
@@ -57,7 +57,7 @@ async def test_random(dut, gaps):
 
 @cocotb.test()
 async def test_every_exponent(dut):
-    """Every exponent for the smallest, the largest and middling values: overflow and underflow at each end."""
+    """Every exponent with the smallest, the largest and medium values: overflow and underflow at each end."""
     low, high = _exponent_range()
     exponents = np.arange(low, high + 1)
     for value in (0, 1, -1, _bound(), -_bound(), 0xFFFFFF, -0x1FFFFFF if _bound() > 0x1FFFFFF else -3):

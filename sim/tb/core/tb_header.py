@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The header reader: row exponents of every output tile and one record per group, exact and in time."""
+"""The header reader: the row exponents of every output tile and one record per group, exact and in time."""
 
 import cocotb
 import numpy as np
@@ -16,7 +16,7 @@ from sim.bench.streams import StreamSink, StreamSource, cycle, never, randomly, 
 
 
 class _Headers:
-    """Layers with random scales and zero points: commands, header beats, and what must come of them."""
+    """Layers with random scales and zero points: commands, header beats, and the expected outputs."""
 
     def __init__(self, layers):
         c, random = config(), rng(len(layers))
@@ -57,7 +57,7 @@ async def _read(dut, headers, command=never, beats=never, exponents=never, recor
 
 
 def _longest() -> LayerLayout:
-    """The layer with the most groups, two output tiles of it."""
+    """The layer with the most groups, with two output tiles."""
     c = config()
     size = next(s for s in (32, 64, 128, 256) if s % c.tile == 0)
     return LayerLayout(c, c.max_k // size * size, c.tile + 1, size)
@@ -65,10 +65,10 @@ def _longest() -> LayerLayout:
 
 @cocotb.test()
 async def room_for_one_header_and_a_half(dut):
-    """Before anything is read, the ring takes the longest header and half of the next one; then it takes no more."""
+    """Before the first read, the ring takes the longest header and half of the next one, and not more."""
     for name in ("exponents", "records"):
         StreamSink(dut, name, dut.clk, never)
-    # Without a command the reader reads nothing.
+    # The reader reads nothing without a command.
     _, beats = (StreamSource(dut, name, dut.clk, never) for name in ("command", "beats"))
     await begin(dut)
     monitor = Monitor(dut, ("beats",))
@@ -80,7 +80,7 @@ async def room_for_one_header_and_a_half(dut):
 
 @cocotb.test()
 async def test_full_throughput(dut):
-    """From a full ring, a record in every ``record_cycles``, exponents once a tile."""
+    """From a full ring: a record every ``record_cycles``, exponents once per tile."""
     stream, blocked = StreamLayout(config()), [True]
     headers = _Headers([_longest()] * 3)
 
@@ -92,7 +92,7 @@ async def test_full_throughput(dut):
     monitor = await _read(dut, headers, records=lambda: blocked[0])
     await task
     took = monitor["records"][-1] - monitor["records"][0] + 1
-    # The ring may have to wait for the beats themselves: they come once a cycle from the moment of release on.
+    # The ring may have to wait for the beats: after the release, one beat comes per cycle.
     bound = len(headers.records) * stream.record_cycles + len(headers.exponents) * stream.exponents_cycles
     assert took <= bound + 2, f"{len(headers.records)} records took {took} cycles, more than {bound}"
 

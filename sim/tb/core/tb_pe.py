@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processing element: multiply, add, and pass on, each after the stated number of cycles."""
+"""The processing element multiplies, adds and passes values on, each after the stated number of cycles."""
 
 import cocotb
 import numpy as np
@@ -12,7 +12,7 @@ COUNT = 2000
 
 @cocotb.test()
 async def test_multiply_accumulate(dut):
-    """A new weight, activation and psum in every cycle, extremes of all three among them."""
+    """A new weight, activation and psum in every cycle, including the extreme values of all three."""
     c, random = config(), rng()
     bound = (c.tile - 1) * c.weight_max * c.activation_max
     row, word = ports()["weights_in"]["width"], ports()["psum_in"]["width"]
@@ -28,7 +28,7 @@ async def test_multiply_accumulate(dut):
     inputs = {"activation_in": activations & mask, "psum_in": psums & mask, "weights_in": weights}
     record = await trace(dut, inputs, ["psum_out", "activation_out", "weights_out"])
 
-    # The weight is the lowest of the row's: this element is column 0.
+    # The weight is the lowest one of the row, because this element is column 0.
     q = np.array([weight & c.weight_max for weight in weights])
     wait, hop = latency(), latency("hop")
     products = (activations * q)[: COUNT - wait]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sequencer against the loop nest: every output in every cycle, never a slice without what it needs, no gap."""
+"""The sequencer against the loop nest: every output in every cycle, no slice before its inputs are there, no gap."""
 
 import cocotb
 from cocotb.triggers import RisingEdge
@@ -11,11 +11,11 @@ from sim.bench.layers import random_layer
 from sim.bench.streams import StreamSource, cycle, never, randomly, rng
 
 HEADERS_AHEAD = 16
-"""Output tiles whose header may be ready before they start."""
+"""Output tiles whose headers may be ready before the tiles start."""
 
 
 class _Layers:
-    """Random commands, and the cycles of each of their slices."""
+    """Random commands, and the cycles of each slice."""
 
     def __init__(self, random, count, max_k=192):
         self.config = c = config()
@@ -47,13 +47,13 @@ class _Layers:
 
 
 class _Credits:
-    """Counts what was given and taken: a credit given in cycle t can be used by a decision in cycle t + 1."""
+    """Counts credits given and taken. A credit given in cycle t can be used by a decision in cycle t + 1."""
 
     def __init__(self):
         self.given, self.taken = [], 0
 
     def before(self, cycle):
-        """Credits that a decision in this cycle may count on."""
+        """Credits that a decision in this cycle may use."""
         return sum(1 for t in self.given if t < cycle) - self.taken
 
 
@@ -69,7 +69,7 @@ class _Bench:
             getattr(dut, name).value = 0
 
     def _give(self, now):
-        """Decide the pulses of the next cycle, within what the blocks around the sequencer could do."""
+        """Choose the pulses of the next cycle, within what the blocks around the sequencer can do."""
         c = self.layers.config
         limits = {
             "word_pushed": (latency("fifo_depth"), 1 << 60),
@@ -88,7 +88,7 @@ class _Bench:
             self.released.append(now + 1)
 
     def _start(self, now, tokens, part, fresh):
-        """A slice was decided on one cycle before its first outputs: everything must have been there."""
+        """The decision for a slice comes one cycle before its first outputs: all its inputs must be there by then."""
         decision = now - latency()
         words = self.layers.stream.words_per_slice
         have = self.credits["word_pushed"].before(decision)
@@ -131,7 +131,7 @@ class _Bench:
             assert now < limit, f"{remaining} slices did not start"
 
     def _ends(self, expected, current):
-        """Whether that was the slice's last cycle."""
+        """Whether this was the last cycle of the slice."""
         tokens = self.layers.slices[len(self.starts) - 1][0]
         self.phase = 0 if expected[1] else self.phase + 1
         return self.phase == max(tokens, self.layers.stream.words_per_slice) - 1
@@ -149,10 +149,10 @@ async def _walk(dut, stalls, count=25, command=never):
 
 @cocotb.test()
 async def test_full_throughput(dut):
-    """With everything there in time, a slice follows the other from the first layer's start to the last one's end."""
+    """If all inputs come in time, there is no gap between slices, from the start of the first layer to the end."""
     bench = await _walk(dut, [never] * 4)
     words = bench.layers.stream.words_per_slice
-    # Once the first slice's words are there, one more comes every cycle, and the array takes no more than that.
+    # After the words of the first slice, one more word comes every cycle, and the array takes at most one per cycle.
     gaps = [
         number
         for number, (before, after) in enumerate(zip(bench.starts, bench.starts[1:]))
@@ -164,7 +164,7 @@ async def test_full_throughput(dut):
 @cocotb.test()
 @cocotb.parametrize(late=["word_pushed", "tile_ready", "slice_ready"])
 async def test_latency(dut, late):
-    """The first outputs come ``latency`` cycles after the first cycle that sees the last credit."""
+    """The first outputs come ``latency`` cycles after the first cycle in which the last credit is visible."""
     held, layers = [True], _Layers(rng(), 1)
     stalls = dict.fromkeys(("word_pushed", "tile_ready", "slice_ready", "ring_release"), never)
     stalls[late] = lambda: held[0]

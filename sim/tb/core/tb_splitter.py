@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weight splitter: each output tile's header to one side and its body to the other, in the same cycle."""
+"""The weight splitter sends each output tile's header to one output and its body to the other, in the same cycle."""
 
 import cocotb
 
@@ -35,7 +35,7 @@ async def _split(dut, layers, command=never, beats=never, header=never, body=nev
 
 @cocotb.test()
 async def test_full_throughput(dut):
-    """A beat every cycle, across tiles and layers; the shortest layers among them."""
+    """A beat every cycle, across tiles and layers, including the shortest layers."""
     c, random = config(), rng()
     layers = [random_layer(c, random) for _ in range(20)]
     layers[3:3] = [random_layer(c, random, max_k=c.tile, max_tiles=1) for _ in range(5)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The activation fetch against a model of which port gives what, and against memories of any speed."""
+"""The activation fetch against a model of the ports' shares, with memories of any speed."""
 
 from collections import deque
 from typing import Any
@@ -20,14 +20,14 @@ BEAT = WIDTH // 8
 """Bytes of a beat."""
 ROW_BEATS = config().tile * FLOAT_BITS // WIDTH
 MEMORY = 1 << 18
-"""Bytes, which every address is taken modulo."""
+"""Bytes. Every address is taken modulo this number."""
 
 Block = tuple[int, int]
 """Address, and length in beats."""
 
 
 def _chunks(blocks: list[Block]) -> list[Block]:
-    """The bursts, cut where an address is a multiple of a chunk; chunk i is port i modulo PORTS's."""
+    """The bursts, cut where an address is a multiple of a chunk. Chunk i belongs to port i modulo PORTS."""
     chunks = []
     for address, beats in blocks:
         end = address + beats * BEAT
@@ -39,7 +39,7 @@ def _chunks(blocks: list[Block]) -> list[Block]:
 
 
 class _Bench:
-    """A memory behind every port, and what comes out of all of them."""
+    """A memory at every port, and the rows that come out."""
 
     def __init__(self, dut: Any, slow: Stall = never, taker: Stall = never, asked: Stall = never, delay: int = 3):
         self.dut, self.delay = dut, delay
@@ -55,7 +55,7 @@ class _Bench:
         cocotb.start_soon(self._answer())
 
     async def _answer(self) -> None:
-        """Every burst is answered after some cycles, each port's in order."""
+        """Answers every burst after some cycles; the bursts of a port are in order."""
         edge, now = RisingEdge(self.dut.clk), 0
         owed: deque[tuple[int, int, Block]] = deque()
         while True:
@@ -68,7 +68,7 @@ class _Bench:
                     for burst in zip(fields["address"].tolist(), fields["beats"].tolist(), strict=True):
                         self.seen[port].append(burst)
                         owed.append((now + self.delay, port, burst))
-                # Nobody may let the data wait.
+                # The data must never wait.
                 if self.beats[port].transfers:
                     assert self.beats[port].stalled_by_dut == 0, f"port_beats_{port} had to wait"
             while self.answering and owed and owed[0][0] <= now:
@@ -85,7 +85,7 @@ class _Bench:
         self.blocks.send(payload("blocks").pack(address=[a for a, _ in blocks], beats=[b for _, b in blocks]))
 
     async def check(self, cycles: int = 200_000) -> None:
-        """All rows in order, and each port's bursts."""
+        """Checks all rows in order, and the bursts of each port."""
         expected = b"".join(self.read(*block) for block in self.sent)
         row = config().tile * FLOAT_BITS // 8
         got = await self.rows.take(len(expected) // row, cycles)
@@ -99,7 +99,7 @@ class _Bench:
 
 
 def _random_blocks(random: np.random.Generator, count: int) -> list[Block]:
-    """Of one row, of some, and of as many as the config has; from anywhere."""
+    """Blocks of one row, of some rows, and of as many as the config has, at random addresses."""
     c, blocks = config(), []
     most = activation_beats(c, c.max_tokens, c.max_k // c.tile) // ROW_BEATS
     for _ in range(count):
@@ -112,7 +112,7 @@ def _random_blocks(random: np.random.Generator, count: int) -> list[Block]:
 @cocotb.test()
 @cocotb.parametrize(run=range(6))
 async def random_blocks(dut, run):
-    """Blocks of all lengths and alignments, everybody stalling at random, light and heavy."""
+    """Blocks of all lengths and alignments, with light and heavy random stalls on every stream."""
     random = rng(run)
     stalls = [
         bursty(rng(run, index), run=20, pause=40)
@@ -128,7 +128,7 @@ async def random_blocks(dut, run):
 
 @cocotb.test()
 async def longest_block(dut):
-    """As many activations as there can be, and then one more row."""
+    """As many activations as possible, and then one more row."""
     bench, c = _Bench(dut), config()
     await begin(dut)
     most = activation_beats(c, c.max_tokens, c.max_k // c.tile)
@@ -138,7 +138,7 @@ async def longest_block(dut):
 
 @cocotb.test()
 async def full_speed(dut):
-    """A row in every cycle, or a beat of every port, whichever takes longer; over several blocks."""
+    """A row in every cycle, or a beat of every port, whichever takes longer, over several blocks."""
     bench, c = _Bench(dut), config()
     await begin(dut)
     monitor = Monitor(dut, ("blocks", "rows", "port_beats_0"), ("bursts_0_valid",))
@@ -151,13 +151,13 @@ async def full_speed(dut):
     rows = monitor["rows"]
     port_beats = max(sum(beats for _, beats in bursts) for bursts in bench.seen)
     bound = max(len(rows), port_beats)
-    # The first chunk comes from one port alone.
+    # The first chunk comes from one port only.
     assert rows[-1] - rows[0] <= bound + CHUNK_BYTES // BEAT + 8, f"{rows[-1] - rows[0]} cycles, bound {bound}"
 
 
 @cocotb.test()
 async def no_more_than_fits(dut):
-    """Memory is asked for what there is room for, and no more; ``asking`` says that there is more to ask for."""
+    """The fetch asks for no more data than it has space for; ``asking`` shows that it must ask for more."""
     bench = _Bench(dut, taker=lambda: waiting)
     waiting = True
     await begin(dut)
@@ -172,7 +172,7 @@ async def no_more_than_fits(dut):
 
 @cocotb.test()
 async def one_block_at_a_time(dut):
-    """``asking`` holds until the last burst is taken, and the next block waits as long."""
+    """``asking`` stays high until the last burst is taken, and the next block waits until then."""
     bench = _Bench(dut, asked=lambda: refusing)
     refusing = True
     await begin(dut)

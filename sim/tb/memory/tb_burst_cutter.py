@@ -15,12 +15,12 @@ Stretch = tuple[int, int]
 
 
 def longest(size: int) -> int:
-    """Beats of the longest burst with beats of ``size`` bytes."""
+    """The number of beats of the longest burst with beats of ``size`` bytes."""
     return min(MAX_BURST_BEATS, BOUNDARY // size)
 
 
 def cut(region: Stretch, size: int) -> list[Stretch]:
-    """The bursts of a region: cut wherever the address is a multiple of the longest burst's bytes."""
+    """The bursts of a region, cut where the address is a multiple of the longest burst's bytes."""
     address, beats = region
     bursts, block = [], longest(size) * size
     while beats:
@@ -31,7 +31,7 @@ def cut(region: Stretch, size: int) -> list[Stretch]:
 
 
 def _check_rules(region: Stretch, bursts: list[Stretch], size: int) -> None:
-    """Without the model: the bursts are the region, each is legal, and there is one more than necessary at most."""
+    """Checks without the model: the bursts cover the region, each is legal, and at most one is unnecessary."""
     address, beats = region
     for start, count in bursts:
         assert start == address and 1 <= count <= MAX_BURST_BEATS
@@ -78,7 +78,7 @@ class _Bench:
 
 @cocotb.test()
 async def bursts(dut):
-    """Without pauses a burst in every cycle, from the first region to the last; the latency that the block states."""
+    """Without pauses, a burst in every cycle, from the first region to the last, with the latency that is stated."""
     bench, regions = _Bench(dut), _regions(60)
     await begin(dut)
     monitor = Monitor(dut, ("regions", "bursts"))
@@ -90,7 +90,7 @@ async def bursts(dut):
 
 @cocotb.test()
 async def bursts_with_stalls(dut):
-    """Regions and bursts that wait, now and then or long."""
+    """Regions and bursts with rare or long pauses."""
     bench, regions = _Bench(dut, randomly(0.4, rng(2)), bursty(rng(3))), _regions(60)
     await begin(dut)
     bench.send(regions)
@@ -99,7 +99,7 @@ async def bursts_with_stalls(dut):
 
 @cocotb.test()
 async def long_region(dut):
-    """More than 2 GiB: a counter of fewer bits, which sees one beat behind the first burst, would end there."""
+    """More than 2 GiB: with a narrower counter, the region would seem to end one beat after the first burst."""
     size = config().port_width // 8
     bench, start, seen = _Bench(dut), ADDRESS_LIMIT - BOUNDARY, 200
     await begin(dut)

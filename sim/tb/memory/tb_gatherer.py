@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gatherer: output tiles in, rows of memory out."""
+"""The gatherer: it takes output tiles and gives rows of memory."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +14,12 @@ from sim.bench.monitor import Monitor, consecutive
 from sim.bench.streams import Stall, StreamSink, StreamSource, bursty, cycle, never, randomly, rng, until
 
 PIECE = 256
-"""Floats of a piece; as many columns are a chunk."""
+"""Floats of a piece, and columns of a chunk."""
 
 
 @dataclass
 class _Layer:
-    """One layer's results, raw float32 [M, N], and where they go."""
+    """The results of one layer, raw float32 [M, N], and their addresses."""
 
     results: np.ndarray
     address: int
@@ -28,7 +28,7 @@ class _Layer:
 
     @property
     def chunks(self) -> list[np.ndarray]:
-        """[M, up to 256] each."""
+        """The chunks, [M, up to 256] each."""
         return [self.results[:, first : first + PIECE] for first in range(0, self.results.shape[1], PIECE)]
 
     def job(self) -> list[int]:
@@ -40,7 +40,7 @@ class _Layer:
         return payload("job").pack(**{name: [value] for name, value in fields.items()})
 
     def transfers(self, random: np.random.Generator) -> list[int]:
-        """What the core gives; a column that does not exist has any value."""
+        """The core's output. Columns that do not exist have random values."""
         lanes, tile, (m, n) = config().drain_lanes, config().tile, self.results.shape
         values, keep = [], []
         for first in range(0, n, tile):
@@ -58,7 +58,7 @@ class _Layer:
         )
 
     def pieces(self) -> list[tuple[dict[str, int], np.ndarray]]:
-        """Every piece's fields and floats, in order."""
+        """The fields and floats of every piece, in order."""
         pieces = []
         for index, chunk in enumerate(self.chunks):
             for token, floats in enumerate(chunk):
@@ -70,7 +70,7 @@ class _Layer:
 
 
 def _layer(random: np.random.Generator, m: int, n: int, high: bool = False) -> _Layer:
-    """Anywhere in memory, with rows as close together as they may be or farther apart."""
+    """A layer anywhere in memory, with rows as close together as allowed or farther apart."""
     results = random.integers(0, 1 << 32, (m, n), np.uint32)
     pitch = result_pitch(n) + 64 * int(random.integers(0, 5))
     address = 64 * int(random.integers(0, ADDRESS_LIMIT // 64))
@@ -80,7 +80,7 @@ def _layer(random: np.random.Generator, m: int, n: int, high: bool = False) -> _
 
 
 def _shapes(random: np.random.Generator, count: int) -> list[tuple[int, int]]:
-    """The smallest and the largest M; N around tiles and chunks; then anything."""
+    """The smallest and the largest M; N around tiles and chunks; then random shapes."""
     most, tile = config().max_tokens, config().tile
     shapes = [(1, 1), (most, 1), (1, tile + 1), (most, tile - 1), (1, PIECE), (most, PIECE), (most, PIECE + 1)]
     shapes += [(1, PIECE - 1), (1, 1), (1, 1), (1, 1), (most, 2 * PIECE - tile + 1), (1, 3 * PIECE - tile)]
@@ -103,7 +103,7 @@ class _Bench:
             self.results.send(layer.transfers(random))
 
     async def check(self, cycles: int = 2_000_000) -> None:
-        """Every piece and every float of it, and nothing more."""
+        """Checks every piece and all its floats, and that there is nothing more."""
         wanted = [piece for layer in self.layers for piece in layer.pieces()]
         size = config().port_width // 8
         got = payload("pieces").unpack(await self.pieces.take(len(wanted), cycles))
@@ -122,7 +122,7 @@ class _Bench:
     speeds=[(0, 0, 0, 0), (0.9, 0, 0, 0), (0, 0.5, 0.5, 0.5), (0, 0, 0.95, 0), (0, 0, 0, 0.6), (0.5, 0.8, 0, 0)]
 )
 async def values(dut, speeds):
-    """Many layers in a row, each stream stalling or not."""
+    """Many layers one after another, with or without stalls on each stream."""
     random = rng(1)
     layers = [_layer(random, *shape, high=index % 4 == 1) for index, shape in enumerate(_shapes(random, 6))]
     stalls = tuple(randomly(p, rng(2, number)) if p else never for number, p in enumerate(speeds))
@@ -134,7 +134,7 @@ async def values(dut, speeds):
 
 @cocotb.test()
 async def bursts(dut):
-    """A memory that takes nothing for a while, then everything: both halves fill, and the next layer waits."""
+    """A memory that takes nothing for some time, then everything: both halves fill, and the next layer waits."""
     random = rng(1)
     stall = bursty(rng(3), 300, 1500)
     bench = _Bench(dut, [_layer(random, *shape) for shape in _shapes(random, 4)], (never, never, never, stall))
@@ -146,7 +146,7 @@ async def bursts(dut):
 
 @cocotb.test()
 async def full_throughput(dut):
-    """Results never wait, not between tokens, tiles, chunks or layers; the beats of a chunk follow each other."""
+    """Results never wait, also between tokens, tiles, chunks and layers. The beats of a chunk have no gaps."""
     random, most = rng(1), config().max_tokens
     lanes, width = config().drain_lanes, config().port_width
     shapes = [(most, 2 * PIECE), (most, PIECE), (most, PIECE), (most, PIECE - 1), (most, 3 * PIECE)]
@@ -163,7 +163,7 @@ async def full_throughput(dut):
         assert consecutive(monitor["results"])
         assert consecutive(monitor["beats"][:beats])
     else:
-        # The port is no faster than the core: from the first chunk on it rests for the latency of a chunk at most.
+        # The port is not faster than the core: after the first chunk it waits at most the latency once per chunk.
         spare = monitor["beats"][-1] + 1 - monitor["beats"][0] - len(monitor["beats"])
         assert spare <= latency() * sum(len(layer.chunks) for layer in bench.layers)
     first = monitor["results"][most * PIECE // lanes - 1]
@@ -172,8 +172,8 @@ async def full_throughput(dut):
 
 
 @cocotb.test()
-async def waits_for_nobody(dut):
-    """Pieces and beats are offered to whoever is not ready, and a piece's beats before it was taken."""
+async def valid_does_not_wait_for_ready(dut):
+    """Pieces and beats are offered before the other side is ready, and a piece's beats before the piece is taken."""
     ready = [False, False]
     stalls = (never, never, lambda: not ready[0], lambda: not ready[1])
     bench = _Bench(dut, [_layer(rng(1), 1, 1), _layer(rng(2), 1, PIECE)], stalls)

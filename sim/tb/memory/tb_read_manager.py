@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The AXI4 read manager against cocotbext-axi's memory, with clients that ask for no more than their FIFOs hold."""
+"""The AXI4 read manager with cocotbext-axi's memory, and with clients that ask for no more than their FIFOs hold."""
 
 import logging
 from collections import deque
@@ -18,14 +18,14 @@ from sim.tb.memory.tb_burst_cutter import BOUNDARY, Stretch, cut, longest
 BEAT = config().port_width // 8
 """Bytes of a beat."""
 ACTIVATIONS, WEIGHTS = range(2)
-"""The clients by precedence."""
+"""The clients, by priority."""
 DEPTHS = (0, OUTSTANDING * longest(BEAT))
-"""Beats of each client's FIFO; 0: the client takes every beat at once."""
+"""Depth of each client's FIFO in beats; 0: the client takes every beat at once."""
 MEMORY = 1 << 20
 
 
 class _Client:
-    """Cuts regions into bursts, asks for them when its FIFO has room, and takes the beats."""
+    """Cuts regions into bursts, asks for them when its FIFO has space, and takes the beats."""
 
     def __init__(self, dut: Any, client: int, stall: Stall):
         self.depth = DEPTHS[client]
@@ -49,14 +49,14 @@ class _Client:
 
 
 class _Bench:
-    """A memory full of noise, the clients, and every AR that was seen."""
+    """A memory full of noise, the clients, and all ARs so far."""
 
     def __init__(self, dut: Any, stall: Stall = never, sink_stall: Stall = never):
         self.dut = dut
         self.clients = [_Client(dut, client, sink_stall) for client in (ACTIVATIONS, WEIGHTS)]
         self.memory = AxiRamRead(AxiReadBus.from_prefix(dut, "m_axi_axi"), dut.clk, dut.rst, size=MEMORY)
         self.memory.log.setLevel(logging.WARNING)
-        # By itself it takes no third address before it has answered the first.
+        # By default the memory takes no third address before it has answered the first.
         self.memory.ar_channel.queue_occupancy_limit = 32
         self.memory.write(0, rng(99).bytes(MEMORY))
         for channel in (self.memory.ar_channel, self.memory.r_channel):
@@ -66,14 +66,14 @@ class _Bench:
         cocotb.start_soon(self._watch())
 
     async def _watch(self) -> None:
-        """AR stays as it is until it is taken, every burst keeps to the rules, and no beat ever waits."""
+        """Checks that AR is stable until it is taken, that every burst follows the rules, and that no beat waits."""
         dut, waiting, answered = self.dut, None, 0
         while True:
             await RisingEdge(dut.clk)
             if dut.rst.value:
                 continue
             assert dut.m_axi_axi_rready.value, "a beat has to wait"
-            # That of an offer counts too.
+            # An offered burst counts too.
             under_way = len(self.bursts) - answered + read(dut.m_axi_axi_arvalid)
             assert read(dut.under_way) == under_way <= OUTSTANDING
             answered += read(dut.m_axi_axi_rvalid) and read(dut.m_axi_axi_rlast)
@@ -131,19 +131,19 @@ def _jobs(count: int) -> list[Stretch]:
 
 @cocotb.test()
 async def boundaries(dut):
-    """Every length and offset that could go wrong, memory and user pausing at random."""
+    """Every length and offset that could go wrong, with random pauses of memory and user."""
     await _run(dut, _jobs(8), randomly(0.3, rng(2)), randomly(0.3, rng(3)))
 
 
 @cocotb.test()
 async def slow_user(dut):
-    """A user that hardly takes anything: bursts wait, data never do."""
+    """A user that takes data very slowly: bursts wait, but data never wait."""
     await _run(dut, _jobs(2)[-4:], never, randomly(0.9, rng(3)))
 
 
 @cocotb.test()
 async def full_fifo(dut):
-    """A FIFO that holds all the beats that its client may ask for, and gives them one by one."""
+    """A FIFO that holds all beats that its client may ask for, and gives them one by one."""
     bench, blocked, depth = _Bench(dut), [True], DEPTHS[WEIGHTS]
     client = bench.clients[WEIGHTS]
     client.beats.stall = lambda: blocked[0]
@@ -156,7 +156,7 @@ async def full_fifo(dut):
 
 
 class _ImmediateMemory:
-    """Answers every burst a few cycles later, and in between without a cycle's pause, with the beats' numbers."""
+    """Answers every burst after a few cycles, without pauses between beats. The data are the numbers of the beats."""
 
     def __init__(self, dut: Any, delay: int = 20):
         self.dut, self.delay = dut, delay
@@ -183,7 +183,7 @@ class _ImmediateMemory:
 
 @cocotb.test()
 async def full_speed(dut):
-    """Without pauses: the bursts that were asked for, and a beat in every cycle from the first to the last."""
+    """Without pauses: all requested bursts come, with a beat in every cycle from the first to the last."""
     most = longest(BEAT)
     jobs = [(BOUNDARY * 2, 16 * most), (BOUNDARY * 400, 3), (BOUNDARY * 40 + BEAT, 8 * most)]
     client = _Client(dut, WEIGHTS, never)
@@ -203,7 +203,7 @@ async def full_speed(dut):
 
 @cocotb.test()
 async def a_burst_a_cycle(dut):
-    """Short bursts of both clients: one in every cycle, until as many are under way as may be."""
+    """Short bursts of both clients: one in every cycle, until the maximum is outstanding."""
     clients = [_Client(dut, client, never) for client in (ACTIVATIONS, WEIGHTS)]
     memory, monitor = _ImmediateMemory(dut, delay=50), Monitor(dut, (), ("m_axi_axi_arvalid",))
     await begin(dut)
@@ -216,7 +216,7 @@ async def a_burst_a_cycle(dut):
 
 @cocotb.test()
 async def outstanding(dut):
-    """A memory that does not answer is asked for eight bursts, however short, and no more; the oldest is named."""
+    """A memory that does not answer gets at most eight bursts, however short they are; the oldest one is reported."""
     bench = _Bench(dut)
     answering = [False]
     bench.memory.r_channel.set_pause_generator(iter(lambda: not answering[0], None))
@@ -235,7 +235,7 @@ async def outstanding(dut):
 
 @cocotb.test()
 async def two_clients(dut):
-    """Each client's data are its own, however their bursts mix and whoever is slow."""
+    """Each client gets its own data, in any order of bursts and with any of the clients slow."""
     bench = _Bench(dut, randomly(0.2, rng(2)), randomly(0.3, rng(3)))
     await begin(dut)
     jobs = {WEIGHTS: _jobs(6), ACTIVATIONS: [(address, min(beats, 64)) for address, beats in _jobs(12)[10:]]}
@@ -254,7 +254,7 @@ async def _check_all(bench: _Bench, client: int, regions: list[Stretch]) -> None
 
 @cocotb.test()
 async def precedence(dut):
-    """Activations do not wait behind weights that nobody takes, and are asked for before weights that are next."""
+    """Activations do not wait for weights that are not taken, and go before weights that wait for AR."""
     bench, paused = _Bench(dut), [False]
     bench.clients[WEIGHTS].beats.stall = lambda: True
     bench.memory.ar_channel.set_pause_generator(iter(lambda: paused[0], None))
@@ -264,7 +264,7 @@ async def precedence(dut):
     bench.send(BOUNDARY * 100, 8, ACTIVATIONS)
     await bench.check(BOUNDARY * 100, 8, ACTIVATIONS)
     assert bench.bursts[OUTSTANDING:] == [(BOUNDARY * 100, 8)]
-    # Both wait for AR, behind a burst that is on it already.
+    # Both clients wait for AR, which still shows an earlier burst.
     bench.clients[WEIGHTS].beats.stall = never
     await until(dut.clk, lambda: bench.clients[WEIGHTS].beats.transfers > longest(BEAT), "some room", cycles=10_000)
     await bench.check(0, 2 * DEPTHS[WEIGHTS])
@@ -285,7 +285,7 @@ async def precedence(dut):
 @cocotb.test()
 @cocotb.parametrize(response=[1, 2, 3])
 async def errors(dut, response):
-    """SLVERR and DECERR are reported with the address of their burst, EXOKAY is none; the burst is read to its end."""
+    """SLVERR and DECERR are reported with the burst's address; EXOKAY is no error. The burst is read to its end."""
     bursts, beats = StreamSource(dut, "bursts_1", dut.clk), StreamSink(dut, "beats_1", dut.clk)
     dut.bursts_0_valid.value = dut.beats_0_ready.value = 0
     dut.halt.value = dut.m_axi_axi_rvalid.value = dut.m_axi_axi_rresp.value = 0
@@ -307,7 +307,7 @@ async def errors(dut, response):
 
 @cocotb.test()
 async def halt(dut):
-    """Halted in the middle: nothing more is asked for, what is under way still comes."""
+    """After a halt in the middle, no more bursts are requested, and the outstanding bursts still come."""
     bench = _Bench(dut, randomly(0.2, rng(2)))
     await begin(dut)
     bench.send(0, 5000)

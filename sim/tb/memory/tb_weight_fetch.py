@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weight fetch with a memory and a FIFO behind every port: ports in step, room kept, beats joined."""
+"""The weight fetch with a memory and a FIFO at every port: ports in step, FIFOs not overrun, beats joined."""
 
 from collections import deque
 from typing import Any, NamedTuple
@@ -15,9 +15,9 @@ from sim.tb.memory.tb_burst_cutter import cut, longest
 
 PORTS, WIDTH = config().ports, config().port_width
 BEAT = WIDTH // 8
-"""Bytes of a port's beat."""
+"""Bytes of a beat of one port."""
 STRIDE = BANK_SPAN // PORTS
-"""Between the regions of short layers."""
+"""The distance between the regions of short layers."""
 
 
 class _Layer(NamedTuple):
@@ -30,25 +30,25 @@ class _Layer(NamedTuple):
 
 
 def _word(address: int) -> int:
-    """What memory holds at a beat's address: the same beat at another address is another number."""
+    """The memory's content at the address of a beat: another address gives another number."""
     return (address // BEAT * 0x9E37_79B9_7F4A_7C15_F39C_C060_5CED_C835 + 1) >> 3 & (1 << WIDTH) - 1
 
 
 class _Port:
-    """One port: takes bursts, and some cycles later gives their beats, which wait in a FIFO until they are wanted."""
+    """One port: takes bursts and returns their beats some cycles later. They wait in a FIFO until they are needed."""
 
     def __init__(self, dut: Any, port: int, asked: Stall, slow: Stall, delay: int):
         self.bursts = StreamSink(dut, f"bursts_{port}", dut.clk, asked)
         self.beats = StreamSource(dut, f"port_beats_{port}", dut.clk, slow)
         self.delay = delay
         self.asked: list[tuple[int, int]] = []
-        """Every burst so far."""
+        """All bursts so far."""
         self.answering = True
         self._owed: deque[tuple[int, tuple[int, int]]] = deque()
 
     @property
     def held(self) -> int:
-        """Beats asked for and not yet handed over: what the FIFO must have room for."""
+        """Beats that are requested and not yet handed over: the FIFO must have space for them."""
         return sum(beats for _, beats in self.asked) - self.beats.transfers
 
     def step(self, now: int) -> None:
@@ -79,7 +79,7 @@ class _Bench:
         cocotb.start_soon(self._run())
 
     async def _run(self) -> None:
-        """The ports, and what holds in every cycle."""
+        """Runs the ports, and checks what must hold in every cycle."""
         edge, now, depth = RisingEdge(self.dut.clk), 0, latency("depth")
         while True:
             await edge
@@ -95,7 +95,7 @@ class _Bench:
         self.regions.send(payload("regions").pack(address=addresses, stride=strides, beats=beats))
 
     async def check(self, layers: list[_Layer], cycles: int = 400_000) -> None:
-        """The layers' beats, and that every port read exactly its own regions."""
+        """Checks the layers' beats, and that every port reads exactly its own regions."""
         for layer in layers:
             got = await self.beats.take(layer.beats, cycles)
             starts = [layer.region(port)[0] for port in range(PORTS)]
@@ -111,7 +111,7 @@ class _Bench:
 
 
 def _layers(count: int) -> list[_Layer]:
-    """Lengths around a burst's, one that fills all FIFOs, the end of the address space, and random layers."""
+    """Lengths around one burst, a layer that fills all FIFOs, the end of the address space, and random layers."""
     random, most, page = rng(7), longest(BEAT), WEIGHT_ALIGNMENT
     layers = [_Layer(page * (3 + beats), STRIDE, beats) for beats in (1, 2, most - 1, most, most + 1, 3 * most)]
     layers.append(_Layer(ADDRESS_LIMIT - page, (1 << 32) - page, latency("depth") + most + 7))
@@ -123,7 +123,7 @@ def _layers(count: int) -> list[_Layer]:
 
 @cocotb.test()
 async def fast_memory(dut):
-    """No pauses: a beat in every cycle from the first to the last, across layers; the latency that the block states."""
+    """Without pauses: a beat in every cycle from the first to the last, across layers, with the stated latency."""
     most = longest(BEAT)
     layers = [_Layer(WEIGHT_ALIGNMENT * index, STRIDE, beats) for index, beats in enumerate((9 * most, 5, most, 99))]
     bench = _Bench(dut)
@@ -137,7 +137,7 @@ async def fast_memory(dut):
 
 @cocotb.test()
 async def slow_memory(dut):
-    """A memory far away: as many cycles as all bursts under way cover cost nothing."""
+    """A memory with a long latency: if the outstanding bursts cover it, it costs nothing."""
     most = longest(BEAT)
     layer = _Layer(0, STRIDE, 4 * latency("depth"))
     bench = _Bench(dut, delays=range(latency("depth") - 2 * most, latency("depth") - 2 * most + 1))
@@ -151,7 +151,7 @@ async def slow_memory(dut):
 @cocotb.test()
 @cocotb.parametrize(asked=[0, 0.9], slow=[0, 0.4])
 async def stalls(dut, asked, slow):
-    """Ports that take bursts and give data at different paces and distances; a user that pauses."""
+    """Ports with different speeds and latencies, and a user that pauses."""
     layers = _layers(8)
     bench = _Bench(dut, randomly(0.3, rng(2)), asked, slow, range(1, 300))
     await begin(dut)
@@ -161,7 +161,7 @@ async def stalls(dut, asked, slow):
 
 @cocotb.test()
 async def room(dut):
-    """Nobody takes anything: every port asks for all that its FIFO holds and no more, and goes on beat by beat."""
+    """The user takes nothing: every port asks for exactly what its FIFO holds, and then continues beat by beat."""
     most, blocked = longest(BEAT), [True]
     layer = _Layer(0, STRIDE, 3 * latency("depth") + 1)
     bench = _Bench(dut)
@@ -171,7 +171,7 @@ async def room(dut):
     await until(dut.clk, lambda: all(port.held == latency("depth") for port in bench.ports), "full FIFOs", cycles=2000)
     await cycle(dut.clk, 2 * most)
     assert {port.held for port in bench.ports} == {latency("depth")} and not bench.beats.received
-    # The next burst needs as much room as it is long, to the beat.
+    # The next burst needs exactly as many free beats as it is long.
     blocked[0] = False
     await until(
         dut.clk, lambda: len(bench.ports[0].asked) > latency("depth") // most, "the next burst", cycles=4 * most
@@ -182,7 +182,7 @@ async def room(dut):
 
 @cocotb.test()
 async def one_silent_port(dut):
-    """While one port gives nothing, nothing comes and no beat of the others is lost; then it goes on."""
+    """While one port gives nothing, nothing comes, and no beat of the others is lost; then the fetch continues."""
     layers = _layers(3)
     bench = _Bench(dut, bursty(rng(2)), 0.3, 0.3, range(1, 50))
     silent = bench.ports[-1]
@@ -201,14 +201,14 @@ async def one_silent_port(dut):
 
 @cocotb.test()
 async def halt(dut):
-    """From the cycle of the halt on nothing is handed over, and the ports' data stay where they are."""
+    """In the cycle of the halt and later, nothing is handed over, and the data stay in the ports."""
     layer = _Layer(0, STRIDE, 3 * latency("depth"))
     bench = _Bench(dut, slow=0.3)
     await begin(dut)
     monitor = Monitor(dut, ("beats",), ("halt",))
     bench.send([layer])
     await until(dut.clk, lambda: bench.beats.transfers > 100, "some beats", cycles=2000)
-    # A halt falls together with an offer or not: the sink would object to an offer that is withdrawn.
+    # A halt may come together with an offer. The sink would report an offer that is withdrawn.
     bench.beats._task.cancel()
     dut.halt.value = 1
     await cycle(dut.clk, 1000)

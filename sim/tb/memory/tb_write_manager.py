@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The AXI4 write manager against cocotbext-axi's memory, and its bursts against the rules."""
+"""The AXI4 write manager with cocotbext-axi's memory, and a check that its bursts follow the rules."""
 
 import logging
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ from sim.bench.streams import Stall, StreamSource, cycle, never, randomly, rng, 
 
 MEMORY = 1 << 20
 PIECE = PIECE_FLOATS
-"""Most floats of a piece."""
+"""The maximum number of floats in a piece."""
 CLIENTS = range(2)
-"""By precedence."""
+"""The clients, by priority."""
 
 
 @dataclass
@@ -43,16 +43,16 @@ def _piece(random: np.random.Generator, address: int, floats: int, last: int = 0
 
 
 class _Watcher:
-    """Everything that can be seen on the bus, checked in every cycle."""
+    """Checks everything on the bus in every cycle."""
 
     def __init__(self, dut: Any):
         self.dut, self.size = dut, config().port_width // 8
         self.offered: list[tuple[int, int]] = []
-        """Address and beats of every burst that was offered on AW."""
+        """Address and beats of every burst that has been offered on AW."""
         self.taken = 0
-        """How many of them were."""
+        """How many of them have been taken."""
         self.sent = 0
-        """Bursts whose last beat was taken."""
+        """Bursts whose last beat has been taken."""
         self.acknowledged = 0
         self.completions: list[tuple[int, int]] = []
         """Bursts acknowledged before each completion, and its interrupt flag."""
@@ -82,7 +82,7 @@ class _Watcher:
             self.acknowledged += int(dut.m_axi_axi_bvalid.value)
 
     def _address(self, waiting: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        """AW stays as it is until it is taken, and every burst keeps to the rules."""
+        """AW does not change until it is taken, and every burst follows the rules."""
         dut = self.dut
         if not dut.m_axi_axi_awvalid.value:
             assert waiting is None, "AWVALID was withdrawn"
@@ -101,7 +101,7 @@ class _Watcher:
         return None if dut.m_axi_axi_awready.value else now
 
     def _data(self, waiting: tuple[int, ...] | None, beat: int) -> tuple[tuple[int, ...] | None, int]:
-        """W stays as it is until it is taken, never comes before its burst, and ends with it."""
+        """W does not change until it is taken, never comes before its burst, and ends with the burst."""
         dut = self.dut
         if not dut.m_axi_axi_wvalid.value:
             assert waiting is None, "WVALID was withdrawn"
@@ -117,7 +117,7 @@ class _Watcher:
 
 
 class _Bench:
-    """A memory full of noise, and what shall be in it afterwards."""
+    """A memory full of noise, and its expected content at the end."""
 
     def __init__(self, dut: Any, stall: Stall = never, pieces_stall: Stall = never, beats_stall: Stall = never):
         self.dut, self.size = dut, config().port_width // 8
@@ -129,7 +129,7 @@ class _Bench:
         self.memory.log.setLevel(logging.ERROR)
         self.channels = (self.memory.aw_channel, self.memory.w_channel, self.memory.b_channel)
         for channel in self.channels:
-            # By itself it takes no third transfer before it has answered the first.
+            # By default the memory takes no third transfer before it has answered the first.
             channel.queue_occupancy_limit = 32
             channel.set_pause_generator(iter(stall, None))
         self.image = np.frombuffer(rng(99).bytes(MEMORY), np.uint8).copy()
@@ -139,7 +139,7 @@ class _Bench:
         self.sent: list[_Piece] = []
 
     def send(self, pieces: list[_Piece], random: np.random.Generator, client: int = 0) -> None:
-        """Queue pieces; what their last beats have beyond their last float is noise."""
+        """Queues pieces. The bytes of a last beat after the last float are noise."""
         self.sent += pieces
         fields = {
             "address": [piece.address for piece in pieces],
@@ -159,13 +159,13 @@ class _Bench:
         return [burst for piece in self.sent for burst in piece.bursts(self.size)]
 
     async def quiet(self, cycles: int = 200_000) -> None:
-        """Wait until everything is written."""
+        """Waits until everything is written."""
         count = len(self.bursts)
         await until(self.dut.clk, lambda: self.watcher.acknowledged == count, f"{count} acknowledgements", cycles)
         await cycle(self.dut.clk, 20)
 
     def check(self) -> None:
-        """The bursts, the completions, and all of the memory: what was not to be written is what it was."""
+        """Checks the bursts, the completions, and the whole memory: other bytes must not change."""
         assert self.watcher.offered == self.bursts
         wanted, count = [], 0
         for piece in self.sent:
@@ -178,7 +178,7 @@ class _Bench:
         assert self.watcher.errors == []
 
     def check_memory(self) -> None:
-        """All of the memory, after everything that was sent."""
+        """Checks the whole memory after all pieces."""
         image = self.image.copy()
         for piece in self.sent:
             at = piece.address % MEMORY
@@ -186,7 +186,7 @@ class _Bench:
         self._compare(image)
 
     def check_partly(self) -> None:
-        """The memory after the bursts that were offered so far."""
+        """Checks the memory after the bursts that have been offered so far."""
         left = dict(self.watcher.offered)
         image = self.image.copy()
         for piece in self.sent:
@@ -203,7 +203,7 @@ class _Bench:
 
 
 def _pieces(random: np.random.Generator, count: int) -> list[_Piece]:
-    """Every length and offset around 4 KiB boundaries that could go wrong, and random ones, in random places."""
+    """Every length and offset around 4 KiB boundaries that could go wrong, and random ones, at random addresses."""
     shapes = [
         (BOUNDARY - before, floats)
         for before in (64, 128, 512, 1024 - 64, 1024, 1024 + 64)
@@ -226,7 +226,7 @@ def _pieces(random: np.random.Generator, count: int) -> list[_Piece]:
 @cocotb.test()
 @cocotb.parametrize(speeds=[(0, 0, 0), (0.3, 0.3, 0.3), (0.7, 0, 0), (0, 0.95, 0), (0, 0, 0.7)])
 async def boundaries(dut, speeds):
-    """Memory, pieces and beats each pausing at random or not."""
+    """Memory, pieces and beats, each with or without random pauses."""
     stalls = (randomly(p, rng(2, number)) if p else never for number, p in enumerate(speeds))
     bench = _Bench(dut, *stalls)
     await begin(dut)
@@ -239,12 +239,12 @@ async def boundaries(dut, speeds):
 @cocotb.test()
 @cocotb.parametrize(floats=[1, 16, 100, 256])
 async def full_speed(dut, floats):
-    """A beat in every cycle, across bursts and descriptors, whole pieces and the shortest ones."""
+    """A beat in every cycle, across bursts and descriptors, for whole pieces and for the shortest ones."""
     bench, random = _Bench(dut), rng(1)
     await begin(dut)
     pulses = ("m_axi_axi_awvalid", "m_axi_axi_wvalid", "m_axi_axi_bvalid", "complete")
     monitor = Monitor(dut, ("pieces_0", "beats_0"), pulses)
-    # One row after another; now and then a piece crosses a boundary.
+    # One row after another; some pieces cross a boundary.
     pieces = [_piece(random, 1088 * i, floats, last=i % 5 == 4, interrupt=1) for i in range(40)]
     bench.send(pieces, random)
     await bench.quiet()
@@ -254,14 +254,14 @@ async def full_speed(dut, floats):
     assert data[0] - monitor["m_axi_axi_awvalid"][0] == 1
     assert data[0] - monitor["beats_0"][0] == latency("data_latency")
     assert monitor["complete"][-1] - monitor["m_axi_axi_bvalid"][-1] == latency("complete_latency")
-    # Every cycle with valid data was a transfer, and there was no other cycle in between.
+    # Every cycle with valid data was a transfer, and there was no cycle without data between them.
     assert len(data) == sum(beats for _, beats in bench.bursts)
     assert consecutive(data), f"{data[-1] - data[0] + 1} cycles for {len(data)} beats"
 
 
 @cocotb.test()
 async def outstanding(dut):
-    """A memory that does not acknowledge gets eight bursts, and no more."""
+    """A memory that does not acknowledge gets at most eight bursts."""
     bench, random = _Bench(dut), rng(1)
     answering = [False]
     bench.memory.b_channel.set_pause_generator(iter(lambda: not answering[0], None))
@@ -277,7 +277,7 @@ async def outstanding(dut):
 
 @cocotb.test()
 async def address_first(dut):
-    """AW is offered before there are data, and also the next ones; nothing waits for AWREADY or WREADY."""
+    """AW is offered before there are data, and so are the next ones; no valid waits for AWREADY or WREADY."""
     bench, random = _Bench(dut, beats_stall=lambda: waiting), rng(1)
     waiting = True
     for channel in bench.channels[:2]:
@@ -298,7 +298,7 @@ async def address_first(dut):
 @cocotb.test()
 @cocotb.parametrize(after=[3, 150, 1000])
 async def halt(dut, after):
-    """Halted in the middle: what was offered is finished, nothing else begins; then the rest follows."""
+    """After a halt in the middle, offered bursts are finished and no others start. Later the rest follows."""
     bench, random = _Bench(dut, randomly(0.4, rng(2)), never, randomly(0.3, rng(3))), rng(1)
     await begin(dut)
     bench.send(_pieces(random, 4), random)
@@ -319,14 +319,14 @@ async def halt(dut, after):
 @cocotb.test()
 @cocotb.parametrize(response=[1, 2, 3])
 async def errors(dut, response):
-    """SLVERR and DECERR are reported with the address of their burst and their descriptor does not complete."""
+    """SLVERR and DECERR are reported with the burst's address, and the descriptor does not complete."""
     pieces, beats = StreamSource(dut, "pieces_0", dut.clk), StreamSource(dut, "beats_0", dut.clk)
     dut.pieces_1_valid.value = dut.beats_1_valid.value = 0
     dut.halt.value = dut.m_axi_axi_bvalid.value = dut.m_axi_axi_bresp.value = dut.m_axi_axi_bid.value = 0
     dut.m_axi_axi_awready.value = dut.m_axi_axi_wready.value = 1
     watcher = _Watcher(dut)
     await begin(dut)
-    # Six descriptors of two pieces of one beat; which of their answers are bad.
+    # Six descriptors with two pieces of one beat each. A 1 marks a bad answer.
     bad = [(0, 0), (1, 0), (0, 1), (0, 0), (1, 1), (0, 0)]
     addresses = [[BOUNDARY * (2 * i + j) + 64 for j in range(2)] for i in range(len(bad))]
     flat, answers = [a for pair in addresses for a in pair], [response * b for pair in bad for b in pair]
@@ -350,7 +350,7 @@ async def errors(dut, response):
 @cocotb.test()
 @cocotb.parametrize(speeds=[(0, 0, 0), (0.4, 0.3, 0.5)])
 async def two_clients(dut, speeds):
-    """Each client's pieces are written in its order, with its data, and complete its descriptors."""
+    """The pieces of each client are written in its order, with its data, and complete its descriptors."""
     bench, random = _Bench(dut, *(randomly(p, rng(2, n)) if p else never for n, p in enumerate(speeds))), rng(1)
     await begin(dut)
     pieces = _pieces(random, 20)
@@ -363,7 +363,7 @@ async def two_clients(dut, speeds):
     for share in shares:
         bursts = [burst for piece in share for burst in piece.bursts(bench.size)]
         assert [burst for burst in bench.watcher.offered if burst in bursts] == bursts
-    # Bursts are acknowledged in the order in which they were offered, and a descriptor is complete with its last one.
+    # Bursts are acknowledged in the order of their offers, and a descriptor is complete with its last burst.
     ends = {piece.bursts(bench.size)[-1]: piece.interrupt for piece in pieces if piece.last}
     wanted = [(n, ends[burst]) for n, burst in enumerate(bench.watcher.offered, 1) if burst in ends]
     assert bench.watcher.completions == wanted
@@ -372,7 +372,7 @@ async def two_clients(dut, speeds):
 
 @cocotb.test()
 async def precedence(dut):
-    """While the first client has pieces, the second one waits."""
+    """The second client waits while the first one has pieces."""
     bench, random = _Bench(dut), rng(1)
     dut.halt.value = 1
     await begin(dut)
@@ -388,8 +388,8 @@ async def precedence(dut):
 
 @cocotb.test()
 @cocotb.parametrize(after=[0, 1, 3])
-async def an_error_is_remembered(dut, after):
-    """Good answers after an error, any number of them, do not make its descriptor complete; the next one completes."""
+async def descriptor_with_an_error_does_not_complete(dut, after):
+    """After an error, good answers do not complete the descriptor, however many come. The next descriptor completes."""
     bench, random = _Bench(dut), rng(1)
     await begin(dut)
     bench.faults[0] = AxiResp.SLVERR
@@ -405,13 +405,13 @@ async def an_error_is_remembered(dut, after):
 
 @cocotb.test()
 async def an_error_of_another_client(dut):
-    """An error between two bursts of another client's descriptor does not keep that one from being complete."""
+    """An error between two bursts of another client's descriptor does not prevent that descriptor's completion."""
     bench, random = _Bench(dut), rng(1)
     dut.halt.value = 1
     await begin(dut)
     faulty = BOUNDARY
     bench.faults[faulty] = AxiResp.SLVERR
-    # The first client's faulty piece comes when the second client's first one is taken, its last one at the end.
+    # The first client's piece with the error comes after the second client's first piece, its last piece at the end.
     bench.send([_piece(random, 0, 16), _piece(random, 2 * BOUNDARY, 16, last=1, interrupt=1)], random, 1)
     await cycle(dut.clk, 20)
     bench.send([_piece(random, faulty, 16)], random, 0)
@@ -422,5 +422,5 @@ async def an_error_of_another_client(dut):
     await bench.quiet()
     assert [address for address, _ in bench.watcher.offered] == [0, faulty, 2 * BOUNDARY, 3 * BOUNDARY]
     assert bench.watcher.errors == [faulty]
-    # And the other one's end does not forgive it.
+    # The end of the other descriptor does not clear the error.
     assert bench.watcher.completions == [(3, 1)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The accelerator: layers by descriptor, from float32 in memory to float32 in memory, bit for bit."""
+"""The accelerator runs layers from descriptors, from float32 in memory to float32 in memory, bit for bit."""
 
 import cocotb
 
@@ -28,7 +28,7 @@ SLVERR = 2
 
 
 def _random_works(driver, random, count, max_k=200):
-    """Layers of all shapes, one in four on the activations of the one before; interrupts now and then."""
+    """Layers of all shapes. One in four uses the activations of the layer before, and some raise interrupts."""
     c, works = config(), []
     for _ in range(count):
         interrupt = random.random() < 0.3
@@ -46,7 +46,7 @@ def _random_works(driver, random, count, max_k=200):
 
 @cocotb.test()
 async def shapes(dut):
-    """One layer at a time: K that needs padding, N that fills no tile and that makes long bursts, every M."""
+    """One layer at a time: K that needs padding, N that is not a multiple of the tile or makes long bursts, every M."""
     driver, c = await AcceleratorDriver.create(dut), config()
     for k, n, size in ((64, c.tile, 32), (100, 3 * c.tile - 1, 32), (32, 1, 32), (64, 300, 64)):
         await driver.run([driver.place(fit(k, n, size), min(2, c.max_tokens))])
@@ -57,7 +57,7 @@ async def shapes(dut):
 
 @cocotb.test()
 async def extremes(dut):
-    """All-minimum and all-maximum data, zero rows and tokens, the accumulators' bound with the longest K."""
+    """All-minimum and all-maximum data, zero rows and tokens, and sums at the bound with the longest K."""
     driver, c = await AcceleratorDriver.create(dut), config()
     tokens = min(2, c.max_tokens)
     await driver.run([driver.place(fit(64, c.tile + 1, 32), tokens, kind) for kind in DATA])
@@ -66,7 +66,7 @@ async def extremes(dut):
 
 @cocotb.test()
 async def random_layers(dut):
-    """Many layers of different shapes queued, at once as many as there is room for, at the end of all addresses."""
+    """Many layers of different shapes, with the queue as full as possible, at the end of the address space."""
     driver, random = await AcceleratorDriver.create(dut, base=ADDRESS_LIMIT - MEMORY), rng(1)
     for _ in range(20 if LONG else 4):
         await driver.run(_random_works(driver, random, 18), room=QUEUE_DEPTH)
@@ -76,7 +76,7 @@ async def random_layers(dut):
 @cocotb.test()
 @cocotb.parametrize(run=range(40 if LONG else 8))
 async def random_pauses(dut, run):
-    """The same with pauses on every channel, light and heavy ones mixed."""
+    """The same with pauses on every channel, light and heavy pauses mixed."""
     random = rng(1, run)
     base = MEMORY * int(random.integers(0, ADDRESS_LIMIT // MEMORY))
     driver = await AcceleratorDriver.create(dut, pauses(run), base)
@@ -85,7 +85,7 @@ async def random_pauses(dut, run):
 
 @cocotb.test()
 async def reuse(dut):
-    """Several layers on the same activations, read once, and new ones in between."""
+    """Several layers on the same activations, which are read once, and new activations in between."""
     driver, c, works = await AcceleratorDriver.create(dut), config(), []
     for _ in range(3):
         works.append(driver.place(fit(160, c.tile * 2, 32), min(3, c.max_tokens)))
@@ -97,7 +97,7 @@ async def reuse(dut):
 
 @cocotb.test()
 async def full_queue(dut):
-    """A push into a full queue is lost, and nothing else is."""
+    """A push into a full queue is lost; nothing else is lost."""
     driver = await AcceleratorDriver.create(dut)
     answering = [False]
     driver.pause("hp0_r", lambda: not answering[0])
@@ -117,11 +117,11 @@ async def full_queue(dut):
 
 @cocotb.test()
 async def most_in_flight(dut):
-    """A memory that acknowledges no write: as many descriptors as all FIFOs hold together, and all are completed."""
+    """A memory that acknowledges no write: as many descriptors as all FIFOs hold together; then all are completed."""
     driver = await AcceleratorDriver.create(dut)
     answering = [False]
     driver.pause("hp0_b", lambda: not answering[0])
-    # All layers together are more than the memory holds at tile 16.
+    # At tile 16, all layers together are larger than the memory.
     works = [driver.place(fit(32, 1, 32), 1) for _ in range(4)]
     await driver.start([])
     kept = []
@@ -141,7 +141,7 @@ async def most_in_flight(dut):
 
 @cocotb.test()
 async def interrupts(dut):
-    """Only flagged descriptors set the pending bit, and it raises the line only while it is enabled."""
+    """Only descriptors with the flag set the pending bit, which raises the interrupt line only while it is enabled."""
     driver, layer = await AcceleratorDriver.create(dut), fit(32, config().tile, 32)
     plain, flagged = driver.place(layer, 1), driver.place(layer, 1, interrupt=True)
     await driver.run([plain])
@@ -153,14 +153,14 @@ async def interrupts(dut):
     await driver.set("interrupt_enable", "done")
     await cycle(dut.clk, 2)
     assert read(dut.irq) == 1
-    # Bits written as 0 stay.
+    # Bits that are written as 0 do not change.
     await driver.set("interrupt_pending", "error")
     assert await driver.get("interrupt_pending") == 1 and read(dut.irq) == 1
     await driver.set("interrupt_pending", "done")
     assert await driver.get("interrupt_pending") == 0 and read(dut.irq) == 0
     await driver.run([plain, plain])
     assert read(dut.irq) == 0
-    # It comes with the completion, and stays when a plain one follows.
+    # The bit is set with the completion, and stays set when a descriptor without the flag follows.
     await driver.run([plain, flagged, plain])
     assert read(dut.irq) == 1
     await driver.set("interrupt_enable", 0)
@@ -170,7 +170,7 @@ async def interrupts(dut):
 
 @cocotb.test()
 async def identity(dut):
-    """Who it is, what it can do, and that nothing of it can be written."""
+    """The identity and capability registers have their values, and cannot be written."""
     driver, c = await AcceleratorDriver.create(dut, pauses()), config()
     assert await driver.get("identification") == IDENTIFICATION
     assert await driver.get("version") == VERSION
@@ -185,7 +185,7 @@ async def identity(dut):
                 assert (await driver.access(place, 0xFFFF_FFFF))[0] == SLVERR
                 if register.name != "cycles":
                     assert await driver.access(place) == before
-    # Bits in no field do nothing; neither do commands' zeros.
+    # Bits outside the fields do nothing, and neither does a 0 in a command's bit.
     await driver.set("control", 0xFFFF_FFF8)
     assert await driver.get("status") == 0 and await driver.get("completed") == 0
     await driver.run([driver.place(fit(32, 1, 32), 1)])
@@ -193,7 +193,7 @@ async def identity(dut):
 
 @cocotb.test()
 async def counters(dut):
-    """Beats are the layers' own; a single layer is busy from its start to its completion; nothing is starved twice."""
+    """Beats are those of the layers. One layer is busy from start to completion. No cycle counts as starved twice."""
     driver, c = await AcceleratorDriver.create(dut), config()
     for index, tokens in enumerate((1, c.max_tokens)):
         work = driver.place(fit(128, 5 * c.tile, 64), tokens)
@@ -207,7 +207,7 @@ async def counters(dut):
         busy, beats = await driver.get("busy"), await driver.get("beats")
         assert beats == work.job.layer.beats
         assert before < started < done < after
-        # Both are busy cycles themselves.
+        # The cycles of the start and of the completion are busy cycles too.
         assert busy == done - started + 1, f"busy for {busy} cycles, from {started} to {done}"
         layer = work.job.layer
         assert busy > max(beats, layer.slices * layer.out_tiles * tokens)
@@ -218,7 +218,7 @@ async def counters(dut):
 
 
 def _slow(monitor, regions):
-    """Pauses of R, nine of ten cycles, while memory answers reads of some regions."""
+    """Pauses of R in nine of ten cycles, while the memory answers reads of some regions."""
     pause = randomly(0.9, rng(1))
 
     def stall():
@@ -229,7 +229,7 @@ def _slow(monitor, regions):
 
 
 def _region(work, operand, port):
-    """The addresses of an operand, of weights one port's."""
+    """The addresses of an operand; for weights, those of one port."""
     if operand == "activations":
         return range(work.descriptor.activations, work.descriptor.activations + work.x.nbytes)
     start = work.descriptor.weights + port * work.descriptor.weights_stride
@@ -237,7 +237,7 @@ def _region(work, operand, port):
 
 
 async def _starved(driver, works):
-    """What the core has waited for longest."""
+    """The cause that the core has waited for longest."""
     await driver.set("control", "clear_counters")
     await driver.run(works)
     starved = {name: await driver.get(f"starved_{name}") for name in ("weights", "activations", "output")}
@@ -251,7 +251,7 @@ async def _starved(driver, works):
 @cocotb.test()
 @cocotb.parametrize(cause=["weights", "activations", "output"])
 async def starved_by(dut, cause):
-    """The counters name what is slow: weights, activations, or results."""
+    """The counters show what is slow: weights, activations, or results."""
     driver, c = await AcceleratorDriver.create(dut), config()
     layer = fit(c.max_k // 2, 1, 64) if cause == "activations" else fit(64, 400, 64)
     works = [driver.place(layer, 1 if cause == "weights" else c.max_tokens) for _ in range(2)]
@@ -265,7 +265,7 @@ async def starved_by(dut, cause):
 
 @cocotb.test()
 async def completions(dut):
-    """Every completion's cycle, in order, over more descriptors than there are entries; clearing leaves them alone."""
+    """The cycle of every completion, in order, for more descriptors than entries; clearing does not change them."""
     driver = await AcceleratorDriver.create(dut)
     works = [driver.place(fit(32, 1, 32), 1) for _ in range(4)]
     count = COMPLETIONS + 8
@@ -283,7 +283,7 @@ async def completions(dut):
 
 @cocotb.test()
 async def gathered(dut):
-    """Aligned results of whole 256 columns are written in bursts of 1 KiB, and no shorter one."""
+    """Aligned results whose columns are a multiple of 256 are written in bursts of 1 KiB only."""
     driver, c = await AcceleratorDriver.create(dut), config()
     await driver.run([driver.place(fit(32, 512, 32), min(3, c.max_tokens), aligned=True) for _ in range(2)])
     lengths = {burst.beats * c.port_width // 8 for burst in driver.monitors[0].writes}
@@ -292,7 +292,7 @@ async def gathered(dut):
 
 @cocotb.test(skip=StreamLayout(config()).array_factor > 1)
 async def back_to_back(dut):
-    """At M = 1 layers follow each other without an idle cycle on the busiest port, which the array keeps up with."""
+    """At M = 1, if the array is fast enough, layers follow each other without an idle cycle on the busiest port."""
     driver, c = await AcceleratorDriver.create(dut), config()
     idle = []
     for count in (1, 6):
@@ -303,14 +303,14 @@ async def back_to_back(dut):
         moved = max(monitor.beats - beats for monitor, beats in zip(driver.monitors, before))
         idle.append(await driver.get("busy") - moved)
         driver.forget()
-    # From the push to the first beat, and from the last one to the completion: once, however many layers there are.
+    # Idle from the push to the first beat and from the last beat to the completion: once for any number of layers.
     dut._log.info("%s cycles in which the busiest port did not move", idle)
     assert idle[1] <= idle[0] + 4
 
 
 @cocotb.test()
 async def loads_ahead(dut):
-    """A layer's activations are loaded while the one before computes: only the first one is waited for."""
+    """A layer's activations are loaded while the previous layer computes: the core waits only for the first ones."""
     driver, c = await AcceleratorDriver.create(dut), config()
     waited = []
     for count in (1, 4):
@@ -324,7 +324,7 @@ async def loads_ahead(dut):
 
 @cocotb.test()
 async def untouched_window(dut):
-    """The window belongs to software again as soon as the push is answered, and keeps what was written."""
+    """Software may write the window again as soon as the push is answered. The window keeps its values."""
     driver = await AcceleratorDriver.create(dut)
     works = [driver.place(fit(32, config().tile, 32), 1) for _ in range(2)]
     await driver.start([])

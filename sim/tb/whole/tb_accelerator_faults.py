@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The accelerator's faults: what stops it, what it says then, what it still completes, and how a reset brings it back.
+"""The accelerator's faults: what stops it, what it then reports and still completes, and how it recovers by a reset.
 
-After every fault the bus rules hold on, which the monitors see to, and the next layers are exact.
+After every fault the bus rules still hold (the monitors check it), and the next layers are exact.
 """
 
 import cocotb
@@ -22,11 +22,11 @@ LONG = settings().get("long", False)
 PORTS = config().ports
 TIMEOUT = 300
 BASE = ADDRESS_LIMIT - MEMORY
-"""Where the layers lie: all bits of an address are in use."""
+"""The address of the layers: it uses all bits of an address."""
 
 
 def _works(driver, count, **options):
-    """Some layers of a few output tiles."""
+    """Some layers with a few output tiles."""
     c = config()
     return [driver.place(fit(64, 3 * c.tile - 1, 32), 1 + i % min(3, c.max_tokens), **options) for i in range(count)]
 
@@ -41,7 +41,7 @@ async def _recovers(driver):
 
 
 async def _stops(driver):
-    """Waits for the interrupt, and then sees to it that nothing more is asked for and nothing more enters the core."""
+    """Waits for the interrupt, and then checks that nothing more is requested and nothing more enters the core."""
     await RisingEdge(driver.dut.irq)
     offered, beats = driver.offered, await driver.get("beats")
     await driver.calm()
@@ -50,7 +50,7 @@ async def _stops(driver):
 
 
 def _words(descriptor, **fields):
-    """A descriptor's words with some fields replaced; ``flip`` are bits of the whole to flip."""
+    """A descriptor's words with some fields replaced; ``flip`` are the bits of the descriptor to flip."""
     whole = sum(word << 32 * index for index, word in enumerate(descriptor.to_words()))
     whole ^= fields.pop("flip", 0)
     for field in FIELDS:
@@ -72,7 +72,7 @@ _REFUSED = {
 
 
 def _refused(driver, name, before):
-    """A descriptor that is refused, and why; its shape is not that of other layers here."""
+    """A descriptor that is refused, and the reason; its shape differs from that of the other layers here."""
     fields, code = _REFUSED[name]
     words = _words(driver.place(fit(32, config().tile, 32), 1).descriptor, **fields)
     assert refusal(config(), words, before.descriptor.to_words()) == code
@@ -82,7 +82,7 @@ def _refused(driver, name, before):
 @cocotb.test()
 @cocotb.parametrize(name=list(_REFUSED))
 async def refused(dut, name):
-    """A descriptor that is refused: those before it are completed, it and those behind it are not."""
+    """A refused descriptor: the descriptors before it are completed; it and the descriptors after it are not."""
     driver = await AcceleratorDriver.create(dut, base=BASE)
     before, after = (_works(driver, 2) for _ in range(2))
     words, code = _refused(driver, name, before[-1])
@@ -98,13 +98,13 @@ async def refused(dut, name):
 
 
 def _status(queued):
-    """Stopped by an error with descriptors in the queue."""
+    """The status after a stop by an error, with descriptors in the queue."""
     status = BY_NAME["status"]
     return status.field("running").mask | status.field("error").mask | queued << 8
 
 
 def _spoiled(kind, tokens, k):
-    """Activations that are refused, and why."""
+    """Activations that are refused, and the reason."""
     x = rng(3).standard_normal((tokens, k)).astype(np.float32)
     token, place = tokens - 1, int(rng(4).integers(0, k))
     match kind:
@@ -121,7 +121,7 @@ def _spoiled(kind, tokens, k):
 @cocotb.test()
 @cocotb.parametrize(kind=["infinite", "nan", "tiny", "subnormal"])
 async def activations(dut, kind):
-    """Activations that are no numbers or out of range: their address, and earlier layers are completed."""
+    """Activations that are not finite or out of range: their address is reported, earlier layers are completed."""
     driver, c = await AcceleratorDriver.create(dut, base=BASE), config()
     layer, tokens = fit(64, 3 * c.tile, 32), min(3, c.max_tokens)
     x, code = _spoiled(kind, tokens, layer.k)
@@ -141,14 +141,14 @@ async def activations(dut, kind):
 @cocotb.test()
 @cocotb.parametrize(port=range(PORTS), what=["weights", "activations"], response=[AxiResp.SLVERR, AxiResp.DECERR])
 async def read_errors(dut, port, what, response):
-    """A bad answer to a read, on every port: the burst's address; nothing is completed from there on."""
+    """A bad answer to a read, on every port: the burst's address is reported; nothing after it is completed."""
     driver, c = await AcceleratorDriver.create(dut, pauses(port), BASE), config()
     works = _works(driver, 1) + [driver.place(fit(c.max_k, 2 * c.tile, 128), c.max_tokens)] + _works(driver, 1)
     bad, size = works[1].descriptor, c.port_width // 8
     if what == "weights":
         place = bad.weights + port * bad.weights_stride + size * (works[1].job.layer.beats * 2 // 3)
     else:
-        # Which port reads what of it is its own affair.
+        # The test does not assume which port reads which part.
         place = bad.activations + size * int(rng(5).integers(0, works[1].x.nbytes // size))
     for faults in driver.read_faults:
         faults[place] = response
@@ -169,7 +169,7 @@ async def read_errors(dut, port, what, response):
 
 @cocotb.test()
 async def read_errors_of_all_ports(dut):
-    """Every port's memory fails in the same beat of its region: one of the bursts is reported, nothing is completed."""
+    """All ports' memories fail in the same beat of their regions: one burst is reported, nothing is completed."""
     driver, c = await AcceleratorDriver.create(dut, base=BASE), config()
     work = driver.place(fit(c.max_k, 2 * c.tile, 128), c.max_tokens)
     size, descriptor = c.port_width // 8, work.descriptor
@@ -189,7 +189,7 @@ async def read_errors_of_all_ports(dut):
 @cocotb.test()
 @cocotb.parametrize(response=[AxiResp.SLVERR, AxiResp.DECERR], pausing=[False, True])
 async def write_errors(dut, response, pausing):
-    """A bad answer to a write: the burst's address, and its layer is not completed, nor are those behind it."""
+    """A bad answer to a write: the burst's address is reported; its layer and the layers after it are not completed."""
     driver = await AcceleratorDriver.create(dut, pauses() if pausing else {}, BASE)
     works = _works(driver, 6)
     number = int(rng(6).integers(1, 5))
@@ -208,7 +208,7 @@ async def write_errors(dut, response, pausing):
 
 @cocotb.test()
 async def nothing_completes_after(dut):
-    """A layer whose results are acknowledged after a fault in the next one is not completed."""
+    """A layer is not completed if its results are acknowledged after a fault in the next layer."""
     driver = await AcceleratorDriver.create(dut)
     works = _works(driver, 2)
     driver.pause("hp0_b", lambda: True)
@@ -225,7 +225,7 @@ async def nothing_completes_after(dut):
 
 
 async def _owed(driver, channel):
-    """Blocks a channel in the middle of some layers; returns the addresses that are owed an answer then."""
+    """Blocks a channel in the middle of some layers; returns the addresses that wait for an answer then."""
     works = _works(driver, 8)
     await driver.start(works[:2])
     await driver.until(lambda: driver.monitors[0].writes_under_way > 0, "the first write")
@@ -240,7 +240,7 @@ async def _owed(driver, channel):
     channel=[f"hp{port}_{name}" for port in range(PORTS) for name in ("ar", "r")] + ["hp0_aw", "hp0_w", "hp0_b"]
 )
 async def timeouts(dut, channel):
-    """Memory that stops to answer is found out in one to two timeouts, and the reset ends once it answers again."""
+    """A memory that stops answering is detected within one to two timeouts; the reset ends when it answers again."""
     driver = await AcceleratorDriver.create(dut, base=BASE)
     assert await driver.get("timeout") == DEFAULT_TIMEOUT
     await driver.set("timeout", TIMEOUT)
@@ -255,7 +255,7 @@ async def timeouts(dut, channel):
     code = ErrorCode.WRITE_TIMEOUT if writes else ErrorCode.READ_TIMEOUT
     await driver.failed(code, bursts[len(bursts) - owed].address)
     assert owed == (await driver.get("writes_under_way") if writes else await _reads(driver, port))
-    # The reset waits for the memory, however long that takes, and pushes are ignored.
+    # The reset waits for the memory, however long it takes, and pushes are ignored meanwhile.
     await driver.set("control", "reset")
     offered = driver.offered
     await cycle(dut.clk, 5 * TIMEOUT)
@@ -281,7 +281,7 @@ async def _reads(driver, port):
 
 @cocotb.test()
 async def patience(dut):
-    """A memory that is slow but moves is waited for, and with a timeout of 0 one that does not move, too."""
+    """The accelerator waits for a slow memory that moves, and, with a timeout of 0, for one that does not move."""
     driver = await AcceleratorDriver.create(dut)
     await driver.set("timeout", 64)
     for port in range(PORTS):
@@ -302,7 +302,7 @@ async def patience(dut):
 @cocotb.test()
 @cocotb.parametrize(run=range(8 if LONG else 2))
 async def resets(dut, run):
-    """A reset at any moment, under pauses: the bus gets what it is owed, and the next layers are exact."""
+    """A reset at any moment, with pauses: outstanding transfers are finished, and the next layers are exact."""
     random = rng(7, run)
     driver = await AcceleratorDriver.create(dut, pauses(run), BASE)
     for _ in range(40 if LONG else 12):
@@ -315,7 +315,7 @@ async def resets(dut, run):
             for _ in range(int(random.integers(1, 5)))
         ]
         await driver.start(works)
-        # Half of them while the first layers begin, the others anywhere.
+        # Half of the resets come while the first layers begin, the others at any time.
         await cycle(dut.clk, int(random.integers(1, random.choice([60, 3000]))))
         completed = await driver.completed()
         await driver.reset()
@@ -328,7 +328,7 @@ async def resets(dut, run):
 @cocotb.test()
 @cocotb.parametrize(run=range(8 if LONG else 2))
 async def rst_pin(dut, run):
-    """The rst pin of accelerator and memory at any moment: all registers have their first values, layers are exact."""
+    """The rst pin of accelerator and memory at any moment: all registers have their reset values, layers are exact."""
     random = rng(10, run)
     driver = await AcceleratorDriver.create(dut, pauses(run), BASE)
     for _ in range(20 if LONG else 6):
@@ -353,7 +353,7 @@ async def rst_pin(dut, run):
 
 @cocotb.test()
 async def forgets_activations(dut):
-    """A reset in the middle of large activations; nothing of them is left in the small ones that follow."""
+    """A reset in the middle of large activations: the small ones that follow contain no values of them."""
     driver, c, random = await AcceleratorDriver.create(dut), config(), rng(9)
     layer = fit(c.max_k, 1, 128)
     for _ in range(8):
@@ -371,7 +371,7 @@ async def forgets_activations(dut):
 
 @cocotb.test()
 async def idle_reset(dut):
-    """A reset while nothing happens, twice in a row, keeps what software wrote and what it counts."""
+    """Two resets while the accelerator is idle keep the values that software wrote, and the counts."""
     driver = await AcceleratorDriver.create(dut)
     work = _works(driver, 1, interrupt=True)
     await driver.run(work)
@@ -388,7 +388,7 @@ async def idle_reset(dut):
     assert [await driver.get(name) for name in kept] == before
     assert [await driver.get("descriptor", index) for index in range(16)] == window
     assert await driver.get("cycles") > cycles
-    # There is no descriptor before whose activations could be used.
+    # There is no earlier descriptor whose activations could be reused.
     await driver.push(_words(work[0].descriptor, reuse=1))
     await driver.failed(ErrorCode.SHAPE, 0)
     await _recovers(driver)
@@ -396,7 +396,7 @@ async def idle_reset(dut):
 
 @cocotb.test()
 async def interrupt(dut):
-    """The error interrupt: set once for each error, raised only while it is enabled, and gone when it is cleared."""
+    """The error interrupt: it is set once per error, raised only while it is enabled, and ends when it is cleared."""
     driver = await AcceleratorDriver.create(dut)
     for _ in range(2):
         await driver.set("interrupt_enable", 0)
@@ -406,7 +406,7 @@ async def interrupt(dut):
         await driver.set("interrupt_enable", "error")
         await cycle(dut.clk, 2)
         assert read(dut.irq) == 1
-        # A handler's bit for the other cause changes nothing.
+        # Clearing the other cause changes nothing.
         await driver.set("interrupt_pending", "done")
         assert read(dut.irq) == 1
         await driver.set("interrupt_pending", "error")
@@ -420,7 +420,7 @@ async def interrupt(dut):
 
 @cocotb.test()
 async def first_one_counts(dut):
-    """Several faults in a row: the first one is kept; and each of many is found after the reset of the one before."""
+    """Of several faults, the first one is kept. Of many faults with resets in between, each one is detected."""
     driver = await AcceleratorDriver.create(dut, pauses(), BASE)
     for name in rng(8).permutation(list(_REFUSED)).tolist():
         layer = fit(64, config().tile, 32)
@@ -431,7 +431,7 @@ async def first_one_counts(dut):
         await driver.push(words)
         await driver.push(driver.place(layer, 1, x=x))
         await driver.failed(code, 0)
-        # A bus error in what is still under way changes nothing.
+        # A bus error in an outstanding transfer changes nothing.
         place = works[0].writes[-1][0].address
         driver.write_faults[place] = AxiResp.SLVERR
         await driver.calm()
