@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The performance model against the RTL: every figure is what the simulated accelerator really took."""
+"""The performance model against the RTL: the measured cycles are those of the simulated accelerator."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def device(request):
 
 
 def measured(device, layout, tokens):
-    """Cycles of a layer of noise: its values decide nothing."""
+    """Cycles of a layer of noise: cycles do not depend on values."""
     rng = np.random.default_rng(1)
     weights, results = device.alloc(weight_bytes(layout)), device.alloc(result_bytes(layout, tokens))
     device.write(weights, rng.integers(0, 256, weights.size, np.uint8))
