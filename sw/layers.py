@@ -91,9 +91,9 @@ def run_layers(device: Device, works: Iterator[Captured], tokens: int) -> Iterat
 
 def _start(device: Device, waiter: ThreadPoolExecutor, work: Captured, tokens: int) -> _Running:
     layer, config, x = work.layer, device.config, work.x[-tokens:]
-    layout = pack.fit(config, layer.name, layer.k, layer.n, layer.group_size, layer.bits, layer.zero_points)
-    weights = pack.integer_weights(config, layer, layout)
-    prepared = pack.prepare(config, layer, weights)
+    plan = pack.plan_layer(config, layer)
+    layout, weights = plan.layout, pack.integer_weights(plan, layer)
+    prepared = pack.pack_layer(plan, layer, weights)
     padded = prepared.pad(x)
     sizes = weight_bytes(layout), padded.nbytes, result_bytes(layout, len(x))
     buffers = device.alloc(sizes[0]), device.alloc(sizes[1]), device.alloc(sizes[2])

@@ -18,6 +18,8 @@ FLOAT_BITS = 32
 """Bits of a result: IEEE 754 binary32."""
 MAX_N = 1 << 18
 """Most output rows of one layer (Qwen2.5's vocabulary, 151,936 rows, fits)."""
+MAX_K = 1 << 15
+"""Most in_features K of one layer that any hardware takes."""
 MAX_SUM_BITS = 64
 """Widest accumulator: numpy's int64 is the definition of the numerics."""
 
@@ -30,7 +32,7 @@ _CHOICES = {
     "port_width": (32, 64, 128),
     "max_group_size": (32, 64, 128, 256),
 }
-_RANGES = {"max_tokens": (1, 64), "max_k": (32, 32_768)}
+_RANGES = {"max_tokens": (1, 64), "max_k": (32, MAX_K)}
 
 
 class ConfigError(ValueError):

@@ -23,6 +23,7 @@ from sw.devices.base import DeviceError, read_results, view_results
 from sw.devices.host import Host
 from sw.devices.kv260 import FIRMWARE, WAIT_SECONDS, KV260Device, KV260Platform
 from sw.devices.udmabuf import LINE, _merge
+from sw.runtime.hardware import LayerShape, choose_config
 from tests.sw.fixtures.fake_board import ADDRESS, BUFFER, SIZE, UIO, FakeBoard
 from tests.sw.fixtures.linears import (
     TIMEOUT,
@@ -307,6 +308,10 @@ def test_hardware_options(fake, monkeypatch):
     assert config == CONFIG and values == CONFIG.to_dict()
     for same in (["--tile", "4"], ["--weight-bits", "auto"], ["--tile=4", "--max-tokens=5"]):
         assert hardware_options.hardware_options(parse("--device", "reference,kv260", *same))[1] == CONFIG
+    long = LayerShape("down", 8960, 32, 128, 4, np.zeros(1), False)
+    message = r"^layer down: K is at most max_k \(1,024\), not 8,960; hardware built with --max-k 8960 takes it$"
+    with pytest.raises(UserError, match=message):
+        choose_config([long], values)
     with pytest.raises(UserError, match=r"^the board's hardware has max_tokens 5, and 7 is asked for$"):
         hardware_options.hardware_options(parse("--device", "kv260", "--tile=4", "--max-tokens=7"))
     # Without it nothing asks for a board.
