@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far long work has come, on stderr: one line that is rewritten on a terminal, otherwise a line now and then."""
 
+import io
+import os
 import sys
 from collections.abc import Callable
 from typing import Self
@@ -10,6 +12,15 @@ Progress = Callable[[int, int], None]
 
 LINES = 10
 """Lines that a count has without a terminal."""
+
+
+def stderr_is_stdout() -> bool:
+    """Whether both are one file, as after ``2>&1``: a line of progress would stand in the middle of a text."""
+    try:
+        return os.path.samestat(os.fstat(sys.stdout.fileno()), os.fstat(sys.stderr.fileno()))
+    except (io.UnsupportedOperation, OSError):
+        # No files: another program's streams, or closed.
+        return False
 
 
 class StatusLine:
