@@ -22,8 +22,9 @@ import numpy as np
 from hw.spec.numerics.linear import NumericsError, quantise_activations
 from sw.common.command_line import Parser, check_positive
 from sw.common.errors import UserError, run_cli
+from sw.common.status_line import StatusLine
 from sw.common.text_files import text_directory
-from sw.console.layers_report import LayerResult, Report, layer_progress, print_json, print_table
+from sw.console.layers_report import LayerResult, Report, print_json, print_table
 from sw.console.options import MODEL_HELP, add_device_options, add_hardware_options, check_devices, hardware_options
 from sw.devices import open_device, pack
 from sw.devices.base import Completion, Device, LinearJob, read_results, result_bytes, weight_bytes, weight_image
@@ -177,11 +178,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokens = options.tokens or min(TOKENS, config.max_tokens, len(ids) or TOKENS)
     works = capture_inputs(linears, ids[: max(tokens, CONTEXT)], tokens=tokens, threads=1)
 
-    with open_device(options.device, memory, **config.to_dict()) as device, layer_progress(len(linears)) as advance:
+    with open_device(options.device, memory, **config.to_dict()) as device, StatusLine() as status:
         results = []
         for result in run_layers(device, works, tokens):
             results.append(result)
-            advance(result)
+            status.count("{done} of {total} layers", len(results), len(linears), f"  {result.name}")
     report = Report(str(model), options.device, memory, config, tokens, source, results, time.monotonic() - started)
     if options.json:
         print_json(report)

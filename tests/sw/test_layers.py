@@ -405,7 +405,12 @@ def test_interrupt_during_a_long_layer(monkeypatch):
 
 def test_interrupt(smollm2):
     """Ctrl-C in the middle: quiet, quick, status 130."""
-    arguments = [sys.executable, "-m", "sw.layers", str(smollm2), "--device", "rtl"]
+    # A test run in the background of a shell inherits SIGINT ignored.
+    script = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from runpy import run_module; run_module('sw.layers', run_name='__main__')"
+    )
+    arguments = [sys.executable, "-c", script, str(smollm2), "--device", "rtl"]
     with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
