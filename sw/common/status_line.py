@@ -52,8 +52,8 @@ class StatusLine:
         """Shows a count. form: a text with {done} and {total}: "prompt {done} of {total} tokens"; more: its ending."""
         text = form.format(done=f"{done:,}", total=f"{total:,}") + more
         if self._terminal:
-            # Go to the start of the line, and erase the rest of the line after the text. A text longer than the line would
-            # leave its first part on the terminal.
+            # Go to the start of the line, and erase the rest of it. A text longer than the line would leave its first
+            # part on the terminal.
             print(f"\r{text[: _columns() - 1]}\x1b[K", end="", file=sys.stderr, flush=True)
             self._shown = True
         elif done * LINES // total != self._last.get(form, 0) * LINES // total:
