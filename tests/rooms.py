@@ -16,6 +16,7 @@ MAX_MODULES = 15
 
 ORDER: dict[str, tuple[str, ...]] = {
     "hw": (
+        "hw.spec.float32",
         "hw.spec.config",
         "hw.spec.numerics",
         "hw.spec.memory",
