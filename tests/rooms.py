@@ -16,10 +16,12 @@ MAX_MODULES = 15
 
 ORDER: dict[str, tuple[str, ...]] = {
     "hw": (
-        "hw.spec.float32",
         "hw.spec.config",
         "hw.spec.numerics",
         "hw.spec.memory",
+        "hw.spec.latencies",
+        "hw.spec.cycles",
+        "hw.spec.ops",
         "hw.spec.control",
         "hw.spec",
         "hw.boards",

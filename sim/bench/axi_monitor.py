@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import cocotb
 from cocotb.triggers import RisingEdge
 
+from hw.spec.memory.access import BURST_BOUNDARY as BOUNDARY
+
 __all__ = ["AxiMonitor", "Burst", "LiteMonitor"]
 
-BOUNDARY = 4096
 FLOAT_BYTES = 4
 _ADDRESS_FIELDS = ("addr", "len", "size", "burst", "cache", "prot", "id")
 _INCR, _CACHE, _PROT, _ID = 1, 3, 0, 0
@@ -140,6 +141,10 @@ class AxiMonitor(_Watched):
         return not self.reads_under_way and not self.writes_under_way
 
     def _clear(self) -> None:
+        # What was under way is never answered: counts of what was offered and of what was answered start together.
+        for bursts in (self.reads, self.writes, self.written):
+            bursts.clear()
+        self.acknowledged = self.beats = 0
         self._owed_reads: deque[int] = deque()  # beats still to come of each burst
         self._owed_data: deque[int] = deque()
         self._unacknowledged = 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""float32 between operators: addition, multiplication and order, bit for bit as the vector unit does them.
+"""float32: its fields, and addition, multiplication and order of numbers, bit for bit as the vector unit does them.
 
 The numbers are those of IEEE 754 binary32 with round to nearest, half to even, and these rules:
 
@@ -16,13 +16,21 @@ Every function works on each element alone. So a result does not depend on how m
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hw.spec import float32
+FRACTION_BITS = 23
+SIGNIFICAND_BITS = FRACTION_BITS + 1
+"""With the leading one."""
+EXPONENT_FIELD_BITS = 8
+EXPONENT_SPECIAL = (1 << EXPONENT_FIELD_BITS) - 1
+"""The exponent field of infinities and of what is not a number."""
+EXPONENT_BIAS = (1 << (EXPONENT_FIELD_BITS - 1)) - 1
+EXPONENT_MIN, EXPONENT_MAX = 1 - EXPONENT_BIAS, EXPONENT_BIAS
+"""Of normal numbers."""
 
-NAN = np.uint32(float32.EXPONENT_SPECIAL << float32.FRACTION_BITS | 1 << (float32.FRACTION_BITS - 1)).view(np.float32)
+NAN = np.uint32(EXPONENT_SPECIAL << FRACTION_BITS | 1 << (FRACTION_BITS - 1)).view(np.float32)
 """The one NaN that operators produce: 0x7FC00000."""
-SMALLEST = np.float32(2.0**float32.EXPONENT_MIN)
+SMALLEST = np.float32(2.0**EXPONENT_MIN)
 """The smallest normal number."""
-_ROUNDS_TO_SMALLEST = 2.0**float32.EXPONENT_MIN - 2.0 ** (float32.EXPONENT_MIN - float32.SIGNIFICAND_BITS - 1)
+_ROUNDS_TO_SMALLEST = 2.0**EXPONENT_MIN - 2.0 ** (EXPONENT_MIN - SIGNIFICAND_BITS - 1)
 """The smallest magnitude that 24 bits round to :data:`SMALLEST`: a tie, and the even neighbour is the upper one."""
 
 

@@ -25,8 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hw.spec.float32 import FRACTION_BITS
-from hw.spec.numerics.float32 import flush
+from hw.spec.numerics.float32 import FRACTION_BITS, flush
 
 UNIT_BITS = 24
 """Results are multiples of ``2**-UNIT_BITS``."""

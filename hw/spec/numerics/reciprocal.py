@@ -11,8 +11,7 @@ it.
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hw.spec.float32 import SIGNIFICAND_BITS
-from hw.spec.numerics.float32 import NAN, flush
+from hw.spec.numerics.float32 import NAN, SIGNIFICAND_BITS, flush
 from hw.spec.numerics.linear import to_float32
 
 INTEGER_BITS = 53
