@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packing: the stream holds the model's own integers, whatever its groups; what does not fit is refused by name."""
+"""Packing: the stream holds the model's own integers for all group sizes; layers that do not fit are refused."""
 
 import time
 from dataclasses import replace
@@ -12,7 +12,8 @@ from hw.spec.memory.packing import unpack
 from hw.spec.numerics.linear import linear as numpy_linear
 from hw.spec.numerics.linear import quantise_activations
 from sw.common.errors import UserError
-from sw.devices.pack import fit, integer_weights, prepare
+from sw.devices.pack import integer_weights, pack_layer, plan_layer, prepare
+from sw.runtime.hardware import LayerShape
 from tests.sw.fixtures.linears import expected, random_activations, random_linear, same_bits
 
 CONFIGS = {
@@ -28,7 +29,7 @@ SHAPES = [
     (16, 896, 128),
     (7, 352, 32),  # eleven groups
     (5, 352, 128),  # a short last group
-    (9, 200, 64),  # a short last group, and K is not whole tiles
+    (9, 200, 64),  # a short last group, and K is not a multiple of the tile
     (3, 20, 32),  # less than one group
     (20, 512, 512),  # one group, longer than the accumulators hold
     (20, 500, 1024),  # longer than K
@@ -38,7 +39,7 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_stream_holds_the_layer(config, shape):
-    """From the stream alone: the model's q in its place, and results as defined in the model's own groups."""
+    """The unpacked stream has the model's q in the right places, and its results equal those of the model's groups."""
     rng = np.random.default_rng(1)
     linear = random_linear(rng, *shape, zero_point=config.zero_point)
     layer = prepare(config, linear)
@@ -56,7 +57,7 @@ def test_stream_holds_the_layer(config, shape):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", ["tile16", "tile16 fixed", "tile4 fixed"])
 def test_two_planes(name, shape, bits):
-    """Weights of up to twice the hardware's bits: exactly one weight of 8 bits with a scale of 12."""
+    """Weights of up to twice the hardware's bits: the result equals that of 8-bit weights with scales of 12 bits."""
     config, rng = CONFIGS[name], np.random.default_rng(11)
     if 2 * shape[1] > config.max_k:
         pytest.skip("two planes are too long")
@@ -74,7 +75,7 @@ def test_two_planes(name, shape, bits):
 
 
 def test_rows_at_once(monkeypatch):
-    """Packing some rows at a time makes the same stream, and says where a row is that cannot be packed."""
+    """Packing some rows at a time makes the same stream; the message for a bad row says where it is."""
     config, linear = AcceleratorConfig(), random_linear(np.random.default_rng(12), 100, 64, 32, bits=8)
     whole = prepare(config, linear).beats
     monkeypatch.setattr("sw.common.arrays.ROWS_AT_ONCE", 32)
@@ -115,8 +116,8 @@ def test_pad():
     ("shape", "bits", "options", "message"),
     [
         ((4, 64, 32), 8, dict(weight_bits=3), r"its weights have 8 bits, and two planes of weight_bits \(3\) hold 6"),
-        ((4, 4128, 32), 8, {}, r"K is at most max_k \(8,192\), not 8,256"),
-        ((4, 8224, 32), 4, {}, r"K is at most max_k \(8,192\), not 8,224"),
+        ((4, 4128, 32), 8, {}, r"K is at most max_k \(8,192\), not 8,256; hardware built with --max-k 8256 takes it"),
+        ((4, 8224, 32), 4, {}, r"K is at most max_k \(8,192\), not 8,224; hardware built with --max-k 8224 takes it"),
         ((4, 80, 40), 4, {}, r"group_size is a multiple of the tile \(16\), not 40"),
         ((4, 64, 16), 4, dict(tile=32), r"group_size is a multiple of the tile \(32\), not 16"),
     ],
@@ -127,8 +128,9 @@ def test_layer_that_does_not_fit(shape, bits, options, message):
     with pytest.raises(UserError, match=r"^layer /model/q_proj: " + message + "$"):
         prepare(config, linear)
     n, k, group_size = shape
+    shape = LayerShape(linear.name, k, n, group_size, bits, linear.zero_points[:1, :1], False)
     with pytest.raises(UserError, match=r"^layer /model/q_proj: " + message + "$"):
-        fit(config, linear.name, k, n, group_size, bits, linear.zero_points[:1, :1])
+        plan_layer(config, shape)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +150,7 @@ def test_zero_point_that_does_not_fit(zero_point, values, message):
         prepare(config, linear)
     assert str(refused.value) == f"layer layer: {message}"
     with pytest.raises(UserError) as refused:
-        fit(config, "layer", 64, 4, 32, 4, linear.zero_points[0])
+        plan_layer(config, LayerShape("layer", 64, 4, 32, 4, linear.zero_points[0], False))
     assert str(refused.value) == f"layer layer: {message}"
 
 
@@ -160,12 +162,13 @@ def test_scale_that_does_not_fit():
 
 
 def test_weights_are_packed_once():
-    """Integers that the caller has already give the same stream."""
+    """Packing from integers that the caller passes gives the same stream."""
     config = AcceleratorConfig()
     linear = random_linear(np.random.default_rng(8), 40, 352, 128)
     layer = prepare(config, linear)
-    weights = integer_weights(config, linear, layer.layout)
-    assert np.array_equal(prepare(config, linear, weights).beats, layer.beats)
+    plan = plan_layer(config, linear)
+    weights = integer_weights(plan, linear)
+    assert np.array_equal(pack_layer(plan, linear, weights).beats, layer.beats)
 
 
 @pytest.mark.full
