@@ -59,7 +59,9 @@ def test_prediction(device, shape):
         pytest.skip(str(error))
     for tokens in sorted({1, 2, 5, device.config.max_tokens}):
         took, predicted = measured(device, layout, tokens), cycles(device.config, tokens, k, n, group_size)
-        assert abs(predicted - took) <= TOLERANCE * took, f"M {tokens} took {took} cycles, predicted were {predicted}"
+        # Where a word takes many beats, the prediction of a very short layer is off by up to a word.
+        allowed = max(TOLERANCE * took, layout.stream.beats_per_word)
+        assert abs(predicted - took) <= allowed, f"M {tokens} took {took} cycles, predicted were {predicted}"
 
 
 def test_long_layer():
