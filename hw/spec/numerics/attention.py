@@ -30,7 +30,7 @@ PLANE_BITS = 4
 
 
 def key_spread(key_bits: int) -> int:
-    """How far the exponents of one key's groups may differ, so that a scale mantissa holds each power of two exactly.
+    """The largest difference between exponents of one key for which a scale mantissa holds each power of two exactly.
 
     The largest power of two in a scale mantissa is ``2**(SCALE_BITS - 2)``, and each plane after the first takes
     ``PLANE_BITS`` of that: 10 for keys of 8 bits, 2 for 16 bits.
@@ -39,7 +39,7 @@ def key_spread(key_bits: int) -> int:
 
 
 def cache_keys(keys: np.ndarray, centre: np.ndarray, key_bits: int) -> BlockFloat:
-    """Rotated keys, float32 [..., D], less the KV head's ``centre`` (float32 [D]), as the cache holds them.
+    """Rotated keys, float32 [..., D], minus the KV head's ``centre`` (float32 [D]), as the cache holds them.
 
     The difference is rounded to float32. ``key_bits`` is 8 or 16. Raises NumericsError if a difference is not finite.
     """

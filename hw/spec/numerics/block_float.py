@@ -2,7 +2,8 @@
 """Block floating point: groups of numbers that share one power of two. Keys and values are cached in it.
 
 ``x[n] ~ mantissas[n] * 2**exponents[n // block]``. Mantissas are signed and symmetric: at most ``2**(bits - 1) - 1`` in
-magnitude. The exponent of a group is the smallest one from :data:`EXPONENT_MIN` on with which no mantissa is larger.
+magnitude. The exponent of a group is the smallest one for which no mantissa is larger, and at least
+:data:`EXPONENT_MIN`.
 
 - Mantissas are rounded half to even. If the largest would round up to ``2**(bits - 1)``, the exponent is one higher, so
   no mantissa wraps or saturates.
@@ -41,9 +42,10 @@ class BlockFloat(NamedTuple):
 def quantise(x: np.ndarray, bits: int, block: int = BLOCK, spread: int | None = None) -> BlockFloat:
     """Round float32 ``x`` [..., N] to mantissas of ``bits`` bits, in groups of ``block`` along N.
 
-    The last group may be shorter. Subnormal numbers count as zero. With ``spread``, exponents less than the largest of
-    the same vector minus ``spread`` are raised to that. Error: at most half of ``2**exponent``. In a group that neither
-    ``spread`` nor the lowest exponent limits, that is at most the largest magnitude divided by ``2**(bits - 1) - 1``.
+    The last group may be shorter. Subnormal numbers count as zero. With ``spread``, an exponent below the largest one
+    of the same vector minus ``spread`` is raised to that bound. Error: at most half of ``2**exponent``. In a group that
+    neither ``spread`` nor the lowest exponent limits, that is at most the largest magnitude divided by
+    ``2**(bits - 1) - 1``.
 
     Raises
     ------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""float32: its fields, and addition, multiplication and order of numbers, bit for bit as the vector unit does them.
+"""float32: its fields, and addition, multiplication and order of numbers, bit-identical to the vector unit.
 
 The numbers are those of IEEE 754 binary32 with round to nearest, half to even, and these rules:
 
@@ -7,7 +7,7 @@ The numbers are those of IEEE 754 binary32 with round to nearest, half to even, 
 - A result is rounded to 24 bits as if the exponent had no lower bound. If it is then below 2**-126, it becomes a zero
   of its sign. :func:`hw.spec.numerics.linear.to_float32` has the same rule.
 - Overflow gives infinity. Infinities are operands as in IEEE 754.
-- Every NaN that comes out is :data:`NAN`, whatever NaN went in. ``inf - inf`` and ``0 * inf`` give it.
+- Every NaN result is :data:`NAN`, for any NaN operand. ``inf - inf`` and ``0 * inf`` give it.
 - A sum that is exactly zero is +0, unless both operands are -0.
 
 Every function works on each element alone. So a result does not depend on how many elements are computed in a cycle.
@@ -35,7 +35,7 @@ _ROUNDS_TO_SMALLEST = 2.0**EXPONENT_MIN - 2.0 ** (EXPONENT_MIN - SIGNIFICAND_BIT
 
 
 def flush(x: ArrayLike) -> np.ndarray:
-    """float32 of any shape with zeros, of the same sign, for subnormal numbers."""
+    """float32 of any shape, in which each subnormal number becomes a zero of the same sign."""
     x = np.asarray(x, np.float32)
     return np.where(np.abs(x) < SMALLEST, np.copysign(np.float32(0), x), x)
 
@@ -43,7 +43,7 @@ def flush(x: ArrayLike) -> np.ndarray:
 def mul(a: ArrayLike, b: ArrayLike) -> np.ndarray:
     """``a * b``: float32, the operands broadcast together."""
     with np.errstate(all="ignore"):
-        # float64 holds the product of two float32 exactly, so the conversion is the one rounding.
+        # float64 holds the product of two float32 exactly, so the conversion is the only rounding.
         exact = flush(a).astype(np.float64) * flush(b)
         rounded = np.where(np.isnan(exact), NAN, exact.astype(np.float32))
         return np.where(np.abs(exact) < _ROUNDS_TO_SMALLEST, np.copysign(np.float32(0), rounded), rounded)

@@ -2,7 +2,7 @@
 """exp and sigma in integers: a table of quadratic polynomials that a lane evaluates with two multipliers.
 
 Both take float32 and give multiples of 2**-24 in [0, 1], which are float32 numbers, too. The argument becomes a
-fixed-point number T. Its upper bits choose an interval, the lower ``OFFSET_BITS`` bits, with the highest one inverted,
+fixed-point number T. Its upper bits choose an interval. The lower ``OFFSET_BITS`` bits, with the highest one inverted,
 are the signed offset from the interval's centre. In units of ``2**-VALUE_BITS``, with ``/`` rounding half up::
 
     y = constant + (slope + curvature * offset / 2**OFFSET_BITS) * offset / 2**OFFSET_BITS
@@ -72,10 +72,10 @@ def _scaled(product: np.ndarray) -> np.ndarray:
 
 
 def quadratics(function: Callable[[Decimal], Decimal], rows: int, width: Decimal) -> Table:
-    """The table of ``function`` from 0 on, in ``rows`` intervals of ``width``.
+    """The table of ``function`` with ``rows`` intervals of ``width``, starting at 0.
 
     Each polynomial passes through the three Chebyshev nodes of its interval. The arithmetic is decimal with 50 digits,
-    so the integers are the same on every machine, which those from a C library's exp would not have to be.
+    so the integers are the same on every machine. With the exp of a C library they could differ.
     """
     columns = []
     with localcontext(_DECIMAL):
@@ -141,8 +141,8 @@ def exp(difference: np.ndarray) -> np.ndarray:
 def sigma(g: np.ndarray) -> np.ndarray:
     """The logistic function 1 / (1 + exp(-g)) of float32 ``g``, of any shape, as int64 multiples of 2**-24, 0 to 2**24.
 
-    T = floor(abs(g) * 2**23) is the position in the table. From 16 on the result is 1. sigma(-g) is 1 - sigma(g),
-    exactly. sigma(0) is exactly 1/2. NaN counts as infinity of its sign; SiLU's product with g makes a NaN of it.
+    T = floor(abs(g) * 2**23) is the position in the table. For g of at least 16 the result is 1. sigma(-g) is exactly
+    1 - sigma(g). sigma(0) is exactly 1/2. NaN counts as infinity of its sign; the product with g in SiLU makes it NaN.
 
     Error: less than ``2**-23``.
     """

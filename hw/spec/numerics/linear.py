@@ -2,7 +2,7 @@
 """The numerics in numpy: every configuration of the hardware computes these results bit for bit.
 
 ``y[m, n] = sum_k x[m, k] * w[n, k]`` with ``w[n, k] = (q[n, k] - z[n, g]) * s[n, g]`` and ``g = k // group_size``.
-Activations and scales become integers with power-of-two exponents. From there on everything is exact, until one
+Activations and scales become integers with power-of-two exponents. The rest of the computation is exact, until a single
 rounding to float32. So a result does not depend on tile, ports or the order of accumulation.
 """
 

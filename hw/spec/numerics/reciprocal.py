@@ -63,7 +63,7 @@ def reciprocal_of_integer(values: ArrayLike, exponents: ArrayLike = 0) -> np.nda
     """``1 / (values * 2**exponents)`` as float32, correctly rounded from the exact integer.
 
     Parameters: int64 ``values`` from 0 to ``2**53 - 1`` and ``exponents``, broadcast together. 0 gives infinity.
-    Results beyond the normal numbers become infinity and zero, as :func:`hw.spec.numerics.linear.to_float32` says.
+    Results outside the normal numbers become infinity or zero, as in :func:`hw.spec.numerics.linear.to_float32`.
     """
     values, exponents = np.broadcast_arrays(np.asarray(values, np.int64), np.asarray(exponents, np.int64))
     if ((values < 0) | (values >> INTEGER_BITS > 0)).any():

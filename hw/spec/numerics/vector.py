@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens between two linear layers, as compositions of :mod:`hw.spec.numerics.float32`.
+"""The operations between two linear layers, as compositions of :mod:`hw.spec.numerics.float32`.
 
-Every intermediate value is a float32 that was rounded as ``add`` and ``mul`` say, in the order given here. Only
+Every intermediate value is a float32, rounded as in ``add`` and ``mul``, in the order given here. Only
 :func:`sum_of_squares` combines elements, and its order is a part of the definition. So results are the same for any
-tile and any number of lanes. NaN and infinity go through all of it as ``add`` and ``mul`` say.
+tile and any number of lanes. ``add`` and ``mul`` also define the results for NaN and infinity.
 """
 
 import numpy as np
@@ -56,7 +56,7 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
 
 
 def rotary(a: np.ndarray, b: np.ndarray, cosine: np.ndarray, sine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The pair turned: ``a c - b s`` and ``b c + a s``, each product and each sum rounded. All float32, any shape.
+    """The rotated pair: ``a c - b s`` and ``b c + a s``, each product and each sum rounded. All float32, any shape.
 
     Error of each: at most ``2**-23`` of ``abs(a c) + abs(b s)``.
     """
@@ -64,9 +64,9 @@ def rotary(a: np.ndarray, b: np.ndarray, cosine: np.ndarray, sine: np.ndarray) -
 
 
 def silu_mul(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
-    """``(gate * sigma(gate)) * up``: float32, two rounded products; sigma is a float32 number exactly.
+    """``(gate * sigma(gate)) * up``: float32, two rounded products; sigma is exactly a float32 number.
 
-    Error: at most ``2**-23 * abs(gate * up)``, which is sigma's, and two roundings of the result.
+    Error: at most ``2**-23 * abs(gate * up)`` from sigma, plus two roundings of the result.
     -infinity gives NaN, because sigma of it is 0.
     """
     gate = np.asarray(gate, np.float32)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""binary32 with Python's integers: what numpy's definitions are compared with. Nothing here is shared with hw.spec."""
+"""binary32 with Python's integers, to check the definitions in numpy. It shares no code with hw.spec."""
 
 from fractions import Fraction
 from math import isqrt
@@ -66,7 +66,7 @@ def bits(values: np.ndarray) -> np.ndarray:
 
 
 def parts(number: int) -> tuple[int, int, int]:
-    """Sign, significand and exponent of its lowest bit, of the bits of a finite number; subnormal ones are zero."""
+    """Sign, significand and exponent of the lowest bit, from the bits of a finite number. Subnormals are zero."""
     sign, field, fraction = number >> 31, number >> 23 & 255, number & 0x7FFFFF
     return (sign, 0, 0) if field == 0 else (sign, fraction | 1 << 23, field - 150)
 
@@ -80,7 +80,7 @@ def is_infinite(number: int) -> bool:
 
 
 def nearest(sign: int, magnitude: int, exponent: int) -> int:
-    """Bits of ``magnitude * 2**exponent`` to 24 bits, half to even; below 2**-126 zero, too large infinite."""
+    """Bits of ``magnitude * 2**exponent`` rounded to 24 bits, half to even; zero below 2**-126, infinity on overflow."""
     cut = magnitude.bit_length() - 24
     if cut > 0:
         kept, rest = divmod(magnitude, 1 << cut)
@@ -126,7 +126,7 @@ def nearest_quotient(sign: int, numerator: int, denominator: int, exponent: int)
     """Bits of ``numerator / denominator * 2**exponent``, both positive."""
     shift = max(0, denominator.bit_length() - numerator.bit_length() + 40)
     quotient, rest = divmod(numerator << shift, denominator)
-    # One more bit says whether something is left, which is all that rounding has to know.
+    # One more bit says whether there is a remainder. Rounding needs no more than that.
     return nearest(sign, 2 * quotient + (rest > 0), exponent - shift - 1)
 
 

@@ -48,7 +48,7 @@ def causal(positions: int) -> np.ndarray:
 
 
 def exact_bits(value: Fraction) -> int:
-    """Of a number whose denominator is a power of two."""
+    """The bits of a number whose denominator is a power of two."""
     return exact.nearest(int(value < 0), abs(value.numerator), -(value.denominator.bit_length() - 1))
 
 
@@ -130,7 +130,7 @@ def exact_chunk(p: np.ndarray, values, group: int, start: int) -> list[int]:
     scaled = [exact.nearest(0, int(p[t]), int(values.exponents[t, group]) - 24) for t in part]
     numbers = [exact.value(v) for v in scaled]
     largest = max(numbers)
-    # Searched upwards from one that is too low.
+    # Search upwards from an exponent that is too low.
     exponent = max(-128, frexp(float(largest))[1] - CONFIG.activation_bits - 2)
     while round(largest / Fraction(2) ** exponent) > CONFIG.activation_max:
         exponent += 1
@@ -160,7 +160,7 @@ def softmax(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray) ->
 
 @pytest.mark.parametrize(("key_bits", "bound"), [(8, 2.0**-6), (16, 2.0**-7)])
 def test_error_of_attention(key_bits: int, bound: float):
-    """Against float64 with the original keys and values: what remains with 16-bit keys is the values' 8 bits."""
+    """Compared with float64 on the original keys and values. With 16-bit keys, the 8-bit values cause the error."""
     worst = 0.0
     for seed in range(5):
         q, k, v = case(700, key_bits, seed, spread=0)
@@ -172,7 +172,7 @@ def test_error_of_attention(key_bits: int, bound: float):
 
 
 def test_error_beside_the_cache():
-    """Against float64 with the cache's own keys and values: the numerics of q, p and exp alone."""
+    """Compared with float64 on the keys and values in the cache: the error of q, p and exp only."""
     worst = 0.0
     for seed in range(5):
         q, k, v = case(700, 8, seed, spread=0)
@@ -198,7 +198,7 @@ def test_a_head_with_a_shorter_group():
 
 
 def test_rows_without_a_maximum():
-    """NaN, +infinity, or nothing visible: the output is NaN and so is found by whatever comes next."""
+    """NaN, +infinity, or no visible position: the output is NaN, so the next operation detects it."""
     s = array([1, np.nan, 2], [1, np.inf, 2], [-np.inf] * 3, [-np.inf, 4, -np.inf])
     weights = probabilities(s)
     assert weights.p.tolist() == [[0, 0, 0], [0, 0, 0], [0, 0, 0], [0, ONE, 0]]
@@ -209,7 +209,7 @@ def test_rows_without_a_maximum():
 
 
 def test_tiny_values_are_legal():
-    """Values of zero have the lowest exponent, so they take no bits from the others; tiny ones are zero in the end."""
+    """Zero values have the lowest exponent, so they take no bits from the others; tiny values give zero results."""
     v = np.zeros((4, 32), np.float32)
     v[1] = 1.0
     v[2] = 2.0**-120

@@ -13,7 +13,7 @@ from tests.hw.spec.numerics.exact import array, floats
 
 
 def exact_group(group: list[float], bits: int, lowest: int) -> tuple[list[int], int]:
-    """Mantissas and exponent, searched upwards from one that is too low."""
+    """Mantissas and exponent; the search for the exponent starts at one that is too low."""
     values = [Fraction(v) if abs(v) >= 2.0**-126 else Fraction(0) for v in group]
     exponent = max(lowest, frexp(max(map(abs, group)))[1] - bits - 3)
     while True:
@@ -89,7 +89,7 @@ def test_the_ends_of_float32():
 
 
 def test_spread():
-    """Exponents of one vector are raised to the largest less the spread, and mantissas follow."""
+    """Exponents of one vector are raised to the largest minus the spread, and the mantissas fit them."""
     x = sample(np.random.default_rng(2), 20)
     free, limited = quantise(x, 8), quantise(x, 8, spread=3)
     top = free.exponents.max(axis=1, keepdims=True)

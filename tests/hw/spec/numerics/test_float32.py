@@ -45,12 +45,12 @@ def test_random_bits(name: str, seed: int):
 
 @pytest.mark.parametrize("distance", [0, 1, 2, 25, 27])
 def test_sums_of_near_exponents(distance: int):
-    """Cancellation, every alignment, and what a far operand does to the last bit."""
+    """Cancellation, every alignment, and the effect of a much smaller operand on the last bit."""
     check("add", *near(np.random.default_rng(distance), 10_000, distance))
 
 
 def test_sums_that_are_ties():
-    """The small operand is half a unit of the large one, or a little more or less; and the sum carries."""
+    """The small operand is half a unit of the large one, or slightly more or less, and the sum carries."""
     random = np.random.default_rng(3)
     large = random.integers(60, 250, 3_000) << 23 | random.choice([0, 1, 2, 0x3FFFFF, 0x7FFFFE, 0x7FFFFF], 3_000)
     distance = random.integers(22, 26, 3_000, endpoint=True)
@@ -60,7 +60,7 @@ def test_sums_that_are_ties():
 
 
 def test_sums_become_zero():
-    """Results below the smallest normal number, which all are exact: the sign stays."""
+    """Results below the smallest normal number, which are all exact, keep their sign."""
     random = np.random.default_rng(4)
     a = random.integers(0x00800000, 0x02000000, 5_000)
     b = a + random.integers(-20, 20, 5_000) | 1 << 31
@@ -70,7 +70,7 @@ def test_sums_become_zero():
 
 
 def test_products_that_are_ties():
-    """Significands of 12 and 13 bits: their product has 25, the last of which is often one."""
+    """Significands of 12 and 13 bits: their product has 25 bits, and the last one is often 1."""
     random = np.random.default_rng(5)
     a = (random.integers(0, 1 << 12, 5_000) << 11) | random.integers(90, 160, 5_000) << 23
     b = (random.integers(0, 1 << 12, 5_000) << 11) | random.integers(90, 160, 5_000) << 23
@@ -81,14 +81,14 @@ def test_products_near_the_smallest_normal():
     """Numpy rounds to the grid of subnormal numbers; the definition rounds to 24 bits, and then decides."""
     random = np.random.default_rng(6)
     a = random.integers(1 << 23, 1 << 24, 20_000)
-    # Of 2**47 in units of 2**-173: what rounds up to 2**-126 is at most 2**22 below it.
+    # In units of 2**-173, 2**-126 is 2**47. Products that round up to it are at most 2**22 below it.
     b = ((1 << 47) - random.integers(0, 3, 20_000) * (1 << 22)) // a + random.integers(-1, 2, 20_000)
     kept = (b >= 1 << 23) & (b < 1 << 24)
     a, b = a[kept], b[kept]
     for low, high in ((0, 1 << 22), (1 << 22, 1 << 23), (1 << 23, 1 << 25)):
         assert ((a * b < (1 << 47) - low) & (a * b > (1 << 47) - high)).any(), "the range between them is not tested"
     check("mul", (a - (1 << 23) | 60 << 23).astype(np.uint32), (b - (1 << 23) | 67 << 23).astype(np.uint32))
-    # 2**-126 - 2**-150 is a number of 24 bits, so it is not rounded, and flushed.
+    # 2**-126 - 2**-150 is a number of 24 bits, so it is not rounded, but flushed.
     assert bits(float32.mul(floats(0x00FFFFFF), floats(0x3F000000))) == 0
 
 

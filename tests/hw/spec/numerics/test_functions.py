@@ -82,7 +82,7 @@ def test_special_values():
 
 
 def test_error_of_exp():
-    """Relative 2**-23 and the rounding to 2**-24, from 0 to beyond the last argument that gives 1."""
+    """The error is at most 2**-23 of the value plus the rounding to 2**-24, in the whole range of arguments."""
     difference = numbers(3, 1_000_000, 20.0)
     truth = np.exp(-difference.astype(np.float64))
     error = np.abs(exp(-difference) / ONE - truth)
@@ -131,7 +131,7 @@ def widths(column: np.ndarray) -> int:
 
 
 def test_widths():
-    """What the docstring promises about table rows and multipliers."""
+    """Table rows and multipliers have the widths that the docstring states."""
     assert [widths(column) for column in exp_table()] == [27, 21, 13]
     assert [widths(column) for column in sigma_table()] == [27, 20, 14]
     assert functions.log2e().bit_length() == 34
@@ -141,7 +141,7 @@ def test_widths():
 
 
 def test_tables_are_generated():
-    """The decimal context of the caller has no effect, and the nodes are met to a unit."""
+    """The decimal context of the caller has no effect, and the values at the nodes are exact to one unit."""
     with localcontext() as context:
         context.prec = 5
         assert [

@@ -12,7 +12,7 @@ from tests.hw.spec.numerics.exact import bits, extremes, floats
 
 
 def hard_for_rsqrt(random: np.random.Generator, count: int) -> np.ndarray:
-    """Numbers whose 1/sqrt lies next to a tie: found from the tie."""
+    """Numbers whose 1/sqrt lies next to a tie. They are computed from the tie."""
     odd = 2 * random.integers(1 << 23, 1 << 24, count).astype(object) + 1
     found = []
     for o in odd:
@@ -54,11 +54,11 @@ def shifted_product(a: np.ndarray, b: np.ndarray, right: int) -> np.ndarray:
 
 @pytest.mark.parametrize("start", STARTS)
 def test_rsqrt_of_every_significand(start: int):
-    """Two binades, which are all that matters: the ties on both sides of the result are on both sides of the truth."""
+    """The two binades that matter: the exact value lies between the ties below and above the result."""
     numbers, n = significands(start)
     result = bits(rsqrt(floats(numbers))).astype(np.uint64)
     assert ((result >= 0x3F000000) & (result <= 0x3F800000)).all()
-    # In units of 2**-25 the result is 2r, and the truth is 2**25 / sqrt(n / 2**23).
+    # In units of 2**-25 the result is 2r, and the exact value is 2**25 / sqrt(n / 2**23).
     r = np.where(result == 0x3F800000, 1 << 24, result & np.uint64(0x7FFFFF) | np.uint64(0x800000))
     one = np.uint64(1)
     assert (shifted_product((2 * r - one) ** 2, n, 73) == 0).all()
@@ -70,7 +70,7 @@ def test_reciprocal_of_every_significand(start: int):
     numbers, n = significands(start)
     result = bits(reciprocal(floats(numbers))).astype(np.uint64)
     assert ((result > 0x3E800000) & (result <= 0x3F800000)).all()
-    # In units of 2**-26 the truth is 2**26 / (n / 2**23), and half a unit of the result is 1, 2 or 4.
+    # In units of 2**-26 the exact value is 2**26 / (n / 2**23), and half a unit of the result is 1, 2 or 4.
     unit = np.uint64(1) << ((result >> np.uint64(23)) - np.uint64(125))
     r = (result & np.uint64(0x7FFFFF) | np.uint64(0x800000)) * unit
     assert ((2 * r - unit) * n < 1 << 49).all()

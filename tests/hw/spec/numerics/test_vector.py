@@ -39,7 +39,7 @@ def exact_scale(x: list[int], eps: float) -> int:
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 32, 100, 576, 896])
 @pytest.mark.parametrize("spread", [0, 30])
 def test_sums_of_squares_and_scales(count: int, spread: int):
-    """Spread exponents make the order matter, and squares that are flushed."""
+    """With a spread of exponents, the order of the sum matters, and some squares are flushed."""
     random = np.random.default_rng(count)
     x = np.ldexp(random.standard_normal((3, count)), random.integers(-3 * spread, spread, (3, count), endpoint=True))
     x = x.astype(np.float32)
@@ -120,7 +120,7 @@ def test_silu_of_special_values():
 
 
 def test_argmax():
-    """The first of equal numbers, whatever the sign of a zero; a NaN before everything."""
+    """The first of equal numbers wins, for either sign of a zero; a NaN wins over all numbers."""
     x = array(
         [1, 3, 3, 2],
         [-0.0, 0, 1e-40, -1],
@@ -135,7 +135,7 @@ def test_argmax():
 
 @pytest.mark.parametrize("count", [1, 255, 256, 257, 1000])
 def test_pieces(count: int):
-    """Few different values, so that ties cross pieces: the whole argmax follows from the pieces'."""
+    """Few different values, so that pieces have equal maxima: the argmax of all columns follows from the pieces."""
     x = np.random.default_rng(count).integers(-3, 3, (4, count)).astype(np.float32)
     values, indices = piece_maxima(x)
     assert values.shape == indices.shape == (4, -(-count // 256))
