@@ -21,7 +21,7 @@ RESOURCES = ("LUT", "FF", "DSP48E2", "BRAM36", "URAM288", "SRL")
 """Counted resources. LUT is all lookup tables, including those that are memory and the SRLs."""
 
 _GLUE = "glue"
-"""What lies between the blocks of containers."""
+"""The name for the logic between the blocks of containers."""
 _MODULE = re.compile(r"^module \\(\S+)\n(.*?)^end\n", re.MULTILINE | re.DOTALL)
 _NUMBER = re.compile(r"(\$\d+|_\d+)$")
 """Suffix that Amaranth adds to a name that is already used, and number of one of several equal blocks."""

@@ -15,27 +15,27 @@ Progress = Callable[[int, int], None]
 """Long work calls this function with the amount that is done and the total amount."""
 
 COLUMNS = 80
-"""Of a terminal that does not say how many."""
+"""Columns of a terminal that does not report its width."""
 LINES = 10
 """Number of lines for one count if stderr is not a terminal."""
 WITHOUT_SEQUENCES = ("dumb", "unknown")
-"""Values of TERM."""
+"""Values of TERM for terminals without control sequences."""
 
 
 def _columns() -> int:
     try:
-        # 0 if it is not known.
+        # The number is 0 if the terminal does not know it.
         return os.get_terminal_size(sys.stderr.fileno()).columns or COLUMNS
     except (io.UnsupportedOperation, OSError):
         return COLUMNS
 
 
 def stderr_is_stdout() -> bool:
-    """Whether both are one file, as after ``2>&1``: a line of progress would stand in the middle of a text."""
+    """Whether both are one file, as after ``2>&1``. Then a line of progress would interrupt the text."""
     try:
         return os.path.samestat(os.fstat(sys.stdout.fileno()), os.fstat(sys.stderr.fileno()))
     except (io.UnsupportedOperation, OSError):
-        # No files: another program's streams, or closed.
+        # They are not files: they belong to another program, or are closed.
         return False
 
 

@@ -17,7 +17,7 @@ from sw.model.linear import QuantizedLinear
 
 
 class Shape(Protocol):
-    """What decides how a layer lies on the hardware: a QuantizedLinear, or less. zero_points: any of the layer's."""
+    """The properties that decide a layer's plan: a QuantizedLinear, or less. zero_points: some of the layer's."""
 
     @property
     def name(self) -> str: ...
@@ -35,7 +35,7 @@ class Shape(Protocol):
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """How a layer lies on the hardware.
+    """The placement of a layer on the hardware.
 
     Members
     -------
@@ -102,7 +102,7 @@ def needed_max_k(config: AcceleratorConfig, shape: Shape) -> int:
 
 
 def integer_weights(plan: LayerPlan, linear: QuantizedLinear) -> Weights:
-    """The layer in the hardware's number formats and groups, plane behind plane, K padded with zero weights.
+    """The layer in the hardware's number formats and groups, plane after plane, K padded with zero weights.
 
     linear: the layer, or some of its rows. The parts of a split group share its scale and zero point, which changes no
     result: all sums are exact. Raises UserError, with the layer's name, for values that the formats cannot hold.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The memory model and the protocol checks behind a C interface for ctypes: a manager that plays a list of bursts.
+// A C interface for ctypes to the memory model and the protocol checks: a manager that runs a list of bursts.
 
 #include <deque>
 #include <vector>
@@ -19,7 +19,7 @@ struct event {
 
 struct job {
     uint64_t address;
-    uint32_t beats, strobes;  // of the last beat; the others are whole
+    uint32_t beats, strobes;  // of the last beat; all strobes are set in the others
     const uint8_t* bytes;
 };
 
@@ -55,7 +55,7 @@ void shim_write(shim* s, uint64_t address, uint32_t beats, const uint8_t* bytes,
     s->data.push_back(s->addresses.back());
 }
 
-// Ready on R and B in all cycles; offers whatever is queued, with up to 8 read bursts under way per port.
+// Ready on R and B in all cycles; offers everything that is queued, with up to 8 outstanding read bursts per port.
 void shim_run(shim* s, uint64_t cycles) {
     Memory& memory = s->memory;
     const auto log = [s](Event kind, uint32_t port, uint32_t response, bool last) {

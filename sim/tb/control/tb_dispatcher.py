@@ -33,7 +33,7 @@ class _Work(NamedTuple):
 
     @property
     def word(self) -> int:
-        """As one payload."""
+        """The work as one payload."""
         fields = {**self._asdict(), "command": self.command.to_int(config())}
         return payload("work").pack(**{name: [value] for name, value in fields.items()})[0]
 

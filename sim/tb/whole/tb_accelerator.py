@@ -275,7 +275,7 @@ async def completions(dut):
         await driver.set("control", "clear_counters")
         for number in range(index, index + len(works)):
             now = await driver.get("completion_cycles", number % COMPLETIONS)
-            assert now > last, f"descriptor {number} was complete at {now}, the one before at {last}"
+            assert now > last, f"descriptor {number} was complete at {now}, the previous one at {last}"
             last = now
         assert await driver.get("completed") == index + len(works)
     assert await driver.get("cycles") > last

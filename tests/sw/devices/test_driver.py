@@ -135,7 +135,7 @@ class FakePlatform:
         self.values[at("completion_cycles", self.completed % COMPLETIONS)] = self.cycles % (1 << 32)
         self.completed = (self.completed + 1) % (1 << 32)
         self.unread += 1
-        assert self.unread <= COMPLETIONS, "a completion was overwritten before anybody had seen it"
+        assert self.unread <= COMPLETIONS, "a completion was overwritten before the driver read it"
 
     def clock(self):
         return self.cycles / 1e6

@@ -80,7 +80,7 @@ def is_infinite(number: int) -> bool:
 
 
 def nearest(sign: int, magnitude: int, exponent: int) -> int:
-    """Bits of ``magnitude * 2**exponent`` rounded to 24 bits, half to even; zero below 2**-126, infinity on overflow."""
+    """Bits of ``magnitude * 2**exponent`` rounded to 24 bits, half to even; zero below 2**-126, or infinity."""
     cut = magnitude.bit_length() - 24
     if cut > 0:
         kept, rest = divmod(magnitude, 1 << cut)
