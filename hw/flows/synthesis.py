@@ -82,7 +82,7 @@ def count_cells(cells: dict[str, int]) -> Counter:
 
 
 def container_names(component: wiring.Component, target: Target | None) -> set[str]:
-    """Names of the submodules that only hold blocks: what a component with AXI ports is in, and all that say so."""
+    """Names of the submodules that only hold blocks: ``INSIDE`` around AXI ports, and the containers."""
     found, waiting = {INSIDE}, [Fragment.get(component, target)]
     while waiting:
         for fragment, name, _ in waiting.pop().subfragments:

@@ -44,7 +44,7 @@ class StreamFifo(Block):
         m = Module()
         m.submodules.memory = memory = Memory(shape=self.shape, depth=self.depth, init=[])
         write, read = memory.write_port(), memory.read_port(domain="comb")
-        # One bit more than the address tells a full memory from an empty one.
+        # One bit more than the address distinguishes a full memory from an empty one.
         written, taken = Signal(range(2 * self.depth)), Signal(range(2 * self.depth))
         push, pop = Signal(), Signal()
         # valid and full are registers, because long paths start at them: each transfer depends on them.
@@ -99,7 +99,7 @@ class BlockFifo(wiring.Component):
         attributes = buffer_attributes(platform, self.depth, Shape.cast(self.shape).width)
         m.submodules.memory = memory = Memory(shape=self.shape, depth=self.depth, init=[], attrs=attributes)
         write, read = memory.write_port(), memory.read_port()
-        # One bit more than the address tells a full memory from an empty one.
+        # One bit more than the address distinguishes a full memory from an empty one.
         written, fetched = Signal(range(2 * self.depth)), Signal(range(2 * self.depth))
         push, fetch = Signal(), Signal()
         m.d.comb += [

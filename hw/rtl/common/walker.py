@@ -153,7 +153,7 @@ class CommandFork(Block):
         m = Module()
         m.submodules.memory = memory = Memory(shape=command_layout(self.config), depth=self.depth, init=[])
         write_port = memory.write_port()
-        # One bit more than the address tells a full ring from an empty one.
+        # One bit more than the address distinguishes a full ring from an empty one.
         written = Signal(range(2 * self.depth))
         push, full, filled = Signal(), Signal(), []
         for user, output in enumerate(self.copies):

@@ -105,7 +105,7 @@ class Drain(Block):
             fifo.claim.eq(step & keep.any()),
             self.exponents.ready.eq(tile_ends),
             self.ring_release.eq(step & walker.last.columns),
-            # The first release, with the first command, tells the buffer that its second bank is free, too.
+            # The first release comes with the first command: it marks the second bank of the buffer as free, too.
             self.bank_release.eq(walker.command.valid & walker.command.ready & ~walker.command.payload.reuse),
         ]
         self._send(m, walker, step, columns)

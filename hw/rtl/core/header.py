@@ -58,7 +58,7 @@ class HeaderBuffer(wiring.Component):
         units, width = self.stream.beat_units, self.stream.unit_bits
         unit_address_bits = units.bit_length() - 1
         address_bits = (self.depth - 1).bit_length()
-        # One bit more than the address tells a full ring from an empty one.
+        # One bit more than the address distinguishes a full ring from an empty one.
         written = Signal(address_bits + 1)
         position = Signal(address_bits + 1 + unit_address_bits)
         offset, row = position[:unit_address_bits], position[unit_address_bits:]
