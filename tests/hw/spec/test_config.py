@@ -127,7 +127,7 @@ def test_digest_differs_between_configs():
 
 
 def test_readme_and_makefile_name_the_choices():
-    """They are written by hand; what they say is what the config takes."""
+    """They are written by hand, and must agree with the config."""
     readme, makefile = ((ROOT / name).read_text() for name in ("README.md", "Makefile"))
     assert f"| tile | {', '.join(map(str, choices('tile')))} |" in readme
     assert f"| weights | {RULES['weight_bits']} bits, " in readme
