@@ -234,6 +234,11 @@ RULES: dict[str, Choice | Limit] = {item.name: item.metadata["rule"] for item in
 """What each parameter may be, and what it is."""
 
 
+def option(name: str) -> str:
+    """The option of all command lines that sets a parameter: ``--max-k`` for ``max_k``."""
+    return f"--{name.replace('_', '-')}"
+
+
 def choices(name: str) -> tuple:
     """The values that a parameter may have, of those that have one of a few."""
     rule = RULES[name]

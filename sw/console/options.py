@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from hw.spec.config import AcceleratorConfig
+from hw.spec.config import RULES, AcceleratorConfig, option
 from sw.common.command_line import Parser
 from sw.common.errors import UserError
 from sw.devices import check_device, make_config
@@ -37,8 +37,8 @@ def add_hardware_options(parser: Parser, **defaults: int) -> None:
         auto = item.name in AUTO
         kind = str if item.name == "zero_point" else _number_or_auto if auto else int
         default = "auto" if auto else defaults.get(item.name, item.default)
-        option = f"--{item.name.replace('_', '-')}"
-        hardware.add_argument(option, type=kind, default=default, action=_Given, help=f"(default: {default})")
+        text = f"{RULES[item.name].text} (default: {default})"
+        hardware.add_argument(option(item.name), type=kind, default=default, action=_Given, help=text)
 
 
 class _Given(argparse.Action):
