@@ -205,6 +205,7 @@ class SimulatedPlatform:
             if self._device is not None:
                 self._library.gm_close(self._device)
                 self._device = None
+                self.memory.close()
 
 
 def check_preset(preset: str) -> None:

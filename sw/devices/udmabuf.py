@@ -147,6 +147,7 @@ class DmaBuffer:
 
     def close(self) -> None:
         """Gives the buffer back; its mapping lasts as long as somebody has a view of it."""
+        self.memory = np.empty(0, np.uint8)
         for fd in self._fds:
             with suppress(OSError):
                 # The mapping has a descriptor of its own, which would keep the lock.

@@ -444,6 +444,18 @@ def test_close_stops_the_work(backend, tmp_path):
         assert isinstance(answers[ticket], DeviceError) and str(answers[ticket]) == f"device {backend} is closed"
 
 
+def test_closed_devices_hold_no_memory():
+    """A view that somebody has stays readable, all else is given back."""
+    device = ReferenceDevice(make_config(tile=8))
+    kept = device.view(device.alloc(8))
+    kept[:] = 5
+    device.close()
+    device.close()
+    assert not len(device.memory.memory) and (kept == 5).all()
+    with pytest.raises(DeviceError, match="closed"):
+        device.alloc(1)
+
+
 def test_open_device():
     with open_device("reference", tile=8) as device:
         assert device.config.tile == 8

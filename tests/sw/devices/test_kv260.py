@@ -132,10 +132,12 @@ def open_files(fake):
 def test_nothing_stays_open(fake):
     """Neither after closing nor after failing, early or late."""
     before = open_files(fake)
-    with KV260Device(host=fake):
+    # Whoever still has the closed device.
+    with KV260Device(host=fake) as device:
         # The buffer, its mapping, its two attributes, and the registers.
         assert len(open_files(fake)) == len(before) + 5
     assert open_files(fake) == before
+    assert not len(device.memory.memory)
     for plant in (lambda: fake.overrides.update({offset("version"): 99}), lambda: fake.remove(UIO)):
         plant()
         with pytest.raises(DeviceError):
