@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the command lines of the generator share: the options of a config, and how errors end a command."""
+"""What the generator's command lines share: the options of a config, and the exit codes of errors."""
 
 import argparse
 import sys

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far long work has come, on stderr: one line that is rewritten on a terminal, otherwise a line now and then.
+"""Progress of long work, on stderr: one line that is rewritten on a terminal, otherwise some separate lines.
 
 rich, which prints the tables, has a status line as well. It is not used here: without a terminal it is silent until the
 work is done, and a board's machine may have numpy alone.
@@ -12,19 +12,19 @@ from collections.abc import Callable
 from typing import Self
 
 Progress = Callable[[int, int], None]
-"""What long work calls with how much is done, and how much there is in all."""
+"""Long work calls this function with the amount that is done and the total amount."""
 
 COLUMNS = 80
 """Of a terminal that does not say how many."""
 LINES = 10
-"""Lines that a count has without a terminal."""
+"""Number of lines for one count if stderr is not a terminal."""
 WITHOUT_SEQUENCES = ("dumb", "unknown")
 """Values of TERM."""
 
 
 def _columns() -> int:
     try:
-        # 0 where nobody has said it.
+        # 0 if it is not known.
         return os.get_terminal_size(sys.stderr.fileno()).columns or COLUMNS
     except (io.UnsupportedOperation, OSError):
         return COLUMNS
@@ -40,7 +40,7 @@ def stderr_is_stdout() -> bool:
 
 
 class StatusLine:
-    """A context manager that leaves nothing on the terminal behind."""
+    """A context manager that clears its line on the terminal when it ends."""
 
     def __init__(self) -> None:
         # Others show the sequences below as text: an editor's shell, a log that pretends to be a terminal.
@@ -49,10 +49,11 @@ class StatusLine:
         self._last: dict[str, int] = {}
 
     def count(self, form: str, done: int, total: int, more: str = "") -> None:
-        """Shows a count and more. form: the text with {done} and {total}: "prompt {done} of {total} tokens"."""
+        """Shows a count. form: a text with {done} and {total}: "prompt {done} of {total} tokens"; more: its ending."""
         text = form.format(done=f"{done:,}", total=f"{total:,}") + more
         if self._terminal:
-            # To the line's start, and nothing behind the text. A text of two lines would leave its first one behind.
+            # Go to the start of the line, and erase the rest of it. A text longer than the line would leave its first
+            # part on the terminal.
             print(f"\r{text[: _columns() - 1]}\x1b[K", end="", file=sys.stderr, flush=True)
             self._shown = True
         elif done * LINES // total != self._last.get(form, 0) * LINES // total:
@@ -60,7 +61,7 @@ class StatusLine:
             self._last[form] = done
 
     def clear(self) -> None:
-        """Makes room for other text."""
+        """Clears the line, so that other text can be printed."""
         if self._shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
             self._shown = False

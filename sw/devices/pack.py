@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a model's quantised linear layer to the weight stream of one accelerator."""
+"""Packs a model's quantised linear layer into the weight stream of one accelerator."""
 
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -39,7 +39,7 @@ class LayerPlan:
 
     Members
     -------
-    name: the model's name of the layer.
+    name: the layer's name in the model.
     k: the true in_features.
     planes: 2 for weights of more bits than the hardware's (see hw.spec.numerics.planes), else 1.
     layout: the layer's place in the weight stream. Its groups may be parts of the model's; its K holds every plane,
@@ -59,7 +59,7 @@ class PreparedLayer(LayerPlan):
     beats: np.ndarray
 
     def pad(self, x: np.ndarray) -> np.ndarray:
-        """Activations [M, k] as contiguous float32 [M, layout.k]: for every plane once, zeros in the padding."""
+        """Activations [M, k] as contiguous float32 [M, layout.k]: a copy for every plane, zeros in the padding."""
         if x.ndim != 2 or x.shape[1] != self.k:
             raise UserError(f"layer {self.name}: activations are [M, {self.k}], not {list(x.shape)}")
         padded = np.zeros((len(x), self.planes, self.layout.k // self.planes), np.float32)
@@ -70,7 +70,7 @@ class PreparedLayer(LayerPlan):
 def plan_layer(config: AcceleratorConfig, shape: Shape) -> LayerPlan:
     """The plan of a layer on this hardware.
 
-    Quick, so that a whole model can be checked before long work starts. Raises UserError, with the layer's name, the
+    This is fast, so a whole model can be checked before long work starts. Raises UserError, with the layer's name, the
     rule and the value, if the hardware cannot run the layer.
     """
     try:
@@ -113,7 +113,7 @@ def integer_weights(plan: LayerPlan, linear: QuantizedLinear) -> Weights:
     except NumericsError as error:
         raise UserError(f"layer {linear.name}: {error}") from None
     k, groups = layout.k // plan.planes, layout.groups // plan.planes
-    # The model's group that each of the hardware's groups lies in: a multiple of the latter's size is the former's.
+    # The model's group that contains each of the hardware's groups: its size is a multiple of the hardware's.
     source = np.arange(groups) * layout.group_size // linear.group_size
     q = planes[0].q
     if (k, plan.planes) != (linear.k, 1):
@@ -143,6 +143,7 @@ def pack_layer(plan: LayerPlan, linear: QuantizedLinear, weights: Weights | None
     """
     layout, config = plan.layout, plan.layout.config
     beats = np.empty((layout.out_tiles, layout.tile_beats, config.beat_bytes), np.uint8)
+    # Some rows at a time: the intermediate arrays of a head of 150,000 rows would take a gigabyte.
     for rows in slices(linear.n):
         start = rows.start
         if weights is None:

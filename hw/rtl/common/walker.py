@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nested loops over a layer, driven by commands: what sequencer, column heads, drain and header reader share."""
+"""Nested loops over a layer, driven by commands. Sequencer, column control, drain and header reader use them."""
 
 from collections.abc import Callable, Mapping
 
@@ -29,16 +29,16 @@ TOKEN_LOOPS = {
     "group": lambda command: command.groups,
     "tile": lambda command: command.out_tiles,
 }
-"""The loops of a layer in the order in which tokens pass the array."""
+"""The loops of a layer in the order of tokens in the array, from the innermost outwards."""
 
 
 class Walker(Block):
     """Walks the nested loops of one command after another, without a cycle between two commands.
 
     Each loop counts down and keeps its first and last flags in registers, so ``step`` reaches a flag's users after
-    one AND per nesting level: these flags set the clock of the whole core. For the same reason what a loop starts again
-    with does not depend on ``step``: after a command's last step it is the next command's bound, also if there is none
-    yet, and then nobody looks. Throughput 1 step per cycle.
+    one AND per nesting level: these flags are in the critical path of the whole core. For the same reason the value
+    with which a loop restarts does not depend on ``step``: after a command's last step it is the next command's bound.
+    If there is no next command yet, this value is not used. Throughput 1 step per cycle.
 
     Parameters
     ----------
@@ -46,15 +46,15 @@ class Walker(Block):
 
     Members
     -------
-    command : commands, taken when the walker is idle or makes the last step of the one before
-    active : a command is being walked
-    current : that command
+    command : commands, accepted while the walker is idle or makes the last step of the previous one
+    active : there is a current command
+    current : the current command
     step : advance; only while ``active``
     first, last : one flag per loop: it is in its first, its last iteration
-    done : with ``step``: this is the command's last step
-    bank : the bank of activations that the current command uses; every command that brings its own takes the other
-    next_bank : the bank of the command that is offered
-    tile_end : with ``step``: this is the last step of an iteration of the outermost loop
+    done : this is the command's last step; valid with ``step``
+    bank : the bank of activations that the current command uses; a command with new activations uses the other bank
+    next_bank : the bank of the command at the input
+    tile_end : this is the last step of an iteration of the outermost loop; valid with ``step``
     """
 
     latency = 1
@@ -123,13 +123,13 @@ class Walker(Block):
 
 
 class CommandFork(Block):
-    """Gives every command to several users, each at its own pace. Latency 1 cycle, throughput 1 command per cycle.
+    """Sends every command to several users, which take it independently. Latency 1 cycle, throughput 1 per cycle.
 
-    One ring of commands with a read pointer per user; the slowest user decides when it is full.
+    It is a ring of commands with a read pointer per user; it is full if the slowest user has not read its oldest entry.
 
     Parameters
     ----------
-    users : how many
+    users : number of users
     depth : commands in the ring, a power of two
 
     Members
@@ -166,7 +166,7 @@ class CommandFork(Block):
                 taken.eq(output.valid & output.ready),
                 left.eq(written - read),
             ]
-            # Registered: whether there is a command is the first that its users ask.
+            # valid is a register, because long paths start at it in the users.
             m.d.sync += [read.eq(read + taken), output.valid.eq(push | (left > taken))]
             filled.append(left >= Mux(push, self.depth - 1, self.depth))
         m.d.sync += full.eq(Cat(filled).any())

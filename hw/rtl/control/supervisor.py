@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The supervisor: stops the datapath after a fault, and brings it back."""
+"""The supervisor: halts the datapath after a fault, and resets it."""
 
 from amaranth.hdl import Cat, Module, Signal
 from amaranth.lib import wiring
@@ -15,24 +15,24 @@ _STOPS_AT_ONCE = (
     ErrorCode.WRITE_TIMEOUT,
     ErrorCode.UNDERRUN,
 )
-"""After these nothing that is in flight can be trusted. After the others, what came before is completed."""
+"""After these errors no descriptor in flight is completed. After the others, earlier descriptors are completed."""
 
 
 class Supervisor(wiring.Component):
-    """Halts the datapath at faults, and resets it when software says so and the bus is owed nothing.
+    """Halts the datapath after faults, and resets it when software requests it and no bus transfer is under way.
 
     Parameters
     ----------
-    most_in_flight : descriptors that queue and datapath can hold together
+    most_in_flight : maximum number of descriptors in queue and datapath together
 
     Members
     -------
     code : the first error, 0 if there is none
-    reset : software wants a reset
-    quiet : the bus is owed nothing
-    accepted, complete : a descriptor went into the queue, came out with its results in memory
-    halt : for the datapath: move nothing more but what the bus is owed
-    clear : reset the datapath and forget the error; a few cycles
+    reset : software requests a reset
+    quiet : no bus transfer is under way
+    accepted, complete : a descriptor entered the queue; a descriptor's results are in memory
+    halt : for the datapath: move no data, except to finish bus transfers under way
+    clear : reset the datapath and clear the error; a few cycles
     resetting : from the command to the end of the reset
     running : descriptors are queued or in flight
     """
@@ -57,7 +57,7 @@ class Supervisor(wiring.Component):
         m.d.comb += [
             self.halt.eq(fault | self.resetting),
             self.running.eq(in_flight != 0),
-            # Ends a cycle before ``resetting``, as the datapath's reset comes a cycle late.
+            # It ends one cycle before ``resetting``, because the datapath's reset has a delay of one cycle.
             self.clear.eq(left > 1),
         ]
         with m.If(left != 0):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progress is one line on a terminal, ten elsewhere, and nothing is left behind."""
+"""Progress is one line on a terminal and ten lines elsewhere; the terminal's line is cleared at the end."""
 
 import fcntl
 import os
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def counted(terminal, monkeypatch, capsys):
-    """What 200 steps and five of something else show."""
+    """The output of a count of 200 steps and another of five steps."""
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
     monkeypatch.setenv("TERM", "xterm")
     with StatusLine() as status:
@@ -72,7 +72,7 @@ def test_narrow_terminal(columns, most):
 
 
 def test_terminal_after_an_error(monkeypatch, capsys):
-    """The message has the line to itself."""
+    """The message is on a line of its own."""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     with pytest.raises(RuntimeError), StatusLine() as status:
         status.count("{done} of {total}", 1, 2000)
