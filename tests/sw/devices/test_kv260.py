@@ -287,10 +287,10 @@ def test_open_device(fake, monkeypatch, tmp_path):
     monkeypatch.setattr(kv260, "Host", lambda: fake)
     with open_device("kv260") as device:
         assert device.config == CONFIG and device.name == "kv260"
-    with open_device("kv260", **CONFIG.to_dict()) as device:
+    with open_device("kv260", CONFIG) as device:
         run_exactly(device, [case()])
     with pytest.raises(UserError, match=r"^the board's hardware has tile 4, and 16 is asked for$"):
-        open_device("kv260", tile=16)
+        open_device("kv260", make_config())
     path = tmp_path / "other.json"
     text = fake.path(f"{FIRMWARE}/manifest.json").read_text()
     path.write_text(text.replace('"block": "accelerator"', '"block": "core"'))
