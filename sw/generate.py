@@ -21,8 +21,9 @@ from sw.common.command_line import Parser, check_positive
 from sw.common.errors import UserError, run_cli
 from sw.common.status_line import StatusLine, stderr_is_stdout
 from sw.common.text_files import read_text
-from sw.console.generate_report import Answer, Phase, Report, print_json, print_table
+from sw.console.generate_report import Answer, Phase, Report, print_table
 from sw.console.options import MODEL_HELP, add_device_options, add_hardware_options, chosen_devices
+from sw.console.output import print_json
 from sw.runtime import Decoder
 from sw.runtime.hardware import ONNXRUNTIME
 from sw.runtime.setup import decoder_config, open_decoder, read_model

@@ -24,8 +24,9 @@ from sw.common.command_line import Parser, check_positive
 from sw.common.errors import UserError, run_cli
 from sw.common.status_line import StatusLine
 from sw.common.text_files import text_directory
-from sw.console.layers_report import LayerResult, Report, print_json, print_table
+from sw.console.layers_report import LayerResult, Report, print_table
 from sw.console.options import MODEL_HELP, add_device_options, add_hardware_options, chosen_devices
+from sw.console.output import print_json
 from sw.devices import open_device, pack
 from sw.devices.base import Completion, Device, LinearJob, read_results, result_bytes, weight_bytes, weight_image
 from sw.devices.reference import reference_linear
@@ -186,10 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = Report(
         str(model), options.device, devices.memory, config, tokens, source, results, time.monotonic() - started
     )
-    if options.json:
-        print_json(report)
-    else:
-        print_table(report)
+    (print_json if options.json else print_table)(report)
     return 0 if all(result.exact for result in results) else 1
 
 

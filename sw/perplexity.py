@@ -18,7 +18,8 @@ from sw.common.errors import UserError, run_cli
 from sw.common.status_line import StatusLine
 from sw.common.text_files import read_text
 from sw.console.options import MODEL_HELP, add_device_options, add_hardware_options, chosen_devices
-from sw.console.perplexity_report import Report, print_json, print_table
+from sw.console.output import print_json
+from sw.console.perplexity_report import Report, print_table
 from sw.runtime.hardware import ONNXRUNTIME
 from sw.runtime.score import Score, score
 from sw.runtime.setup import decoder_config, open_decoder, read_model
