@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rng = np.random.default_rng(1)
     linear, x = random_layer(rng), rng.standard_normal((TOKENS, K)).astype(np.float32)
 
-    with open_device(options.device, tile=16) as device:
+    with open_device(options.device) as device:
         layer = prepare(device.config, linear)
         image, padded = weight_image(layer.layout, layer.beats), layer.pad(x)
         weights, activations = device.alloc(image.nbytes), device.alloc(padded.nbytes)

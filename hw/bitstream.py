@@ -13,7 +13,8 @@ import sys
 import warnings
 from pathlib import Path
 
-from hw.flows.nextpnr_report import TimingError, check, read_report, timing, utilisation
+from hw.flows.command_line import exit_code
+from hw.flows.nextpnr_report import check, read_report, timing, utilisation
 from hw.flows.selftest import selftest
 from hw.flows.tools import ToolError, run_logged, yosys_command
 from hw.spec.cli import Parser, run_cli
@@ -187,7 +188,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     options = _parser().parse_args(arguments)
-    try:
+
+    def run() -> int:
         if not 25 <= options.clock_mhz <= 400:
             raise ConfigError(f"clock_mhz is from 25 to 400, not {options.clock_mhz:g}")
         for name, least in (("seed", 0), ("seeds", 1)):
@@ -195,19 +197,10 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ConfigError(f"{name} is at least {least}, not {getattr(options, name)}")
         clock_hz = round(options.clock_mhz * 1e6)
         summary = bitstream(options.tile, options.out, clock_hz, options.seed, options.seeds)
-    except ToolError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.status
-    except TimingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    print(_screen(summary, options.out))
-    return 0
+        print(_screen(summary, options.out))
+        return 0
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,11 @@
 """``python -m hw.build``: Verilog and manifest of one accelerator."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from hw.flows.command_line import add_config_options
+from hw.flows.command_line import add_config_options, config_of, exit_code
 from hw.flows.generate import generate, summary, write
-from hw.flows.lower import LowerError
 from hw.spec.cli import Parser, run_cli
-from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.parts import TARGETS
 
 
@@ -28,19 +25,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    options = vars(_parser().parse_args(arguments))
-    out, block, target = (options.pop(name) for name in ("out", "top", "target"))
-    try:
-        config = AcceleratorConfig(**options)
-        verilog, manifest = generate(config, block, target)
-        write(out, verilog, manifest)
-    except (ConfigError, LowerError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    print(summary(config, block, out, verilog))
-    return 0
+    options = _parser().parse_args(arguments)
+
+    def run() -> int:
+        config = config_of(options)
+        verilog, manifest = generate(config, options.top, options.target)
+        write(options.out, verilog, manifest)
+        print(summary(config, options.top, options.out, verilog))
+        return 0
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

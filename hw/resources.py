@@ -8,8 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from hw.flows.blocks import BLOCKS
-from hw.flows.command_line import add_config_options
-from hw.flows.lower import LowerError
+from hw.flows.command_line import add_config_options, config_of, exit_code
 from hw.flows.synthesis import RESOURCES, synthesise
 from hw.spec.cli import Parser, run_cli
 from hw.spec.config import AcceleratorConfig, ConfigError
@@ -94,21 +93,19 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 1 if the part is too small."""
-    options = vars(_parser().parse_args(arguments))
-    board, block, as_json = (options.pop(name) for name in ("board", "top", "json"))
-    try:
-        config = AcceleratorConfig(**options)
+    options = _parser().parse_args(arguments)
+    board, block = options.board, options.top
+
+    def run() -> int:
+        config = config_of(options)
         blocks = measure(config, board, block)
-    except (ConfigError, LowerError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    found = document(config, board, block, blocks)
-    print(json.dumps(found, indent=1) if as_json else text_table(config, board, blocks))
-    if not found["fits"]:
-        print(f"error: {board} is too small for this", file=sys.stderr)
-    return 0 if found["fits"] else 1
+        found = document(config, board, block, blocks)
+        print(json.dumps(found, indent=1) if options.json else text_table(config, board, blocks))
+        if not found["fits"]:
+            print(f"error: {board} is too small for this", file=sys.stderr)
+        return 0 if found["fits"] else 1
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

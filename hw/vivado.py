@@ -14,13 +14,12 @@ import sys
 import zipfile
 from pathlib import Path
 
-from hw.flows.command_line import add_config_options
+from hw.flows.command_line import add_config_options, config_of, exit_code
 from hw.flows.generate import generate, write
-from hw.flows.lower import LowerError
 from hw.flows.overlay import overlay, shell
 from hw.flows.tools import ToolError, run_logged
-from hw.flows.vivado_report import ReportError, check_platform, check_timing, read_facts, read_utilisation, timing
-from hw.flows.vivado_wrapper import BOARD_MODULE, IP_MODULE, WrapperError, interface_names, wrapper
+from hw.flows.vivado_report import check_platform, check_timing, read_facts, read_utilisation, timing
+from hw.flows.vivado_wrapper import BOARD_MODULE, IP_MODULE, interface_names, wrapper
 from hw.spec.cli import Parser, run_cli
 from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.kv260 import APP_NAME, CONTROL_ADDRESS, CONTROL_BYTES, FABRIC_HZ
@@ -256,12 +255,12 @@ def _screen(summary: dict, out: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    options = vars(_parser().parse_args(arguments))
-    product, out, jobs = options.pop("product"), options.pop("out"), options.pop("jobs")
-    clock_hz = options.pop("clock_mhz") * 1e6
-    out = out or Path("build", "ip" if product == "ip" else "kv260")
-    try:
-        config = AcceleratorConfig(**options)
+    options = _parser().parse_args(arguments)
+    product, jobs, clock_hz = options.product, options.jobs, options.clock_mhz * 1e6
+    out = options.out or Path("build", "ip" if product == "ip" else "kv260")
+
+    def run() -> int:
+        config = config_of(options)
         if not 10e6 <= clock_hz <= 600e6:
             raise ConfigError(f"clock_mhz is from 10 to 600, not {clock_hz / 1e6:g}")
         if jobs < 1:
@@ -271,18 +270,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{'IP core':>12}  {out / 'ip'}")
         else:
             print(_screen(bitstream(config, out, round(clock_hz), jobs), out))
-    except ToolError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.status
-    except ReportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (ConfigError, LowerError, WrapperError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        return 0
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

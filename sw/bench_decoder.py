@@ -39,7 +39,7 @@ from sw.devices.platform import mask
 from sw.export.resolve import cache_directory, resolve_model
 from sw.graph.linears import find_linears
 from sw.runtime import Decoder, Usage
-from sw.runtime.hardware import ONNXRUNTIME, choose_config, layer_shapes
+from sw.runtime.hardware import AUTO, ONNXRUNTIME, choose_config, layer_shapes
 
 PROMPT = tuple(range(40, 48))
 CONTEXT = 256
@@ -110,9 +110,9 @@ class InstantDevice(AcceleratorDevice):
 def _open(name: str, path: Path) -> Device | None:
     if name == ONNXRUNTIME:
         return None
-    options: dict[str, int | str] = AcceleratorConfig().to_dict() | {"weight_bits": "auto", "zero_point": "auto"}
+    options: dict[str, int | str] = {**AcceleratorConfig().to_dict(), **dict.fromkeys(AUTO, "auto")}
     config = choose_config(layer_shapes(find_linears(path)), options)
-    return InstantDevice(config) if name == INSTANT else open_device(name, **config.to_dict())
+    return InstantDevice(config) if name == INSTANT else open_device(name, config)
 
 
 def run(model: str, name: str, out: Path, tokens: int) -> None:

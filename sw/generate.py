@@ -21,13 +21,13 @@ from sw.common.command_line import Parser, check_positive
 from sw.common.errors import UserError, run_cli
 from sw.common.status_line import StatusLine, stderr_is_stdout
 from sw.common.text_files import read_text
-from sw.console.generate_report import Answer, Phase, Report, print_json, print_table
-from sw.console.options import MODEL_HELP, add_device_options, add_hardware_options, check_devices, hardware_options
-from sw.export.resolve import resolve_model
+from sw.console.generate_report import Answer, Phase, Report, print_table
+from sw.console.options import MODEL_HELP, add_device_options, add_hardware_options, chosen_devices
+from sw.console.output import print_json
 from sw.runtime import Decoder
 from sw.runtime.hardware import ONNXRUNTIME
-from sw.runtime.setup import decoder_config, decoder_limits, open_decoder
-from sw.text.folder import TextFolder, open_text
+from sw.runtime.setup import decoder_config, open_decoder, read_model
+from sw.text.folder import TextFolder
 from sw.text.sampling import Sampler
 
 MODEL = "smollm2"
@@ -124,34 +124,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: 0, or 130 if it was interrupted."""
     started = time.monotonic()
     options = _parser().parse_args(arguments)
-    memory = check_devices([options.device], options.memory, [ONNXRUNTIME])
     check_positive(options.max_new_tokens, "--max-new-tokens")
     check_positive(options.context, "--context")
     choose = Sampler(options.temperature, options.top_p, options.seed)
-    hardware, _ = hardware_options(options)
+    devices = chosen_devices(options, [options.device], [ONNXRUNTIME])
     prompt = _prompt(options)
     if not prompt:
         raise UserError("the prompt is empty")
 
-    model = resolve_model(options.model)
-    folder = open_text(model)
-    ids = folder.prompt_ids(prompt, options.system, options.raw)
+    model = read_model(options.model)
+    ids = model.text.prompt_ids(prompt, options.system, options.raw)
     if not ids:
         raise UserError("the prompt is empty: the tokenizer makes no token of it")
-    limits = decoder_limits(model, folder.context)
-    limits.check(ids)
-    context = _context(options, limits.context, len(ids))
-    config = decoder_config(model, [options.device], hardware)
+    model.limits.check(ids)
+    context = _context(options, model.limits.context, len(ids))
+    config = decoder_config(model.path, devices.names, devices.hardware)
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that is not for UTF-8 shows question marks instead of ending the program.
         sys.stdout.reconfigure(errors="replace")
-    with StatusLine() as status, open_decoder(model, options.device, memory, config, context, status) as decoder:
-        answer = _answer(options, decoder, folder, ids, choose, status)
+    with (
+        StatusLine() as status,
+        open_decoder(model.path, options.device, devices.memory, config, context, status) as decoder,
+    ):
+        answer = _answer(options, decoder, model.text, ids, choose, status)
         report = Report(
-            model=str(model),
+            model=str(model.path),
             device=options.device,
-            memory=memory if options.device == "rtl" else None,
+            memory=devices.shown_memory,
             config=config,
             prompt=prompt,
             system=options.system,

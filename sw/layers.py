@@ -24,8 +24,9 @@ from sw.common.command_line import Parser, check_positive
 from sw.common.errors import UserError, run_cli
 from sw.common.status_line import StatusLine
 from sw.common.text_files import text_directory
-from sw.console.layers_report import LayerResult, Report, print_json, print_table
-from sw.console.options import MODEL_HELP, add_device_options, add_hardware_options, check_devices, hardware_options
+from sw.console.layers_report import LayerResult, Report, print_table
+from sw.console.options import MODEL_HELP, add_device_options, add_hardware_options, chosen_devices
+from sw.console.output import print_json
 from sw.devices import open_device, pack
 from sw.devices.base import Completion, Device, LinearJob, read_results, result_bytes, weight_bytes, weight_image
 from sw.devices.reference import reference_linear
@@ -154,17 +155,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: 0 if every layer is exact, 1 if one is not."""
     options = _parser().parse_args(arguments)
     started = time.monotonic()
-    memory = check_devices([options.device], options.memory)
     check_positive(options.limit, "--limit")
     check_positive(options.tokens, "--tokens")
     # Before the model is read, as far as the model does not decide.
-    hardware, known = hardware_options(options)
-    if options.tokens and options.tokens > known.max_tokens:
-        raise UserError(f"--tokens is at most max_tokens of the hardware ({known.max_tokens}), not {options.tokens}")
+    devices = chosen_devices(options, [options.device])
+    most = devices.known.max_tokens
+    if options.tokens and options.tokens > most:
+        raise UserError(f"--tokens is at most max_tokens of the hardware ({most}), not {options.tokens}")
 
     model = resolve_model(options.model)
     linears = find_linears(model)[: options.limit]
-    config = choose_config(layer_shapes(linears), hardware)
+    config = choose_config(layer_shapes(linears), devices.hardware)
     if reads_token_ids(linears.file):
         ids, source = prompt_ids(model, PROMPT if options.prompt is None else options.prompt)
         if not ids:
@@ -178,16 +179,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokens = options.tokens or min(TOKENS, config.max_tokens, len(ids) or TOKENS)
     works = capture_inputs(linears, ids[: max(tokens, CONTEXT)], tokens=tokens, threads=1)
 
-    with open_device(options.device, memory, **config.to_dict()) as device, StatusLine() as status:
+    with open_device(options.device, config, devices.memory) as device, StatusLine() as status:
         results = []
         for result in run_layers(device, works, tokens):
             results.append(result)
             status.count("{done} of {total} layers", len(results), len(linears), f"  {result.name}")
-    report = Report(str(model), options.device, memory, config, tokens, source, results, time.monotonic() - started)
-    if options.json:
-        print_json(report)
-    else:
-        print_table(report)
+    report = Report(
+        str(model), options.device, devices.memory, config, tokens, source, results, time.monotonic() - started
+    )
+    (print_json if options.json else print_table)(report)
     return 0 if all(result.exact for result in results) else 1
 
 

@@ -17,13 +17,13 @@ from sw.common.command_line import Parser, check_positive
 from sw.common.errors import UserError, run_cli
 from sw.common.status_line import StatusLine
 from sw.common.text_files import read_text
-from sw.console.options import MODEL_HELP, add_device_options, add_hardware_options, check_devices, hardware_options
-from sw.console.perplexity_report import Report, print_json, print_table
-from sw.export.resolve import resolve_model
+from sw.console.options import MODEL_HELP, add_device_options, add_hardware_options, chosen_devices
+from sw.console.output import print_json
+from sw.console.perplexity_report import Report, print_table
 from sw.runtime.hardware import ONNXRUNTIME
 from sw.runtime.score import Score, score
-from sw.runtime.setup import decoder_config, decoder_limits, open_decoder
-from sw.text.folder import encode, open_text
+from sw.runtime.setup import decoder_config, open_decoder, read_model
+from sw.text.folder import encode
 from sw.text.scoring import cut_windows
 
 WINDOWS = 8
@@ -48,34 +48,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     options = _parser().parse_args(arguments)
     names = options.device.split(",")
-    memory = check_devices(names, options.memory, [ONNXRUNTIME])
     check_positive(options.windows, "--windows")
     if options.length is not None and options.length < 2:
         raise UserError(f"--length is 2 or more, not {options.length}: a window's first token is not predicted")
-    hardware, _ = hardware_options(options)
+    devices = chosen_devices(options, names, [ONNXRUNTIME])
     text = read_text(options.text)
 
-    model = resolve_model(options.model)
-    folder = open_text(model)
-    ids, beginning = encode(folder.tokenizer, text, False), folder.beginning()
-    limits = decoder_limits(model, folder.context)
-    limits.check([*beginning, *ids])
-    length = _length(options, limits.context, len(beginning))
+    model = read_model(options.model)
+    ids, beginning = encode(model.text.tokenizer, text, False), model.text.beginning()
+    model.limits.check([*beginning, *ids])
+    length = _length(options, model.limits.context, len(beginning))
     windows = cut_windows(ids, options.windows, length)
     if not windows:
         raise UserError(f"the text has {len(ids)} tokens, and at least 2 are needed: the first is not predicted")
     if sum(map(len, windows)) < options.windows * length:
         given = f"{len(windows)} of {options.windows} windows, the last of {len(windows[-1]):,} tokens"
         print(f"the text has {len(ids):,} tokens: {given}", file=sys.stderr, flush=True)
-    config = decoder_config(model, names, hardware)
+    config = decoder_config(model.path, names, devices.hardware)
 
     scores = []
     for name in names:
         context = len(beginning) + length
-        with StatusLine() as status, open_decoder(model, name, memory, config, context, status) as decoder:
+        with (
+            StatusLine() as status,
+            open_decoder(model.path, name, devices.memory, config, context, status) as decoder,
+        ):
             scores.append(score(decoder, name, beginning, windows, _progress(status, len(windows))))
     sizes = [len(window) for window in windows]
-    report = Report(str(model), options.text, memory if "rtl" in names else None, config, sizes, scores)
+    report = Report(str(model.path), options.text, devices.shown_memory, config, sizes, scores)
     (print_json if options.json else print_table)(report)
     return 0
 

@@ -28,7 +28,8 @@ from sw.common.command_line import Parser, check_positive
 from sw.common.errors import UserError, run_cli
 from sw.common.status_line import StatusLine
 from sw.common.text_files import read_text
-from sw.console.quantize_report import Report, print_json, print_table, write_json
+from sw.console.output import print_json
+from sw.console.quantize_report import Report, print_table, write_json
 from sw.export.floats import float_model
 from sw.graph.file import OnnxFile
 from sw.graph.rewrite import write_quantised

@@ -1,15 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options that the generator's command lines share."""
+"""What the generator's command lines share: the options of a config, and the exit codes of errors."""
 
 import argparse
+import sys
+from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import fields
 
-from hw.spec.config import RULES, AcceleratorConfig
+from hw.flows.errors import FlowError
+from hw.spec.cli import INTERRUPTED
+from hw.spec.config import RULES, AcceleratorConfig, ConfigError, option
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """An option for every parameter of the config."""
     for item in fields(AcceleratorConfig):
-        option = f"--{item.name.replace('_', '-')}"
         rule = RULES[item.name]
-        parser.add_argument(option, type=type(item.default), default=item.default, help=f"{rule.text}: {rule}")
+        parser.add_argument(
+            option(item.name), type=type(item.default), default=item.default, help=f"{rule.text}: {rule}"
+        )
+
+
+def config_of(options: Namespace) -> AcceleratorConfig:
+    """The config that the options of :func:`add_config_options` describe. Raises ConfigError."""
+    return AcceleratorConfig(**{name: getattr(options, name) for name in RULES})
+
+
+def exit_code(run: Callable[[], int]) -> int:
+    """What ``run`` returns; after an error the error's exit code, with its message as one line on stderr.
+
+    Errors are those of the config and of the flows, and of the file system.
+    """
+    try:
+        return run()
+    except (ConfigError, FlowError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.status if isinstance(error, FlowError) else 2
+    except KeyboardInterrupt:
+        return INTERRUPTED

@@ -13,6 +13,7 @@ from amaranth.hdl._ir import PortDirection, build_netlist
 from amaranth.hdl._nir import Memory as NetlistMemory
 from amaranth.lib import wiring
 
+from hw.flows.errors import FlowError
 from hw.flows.tools import run_yosys
 from hw.rtl.memory.axi import is_axi
 
@@ -35,7 +36,7 @@ _TIMEOUT = 300
 """Timeout of yosys in seconds; tile 32 takes about 10."""
 
 
-class LowerError(RuntimeError):
+class LowerError(FlowError):
     """yosys failed; the message ends with the end of its output."""
 
 

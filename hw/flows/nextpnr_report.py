@@ -4,6 +4,8 @@
 import json
 from pathlib import Path
 
+from hw.flows.errors import FlowError
+
 _WANTED = {
     "lut4": "TRELLIS_COMB",
     "ff": "TRELLIS_FF",
@@ -14,8 +16,10 @@ _WANTED = {
 }
 
 
-class TimingError(RuntimeError):
+class TimingError(FlowError):
     """The report is not valid, or the design does not meet its clock. The message is one line and names the path."""
+
+    status = 1
 
 
 def read_report(path: Path) -> dict:

@@ -8,8 +8,10 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from hw.flows.errors import FlowError
 
-class ToolError(RuntimeError):
+
+class ToolError(FlowError):
     """A tool is missing, too old, or failed. The message is one line.
 
     Attributes

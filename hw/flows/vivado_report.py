@@ -4,6 +4,7 @@
 import re
 from pathlib import Path
 
+from hw.flows.errors import FlowError
 from hw.spec.kv260 import CONTROL_ADDRESS, CONTROL_BYTES
 
 _ROWS = {
@@ -17,8 +18,10 @@ _CLOCK_TOLERANCE = 0.01
 """Relative tolerance of pl_clk0: its divider makes few frequencies, and timing analysis uses the frequency it makes."""
 
 
-class ReportError(RuntimeError):
+class ReportError(FlowError):
     """The design was built, but must not be used. The message says why, in one line."""
+
+    status = 1
 
 
 def read_facts(path: Path) -> dict[str, str]:

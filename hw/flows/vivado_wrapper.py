@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from hw.flows.errors import FlowError
 from hw.rtl.control.register_bank import CONTROL_ADDRESS_BITS
 from hw.spec.control.descriptor import ADDRESS_BITS
 from hw.spec.kv260 import CONTROL_BYTES
@@ -41,7 +42,7 @@ _WIDTHS = {"len": 8, "size": 3, "burst": 2, "cache": 4, "prot": 3, "resp": 2}
 _DECLARATION = re.compile(r"^ *(input|output) (?:\[(\d+):0\] )?(\w+);$", re.MULTILINE)
 
 
-class WrapperError(ValueError):
+class WrapperError(FlowError):
     """The Verilog's ports are not those of manifest and board. The message names the port."""
 
 

@@ -234,6 +234,11 @@ RULES: dict[str, Choice | Limit] = {item.name: item.metadata["rule"] for item in
 """The rule and the description of each parameter."""
 
 
+def option(name: str) -> str:
+    """The option of all command lines that sets a parameter: ``--max-k`` for ``max_k``."""
+    return f"--{name.replace('_', '-')}"
+
+
 def choices(name: str) -> tuple:
     """The values of a parameter whose rule is a :class:`Choice`."""
     rule = RULES[name]

@@ -11,7 +11,7 @@ Only the first and the last are required.
 
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 from sw.common.errors import UserError
 from sw.common.text_files import read_json, read_text
 from sw.model.decoder import MAX_POSITIONS, DecoderConfig
+from sw.model.source import TextSettings
 from sw.text.folder import apply_settings, read_tokenizer
 
 FULL = "full_attention"
@@ -201,18 +202,6 @@ def llama3_factors(frequencies: np.ndarray, factor: float, low: float, high: flo
     turns = original * frequencies / (2 * np.pi)
     share = np.clip((turns - low) / (high - low), 0, 1)
     return (1 / (share + (1 - share) / factor)).astype(np.float32)
-
-
-@dataclass(frozen=True)
-class TextSettings:
-    """See sw.model.source.DecoderSource, whose members these are."""
-
-    tokenizer_json: str
-    bos_id: int | None
-    stop_ids: list[int]
-    bos_token: str | None
-    eos_token: str | None
-    chat_template: str | None
 
 
 def text_settings(folder: Path, config: Settings) -> TextSettings:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmarks' figures as tables."""
 
-import sys
-
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+
+from sw.console.output import stdout_console
 
 WIDTH_WITHOUT_TERMINAL = 150
 
@@ -20,7 +20,7 @@ def _starved(row: dict) -> list[str]:
 
 def print_tables(report: dict) -> None:
     """The parts that were measured."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL)
+    console = stdout_console(WIDTH_WITHOUT_TERMINAL)
     for name, figures in report.items():
         _PRINT[name](console, figures)
 

@@ -6,20 +6,17 @@ layers is FABRIC_HZ / cycles per token. The roofline is FABRIC_HZ / beats of the
 port delivers weights in every cycle. Host time is wall time of this machine.
 """
 
-import json
-import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from hw.spec.config import AcceleratorConfig
 from hw.spec.kv260 import FABRIC_HZ
+from sw.console.output import stdout_console
 from sw.runtime import Usage
 
-WIDTH_WITHOUT_TERMINAL = 120
 HOST = ("onnxruntime", "conversion", "driver")
 """Parts of the host's time: operators that are not on the device, copies to and from its memory, and its driver."""
 STOPS = {
@@ -131,14 +128,9 @@ class Report:
         }
 
 
-def print_json(report: Report) -> None:
-    """One document on stdout."""
-    print(json.dumps(report.to_dict(), indent=2))
-
-
 def print_table(report: Report) -> None:
     """Prompt and decoding side by side on stdout, and what there is to say about the figures."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL)
+    console = stdout_console()
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     table.add_column("prompt", justify="right")

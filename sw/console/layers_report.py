@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What sw.layers found, as a table for people and as JSON for programs."""
 
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from hw.spec.config import AcceleratorConfig
-
-WIDTH_WITHOUT_TERMINAL = 120
+from sw.console.output import stdout_console
 
 
 @dataclass(frozen=True)
@@ -90,26 +87,24 @@ class Report:
             "seconds": self.seconds,
         }
 
-
-def print_json(report: Report) -> None:
-    """One document on stdout."""
-    document = {
-        "model": report.model,
-        "device": report.device,
-        "memory": report.memory if report.device == "rtl" else None,
-        "config": report.config.to_dict(),
-        "config_digest": report.config.digest,
-        "tokens": report.tokens,
-        "prompt_source": report.prompt_source,
-        "layers": [layer.to_dict() for layer in report.layers],
-        "totals": report.totals(),
-    }
-    print(json.dumps(document, indent=2))
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {
+            "model": self.model,
+            "device": self.device,
+            "memory": self.memory if self.device == "rtl" else None,
+            "config": self.config.to_dict(),
+            "config_digest": self.config.digest,
+            "tokens": self.tokens,
+            "prompt_source": self.prompt_source,
+            "layers": [layer.to_dict() for layer in self.layers],
+            "totals": self.totals(),
+        }
 
 
 def print_table(report: Report) -> None:
     """A row per layer and a line of totals on stdout."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL)
+    console = stdout_console()
     totals = report.totals()
     rows = [_row(name, layer) for name, layer in zip(_short([layer.name for layer in report.layers]), report.layers)]
     share = f"{totals['exact']}/{totals['layers']}"

@@ -4,21 +4,20 @@
 import argparse
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
-from hw.spec.config import AcceleratorConfig
+from hw.spec.config import RULES, AcceleratorConfig, option
 from sw.common.command_line import Parser
 from sw.common.errors import UserError
 from sw.devices import check_device, make_config
 from sw.devices.kv260 import board_config, check_config
 from sw.devices.library import MEMORIES, check_preset
 from sw.devices.rtl import DEFAULT_MEMORY
+from sw.runtime.hardware import AUTO
 
 MODEL_HELP = "an ONNX or GGUF file, a folder with an ONNX file or an AutoAWQ checkpoint, or smollm2"
 """See sw.export.resolve."""
-AUTO = ("weight_bits", "zero_point", "max_k")
-"""Fields of AcceleratorConfig that may be left to the model."""
 
 
 def add_device_options(parser: Parser, names: str, default: str | None = None) -> None:
@@ -37,8 +36,8 @@ def add_hardware_options(parser: Parser, **defaults: int) -> None:
         auto = item.name in AUTO
         kind = str if item.name == "zero_point" else _number_or_auto if auto else int
         default = "auto" if auto else defaults.get(item.name, item.default)
-        option = f"--{item.name.replace('_', '-')}"
-        hardware.add_argument(option, type=kind, default=default, action=_Given, help=f"(default: {default})")
+        text = f"{RULES[item.name].text} (default: {default})"
+        hardware.add_argument(option(item.name), type=kind, default=default, action=_Given, help=text)
 
 
 class _Given(argparse.Action):
@@ -56,6 +55,39 @@ def _number_or_auto(text: str) -> int | str:
         return text if text == "auto" else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"a whole number or auto, not {text!r}") from None
+
+
+@dataclass(frozen=True)
+class Devices:
+    """What the options of a command line say about devices.
+
+    Members
+    -------
+    names: of the devices.
+    memory: preset of the simulated memory, for sw.devices.open_device.
+    hardware: fields of AcceleratorConfig, for sw.runtime.hardware.choose_config.
+    known: the hardware as far as no model decides it.
+    """
+
+    names: Sequence[str]
+    memory: str
+    hardware: dict[str, int | str]
+    known: AcceleratorConfig
+
+    @property
+    def shown_memory(self) -> str | None:
+        """The preset for a report: None if no device is simulated."""
+        return self.memory if "rtl" in self.names else None
+
+
+def chosen_devices(options: Namespace, names: Sequence[str], others: Sequence[str] = ()) -> Devices:
+    """What the options of `add_device_options` and `add_hardware_options` say, before a model is read.
+
+    names: of --device, one or several. others: what it may name besides devices.
+    Raises UserError as `check_devices` and `hardware_options` do.
+    """
+    memory = check_devices(names, options.memory, others)
+    return Devices(names, memory, *hardware_options(options))
 
 
 def check_devices(names: Sequence[str], memory: str | None, others: Sequence[str] = ()) -> str:

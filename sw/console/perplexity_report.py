@@ -1,21 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model's scores on a text, as a table for people and as JSON for programs."""
 
-import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from hw.spec.config import AcceleratorConfig
+from sw.console.output import stdout_console
 from sw.runtime.score import MOST, Score
-
-WIDTH_WITHOUT_TERMINAL = 120
 
 
 @dataclass(frozen=True)
@@ -65,14 +61,9 @@ class Report:
         }
 
 
-def print_json(report: Report) -> None:
-    """One document on stdout."""
-    print(json.dumps(report.to_dict(), indent=2))
-
-
 def print_table(report: Report) -> None:
     """A row per device on stdout."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL)
+    console = stdout_console()
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("device")
     for title in ("perplexity", "mean -ln p", "tokens", "against the first", "seconds"):

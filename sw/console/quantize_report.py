@@ -3,22 +3,20 @@
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from sw.awq.quantiser import FLOAT, LayerReport
 from sw.awq.rounding import Form
 from sw.awq.sizes import Sizes
+from sw.console.output import stdout_console
 from sw.runtime.score import Score
 
-WIDTH_WITHOUT_TERMINAL = 120
 NAMES = {FLOAT: "float", "rtn": "round to nearest", "awq": "AWQ"}
 
 
@@ -88,14 +86,9 @@ def write_json(report: Report, path: Path) -> None:
     path.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
-def print_json(report: Report) -> None:
-    """One document on stdout."""
-    print(json.dumps(report.to_dict(), indent=2))
-
-
 def print_table(report: Report) -> None:
     """A row for each group of layers that share a scale, the perplexities and sizes on stdout."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL)
+    console = stdout_console()
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("layer", overflow="fold")
     for title in ("K", "N", "ratio", "scale folded into", "error, nearest", f"error, {report.method}", "of that"):

@@ -25,17 +25,16 @@ def make_config(**options: int | str) -> AcceleratorConfig:
         raise UserError(str(error)) from None
 
 
-def open_device(name: str, memory: str = DEFAULT_MEMORY, **options: int | str) -> Device:
-    """A device with these parameters (the fields of hw.spec.config.AcceleratorConfig).
+def open_device(name: str, config: AcceleratorConfig | None = None, memory: str = DEFAULT_MEMORY) -> Device:
+    """A device of hardware with this config; None: with the default, and for kv260 with the board's.
 
     memory: preset of rtl's memory model (sw.devices.library.MEMORIES); other devices ignore it.
     rtl builds the simulation if it is not in the cache, which takes about half a minute and shows progress on stderr.
-    kv260 has the parameters of its manifest; the options must have the same values.
-    Raises UserError for an unknown device, an invalid config, hardware that cannot be built, or a board that does not
-    answer.
+    kv260 has the config of its manifest; another one is refused.
+    Raises UserError for an unknown device, hardware that cannot be built, or a board that does not answer.
     """
     check_device(name)
     if name == "kv260":
-        return KV260Device(options)
-    config = make_config(**options)
+        return KV260Device(config.to_dict() if config else None)
+    config = config or AcceleratorConfig()
     return RtlDevice(config, memory=memory) if name == "rtl" else ReferenceDevice(config)

@@ -63,6 +63,12 @@ class Arena:
             with suppress(OSError):  # optional: it only returns memory earlier
                 mapping.madvise(mmap.MADV_DONTNEED, buffer.address - self.base, buffer.size)
 
+    def close(self) -> None:
+        """Forgets all buffers and the memory, whose mapping then ends with the last view that somebody still has."""
+        self.memory = np.empty(0, np.uint8)
+        self._starts.clear()
+        self._sizes.clear()
+
     def view(self, buffer: Buffer) -> np.ndarray:
         """The buffer's bytes: uint8 [size], writable. Raises DeviceError for a buffer that is not allocated."""
         if self._sizes.get(buffer.address) != buffer.size:

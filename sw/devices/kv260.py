@@ -83,6 +83,7 @@ class KV260Platform:
         if place is None:
             raise DeviceError(f"there is no buffer {BUFFER_NAME}: {MEND}")
         self.buffer = DmaBuffer(host, place)
+        self.memory = Arena(self.buffer.memory, place.address)
         self.uio: Uio | None = None
         self._fd = -1
         try:
@@ -95,7 +96,6 @@ class KV260Platform:
             else:
                 raise DeviceError(f"registers are reached through uio or mem, not {registers}")
             self.polls = self.uio is None or not self.uio.has_interrupt
-            self.memory = Arena(self.buffer.memory, place.address)
         except BaseException:
             self.close()
             raise
@@ -163,6 +163,7 @@ class KV260Platform:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+        self.memory.close()
         self.buffer.close()
 
 

@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from hw.spec.config import AcceleratorConfig
+from hw.spec.config import AcceleratorConfig, option
 from hw.spec.manifest import Manifest, ManifestError
 from hw.spec.memory.faults import Fault
 from hw.spec.memory.operands import ADDRESS_BITS
@@ -68,7 +68,7 @@ def build_library(config: AcceleratorConfig) -> tuple[Path, Path]:
 
     Raises UserError with the builder's message, for example about a missing compiler.
     """
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in config.to_dict().items()]
+    options = [f"{option(name)}={value}" for name, value in config.to_dict().items()]
     problem = ""
     with subprocess.Popen(
         [sys.executable, "-m", "sim.device", *options],
@@ -205,6 +205,7 @@ class SimulatedPlatform:
             if self._device is not None:
                 self._library.gm_close(self._device)
                 self._device = None
+                self.memory.close()
 
 
 def check_preset(preset: str) -> None:

@@ -36,6 +36,12 @@ class ReferenceDevice(BatchDevice):
         """See Device: the time of the arithmetic."""
         return self._seconds
 
+    def close(self) -> None:
+        """See Device."""
+        super().close()
+        self._unpacked.clear()
+        self.memory.close()
+
     def free(self, buffer: Buffer) -> None:
         """See Device."""
         super().free(buffer)

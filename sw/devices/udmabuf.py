@@ -148,6 +148,7 @@ class DmaBuffer:
 
     def close(self) -> None:
         """Unlocks the buffer. Its mapping exists as long as there is a view of it."""
+        self.memory = np.empty(0, np.uint8)
         for fd in self._fds:
             with suppress(OSError):
                 # Without this, the mapping's own descriptor would keep the lock.

@@ -32,10 +32,8 @@ def place_external_data(path: Path, model: onnx.ModelProto) -> Path:
     linked = False
     # One tensor for each file is enough.
     for location, tensor in {_location(tensor): tensor for tensor in tensors}.items():
-        name = PurePath(location)
         what = f"{path}: tensor {tensor.name}: external data file {location}"
-        if name.is_absolute() or ".." in name.parts:
-            raise UserError(f"{what} is not beside the model")
+        name = below_the_folder(location, what)
         try:
             target = (folder / name).resolve()
         except (OSError, RuntimeError, ValueError):
@@ -53,6 +51,14 @@ def place_external_data(path: Path, model: onnx.ModelProto) -> Path:
             if entry.key == LOCATION:
                 entry.value = target.relative_to(cache).as_posix()
     return cache
+
+
+def below_the_folder(location: str, what: str) -> PurePath:
+    """A location of external data as a path. what: begins the message of the UserError if it is absolute or goes up."""
+    name = PurePath(location)
+    if name.is_absolute() or ".." in name.parts:
+        raise UserError(f"{what} is not beside the model")
+    return name
 
 
 def _hub_cache(folder: Path) -> Path | None:

@@ -5,12 +5,13 @@ What another graph holds is copied piece by piece, in whatever element type, wit
 """
 
 from collections.abc import Iterator
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import numpy as np
 from onnx import TensorProto, external_data_helper, helper
 
 from sw.common.errors import UserError, one_line
+from sw.graph.external_data import LOCATION, below_the_folder
 
 # onnxruntime maps external data at page boundaries where it can.
 ALIGNMENT = 4096
@@ -72,23 +73,22 @@ class TensorData:
     def _refer(self, tensor: TensorProto, begin: int) -> None:
         tensor.data_location = TensorProto.EXTERNAL
         del tensor.external_data[:]
-        location = {"location": self._name, "offset": begin, "length": self._file.tell() - begin}
+        location = {LOCATION: self._name, "offset": begin, "length": self._file.tell() - begin}
         for key, value in location.items():
             tensor.external_data.add(key=key, value=str(value))
 
     def _external(self, tensor: TensorProto) -> Iterator[bytes]:
         entries = {item.key: item.value for item in tensor.external_data}
-        what = f"tensor {tensor.name}: external data file {entries.get('location')}"
+        what = f"tensor {tensor.name}: external data file {entries.get(LOCATION)}"
         try:
-            location = PurePath(entries["location"])
+            location = entries[LOCATION]
             offset = int(entries.get("offset", 0))
             length = int(entries["length"]) if "length" in entries else None
         except (KeyError, TypeError, ValueError):
             raise UserError(f"tensor {tensor.name} does not say where its external data is") from None
-        if location.is_absolute() or ".." in location.parts:
-            raise UserError(f"{what} is not beside the model")
+        path = self._folder / below_the_folder(location, what)
         try:
-            with (self._folder / location).open("rb") as file:
+            with path.open("rb") as file:
                 left = file.seek(0, 2) - offset if length is None else length
                 file.seek(offset)
                 while left > 0:

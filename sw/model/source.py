@@ -11,14 +11,30 @@ from sw.model.decoder import DecoderConfig, DecoderLayer
 from sw.model.lm_head import Table
 
 
-@dataclass(frozen=True, eq=False)
-class DecoderSource:
-    """A decoder as read from a checkpoint; see write_decoder for the weights.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TextSettings:
+    """How a model's text is read and written.
+
+    tokenizer_json: the tokenizer, as the package tokenizers writes it. bos_id, stop_ids: tokens that begin a text and
+    tokens that end an answer. bos_token, eos_token: values of these variables in a chat template. chat_template: the
+    template's text.
+    """
+
+    tokenizer_json: str
+    bos_id: int | None
+    stop_ids: list[int]
+    bos_token: str | None
+    eos_token: str | None
+    chat_template: str | None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DecoderSource(TextSettings):
+    """A decoder as read from a checkpoint, with its text settings; see write_decoder for the weights.
 
     family: llama or qwen2. tied: the head has the embedding's weights (`head` may still be given, in another number
-    format). bos_id, stop_ids: tokens that begin a text and tokens that end an answer. bos_token, eos_token: values of
-    these variables in a chat template. chat_template: the template's text. rope_scaling: Hugging Face's description of
-    config's rope_factors, if there is one. warnings: messages to show whenever the model is used, one line each.
+    format). rope_scaling: Hugging Face's description of config's rope_factors, if there is one. warnings: messages to
+    show whenever the model is used, one line each.
     """
 
     name: str
@@ -29,11 +45,5 @@ class DecoderSource:
     final_norm: np.ndarray
     head: Table | None
     tied: bool
-    tokenizer_json: str
-    bos_id: int | None
-    stop_ids: list[int]
-    bos_token: str | None
-    eos_token: str | None
-    chat_template: str | None
     rope_scaling: dict[str, Any] | None = None
     warnings: Sequence[str] = ()

@@ -12,6 +12,8 @@ from sw.graph.linears import Linears
 
 ONNXRUNTIME = "onnxruntime"
 """The device option that means none: the whole model in onnxruntime."""
+AUTO = ("weight_bits", "zero_point", "max_k")
+"""Fields of AcceleratorConfig that may be left to the model."""
 NATIVE_BITS = 4
 """Layers of more bits do not make the hardware wider: they run as two planes of half their width."""
 

@@ -10,10 +10,12 @@ from hw.spec.config import AcceleratorConfig
 from sw.common.errors import UserError
 from sw.common.status_line import StatusLine
 from sw.devices import open_device
+from sw.export.resolve import resolve_model
 from sw.graph.file import OnnxFile
 from sw.graph.linears import find_linears
 from sw.runtime import Decoder
 from sw.runtime.hardware import ONNXRUNTIME, choose_config, layer_shapes
+from sw.text.folder import TextFolder, open_text
 
 LONGEST = 1 << 20
 """Tokens: more than models know what to do with, fewer than what overflows something."""
@@ -58,6 +60,32 @@ def decoder_limits(model: Path, context: int | None) -> Limits:
     return Limits(min(contexts, default=LONGEST), logits[-1].dim_value or None if logits else None)
 
 
+@dataclass(frozen=True)
+class LanguageModel:
+    """A model that a user named, as its command needs it before hardware is chosen.
+
+    Members
+    -------
+    path: of the ONNX file.
+    text: tokenizer and chat template.
+    limits: what its graph allows.
+    """
+
+    path: Path
+    text: TextFolder
+    limits: Limits
+
+
+def read_model(name: str) -> LanguageModel:
+    """A language model by what a user called it; a checkpoint is exported first, see sw.export.resolve.
+
+    Raises UserError as `resolve_model`, `open_text` and `decoder_limits` do.
+    """
+    path = resolve_model(name)
+    text = open_text(path)
+    return LanguageModel(path, text, decoder_limits(path, text.context))
+
+
 def decoder_config(model: Path, devices: Sequence[str], hardware: dict[str, int | str]) -> AcceleratorConfig | None:
     """The hardware for a model's layers, see sw.runtime.hardware.choose_config; None if no device has any.
 
@@ -84,7 +112,7 @@ def open_decoder(
     with ExitStack() as stack:
         device = None
         if name != ONNXRUNTIME and config is not None:
-            device = stack.enter_context(open_device(name, memory, **config.to_dict()))
+            device = stack.enter_context(open_device(name, config, memory))
         try:
             decoder = stack.enter_context(Decoder(model, device, context=context, progress=packed))
         except MemoryError:

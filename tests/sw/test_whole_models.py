@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from sw.bench_decoder import measure, measure_qwen
-from sw.devices import open_device
+from sw.devices import make_config, open_device
 from sw.runtime import Decoder
 
 PROMPTS = (
@@ -38,7 +38,7 @@ def compare(path, prompts, count: int) -> None:
     """On the RTL the token ids equal onnxruntime's, and the logits equal the reference's bit for bit."""
     everything = {}
     for name in (None, "reference", "rtl"):
-        device = open_device(name, tile=16, zero_point="fixed") if name else None
+        device = open_device(name, make_config(tile=16, zero_point="fixed")) if name else None
         with Decoder(path, device, context=256) as decoder:
             everything[name] = [greedy(decoder, prompt_ids(path, prompt), count) for prompt in prompts]
         if device:

@@ -61,7 +61,7 @@ def open_backend(folder, backend, config, memory):
     """A device; for kv260 it is a simulated board, made of files in a folder."""
     options = (CONFIGS | FULL)[config]
     if backend != "kv260":
-        with open_device(backend, memory=memory, **options) as opened:
+        with open_device(backend, make_config(**options), memory) as opened:
             yield opened
         return
     with closing(FakeBoard(folder, make_config(**options), memory)) as fake, KV260Device(host=fake) as opened:
@@ -444,15 +444,27 @@ def test_close_stops_the_work(backend, tmp_path):
         assert isinstance(answers[ticket], DeviceError) and str(answers[ticket]) == f"device {backend} is closed"
 
 
+def test_closed_devices_hold_no_memory():
+    """A view that somebody has stays readable, all else is given back."""
+    device = ReferenceDevice(make_config(tile=8))
+    kept = device.view(device.alloc(8))
+    kept[:] = 5
+    device.close()
+    device.close()
+    assert not len(device.memory.memory) and (kept == 5).all()
+    with pytest.raises(DeviceError, match="closed"):
+        device.alloc(1)
+
+
 def test_open_device():
-    with open_device("reference", tile=8) as device:
+    with open_device("reference", make_config(tile=8)) as device:
         assert device.config.tile == 8
     with pytest.raises(UserError, match=r"^no device is named fpga; there are reference, rtl, kv260$"):
         open_device("fpga")
     with pytest.raises(UserError, match=r"^tile is one of 4, 8, 16, 32, not 5$"):
-        open_device("reference", tile=5)
+        make_config(tile=5)
     with pytest.raises(UserError, match=r"^a config has the fields .*, not .*tilde"):
-        open_device("reference", tilde=16)
+        make_config(tilde=16)
     message = r"^memory is one of ideal, kv260-2400, kv260-2133, hostile, not ddr5$"
     with pytest.raises(UserError, match=message):
-        open_device("rtl", memory="ddr5", tile=8)
+        open_device("rtl", memory="ddr5")

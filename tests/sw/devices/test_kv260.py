@@ -132,10 +132,12 @@ def open_files(fake):
 def test_nothing_stays_open(fake):
     """No file is open after closing, nor after a failure, early or late."""
     before = open_files(fake)
-    with KV260Device(host=fake):
+    # Whoever still has the closed device.
+    with KV260Device(host=fake) as device:
         # The buffer, its mapping, its two attributes, and the registers.
         assert len(open_files(fake)) == len(before) + 5
     assert open_files(fake) == before
+    assert not len(device.memory.memory)
     for plant in (lambda: fake.overrides.update({offset("version"): 99}), lambda: fake.remove(UIO)):
         plant()
         with pytest.raises(DeviceError):
@@ -285,10 +287,10 @@ def test_open_device(fake, monkeypatch, tmp_path):
     monkeypatch.setattr(kv260, "Host", lambda: fake)
     with open_device("kv260") as device:
         assert device.config == CONFIG and device.name == "kv260"
-    with open_device("kv260", **CONFIG.to_dict()) as device:
+    with open_device("kv260", CONFIG) as device:
         run_exactly(device, [case()])
     with pytest.raises(UserError, match=r"^the board's hardware has tile 4, and 16 is asked for$"):
-        open_device("kv260", tile=16)
+        open_device("kv260", make_config())
     path = tmp_path / "other.json"
     text = fake.path(f"{FIRMWARE}/manifest.json").read_text()
     path.write_text(text.replace('"block": "accelerator"', '"block": "core"'))

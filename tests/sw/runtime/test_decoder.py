@@ -71,7 +71,7 @@ def test_fixture(name):
         assert relative(in_blocks(decoder), expected) < (1e-2 if rough else 2e-5)
     if "unquantised" in name:
         return
-    with open_device("reference", **hardware("integer").to_dict()) as device:
+    with open_device("reference", hardware("integer")) as device:
         decoder = Decoder(path, device, context=CONTEXT)
         assert relative(in_blocks(decoder), expected) < (1e-2 if rough else 1e-3)
         assert decoder.usage.beats > 0
@@ -80,7 +80,7 @@ def test_fixture(name):
 def test_logits(gguf_model):
     """All of them, and the last alone, are the same; again after a reset; and the head is not computed for the rest."""
     expected = whole_graph(gguf_model)
-    with open_device("reference", **hardware().to_dict()) as device:
+    with open_device("reference", hardware()) as device:
         decoder = Decoder(gguf_model, device, context=CONTEXT)
         assert decoder.block == 8
         logits = in_blocks(decoder)
@@ -95,7 +95,7 @@ def test_logits(gguf_model):
 
 def test_prefill(gguf_model, monkeypatch):
     """Tokens without logits leave the cache as forward does, without the head and most of the last block."""
-    with open_device("reference", **hardware().to_dict()) as device:
+    with open_device("reference", hardware()) as device:
         decoder, jobs = Decoder(gguf_model, device, context=CONTEXT), []
         decoder.forward(IDS[:8])
         expected = decoder.forward(IDS[8:10])
@@ -122,7 +122,7 @@ def test_devices_agree(gguf_model):
     """The simulated RTL gives the reference's logits bit for bit, and says what it took."""
     logits, usages = [], []
     for name in ("reference", "rtl"):
-        with open_device(name, memory="hostile", **hardware().to_dict()) as device:
+        with open_device(name, hardware(), memory="hostile") as device:
             decoder = Decoder(gguf_model, device, context=CONTEXT)
             logits.append(in_blocks(decoder))
             usages.append(decoder.usage)
@@ -135,7 +135,7 @@ def test_devices_agree(gguf_model):
 
 
 def test_usage_of_one_call(gguf_model):
-    with open_device("reference", **hardware().to_dict()) as device:
+    with open_device("reference", hardware()) as device:
         decoder = Decoder(gguf_model, device, context=CONTEXT)
         decoder.forward(IDS[:3])
         before = decoder.usage.copy()
@@ -148,7 +148,7 @@ def test_usage_of_one_call(gguf_model):
 
 def test_layers_that_share_activations_are_one_batch(gguf_model, monkeypatch):
     """q, k, v, and gate, up: fetched once. Every token submits the same batches, four a block and one for the head."""
-    with open_device("reference", **hardware().to_dict()) as device:
+    with open_device("reference", hardware()) as device:
         decoder, batches = Decoder(gguf_model, device, context=CONTEXT), []
         submit = device.submit
         monkeypatch.setattr(device, "submit", lambda batch: batches.append(batch) or submit(batch))
@@ -165,7 +165,7 @@ def test_layers_that_share_activations_are_one_batch(gguf_model, monkeypatch):
 
 def test_progress(gguf_model):
     seen = []
-    with open_device("reference", **hardware().to_dict()) as device:
+    with open_device("reference", hardware()) as device:
         Decoder(gguf_model, device, context=CONTEXT, progress=lambda *values: seen.append(values))
     assert [done for done, _, _ in seen] == list(range(15))
     assert {total for _, total, _ in seen} == {15}
@@ -215,7 +215,7 @@ def test_activations_that_are_not_finite(gguf_model, tmp_path):
     norm = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("1.input_layernorm.weight"))
     norm.CopyFrom(onnx.numpy_helper.from_array(np.full(64, np.nan, np.float32), norm.name))
     onnx.save(model, tmp_path / "model.onnx")
-    with open_device("reference", **hardware().to_dict()) as device:
+    with open_device("reference", hardware()) as device:
         decoder = Decoder(tmp_path / "model.onnx", device, context=CONTEXT)
         with pytest.raises(DeviceError, match=r"^layer /model/layers.1/self_attn/\w_proj/MatMulNBits: .* finite"):
             decoder.forward(IDS[:1])
@@ -224,7 +224,7 @@ def test_activations_that_are_not_finite(gguf_model, tmp_path):
 def test_limits(gguf_model):
     with pytest.raises(UserError, match=r"^the context is 1 token or more, not 0$"):
         Decoder(gguf_model, None, context=0)
-    with open_device("reference", **hardware().to_dict()) as device:
+    with open_device("reference", hardware()) as device:
         decoder = Decoder(gguf_model, device, context=10)
         with pytest.raises(UserError, match=r"^a call takes 1 to 8 tokens, not 9$"):
             decoder.forward(IDS[:9])
@@ -238,7 +238,7 @@ def test_limits(gguf_model):
 
 def test_layer_that_does_not_fit(gguf_model):
     with (
-        open_device("reference", **hardware("integer").to_dict()) as device,
+        open_device("reference", hardware("integer")) as device,
         pytest.raises(UserError, match=r'layer /model/layers.0/self_attn/q_proj/MatMulNBits: .*zero_point="fixed"'),
     ):
         Decoder(gguf_model, device, context=10)
