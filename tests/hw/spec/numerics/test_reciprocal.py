@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from hw.spec.numerics.reciprocal import reciprocal, reciprocal_of_integer, rsqrt
+from sim.bench.floats import extremes, floats
 from tests.hw.spec.numerics import exact
-from tests.hw.spec.numerics.exact import bits, extremes, floats
+from tests.hw.spec.numerics.exact import bits
 
 
 def hard_for_rsqrt(random: np.random.Generator, count: int) -> np.ndarray:
