@@ -85,17 +85,17 @@ class FloatAdder(Block):
 
     def _order(self, m: Module, move, c):
         """The larger and the smaller operand, and how far the smaller one has to move."""
-        a = Cat(c.a.fraction, ~c.zeros[0])
-        b = Cat(c.b.fraction, ~c.zeros[1])
+        a = Mux(c.zeros[0], 0, Cat(c.a.fraction, Const(1, 1)))
+        b = Mux(c.zeros[1], 0, Cat(c.b.fraction, Const(1, 1)))
+        places = Mux(c.swap, c.up, c.down)
         return self._register(
             m,
             move,
             "ordered",
-            # A subnormal number's fraction stays, but without the leading one it is not counted below.
             large=(SIGNIFICAND_BITS, Mux(c.swap, b, a)),
             small=(SIGNIFICAND_BITS, Mux(c.swap, a, b)),
             exponent=(EXPONENT_FIELD_BITS, Mux(c.swap, c.b.exponent, c.a.exponent)),
-            places=(EXPONENT_FIELD_BITS, Mux(c.swap, c.up, c.down)),
+            places=(_MOST_PLACES.bit_length(), Mux(places > _MOST_PLACES, _MOST_PLACES, places)),
             subtract=(1, c.a.sign ^ c.b.sign),
             sign=(1, Mux(c.swap, c.b.sign, c.a.sign)),
             infinite=(1, c.infinite),
@@ -104,14 +104,12 @@ class FloatAdder(Block):
 
     def _align(self, m: Module, move, o):
         """Shift the smaller significand right, with all bits that fall out below."""
-        places = Mux(o.places > _MOST_PLACES, _MOST_PLACES, o.places)[: _MOST_PLACES.bit_length()]
-        small = Mux(o.small[-1], o.small, 0)
         return self._register(
             m,
             move,
             "aligned",
-            large=(SIGNIFICAND_BITS, Mux(o.large[-1], o.large, 0)),
-            small=(SIGNIFICAND_BITS + _MOST_PLACES, Cat(Const(0, _MOST_PLACES), small) >> places),
+            large=(SIGNIFICAND_BITS, o.large),
+            small=(SIGNIFICAND_BITS + _MOST_PLACES, Cat(Const(0, _MOST_PLACES), o.small) >> o.places),
             exponent=(EXPONENT_FIELD_BITS, o.exponent),
             subtract=(1, o.subtract),
             sign=(1, o.sign),
