@@ -35,6 +35,8 @@ from hw.rtl.memory.gatherer import Gatherer
 from hw.rtl.memory.read_manager import ReadClient, ReadManager, read_fifo_depths
 from hw.rtl.memory.weight_fetch import WeightFetch
 from hw.rtl.memory.write_manager import WriteManager
+from hw.rtl.vector.float_adder import FloatAdder
+from hw.rtl.vector.float_multiplier import FloatMultiplier
 from hw.spec.config import AcceleratorConfig
 from hw.spec.manifest import Field, Port
 from hw.spec.memory.geometry import StreamLayout
@@ -46,6 +48,8 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "array": SystolicArray,
     "columns": Columns,
     "float_out": FloatOut,
+    "float_adder": lambda config: FloatAdder(),
+    "float_multiplier": lambda config: FloatMultiplier(),
     "activations": ActivationBuffer,
     "activation_unit": ActivationUnit,
     "splitter": WeightSplitter,

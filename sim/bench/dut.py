@@ -13,7 +13,7 @@ from sim.bench import streams
 from sim.bench.packing import Layout, unpack_elements
 from sim.harness import manifest
 
-__all__ = ["Trace", "begin", "config", "latency", "payload", "ports", "trace"]
+__all__ = ["Trace", "begin", "check_pipeline", "config", "latency", "payload", "ports", "trace"]
 
 
 def config() -> AcceleratorConfig:
@@ -79,7 +79,7 @@ class Trace:
         return payload(name).unpack(self.raw(name, cycles))
 
 
-async def trace(dut: Any, inputs: Mapping[str, Sequence[int]], outputs: Sequence[str]) -> Trace:
+async def trace(dut: Any, inputs: Mapping[str, Sequence[int] | np.ndarray], outputs: Sequence[str]) -> Trace:
     """Drive the inputs cycle by cycle and record the outputs of every cycle; all lists have the same length."""
     edge = RisingEdge(dut.clk)
     drives = [(getattr(dut, name), list(map(int, values))) for name, values in inputs.items()]
@@ -94,3 +94,28 @@ async def trace(dut: Any, inputs: Mapping[str, Sequence[int]], outputs: Sequence
         for handle, seen in reads:
             seen.append(str(handle.value))
     return record
+
+
+async def check_pipeline(dut: Any, inputs: Mapping[str, np.ndarray], expected: np.ndarray, gaps: float, random) -> None:
+    """Gives one set of inputs per cycle, or with gaps, to a block with ``valid`` and ``result``, and compares all bits.
+
+    Without a valid input the ports have random values, which must have no effect.
+    """
+    wait, count = latency(), len(expected)
+    cycles = np.arange(count) + np.cumsum(random.random(count) < gaps)
+    total = cycles[-1] + 1 + wait
+    driven = {"valid": np.zeros(total, int)}
+    driven["valid"][cycles] = 1
+    for name, values in inputs.items():
+        driven[name] = random.integers(0, 1 << ports()[name]["width"], total)
+        driven[name][cycles] = values
+    await begin(dut)
+    record = await trace(dut, driven, ["result"])
+    seen = np.array(record.raw("result", cycles + wait))
+    wrong = np.flatnonzero(seen != expected)
+    if len(wrong):
+        first = wrong[0]
+        given = ", ".join(f"{name} {values[first]:#x}" for name, values in inputs.items())
+        raise AssertionError(
+            f"{given} gave {seen[first]:#x}, not {expected[first]:#x}; {len(wrong)} of {count} are wrong"
+        )

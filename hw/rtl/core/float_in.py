@@ -5,17 +5,15 @@ from amaranth.hdl import Cat, Const, Module, Mux, Signal, signed
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.common.float32 import FLOAT
 from hw.spec.config import EXPONENT_BITS, AcceleratorConfig
 from hw.spec.numerics.float32 import (
     EXPONENT_BIAS,
-    EXPONENT_FIELD_BITS,
     EXPONENT_SPECIAL,
     FRACTION_BITS,
     SIGNIFICAND_BITS,
 )
 
-FLOAT = data.StructLayout({"fraction": FRACTION_BITS, "exponent": EXPONENT_FIELD_BITS, "sign": 1})
-"""IEEE 754 binary32."""
 _UNIT_EXPONENT = EXPONENT_BIAS + FRACTION_BITS
 """Biased exponent with which the significand's lowest bit has the value 1."""
 

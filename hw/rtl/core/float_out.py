@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Integer sums to float32, rounded once."""
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal, signed
+from amaranth.hdl import Cat, Module, Mux, Signal, signed
 from amaranth.lib import data
 from amaranth.lib.wiring import In, Out
 
 from hw.rtl.common.block import Block
+from hw.rtl.common.float32 import FloatRound
 from hw.spec.config import FLOAT_BITS, AcceleratorConfig
-from hw.spec.numerics.float32 import EXPONENT_BIAS, EXPONENT_FIELD_BITS, EXPONENT_SPECIAL, FRACTION_BITS
+from hw.spec.numerics.float32 import EXPONENT_BIAS, FRACTION_BITS
 
 
 class FloatOut(Block):
@@ -29,6 +30,7 @@ class FloatOut(Block):
         self.config = config
         # The most negative sum never occurs, so the magnitude has one bit less; it is padded to a significand.
         self.bits = max(config.sum_bits - 1, FRACTION_BITS + 1)
+        self.round = FloatRound(config.exponent_sum_bits + 2)
         super().__init__(
             {
                 "valid": In(1),
@@ -41,7 +43,7 @@ class FloatOut(Block):
     @property
     def latency(self) -> int:
         """Cycles from ``value`` to ``result``: magnitude, one per power of two, rounding, packing."""
-        return 3 + len(self._powers)
+        return 1 + len(self._powers) + self.round.latency
 
     @property
     def _powers(self) -> list[int]:
@@ -58,9 +60,10 @@ class FloatOut(Block):
                 "sign": 1,
                 "magnitude": self.bits,
                 # Biased exponent of the magnitude's top bit.
-                "exponent": signed(self.config.exponent_sum_bits + 2),
+                "exponent": self.round.about_layout["exponent"].shape,
             }
         )
+        m.submodules.round = self.round
         # One bit per stage: the register before the stage is valid.
         moving = Signal(self.latency - 1)
         m.d.sync += moving.eq(Cat(self.valid, moving))
@@ -73,7 +76,7 @@ class FloatOut(Block):
             ]
         for stage, power in enumerate(self._powers):
             number = self._shift(m, moving[stage], number, 1 << power)
-        self._round(m, moving[len(self._powers)], number)
+        self._give(m, moving[len(self._powers) :], number)
         return m
 
     def _shift(self, m: Module, moving, number, distance: int):
@@ -88,23 +91,17 @@ class FloatOut(Block):
             ]
         return shifted
 
-    def _round(self, m: Module, moving, number) -> None:
-        """Round to the fraction, then pack. Rounding may carry into the exponent, so both are one sum."""
+    def _give(self, m: Module, moves, number) -> None:
+        """The significand is at the top. The integer 0 has no leading one; its sign is +."""
         cut = self.bits - 1 - FRACTION_BITS
-        dropped, fraction = number.magnitude[:cut], number.magnitude[cut:-1]
-        half, rest = (dropped[-1], dropped[:-1].any()) if cut else (Const(0, 1), Const(0, 1))
-        packed = Signal(signed(len(number.exponent) + FRACTION_BITS), reset_less=True)
-        present, sign = Signal(reset_less=True), Signal(reset_less=True)
-        with m.If(moving):
-            m.d.sync += [
-                packed.eq(Cat(fraction, number.exponent).as_signed() + (half & (rest | fraction[0]))),
-                present.eq(number.magnitude[-1]),
-                sign.eq(number.sign),
-            ]
-        rounded = packed[FRACTION_BITS:].as_signed()
-        with m.If(~present | (rounded <= 0)):
-            m.d.sync += self.result.eq(Cat(Const(0, FLOAT_BITS - 1), sign))
-        with m.Elif(rounded >= EXPONENT_SPECIAL):
-            m.d.sync += self.result.eq(Cat(Const(0, FRACTION_BITS), Const(EXPONENT_SPECIAL, EXPONENT_FIELD_BITS), sign))
-        with m.Else():
-            m.d.sync += self.result.eq(Cat(packed[: FLOAT_BITS - 1], sign))
+        dropped = number.magnitude[:cut]
+        m.d.comb += [
+            self.round.moves.eq(moves),
+            self.round.about.sign.eq(number.sign),
+            self.round.about.exponent.eq(number.exponent),
+            self.round.about.zero.eq(~number.magnitude[-1]),
+            self.round.fraction.eq(number.magnitude[cut:-1]),
+            self.round.half.eq(dropped[-1] if cut else 0),
+            self.round.rest.eq(dropped[:-1].any() if cut else 0),
+            self.result.eq(self.round.result),
+        ]

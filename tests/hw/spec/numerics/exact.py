@@ -7,52 +7,6 @@ from math import isqrt
 import numpy as np
 
 NAN, INFINITY = 0x7FC00000, 0x7F800000
-EXTREMES = (
-    0x00000000,  # zero
-    0x00000001,  # smallest subnormal
-    0x00400000,
-    0x007FFFFF,  # largest subnormal
-    0x00800000,  # smallest normal
-    0x00800001,
-    0x00FFFFFF,
-    0x01000000,
-    0x0C000000,  # its square is far below the smallest normal
-    0x1FFFFFFF,  # its square is just below it
-    0x20000000,  # its square is the smallest normal
-    0x33800000,  # 2**-24
-    0x34000000,  # 2**-23
-    0x3F000000,
-    0x3F7FFFFF,  # below one
-    0x3F800000,
-    0x3F800001,
-    0x3FFFFFFF,
-    0x40490FDB,
-    0x4B7FFFFF,  # odd integer of 24 bits
-    0x4B800000,  # 2**24
-    0x4B800001,
-    0x5F7FFFFF,  # the largest whose square is finite
-    0x5F800000,
-    0x7E800000,
-    0x7EFFFFFF,
-    0x7F000000,
-    0x7F7FFFFE,
-    0x7F7FFFFF,  # largest
-    0x7F800000,  # infinity
-    0x7F800001,  # NaNs
-    0x7FC00000,
-    0x7FFFFFFF,
-)
-"""Bits of positive numbers. Use them with both signs."""
-
-
-def extremes() -> np.ndarray:
-    """:data:`EXTREMES` of both signs: uint32."""
-    bits = np.array(EXTREMES, np.uint32)
-    return np.concatenate([bits, bits | np.uint32(1 << 31)])
-
-
-def floats(bits) -> np.ndarray:
-    return np.asarray(bits, np.uint32).view(np.float32)
 
 
 def array(*values) -> np.ndarray:

@@ -24,6 +24,7 @@ from hw.spec.numerics.functions import ONE, exp
 from hw.spec.numerics.linear import quantise_activations
 from hw.spec.numerics.planes import plane_count
 from hw.spec.numerics.reciprocal import rsqrt
+from sim.bench.floats import floats
 from tests.hw.spec.numerics import exact
 from tests.hw.spec.numerics.exact import array, bits
 
@@ -88,7 +89,7 @@ def test_centre_is_subtracted():
     expected = [
         [exact.add(a, b ^ 1 << 31) for a, b in zip(row, bits(centre).tolist())] for row in bits(k + centre).tolist()
     ]
-    assert np.array_equal(keys.mantissas, quantise(exact.floats(expected), 8, spread=10).mantissas)
+    assert np.array_equal(keys.mantissas, quantise(floats(expected), 8, spread=10).mantissas)
 
 
 def test_probabilities():
@@ -98,7 +99,7 @@ def test_probabilities():
     for row, got, sum_ in zip(s, p.tolist(), total.tolist()):
         largest = int(bits(row.max()))
         differences = [exact.add(v, largest ^ 1 << 31) for v in bits(row).tolist()]
-        assert got == exp(exact.floats(differences)).tolist()
+        assert got == exp(floats(differences)).tolist()
         assert sum_ == sum(got)
         assert max(got) == ONE
     assert (p[~causal(300)] == 0).all()

@@ -9,7 +9,8 @@ import pytest
 
 from hw.spec.numerics.block_float import BLOCK, quantise
 from hw.spec.numerics.linear import EXPONENT_MAX, EXPONENT_MIN, NumericsError
-from tests.hw.spec.numerics.exact import array, floats
+from sim.bench.floats import floats
+from tests.hw.spec.numerics.exact import array
 
 
 def exact_group(group: list[float], bits: int, lowest: int) -> tuple[list[int], int]:

@@ -8,8 +8,9 @@ import pytest
 
 from hw.spec.numerics import functions
 from hw.spec.numerics.functions import OFFSET_BITS, ONE, VALUE_BITS, Table, exp, exp_table, sigma, sigma_table
+from sim.bench.floats import extremes, floats
 from tests.hw.spec.numerics import exact
-from tests.hw.spec.numerics.exact import array, bits, extremes, floats
+from tests.hw.spec.numerics.exact import array, bits
 
 SLICE = 1 << 22
 EXP_POSITIONS = 1 << 24

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from hw.spec.numerics.reciprocal import reciprocal, reciprocal_of_integer, rsqrt
+from sim.bench.floats import extremes, floats
 from tests.hw.spec.numerics import exact
-from tests.hw.spec.numerics.exact import bits, extremes, floats
+from tests.hw.spec.numerics.exact import bits
 
 
 def hard_for_rsqrt(random: np.random.Generator, count: int) -> np.ndarray:
@@ -87,6 +88,19 @@ def test_reciprocal_of_integers():
     results = bits(reciprocal_of_integer(np.array(values), -24))
     for value, result in zip(values, results.tolist()):
         assert result == exact.nearest_quotient(0, 1, value, 24)
+
+
+@pytest.mark.parametrize("error", [-1, 1])
+def test_the_estimate_is_corrected(monkeypatch: pytest.MonkeyPatch, error: int):
+    """The float64 estimate decides nothing: one that is off by one gives the same results."""
+    random = np.random.default_rng(4)
+    numbers = floats(random.integers(0x00800000, 0x7E000000, 2_000, dtype=np.uint32))
+    integers = random.integers(1, 1 << 53, 2_000) >> random.integers(0, 53, 2_000)
+    expected = rsqrt(numbers), reciprocal_of_integer(integers)
+    rint = np.rint
+    monkeypatch.setattr(np, "rint", lambda x: rint(x) + error)
+    assert np.array_equal(rsqrt(numbers), expected[0])
+    assert np.array_equal(reciprocal_of_integer(integers), expected[1])
 
 
 def test_reciprocal_of_integers_at_the_ends():

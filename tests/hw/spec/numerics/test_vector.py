@@ -15,8 +15,9 @@ from hw.spec.numerics.vector import (
     silu_mul,
     sum_of_squares,
 )
+from sim.bench.floats import floats
 from tests.hw.spec.numerics import exact
-from tests.hw.spec.numerics.exact import array, bits, floats
+from tests.hw.spec.numerics.exact import array, bits
 
 UNIT = 2.0**-24
 
