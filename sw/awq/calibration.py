@@ -13,10 +13,12 @@ from functools import partial
 import numpy as np
 from onnxruntime import OrtValue
 
-from sw.awq.graph import FloatSite, Group, group_sites, logits_name
+from sw.awq.graph import Group, group_sites
 from sw.awq.threads import threaded
 from sw.common.errors import UserError, one_line
 from sw.graph.file import OnnxFile, tensor_type
+from sw.graph.float_linears import FloatSite
+from sw.graph.nodes import logits_name
 from sw.ort.cache import pair_names
 from sw.ort.cut import Stage, cut
 from sw.ort.feeds import CACHE_RANK, DTYPES, empty_cache_shape

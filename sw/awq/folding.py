@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from sw.awq.calibration import Step
-from sw.awq.graph import FloatSite, Group, is_own
+from sw.awq.graph import Group, is_own
 from sw.common.errors import UserError
 from sw.graph.file import OnnxFile
+from sw.graph.float_linears import FloatSite
 from sw.ort.feeds import CACHE_RANK, empty_cache_shape
 
 

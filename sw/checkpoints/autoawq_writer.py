@@ -1,24 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """A quantised ONNX decoder as an AutoAWQ GEMM checkpoint: the inverse of sw.awq_export, and as exact.
 
-The graph's layers, norms and biases are found by the names of Hugging Face's modules (model.layers.0.mlp.up_proj, also
-with slashes), as our exporters, optimum and onnxruntime-genai keep them; where torch.onnx has lost those of the layers,
-by their role (see sw.graph.roles). The shape is that of config.json beside the graph. The folder gets
-model.safetensors, config.json, the tokenizer's files and, for tables of integers, their scales (see
-sw.checkpoints.integer_tables).
+The graph's layers, norms and biases are found by what they do, whatever their names (see sw.graph.match). The shape is
+that of config.json beside the graph. The folder gets model.safetensors, config.json, the tokenizer's files and, for
+tables of integers, their scales (see sw.checkpoints.integer_tables).
 
 Layers keep q, zero points and scales. AutoAWQ and transformers compute in float16: what float16 does not hold (folded
 norm weights, for example) is stored as float32, and they round it when they load it. A table of integers they read as
 float16 weights, as they keep every head.
 """
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
-import onnx
 
 from sw.checkpoints.autoawq import BITS, COLUMNS, pack_words
 from sw.checkpoints.autoawq_folder import write_config, write_text_files
@@ -29,16 +25,17 @@ from sw.common.atomic import atomic_directory
 from sw.common.errors import UserError, one_line
 from sw.common.status_line import Progress
 from sw.graph.file import expect_names
+from sw.graph.float_linears import constant, float_form
 from sw.graph.linears import find_linears
+from sw.graph.match import match_decoder
 from sw.graph.matmul_nbits import unpack_bits
-from sw.graph.roles import find_roles
+from sw.graph.nodes import attributes, name_of
 from sw.model.linear import QuantizedLinear
 from sw.model.lm_head import Table, narrowest_exact, quantise_int8
+from sw.model.parts import Block, Decoder, Embedding, Mismatch, Norm, Projection
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 HEAD_BITS = 8
-PRODUCTS = ("MatMul", "FusedMatMul")
-MODULE = re.compile(r"(?:^|\.)(?:layers\.(\d+)\.(?:(?:self_)?attn|mlp)\.(\w+_proj)|(lm_head))(?:\.|$)")
 ROTARY_TOLERANCE = 0.05
 """Of cosines and sines: tables made in float32 differ by a hundredth at the end of a long context."""
 
@@ -99,12 +96,9 @@ class _Decoder:
         self._linears = find_linears(path)
         self.file = self._linears.file
         expect_names(self.file)
+        self._parts = match_decoder(self.file)
         self._check_rotary()
-        self._indices = {_module(name): index for index, name in enumerate(self._linears.names)}
-        if not any(MODULE.search(_dotted(name)) for name in self._linears.names):
-            self._indices |= find_roles(self._linears, self.config.layer_count)
-        products = [node for node in self.file.graph.node if node.op_type in PRODUCTS]
-        self._products = {_module(node.name): node for node in products if self.file.is_constant(node.input[1])}
+        self._indices = {product: index for index, (_, product) in enumerate(self._linears.tensors)}
         self.group_size = 0
         self.floats: list[str] = []
         self.tables: dict[str, QuantizedLinear] = {}
@@ -115,67 +109,79 @@ class _Decoder:
         c = self.config
         path = f"model.layers.{index}"
         heads, kv_heads = c.head_count * c.head_size, c.kv_head_count * c.head_size
-        yield self._norm(f"{path}.input_layernorm.weight")
-        start = 0
-        for name, n in (("q_proj", heads), ("k_proj", kv_heads), ("v_proj", kv_heads)):
-            yield from self._layer(f"{path}.self_attn.{name}", n, c.hidden_size, start)
-            start += n
-        yield from self._layer(f"{path}.self_attn.o_proj", c.hidden_size, heads)
-        yield self._norm(f"{path}.post_attention_layernorm.weight")
-        yield from self._layer(f"{path}.mlp.gate_proj", c.intermediate_size, c.hidden_size)
-        yield from self._layer(f"{path}.mlp.up_proj", c.intermediate_size, c.hidden_size)
-        yield from self._layer(f"{path}.mlp.down_proj", c.hidden_size, c.intermediate_size)
+        parts = self._block(index)
+        yield self._norm(f"{path}.input_layernorm.weight", parts.input_norm)
+        yield from self._layer(f"{path}.self_attn.q_proj", parts.q, heads, c.hidden_size)
+        yield from self._layer(f"{path}.self_attn.k_proj", parts.k, kv_heads, c.hidden_size)
+        yield from self._layer(f"{path}.self_attn.v_proj", parts.v, kv_heads, c.hidden_size)
+        yield from self._layer(f"{path}.self_attn.o_proj", parts.o, c.hidden_size, heads)
+        yield self._norm(f"{path}.post_attention_layernorm.weight", parts.post_norm)
+        yield from self._layer(f"{path}.mlp.gate_proj", parts.gate, c.intermediate_size, c.hidden_size)
+        yield from self._layer(f"{path}.mlp.up_proj", parts.up, c.intermediate_size, c.hidden_size)
+        yield from self._layer(f"{path}.mlp.down_proj", parts.down, c.hidden_size, c.intermediate_size)
 
     def ends(self) -> Iterator[NewTensor]:
         """The tensors of embedding, last norm and head."""
         c = self.config
-        yield self._norm("model.norm.weight", f"model.layers.{c.layer_count}.final_norm_layernorm.weight")
-        table, source = self._embedding()
+        parts = self._decoder()
+        yield self._norm("model.norm.weight", parts.final_norm)
+        table, source = self._embedding(parts.embedding)
         self._expect(EMBEDDING, _shape(table), (c.vocab_size, c.hidden_size))
-        index, product = self._indices.get("lm_head"), self._products.get("lm_head")
+        index = self._indices.get(parts.head.product)
+        shared = self._source(self.file.producers[parts.head.product].input[1]) == source
         if index is not None:
             head = self._linears[index]
-            shared = self._source(self._linears.nodes[index].input[1]) == source
             if head.bits == BITS and not shared and not head.n % len(COLUMNS):
                 yield self._table(EMBEDDING, table)
-                yield from self._layer("lm_head", c.vocab_size, c.hidden_size)
+                yield from self._layer("lm_head", parts.head, c.vocab_size, c.hidden_size)
                 return
             if head.bits not in (BITS, HEAD_BITS) or head.bias is not None:
                 self._refuse("lm_head", f"a head has {BITS} or {HEAD_BITS} bits and no bias, and not {head.bits} bits")
             self.tied = shared or _is_int8_of(head, table)
-        elif product is not None:
-            head, bias = self._float_weight(product)
+        else:
+            head, bias = self._float_weight(parts.head)
             if bias is not None:
                 self._refuse("lm_head", "it has a bias, and a checkpoint's head has none")
-            self.tied = self._source(product.input[1]) == source
-        else:
-            raise self._absent("linear layer lm_head")
+            self.tied = shared
         yield self._table(EMBEDDING, table)
         if not self.tied:
             self._expect(HEAD, _shape(head), (c.vocab_size, c.hidden_size))
             yield self._table(HEAD, head)
 
-    def _layer(self, module: str, n: int, k: int, start: int = 0) -> Iterator[NewTensor]:
-        """The tensors of one linear layer [n, k]. start: its first row, if it is part of a packed q, k and v."""
-        key = _module(module)
-        packed = re.sub(r"[qkv]_proj$", "qkv_proj", key)
-        rows = slice(None)
-        if key not in self._indices and key not in self._products and packed in self._indices:
-            key, rows = packed, slice(start, start + n)
-        if key in self._indices:
-            index = self._indices[key]
+    def _decoder(self) -> Decoder:
+        if isinstance(self._parts, Mismatch):
+            raise self._absent(f"linear layer model.{self._parts.part}", f": {self._parts}")
+        return self._parts
+
+    def _block(self, index: int) -> Block:
+        blocks = self._decoder().blocks
+        if index >= len(blocks):
+            raise self._absent(f"constant model.layers.{index}.input_layernorm.weight")
+        if len(blocks) > self.config.layer_count:
+            problem = f"the graph has {len(blocks)} layers, and config.json says {self.config.layer_count}"
+            raise UserError(f"{self.file.path}: {problem}")
+        block = blocks[index]
+        if block.q_norm or block.k_norm:
+            self._refuse(f"model.layers.{index}.self_attn", "it normalises its heads, which no supported model does")
+        if block.rotary and block.rotary.interleaved:
+            self._refuse(f"model.layers.{index}.self_attn", "it rotates neighbours (rotary_interleaved), not halves")
+        return block
+
+    def _layer(self, module: str, part: Projection, n: int, k: int) -> Iterator[NewTensor]:
+        """The tensors of one linear layer [n, k], or of its part of a packed q, k and v."""
+        rows = slice(part.first_row, part.first_row + part.n)
+        if part.product in self._indices:
+            index = self._indices[part.product]
             layer = self._linears[index].with_rows(rows)
             self._expect(module, (layer.n, layer.k), (n, k))
             yield from self._quantised(module, index, rows, layer)
-        elif key in self._products:
-            weight, bias = self._float_weight(self._products[key])
+        else:
+            weight, bias = self._float_weight(part)
             self._expect(module, weight.shape, (n, k))
             self.floats.append(module)
             yield _float_tensor(f"{module}.weight", weight)
             if bias is not None:
                 yield _float_tensor(f"{module}.bias", bias)
-        else:
-            raise self._absent(f"linear layer {module}")
 
     def _quantised(self, module: str, index: int, rows: slice, layer: QuantizedLinear) -> Iterator[NewTensor]:
         n, k, group = layer.n, layer.k, layer.group_size
@@ -205,29 +211,24 @@ class _Decoder:
         if layer.bias is not None:
             yield _float_tensor(f"{module}.bias", layer.bias)
 
-    def _float_weight(self, node: onnx.NodeProto) -> tuple[np.ndarray, np.ndarray | None]:
-        """float32 [N, K], and the bias that an Add with nothing else to read gives the product."""
-        transposed = any(item.name == "transB" and item.i for item in node.attribute)
-        weight = self._constant(node.input[1], node.name).astype(np.float32, copy=False)
-        readers = self.file.consumers.get(node.output[0], [])
-        bias = None
-        if len(readers) == 1 and readers[0].op_type == "Add":
-            others = [name for name in readers[0].input if self.file.is_constant(name)]
-            bias = self._constant(others[0], node.name).astype(np.float32).reshape(-1) if others else None
-        return weight if transposed else np.ascontiguousarray(weight.T), bias
+    def _float_weight(self, part: Projection) -> tuple[np.ndarray, np.ndarray | None]:
+        """float32 [N, K], and the bias."""
+        node, rows = self.file.producers[part.product], slice(part.first_row, part.first_row + part.n)
+        form = float_form(self.file, node)
+        assert form is not None, "what is not quantised is float"
+        weight = constant(self.file, node.input[1], part.name).astype(np.float32, copy=False)
+        weight = np.ascontiguousarray((weight if form[2] else weight.T)[rows])
+        bias = self._constant(part.bias, part.name).astype(np.float32).reshape(-1)[rows] if part.bias else None
+        return weight, bias
 
-    def _embedding(self) -> tuple[Table, str]:
+    def _embedding(self, part: Embedding) -> tuple[Table, str]:
         """The table that input_ids choose rows of, and the initializer that holds it."""
-        kinds = ("Gather", "GatherBlockQuantized")
-        nodes = [node for node in self.file.consumers.get("input_ids", []) if node.op_type in kinds]
-        if len(nodes) != 1 or nodes[0].input[1] != "input_ids" or not self.file.is_constant(nodes[0].input[0]):
-            raise self._absent("embedding, a table that input_ids choose rows of")
-        node = nodes[0]
+        node = next(node for node in self.file.consumers[part.ids] if name_of(node) == part.node)
         values = self._constant(node.input[0], node.name)
         source = self._source(node.input[0])
         if node.op_type == "Gather":
             return values if values.dtype == np.float16 else values.astype(np.float32, copy=False), source
-        layout = {item.name: item.i for item in node.attribute}
+        layout = attributes(node)
         bits, group = layout.get("bits", 4), layout.get("block_size", 128)
         if any(node.input[3:]) or values.dtype != np.uint8 or bits not in (BITS, HEAD_BITS):
             self._refuse(node.name, "a quantised embedding is uint8 without zero points of its own")
@@ -236,15 +237,10 @@ class _Decoder:
         zero_points = np.full(scales.shape, 1 << (bits - 1), np.uint8)
         return QuantizedLinear("embed_tokens", q, scales, zero_points, group, bits), source
 
-    def _norm(self, *names: str) -> NewTensor:
-        """A norm's weight, by one of several names; torch writes another "model." in front of it."""
-        for name in names:
-            for found in (name, f"model.{name}"):
-                if self.file.is_constant(found):
-                    values = self._constant(found, found)
-                    self._expect(name, values.shape, (self.config.hidden_size,))
-                    return _float_tensor(names[0], values.astype(np.float32))
-        raise self._absent(f"constant {names[0]}")
+    def _norm(self, name: str, norm: Norm) -> NewTensor:
+        values = self._constant(norm.weight, norm.node)
+        self._expect(name, values.shape, (self.config.hidden_size,))
+        return _float_tensor(name, values.astype(np.float32))
 
     def _table(self, name: str, table: Table) -> NewTensor:
         if isinstance(table, QuantizedLinear):
@@ -253,18 +249,22 @@ class _Decoder:
         return _float_tensor(name, table)
 
     def _source(self, name: str) -> str:
-        """The tensor that others only rename or reshape."""
+        """The tensor that others only rename, reshape or transpose."""
         # As many steps as there are nodes: a damaged graph may have circles.
         for _ in self.file.graph.node:
             node = self.file.producers.get(name)
-            if node is None or node.op_type not in ("Identity", "Reshape", "Cast"):
+            if node is None or node.op_type not in ("Identity", "Reshape", "Cast", "Transpose"):
                 break
             name = node.input[0]
         return name
 
     def _check_rotary(self) -> None:
         """config.json describes what the graph's tables do: nobody would see it later."""
-        for name, expected in zip(("cos_cache", "sin_cache"), self.config.rotary_cache()):
+        blocks = () if isinstance(self._parts, Mismatch) else self._parts.blocks
+        found = [(block.rotary.cos, block.rotary.sin) for block in blocks if block.rotary]
+        expected_tables = self.config.rotary_cache()
+        tables = dict(pair for names in found for pair in zip(names, expected_tables))
+        for name, expected in tables.items():
             if self.file.is_constant(name):
                 values = self._constant(name, name)[: len(expected)].astype(np.float32)
                 fits = values.shape[1:] == expected.shape[1:]
@@ -282,23 +282,11 @@ class _Decoder:
         if shape != expected:
             raise UserError(f"{self.file.path}: {what} is {list(shape)}, and config.json asks for {list(expected)}")
 
-    def _absent(self, what: str) -> UserError:
-        return UserError(f"{self.file.path} has no {what} that can be told by its name or role")
+    def _absent(self, what: str, why: str = "") -> UserError:
+        return UserError(f"{self.file.path} has no {what} that can be told by its name or role{why}")
 
     def _refuse(self, module: str, problem: str) -> NoReturn:
         raise UserError(f"{self.file.path}: layer {module}: {problem}")
-
-
-def _module(name: str) -> str:
-    """What two names of the same layer have in common: 0.q_proj, lm_head; other names as they are."""
-    found = MODULE.search(_dotted(name))
-    if found is None:
-        return name
-    return found[3] or f"{found[1]}.{found[2]}"
-
-
-def _dotted(name: str) -> str:
-    return name.strip("/").replace("/", ".")
 
 
 def _shape(table: Table) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ import onnx
 from sw.common.errors import UserError
 from sw.graph import dequantize_linear, matmul_nbits
 from sw.graph.file import OnnxFile
+from sw.graph.nodes import name_of, separate_bias
 from sw.model.linear import QuantizedLinear
 
 # Quantised products that this importer does not read, named when a model holds nothing else.
@@ -90,7 +91,7 @@ def find_linears(model_path: Path | str) -> Linears:
             read = dequantize_linear.read
         else:
             continue
-        sites.append(_Site(_unique(node.name or node.output[0], taken), node, read))
+        sites.append(_Site(_unique(name_of(node), taken), node, read))
     if not sites:
         others = sorted({node.op_type for node in file.graph.node if node.op_type in UNSUPPORTED})
         hint = f" (it has {', '.join(others)}, which are not supported)" if others else ""
@@ -112,11 +113,7 @@ def _unique(name: str, taken: set[str]) -> str:
 
 def _with_separate_bias(file: OnnxFile, layer: QuantizedLinear) -> QuantizedLinear:
     """Adds the bias of an Add node that is the product's only reader."""
-    readers = file.consumers.get(layer.output_name, [])
-    is_output = any(output.name == layer.output_name for output in file.graph.output)
-    if layer.bias is not None or len(readers) != 1 or readers[0].op_type != "Add" or is_output:
+    found = None if layer.bias is not None else separate_bias(file, layer.output_name, layer.n)
+    if found is None:
         return layer
-    (other,) = [name for name in readers[0].input if name != layer.output_name] or [""]
-    if not file.is_constant(other) or file.shape(other, layer.name) not in ((layer.n,), (1, layer.n), (1, 1, layer.n)):
-        return layer
-    return replace(layer, bias=file.constant(other, layer.name).astype("float32").reshape(-1))
+    return replace(layer, bias=file.constant(found[0], layer.name).astype("float32").reshape(-1))

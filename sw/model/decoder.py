@@ -15,13 +15,8 @@ MAX_HEAD_SIZE = 1024
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
-    """The shape of a decoder: sizes in elements, context_length in tokens.
-
-    rope_factors: float32 [head_size / 2] that divide the rotary frequencies (Llama 3.1), or None.
-
-    Raises UserError for values that no decoder has.
-    """
+class DecoderShape:
+    """The sizes of a decoder, in elements, and the epsilon of its norms: what its ONNX graph says as well."""
 
     hidden_size: int
     intermediate_size: int
@@ -30,9 +25,20 @@ class DecoderConfig:
     kv_head_count: int
     head_size: int
     vocab_size: int
+    norm_epsilon: float
+
+
+@dataclass(frozen=True)
+class DecoderConfig(DecoderShape):
+    """A decoder's shape, and how it encodes positions. context_length: tokens.
+
+    rope_factors: float32 [head_size / 2] that divide the rotary frequencies (Llama 3.1), or None.
+
+    Raises UserError for values that no decoder has.
+    """
+
     context_length: int
     rope_theta: float
-    norm_epsilon: float
     rope_factors: np.ndarray | None = None
 
     def __post_init__(self) -> None:

@@ -12,12 +12,9 @@ import onnx
 from onnxruntime import OrtValue
 
 from sw.common.errors import UserError
+from sw.graph.attention import appended, group_query_attention
 from sw.graph.file import OnnxFile, tensor_type
 from sw.ort.feeds import CACHE_RANK, DTYPES, empty_cache_shape
-
-IN_PLACE = "GroupQueryAttention"
-APPENDED = {IN_PLACE: {3: 1, 4: 2}, "Attention": {4: 1, 5: 2}, "Concat": {0: 0}}
-"""Operator -> its input, and the output that holds the same and more."""
 
 
 @dataclass(frozen=True)
@@ -83,23 +80,13 @@ def pair_names(file: OnnxFile) -> list[tuple[str, str]]:
     """
     past = [item.name for item in file.inputs if _rank(item) == CACHE_RANK]
     outputs = [item.name for item in file.graph.output]
-    appended = [next((name for name, _ in _appended(file, name) if name in outputs), None) for name in past]
-    if None not in appended and len(set(appended)) == len(past):
-        return [(name, str(present)) for name, present in zip(past, appended)]
+    longer = [next((made for made, _ in appended(file, name) if made in outputs), None) for name in past]
+    if None not in longer and len(set(longer)) == len(past):
+        return [(name, str(present)) for name, present in zip(past, longer)]
     present = [item.name for item in file.graph.output if _rank(item) in (CACHE_RANK, None) and item.name != outputs[0]]
     if len(past) != len(present):
         raise UserError(f"{file.path}: {len(past)} inputs are a KV cache, and {len(present)} outputs")
     return list(zip(past, present))
-
-
-def _appended(file: OnnxFile, past: str) -> list[tuple[str, str]]:
-    """(tensor, operator that makes it) of whatever holds a cache tensor and more."""
-    return [
-        (node.output[made], node.op_type)
-        for node in file.consumers.get(past, [])
-        for read, made in APPENDED.get(node.op_type, {}).items()
-        if len(node.input) > read and node.input[read] == past and len(node.output) > made
-    ]
 
 
 def _pair(file: OnnxFile, past: str, present: str) -> _Pair:
@@ -115,7 +102,10 @@ def _pair(file: OnnxFile, past: str, present: str) -> _Pair:
 
 def _appends(file: OnnxFile, pair: _Pair) -> bool:
     """Whether nobody but attention that appends in place reads the past."""
-    return len(file.consumers.get(pair.past, [])) == 1 and _appended(file, pair.past) == [(pair.present, IN_PLACE)]
+    made = list(appended(file, pair.past))
+    if len(file.consumers.get(pair.past, [])) != 1 or len(made) != 1:
+        return False
+    return made[0][0] == pair.present and group_query_attention(made[0][1]) is not None
 
 
 def _dimensions(item: onnx.ValueInfoProto):
