@@ -25,16 +25,17 @@ from sw.common.atomic import atomic_directory
 from sw.common.errors import UserError, one_line
 from sw.common.status_line import Progress
 from sw.graph.file import expect_names
-from sw.graph.float_linears import constant, float_form
-from sw.graph.linears import find_linears
+from sw.graph.linears import find_linears, read_linear, read_norm
 from sw.graph.match import match_decoder
 from sw.graph.matmul_nbits import unpack_bits
 from sw.graph.nodes import attributes, name_of
+from sw.model.decoder import PROJECTIONS
 from sw.model.linear import QuantizedLinear
 from sw.model.lm_head import Table, narrowest_exact, quantise_int8
 from sw.model.parts import Block, Decoder, Embedding, Mismatch, Norm, Projection
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HEAD_MODULE = "lm_head"
+EMBEDDING, HEAD = "model.embed_tokens.weight", f"{HEAD_MODULE}.weight"
 HEAD_BITS = 8
 ROTARY_TOLERANCE = 0.05
 """Of cosines and sines: tables made in float32 differ by a hundredth at the end of a long context."""
@@ -93,12 +94,10 @@ class _Decoder:
         self.config = decoder_config(self.settings)
         # Whoever reads the folder asks for no less.
         text_settings(self.folder, self.settings)
-        self._linears = find_linears(path)
-        self.file = self._linears.file
+        self.file = find_linears(path).file
         expect_names(self.file)
         self._parts = match_decoder(self.file)
         self._check_rotary()
-        self._indices = {product: index for index, (_, product) in enumerate(self._linears.tensors)}
         self.group_size = 0
         self.floats: list[str] = []
         self.tables: dict[str, QuantizedLinear] = {}
@@ -106,19 +105,13 @@ class _Decoder:
 
     def block(self, index: int) -> Iterator[NewTensor]:
         """The tensors of one layer."""
-        c = self.config
         path = f"model.layers.{index}"
-        heads, kv_heads = c.head_count * c.head_size, c.kv_head_count * c.head_size
         parts = self._block(index)
         yield self._norm(f"{path}.input_layernorm.weight", parts.input_norm)
-        yield from self._layer(f"{path}.self_attn.q_proj", parts.q, heads, c.hidden_size)
-        yield from self._layer(f"{path}.self_attn.k_proj", parts.k, kv_heads, c.hidden_size)
-        yield from self._layer(f"{path}.self_attn.v_proj", parts.v, kv_heads, c.hidden_size)
-        yield from self._layer(f"{path}.self_attn.o_proj", parts.o, c.hidden_size, heads)
-        yield self._norm(f"{path}.post_attention_layernorm.weight", parts.post_norm)
-        yield from self._layer(f"{path}.mlp.gate_proj", parts.gate, c.intermediate_size, c.hidden_size)
-        yield from self._layer(f"{path}.mlp.up_proj", parts.up, c.intermediate_size, c.hidden_size)
-        yield from self._layer(f"{path}.mlp.down_proj", parts.down, c.hidden_size, c.intermediate_size)
+        for name, shape in self.config.projection_shapes().items():
+            if name == "gate_proj":
+                yield self._norm(f"{path}.post_attention_layernorm.weight", parts.post_attention_norm)
+            yield from self._layer(f"{path}.{PROJECTIONS[name]}", getattr(parts, name), shape)
 
     def ends(self) -> Iterator[NewTensor]:
         """The tensors of embedding, last norm and head."""
@@ -127,22 +120,21 @@ class _Decoder:
         yield self._norm("model.norm.weight", parts.final_norm)
         table, source = self._embedding(parts.embedding)
         self._expect(EMBEDDING, _shape(table), (c.vocab_size, c.hidden_size))
-        index = self._indices.get(parts.head.product)
         shared = self._source(self.file.producers[parts.head.product].input[1]) == source
-        if index is not None:
-            head = self._linears[index]
+        head = read_linear(self.file, parts.head)
+        if isinstance(head, QuantizedLinear):
             if head.bits == BITS and not shared and not head.n % len(COLUMNS):
                 yield self._table(EMBEDDING, table)
-                yield from self._layer("lm_head", parts.head, c.vocab_size, c.hidden_size)
+                yield from self._layer("lm_head", parts.head, (c.vocab_size, c.hidden_size))
                 return
             if head.bits not in (BITS, HEAD_BITS) or head.bias is not None:
                 self._refuse("lm_head", f"a head has {BITS} or {HEAD_BITS} bits and no bias, and not {head.bits} bits")
             self.tied = shared or _is_int8_of(head, table)
+        elif head.bias is not None:
+            self._refuse("lm_head", "it has a bias, and a checkpoint's head has none")
         else:
-            head, bias = self._float_weight(parts.head)
-            if bias is not None:
-                self._refuse("lm_head", "it has a bias, and a checkpoint's head has none")
             self.tied = shared
+            head = head.weight
         yield self._table(EMBEDDING, table)
         if not self.tied:
             self._expect(HEAD, _shape(head), (c.vocab_size, c.hidden_size))
@@ -150,7 +142,9 @@ class _Decoder:
 
     def _decoder(self) -> Decoder:
         if isinstance(self._parts, Mismatch):
-            raise self._absent(f"linear layer model.{self._parts.part}", f": {self._parts}")
+            part = self._parts.part if self._parts.part == HEAD_MODULE else f"model.{self._parts.part}"
+            kind = "linear layer" if part.endswith(("_proj", HEAD_MODULE)) else "known form of"
+            raise self._absent(f"{kind} {part}", f": {self._parts.what}")
         return self._parts
 
     def _block(self, index: int) -> Block:
@@ -167,23 +161,19 @@ class _Decoder:
             self._refuse(f"model.layers.{index}.self_attn", "it rotates neighbours (rotary_interleaved), not halves")
         return block
 
-    def _layer(self, module: str, part: Projection, n: int, k: int) -> Iterator[NewTensor]:
+    def _layer(self, module: str, part: Projection, shape: tuple[int, int]) -> Iterator[NewTensor]:
         """The tensors of one linear layer [n, k], or of its part of a packed q, k and v."""
-        rows = slice(part.first_row, part.first_row + part.n)
-        if part.product in self._indices:
-            index = self._indices[part.product]
-            layer = self._linears[index].with_rows(rows)
-            self._expect(module, (layer.n, layer.k), (n, k))
-            yield from self._quantised(module, index, rows, layer)
-        else:
-            weight, bias = self._float_weight(part)
-            self._expect(module, weight.shape, (n, k))
-            self.floats.append(module)
-            yield _float_tensor(f"{module}.weight", weight)
-            if bias is not None:
-                yield _float_tensor(f"{module}.bias", bias)
+        layer = read_linear(self.file, part)
+        self._expect(module, (layer.n, layer.k), shape)
+        if isinstance(layer, QuantizedLinear):
+            yield from self._quantised(module, part, layer)
+            return
+        self.floats.append(module)
+        yield _float_tensor(f"{module}.weight", layer.weight)
+        if layer.bias is not None:
+            yield _float_tensor(f"{module}.bias", layer.bias)
 
-    def _quantised(self, module: str, index: int, rows: slice, layer: QuantizedLinear) -> Iterator[NewTensor]:
+    def _quantised(self, module: str, part: Projection, layer: QuantizedLinear) -> Iterator[NewTensor]:
         n, k, group = layer.n, layer.k, layer.group_size
         if layer.bits != BITS:
             self._refuse(module, f"its weights have {layer.bits} bits, and AutoAWQ GEMM holds {BITS}")
@@ -203,23 +193,15 @@ class _Decoder:
             self._refuse(module, f"a scale is {layer.scales[wrong][0]:.9g}, which float16 does not hold exactly")
 
         def weights() -> Iterator[np.ndarray]:
-            yield pack_words(self._linears[index].q[rows])
+            again = read_linear(self.file, part)
+            assert isinstance(again, QuantizedLinear)
+            yield pack_words(again.q)
 
         yield NewTensor(f"{module}.qweight", "I32", (k, n // len(COLUMNS)), weights)
         yield _held(f"{module}.qzeros", "I32", pack_words(layer.zero_points))
         yield _held(f"{module}.scales", "F16", np.ascontiguousarray(scales.T))
         if layer.bias is not None:
             yield _float_tensor(f"{module}.bias", layer.bias)
-
-    def _float_weight(self, part: Projection) -> tuple[np.ndarray, np.ndarray | None]:
-        """float32 [N, K], and the bias."""
-        node, rows = self.file.producers[part.product], slice(part.first_row, part.first_row + part.n)
-        form = float_form(self.file, node)
-        assert form is not None, "what is not quantised is float"
-        weight = constant(self.file, node.input[1], part.name).astype(np.float32, copy=False)
-        weight = np.ascontiguousarray((weight if form[2] else weight.T)[rows])
-        bias = self._constant(part.bias, part.name).astype(np.float32).reshape(-1)[rows] if part.bias else None
-        return weight, bias
 
     def _embedding(self, part: Embedding) -> tuple[Table, str]:
         """The table that input_ids choose rows of, and the initializer that holds it."""
@@ -238,9 +220,9 @@ class _Decoder:
         return QuantizedLinear("embed_tokens", q, scales, zero_points, group, bits), source
 
     def _norm(self, name: str, norm: Norm) -> NewTensor:
-        values = self._constant(norm.weight, norm.node)
+        values = read_norm(self.file, norm)
         self._expect(name, values.shape, (self.config.hidden_size,))
-        return _float_tensor(name, values.astype(np.float32))
+        return _float_tensor(name, values)
 
     def _table(self, name: str, table: Table) -> NewTensor:
         if isinstance(table, QuantizedLinear):

@@ -131,6 +131,12 @@ def tensor_type(item: onnx.ValueInfoProto) -> str:
     return f"tensor({onnx.TensorProto.DataType.Name(item.type.tensor_type.elem_type).lower()})"
 
 
+def tensor_shape(item: onnx.ValueInfoProto) -> list[int | str]:
+    """The sizes of a graph's input or output; symbolic ones by name, "" where nothing is known."""
+    sizes = item.type.tensor_type.shape.dim
+    return [size.dim_value if size.HasField("dim_value") else size.dim_param for size in sizes]
+
+
 def expect_names(file: OnnxFile) -> None:
     """Raises UserError if a name in the graph is no text, as damage leaves it: protobuf hands it out as bytes."""
     graph = file.graph

@@ -111,20 +111,20 @@ class _Walk:
         end, norm = self._after(total, f"layers.{index + 1}.input_layernorm")
         block = Block(
             input_norm=input_norm,
-            q=q.layer,
-            k=k.layer,
-            v=v,
+            q_proj=q.layer,
+            k_proj=k.layer,
+            v_proj=v,
             q_norm=q.norm,
             k_norm=k.norm,
             rotary=q.rotary,
             attention=attention,
-            o=o,
+            o_proj=o,
             middle=middle,
-            post_norm=post_norm,
-            gate=gate,
-            up=up,
+            post_attention_norm=post_norm,
+            gate_proj=gate,
+            up_proj=up,
             activation=SILU,
-            down=down,
+            down_proj=down,
             end=end,
         )
         return block, norm

@@ -78,8 +78,9 @@ def _of_operators(file: OnnxFile, node: onnx.NodeProto) -> Norm | None:
         epsilon = _epsilon(file, factor, x, product.op_type == "Div")
         if epsilon is not None and (product.op_type == "Mul" or x == product.input[0]):
             source = file.producers.get(x)
-            cast = source is not None and source.op_type == "Cast"
-            return Norm(source.input[0] if cast else x, node.output[0], weight, epsilon, name_of(node))
+            if source is not None and source.op_type == "Cast":
+                x = source.input[0]
+            return Norm(x, node.output[0], weight, epsilon, name_of(node))
     return None
 
 

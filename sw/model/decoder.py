@@ -12,6 +12,16 @@ from sw.model.lm_head import Linear
 MAX_POSITIONS = 32768
 """Most positions that an export has rotary tables for: models that could more would carry tables of many megabytes."""
 MAX_HEAD_SIZE = 1024
+PROJECTIONS = {
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "o_proj": "self_attn.o_proj",
+    "gate_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "down_proj": "mlp.down_proj",
+}
+"""The linear layers of a block, in the order of a checkpoint -> Hugging Face's names of their modules in it."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,19 @@ class DecoderShape:
     head_size: int
     vocab_size: int
     norm_epsilon: float
+
+    def projection_shapes(self) -> dict[str, tuple[int, int]]:
+        """(N, K) of every linear layer in PROJECTIONS."""
+        heads, kv_heads = self.head_count * self.head_size, self.kv_head_count * self.head_size
+        return {
+            "q_proj": (heads, self.hidden_size),
+            "k_proj": (kv_heads, self.hidden_size),
+            "v_proj": (kv_heads, self.hidden_size),
+            "o_proj": (self.hidden_size, heads),
+            "gate_proj": (self.intermediate_size, self.hidden_size),
+            "up_proj": (self.intermediate_size, self.hidden_size),
+            "down_proj": (self.hidden_size, self.intermediate_size),
+        }
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ and printed without the file. Weights are read where they are needed: see sw.gra
 
 from dataclasses import dataclass
 
-from sw.model.decoder import DecoderShape
+from sw.model.decoder import PROJECTIONS, DecoderShape
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,13 @@ class Mismatch:
     operator: str = ""
     node: str = ""
 
+    @property
+    def what(self) -> str:
+        """What is in the way."""
+        return f"{self.operator} {self.node}: {self.problem}" if self.operator else self.problem
+
     def __str__(self) -> str:
-        where = f"{self.operator} {self.node}: " if self.operator else ""
-        return f"{self.part}: {where}{self.problem}"
+        return f"{self.part}: {self.what}"
 
 
 @dataclass(frozen=True)
@@ -146,45 +150,39 @@ class Attention:
 class Block:
     """One layer of a decoder: x + attention(norm(x)), and of that y + mlp(norm(y)).
 
+    What has weights is called as in sw.model.decoder.DecoderLayer, which holds the weights themselves.
+
     Members
     -------
-    q, k, v: rows of one layer or three. Their biases are part of them.
+    q_proj, k_proj, v_proj: rows of one layer or three. Their biases are part of them.
     q_norm, k_norm: of every head, where there are such.
     rotary: None if there is none, or if the attention is not understood.
     attention: a Mismatch where the graph computes it by other operators; the layers around it are known all the same.
-    gate, up: rows of one layer or two. activation: of gate, "silu".
+    gate_proj, up_proj: rows of one layer or two. activation: of gate, "silu".
     middle, end: the tensors after attention and after mlp; "" if the next norm's node keeps them to itself.
     """
 
     input_norm: Norm
-    q: Projection
-    k: Projection
-    v: Projection
+    q_proj: Projection
+    k_proj: Projection
+    v_proj: Projection
     q_norm: HeadNorm | None
     k_norm: HeadNorm | None
     rotary: Rotary | None
     attention: Attention | Mismatch
-    o: Projection
+    o_proj: Projection
     middle: str
-    post_norm: Norm
-    gate: Projection
-    up: Projection
+    post_attention_norm: Norm
+    gate_proj: Projection
+    up_proj: Projection
     activation: str
-    down: Projection
+    down_proj: Projection
     end: str
 
     @property
     def projections(self) -> dict[str, Projection]:
-        """The seven linear layers by the names of Hugging Face's modules, in the order of a checkpoint."""
-        return {
-            "self_attn.q_proj": self.q,
-            "self_attn.k_proj": self.k,
-            "self_attn.v_proj": self.v,
-            "self_attn.o_proj": self.o,
-            "mlp.gate_proj": self.gate,
-            "mlp.up_proj": self.up,
-            "mlp.down_proj": self.down,
-        }
+        """The seven linear layers by Hugging Face's names of their modules, in the order of a checkpoint."""
+        return {module: getattr(self, name) for name, module in PROJECTIONS.items()}
 
 
 @dataclass(frozen=True)
@@ -237,7 +235,7 @@ def _shape(decoder: Decoder, block: Block) -> DecoderShape | None:
         return None
     return DecoderShape(
         hidden_size=decoder.head.k,
-        intermediate_size=block.down.k,
+        intermediate_size=block.down_proj.k,
         layer_count=len(decoder.blocks),
         head_count=attention.heads,
         kv_head_count=attention.kv_heads,

@@ -13,7 +13,7 @@ from onnxruntime import OrtValue
 
 from sw.common.errors import UserError
 from sw.graph.attention import appended, group_query_attention
-from sw.graph.file import OnnxFile, tensor_type
+from sw.graph.file import OnnxFile, tensor_shape, tensor_type
 from sw.ort.feeds import CACHE_RANK, DTYPES, empty_cache_shape
 
 
@@ -91,13 +91,12 @@ def pair_names(file: OnnxFile) -> list[tuple[str, str]]:
 
 def _pair(file: OnnxFile, past: str, present: str) -> _Pair:
     item = next(item for item in file.graph.input if item.name == past)
-    shape = [size.dim_value if size.HasField("dim_value") else size.dim_param for size in _dimensions(item)]
     kind = tensor_type(item)
     dtype = DTYPES.get(kind)
     if dtype not in (np.float32, np.float16):
         kind = kind.removeprefix("tensor(").removesuffix(")")
         raise UserError(f"{file.path}: the KV cache {past} is {kind}, not float or float16")
-    return _Pair(past, present, np.zeros(empty_cache_shape(file, past, shape), dtype))
+    return _Pair(past, present, np.zeros(empty_cache_shape(file, past, tensor_shape(item)), dtype))
 
 
 def _appends(file: OnnxFile, pair: _Pair) -> bool:
@@ -108,9 +107,5 @@ def _appends(file: OnnxFile, pair: _Pair) -> bool:
     return made[0][0] == pair.present and group_query_attention(made[0][1]) is not None
 
 
-def _dimensions(item: onnx.ValueInfoProto):
-    return item.type.tensor_type.shape.dim
-
-
 def _rank(item: onnx.ValueInfoProto) -> int | None:
-    return len(_dimensions(item)) if item.type.tensor_type.HasField("shape") else None
+    return len(tensor_shape(item)) if item.type.tensor_type.HasField("shape") else None

@@ -77,10 +77,10 @@ def test_forms_of_the_builder(form, tmp_path):
     file = OnnxFile(path)
     decoder = computes_the_same(path, file.constant("model.embed_tokens.weight", ""))
     block = decoder.blocks[1]
-    assert (block.q.product == block.k.product == block.v.product) == form.packed
-    assert (block.gate.product == block.up.product) == form.joined
+    assert (block.q_proj.product == block.k_proj.product == block.v_proj.product) == form.packed
+    assert (block.gate_proj.product == block.up_proj.product) == form.joined
     assert (block.q_norm is not None) == (form.head_norms == "apart")
-    assert bool(block.q.bias) == form.biased
+    assert bool(block.q_proj.bias) == form.biased
     assert block.rotary is None or block.rotary.position_ids == ("position_ids" if form.rotary == "apart" else "")
     assert isinstance(block.attention, Attention)
     assert block.attention.past_value == "past_key_values.1.value"
@@ -100,8 +100,8 @@ def test_norms_inside_the_attention(tmp_path):
 def test_builder(name):
     file = OnnxFile(DATA / f"{name}.onnx")
     decoder = computes_the_same(file.path, file.constant("model.embed_tokens.weight", ""))
-    assert decoder.shape == DecoderShape(128, 352, 2, 4, 2, 32, 256, np.float32(1e-6))
-    rows = [(part.first_row, part.n) for part in (decoder.blocks[0].q, decoder.blocks[0].k, decoder.blocks[0].v)]
+    assert decoder.shape == DecoderShape(128, 352, 2, 4, 2, 32, 256, float(np.float32(1e-6)))
+    rows = [(part.first_row, part.n) for part in list(decoder.blocks[0].projections.values())[:3]]
     assert rows == [(0, 128), (128, 64), (192, 64)]
 
 
@@ -143,7 +143,7 @@ def test_one_model_of_two_checkpoints(tmp_path):
 
 def test_a_real_model(smollm2):
     decoder = matched(smollm2)
-    assert decoder.shape == DecoderShape(576, 1536, 30, 9, 3, 64, 49152, np.float32(1e-5))
+    assert decoder.shape == DecoderShape(576, 1536, 30, 9, 3, 64, 49152, float(np.float32(1e-5)))
     for index, block in enumerate(decoder.blocks):
         for name, layer in block.projections.items():
             assert layer.name == f"/model/layers.{index}/{name.replace('.', '/')}/MatMulNBits"
@@ -157,7 +157,7 @@ def test_parts_are_what_names_say(name):
     for index, block in enumerate(decoder.blocks):
         for module, layer in block.projections.items():
             assert layer.name.startswith(f"/model/layers.{index}/{module.replace('.', '/')}/MatMul")
-        assert block.post_norm.weight == f"model.layers.{index}.post_attention_layernorm.weight"
+        assert block.post_attention_norm.weight == f"model.layers.{index}.post_attention_layernorm.weight"
     assert decoder.final_norm.weight == "model.norm.weight"
     assert decoder.shape is None
     expected = "layers.1.self_attn: Softmax /model/layers.1/self_attn/Softmax: attention by operators that are not "
@@ -381,7 +381,7 @@ def test_norm_of_other_operators_is_no_norm(tmp_path):
     """torch's norm with another exponent is not taken for one."""
     model = onnx.load(DATA / "torch_qwen2_opset18.onnx")
     power = next(node for node in model.graph.node if node.op_type == "Pow")
-    model.graph.initializer.append(numpy_helper.from_array(np.float32(3), "three"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(3, np.float32), "three"))
     power.input[1] = "three"
     onnx.save(model, tmp_path / "model.onnx")
     said = reason(tmp_path / "model.onnx")
