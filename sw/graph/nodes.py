@@ -14,6 +14,16 @@ STANDARD = ("", "ai.onnx")
 SHAPES = ("Shape", "Size")
 """Operators that do not look at values."""
 SAME_VALUES = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")
+LEAST_INPUTS = {
+    **dict.fromkeys(
+        ["Cast", "Identity", "Reciprocal", "ReduceMean", "Sigmoid", "Split", "Sqrt", "Swish", "Transpose"], 1
+    ),
+    **dict.fromkeys(["Squeeze", "Unsqueeze", "QuickGelu", "Slice", "GatherND", "Softmax", "Transpose"], 1),
+    **dict.fromkeys(["Add", "Mul", "Div", "Pow", "MatMul", "Gemm", "FusedMatMul", "Gather", "Reshape"], 2),
+    **dict.fromkeys(["DequantizeLinear", "SimplifiedLayerNormalization", "RMSNormalization"], 2),
+    **dict.fromkeys(["MatMulNBits", "GatherBlockQuantized", "SkipSimplifiedLayerNormalization"], 3),
+}
+"""Operators that parts of a decoder consist of -> inputs that none of them can be without."""
 TOKEN_IDS, LOGITS = "input_ids", "logits"
 """A decoder's input and output in every exporter that names them."""
 
@@ -36,6 +46,11 @@ def read(node: onnx.NodeProto, index: int) -> str:
 def made(node: onnx.NodeProto, index: int) -> str:
     """A node's output, or "" where it has none there."""
     return node.output[index] if len(node.output) > index else ""
+
+
+def incomplete(file: OnnxFile) -> onnx.NodeProto | None:
+    """The first node with fewer inputs than its operator needs, as damage leaves it."""
+    return next((node for node in file.graph.node if len(node.input) < LEAST_INPUTS.get(node.op_type, 0)), None)
 
 
 def is_output(file: OnnxFile, name: str) -> bool:

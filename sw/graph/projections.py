@@ -9,7 +9,7 @@ import onnx
 from sw.graph import dequantize_linear, matmul_nbits
 from sw.graph.file import OnnxFile
 from sw.graph.float_linears import float_form
-from sw.graph.nodes import SHAPES, attributes, name_of, read, readers, separate_bias
+from sw.graph.nodes import SHAPES, attributes, incomplete, name_of, read, readers, separate_bias
 from sw.graph.norms import find_norms
 from sw.model.parts import Mismatch, Norm, Projection
 
@@ -55,9 +55,13 @@ class Layers:
     Members
     -------
     file: the graph. projections: in its order. norms: by their output. by_input: norms by what they normalise, uncast.
+
+    Raises NotThisShape if a node has too few inputs, and UserError if a quantised layer is damaged.
     """
 
     def __init__(self, file: OnnxFile):
+        if (node := incomplete(file)) is not None:
+            raise self.blame("graph", f"it has {len(node.input)} inputs, and needs more", node)
         self.file = file
         self.projections = list(find_projections(file))
         self.norms = {norm.output: norm for norm in find_norms(file)}

@@ -9,13 +9,18 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from sw.checkpoints.autoawq import awq_format
+from sw.checkpoints.gguf_reader import GgufFile
 from sw.checkpoints.huggingface import decoder_config, read_settings
-from sw.export.autoawq import export_awq
+from sw.common.errors import UserError
+from sw.export.autoawq import checkpoint_source, export_awq
 from sw.export.floats import float_model
-from sw.export.gguf import export_gguf
+from sw.export.gguf import export_gguf, gguf_source
 from sw.graph.file import OnnxFile
+from sw.graph.linears import read_layer
 from sw.graph.match import match_decoder
-from sw.model.decoder import DecoderShape
+from sw.model.decoder import PROJECTIONS, DecoderShape
+from sw.model.linear import QuantizedLinear
 from sw.model.parts import Attention, Decoder, Mismatch
 from sw.synthetic import write_float
 from tests.sw.fixtures.builder_graphs import Form, builder_graph
@@ -139,6 +144,40 @@ def test_one_model_of_two_checkpoints(tmp_path):
     assert awq == gguf
     assert gguf.shape == matched(folder / "genai" / "model.onnx").shape
     assert gguf.blocks[0] != gguf.blocks[1]
+
+
+@pytest.mark.parametrize("kind", ["autoawq", "gguf", "genai"])
+def test_weights_are_those_of_the_checkpoint(kind, tmp_path):
+    """A matched block has the weights of the DecoderSource that its graph was made of, bit for bit.
+
+    The builder of onnxruntime-genai packed q, k and v, and read the same weights.
+    """
+    folder = DATA / "same_weights"
+    settings = read_settings(folder / "autoawq" / "config.json")
+    source = checkpoint_source(folder / "autoawq", settings, awq_format(settings))
+    if kind == "gguf":
+        source = gguf_source(GgufFile(folder / "model.gguf"))
+        path = export_gguf(folder / "model.gguf", tmp_path / "out")
+    else:
+        path = folder / "genai" / "model.onnx"
+        path = export_awq(folder / "autoawq", tmp_path / "out") if kind == "autoawq" else path
+    file, decoder = OnnxFile(path), matched(path)
+    layers = list(source.layers)
+    assert len(layers) == len(decoder.blocks) == 2
+    for expected, block in zip(layers, decoder.blocks):
+        found = read_layer(file, block)
+        assert np.array_equal(found.input_norm, expected.input_norm)
+        assert np.array_equal(found.post_attention_norm, expected.post_attention_norm)
+        for name in PROJECTIONS:
+            a, b = getattr(found, name), getattr(expected, name)
+            assert isinstance(a, QuantizedLinear)
+            assert isinstance(b, QuantizedLinear)
+            assert (a.group_size, a.bits) == (b.group_size, b.bits)
+            assert np.array_equal(a.q, b.q), name
+            assert np.array_equal(a.scales, b.scales)
+            assert np.array_equal(a.zero_points, b.zero_points)
+            assert (a.bias is None) == (b.bias is None) == (name not in ("q_proj", "k_proj", "v_proj"))
+            assert a.bias is None or np.array_equal(a.bias, np.asarray(b.bias))
 
 
 def test_a_real_model(smollm2):
@@ -386,3 +425,50 @@ def test_norm_of_other_operators_is_no_norm(tmp_path):
     onnx.save(model, tmp_path / "model.onnx")
     said = reason(tmp_path / "model.onnx")
     assert said == f"layers.0.input_layernorm: Pow {power.name}: where a root mean square norm is expected"
+
+
+def _damage(model: onnx.ModelProto, rng: np.random.Generator) -> None:
+    """One random change to a node."""
+    nodes = model.graph.node
+    node = nodes[rng.integers(len(nodes))]
+    tensors = [name for other in nodes for name in other.output]
+    kind = rng.integers(6)
+    if kind == 0:
+        nodes.remove(node)
+    elif kind == 1 and node.input:
+        del node.input[rng.integers(len(node.input)) :]
+    elif kind == 2 and node.input:
+        node.input[rng.integers(len(node.input))] = tensors[rng.integers(len(tensors))]
+    elif kind == 3:
+        node.op_type = nodes[rng.integers(len(nodes))].op_type
+    elif kind == 4 and node.attribute:
+        del node.attribute[rng.integers(len(node.attribute))]
+    elif kind == 5:
+        node.domain = ["", "com.microsoft"][rng.integers(2)]
+
+
+@pytest.mark.parametrize("name", ["builder", "optimum_qwen2", "torch_qwen2_opset23", "genai_qwen2_qdq"])
+def test_any_damage_has_a_reason(name, tmp_path):
+    """Whatever a graph looks like, it is matched or told why not, in one line."""
+    path = tmp_path / "model.onnx"
+    if name == "builder":
+        builder_graph(path, FORMS["head norms"])
+    else:
+        path.write_bytes((DATA / f"{name}.onnx").read_bytes())
+    whole = path.read_bytes()
+    others = 0
+    for seed in range(60):
+        model = onnx.load_from_string(whole)
+        rng = np.random.default_rng(seed)
+        for _ in range(1 + seed % 3):
+            _damage(model, rng)
+        onnx.save(model, path)
+        try:
+            found = match_decoder(OnnxFile(path))
+        except UserError as error:
+            found = Mismatch("", str(error))
+        except Exception as error:
+            raise AssertionError(f"seed {seed}") from error
+        others += isinstance(found, Mismatch)
+        assert "\n" not in str(found)
+    assert others >= 5
