@@ -68,11 +68,11 @@ def separate_bias(file: OnnxFile, product: str, n: int) -> tuple[str, onnx.NodeP
     following = readers(file, product)
     if len(following) != 1 or following[0].op_type != "Add" or is_output(file, product):
         return None
-    (other,) = [name for name in following[0].input if name != product] or [""]
-    if not file.is_constant(other):
+    others = [name for name in following[0].input if name != product]
+    if len(others) != 1 or not file.is_constant(others[0]):
         return None
-    shape = file.shape(other, name_of(following[0]))
-    return (other, following[0]) if shape and shape[-1] == n == int(np.prod(shape)) else None
+    shape = file.shape(others[0], name_of(following[0]))
+    return (others[0], following[0]) if shape and shape[-1] == n == int(np.prod(shape)) else None
 
 
 def logits_name(file: OnnxFile) -> str:
