@@ -13,10 +13,12 @@ from functools import partial
 import numpy as np
 from onnxruntime import OrtValue
 
-from sw.awq.graph import FloatSite, Group, group_sites, logits_name
+from sw.awq.graph import Group, group_sites
 from sw.awq.threads import threaded
 from sw.common.errors import UserError, one_line
-from sw.graph.file import OnnxFile, tensor_type
+from sw.graph.file import OnnxFile, tensor_shape, tensor_type
+from sw.graph.float_linears import FloatSite
+from sw.graph.nodes import logits_name
 from sw.ort.cache import pair_names
 from sw.ort.cut import Stage, cut
 from sw.ort.feeds import CACHE_RANK, DTYPES, empty_cache_shape
@@ -170,11 +172,10 @@ def feeds(file: OnnxFile, ids: Sequence[int]) -> dict[str, np.ndarray]:
     found = {}
     for item in file.inputs:
         kind = tensor_type(item)
-        sizes = item.type.tensor_type.shape.dim
+        shape = tensor_shape(item)
         if kind in DTYPES and item.name in known:
             found[item.name] = known[item.name].astype(DTYPES[kind])
-        elif kind in DTYPES and len(sizes) == CACHE_RANK:
-            shape = [size.dim_value if size.HasField("dim_value") else size.dim_param for size in sizes]
+        elif kind in DTYPES and len(shape) == CACHE_RANK:
             found[item.name] = np.zeros(empty_cache_shape(file, item.name, shape), DTYPES[kind])
         else:
             raise UserError(f"{file.path}: input {item.name} ({kind}) is none that a decoder has")

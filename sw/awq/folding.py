@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from sw.awq.calibration import Step
-from sw.awq.graph import FloatSite, Group, is_own
+from sw.awq.graph import Group, is_own
 from sw.common.errors import UserError
-from sw.graph.file import OnnxFile
+from sw.graph.file import OnnxFile, tensor_shape
+from sw.graph.float_linears import FloatSite
 from sw.ort.feeds import CACHE_RANK, empty_cache_shape
 
 
@@ -96,9 +97,8 @@ def _row_maps(file: OnnxFile, n: int, k: int) -> Iterator[np.ndarray]:
 def kv_heads(file: OnnxFile) -> tuple[int, int] | None:
     """(key-value heads, head size) from the KV cache's inputs, or None."""
     for item in file.inputs:
-        sizes = item.type.tensor_type.shape.dim
-        if len(sizes) == CACHE_RANK:
-            shape = [size.dim_value if size.HasField("dim_value") else size.dim_param for size in sizes]
+        shape = tensor_shape(item)
+        if len(shape) == CACHE_RANK:
             try:
                 _, count, _, size = empty_cache_shape(file, item.name, shape)
             except UserError:

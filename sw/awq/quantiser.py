@@ -17,7 +17,7 @@ import numpy as np
 from sw.awq.calibration import Step, walk
 from sw.awq.clipping import clip
 from sw.awq.folding import Fold, find_fold
-from sw.awq.graph import FloatSite, Group, find_sites
+from sw.awq.graph import Group
 from sw.awq.int8_head import quantise_head
 from sw.awq.rounding import Form, Rounded, nearest
 from sw.awq.search import Scale, Statistics, output_error, scaled_gram, search_scale
@@ -25,6 +25,7 @@ from sw.awq.threads import THREADS, threaded
 from sw.common.arrays import slices
 from sw.common.errors import UserError
 from sw.graph.file import OnnxFile
+from sw.graph.float_linears import FloatSite, find_sites
 from sw.model.linear import FloatLinear, QuantizedLinear
 from sw.model.lm_head import Linear
 from sw.text.scoring import negative_log_likelihood

@@ -17,7 +17,7 @@ from sw.checkpoints.safetensors_file import Checkpoint
 from sw.common.errors import UserError
 from sw.common.status_line import Progress
 from sw.export.folder import EXPORTER_VERSION, write_folder
-from sw.model.decoder import DecoderConfig, DecoderLayer
+from sw.model.decoder import PROJECTIONS, DecoderConfig, DecoderLayer
 from sw.model.linear import QuantizedLinear
 from sw.model.lm_head import Table
 from sw.model.source import DecoderSource
@@ -100,12 +100,6 @@ def _layers(checkpoint: Checkpoint, config: DecoderConfig, form: AwqFormat | Non
         layer = f"model.layers.{i}"
         yield DecoderLayer(
             input_norm=checkpoint.floats(f"{layer}.input_layernorm.weight"),
-            q_proj=read_linear(checkpoint, f"{layer}.self_attn.q_proj", form),
-            k_proj=read_linear(checkpoint, f"{layer}.self_attn.k_proj", form),
-            v_proj=read_linear(checkpoint, f"{layer}.self_attn.v_proj", form),
-            o_proj=read_linear(checkpoint, f"{layer}.self_attn.o_proj", form),
             post_attention_norm=checkpoint.floats(f"{layer}.post_attention_layernorm.weight"),
-            gate_proj=read_linear(checkpoint, f"{layer}.mlp.gate_proj", form),
-            up_proj=read_linear(checkpoint, f"{layer}.mlp.up_proj", form),
-            down_proj=read_linear(checkpoint, f"{layer}.mlp.down_proj", form),
+            **{name: read_linear(checkpoint, f"{layer}.{module}", form) for name, module in PROJECTIONS.items()},
         )

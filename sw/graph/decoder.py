@@ -12,32 +12,16 @@ quantised embedding is a GatherBlockQuantized node that shares its table with a 
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 from onnx import TensorProto
 
 from sw.common.errors import UserError
-from sw.graph.writer import CONTRIB, OnnxWriter
-from sw.model.decoder import DecoderConfig, DecoderLayer, expect_shape
+from sw.graph.nodes import CONTRIB, LOGITS, TOKEN_IDS
+from sw.graph.writer import GraphBuilder, OnnxWriter, tensor_name
+from sw.model.decoder import PROJECTIONS, DecoderConfig, DecoderLayer, expect_shape
 from sw.model.linear import QuantizedLinear
 from sw.model.lm_head import Linear, Table, head_layer, narrowest_exact
-
-
-class GraphBuilder(Protocol):
-    """What takes tensors and nodes: see OnnxWriter, whose methods these are."""
-
-    def tensor(self, name: str, values: np.ndarray) -> str: ...
-
-    def node(
-        self,
-        name: str,
-        op: str,
-        inputs: Sequence[str],
-        outputs: Sequence[str] = (),
-        domain: str = "",
-        **attributes: Any,
-    ) -> str: ...
 
 
 def write_decoder(
@@ -94,9 +78,9 @@ class _DecoderGraph:
 
     def begin(self, embedding: Table, shared: bool) -> None:
         w = self.writer
-        ids = w.input("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"])
+        ids = w.input(TOKEN_IDS, TensorProto.INT64, ["batch_size", "sequence_length"])
         mask = w.input("attention_mask", TensorProto.INT64, ["batch_size", "total_sequence_length"])
-        w.output("logits", TensorProto.FLOAT, ["batch_size", "sequence_length", self.config.vocab_size])
+        w.output(LOGITS, TensorProto.FLOAT, ["batch_size", "sequence_length", self.config.vocab_size])
         cos, sin = self.config.rotary_cache()
         w.tensor("cos_cache", cos)
         w.tensor("sin_cache", sin)
@@ -114,7 +98,7 @@ class _DecoderGraph:
     def embed(self, path: str, embedding: Table, ids: str, shared: bool) -> str:
         """The rows of the embedding that the ids name. `table` keeps its tensors, for a head that shares it."""
         w = self.writer
-        tensor = path.strip("/").replace("/", ".")
+        tensor = tensor_name(path)
         if not isinstance(embedding, QuantizedLinear):
             # onnxruntime multiplies float32 matrices only.
             values = embedding.astype(np.float32, copy=False) if shared else narrowest_exact(embedding)
@@ -127,29 +111,29 @@ class _DecoderGraph:
         return gather_rows(w, path, tensor, embedding, self.table, ids)
 
     def layer(self, index: int, layer: DecoderLayer) -> None:
-        w, c = self.writer, self.config
+        w = self.writer
         path = f"/model/layers.{index}"
-        q_size, kv_size = c.head_count * c.head_size, c.kv_head_count * c.head_size
+        shapes = self.config.projection_shapes()
+
+        def linear(name: str, x: str) -> str:
+            module = PROJECTIONS[name].replace(".", "/")
+            return self.linear(f"{path}/{module}", x, getattr(layer, name), shapes[name])
+
         x = self.norm(f"{path}/input_layernorm", layer.input_norm)
-        attention = f"{path}/self_attn"
-        q = self.linear(f"{attention}/q_proj", x, layer.q_proj, c.hidden_size, q_size)
-        k = self.linear(f"{attention}/k_proj", x, layer.k_proj, c.hidden_size, kv_size)
-        v = self.linear(f"{attention}/v_proj", x, layer.v_proj, c.hidden_size, kv_size)
-        attended = self.attention(index, f"{attention}/GroupQueryAttention", q, k, v)
-        self.branch = self.linear(f"{attention}/o_proj", attended, layer.o_proj, q_size, c.hidden_size)
+        q, k, v = (linear(name, x) for name in ("q_proj", "k_proj", "v_proj"))
+        attended = self.attention(index, f"{path}/self_attn/GroupQueryAttention", q, k, v)
+        self.branch = linear("o_proj", attended)
 
         x = self.norm(f"{path}/post_attention_layernorm", layer.post_attention_norm)
-        gate = self.linear(f"{path}/mlp/gate_proj", x, layer.gate_proj, c.hidden_size, c.intermediate_size)
-        up = self.linear(f"{path}/mlp/up_proj", x, layer.up_proj, c.hidden_size, c.intermediate_size)
+        gate, up = linear("gate_proj", x), linear("up_proj", x)
         sigmoid = w.node(f"{path}/mlp/act_fn/Sigmoid", "Sigmoid", [gate])
         silu = w.node(f"{path}/mlp/act_fn/Mul", "Mul", [gate, sigmoid])
-        product = w.node(f"{path}/mlp/Mul", "Mul", [silu, up])
-        self.branch = self.linear(f"{path}/mlp/down_proj", product, layer.down_proj, c.intermediate_size, c.hidden_size)
+        self.branch = linear("down_proj", w.node(f"{path}/mlp/Mul", "Mul", [silu, up]))
 
     def end(self, final_norm: np.ndarray, head: Linear, shared: bool) -> None:
         c = self.config
         x = self.norm("/model/norm", final_norm)
-        self.linear("/lm_head", x, head, c.hidden_size, c.vocab_size, "logits", self.table if shared else None)
+        self.linear("/lm_head", x, head, (c.vocab_size, c.hidden_size), LOGITS, self.table if shared else None)
 
     def attention(self, index: int, name: str, q: str, k: str, v: str) -> str:
         w, c = self.writer, self.config
@@ -174,7 +158,7 @@ class _DecoderGraph:
         """Adds branch to residual (but for the first norm, which has no branch) and normalises the sum."""
         w, c = self.writer, self.config
         expect_shape(name, weight.shape, (c.hidden_size,))
-        gamma = w.tensor(f"{name.strip('/').replace('/', '.')}.weight", weight.astype(np.float32))
+        gamma = w.tensor(f"{tensor_name(name)}.weight", weight.astype(np.float32))
         outputs = [f"{name}/output_0"]
         if not self.branch:
             inputs = [self.residual, gamma]
@@ -188,12 +172,18 @@ class _DecoderGraph:
         return w.node(f"{name}/{op}", op, inputs, outputs, domain, epsilon=c.norm_epsilon, **extra)
 
     def linear(
-        self, path: str, x: str, layer: Linear, k: int, n: int, output: str = "", weights: list[str] | None = None
+        self,
+        path: str,
+        x: str,
+        layer: Linear,
+        shape: tuple[int, int],
+        output: str = "",
+        weights: list[str] | None = None,
     ) -> str:
-        """`weights`: tensors of the layer that are written already."""
-        expect_shape(path, (layer.n, layer.k), (n, k))
+        """shape: (N, K). weights: tensors of the layer that are written already."""
+        expect_shape(path, (layer.n, layer.k), shape)
         w = self.writer
-        tensor = path.strip("/").replace("/", ".")
+        tensor = tensor_name(path)
         outputs = [output] if output and layer.bias is None else []
         if isinstance(layer, QuantizedLinear):
             weights = weights or layer_tensors(w, path, tensor, layer)

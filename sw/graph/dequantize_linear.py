@@ -10,10 +10,10 @@ from typing import NoReturn
 
 import numpy as np
 import onnx
-from onnx import helper
 
 from sw.common.errors import UserError
 from sw.graph.file import OnnxFile
+from sw.graph.nodes import STANDARD, attributes
 from sw.model.linear import QuantizedLinear
 
 # element type -> (bits, offset that makes it unsigned)
@@ -23,10 +23,20 @@ BIAS = 2
 
 def matches(file: OnnxFile, node: onnx.NodeProto) -> bool:
     """Whether the node is a MatMul or Gemm whose second operand is a dequantised constant."""
-    if node.op_type not in ("MatMul", "Gemm") or node.domain not in ("", "ai.onnx"):
+    if node.op_type not in ("MatMul", "Gemm") or node.domain not in STANDARD:
         return False
     source, _ = _dequantize_node(file, node)
     return source is not None
+
+
+def shape(file: OnnxFile, node: onnx.NodeProto, name: str) -> tuple[int, int]:
+    """(N, K). Raises UserError if the weights are no matrix."""
+    source, transposed = _dequantize_node(file, node)
+    assert source is not None, "shape() is called for nodes that match"
+    sizes = file.shape(source.input[0], name)
+    if len(sizes) != 2:
+        raise UserError(f"{file.path}: layer {name}: weights are {list(sizes)}, not a matrix")
+    return (sizes[0], sizes[1]) if transposed else (sizes[1], sizes[0])
 
 
 def read(file: OnnxFile, node: onnx.NodeProto, name: str) -> QuantizedLinear:
@@ -48,9 +58,9 @@ def read(file: OnnxFile, node: onnx.NodeProto, name: str) -> QuantizedLinear:
     if zero_points.shape != scales.shape:
         refuse(f"zero points are {list(zero_points.shape)}, scales {list(scales.shape)}")
     bits, offset = TYPES[weights.dtype.name]
-    attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in source.attribute}
-    axis = attributes.get("axis", 1) % 2
-    block = attributes.get("block_size", 0)
+    values = attributes(source)
+    axis = values.get("axis", 1) % 2
+    block = values.get("block_size", 0)
     k_axis = 1 if transposed else 0
     k, n = weights.shape[k_axis], weights.shape[1 - k_axis]
     if block:
@@ -90,11 +100,11 @@ def _unsigned(values: np.ndarray, offset: int) -> np.ndarray:
 
 def _dequantize_node(file: OnnxFile, node: onnx.NodeProto) -> tuple[onnx.NodeProto | None, bool]:
     """The DequantizeLinear of constants that feeds the second operand, and whether its matrix is [N, K]."""
-    transposed = node.op_type == "Gemm" and bool(_attribute(node, "transB", 0))
+    transposed = node.op_type == "Gemm" and bool(attributes(node).get("transB", 0))
     source = file.producers.get(node.input[1])
     while source is not None and source.op_type in ("Transpose", "Cast"):
         if source.op_type == "Transpose":
-            if list(_attribute(source, "perm", [1, 0])) != [1, 0]:
+            if list(attributes(source).get("perm", [1, 0])) != [1, 0]:
                 return None, False
             transposed = not transposed
         source = file.producers.get(source.input[0])
@@ -106,18 +116,11 @@ def _dequantize_node(file: OnnxFile, node: onnx.NodeProto) -> tuple[onnx.NodePro
 def _gemm_bias(file: OnnxFile, node: onnx.NodeProto, name: str, n: int, refuse) -> np.ndarray | None:
     if node.op_type != "Gemm":
         return None
-    if _attribute(node, "transA", 0) or _attribute(node, "alpha", 1.0) != 1.0:
+    if attributes(node).get("transA", 0) or attributes(node).get("alpha", 1.0) != 1.0:
         refuse("Gemm with transA or alpha is not a linear layer")
     if len(node.input) <= BIAS or not node.input[BIAS]:
         return None
-    bias = file.constant(node.input[BIAS], name).astype(np.float32) * np.float32(_attribute(node, "beta", 1.0))
+    bias = file.constant(node.input[BIAS], name).astype(np.float32) * np.float32(attributes(node).get("beta", 1.0))
     if bias.size not in (1, n) or (bias.ndim and bias.shape[-1] != bias.size):
         refuse(f"Gemm adds a tensor {list(bias.shape)}, which is not one value per output feature ({n})")
     return np.ascontiguousarray(np.broadcast_to(bias.reshape(-1), (n,)))
-
-
-def _attribute(node: onnx.NodeProto, name: str, default):
-    for attribute in node.attribute:
-        if attribute.name == name:
-            return helper.get_attribute_value(attribute)
-    return default

@@ -11,6 +11,7 @@ from onnx import external_data_helper, helper, numpy_helper
 from sw.common.errors import UserError, one_line
 from sw.graph.external_data import place_external_data
 
+GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 MAX_DEPTH = 32
 """Nodes that a constant may pass."""
 
@@ -24,6 +25,7 @@ class OnnxFile:
     data_folder: what the locations of external data are relative to, see sw.graph.external_data.
     producers: tensor name -> the node that makes it.
     consumers: tensor name -> the nodes that read it.
+    branching: the nodes with subgraphs (If, Loop), whose nodes may read tensors too.
 
     Raises UserError if the file is missing, truncated or no ONNX model.
     """
@@ -44,9 +46,12 @@ class OnnxFile:
         self._initializers = {tensor.name: tensor for tensor in self.graph.initializer}
         self.producers = {name: node for node in self.graph.node for name in node.output if name}
         self.consumers: dict[str, list[onnx.NodeProto]] = {}
+        self.branching: list[onnx.NodeProto] = []
         for node in self.graph.node:
             for name in node.input:
                 self.consumers.setdefault(name, []).append(node)
+            if any(item.type in GRAPHS for item in node.attribute):
+                self.branching.append(node)
 
     @property
     def inputs(self) -> list[onnx.ValueInfoProto]:
@@ -124,6 +129,12 @@ class OnnxFile:
 def tensor_type(item: onnx.ValueInfoProto) -> str:
     """The type of a graph's input or output in onnxruntime's words: "tensor(float)"."""
     return f"tensor({onnx.TensorProto.DataType.Name(item.type.tensor_type.elem_type).lower()})"
+
+
+def tensor_shape(item: onnx.ValueInfoProto) -> list[int | str]:
+    """The sizes of a graph's input or output; symbolic ones by name, "" where nothing is known."""
+    sizes = item.type.tensor_type.shape.dim
+    return [size.dim_value if size.HasField("dim_value") else size.dim_param for size in sizes]
 
 
 def expect_names(file: OnnxFile) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every quantised linear layer of an ONNX file.
+"""Every quantised linear layer of an ONNX file, and the weights of matched parts.
 
 MatMulNBits (com.microsoft)   2, 4 or 8 bits, all forms of scales and zero points: see sw.graph.matmul_nbits
 DequantizeLinear (4 or 8 bits) -> [Cast, Transpose ->] MatMul or Gemm: see sw.graph.dequantize_linear
@@ -10,12 +10,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import overload
 
+import numpy as np
 import onnx
 
 from sw.common.errors import UserError
 from sw.graph import dequantize_linear, matmul_nbits
 from sw.graph.file import OnnxFile
-from sw.model.linear import QuantizedLinear
+from sw.graph.float_linears import constant, float_form
+from sw.graph.nodes import name_of, separate_bias
+from sw.model.decoder import PROJECTIONS, DecoderLayer
+from sw.model.linear import FloatLinear, QuantizedLinear
+from sw.model.lm_head import Linear
+from sw.model.parts import Block, Norm, Projection
 
 # Quantised products that this importer does not read, named when a model holds nothing else.
 UNSUPPORTED = ("MatMulBnb4", "MatMulFpQ4", "MatMulInteger", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm", "QMoE")
@@ -90,7 +96,7 @@ def find_linears(model_path: Path | str) -> Linears:
             read = dequantize_linear.read
         else:
             continue
-        sites.append(_Site(_unique(node.name or node.output[0], taken), node, read))
+        sites.append(_Site(_unique(name_of(node), taken), node, read))
     if not sites:
         others = sorted({node.op_type for node in file.graph.node if node.op_type in UNSUPPORTED})
         hint = f" (it has {', '.join(others)}, which are not supported)" if others else ""
@@ -112,11 +118,40 @@ def _unique(name: str, taken: set[str]) -> str:
 
 def _with_separate_bias(file: OnnxFile, layer: QuantizedLinear) -> QuantizedLinear:
     """Adds the bias of an Add node that is the product's only reader."""
-    readers = file.consumers.get(layer.output_name, [])
-    is_output = any(output.name == layer.output_name for output in file.graph.output)
-    if layer.bias is not None or len(readers) != 1 or readers[0].op_type != "Add" or is_output:
+    found = None if layer.bias is not None else separate_bias(file, layer.output_name, layer.n)
+    if found is None:
         return layer
-    (other,) = [name for name in readers[0].input if name != layer.output_name] or [""]
-    if not file.is_constant(other) or file.shape(other, layer.name) not in ((layer.n,), (1, layer.n), (1, 1, layer.n)):
-        return layer
-    return replace(layer, bias=file.constant(other, layer.name).astype("float32").reshape(-1))
+    return replace(layer, bias=file.constant(found[0], layer.name).astype("float32").reshape(-1))
+
+
+def read_linear(file: OnnxFile, part: Projection) -> Linear:
+    """A matched linear layer, with the bias that is added to its product.
+
+    Raises UserError, with the layer's name, if its tensors are damaged.
+    """
+    node = file.producers[part.product]
+    rows = slice(part.first_row, part.first_row + part.n)
+    if part.quantised:
+        read = matmul_nbits.read if matmul_nbits.matches(node) else dequantize_linear.read
+        layer = _with_separate_bias(file, read(file, node, part.name))
+        return layer if part.is_whole else layer.with_rows(rows)
+    form = float_form(file, node)
+    assert form is not None, "what is not quantised is float"
+    weight = constant(file, node.input[1], part.name).astype(np.float32, copy=False)
+    weight = np.ascontiguousarray((weight if form[2] else weight.T)[rows])
+    bias = file.constant(part.bias, part.name).astype(np.float32).reshape(-1)[rows] if part.bias else None
+    return FloatLinear(part.name, weight, bias)
+
+
+def read_norm(file: OnnxFile, norm: Norm) -> np.ndarray:
+    """A matched norm's weight, float32 [hidden_size]. Raises UserError, with the node's name, if it is damaged."""
+    return file.constant(norm.weight, norm.node).astype(np.float32)
+
+
+def read_layer(file: OnnxFile, block: Block) -> DecoderLayer:
+    """The weights of a matched block, as a checkpoint's DecoderSource has them. Raises UserError as `read_linear`."""
+    return DecoderLayer(
+        input_norm=read_norm(file, block.input_norm),
+        post_attention_norm=read_norm(file, block.post_attention_norm),
+        **{name: read_linear(file, getattr(block, name)) for name in PROJECTIONS},
+    )

@@ -11,10 +11,11 @@ nb = ceil(K / block_size) is the number of groups.
 
 import numpy as np
 import onnx
-from onnx import helper
 
 from sw.common.errors import UserError
 from sw.graph.file import OnnxFile
+from sw.graph.nodes import CONTRIB, attributes
+from sw.graph.nodes import read as input_of
 from sw.model.linear import QuantizedLinear
 
 B, SCALES, ZERO_POINTS, G_IDX, BIAS = 1, 2, 3, 4, 5
@@ -22,7 +23,7 @@ B, SCALES, ZERO_POINTS, G_IDX, BIAS = 1, 2, 3, 4, 5
 
 def matches(node: onnx.NodeProto) -> bool:
     """Whether the node is one."""
-    return node.op_type == "MatMulNBits" and node.domain == "com.microsoft"
+    return node.op_type == "MatMulNBits" and node.domain == CONTRIB
 
 
 def check(file: OnnxFile, node: onnx.NodeProto, name: str) -> None:
@@ -38,6 +39,12 @@ def check(file: OnnxFile, node: onnx.NodeProto, name: str) -> None:
             _refuse(file, name, f"zero_points has {size} elements, expected {packed} packed or {plain} float")
     if _has(node, BIAS):
         _expect(file, node, name, BIAS, n)
+
+
+def shape(file: OnnxFile, node: onnx.NodeProto, name: str) -> tuple[int, int]:
+    """(N, K). Raises UserError if the attributes are not those of a layer."""
+    n, k, _, _ = _attributes(file, node, name)
+    return n, k
 
 
 def read(file: OnnxFile, node: onnx.NodeProto, name: str) -> QuantizedLinear:
@@ -87,7 +94,7 @@ def _zero_points(file: OnnxFile, node: onnx.NodeProto, name: str, shape: tuple[i
 
 
 def _attributes(file: OnnxFile, node: onnx.NodeProto, name: str) -> tuple[int, int, int, int]:
-    values = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    values = attributes(node)
     missing = [key for key in ("N", "K", "block_size") if not isinstance(values.get(key), int) or values[key] < 1]
     if missing:
         _refuse(file, name, f"attribute {missing[0]} is missing or not positive")
@@ -102,7 +109,7 @@ def _attributes(file: OnnxFile, node: onnx.NodeProto, name: str) -> tuple[int, i
 
 
 def _has(node: onnx.NodeProto, index: int) -> bool:
-    return len(node.input) > index and node.input[index] != ""
+    return input_of(node, index) != ""
 
 
 def _expect(file: OnnxFile, node: onnx.NodeProto, name: str, index: int, size: int) -> None:

@@ -11,10 +11,10 @@ exact. Tensors go from file to file piece by piece: the memory is that of the la
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import onnx
@@ -25,8 +25,9 @@ from sw.common.errors import UserError
 from sw.graph.decoder import can_gather, gather_rows, layer_tensors, matmul_node
 from sw.graph.external_data import external_inside
 from sw.graph.file import OnnxFile, expect_names, names_read
+from sw.graph.nodes import CONTRIB, attributes, name_of
 from sw.graph.tensor_data import INLINE_BYTES, TensorData
-from sw.graph.writer import CONTRIB
+from sw.graph.writer import GraphBuilder, tensor_name
 from sw.model.linear import QuantizedLinear
 from sw.model.lm_head import narrowest_exact
 
@@ -71,7 +72,7 @@ def write_quantised(
     with atomic_directory(out) as work:
         with TensorData(work / "model.onnx.data", file.data_folder) as data:
             rewriter = _Rewriter(file, data, share_tied)
-            nodes = {rewriter.name(node): node for node in rewriter.nodes if node.op_type in PLAIN}
+            nodes = {name_of(node): node for node in rewriter.nodes if node.op_type in PLAIN}
             if missing := [name for name in layers if name not in nodes]:
                 raise UserError(f"{file.path} has no MatMul, Gemm or FusedMatMul named {missing[0]}")
             wanted = [(node, layers[name]) for name, node in nodes.items() if name in layers]
@@ -97,44 +98,18 @@ class _Weight(NamedTuple):
     dtype: type[np.floating]
 
 
-class _Rewriter:
-    """The graph on its way. A sw.graph.decoder.GraphBuilder, whose nodes replace one of the source's."""
+class _Rewriter(GraphBuilder):
+    """The graph on its way. The nodes that are added replace one of the source's."""
 
     def __init__(self, file: OnnxFile, data: TensorData, share_tied: bool):
+        super().__init__(data)
         self.file = file
         self.nodes = list(file.graph.node)
-        self._data = data
         self._share_tied = share_tied
         self._sources = {tensor.name: tensor for tensor in file.graph.initializer}
-        self._tensors: list[TensorProto] = []
         self._names = {name for node in self.nodes for name in (*node.input, *node.output)} | set(self._sources)
         # By the first output of the node that they replace: no two nodes have the same.
         self._instead: dict[str, list[onnx.NodeProto]] = {}
-        self._made: list[onnx.NodeProto] = []
-
-    @staticmethod
-    def name(node: onnx.NodeProto) -> str:
-        return node.name or node.output[0]
-
-    def tensor(self, name: str, values: np.ndarray) -> str:
-        """Adds an initializer."""
-        name = self._new(name)
-        self._tensors.append(self._data.store(name, values))
-        return name
-
-    def node(
-        self,
-        name: str,
-        op: str,
-        inputs: Sequence[str],
-        outputs: Sequence[str] = (),
-        domain: str = "",
-        **attributes: Any,
-    ) -> str:
-        """Adds a node to those that replace one, and returns its first output."""
-        outputs = list(outputs) or [self._new(f"{name}/output_0")]
-        self._made.append(helper.make_node(op, list(inputs), outputs, name=name, domain=domain, **attributes))
-        return outputs[0]
 
     def replace(self, node: onnx.NodeProto, layer: QuantizedLinear) -> None:
         """A MatMulNBits node in place of a float one."""
@@ -143,9 +118,9 @@ class _Rewriter:
             self._refuse(node, f"its weight is {[weight.n, weight.k]}, and the quantised layer {[layer.n, layer.k]}")
         if layer.bits == 3:
             layer = replace(layer, bits=4)
-        path, _, last = self.name(node).rpartition("/")
-        name = f"{path}/MatMulNBits" if path and last in PLAIN else self.name(node)
-        prefix = path.strip("/").replace("/", ".") if path and last in PLAIN else name
+        path, _, last = name_of(node).rpartition("/")
+        name = f"{path}/MatMulNBits" if path and last in PLAIN else name_of(node)
+        prefix = tensor_name(path) if path and last in PLAIN else name
         gathers = self._tied_gathers(weight, layer)
         if gathers:
             prefix = weight.base.removesuffix(".weight")
@@ -157,7 +132,7 @@ class _Rewriter:
             matmul_node(self, name, node.input[0], layer, tensors, node.output)
         self._close(node)
         for gather in gathers:
-            path = self.name(gather).removesuffix("/Gather")
+            path = name_of(gather).removesuffix("/Gather")
             gather_rows(self, path, prefix, layer, tensors, gather.input[1], gather.output[0])
             self._close(gather)
 
@@ -190,19 +165,19 @@ class _Rewriter:
         onnx.save(model, path)
 
     def _weight(self, node: onnx.NodeProto) -> _Weight:
-        attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+        values = attributes(node)
         if len(node.input) <= 1:
             self._refuse(node, "it has no weight")
         for name, value in PLAIN[node.op_type].items():
-            if attributes.get(name, value) != value:
-                self._refuse(node, f"{node.op_type} with {name} {attributes[name]} is more than a linear layer")
-        transposed, dtype, name = bool(attributes.get("transB", 0)), 0, node.input[1]
+            if values.get(name, value) != value:
+                self._refuse(node, f"{node.op_type} with {name} {values[name]} is more than a linear layer")
+        transposed, dtype, name = bool(values.get("transB", 0)), 0, node.input[1]
         # As many steps as there can be: a damaged graph may have circles.
         for _ in range(len(self.nodes) + 1):
             source = self.file.producers.get(name)
             if name in self._sources or source is None or source.op_type not in ("Transpose", "Cast", "Identity"):
                 break
-            values = {item.name: helper.get_attribute_value(item) for item in source.attribute}
+            values = attributes(source)
             transposed ^= source.op_type == "Transpose" and list(values.get("perm", [1, 0])) == [1, 0]
             dtype = dtype or values.get("to", 0)
             name = source.input[0]
@@ -210,11 +185,11 @@ class _Rewriter:
             self._refuse(node, "its weight comes from a circle of nodes")
         if not (name in self._sources or self.file.is_constant(name)):
             self._refuse(node, "its weight is not a constant")
-        shape = self.file.shape(name, self.name(node))
+        shape = self.file.shape(name, name_of(node))
         if name in self._sources:
             dtype = dtype or self._sources[name].data_type
         else:
-            dtype = dtype or helper.np_dtype_to_tensor_dtype(self.file.constant(name, self.name(node)).dtype)
+            dtype = dtype or helper.np_dtype_to_tensor_dtype(self.file.constant(name, name_of(node)).dtype)
         if len(shape) != 2 or dtype not in FLOATS:
             kind = TensorProto.DataType.Name(dtype) if dtype in TensorProto.DataType.values() else dtype
             self._refuse(node, f"its weight is {kind} {list(shape)}, not a FLOAT or FLOAT16 matrix")
@@ -294,8 +269,8 @@ class _Rewriter:
             return None
         for gather in gathers:
             output = gather.output[0]
-            gather.output[0] = self._new(f"{output}_float16")
-            path = self.name(gather).removesuffix("/Gather")
+            gather.output[0] = self._unique(f"{output}_float16")
+            path = name_of(gather).removesuffix("/Gather")
             cast = helper.make_node("Cast", [gather.output[0]], [output], name=f"{path}/Cast", to=TensorProto.FLOAT)
             nodes.insert(nodes.index(gather) + 1, cast)
         return self._data.store(tensor.name, values)
@@ -304,7 +279,7 @@ class _Rewriter:
         """Puts the nodes made since the last time in the place of `node`."""
         self._instead[node.output[0]], self._made = self._made, []
 
-    def _new(self, name: str) -> str:
+    def _unique(self, name: str) -> str:
         candidate, count = name, 0
         while candidate in self._names:
             count += 1
@@ -313,4 +288,4 @@ class _Rewriter:
         return candidate
 
     def _refuse(self, node: onnx.NodeProto, problem: str) -> NoReturn:
-        raise UserError(f"{self.file.path}: layer {self.name(node)}: {problem}")
+        raise UserError(f"{self.file.path}: layer {name_of(node)}: {problem}")

@@ -9,22 +9,57 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from sw.graph.nodes import CONTRIB
 from sw.graph.tensor_data import TensorData
 
-CONTRIB = "com.microsoft"
+
+def tensor_name(path: str) -> str:
+    """How the names of a module's tensors begin: /model/layers.0/mlp gives model.layers.0.mlp."""
+    return path.strip("/").replace("/", ".")
 
 
-class OnnxWriter:
-    """Collects nodes and tensors; `save` writes model.onnx. Tensors above 1 KiB go to model.onnx.data at once,
-    so that a model of any size is written in the memory of one tensor. Use as a context manager.
+class GraphBuilder:
+    """Collects nodes and tensors. data: gets the large tensors at once."""
+
+    def __init__(self, data: TensorData):
+        self._data = data
+        self._made: list[onnx.NodeProto] = []
+        self._tensors: list[TensorProto] = []
+
+    def tensor(self, name: str, values: np.ndarray) -> str:
+        """Adds an initializer and returns its name."""
+        name = self._unique(name)
+        self._tensors.append(self._data.store(name, values))
+        return name
+
+    def node(
+        self,
+        name: str,
+        op: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str] = (),
+        domain: str = "",
+        **attributes: Any,
+    ) -> str:
+        """Adds a node and returns its first output, by default `name`/output_0."""
+        outputs = list(outputs) or [self._unique(f"{name}/output_0")]
+        self._made.append(helper.make_node(op, list(inputs), outputs, name=name, domain=domain, **attributes))
+        return outputs[0]
+
+    def _unique(self, name: str) -> str:
+        """A name for a new tensor: by default the one that is wanted."""
+        return name
+
+
+class OnnxWriter(GraphBuilder):
+    """Builds a graph; `save` writes model.onnx. Tensors above 1 KiB go to model.onnx.data at once, so that a model of
+    any size is written in the memory of one tensor. Use as a context manager.
     """
 
     def __init__(self, directory: Path, graph_name: str):
+        super().__init__(TensorData(directory / "model.onnx.data"))
         self.path = directory / "model.onnx"
         self._graph_name = graph_name
-        self._data = TensorData(directory / "model.onnx.data")
-        self._nodes: list[onnx.NodeProto] = []
-        self._tensors: list[TensorProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
 
@@ -43,28 +78,9 @@ class OnnxWriter:
         """Declares a graph output."""
         self._outputs.append(helper.make_tensor_value_info(name, dtype, shape))
 
-    def tensor(self, name: str, values: np.ndarray) -> str:
-        """Adds an initializer."""
-        self._tensors.append(self._data.store(name, values))
-        return name
-
-    def node(
-        self,
-        name: str,
-        op: str,
-        inputs: Sequence[str],
-        outputs: Sequence[str] = (),
-        domain: str = "",
-        **attributes: Any,
-    ) -> str:
-        """Adds a node and returns its first output, by default `name`/output_0."""
-        outputs = list(outputs) or [f"{name}/output_0"]
-        self._nodes.append(helper.make_node(op, list(inputs), outputs, name=name, domain=domain, **attributes))
-        return outputs[0]
-
     def save(self, metadata: dict[str, str]) -> None:
         """Writes model.onnx: opset 21, IR version 10, the given metadata properties."""
-        graph = helper.make_graph(self._nodes, self._graph_name, self._inputs, self._outputs, self._tensors)
+        graph = helper.make_graph(self._made, self._graph_name, self._inputs, self._outputs, self._tensors)
         model = helper.make_model(
             graph,
             ir_version=10,

@@ -12,16 +12,21 @@ from sw.model.lm_head import Linear
 MAX_POSITIONS = 32768
 """Maximum number of positions in an export's rotary tables: for longer contexts they would take many megabytes."""
 MAX_HEAD_SIZE = 1024
+PROJECTIONS = {
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "o_proj": "self_attn.o_proj",
+    "gate_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "down_proj": "mlp.down_proj",
+}
+"""The linear layers of a block, in the order of a checkpoint -> Hugging Face's names of their modules in it."""
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
-    """The shape of a decoder: sizes in elements, context_length in tokens.
-
-    rope_factors: float32 [head_size / 2] that divide the rotary frequencies (Llama 3.1), or None.
-
-    Raises UserError for values that are not valid for a decoder.
-    """
+class DecoderShape:
+    """The sizes of a decoder, in elements, and the epsilon of its norms: what its ONNX graph says as well."""
 
     hidden_size: int
     intermediate_size: int
@@ -30,9 +35,33 @@ class DecoderConfig:
     kv_head_count: int
     head_size: int
     vocab_size: int
+    norm_epsilon: float
+
+    def projection_shapes(self) -> dict[str, tuple[int, int]]:
+        """(N, K) of every linear layer in PROJECTIONS."""
+        heads, kv_heads = self.head_count * self.head_size, self.kv_head_count * self.head_size
+        return {
+            "q_proj": (heads, self.hidden_size),
+            "k_proj": (kv_heads, self.hidden_size),
+            "v_proj": (kv_heads, self.hidden_size),
+            "o_proj": (self.hidden_size, heads),
+            "gate_proj": (self.intermediate_size, self.hidden_size),
+            "up_proj": (self.intermediate_size, self.hidden_size),
+            "down_proj": (self.hidden_size, self.intermediate_size),
+        }
+
+
+@dataclass(frozen=True)
+class DecoderConfig(DecoderShape):
+    """A decoder's shape, and how it encodes positions. context_length: tokens.
+
+    rope_factors: float32 [head_size / 2] that divide the rotary frequencies (Llama 3.1), or None.
+
+    Raises UserError for values that no decoder has.
+    """
+
     context_length: int
     rope_theta: float
-    norm_epsilon: float
     rope_factors: np.ndarray | None = None
 
     def __post_init__(self) -> None:

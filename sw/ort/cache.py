@@ -12,12 +12,9 @@ import onnx
 from onnxruntime import OrtValue
 
 from sw.common.errors import UserError
-from sw.graph.file import OnnxFile, tensor_type
+from sw.graph.attention import appended, group_query_attention
+from sw.graph.file import OnnxFile, tensor_shape, tensor_type
 from sw.ort.feeds import CACHE_RANK, DTYPES, empty_cache_shape
-
-IN_PLACE = "GroupQueryAttention"
-APPENDED = {IN_PLACE: {3: 1, 4: 2}, "Attention": {4: 1, 5: 2}, "Concat": {0: 0}}
-"""Operator -> {input with past entries: output with these entries and the new ones}."""
 
 
 @dataclass(frozen=True)
@@ -83,44 +80,32 @@ def pair_names(file: OnnxFile) -> list[tuple[str, str]]:
     """
     past = [item.name for item in file.inputs if _rank(item) == CACHE_RANK]
     outputs = [item.name for item in file.graph.output]
-    appended = [next((name for name, _ in _appended(file, name) if name in outputs), None) for name in past]
-    if None not in appended and len(set(appended)) == len(past):
-        return [(name, str(present)) for name, present in zip(past, appended)]
+    longer = [next((made for made, _ in appended(file, name) if made in outputs), None) for name in past]
+    if None not in longer and len(set(longer)) == len(past):
+        return [(name, str(present)) for name, present in zip(past, longer)]
     present = [item.name for item in file.graph.output if _rank(item) in (CACHE_RANK, None) and item.name != outputs[0]]
     if len(past) != len(present):
         raise UserError(f"{file.path}: {len(past)} inputs are a KV cache, and {len(present)} outputs")
     return list(zip(past, present))
 
 
-def _appended(file: OnnxFile, past: str) -> list[tuple[str, str]]:
-    """(tensor, operator) of every tensor that is made by appending to a cache tensor."""
-    return [
-        (node.output[made], node.op_type)
-        for node in file.consumers.get(past, [])
-        for read, made in APPENDED.get(node.op_type, {}).items()
-        if len(node.input) > read and node.input[read] == past and len(node.output) > made
-    ]
-
-
 def _pair(file: OnnxFile, past: str, present: str) -> _Pair:
     item = next(item for item in file.graph.input if item.name == past)
-    shape = [size.dim_value if size.HasField("dim_value") else size.dim_param for size in _dimensions(item)]
     kind = tensor_type(item)
     dtype = DTYPES.get(kind)
     if dtype not in (np.float32, np.float16):
         kind = kind.removeprefix("tensor(").removesuffix(")")
         raise UserError(f"{file.path}: the KV cache {past} is {kind}, not float or float16")
-    return _Pair(past, present, np.zeros(empty_cache_shape(file, past, shape), dtype))
+    return _Pair(past, present, np.zeros(empty_cache_shape(file, past, tensor_shape(item)), dtype))
 
 
 def _appends(file: OnnxFile, pair: _Pair) -> bool:
     """Whether attention that appends in place is the only reader of the past."""
-    return len(file.consumers.get(pair.past, [])) == 1 and _appended(file, pair.past) == [(pair.present, IN_PLACE)]
-
-
-def _dimensions(item: onnx.ValueInfoProto):
-    return item.type.tensor_type.shape.dim
+    made = list(appended(file, pair.past))
+    if len(file.consumers.get(pair.past, [])) != 1 or len(made) != 1:
+        return False
+    return made[0][0] == pair.present and group_query_attention(made[0][1]) is not None
 
 
 def _rank(item: onnx.ValueInfoProto) -> int | None:
-    return len(_dimensions(item)) if item.type.tensor_type.HasField("shape") else None
+    return len(tensor_shape(item)) if item.type.tensor_type.HasField("shape") else None

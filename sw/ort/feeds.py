@@ -9,7 +9,9 @@ import onnxruntime
 
 from sw.common.errors import UserError
 from sw.common.text_files import read_json, text_directory
+from sw.graph.attention import group_query_attention, rotary_table
 from sw.graph.file import OnnxFile
+from sw.graph.nodes import TOKEN_IDS
 
 DTYPES = {
     "tensor(float)": np.float32,
@@ -17,10 +19,8 @@ DTYPES = {
     "tensor(int64)": np.int64,
     "tensor(int32)": np.int32,
 }
-COS_CACHE = 7
 LOGITS_TO_KEEP = ("num_logits_to_keep", "logits_to_keep")
 """Inputs of exports by transformers 4.45 and later: number of tokens, from the end, whose logits are needed; 0: all."""
-TOKEN_IDS = "input_ids"
 CACHE_RANK = 4
 """Number of axes of the tensors with the keys or values of past tokens; no other input of a decoder has four."""
 
@@ -107,8 +107,8 @@ def _configured_head_size(file: OnnxFile) -> int | None:
 
 def _rotary_head_size(file: OnnxFile, name: str) -> int | None:
     for node in file.consumers.get(name, []):
-        table = node.input[COS_CACHE] if len(node.input) > COS_CACHE else ""
-        if node.op_type == "GroupQueryAttention" and file.is_constant(table):
+        table = rotary_table(node)
+        if group_query_attention(node) is not None and file.is_constant(table):
             return 2 * file.shape(table, node.name)[1]
     return None
 

@@ -13,6 +13,7 @@ from sw.common.errors import UserError
 from sw.devices.base import Device
 from sw.graph.file import OnnxFile, tensor_type
 from sw.graph.linears import Linears, find_linears
+from sw.graph.nodes import logits_name
 from sw.ort.cache import KvCache
 from sw.ort.cut import Stage, cut
 from sw.ort.feeds import DTYPES, LOGITS_TO_KEEP, all_logits
@@ -20,7 +21,6 @@ from sw.ort.stages import Constants, StageSession, open_stage
 from sw.runtime.placement import Batch, place
 from sw.runtime.usage import Usage
 
-LOGITS = "logits"
 BLOCK = 64
 """Tokens of one call where no hardware says how many."""
 Progress = Callable[[int, int, str], None]
@@ -63,8 +63,7 @@ class Decoder:
             for item in file.inputs
             if item.name in LOGITS_TO_KEEP and self._inputs[item.name] in DTYPES
         }
-        outputs = [item.name for item in file.graph.output]
-        self._logits = LOGITS if LOGITS in outputs else outputs[0]
+        self._logits = logits_name(file)
         self._cache = KvCache(file, context)
         self._check_inputs()
         # (tokens, last token alone) -> tensors that such a call always has in the same place.

@@ -11,6 +11,7 @@ from sw.common.errors import UserError
 from sw.common.status_line import StatusLine
 from sw.devices import open_device
 from sw.export.resolve import resolve_model
+from sw.graph.attention import rotary_table
 from sw.graph.file import OnnxFile
 from sw.graph.linears import find_linears
 from sw.runtime import Decoder
@@ -19,8 +20,6 @@ from sw.text.folder import TextFolder, open_text
 
 LONGEST = 1 << 20
 """Tokens: more than models know what to do with, fewer than what overflows something."""
-ROTARY_TABLES = {"GroupQueryAttention": 7, "RotaryEmbedding": 2}
-"""Operators of com.microsoft -> input with the cosines of every position, [positions, head_size / 2]."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +50,8 @@ def decoder_limits(model: Path, context: int | None) -> Limits:
     if "input_ids" not in (item.name for item in file.graph.input):
         raise UserError(f"{model} is no language model: it has no input named input_ids")
     contexts = [] if context is None else [context]
-    for node in file.graph.node:
-        place = ROTARY_TABLES.get(node.op_type, len(node.input))
-        if place < len(node.input) and file.is_constant(node.input[place]):
-            contexts.append(file.shape(node.input[place], node.name)[0])
+    tables = (rotary_table(node) for node in file.graph.node)
+    contexts += [file.shape(table, table)[0] for table in tables if file.is_constant(table)]
     outputs = {item.name: item for item in file.graph.output}
     logits = outputs.get("logits", file.graph.output[0]).type.tensor_type.shape.dim
     return Limits(min(contexts, default=LONGEST), logits[-1].dim_value or None if logits else None)

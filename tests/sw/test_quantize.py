@@ -16,7 +16,6 @@ import pytest
 
 from sw import generate, perplexity, quantize
 from sw import layers as sw_layers
-from sw.awq.graph import find_sites
 from sw.awq.quantiser import LayerReport, quantise
 from sw.awq.rounding import Form, nearest
 from sw.awq.sizes import Sizes
@@ -26,6 +25,7 @@ from sw.export.autoawq import export_awq
 from sw.export.floats import float_model
 from sw.export.gguf import export_gguf
 from sw.graph.file import OnnxFile
+from sw.graph.float_linears import find_sites
 from sw.graph.linears import find_linears
 from sw.runtime.score import Score
 from sw.text.folder import read_tokenizer

@@ -10,9 +10,10 @@ import pytest
 
 from sw.awq.calibration import walk
 from sw.awq.folding import Fold, find_fold
-from sw.awq.graph import FloatSite, Group, find_sites
+from sw.awq.graph import Group
 from sw.export.floats import float_model
 from sw.graph.file import OnnxFile
+from sw.graph.float_linears import FloatSite, find_sites
 from sw.runtime import Decoder
 from tests.sw.export.test_gguf import write_gguf
 from tests.sw.fixtures.float_graphs import EXPORTERS, float_type, set_constant, write_float_graph

@@ -10,11 +10,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sw.awq.calibration import walk
-from sw.awq.graph import find_sites, group_sites
+from sw.awq.graph import group_sites
 from sw.awq.quantiser import Texts, quantise
 from sw.awq.rounding import Form
 from sw.common.errors import UserError
 from sw.graph.file import OnnxFile
+from sw.graph.float_linears import find_sites
 from sw.graph.rewrite import write_quantised
 
 HIDDEN, INNER, VOCAB = 32, 48, 64

@@ -347,6 +347,41 @@ def test_packed_layers_are_refused(tmp_path):
     )
 
 
+UNKNOWN = {
+    "neighbours": ("rotary_interleaved", "layer model.layers.0.self_attn: it rotates neighbours (rotary_interleaved)"),
+    "layers": ("num_hidden_layers", "the graph has 2 layers, and config.json says 1"),
+}
+
+
+@pytest.mark.parametrize(("key", "message"), UNKNOWN.values(), ids=UNKNOWN)
+def test_what_the_format_cannot_say(key, message, tmp_path):
+    """Readers would compute something else."""
+    path = quantised(tmp_path)
+    if key == "num_hidden_layers":
+        config = json.loads(path.with_name("config.json").read_text())
+        path.with_name("config.json").write_text(json.dumps(config | {key: 1}))
+    else:
+        model = onnx.load(path, load_external_data=False)
+        for node in model.graph.node:
+            if node.op_type == "GroupQueryAttention":
+                node.attribute.append(onnx.helper.make_attribute(key, 1))
+        onnx.save(model, path)
+    refused(path, tmp_path, message)
+
+
+def test_an_operator_in_the_way(tmp_path):
+    """It is named: a layer is not taken for what it is called."""
+    path = quantised(tmp_path)
+    model = onnx.load(path, load_external_data=False)
+    (target,) = (node for node in model.graph.node if node.name == "/model/layers.1/mlp/down_proj/MatMulNBits")
+    made = onnx.helper.make_node("Tanh", [target.input[0]], ["odd"], name="odd_one")
+    target.input[0] = "odd"
+    model.graph.node.insert(list(model.graph.node).index(target), made)
+    onnx.save(model, path)
+    expected = "has no known form of model.layers.1.mlp that can be told by its name or role: Tanh odd_one: where "
+    refused(path, tmp_path, expected + "the product of activated gate and up is expected")
+
+
 def refused(path: Path, folder: Path, message: str) -> None:
     """The error is one line, and no file remains."""
     before = sorted(item.name for item in folder.iterdir())
