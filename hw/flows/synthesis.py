@@ -17,11 +17,13 @@ from hw.spec.parts import Target
 RESOURCES = ("LUT", "FF", "DSP48E2", "BRAM36", "URAM288", "SRL")
 """What is counted. LUT is all lookup tables, those that serve as memory and the SRLs included."""
 
-_CONTAINERS = ("inside", "datapath", "core")
+MAPPED = "mapped.json"
+"""The file that passes given to :func:`run_mapping` write."""
+CONTAINERS = ("inside", "datapath", "core")
 """Submodules that are no block but hold blocks; what lies between these is counted as ``glue``."""
-_GLUE = "glue"
+GLUE = "glue"
 _MODULE = re.compile(r"^module \\(\S+)\n(.*?)^end\n", re.MULTILINE | re.DOTALL)
-_NUMBER = re.compile(r"(\$\d+|_\d+)$")
+BLOCK_NUMBER = re.compile(r"(\$\d+|_\d+)$")
 """What Amaranth puts behind a name that is taken, and what tells equal blocks from each other."""
 _CELL = re.compile(r"^  cell \\(\S+) \\(\S+)$", re.MULTILINE)
 
@@ -82,18 +84,43 @@ def count_cells(cells: dict[str, int]) -> Counter:
 def blocks_of(rtlil: str, top: str) -> dict[str, str]:
     """Module by name of each block: what the containers hold, or nothing if ``top`` is a block itself."""
     cells = {match[1]: _CELL.findall(match[2]) for match in _MODULE.finditer(rtlil)}
-    if not any(name in _CONTAINERS for _, name in cells[top]):
+    if not any(name in CONTAINERS for _, name in cells[top]):
         return {}
     found, waiting = {}, [top]
     while waiting:
         for module, name in cells[waiting.pop()]:
             if module not in cells:
                 continue
-            if name in _CONTAINERS:
+            if name in CONTAINERS:
                 waiting.append(module)
             else:
                 found[name] = module
     return found
+
+
+def run_mapping(rtlil: str, passes: str, timeout: float) -> dict[str, dict]:
+    """Run passes of yosys on a design; returns what they write about each module into the JSON file :data:`MAPPED`.
+
+    Raises
+    ------
+    LowerError : yosys failed, or took longer than ``timeout`` seconds
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source, script, out = (Path(folder, name) for name in ("design.il", "design.ys", MAPPED))
+        source.write_text(rtlil)
+        script.write_text(f"read_rtlil {source.name}\n{passes}")
+        try:
+            run = run_yosys(script, timeout)
+        except subprocess.TimeoutExpired as error:
+            raise LowerError(f"yosys did not finish within {timeout:g} s") from error
+        if run.returncode or not out.exists():
+            raise LowerError(f"yosys failed: {(run.stdout + run.stderr).strip()[-300:]}")
+        try:
+            return json.loads(out.read_text())["modules"]
+        except (ValueError, KeyError) as error:
+            # yosys does not notice when it cannot write everything.
+            place = tempfile.gettempdir()
+            raise LowerError(f"yosys wrote only a part of its output: is the disk of {place} full?") from error
 
 
 def synthesise(component: wiring.Component, target: Target, *, timeout: float = 3600) -> dict[str, Counter]:
@@ -109,23 +136,8 @@ def synthesise(component: wiring.Component, target: Target, *, timeout: float = 
     top = "top"
     text = to_rtlil(component, top, target)
     blocks = blocks_of(text, top)
-    with tempfile.TemporaryDirectory() as folder:
-        source, script, out = (Path(folder, name) for name in ("design.il", "design.ys", "design.json"))
-        source.write_text(text)
-        keep = "".join(f"setattr -mod -set keep_hierarchy 1 {module}\n" for module in sorted(set(blocks.values())))
-        script.write_text(f"read_rtlil {source.name}\n{keep}" + _PASSES.format(top=top, out=out.name))
-        try:
-            run = run_yosys(script, timeout)
-        except subprocess.TimeoutExpired as error:
-            raise LowerError(f"yosys did not finish within {timeout:g} s") from error
-        if run.returncode or not out.exists():
-            raise LowerError(f"yosys failed: {(run.stdout + run.stderr).strip()[-300:]}")
-        try:
-            found = json.loads(out.read_text())["modules"]
-        except (ValueError, KeyError) as error:
-            # yosys does not notice when it cannot write everything.
-            place = tempfile.gettempdir()
-            raise LowerError(f"yosys wrote only a part of its statistics: is the disk of {place} full?") from error
+    keep = "".join(f"setattr -mod -set keep_hierarchy 1 {module}\n" for module in sorted(set(blocks.values())))
+    found = run_mapping(text, keep + _PASSES.format(top=top, out=MAPPED), timeout)
     modules = {name.lstrip("\\"): data for name, data in found.items()}
     return _collect({name: data["num_cells_by_type"] for name, data in modules.items()}, blocks, top)
 
@@ -146,6 +158,6 @@ def _collect(modules: dict[str, dict[str, int]], blocks: dict[str, str], top: st
 
     found: dict[str, Counter] = {}
     for name, module in sorted(blocks.items()):
-        found.setdefault(_NUMBER.sub("", name), Counter()).update(inside(module))
-    found[_GLUE if blocks else top] = inside(top, frozenset(blocks.values()))
+        found.setdefault(BLOCK_NUMBER.sub("", name), Counter()).update(inside(module))
+    found[GLUE if blocks else top] = inside(top, frozenset(blocks.values()))
     return found
