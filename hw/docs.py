@@ -16,7 +16,7 @@ from amaranth.lib.wiring import Out
 from hw.interface.c_header import c_header
 from hw.interface.svd import svd
 from hw.rtl.control.register_bank import CONTROL_ADDRESS_BITS
-from hw.rtl.memory.axi import AxiSignature, lite_signature, memory_signature
+from hw.rtl.memory.axi import AxiSignature, lite_signature, read_signature, write_signature
 from hw.spec.cli import Parser, run_cli
 from hw.spec.config import MAX_N, AcceleratorConfig
 from hw.spec.control import registers
@@ -26,12 +26,13 @@ from hw.spec.control.descriptor import (
     BANK_SPAN,
     DATA_ALIGNMENT,
     DESCRIPTOR_WORDS,
-    FIELDS,
     WEIGHT_ALIGNMENT,
     Descriptor,
+    DescriptorField,
 )
 from hw.spec.control.registers import ERROR_TEXTS, REGISTERS, WINDOW_BYTES, Access, Register
 from hw.spec.memory.geometry import LayerLayout
+from hw.spec.ops import OPS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "README.md"
 TEMPLATE = PAGE.with_name("README.in.md")
@@ -89,26 +90,26 @@ def _label(name: str, width: int) -> str:
     return (name if len(name) <= width else name[0]).center(width)
 
 
-def descriptor_diagram() -> str:
-    """The descriptor's words, two characters a bit, the highest bit on the left; reserved words at its end as one."""
-    used = max(field.low + field.width for field in FIELDS)
+def descriptor_diagram(fields: Sequence[DescriptorField]) -> str:
+    """A descriptor's words, two characters a bit, the highest bit on the left; reserved words at its end as one."""
+    used = max(field.low + field.width for field in fields)
     words = -(-used // _WORD)
     inside = 2 * _WORD - 1
     marks = "".join(f"{bit:<{2 * length}}" for bit, length in ((31, 7), (24, 8), (16, 8), (8, 8), (0, 1)))
     line = f"      +{'-' * inside}+"
     lines = [f"word   {marks.rstrip()}", line]
     for word in range(words):
-        cells = reversed([_label(text, 2 * width - 1) for width, text in _cells(word)])
+        cells = reversed([_label(text, 2 * width - 1) for width, text in _cells(fields, word)])
         lines += [f"{word:5} |{'|'.join(cells)}|", line]
     if words < DESCRIPTOR_WORDS:
         lines += [f"{words}-{DESCRIPTOR_WORDS - 1} |{' ' * inside}|".rjust(len(line)), line]
     return "\n".join(lines)
 
 
-def _cells(word: int) -> Iterator[tuple[int, str]]:
+def _cells(fields: Sequence[DescriptorField], word: int) -> Iterator[tuple[int, str]]:
     """(width, text) of a word's parts from bit 0 up; the text is empty where bits are reserved."""
     bit, end = _WORD * word, _WORD * (word + 1)
-    for field in FIELDS:
+    for field in fields:
         low, high = max(field.low, bit), min(field.low + field.width, end)
         if low < high:
             if low > bit:
@@ -120,8 +121,8 @@ def _cells(word: int) -> Iterator[tuple[int, str]]:
         yield end - bit, ""
 
 
-def descriptor_table() -> str:
-    """Every field of the descriptor."""
+def descriptor_table(fields: Sequence[DescriptorField]) -> str:
+    """Every field of a descriptor."""
 
     def place(low: int, width: int) -> str:
         first, last = low // _WORD, (low + width - 1) // _WORD
@@ -129,7 +130,7 @@ def descriptor_table() -> str:
             return f"words {first} and {last}"
         return f"word {first}" + ("" if width == _WORD else f", {_bits(low % _WORD, width)}")
 
-    rows = ((f"`{field.name}`", place(field.low, field.width), field.text) for field in FIELDS)
+    rows = ((f"`{field.name}`", place(field.low, field.width), field.text) for field in fields)
     return _table(("field", "place", "meaning"), rows)
 
 
@@ -167,7 +168,8 @@ def _payload(member) -> Iterable:
 def port_table() -> str:
     """Every signal of the AXI ports."""
     rows = _signals("s_axi_ctrl", lite_signature(CONTROL_ADDRESS_BITS), {})
-    rows += _signals("m_axi_hp0", memory_signature(128, port=0), _SYMBOLIC)
+    for half in (read_signature(128), write_signature(128)):
+        rows += _signals("m_axi_hp0", half, _SYMBOLIC)
     return _table(("port, channel", "the manager drives", "the subordinate drives"), rows)
 
 
@@ -179,8 +181,8 @@ def page() -> str:
     values = {
         "registers": register_table(),
         "errors": error_table(),
-        "diagram": descriptor_diagram(),
-        "fields": descriptor_table(),
+        "diagram": "\n\n".join(descriptor_diagram(op.fields) for op in OPS.values()),
+        "fields": "\n\n".join(descriptor_table(op.fields) for op in OPS.values()),
         "example": example(),
         "ports": port_table(),
         "address_bits": ADDRESS_BITS,

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hw.spec.presets import PRESETS
+
 __all__ = ["BENCHES", "Bench"]
 
 
@@ -57,28 +59,9 @@ class Bench:
         return "/".join(self.module.split(".")[-2:])
 
 
-# The smallest hardware that still has every feature: it builds in seconds on both simulators.
-_SMALL = dict(tile=4, ports=1, port_width=64, max_tokens=5, max_k=1024)
-# Several slices in a word; one token only; few bits.
-_WIDE = dict(
-    tile=4, weight_bits=2, activation_bits=8, ports=4, port_width=128, max_tokens=1, max_k=1024, max_group_size=256
-)
-# Several beats in a word.
-_NARROW = dict(tile=16, weight_bits=8, ports=1, port_width=32, max_tokens=3, max_k=1024)
-# The widest sums, weights that do not fill a byte.
-_FIXED = dict(tile=8, weight_bits=7, zero_point="fixed", ports=2, port_width=128, max_tokens=9, max_k=2048)
-# The figures are promised for these two.
-_TILE_16 = dict(tile=16, ports=4, port_width=128, max_tokens=16, max_k=1024)
-_TILE_32 = dict(tile=32, ports=4, port_width=128, max_tokens=16, max_k=1024)
-
-# The accelerator's fewest ports that still take turns, and a row of activations in several beats.
-_TWO_PORTS = dict(tile=8, zero_point="fixed", ports=2, port_width=32, max_tokens=6, max_k=1024)
-
-# What `make bitstream BOARD=ulx3s` builds: hw.bitstream.board_config.
-_ULX3S = dict(
-    target="ecp5", tile=4, activation_bits=8, ports=1, port_width=64, max_tokens=4, max_k=128, max_group_size=32
-)
-_ULX3S_8 = dict(_ULX3S, tile=8, ports=2, port_width=128)
+_SMALL, _WIDE, _NARROW, _FIXED = (PRESETS[name] for name in ("small", "wide", "narrow", "fixed"))
+_TWO_PORTS, _TILE_16, _TILE_32 = (PRESETS[name] for name in ("two_ports", "tile16", "tile32"))
+_ULX3S, _ULX3S_8 = (dict(target="ecp5", **PRESETS[name]) for name in ("ulx3s4", "ulx3s8"))
 
 # Every value that a parameter may have occurs here, and combinations that nothing in the quick list has.
 _SWEEP = [
@@ -136,6 +119,7 @@ BENCHES: list[Bench] = [
     _bench("core", _TILE_32),
     _bench("core", _TILE_32, tb="core_speed"),
     *(_bench("activation_fetch", params) for params in (_SMALL, _TWO_PORTS, _TILE_16)),
+    _bench("first_error", _SMALL),
     _bench("watchdog", _TWO_PORTS),
     *(_bench("selftest", params) for params in (_ULX3S, _ULX3S_8)),
     *(_bench("accelerator", params) for params in (_SMALL, _TWO_PORTS, _TILE_16)),

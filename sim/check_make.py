@@ -13,7 +13,8 @@ from typing import Any
 
 from hw.spec.cli import Parser, UserError, run_cli
 from hw.spec.config import AcceleratorConfig, ConfigError
-from hw.spec.parts import BOARDS, SELFTEST_BOARDS
+from hw.spec.parts import BOARDS
+from hw.spec.presets import SELFTEST_BOARDS
 from sim.harness import SIMULATORS, SetupError, check_path
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -28,9 +28,9 @@ from hw.spec.memory.geometry import LayerLayout, ceil_div, fit_layer
 from hw.spec.memory.packing import pack
 from hw.spec.numerics.linear import Weights
 from sw.bench_decoder import measure_host, measure_qwen
+from sw.common.command_line import Parser
 from sw.common.errors import UserError, run_cli
 from sw.console.bench_report import print_tables
-from sw.console.options import Parser
 from sw.devices.base import Completion, LinearJob, result_bytes
 from sw.devices.rtl import RtlDevice
 from sw.pages.regressions import compare

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sw.common.command_line import Parser
 from sw.common.errors import UserError, run_cli
-from sw.console.options import Parser
 from sw.pages.markdown import render
 from sw.pages.store import ROOT, load, save, take
 from sw.pages.tables import TABLES

@@ -143,7 +143,7 @@ def test_files(path: Path):
         ("hw.spec.config", "from hw.rtl.core import pe"),
         ("hw.spec.config", "from ..rtl.core.pe import PE"),
         ("hw.spec.config", "from .numerics import linear"),
-        ("hw.spec.memory.geometry", "from hw.spec.control import command"),
+        ("hw.spec.memory.geometry", "from hw.spec.ops import command"),
         ("hw.spec.control.registers", "from hw.spec import manifest"),
         ("hw.rtl.core.pe", "import numpy as np"),
         ("hw.rtl.core.pe", "from sim.bench import streams"),

@@ -90,13 +90,12 @@ class SelfTest(wiring.Component):
         """All but the core."""
         m = Module()
         core, vectors = self.core, self.vectors
-        for name in ("weights", "activations"):
-            payload = getattr(core, name).payload
-            source = RomSource(len(Cat(payload)), getattr(vectors, name))
-            m.submodules[name] = source
-            stream = getattr(core, name)
+        streams = (("weights", core.weights, vectors.weights), ("activations", core.activations, vectors.activations))
+        for name, stream, words in streams:
+            width = len(Cat(stream.payload))
+            m.submodules[name] = source = RomSource(width, words)
             # Between the tables and what the core's readiness depends on.
-            fifo = SyncFIFOBuffered(width=len(Cat(payload)), depth=4)
+            fifo = SyncFIFOBuffered(width=width, depth=4)
             m.submodules[f"{name}_fifo"] = ResetInserter(restart)(fifo)
             wiring.connect(m, source.o, fifo.w_stream)
             m.d.comb += [

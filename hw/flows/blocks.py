@@ -2,17 +2,19 @@
 """Every block that can be generated on its own, and what a manifest says about one."""
 
 from collections.abc import Callable
+from itertools import product
 
 from amaranth.hdl import Shape, ShapeCastable
 from amaranth.lib import data, stream, wiring
 
 from hw.flows.selftest import selftest
 from hw.rtl.accelerator import Accelerator
+from hw.rtl.common.block import Block
 from hw.rtl.common.fifo import StreamFifo
 from hw.rtl.common.walker import TOKEN_LOOPS, CommandFork, Walker
 from hw.rtl.control.descriptor_check import DescriptorCheck
 from hw.rtl.control.dispatcher import Dispatcher
-from hw.rtl.control.faults import Watchdog
+from hw.rtl.control.faults import FirstError, Watchdog
 from hw.rtl.control.register_bank import RegisterBank
 from hw.rtl.core.activation_buffer import ActivationBuffer
 from hw.rtl.core.activation_unit import ActivationUnit
@@ -30,7 +32,7 @@ from hw.rtl.memory.activation_fetch import ActivationFetch
 from hw.rtl.memory.axi import is_axi
 from hw.rtl.memory.burst_cutter import BurstCutter
 from hw.rtl.memory.gatherer import Gatherer
-from hw.rtl.memory.read_manager import ReadManager, read_clients
+from hw.rtl.memory.read_manager import ReadClient, ReadManager, read_fifo_depths
 from hw.rtl.memory.weight_fetch import WeightFetch
 from hw.rtl.memory.write_manager import WriteManager
 from hw.spec.config import AcceleratorConfig
@@ -53,39 +55,21 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "column_control": ColumnControl,
     "drain": lambda config: Drain(config, chain_latency=config.tile),
     "fifo": lambda config: StreamFifo(StreamLayout(config).word_bits, StreamLayout(config).word_fifo_depth),
-    "read_manager": lambda config: ReadManager(config.port_width, read_clients(config)),
+    "read_manager": lambda config: ReadManager(config.port_width, read_fifo_depths(config)),
     "burst_cutter": lambda config: BurstCutter(config.port_width),
-    "weight_fetch": lambda config: WeightFetch(config, read_clients(config)["weights"]),
+    "weight_fetch": lambda config: WeightFetch(config, read_fifo_depths(config)[ReadClient.WEIGHTS]),
     "dispatcher": Dispatcher,
     "gatherer": Gatherer,
-    "write_manager": lambda config: WriteManager(config.port_width),
+    "write_manager": lambda config: WriteManager(config.port_width, clients=2),
     "register_bank": lambda config: RegisterBank(),
     "activation_fetch": ActivationFetch,
     "descriptor_check": DescriptorCheck,
+    "first_error": lambda config: FirstError(),
     "watchdog": lambda config: Watchdog(config.ports + 1),
-    "fork": lambda config: CommandFork(config, ("a", "b", "c")),
+    "fork": lambda config: CommandFork(config, users=3),
     "selftest": selftest,
     "walker": lambda config: Walker(config, TOKEN_LOOPS),
 }
-
-_PROPERTIES = (
-    "latency",
-    "hop",
-    "scale_delay",
-    "ring_delay",
-    "drain_latency",
-    "chain_latency",
-    "read_latency",
-    "read_period",
-    "write_latency",
-    "write_period",
-    "sum_latency",
-    "lead",
-    "lanes",
-    "depth",
-    "fifo_depth",
-    "word_fifo_depth",
-)
 
 
 def _fields(shape) -> dict[str, Field]:
@@ -119,16 +103,18 @@ def describe_ports(component: wiring.Component) -> tuple[dict[str, Port], dict[s
         if is_axi(member):
             # Its ports have the specification's names and need no description.
             continue
+        # Elements of an array are named as hw.flows.lower names their ports.
+        indices = product(*map(range, member.dimensions))
+        names = ["_".join([name, *map(str, index)]) for index in indices]
         if member.is_signature:
             if not isinstance(member.signature, stream.Signature):
                 raise TypeError(f"port {name} is neither a signal nor a stream")
-            streams[name] = _port(member.flow, member.signature.members["payload"].shape)
+            streams |= dict.fromkeys(names, _port(member.flow, member.signature.members["payload"].shape))
         else:
-            ports[name] = _port(member.flow, member.shape)
+            ports |= dict.fromkeys(names, _port(member.flow, member.shape))
     return ports, streams
 
 
 def describe_properties(component: wiring.Component) -> dict[str, int]:
     """The figures that a component states about itself."""
-    values = {name: getattr(component, name, None) for name in _PROPERTIES}
-    return {name: value for name, value in values.items() if isinstance(value, int)}
+    return component.properties() if isinstance(component, Block) else {}

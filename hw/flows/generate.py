@@ -9,9 +9,9 @@ from pathlib import Path
 from hw.flows.blocks import BLOCKS, describe_ports, describe_properties
 from hw.flows.lower import to_verilog
 from hw.spec.config import AcceleratorConfig, ConfigError
-from hw.spec.control.command import max_header_beats
 from hw.spec.manifest import Manifest
 from hw.spec.memory.geometry import StreamLayout
+from hw.spec.ops.command import max_header_beats
 from hw.spec.parts import TARGETS
 
 _HEADER = """\

@@ -9,14 +9,14 @@ which :mod:`hw.flows.synthesis` runs to count, finds about 2 levels less.
 import math
 import re
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 
 from amaranth.lib import wiring
 
 from hw.flows.lower import LowerError, to_rtlil
 from hw.flows.netlist import REGISTER, Netlist
-from hw.flows.synthesis import BLOCK_NUMBER, CONTAINERS, GLUE, MAPPED, run_mapping
+from hw.flows.synthesis import BLOCK_NUMBER, GLUE, MAPPED, container_names, run_mapping
 from hw.spec.parts import Target
 
 _PASSES = f"""
@@ -77,10 +77,10 @@ def measure_depth(component: wiring.Component, target: Target, *, timeout: float
     LowerError : yosys failed, took longer than ``timeout`` seconds, or used a cell that is not known here
     """
     module = run_mapping(to_rtlil(component, "top", target), _PASSES, timeout)["top"]
-    return measure_netlist(module)
+    return measure_netlist(module, container_names(component, target))
 
 
-def measure_netlist(module: Mapping, worst: int = 10) -> Depth:
+def measure_netlist(module: Mapping, containers: Collection[str] = (), worst: int = 10) -> Depth:
     """The deepest paths of a flat module.
 
     A LUT or an inverter counts 1, a CARRY4 0.12, a MUXF7 or MUXF8 0.3, the asynchronous read of a LUT memory 1.2. Paths
@@ -90,6 +90,7 @@ def measure_netlist(module: Mapping, worst: int = 10) -> Depth:
     Parameters
     ----------
     module : a module of yosys's JSON netlist; nets with the attribute :data:`REGISTER` give registers their names
+    containers : instances that are no blocks but hold blocks
     worst : how many paths to list
 
     Raises
@@ -104,7 +105,7 @@ def measure_netlist(module: Mapping, worst: int = 10) -> Depth:
         levels, name = round(arrival.get(end.net, 0.0), 2), netlist.end_name(end)
         found.levels = max(found.levels, levels)
         found.histogram[math.ceil(levels)] += 1
-        found.blocks.setdefault(_block(name), levels)
+        found.blocks.setdefault(_block(name, containers), levels)
         if len(alike) < worst:
             path = _trace(netlist, before, end.net, name, levels)
             alike.setdefault((_NUMBER.sub("*", path.start), _NUMBER.sub("*", path.end)), path)
@@ -143,9 +144,9 @@ def _trace(netlist: Netlist, before: Mapping[int, tuple[int, str]], net: int, en
     return DeepPath(levels, netlist.start_name(net), end, tuple(reversed(through)))
 
 
-def _block(name: str) -> str:
+def _block(name: str, containers: Collection[str]) -> str:
     """The block that a register is in: the first part of its name that is no container, without a number."""
     parts = name.split(".")[:-1]
-    while parts and parts[0] in CONTAINERS:
+    while parts and parts[0] in containers:
         parts.pop(0)
     return BLOCK_NUMBER.sub("", parts[0]) if parts else GLUE

@@ -27,6 +27,10 @@ _ATTRIBUTE = re.compile(r"^ *\(\* (?!ram_style)[^\n]*\*\)\n|\(\* (?!ram_style)[^
 """What yosys notes for itself; where a memory belongs is all that others need."""
 _DUMPED = "Dumping module "
 """What yosys prints for each module that it writes."""
+INSIDE = "inside"
+"""Name of a component with AXI ports within the module that takes its channels apart."""
+_MEMORY_PORT, _MEMORY_HALVES = "hp", ("reads", "write")
+"""Members of the accelerator that are halves of memory ports, and how those are named: hp0, hp1 ..."""
 _TIMEOUT = 300
 """Seconds that yosys may take; tile 32 takes about 10."""
 
@@ -52,6 +56,11 @@ def _direction(flow: wiring.Flow) -> PortDirection:
     return PortDirection.Input if flow == wiring.In else PortDirection.Output
 
 
+def _axi_name(name: str, index: int = 0) -> str:
+    """What an AXI port is called between the prefix and the channel: the memory's halves after the KV260's ports."""
+    return f"{_MEMORY_PORT}{index}" if name in _MEMORY_HALVES else name
+
+
 class _AxiPorts(Elaboratable):
     """A component with its AXI channels taken apart, so that tools recognise the interfaces by their ports' names.
 
@@ -63,19 +72,23 @@ class _AxiPorts(Elaboratable):
         self.component = component
         self.ports: dict[str, tuple] = {}
         self._parts: list[tuple] = []
-        axi = {name for name, member in component.signature.members.items() if is_axi(member)}
-        others = wiring.Signature({n: m for n, m in component.signature.members.items() if n not in axi})
-        for path, member, value in others.flatten(component):
-            self._add("_".join(map(str, path)), value, member.flow)
-        for name in sorted(axi):
-            port = component.signature.members[name]
-            for (channel, part), member, value in port.signature.flatten(getattr(component, name)):
-                prefix = f"{'m' if port.flow == wiring.Out else 's'}_axi_{name}_{channel}"
-                if part == "payload":
-                    for field, _ in member.shape:
-                        self._add(f"{prefix}{field}", value[field], member.flow)
-                else:
-                    self._add(f"{prefix}{part}", value, member.flow)
+        members = component.signature.members
+        axi = [name for name, member in members.items() if is_axi(member)]
+        channels = []
+        for path, member, value in component.signature.flatten(component):
+            if path[0] not in axi:
+                self._add("_".join(map(str, path)), value, member.flow)
+                continue
+            (*port, channel, part), side = path, "m" if members[path[0]].flow == wiring.Out else "s"
+            channels.append((_axi_name(*port), side, channel, part, member, value))
+        # The channels of a port together, also where its halves are two members.
+        for name, side, channel, part, member, value in sorted(channels, key=lambda item: item[0]):
+            prefix = f"{side}_axi_{name}_{channel}"
+            if part == "payload":
+                for field, _ in member.shape:
+                    self._add(f"{prefix}{field}", value[field], member.flow)
+            else:
+                self._add(f"{prefix}{part}", value, member.flow)
 
     def _add(self, name: str, value, flow: wiring.Flow) -> None:
         value = Value.cast(value)
@@ -85,7 +98,7 @@ class _AxiPorts(Elaboratable):
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        m.submodules.inside = self.component
+        m.submodules[INSIDE] = self.component
         m.d.comb += [target.eq(source) for target, source in self._parts]
         return m
 

@@ -9,10 +9,10 @@ from amaranth.lib import wiring
 from hw.boards.selftest import SelfTest, Vectors
 from hw.rtl.core.core import Core
 from hw.spec.config import EXPONENT_BITS, FIXED_ZERO_POINT_BITS, FLOAT_BITS, AcceleratorConfig, ConfigError
-from hw.spec.control.command import LayerCommand
 from hw.spec.memory.geometry import fit_layer
 from hw.spec.memory.packing import pack
 from hw.spec.numerics.linear import Activations, Weights, linear
+from hw.spec.ops.command import LayerCommand
 
 _GROUP_SIZE = 32
 _GROUPS = 4

@@ -6,12 +6,15 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
+from amaranth.hdl import Fragment
 from amaranth.lib import wiring
 
-from hw.flows.lower import LowerError, to_rtlil
+from hw.flows.lower import INSIDE, LowerError, to_rtlil
 from hw.flows.tools import run_yosys
+from hw.rtl.common.block import Block
 from hw.spec.parts import Target
 
 RESOURCES = ("LUT", "FF", "DSP48E2", "BRAM36", "URAM288", "SRL")
@@ -19,9 +22,8 @@ RESOURCES = ("LUT", "FF", "DSP48E2", "BRAM36", "URAM288", "SRL")
 
 MAPPED = "mapped.json"
 """The file that passes given to :func:`run_mapping` write."""
-CONTAINERS = ("inside", "datapath", "core")
-"""Submodules that are no block but hold blocks; what lies between these is counted as ``glue``."""
 GLUE = "glue"
+"""What lies between the blocks of containers."""
 _MODULE = re.compile(r"^module \\(\S+)\n(.*?)^end\n", re.MULTILINE | re.DOTALL)
 BLOCK_NUMBER = re.compile(r"(\$\d+|_\d+)$")
 """What Amaranth puts behind a name that is taken, and what tells equal blocks from each other."""
@@ -81,17 +83,28 @@ def count_cells(cells: dict[str, int]) -> Counter:
     return total
 
 
-def blocks_of(rtlil: str, top: str) -> dict[str, str]:
+def container_names(component: wiring.Component, target: Target | None) -> set[str]:
+    """Names of the submodules that only hold blocks: what a component with AXI ports is in, and all that say so."""
+    found, waiting = {INSIDE}, [Fragment.get(component, target)]
+    while waiting:
+        for fragment, name, _ in waiting.pop().subfragments:
+            if any(isinstance(origin, Block) and origin.container for origin in fragment.origins or ()):
+                found.add(name)
+                waiting.append(fragment)
+    return found
+
+
+def blocks_of(rtlil: str, top: str, containers: Collection[str]) -> dict[str, str]:
     """Module by name of each block: what the containers hold, or nothing if ``top`` is a block itself."""
     cells = {match[1]: _CELL.findall(match[2]) for match in _MODULE.finditer(rtlil)}
-    if not any(name in CONTAINERS for _, name in cells[top]):
+    if not any(name in containers for _, name in cells[top]):
         return {}
     found, waiting = {}, [top]
     while waiting:
         for module, name in cells[waiting.pop()]:
             if module not in cells:
                 continue
-            if name in CONTAINERS:
+            if name in containers:
                 waiting.append(module)
             else:
                 found[name] = module
@@ -135,7 +148,7 @@ def synthesise(component: wiring.Component, target: Target, *, timeout: float = 
     """
     top = "top"
     text = to_rtlil(component, top, target)
-    blocks = blocks_of(text, top)
+    blocks = blocks_of(text, top, container_names(component, target))
     keep = "".join(f"setattr -mod -set keep_hierarchy 1 {module}\n" for module in sorted(set(blocks.values())))
     found = run_mapping(text, keep + _PASSES.format(top=top, out=MAPPED), timeout)
     modules = {name.lstrip("\\"): data for name, data in found.items()}

@@ -1,39 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
 """The accelerator: registers, datapath, and what keeps the two in order. This is what a board gets."""
 
-from amaranth.hdl import Cat, ClockDomain, ClockSignal, Const, DomainRenamer, Module, ResetSignal, Signal
-from amaranth.lib import wiring
+from amaranth.hdl import Cat, ClockDomain, ClockSignal, DomainRenamer, Module, ResetSignal, Signal
+from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
-from hw.rtl.control.faults import FirstError, Watchdog
-from hw.rtl.control.performance import COUNTED, PerformanceCounters
+from hw.rtl.common.block import Block
+from hw.rtl.control.faults import FirstError, Watchdog, fault_layout
+from hw.rtl.control.performance import PerformanceCounters
 from hw.rtl.control.register_bank import CONTROL_ADDRESS_BITS, RegisterBank
 from hw.rtl.control.supervisor import Supervisor
 from hw.rtl.datapath import Datapath
-from hw.rtl.memory.axi import lite_signature, memory_signature
+from hw.rtl.memory.axi import lite_signature, read_signature, write_signature
 from hw.spec.config import AcceleratorConfig
-from hw.spec.control.registers import COMPLETIONS, IDENTIFICATION, QUEUE_DEPTH, VERSION, ErrorCode, config_digest
+from hw.spec.control.registers import (
+    BY_NAME,
+    COMPLETIONS,
+    EVENTS,
+    IDENTIFICATION,
+    QUEUE_DEPTH,
+    VERSION,
+    ErrorCode,
+    config_digest,
+)
 from hw.spec.memory.access import OUTSTANDING
 
 
-class Accelerator(wiring.Component):
+class Accelerator(Block):
     """Takes descriptors over its registers and executes them; :mod:`hw.spec.control` describes both.
 
     Members
     -------
     ctrl : AXI4-Lite, 32 bits, the registers
-    hp<p> : AXI4, ``port_width`` bits, memory; all read, and hp0 also writes
+    reads, write : AXI4, ``port_width`` bits, memory: the read halves of all ports hp0, hp1 ..., the write half of hp0
     irq : interrupt, level
 
     Throughput: that of the core, see :class:`hw.rtl.core.core.Core`, as long as memory keeps up. Every output is a
     register or depends on registers alone.
     """
 
+    container = True
+
     def __init__(self, config: AcceleratorConfig):
         self.config = config
-        width = config.port_width
-        ports = {f"hp{p}": Out(memory_signature(width, p)) for p in range(config.ports)}
-        super().__init__({"ctrl": In(lite_signature(CONTROL_ADDRESS_BITS)), **ports, "irq": Out(1)})
+        super().__init__(
+            {
+                "ctrl": In(lite_signature(CONTROL_ADDRESS_BITS)),
+                "reads": Out(read_signature(config.port_width)).array(config.ports),
+                "write": Out(write_signature(config.port_width)),
+                "irq": Out(1),
+            }
+        )
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.common.block.Block`."""
+        return {"most_in_flight": Datapath.most_in_flight}
 
     def elaborate(self, platform) -> Module:
         m = Module()
@@ -42,12 +63,12 @@ class Accelerator(wiring.Component):
         m.submodules.bank = bank = RegisterBank()
         datapath = Datapath(self.config)
         m.submodules.datapath = DomainRenamer("datapath")(datapath)
-        m.submodules.supervisor = supervisor = Supervisor()
+        m.submodules.supervisor = supervisor = Supervisor(datapath.most_in_flight)
         reset = Signal(init=1)
         m.d.sync += reset.eq(supervisor.clear)
         m.d.comb += [ClockSignal("datapath").eq(ClockSignal()), ResetSignal("datapath").eq(reset)]
-        for port in range(self.config.ports):
-            wiring.connect(m, getattr(datapath, f"hp{port}"), wiring.flipped(getattr(self, f"hp{port}")))
+        for inside, outside in zip((*datapath.reads, datapath.write), (*self.reads, self.write), strict=True):
+            wiring.connect(m, inside, wiring.flipped(outside))
         wiring.connect(m, wiring.flipped(self.ctrl), bank.ctrl)
         m.d.comb += [
             supervisor.reset.eq(bank.control.reset),
@@ -65,56 +86,44 @@ class Accelerator(wiring.Component):
 
     def _find_faults(self, m: Module, bank: RegisterBank, datapath: Datapath, supervisor: Supervisor) -> FirstError:
         """Every error, with what it knows about its place."""
-        ports = range(self.config.ports)
-        m.submodules.watchdog = watchdog = Watchdog(self.config.ports + 1)
-        memory = [getattr(self, f"hp{port}") for port in ports]
-        reads = [port.r.valid | (port.ar.valid & port.ar.ready) for port in memory]
-        write = Cat(self.hp0.b.valid, *(c.valid & c.ready for c in (self.hp0.aw, self.hp0.w))).any()
-        owed = [getattr(datapath, f"reads_under_way_{port}") != 0 for port in ports]
-        sources = (
-            *(ErrorCode.READ_BUS, ErrorCode.WRITE_BUS, ErrorCode.READ_TIMEOUT, ErrorCode.WRITE_TIMEOUT),
-            *(ErrorCode.UNDERRUN, ErrorCode.NON_FINITE, ErrorCode.EXPONENT),
-        )
-        first = FirstError(sources)
+        first = FirstError()
         m.submodules.first_error = DomainRenamer("datapath")(first)
+        late_read, late_write = self._watch(m, bank, datapath)
         m.d.comb += [
-            watchdog.timeout.eq(bank.timeout),
-            watchdog.owes.eq(Cat(*owed, datapath.writes_under_way != 0)),
-            watchdog.progress.eq(Cat(*reads, write)),
             first.refused.eq(datapath.refused),
+            *(first.faults[code].eq(datapath.faults[code]) for code in ErrorCode),
+            first.faults[ErrorCode.READ_TIMEOUT].eq(late_read),
+            first.faults[ErrorCode.WRITE_TIMEOUT].eq(late_write),
+            supervisor.code.eq(first.code),
         ]
-        late_reads = Signal(self.config.ports)
-        m.d.comb += late_reads.eq(watchdog.late[:-1])
-        for code, raised, address in (
-            (ErrorCode.READ_BUS, datapath.read_error, datapath.read_address),
-            (ErrorCode.WRITE_BUS, datapath.write_error, datapath.write_address),
-            (ErrorCode.READ_TIMEOUT, late_reads.any(), self._late_address(m, datapath, late_reads)),
-            (ErrorCode.WRITE_TIMEOUT, watchdog.late[-1], datapath.oldest_write),
-            (ErrorCode.UNDERRUN, datapath.underrun, Const(0)),
-            (ErrorCode.NON_FINITE, datapath.non_finite, datapath.activations_address),
-            (ErrorCode.EXPONENT, datapath.out_of_range, datapath.activations_address),
-        ):
-            source = getattr(first, code.name.lower())
-            m.d.comb += [source.raised.eq(raised), source.address.eq(address)]
-        m.d.comb += supervisor.code.eq(first.code)
         return first
 
-    def _late_address(self, m: Module, datapath: Datapath, late: Signal) -> Signal:
-        address = Signal.like(datapath.oldest_0, name="late_address")
-        for port in reversed(range(self.config.ports)):
-            with m.If(late[port]):
-                m.d.comb += address.eq(getattr(datapath, f"oldest_{port}"))
-        return address
+    def _watch(self, m: Module, bank: RegisterBank, datapath: Datapath) -> tuple[data.View, data.View]:
+        """Read and write bursts that memory has not answered in time."""
+        m.submodules.watchdog = watchdog = Watchdog(self.config.ports + 1)
+        reads = [port.r.valid | (port.ar.valid & port.ar.ready) for port in self.reads]
+        write = Cat(self.write.b.valid, *(c.valid & c.ready for c in (self.write.aw, self.write.w))).any()
+        late_read, late_write = Signal(fault_layout()), Signal(fault_layout())
+        m.d.comb += [
+            watchdog.timeout.eq(bank.timeout),
+            watchdog.owes.eq(Cat(port.bursts != 0 for port in (*datapath.reads_owed, datapath.write_owed))),
+            watchdog.progress.eq(Cat(*reads, write)),
+            late_read.raised.eq(watchdog.late[:-1].any()),
+            late_write.raised.eq(watchdog.late[-1]),
+            late_write.address.eq(datapath.write_owed.oldest),
+        ]
+        # Of several late ports the first is reported.
+        for late, owed in reversed(list(zip(watchdog.late, datapath.reads_owed))):
+            with m.If(late):
+                m.d.comb += late_read.address.eq(owed.oldest)
+        return late_read, late_write
 
     def _count(self, m: Module, bank: RegisterBank, datapath: Datapath, supervisor: Supervisor) -> None:
         m.submodules.counters = counters = PerformanceCounters()
         m.d.comb += [
             counters.clear.eq(bank.control.clear_counters),
-            counters.count_busy.eq(supervisor.running),
-            counters.count_beats.eq(datapath.beat),
-            counters.count_starved_weights.eq(datapath.starved_weights),
-            counters.count_starved_activations.eq(datapath.starved_activations),
-            counters.count_starved_output.eq(datapath.starved_output),
+            counters.events.eq(datapath.events),
+            counters.events.busy.eq(supervisor.running),
             counters.complete.eq(datapath.complete),
             counters.restart.eq(supervisor.clear),
             counters.index.eq(bank.completion_cycles_index),
@@ -122,7 +131,7 @@ class Accelerator(wiring.Component):
             bank.cycles.eq(counters.cycles),
             bank.completed.eq(counters.completed),
             bank.started.eq(counters.started),
-            *(getattr(bank, name).eq(getattr(counters, name)) for name in COUNTED),
+            *(bank.register(event).eq(counters.counts[event]) for event in EVENTS),
         ]
 
     def _report(
@@ -145,13 +154,12 @@ class Accelerator(wiring.Component):
             bank.status.queued.eq(datapath.queued),
             bank.error_code.eq(error.code),
             bank.error_address.eq(error.address),
-            bank.writes_under_way.eq(datapath.writes_under_way),
+            bank.writes_under_way.eq(datapath.write_owed.bursts),
             bank.forget.eq(supervisor.clear),
             bank.set_interrupt_pending.done.eq(datapath.complete & datapath.complete_interrupt),
             bank.set_interrupt_pending.error.eq(failed & ~had_failed),
         ]
-        for port in range(self.config.ports):
-            field = getattr(bank.reads_under_way, f"port_{port}")
-            m.d.comb += field.eq(getattr(datapath, f"reads_under_way_{port}"))
+        for field, owed in zip(BY_NAME["reads_under_way"].fields, datapath.reads_owed):
+            m.d.comb += bank.reads_under_way[field.name].eq(owed.bursts)
         pending = bank.interrupt_pending.as_value() & bank.interrupt_enable.as_value()
         m.d.sync += self.irq.eq(pending.any())

@@ -1,76 +1,73 @@
 # SPDX-License-Identifier: Apache-2.0
 """The datapath: everything between the descriptor queue and the memory ports."""
 
-from amaranth.hdl import Cat, Module
+from amaranth.hdl import Cat, Module, Signal
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.common.block import Block
 from hw.rtl.common.fifo import StreamFifo
 from hw.rtl.control.descriptor_check import ERROR_BITS, DescriptorCheck, descriptor_layout
 from hw.rtl.control.dispatcher import Dispatcher
+from hw.rtl.control.faults import fault_layout
+from hw.rtl.control.performance import event_layout
 from hw.rtl.core.activation_unit import ActivationUnit
 from hw.rtl.core.core import Core
 from hw.rtl.memory.activation_fetch import ActivationFetch
-from hw.rtl.memory.axi import ADDRESS_BITS, memory_signature
+from hw.rtl.memory.axi import ADDRESS_BITS, owed_layout, read_signature, write_signature
 from hw.rtl.memory.burst_cutter import max_burst_beats
 from hw.rtl.memory.gatherer import Gatherer
-from hw.rtl.memory.read_manager import ReadManager, read_clients
+from hw.rtl.memory.read_manager import ReadClient, ReadManager, read_fifo_depths
 from hw.rtl.memory.weight_fetch import WeightFetch
-from hw.rtl.memory.write_manager import WriteManager
+from hw.rtl.memory.write_manager import WriteClient, WriteManager
 from hw.spec.config import AcceleratorConfig
-from hw.spec.control.registers import QUEUE_DEPTH
+from hw.spec.control.registers import QUEUE_DEPTH, ErrorCode
 from hw.spec.memory.access import OUTSTANDING, WEIGHT_BURSTS_AHEAD
 
 
-class Datapath(wiring.Component):
+class Datapath(Block):
     """Executes descriptors: reads activations and weights, computes, writes results.
 
     Members
     -------
     descriptors : what to do
-    hp<p> : memory ports; all read, and the first one also writes
+    reads : the read halves of the memory ports
+    write : the write half of the first memory port
     halt : move nothing more but what the bus is owed
     quiet : the bus is owed nothing
     queued : descriptors not yet looked at
     complete : a descriptor's results are in memory; one cycle
     complete_interrupt : with it: the descriptor asked for an interrupt
     refused : error code of the descriptor that ended the work, or 0
-    non_finite, out_of_range : the activations at ``activations_address`` ended the work
-    read_error, write_error, read_address, write_address : a bus error, one cycle, and its burst
-    underrun : see :class:`hw.rtl.core.core.Core`
-    beat : a beat of weights entered the core
-    starved_weights, starved_activations, starved_output : nothing moved in the core, and why
-    reads_under_way_<p>, writes_under_way : bursts not yet answered
-    oldest_<p>, oldest_write : the address of the oldest of them
+    faults : indexed by :class:`hw.spec.control.registers.ErrorCode`, bus errors for one cycle with their bursts'
+        addresses, activations that ended the work with theirs, an underrun (:class:`hw.rtl.core.core.Core`)
+    events : what the counters count, without ``busy``: a beat of weights entered the core, or nothing moved, and why
+    reads_owed, write_owed : what memory owes each read port and the write port
     """
+
+    container = True
+    most_in_flight = QUEUE_DEPTH + sum(
+        stage.most_in_flight for stage in (DescriptorCheck, Dispatcher, Gatherer, WriteManager)
+    )
+    """Descriptors that the queue holds, and all that may lie between it and their last acknowledgement."""
 
     def __init__(self, config: AcceleratorConfig):
         self.config = config
-        count = Out(range(OUTSTANDING + 1))
-        flags = (
-            *("quiet", "complete", "complete_interrupt", "non_finite", "out_of_range", "read_error", "write_error"),
-            *("underrun", "beat", "starved_weights", "starved_activations", "starved_output"),
-        )
-        ports = {}
-        for port in range(config.ports):
-            ports |= {
-                f"hp{port}": Out(memory_signature(config.port_width, port)),
-                f"reads_under_way_{port}": count,
-                f"oldest_{port}": Out(ADDRESS_BITS),
-            }
         super().__init__(
             {
                 "descriptors": In(stream.Signature(descriptor_layout())),
-                **ports,
+                "reads": Out(read_signature(config.port_width)).array(config.ports),
+                "write": Out(write_signature(config.port_width)),
                 "halt": In(1),
-                **dict.fromkeys(flags, Out(1)),
+                "quiet": Out(1),
                 "queued": Out(range(QUEUE_DEPTH + 1)),
+                "complete": Out(1),
+                "complete_interrupt": Out(1),
                 "refused": Out(ERROR_BITS),
-                "activations_address": Out(ADDRESS_BITS),
-                "read_address": Out(ADDRESS_BITS),
-                "write_address": Out(ADDRESS_BITS),
-                "writes_under_way": count,
-                "oldest_write": Out(ADDRESS_BITS),
+                "faults": Out(fault_layout()).array(len(ErrorCode)),
+                "events": Out(event_layout()),
+                "reads_owed": Out(owed_layout(OUTSTANDING)).array(config.ports),
+                "write_owed": Out(owed_layout(OUTSTANDING)),
             }
         )
 
@@ -94,25 +91,27 @@ class Datapath(wiring.Component):
             layer.ready.eq(unit.command.ready),
         ]
         # Where the layer in the unit comes from, for the error register.
+        activations_address = Signal(ADDRESS_BITS)
         with m.If(layer.valid & layer.ready & ~layer.payload.command.reuse):
-            m.d.sync += self.activations_address.eq(layer.payload.address)
+            m.d.sync += activations_address.eq(layer.payload.address)
+        owed = (*self.reads_owed, self.write_owed)
         m.d.comb += [
             self.queued.eq(queue.level),
             self.refused.eq(check.error),
-            self.non_finite.eq(unit.non_finite),
-            self.out_of_range.eq(unit.out_of_range),
-            self.underrun.eq(core.underrun),
+            self.faults[ErrorCode.NON_FINITE].raised.eq(unit.non_finite),
+            self.faults[ErrorCode.EXPONENT].raised.eq(unit.out_of_range),
+            self.faults[ErrorCode.UNDERRUN].raised.eq(core.underrun),
+            *(self.faults[code].address.eq(activations_address) for code in (ErrorCode.NON_FINITE, ErrorCode.EXPONENT)),
+            self.quiet.eq(~Cat(port.bursts != 0 for port in owed).any()),
         ]
-        readers = self._read(m, dispatcher, unit, core)
-        writer = self._write(m, dispatcher, core)
-        offered = [reader.under_way != 0 for reader in readers]
-        m.d.comb += self.quiet.eq(~Cat(*offered, writer.under_way != 0).any())
+        self._read(m, dispatcher, unit, core)
+        self._write(m, dispatcher, core)
         self._watch(m, core)
         return m
 
-    def _read(self, m: Module, dispatcher: Dispatcher, unit: ActivationUnit, core: Core) -> list[ReadManager]:
+    def _read(self, m: Module, dispatcher: Dispatcher, unit: ActivationUnit, core: Core) -> None:
         """Activations in turn from all ports, weights from all ports in step."""
-        config, clients = self.config, read_clients(self.config)
+        config, depths = self.config, read_fifo_depths(self.config)
         m.submodules.activation_fetch = activations = ActivationFetch(config)
         ahead = WEIGHT_BURSTS_AHEAD * max_burst_beats(config.port_width)
         m.submodules.weight_fetch = weights = WeightFetch(config, ahead)
@@ -125,46 +124,39 @@ class Datapath(wiring.Component):
             # After a fault nothing enters the core: what memory gave may be wrong.
             weights.halt.eq(self.halt),
         ]
-        readers = []
+        fault = self.faults[ErrorCode.READ_BUS]
         for port in range(config.ports):
-            m.submodules[f"reader_{port}"] = reader = ReadManager(config.port_width, clients, OUTSTANDING)
-            outside = getattr(self, f"hp{port}")
-            wiring.connect(m, reader.axi.ar, wiring.flipped(outside.ar))
-            wiring.connect(m, wiring.flipped(outside.r), reader.axi.r)
-            for client, fetch in (("activations", activations), ("weights", weights)):
-                wiring.connect(m, getattr(fetch, f"bursts_{port}"), getattr(reader, f"{client}_bursts"))
-                wiring.connect(m, getattr(reader, f"{client}_beats"), getattr(fetch, f"beats_{port}"))
+            m.submodules[f"reader_{port}"] = reader = ReadManager(config.port_width, depths, OUTSTANDING)
+            wiring.connect(m, reader.axi, wiring.flipped(self.reads[port]))
+            for client, fetch in ((ReadClient.ACTIVATIONS, activations), (ReadClient.WEIGHTS, weights)):
+                wiring.connect(m, fetch.bursts[port], reader.bursts[client])
+                wiring.connect(m, reader.beats[client], fetch.port_beats[port])
             m.d.comb += [
                 reader.halt.eq(self.halt),
-                getattr(self, f"reads_under_way_{port}").eq(reader.under_way),
-                getattr(self, f"oldest_{port}").eq(reader.oldest),
+                self.reads_owed[port].bursts.eq(reader.under_way),
+                self.reads_owed[port].oldest.eq(reader.oldest),
             ]
             with m.If(reader.error):
-                m.d.comb += [self.read_error.eq(1), self.read_address.eq(reader.error_address)]
-            readers.append(reader)
-        return readers
+                m.d.comb += [fault.raised.eq(1), fault.address.eq(reader.error_address)]
 
-    def _write(self, m: Module, dispatcher: Dispatcher, core: Core) -> WriteManager:
-        config = self.config
+    def _write(self, m: Module, dispatcher: Dispatcher, core: Core) -> None:
+        config, fault = self.config, self.faults[ErrorCode.WRITE_BUS]
         m.submodules.gatherer = gatherer = Gatherer(config)
-        m.submodules.writer = writer = WriteManager(config.port_width, OUTSTANDING)
+        m.submodules.writer = writer = WriteManager(config.port_width)
         wiring.connect(m, dispatcher.jobs, gatherer.job)
         wiring.connect(m, core.results, gatherer.results)
-        wiring.connect(m, gatherer.pieces, writer.pieces)
-        wiring.connect(m, gatherer.beats, writer.beats)
-        for channel in ("aw", "w"):
-            wiring.connect(m, getattr(writer.axi, channel), wiring.flipped(getattr(self.hp0, channel)))
-        wiring.connect(m, wiring.flipped(self.hp0.b), writer.axi.b)
+        wiring.connect(m, gatherer.pieces, writer.pieces[WriteClient.RESULTS])
+        wiring.connect(m, gatherer.beats, writer.beats[WriteClient.RESULTS])
+        wiring.connect(m, writer.axi, wiring.flipped(self.write))
         m.d.comb += [
             writer.halt.eq(self.halt),
             self.complete.eq(writer.complete & ~self.halt),
             self.complete_interrupt.eq(writer.complete_interrupt),
-            self.write_error.eq(writer.error),
-            self.write_address.eq(writer.error_address),
-            self.writes_under_way.eq(writer.under_way),
-            self.oldest_write.eq(writer.oldest),
+            fault.raised.eq(writer.error),
+            fault.address.eq(writer.error_address),
+            self.write_owed.bursts.eq(writer.under_way),
+            self.write_owed.oldest.eq(writer.oldest),
         ]
-        return writer
 
     def _watch(self, m: Module, core: Core) -> None:
         """What the counters count, a cycle late. One cause a cycle: the one that is farthest down the stream."""
@@ -172,8 +164,8 @@ class Datapath(wiring.Component):
         waits = ~moves & ~core.works
         wants_beat = core.weights.ready & ~core.weights.valid
         m.d.sync += [
-            self.beat.eq(moves),
-            self.starved_output.eq(waits & core.waits_output),
-            self.starved_activations.eq(waits & core.waits_activations & ~core.waits_output),
-            self.starved_weights.eq(waits & wants_beat & ~core.waits_activations & ~core.waits_output),
+            self.events.beats.eq(moves),
+            self.events.starved_output.eq(waits & core.waits_output),
+            self.events.starved_activations.eq(waits & core.waits_activations & ~core.waits_output),
+            self.events.starved_weights.eq(waits & wants_beat & ~core.waits_activations & ~core.waits_output),
         ]

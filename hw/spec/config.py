@@ -3,8 +3,9 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
+from typing import Any
 
 SCALE_BITS = 16
 """Bits of a scale mantissa ``sm``, signed."""
@@ -21,20 +22,49 @@ MAX_N = 1 << 18
 MAX_SUM_BITS = 64
 """Widest accumulator: numpy's int64 is the definition of the numerics."""
 
-_CHOICES = {
-    "tile": (4, 8, 16, 32),
-    "weight_bits": tuple(range(2, 9)),
-    "activation_bits": tuple(range(8, 17)),
-    "zero_point": ("integer", "fixed"),
-    "ports": (1, 2, 4),
-    "port_width": (32, 64, 128),
-    "max_group_size": (32, 64, 128, 256),
-}
-_RANGES = {"max_tokens": (1, 64), "max_k": (32, 32_768)}
-
 
 class ConfigError(ValueError):
     """A value that no accelerator, or not this one, can be built or used with. The message names rule and value."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A parameter that has one of a few values."""
+
+    text: str
+    values: tuple[int, ...] | tuple[str, ...]
+
+    def check(self, name: str, value: object) -> None:
+        """Raises ConfigError unless the value is one of them."""
+        if type(value) is not type(self.values[0]) or value not in self.values:
+            raise ConfigError(f"{name} is one of {', '.join(map(str, self.values))}, not {value!r}")
+
+    def __str__(self) -> str:
+        first, last = self.values[0], self.values[-1]
+        if isinstance(first, int) and self.values == tuple(range(first, first + len(self.values))):
+            return f"{first} to {last}"
+        return f"{', '.join(map(str, self.values[:-1]))} or {last}"
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A parameter that is a whole number within bounds."""
+
+    text: str
+    low: int
+    high: int
+
+    def check(self, name: str, value: object) -> None:
+        """Raises ConfigError unless the value is within the bounds."""
+        if isinstance(value, bool) or not isinstance(value, int) or not self.low <= value <= self.high:
+            raise ConfigError(f"{name} is a whole number from {self.low} to {self.high:,}, not {value!r}")
+
+    def __str__(self) -> str:
+        return f"{self.low} to {self.high:,}"
+
+
+def _parameter(default: Any, rule: Choice | Limit) -> Any:
+    return field(default=default, metadata={"rule": rule})
 
 
 def signed_bits(bound: int) -> int:
@@ -63,25 +93,26 @@ class AcceleratorConfig:
     ConfigError : a value outside its rule; the message names the rule and the value
     """
 
-    tile: int = 16
-    weight_bits: int = 4
-    activation_bits: int = 16
-    zero_point: str = "integer"
-    ports: int = 4
-    port_width: int = 128
-    max_tokens: int = 16
-    max_k: int = 8192
-    max_group_size: int = 128
+    tile: int = _parameter(16, Choice("rows and columns of the systolic array", (4, 8, 16, 32)))
+    weight_bits: int = _parameter(4, Choice("bits of a weight", tuple(range(2, 9))))
+    activation_bits: int = _parameter(16, Choice("bits of an activation mantissa", tuple(range(8, 17))))
+    zero_point: str = _parameter(
+        "integer",
+        Choice(
+            "zero points, fixed with 11 fraction bits for GGUF Q4_1 and other float zero points", ("integer", "fixed")
+        ),
+    )
+    ports: int = _parameter(4, Choice("weight ports", (1, 2, 4)))
+    port_width: int = _parameter(128, Choice("bits of a weight port", (32, 64, 128)))
+    max_tokens: int = _parameter(16, Limit("most tokens of one layer", 1, 64))
+    max_k: int = _parameter(8192, Limit("most in_features of one layer", 32, 32_768))
+    max_group_size: int = _parameter(
+        128, Choice("longest group the accumulators hold; the packer splits longer ones", (32, 64, 128, 256))
+    )
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if type(value) is not type(choices[0]) or value not in choices:
-                raise ConfigError(f"{name} is one of {', '.join(map(str, choices))}, not {value!r}")
-        for name, (low, high) in _RANGES.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise ConfigError(f"{name} is a whole number from {low} to {high:,}, not {value!r}")
+        for name, rule in RULES.items():
+            rule.check(name, getattr(self, name))
         if self.max_k % self.tile:
             raise ConfigError(f"max_k is a multiple of the tile ({self.tile}), not {self.max_k}")
         if self.sum_bits > MAX_SUM_BITS:
@@ -195,3 +226,14 @@ class AcceleratorConfig:
     def digest(self) -> str:
         """SHA-256 of the parameters, 64 hexadecimal digits: software refuses hardware of another config by it."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+RULES: dict[str, Choice | Limit] = {item.name: item.metadata["rule"] for item in fields(AcceleratorConfig)}
+"""What each parameter may be, and what it is."""
+
+
+def choices(name: str) -> tuple:
+    """The values that a parameter may have, of those that have one of a few."""
+    rule = RULES[name]
+    assert isinstance(rule, Choice)
+    return rule.values

@@ -1,37 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """The performance model: how many cycles a layer takes, before any hardware is built.
 
-Memory is the simulated one called `ideal`: a fixed latency, then a beat per cycle on every port. The latencies below
-are those of the RTL's blocks, restated because the contract may not import them; the tests hold both together.
+Memory is the simulated one called `ideal`: a fixed latency, then a beat per cycle on every port. The hardware's own
+latencies are in :mod:`hw.spec.latencies`.
 """
 
 from hw.spec.config import FLOAT_BITS, AcceleratorConfig
-from hw.spec.control.descriptor import activation_beats
+from hw.spec.latencies import Latencies
 from hw.spec.memory.access import CHUNK_BYTES, CHUNKS_AHEAD, IDEAL_READ_LATENCY, IDEAL_WRITE_LATENCY, PIECE_FLOATS
 from hw.spec.memory.geometry import LayerLayout, ceil_div, fit_layer
+from hw.spec.memory.operands import activation_beats
 
-_COMMAND = 2
-"""From the core's command to the first beat and to the first activations: fork and walker."""
-_DISPATCH = 6
-"""From the push to the first block of activations: queue and check."""
-_ASK = 2
-"""From a block to its first AR: fetch and read manager."""
-_ROW = 3
-"""From the last beat of a row to the row: joined, in the FIFO, chosen."""
-_BEAT = 2
-"""From R to the core: the read manager's FIFO."""
-_MANTISSAS = 5
-"""From a token's exponent to its mantissas in the core's buffer, less what `pipeline_latency` counts already."""
-_WRITE = 6
-"""From the last result to the first W of its chunk, and from the last B to the completion."""
+_COUNTED_TWICE = 2
+"""The sequencer's decision on a slice and its read: in the time until the slice is there, and in `Latencies.core`."""
+
+
+def command_cycles(config: AcceleratorConfig) -> int:
+    """From the core's command to the first beat and to the first activations."""
+    latencies = Latencies(config)
+    return latencies.fork + latencies.walker
+
+
+def dispatch_cycles(config: AcceleratorConfig) -> int:
+    """From the push to the first block of activations."""
+    latencies = Latencies(config)
+    return latencies.queue + latencies.check
 
 
 def pipeline_latency(config: AcceleratorConfig) -> int:
     """Cycles from the sequencer's decision on the last slice of an output tile to the tile's first result."""
-    array = config.tile + 2
-    columns, drain = 7, config.tile + 1
-    float_out = 3 + (max(config.sum_bits - 1, 24) - 1).bit_length()
-    return 1 + 2 + array + columns + drain + float_out + 1
+    return Latencies(config).core
 
 
 def tile_cycles(layer: LayerLayout, tokens: int) -> int:
@@ -51,7 +49,7 @@ def core_cycles(layer: LayerLayout, tokens: int) -> int:
     """Cycles from the command to the last result of an idle core whose streams never make it wait."""
     config, words, lanes = layer.config, layer.stream.words_per_slice, layer.config.drain_lanes
     first_words = words * layer.stream.beats_per_word
-    first_slice = _COMMAND + max(layer.header_beats + first_words, tokens)
+    first_slice = command_cycles(config) + max(layer.header_beats + first_words, tokens)
     one_tile = layer.slices * max(tokens, words)
     to_last_slice = max(layer.tile_beats - layer.header_beats - first_words, one_tile - max(tokens, words))
     drain = (tokens - 1) * config.tile // lanes + ceil_div(layer.last_columns, lanes)
@@ -68,43 +66,63 @@ def activation_cycles(config: AcceleratorConfig, tokens: int, slices: int) -> tu
     chunk_rows = CHUNK_BYTES * 8 // config.port_width // row_beats
     left = activation_beats(config, tokens, slices) // row_beats
     window = CHUNKS_AHEAD * config.ports
-    latency = _ASK + IDEAL_READ_LATENCY
+    latencies, pushed = Latencies(config), dispatch_cycles(config)
+    latency = latencies.activation_fetch + latencies.read + IDEAL_READ_LATENCY
     arrived, merged = [0] * config.ports, []
     while left:
         port, rows = len(merged) % config.ports, min(left, chunk_rows)
         # A chunk is asked for when there is room for it, and comes after the one before on its port.
-        asked = merged[-window] if len(merged) >= window else _DISPATCH
+        asked = merged[-window] if len(merged) >= window else pushed
         begins = max(arrived[port], asked + latency)
         arrived[port] = begins + rows * row_beats
-        begun = max(merged[-1] if merged else 0, begins + row_beats + _ROW - 1)
-        merged.append(max(begun + rows, arrived[port] + _ROW))
+        begun = max(merged[-1] if merged else 0, begins + row_beats + latencies.row - 1)
+        merged.append(max(begun + rows, arrived[port] + latencies.row))
         left -= rows
     return merged[-1], max(arrived)
 
 
 def layer_cycles(layer: LayerLayout, tokens: int) -> int:
     """Cycles from the push of a descriptor to its completion, alone on an idle accelerator."""
-    config, stream = layer.config, layer.stream
+    config, stream, latencies = layer.config, layer.stream, Latencies(layer.config)
     words, lanes, tiles = stream.words_per_slice, config.drain_lanes, layer.out_tiles
     rows_done, ports_free = activation_cycles(config, tokens, layer.slices)
-    levels = config.tile.bit_length() // 2
-    first_slice = rows_done + levels + 3 + _MANTISSAS + tokens
+    first_slice = rows_done + latencies.activation_unit - _COUNTED_TWICE + tokens
     one_slice = max(tokens, words)
     array, drain = layer.slices * one_slice, tokens * config.tile // lanes
     # The weights come behind the activations, as far as there is room for them before the first slice.
     room = layer.header_beats + stream.word_fifo_depth * stream.beats_per_word
-    ahead = min(max(0, first_slice - ports_free - _BEAT), room, layer.beats)
-    steady = (tiles - 1) * max(layer.header_cycles, array, drain)
+    ahead = min(max(0, first_slice - ports_free - latencies.beat), room, layer.beats)
+    steady = (tiles - 1) * max(layer.header_cycles, array, drain, _tile_write_cycles(config, tokens))
     to_last_slice = max(steady + array, layer.beats - ahead) - one_slice
     last_tile = (tokens - 1) * config.tile // lanes + ceil_div(layer.last_columns, lanes)
-    return first_slice + to_last_slice + pipeline_latency(config) + last_tile + write_cycles(layer, tokens)
+    return first_slice + to_last_slice + latencies.core + last_tile + write_cycles(layer, tokens)
 
 
 def write_cycles(layer: LayerLayout, tokens: int) -> int:
-    """Cycles from the last result to the completion: the last chunk is written, and memory acknowledges it."""
+    """Cycles from the last result to the completion: the last piece is written, and memory acknowledges it.
+
+    The last piece waits until the piece before it is written. That matters where the last piece has few columns.
+    """
+    config, latencies = layer.config, Latencies(layer.config)
     columns = layer.n % PIECE_FLOATS or PIECE_FLOATS
-    beats = ceil_div(columns * FLOAT_BITS, layer.config.port_width)
-    return _WRITE + tokens * beats + IDEAL_WRITE_LATENCY
+    waiting = 0
+    if layer.n > PIECE_FLOATS:
+        tile_period = max(tile_cycles(layer, tokens), _tile_write_cycles(config, tokens))
+        since_last_piece = ceil_div(columns, config.tile) * tile_period
+        waiting = max(0, tokens * _row_beats(config, PIECE_FLOATS) - since_last_piece)
+    # One cycle more for the completion to be counted.
+    around = latencies.gatherer + latencies.write_data + latencies.write_complete + 1
+    return waiting + around + tokens * _row_beats(config, columns) + IDEAL_WRITE_LATENCY
+
+
+def _tile_write_cycles(config: AcceleratorConfig, tokens: int) -> int:
+    """Cycles that the first port needs to write the results of an output tile."""
+    return tokens * config.tile * FLOAT_BITS // config.port_width
+
+
+def _row_beats(config: AcceleratorConfig, columns: int) -> int:
+    """Beats of one row of results of a piece."""
+    return ceil_div(columns * FLOAT_BITS, config.port_width)
 
 
 def cycles(config: AcceleratorConfig, tokens: int, k: int, n: int, group_size: int = 128) -> int:

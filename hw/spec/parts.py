@@ -45,6 +45,3 @@ BOARDS = {
         {"LUT": 117_120, "FF": 234_240, "DSP48E2": 1_248, "BRAM36": 144, "URAM288": 64},
     ),
 }
-
-SELFTEST_BOARDS = {"ulx3s": {4: (1, 64), 8: (2, 128)}}
-"""Of each board that has a self-testing core: ports and their width by tile, one slice a beat."""

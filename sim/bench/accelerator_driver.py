@@ -11,16 +11,26 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from cocotbext.axi import AxiLiteBus, AxiLiteMaster, AxiRamRead, AxiRamWrite, AxiReadBus, AxiResp, AxiWriteBus
+from cocotbext.axi import AxiLiteBus, AxiLiteMaster, AxiReadBus, AxiResp, AxiWriteBus
 
 from hw.spec.config import AcceleratorConfig, ConfigError
-from hw.spec.control.descriptor import ADDRESS_LIMIT, DATA_ALIGNMENT, WEIGHT_ALIGNMENT, Descriptor, region_bytes
+from hw.spec.control.descriptor import (
+    ADDRESS_LIMIT,
+    DATA_ALIGNMENT,
+    FLOAT_BYTES,
+    WEIGHT_ALIGNMENT,
+    Descriptor,
+    region_bytes,
+)
 from hw.spec.control.registers import BY_NAME, ErrorCode, offset
+from hw.spec.memory.access import BURST_BOUNDARY, PIECE_FLOATS
 from hw.spec.memory.geometry import LayerLayout, fit_layer
 from hw.spec.memory.packing import pack, stripe
-from hw.spec.numerics.linear import Activations, NumericsError, linear, quantise_activations
+from hw.spec.numerics.linear import Activations, NumericsError, quantise_activations
+from hw.spec.ops import LINEAR
 from sim.bench.axi_monitor import AxiMonitor, Burst, LiteMonitor
 from sim.bench.dut import begin, config
+from sim.bench.faulty_memory import FaultyRead, FaultyWrite
 from sim.bench.layers import Job, weights_of
 from sim.bench.streams import Stall, bursty, cycle, randomly, read, rng, until
 
@@ -32,8 +42,7 @@ PATIENCE = 20_000
 """Cycles without any transfer on a memory port after which a test gives up."""
 CALM = 3_000
 """Cycles that no layer of these tests computes without reading or writing anything."""
-PIECE_BYTES = 1024
-PAGE = 4096
+PIECE_BYTES = FLOAT_BYTES * PIECE_FLOATS
 CONTROL = ("aw", "w", "b", "ar", "r")
 """Channels of the control port, which pauses know as ``ctrl_<channel>``; the memory's are ``hp<port>_<channel>``."""
 
@@ -103,7 +112,7 @@ class Work:
     @property
     def expected(self) -> np.ndarray:
         """float32 [M, N]."""
-        return linear(self.job.layer.config, self.job.weights, self.job.activations)
+        return LINEAR.compute(self.job.layer.config, self.job.weights, self.job.activations)
 
     @property
     def rows(self) -> list[tuple[int, bytes]]:
@@ -120,7 +129,7 @@ class Work:
                 address = self.descriptor.results + token * self.descriptor.result_pitch + start
                 left = min(PIECE_BYTES, row_bytes - start)
                 while left:
-                    part = min(left, PAGE - address % PAGE)
+                    part = min(left, BURST_BOUNDARY - address % BURST_BOUNDARY)
                     bursts.append((Burst(address, -(-part // size)), part))
                     address, left = address + part, left - part
         return bursts
@@ -145,8 +154,10 @@ class AcceleratorDriver:
         self._free = 0
         self._window: list[int | None] = [None] * BY_NAME["descriptor"].words
         self.channels: dict[str, Any] = {}
-        self.bad: list[tuple[str, int, AxiResp]] = []
-        """Faults of the memory: on which channel, at which address, and what is answered."""
+        self.read_faults: list[dict[int, AxiResp]] = [{} for _ in range(self.config.ports)]
+        """Faults of each port's memory when it is read: at which address, and what is answered."""
+        self.write_faults: dict[int, AxiResp] = {}
+        """The same when it is written."""
         self.monitors = [
             AxiMonitor(dut, f"m_axi_hp{port}", self.config.port_width) for port in range(self.config.ports)
         ]
@@ -166,46 +177,26 @@ class AcceleratorDriver:
         dut = self.dut
         for port in range(self.config.ports):
             prefix = f"m_axi_hp{port}"
-            ram = AxiRamRead(AxiReadBus.from_prefix(dut, prefix), dut.clk, dut.rst, mem=self.memory)
-            self._attach(ram, f"hp{port}", ("ar", "r"))
-        ram = AxiRamWrite(AxiWriteBus.from_prefix(dut, "m_axi_hp0"), dut.clk, dut.rst, mem=self.memory)
-        self._attach(ram, "hp0", ("aw", "w", "b"))
+            bus, faults = AxiReadBus.from_prefix(dut, prefix), self.read_faults[port]
+            reads = FaultyRead(bus, dut.clk, dut.rst, mem=self.memory, faults=faults)
+            self._attach(reads, {f"hp{port}_ar": reads.ar_channel}, {f"hp{port}_r": reads.r_channel})
+        bus = AxiWriteBus.from_prefix(dut, "m_axi_hp0")
+        writes = FaultyWrite(bus, dut.clk, dut.rst, mem=self.memory, faults=self.write_faults)
+        self._attach(writes, {"hp0_aw": writes.aw_channel, "hp0_w": writes.w_channel}, {"hp0_b": writes.b_channel})
         self._axi: Any = AxiLiteMaster(AxiLiteBus.from_prefix(dut, "s_axi_ctrl"), dut.clk, dut.rst)
-        for half in (self._axi.write_if, self._axi.read_if):
+        write, read = self._axi.write_if, self._axi.read_if
+        for half in (write, read):
             half.log.setLevel(logging.WARNING)
-        for name in CONTROL:
-            half = self._axi.read_if if name in ("ar", "r") else self._axi.write_if
-            self.channels[f"ctrl_{name}"] = getattr(half, f"{name}_channel")
+        control = (write.aw_channel, write.w_channel, write.b_channel, read.ar_channel, read.r_channel)
+        self.channels |= {f"ctrl_{name}": channel for name, channel in zip(CONTROL, control, strict=True)}
 
-    def _attach(self, ram: Any, port: str, channels: Sequence[str]) -> None:
-        """A half of a memory port: its channels, and the faults that :attr:`bad` asks for."""
-        ram.log.setLevel(logging.ERROR)
-        for name in channels:
-            self.channels[f"{port}_{name}"] = channel = getattr(ram, f"{name}_channel")
-            if name in ("ar", "aw", "w"):
-                # By itself it takes no third transfer before it has answered the first.
-                channel.queue_occupancy_limit = 32
-        answers, access = self.channels[f"{port}_{channels[-1]}"], "_read" if "r" in channels else "_write"
-        work, send = getattr(ram, access), answers.send
-        response = AxiResp.OKAY
-
-        async def touch(address: int, what: Any) -> Any:
-            nonlocal response
-            for channel, place, answer in self.bad:
-                if channel == f"{port}_{channels[-1]}" and place == address:
-                    response = answer
-                    raise ValueError("this is a fault")
-            return await work(address, what)
-
-        async def reply(transfer: Any) -> None:
-            # The memory model itself only knows SLVERR.
-            field = "rresp" if access == "_read" else "bresp"
-            if getattr(transfer, field) != AxiResp.OKAY:
-                setattr(transfer, field, response)
-            await send(transfer)
-
-        setattr(ram, access, touch)
-        answers.send = reply
+    def _attach(self, memory: Any, takes: Mapping[str, Any], answers: Mapping[str, Any]) -> None:
+        """A half of a memory port, and its channels by their names."""
+        memory.log.setLevel(logging.ERROR)
+        self.channels |= {**takes, **answers}
+        for channel in takes.values():
+            # By itself it takes no third transfer before it has answered the first.
+            channel.queue_occupancy_limit = 32
 
     # Time
 
@@ -350,25 +341,27 @@ class AcceleratorDriver:
         for port, data in enumerate(ports):
             self.write(weights + port * descriptor.weights_stride, np.asarray(data).tobytes())
         if reuse is None:
-            address = self._take(x.nbytes, PAGE if aligned else 0)
+            address = self._take(x.nbytes, BURST_BOUNDARY if aligned else 0)
             self.write(address, x.tobytes())
         else:
             # Nobody reads there.
             address = self.base + DATA_ALIGNMENT * int(random.integers(0, MEMORY // DATA_ALIGNMENT))
-        results = self._take(tokens * descriptor.result_pitch, PAGE if aligned else 0)
+        results = self._take(tokens * descriptor.result_pitch, BURST_BOUNDARY if aligned else 0)
         return Work(job, x, replace(descriptor, activations=address, weights=weights, results=results))
 
     def _take(self, size: int, alignment: int) -> int:
         """Free memory with guard bytes around it; alignment 0: shortly before a 4 KiB boundary."""
-        page = -(-(self._free + DATA_ALIGNMENT) // PAGE) * PAGE
-        skip = 0 if alignment else PAGE - DATA_ALIGNMENT * int(self._random.integers(1, 20))
+        page = -(-(self._free + DATA_ALIGNMENT) // BURST_BOUNDARY) * BURST_BOUNDARY
+        skip = 0 if alignment else BURST_BOUNDARY - DATA_ALIGNMENT * int(self._random.integers(1, 20))
         start, self._free = page + skip, page + skip + size
         assert self._free <= MEMORY, "the test wants more memory than there is"
         return self.base + start
 
-    def forget(self) -> None:
-        """Let new layers overwrite those so far."""
+    def forget(self, *, window: bool = False) -> None:
+        """Let new layers overwrite those so far; after the rst pin, also what the window of a descriptor held."""
         self._free = 0
+        if window:
+            self._window = [None] * len(self._window)
 
     def write(self, address: int, data: bytes) -> None:
         """Write to memory from outside."""

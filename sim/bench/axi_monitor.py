@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import cocotb
 from cocotb.triggers import RisingEdge
 
+from hw.spec.memory.access import BURST_BOUNDARY as BOUNDARY
+
 __all__ = ["AxiMonitor", "Burst", "LiteMonitor"]
 
-BOUNDARY = 4096
 FLOAT_BYTES = 4
 _ADDRESS_FIELDS = ("addr", "len", "size", "burst", "cache", "prot", "id")
 _INCR, _CACHE, _PROT, _ID = 1, 3, 0, 0

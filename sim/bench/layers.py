@@ -7,10 +7,10 @@ from typing import NamedTuple
 import numpy as np
 
 from hw.spec.config import FIXED_ZERO_POINT_BITS, AcceleratorConfig, ConfigError
-from hw.spec.control.command import LayerCommand
 from hw.spec.memory.geometry import LayerLayout, fit_layer
 from hw.spec.memory.packing import pack
 from hw.spec.numerics.linear import Activations, Weights, linear
+from hw.spec.ops.command import LayerCommand
 from sim.bench.packing import Layout
 
 __all__ = [

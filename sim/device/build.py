@@ -13,7 +13,9 @@ from pathlib import Path
 
 from hw.spec.control.registers import WINDOW_BYTES
 from hw.spec.manifest import Manifest
-from hw.spec.memory.access import IDEAL_READ_LATENCY, IDEAL_WRITE_LATENCY
+from hw.spec.memory.access import BURST_BOUNDARY, IDEAL_READ_LATENCY, IDEAL_WRITE_LATENCY, MAX_BURST_BEATS, OUTSTANDING
+from hw.spec.memory.faults import Fault
+from hw.spec.memory.operands import ADDRESS_BITS
 from sim.cache import BUILD, ROOT, digest, generator_digest, locked, scratch
 
 __all__ = ["Built", "DeviceBuildError", "build"]
@@ -31,12 +33,18 @@ COMPILER_ARGS = (
     *("-fno-tree-pre", "-fno-gcse", "-fno-align-jumps", "-fno-align-labels", "-fno-align-loops"),
     *("-fno-semantic-interposition", "-fno-plt", "-fno-stack-protector", "-fcf-protection=none"),
 )
-DEFINES = (
-    f"-DGM_WINDOW_BYTES={WINDOW_BYTES}",
-    f"-DGM_IDEAL_READ_LATENCY={IDEAL_READ_LATENCY}",
-    f"-DGM_IDEAL_WRITE_LATENCY={IDEAL_WRITE_LATENCY}",
-)
-"""What the C++ has from hw.spec."""
+FACTS = {
+    "WINDOW_BYTES": WINDOW_BYTES,
+    "ADDRESS_BITS": ADDRESS_BITS,
+    "BURST_BOUNDARY": BURST_BOUNDARY,
+    "MAX_BURST_BEATS": MAX_BURST_BEATS,
+    "OUTSTANDING": OUTSTANDING,
+    "IDEAL_READ_LATENCY": IDEAL_READ_LATENCY,
+    "IDEAL_WRITE_LATENCY": IDEAL_WRITE_LATENCY,
+    **{f"FAULT_{fault.name}": int(fault) for fault in Fault},
+}
+"""What the C++ has from hw.spec, as macros GM_<name>."""
+DEFINES = tuple(f"-DGM_{name}={value}" for name, value in FACTS.items())
 TIMEOUT = 900
 """Seconds that one tool may take."""
 

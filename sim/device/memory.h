@@ -18,18 +18,22 @@
 namespace gristmill {
 
 constexpr uint32_t MAX_PORT_BYTES = 16;
-constexpr uint64_t ADDRESS_LIMIT = uint64_t{1} << 40;
+// Of hw.spec: sim.device.build passes them on.
+constexpr uint64_t ADDRESS_END = uint64_t{1} << GM_ADDRESS_BITS;
+constexpr uint32_t BURST_BOUNDARY = GM_BURST_BOUNDARY;  // bytes; no burst crosses a multiple of it
+constexpr uint32_t MAX_BURST_BEATS = GM_MAX_BURST_BEATS;
 
 enum Response : uint8_t { OKAY = 0, SLVERR = 2, DECERR = 3 };
 
+// hw.spec.memory.faults says what each one is.
 enum FaultKind {
-    CLEAR_FAULTS,    // all of them
-    READ_ERROR,      // bursts that touch the range are answered with SLVERR
-    WRITE_ERROR,     // the same, and nothing is written
-    READ_SILENCE,    // bursts that touch the range are not answered until faults are cleared
-    WRITE_SILENCE,   // the same: their B does not come
-    READS_REFUSED,   // ARREADY is low on all ports
-    WRITES_REFUSED,  // AWREADY and WREADY are low
+    NO_FAULT = GM_FAULT_NONE,
+    READ_ERROR = GM_FAULT_READ_ERROR,
+    WRITE_ERROR = GM_FAULT_WRITE_ERROR,
+    READ_SILENT = GM_FAULT_READ_SILENT,
+    WRITE_SILENT = GM_FAULT_WRITE_SILENT,
+    READ_BLOCKED = GM_FAULT_READ_BLOCKED,
+    WRITE_BLOCKED = GM_FAULT_WRITE_BLOCKED,
 };
 
 struct Statistics {

@@ -11,7 +11,7 @@ namespace gristmill {
 constexpr uint32_t WRITER = MAX_PORTS;  // of the address space, behind the ports' reads
 
 bool AddressSpace::map(uint64_t address, uint64_t size, void* bytes) {
-    if (!size || address >= ADDRESS_LIMIT || size > ADDRESS_LIMIT - address) return false;
+    if (!size || address >= ADDRESS_END || size > ADDRESS_END - address) return false;
     const auto next = std::find_if(mappings_.begin(), mappings_.end(), [&](auto& m) { return m.address >= address; });
     if (next != mappings_.end() && next->address - address < size) return false;
     if (next != mappings_.begin() && address - next[-1].address < next[-1].size) return false;
@@ -43,13 +43,13 @@ void Memory::reset() {
     for (auto& reads : reads_) reads.clear();
     writes_.clear();
     answers_.clear();
-    fault(CLEAR_FAULTS, 0, 0);
+    fault(NO_FAULT, 0, 0);
     statistics_ = {};
 }
 
 void Memory::fault(int kind, uint64_t address, uint64_t size) {
     switch (kind) {
-        case CLEAR_FAULTS:
+        case NO_FAULT:
             faults_.clear();
             reads_refused_ = writes_refused_ = false;
             for (auto& reads : reads_) {
@@ -58,10 +58,10 @@ void Memory::fault(int kind, uint64_t address, uint64_t size) {
             for (uint32_t i = 0; i < writes_.size(); ++i) writes_[i].silent = false;
             for (uint32_t i = 0; i < answers_.size(); ++i) answers_[i].silent = false;
             break;
-        case READS_REFUSED:
+        case READ_BLOCKED:
             reads_refused_ = true;
             break;
-        case WRITES_REFUSED:
+        case WRITE_BLOCKED:
             writes_refused_ = true;
             break;
         default:
@@ -84,7 +84,7 @@ Memory::Burst Memory::burst(uint64_t address, uint32_t beats, FaultKind error, F
 }
 
 void Memory::take_read_address(uint32_t port, uint64_t address, uint32_t beats) {
-    reads_[port].push(burst(address, beats, READ_ERROR, READ_SILENCE));
+    reads_[port].push(burst(address, beats, READ_ERROR, READ_SILENT));
     timing_->read_burst(port, address, beats);
     ++statistics_.read_bursts;
 }
@@ -102,7 +102,7 @@ ReadBeat Memory::piece(uint32_t port) {
 }
 
 void Memory::take_write_address(uint64_t address, uint32_t beats) {
-    writes_.push(burst(address, beats, WRITE_ERROR, WRITE_SILENCE));
+    writes_.push(burst(address, beats, WRITE_ERROR, WRITE_SILENT));
     timing_->write_burst(address, beats);
     ++statistics_.write_bursts;
 }
@@ -162,11 +162,11 @@ std::unique_ptr<Timing> make_timing(const char* preset, uint32_t ports, uint32_t
 }
 
 double stream_limit(const char* preset, uint32_t ports, uint32_t port_bytes, uint64_t cycles, uint64_t seed) {
-    constexpr uint32_t OUTSTANDING = 8;
+    constexpr uint32_t OUTSTANDING = GM_OUTSTANDING;
     if (ports < 1 || ports > MAX_PORTS || port_bytes < 4 || port_bytes > MAX_PORT_BYTES || !cycles) return -1;
     const auto timing = make_timing(preset, ports, port_bytes, seed);
     if (!timing) return -1;
-    const uint32_t beats = std::min<uint32_t>(256, 4096 / port_bytes);
+    const uint32_t beats = std::min(MAX_BURST_BEATS, BURST_BOUNDARY / port_bytes);
     Random random(seed);
     uint64_t address[MAX_PORTS], taken = 0;
     uint32_t asked[MAX_PORTS] = {};  // beats under way

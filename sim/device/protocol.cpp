@@ -7,7 +7,6 @@
 namespace gristmill {
 namespace {
 
-constexpr uint64_t BOUNDARY = 4096;
 constexpr uint8_t INCR = 1;
 
 std::string text(const Address& address) {
@@ -67,9 +66,9 @@ void Protocol::check_burst(const char* name, uint32_t port, const Address& addre
         rule = "is not aligned to its beats";
     } else if (address.beats() > 256) {
         rule = "has more than 256 beats";
-    } else if (address.address % BOUNDARY + bytes > BOUNDARY) {
+    } else if (address.address % BURST_BOUNDARY + bytes > BURST_BOUNDARY) {
         rule = "crosses a 4 KiB boundary";
-    } else if (address.address + bytes > ADDRESS_LIMIT) {
+    } else if (address.address + bytes > ADDRESS_END) {
         rule = "ends beyond 40 bits of address";
     }
     if (rule) report("port %u: %s %s %s", port, name, text(address).c_str(), rule);

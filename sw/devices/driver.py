@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from hw.spec.config import AcceleratorConfig
 from hw.spec.control.descriptor import DESCRIPTOR_WORDS, Descriptor
 from hw.spec.control.refusal import refusal
-from hw.spec.control.registers import ERROR_TEXTS, IDENTIFICATION, VERSION, ErrorCode, config_digest, offset
+from hw.spec.control.registers import ERROR_TEXTS, EVENTS, IDENTIFICATION, VERSION, ErrorCode, config_digest, offset
+from hw.spec.ops import LINEAR
 from sw.devices.base import Buffer, Completion, DeviceError, LinearJob, PreparedBatch
 from sw.devices.batches import BatchDevice
 from sw.devices.platform import Platform, Registers, mask
@@ -16,7 +17,6 @@ PATIENCE = 8
 WINDOW = [(word, offset("descriptor", word)) for word in range(DESCRIPTOR_WORDS)]
 """Index and offset of the words of a descriptor."""
 PUSH = {offset("control"): mask("control", "push")}
-COUNTERS = ("busy", "beats", "starved_weights", "starved_activations", "starved_output")
 
 
 class AcceleratorDevice(BatchDevice):
@@ -51,7 +51,7 @@ class AcceleratorDevice(BatchDevice):
 
     def counters(self) -> dict[str, int]:
         """The performance counters, in cycles and beats, since the device was opened."""
-        return {name: self.registers.read(name) for name in COUNTERS}
+        return {name: self.registers.read(name) for name in EVENTS}
 
     def encode(self, jobs: Sequence[LinearJob]) -> tuple[list[list[int]], list[int]]:
         """See BatchDevice: the descriptors' words, and each one's beats."""
@@ -198,7 +198,7 @@ class _Watch:
 
 def descriptor(job: LinearJob, interrupt: bool = True) -> Descriptor:
     """The descriptor of a job. interrupt: whether its completion raises the interrupt."""
-    return Descriptor.from_layer(
+    return LINEAR.from_layer(
         job.layout,
         job.tokens,
         activations=job.activations.address,

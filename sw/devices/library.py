@@ -13,13 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from ctypes import c_char_p, c_double, c_int, c_uint32, c_uint64, c_void_p
-from enum import IntEnum
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from hw.spec.config import AcceleratorConfig
 from hw.spec.manifest import Manifest, ManifestError
+from hw.spec.memory.faults import Fault
+from hw.spec.memory.operands import ADDRESS_BITS
 from sw.common.errors import UserError
 from sw.devices.arena import MEMORY_BYTES, Arena, anonymous_memory
 from sw.devices.base import DeviceError
@@ -28,18 +29,6 @@ MEMORIES = ("ideal", "kv260-2400", "kv260-2133", "hostile")
 """Presets of the memory model; sim/device says what they are."""
 CYCLES_AT_ONCE = 100_000
 """Simulated cycles of one wait for the interrupt: about a tenth of a second."""
-
-
-class Fault(IntEnum):
-    """What a simulated memory can be made to do wrong."""
-
-    NONE = 0
-    READ_ERROR = 1
-    WRITE_ERROR = 2
-    READ_SILENT = 3
-    WRITE_SILENT = 4
-    READ_BLOCKED = 5
-    WRITE_BLOCKED = 6
 
 
 class Statistics(ctypes.Structure):
@@ -190,7 +179,7 @@ class SimulatedPlatform:
         """See Platform: what the simulation has taken so far."""
         return self._processor
 
-    def fault(self, fault: Fault, address: int = 0, size: int = 1 << 40) -> None:
+    def fault(self, fault: Fault, address: int = 0, size: int = 1 << ADDRESS_BITS) -> None:
         """From now on the memory does this wrong in a range of addresses; Fault.NONE mends everything."""
         with self._lock:
             self._library.gm_fault(self._device, fault, address, size)

@@ -10,7 +10,8 @@ from hw.spec.config import AcceleratorConfig
 from hw.spec.control.descriptor import FLOAT_BYTES, result_pitch
 from hw.spec.memory.geometry import LayerLayout
 from hw.spec.memory.packing import unpack
-from hw.spec.numerics.linear import Activations, NumericsError, Weights, linear, quantise_activations
+from hw.spec.numerics.linear import Activations, NumericsError, Weights, quantise_activations
+from hw.spec.ops import LINEAR
 from sw.common.arrays import slices
 from sw.devices.arena import MEMORY_BYTES, Arena, anonymous_memory
 from sw.devices.base import Buffer, Completion, DeviceError, LinearJob, PreparedBatch, image_beats
@@ -90,4 +91,4 @@ def _unpack(layout: LayerLayout, beats: np.ndarray) -> Weights:
 def reference_linear(config: AcceleratorConfig, weights: Weights, activations: Activations) -> np.ndarray:
     """hw.spec.numerics.linear, float32 [M, N], some rows at a time: a head of 150,000 rows would take gigabytes."""
     some = (Weights(*(values[rows] for values in weights)) for rows in slices(len(weights.q)))
-    return np.concatenate([linear(config, part, activations) for part in some], axis=1)
+    return np.concatenate([LINEAR.compute(config, part, activations) for part in some], axis=1)

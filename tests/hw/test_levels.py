@@ -51,7 +51,7 @@ def test_luts_carries_and_memories_add_up():
         "$5": cell("RAM32M16", dict(zip(names, ([33], [10], [11], [12]), strict=True)), {"DOA": [40]}),
         "b": register(40, 41),
     }
-    found = measure_netlist(module(cells, {"core.one.a": [10], "core.one.two.b": [41], "sum": [33]}))
+    found = measure_netlist(module(cells, {"core.one.a": [10], "core.one.two.b": [41], "sum": [33]}), {"core"})
     assert found.levels == pytest.approx(2 + 2 * 0.12 + 1.2)
     (path,) = [path for path in found.worst if path.levels == found.levels]
     assert (path.start, path.end) == ("core.one.a", "core.one.two.b")

@@ -13,7 +13,7 @@ import pytest
 from hw import resources
 from hw.flows.blocks import BLOCKS
 from hw.flows.lower import LowerError, to_rtlil
-from hw.flows.synthesis import RESOURCES, blocks_of, count_cells
+from hw.flows.synthesis import RESOURCES, blocks_of, container_names, count_cells
 from hw.rtl.common.ram import buffer_attributes
 from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.parts import BOARDS, TARGETS
@@ -104,12 +104,22 @@ def test_every_cell_is_counted_or_refused():
         count_cells({"$_DFF_P_": 1})
 
 
+def blocks(name: str) -> dict[str, str]:
+    component = BLOCKS[name](SMALL)
+    return blocks_of(to_rtlil(component, "top", XCUP), "top", container_names(component, XCUP))
+
+
+def test_containers_say_so():
+    assert container_names(BLOCKS["accelerator"](SMALL), XCUP) == {"inside", "datapath", "core"}
+
+
 def test_blocks_are_those_of_the_architecture():
-    found = blocks_of(to_rtlil(BLOCKS["accelerator"](SMALL), "top", XCUP), "top")
+    found = blocks("accelerator")
     names = {re.sub(r"(\$\d+|_\d+)$", "", name) for name in found}
     assert {"array", "columns", "buffer", "header", "unit", "gatherer", "reader", "writer", "bank"} <= names
     assert not {"core", "datapath", "pe"} & names
-    assert blocks_of(to_rtlil(BLOCKS["array"](SMALL), "top", XCUP), "top") == {}
+    assert {"sequencer", "splitter", "drain", "fork"} <= names
+    assert blocks("array") == {}
 
 
 def test_where_buffers_belong():

@@ -2,6 +2,7 @@
 """The simulated accelerator's memory and protocol checks, on their own: speed, order, data, faults, broken rules."""
 
 import ctypes
+import re
 import shutil
 import subprocess
 from ctypes import POINTER, byref, c_bool, c_char_p, c_double, c_int, c_uint32, c_uint64, c_void_p
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hw.spec.memory.faults import Fault
 from sim.device.build import DEFINES
 
 HERE = Path(__file__).parent
@@ -18,7 +20,6 @@ SOURCES = ("memory_model.cpp", "memory_simple.cpp", "memory_dram.cpp", "protocol
 PRESETS = ("ideal", "kv260-2400", "kv260-2133", "hostile")
 AR, R, AW, W, B = range(5)
 OKAY, SLVERR, DECERR = 0, 2, 3
-CLEAR, READ_ERROR, WRITE_ERROR, READ_SILENCE, WRITE_SILENCE, READS_REFUSED, WRITES_REFUSED = range(7)
 STATISTICS = (
     *("read_bytes", "write_bytes", "read_bursts", "write_bursts", "refreshes", "row_misses"),
     *(f"port_{port}" for port in range(4)),
@@ -347,8 +348,8 @@ def test_unmapped(memory, library):
 def test_error_faults(memory, preset):
     sut, before = memory(preset), None
     before = sut.bytes.copy()
-    sut.fault(READ_ERROR, 4096 + 100, 1)
-    sut.fault(WRITE_ERROR, 8191, 10)
+    sut.fault(Fault.READ_ERROR, 4096 + 100, 1)
+    sut.fault(Fault.WRITE_ERROR, 8191, 10)
     for offset in (4096 - 16, 4096 + 80, 4096 + 96, 4096 + 112):
         sut.read(0, offset, 1)
     for offset in (8176 - 16, 8176, 8192, 8208):
@@ -357,7 +358,7 @@ def test_error_faults(memory, preset):
     assert sut.events(R)["response"].tolist() == [OKAY, OKAY, SLVERR, OKAY]
     assert sut.events(B)["response"].tolist() == [OKAY, SLVERR, SLVERR, OKAY]
     assert np.array_equal(np.flatnonzero(sut.bytes != before), [*range(8160, 8176), *range(8208, 8224)])
-    sut.fault(CLEAR)
+    sut.fault(Fault.NONE)
     sut.read(0, 4096, 8)
     sut.run(10_000)
     assert not sut.events(R)["response"][4:].any()
@@ -367,8 +368,8 @@ def test_error_faults(memory, preset):
 def test_silence_faults(memory, preset):
     """What is not answered holds up its own port alone, and is answered once faults are cleared."""
     sut = memory(preset)
-    sut.fault(READ_SILENCE, 4096, 16)
-    sut.fault(WRITE_SILENCE, 8192, 16)
+    sut.fault(Fault.READ_SILENT, 4096, 16)
+    sut.fault(Fault.WRITE_SILENT, 8192, 16)
     for offset in (0, 4096, 16384):
         sut.read(0, offset, 4)
         sut.read(1, offset + 64, 4)
@@ -379,7 +380,7 @@ def test_silence_faults(memory, preset):
     assert len(sut.events(R, 1)) == 12
     assert len(sut.events(W)) == 12
     assert len(sut.events(B)) == 1
-    sut.fault(CLEAR)
+    sut.fault(Fault.NONE)
     sut.run(20_000)
     assert len(sut.events(R)) == 12
     assert len(sut.events(B)) == 3
@@ -389,13 +390,13 @@ def test_silence_faults(memory, preset):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_refusal_faults(memory, preset):
     sut = memory(preset)
-    for kind in (READS_REFUSED, WRITES_REFUSED):
+    for kind in (Fault.READ_BLOCKED, Fault.WRITE_BLOCKED):
         sut.fault(kind)
     sut.stream(2)
     sut.write(0, np.zeros(64, np.uint8))
     sut.run(10_000)
     assert not any(len(sut.events(kind, port)) for kind in range(5) for port in range(4))
-    sut.fault(CLEAR)
+    sut.fault(Fault.NONE)
     sut.run(20_000)
     assert [len(sut.events(R, port)) for port in range(4)] == [512] * 4
     assert len(sut.events(B)) == 1
@@ -488,3 +489,11 @@ def test_broken_rule_is_reported(problem, cycles, said):
 
 def test_first_report_stays(problem):
     assert problem([_address("ar", 0x1008, 0), _address("ar", 0x1010)]).startswith("cycle 0: port 0: AR {addr 0x1008")
+
+
+def test_faults_are_those_of_the_contract():
+    """Each kind has a name in C++, the same one; their numbers are macros that are made from the same place."""
+    pairs = re.findall(r"(\w+) = GM_FAULT_(\w+),", (DEVICE / "memory.h").read_text())
+    assert [kind for _, kind in pairs] == [fault.name for fault in Fault]
+    assert [name for name, _ in pairs[1:]] == [kind for _, kind in pairs[1:]]
+    assert [f"-DGM_FAULT_{fault.name}={fault.value}" in DEFINES for fault in Fault] == [True] * len(Fault)

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from hw.spec.control.registers import offset
+from hw.spec.memory.faults import Fault
 from sw import doctor
 from sw.board import layers as doctor_layers
 from sw.board.checks import OK, UNKNOWN, WRONG, examine
 from sw.common.errors import UserError
 from sw.devices import make_config
 from sw.devices.kv260 import FIRMWARE, KV260Device
-from sw.devices.library import Fault
 from tests.sw.fixtures.fake_board import (
     BUFFER,
     DDR_CLOCK,

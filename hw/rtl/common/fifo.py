@@ -6,10 +6,11 @@ from amaranth.lib import stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.common.block import Block
 from hw.rtl.common.ram import buffer_attributes
 
 
-class StreamFifo(wiring.Component):
+class StreamFifo(Block):
     """FIFO with first-word fall-through. Latency 1 cycle, throughput 1 transfer per cycle.
 
     Reads are asynchronous, so it maps to distributed RAM: meant for tens of entries.
@@ -34,6 +35,10 @@ class StreamFifo(wiring.Component):
         super().__init__(
             {"i": In(stream.Signature(shape)), "o": Out(stream.Signature(shape)), "level": Out(range(depth + 1))}
         )
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.common.block.Block`."""
+        return {"latency": self.latency, "depth": self.depth}
 
     def elaborate(self, platform) -> Module:
         m = Module()
@@ -168,5 +173,50 @@ class Credits(wiring.Component):
                     Mux(self.add, count >= self.least - 1, count > self.least),
                 )
             ),
+        ]
+        return m
+
+
+class CreditFifo(wiring.Component):
+    """FIFO after a pipeline that cannot wait: a place in it is claimed for what enters the pipeline.
+
+    Latency and throughput are those of :class:`StreamFifo`; a place is free again 1 cycle after it was left.
+
+    Parameters
+    ----------
+    shape : shape of the payload
+    depth : entries, a power of two; what the pipeline holds has its place already
+
+    Members
+    -------
+    room : there is a place that nobody has claimed
+    claim : claim one; only while there is ``room``
+    i : what comes out of the pipeline, an entry for each claim; never waits
+    o : output stream
+    """
+
+    latency = StreamFifo.latency
+
+    def __init__(self, shape, depth: int):
+        self.shape, self.depth = shape, depth
+        super().__init__(
+            {
+                "room": Out(1),
+                "claim": In(1),
+                "i": In(stream.Signature(shape)),
+                "o": Out(stream.Signature(shape)),
+            }
+        )
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        m.submodules.fifo = fifo = StreamFifo(self.shape, self.depth)
+        m.submodules.credits = credits = Credits(self.depth, init=self.depth)
+        wiring.connect(m, wiring.flipped(self.i), fifo.i)
+        wiring.connect(m, fifo.o, wiring.flipped(self.o))
+        m.d.comb += [
+            self.room.eq(credits.enough),
+            credits.take.eq(self.claim),
+            credits.add.eq(self.o.valid & self.o.ready),
         ]
         return m

@@ -4,12 +4,13 @@
 from collections.abc import Callable, Mapping
 
 from amaranth.hdl import Cat, Module, Mux, Signal, Value
-from amaranth.lib import data, stream, wiring
+from amaranth.lib import data, stream
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.common.block import Block
 from hw.spec.config import AcceleratorConfig
-from hw.spec.control.command import command_fields
+from hw.spec.ops.command import command_fields
 
 
 def command_layout(config: AcceleratorConfig) -> data.StructLayout:
@@ -31,7 +32,7 @@ TOKEN_LOOPS = {
 """The loops of a layer in the order in which tokens pass the array."""
 
 
-class Walker(wiring.Component):
+class Walker(Block):
     """Walks the nested loops of one command after another, without a cycle between two commands.
 
     Each loop counts down and keeps its first and last flags in registers, so ``step`` reaches a flag's users after
@@ -52,8 +53,12 @@ class Walker(wiring.Component):
     first, last : one flag per loop: it is in its first, its last iteration
     done : with ``step``: this is the command's last step
     bank : the bank of activations that the current command uses; every command that brings its own takes the other
+    next_bank : the bank of the command that is offered
     tile_end : with ``step``: this is the last step of an iteration of the outermost loop
     """
+
+    latency = 1
+    """Cycles from a command's transfer to its first step, if the walker is idle."""
 
     def __init__(self, config: AcceleratorConfig, loops: Mapping[str, Callable[[data.View], Value]]):
         self.config, self.loops = config, dict(loops)
@@ -68,9 +73,14 @@ class Walker(wiring.Component):
                 "last": Out(flags),
                 "done": Out(1),
                 "bank": Out(1, init=1),
+                "next_bank": Out(1),
                 "tile_end": Out(1),
             }
         )
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.common.block.Block`."""
+        return {"latency": self.latency}
 
     def elaborate(self, platform) -> Module:
         m = Module()
@@ -82,12 +92,13 @@ class Walker(wiring.Component):
             self.command.ready.eq(~self.active | (self.step & self.done)),
             load.eq(self.command.valid & self.command.ready),
             fresh.eq(~self.active | self.done),
+            self.next_bank.eq(self.bank ^ ~self.command.payload.reuse),
         ]
         with m.If(load):
             m.d.sync += [
                 self.active.eq(1),
                 self.current.eq(self.command.payload),
-                self.bank.eq(self.bank ^ ~self.command.payload.reuse),
+                self.bank.eq(self.next_bank),
             ]
         with m.Elif(self.step & self.done):
             m.d.sync += self.active.eq(0)
@@ -111,28 +122,32 @@ class Walker(wiring.Component):
         return advance & wraps
 
 
-class CommandFork(wiring.Component):
+class CommandFork(Block):
     """Gives every command to several users, each at its own pace. Latency 1 cycle, throughput 1 command per cycle.
 
     One ring of commands with a read pointer per user; the slowest user decides when it is full.
 
     Parameters
     ----------
-    users : names of the outputs
+    users : how many
     depth : commands in the ring, a power of two
 
     Members
     -------
     command : the commands
-    <user> : one stream per user
+    copies : the same commands, one stream per user
     """
 
     latency = 1
 
-    def __init__(self, config: AcceleratorConfig, users: tuple[str, ...], depth: int = 4):
+    def __init__(self, config: AcceleratorConfig, users: int, depth: int = 4):
         self.config, self.users, self.depth = config, users, depth
         signature = command_signature(config)
-        super().__init__({"command": In(signature), **{user: Out(signature) for user in users}})
+        super().__init__({"command": In(signature), "copies": Out(signature).array(users)})
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.common.block.Block`."""
+        return {"latency": self.latency, "depth": self.depth}
 
     def elaborate(self, platform) -> Module:
         m = Module()
@@ -141,8 +156,8 @@ class CommandFork(wiring.Component):
         # One bit more than the address tells a full ring from an empty one.
         written = Signal(range(2 * self.depth))
         push, full, filled = Signal(), Signal(), []
-        for user in self.users:
-            output, read_port = getattr(self, user), memory.read_port(domain="comb")
+        for user, output in enumerate(self.copies):
+            read_port = memory.read_port(domain="comb")
             read = Signal.like(written, name=f"read_{user}")
             taken, left = Signal(name=f"taken_{user}"), Signal.like(written, name=f"left_{user}")
             m.d.comb += [

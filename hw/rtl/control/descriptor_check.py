@@ -1,28 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks a descriptor before anything of it starts, and works out what the units need to know."""
 
-from amaranth.hdl import Cat, Module, Signal, unsigned
-from amaranth.lib import data, stream, wiring
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from amaranth.hdl import Cat, Module, Signal, Value, unsigned
+from amaranth.lib import data, stream
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.common.block import Block
 from hw.rtl.common.walker import command_layout
 from hw.rtl.memory.activation_fetch import max_activation_beats
 from hw.rtl.memory.burst_cutter import BEAT_COUNT_BITS
-from hw.spec.config import MAX_N, AcceleratorConfig
-from hw.spec.control.command import command_fields, max_header_beats
-from hw.spec.control.descriptor import (
-    ADDRESS_BITS,
-    ADDRESS_LIMIT,
-    DATA_ALIGNMENT,
-    DESCRIPTOR_WORDS,
-    FIELD_WIDTHS,
-    FIELDS,
-    FLOAT_BYTES,
-    WEIGHT_ALIGNMENT,
-    Opcode,
-)
+from hw.spec.config import FLOAT_BITS, MAX_N, AcceleratorConfig
+from hw.spec.control.descriptor import ADDRESS_BITS, ADDRESS_LIMIT, DESCRIPTOR_WORDS, FIELD_WIDTHS, FIELDS, FLOAT_BYTES
 from hw.spec.control.registers import ErrorCode
 from hw.spec.memory.geometry import StreamLayout
+from hw.spec.ops import LINEAR, OPS
+from hw.spec.ops.command import command_fields
 
 ERROR_BITS = 4
 """Width of an error code."""
@@ -58,7 +53,65 @@ def work_layout(config: AcceleratorConfig) -> data.StructLayout:
     )
 
 
-class DescriptorCheck(wiring.Component):
+@dataclass(frozen=True)
+class Derived:
+    """A value that follows from a descriptor's counts and from earlier ones of its kind; it gets a register."""
+
+    name: str
+    width: int
+    of: Callable[[Mapping[str, Value]], Value]
+
+
+def derived_counts(config: AcceleratorConfig) -> tuple[Derived, ...]:
+    """In the order in which they depend on each other; at most two registers one after the other."""
+    layout, bounds, widths = StreamLayout(config), LINEAR.bounds(config), command_fields(config)
+    tile, most = config.tile, {name: high for name, (_, high) in bounds.items()}
+    slice_bits = (most["groups"] * most["group_slices"]).bit_length()
+    tile_beat_bits = (most["header_beats"] + most["body_words"] * layout.beats_per_word).bit_length()
+    beats_per_slice = tile * FLOAT_BITS // config.port_width
+    activation_bits = most["tokens"].bit_length() + slice_bits + beats_per_slice.bit_length()
+    return (
+        Derived("slices", slice_bits, lambda v: v["groups"] * v["group_slices"]),
+        Derived("tile_beats", tile_beat_bits, lambda v: v["header_beats"] + v["body_words"] * layout.beats_per_word),
+        Derived("out_tiles", widths["out_tiles"], lambda v: (v["out_features"] + (tile - 1)) >> tile.bit_length() - 1),
+        Derived("last_columns", widths["last_columns"], lambda v: ((v["out_features"] - 1) & (tile - 1)) + 1),
+        Derived("header_wrong", 1, lambda v: _header_wrong(layout, v["header_beats"], v["groups"])),
+        Derived("row_bytes", (MAX_N * FLOAT_BYTES).bit_length(), lambda v: v["out_features"] * FLOAT_BYTES),
+        Derived("weight_beats", widths["out_tiles"] + tile_beat_bits, lambda v: v["out_tiles"] * v["tile_beats"]),
+        Derived("activation_beats", activation_bits, lambda v: v["tokens"] * v["slices"] * beats_per_slice),
+        Derived("body_wrong", 1, lambda v: _body_wrong(layout, v["body_words"], v["slices"])),
+    )
+
+
+def comparisons(config: AcceleratorConfig) -> tuple[Callable, ...]:
+    """What is wrong about the derived values ``v`` of a descriptor ``d``; see :meth:`Linear.shape_is_wrong`."""
+    port_bytes_bits = (config.port_width // 8).bit_length() - 1
+    return (
+        lambda v, d: v["slices"] > config.max_k // config.tile,
+        lambda v, d: v["header_wrong"],
+        lambda v, d: v["body_wrong"],
+        # Also keeps a region below 4 GiB.
+        lambda v, d: (v["weight_beats"] << port_bytes_bits) > d.weights_stride,
+        lambda v, d: (d.tokens > 1) & (v["row_bytes"] > d.result_pitch),
+    )
+
+
+def _header_wrong(layout: StreamLayout, beats, groups):
+    """Whether a header of this many groups does not end in the last one of ``beats``."""
+    units, room = layout.exponents_units + groups * layout.record_units, beats * layout.beat_units
+    return (units > room) | (units + layout.beat_units <= room)
+
+
+def _body_wrong(layout: StreamLayout, words, slices):
+    """Whether a body of this many slices does not end in the last one of ``words``."""
+    per_word = layout.slices_per_word
+    if per_word == 1:
+        return words != slices * layout.words_per_slice
+    # Several slices in a word, the last word perhaps partly filled.
+    return (words * per_word < slices) | (words * per_word >= slices + per_word)
+
+
+class DescriptorCheck(Block):
     """Lets good descriptors pass. The first bad one ends it: its error stays until the reset, and so does it.
 
     Members
@@ -72,6 +125,8 @@ class DescriptorCheck(wiring.Component):
 
     latency = 5
     """Cycles from a descriptor's transfer to the work's."""
+    most_in_flight = 1
+    """Descriptors in here: one, until all of its shares are given out."""
 
     def __init__(self, config: AcceleratorConfig):
         self.config = config
@@ -82,6 +137,10 @@ class DescriptorCheck(wiring.Component):
                 "error": Out(ERROR_BITS),
             }
         )
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.common.block.Block`."""
+        return {"latency": self.latency}
 
     def elaborate(self, platform) -> Module:
         m = Module()
@@ -113,117 +172,49 @@ class DescriptorCheck(wiring.Component):
         """Opcode and alignment, which need no arithmetic."""
         opcode_wrong, misaligned = Signal(), Signal()
         raw = descriptor.as_value()
-        wrong = [(descriptor.opcode != Opcode.LINEAR), Cat(raw[bit] for bit in reserved_bits()).any()]
-        bad = []
-        for name, alignment in (
-            ("activations", DATA_ALIGNMENT),
-            ("results", DATA_ALIGNMENT),
-            ("weights", WEIGHT_ALIGNMENT),
-        ):
-            address = getattr(descriptor, name)
-            bad += [address[: alignment.bit_length() - 1].any(), address >= ADDRESS_LIMIT]
-        bad.append(descriptor.weights_stride[: WEIGHT_ALIGNMENT.bit_length() - 1].any())
-        bad.append(descriptor.result_pitch[: DATA_ALIGNMENT.bit_length() - 1].any())
-        with m.If(busy):
-            m.d.sync += [opcode_wrong.eq(Cat(wrong).any()), misaligned.eq(Cat(bad).any())]
-        work = self.work.payload
-        m.d.comb += [
-            getattr(work, name).eq(getattr(descriptor, name))
-            for name in ("activations", "results", "result_pitch", "weights", "weights_stride", "interrupt")
+        unknown = [
+            Cat(descriptor.opcode != opcode for opcode in OPS).all(),
+            Cat(raw[bit] for bit in reserved_bits()).any(),
         ]
+        bad = [descriptor[name][: alignment.bit_length() - 1].any() for name, alignment in LINEAR.alignments.items()]
+        bad += [descriptor[name] >= ADDRESS_LIMIT for name in LINEAR.addresses]
+        with m.If(busy):
+            m.d.sync += [opcode_wrong.eq(Cat(unknown).any()), misaligned.eq(Cat(bad).any())]
+        work = self.work.payload
+        m.d.comb += [work[name].eq(descriptor[name]) for name in (*LINEAR.alignments, "interrupt")]
         return opcode_wrong, misaligned
 
     def _shape(self, m: Module, descriptor, busy) -> Signal:
         """Every count within its bounds, and those that follow from others equal to what they follow to."""
-        config, layout, work = self.config, StreamLayout(self.config), self.work.payload
-        tile_bits = config.tile.bit_length() - 1
-        max_slices = config.max_k // config.tile
+        work = self.work.payload
         # In range first: what follows is then as narrow as its widest legal value, and wrong ones are refused anyway.
-        bounds = {
-            "tokens": (1, config.max_tokens),
-            "groups": (1, max_slices),
-            "group_slices": (layout.min_group_slices, config.max_group_size // config.tile),
-            "out_features": (1, MAX_N),
-            "header_beats": (1, max_header_beats(config)),
-            "body_words": (1, max_slices * layout.words_per_slice),
-        }
-        value, outside = {}, []
-        for name, (low, high) in bounds.items():
-            field = getattr(descriptor, name)
-            value[name] = field[: high.bit_length()]
-            outside += [field < low, field > high]
+        counts, outside = {}, []
+        for name, (low, high) in LINEAR.bounds(self.config).items():
+            counts[name] = descriptor[name][: high.bit_length()]
+            outside += [descriptor[name] < low, descriptor[name] > high]
 
-        # Each a register, in the order in which they depend on each other.
-        def register(name: str, expression, width: int) -> Signal:
+        def register(name: str, width: int, value) -> Signal:
             signal = Signal(width, name=name)
             with m.If(busy):
-                m.d.sync += signal.eq(expression)
+                m.d.sync += signal.eq(value)
             return signal
 
-        widths = command_fields(config)
-        slice_bits = (max_slices * bounds["group_slices"][1]).bit_length()
-        slices = register("slices", value["groups"] * value["group_slices"], slice_bits)
-        most_tile_beats = bounds["header_beats"][1] + bounds["body_words"][1] * layout.beats_per_word
-        tile_beats = register(
-            "tile_beats",
-            value["header_beats"] + value["body_words"] * layout.beats_per_word,
-            most_tile_beats.bit_length(),
-        )
-        out_tiles = register("out_tiles", (value["out_features"] + (config.tile - 1)) >> tile_bits, widths["out_tiles"])
-        last_columns = register(
-            "last_columns", ((value["out_features"] - 1) & (config.tile - 1)) + 1, widths["last_columns"]
-        )
-        header_units = layout.exponents_units + value["groups"] * layout.record_units
-        room_units = value["header_beats"] * layout.beat_units
-        header_wrong = register(
-            "header_wrong", (header_units > room_units) | (header_units + layout.beat_units <= room_units), 1
-        )
-        row_bytes = register("row_bytes", value["out_features"] * FLOAT_BYTES, (MAX_N * FLOAT_BYTES).bit_length())
-
-        per_slice = config.tile * 8 * FLOAT_BYTES // config.port_width
-        beats = register("weight_beats", out_tiles * tile_beats, len(out_tiles) + len(tile_beats))
-        activation_beats = register(
-            "activation_beats",
-            value["tokens"] * slices * per_slice,
-            len(value["tokens"]) + slice_bits + per_slice.bit_length(),
-        )
-        body_wrong = register("body_wrong", self._body_wrong(layout, value["body_words"], slices), 1)
-        other = register("before_differs", self._differs_from_before(m, descriptor, value), 1)
-        port_bits = (config.port_width // 8).bit_length() - 1
-        wrong = [
-            *outside,
-            slices > max_slices,
-            header_wrong,
-            body_wrong,
-            descriptor.reuse & other,
-            # Also keeps a region below 4 GiB.
-            (beats << port_bits) > descriptor.weights_stride,
-            (descriptor.tokens > 1) & (row_bytes > descriptor.result_pitch),
-        ]
+        values = dict(counts)
+        for derived in derived_counts(self.config):
+            values[derived.name] = register(derived.name, derived.width, derived.of(values))
+        other = register("before_differs", 1, self._differs_from_before(m, values))
+        wrong = [compare(values, descriptor) for compare in comparisons(self.config)]
         m.d.comb += [
-            work.weight_beats.eq(beats),
-            work.activation_beats.eq(activation_beats),
-            work.command.out_tiles.eq(out_tiles),
-            work.command.last_columns.eq(last_columns),
+            work.weight_beats.eq(values["weight_beats"]),
+            work.activation_beats.eq(values["activation_beats"]),
             work.command.reuse.eq(descriptor.reuse),
+            *(work.command[name].eq(values[name]) for name, _ in work.command.shape() if name != "reuse"),
         ]
-        m.d.comb += [
-            getattr(work.command, name).eq(value[name])
-            for name in ("tokens", "groups", "group_slices", "header_beats", "body_words")
-        ]
-        return register("shape_wrong", Cat(wrong).any(), 1)
+        return register("shape_wrong", 1, Cat(*outside, *wrong, descriptor.reuse & other).any())
 
-    @staticmethod
-    def _body_wrong(layout: StreamLayout, words, slices):
-        per_word = layout.slices_per_word
-        if per_word == 1:
-            return words != slices * layout.words_per_slice
-        # Several slices in a word, the last word perhaps partly filled.
-        return (words * per_word < slices) | (words * per_word >= slices + per_word)
-
-    def _differs_from_before(self, m: Module, descriptor, value):
+    def _differs_from_before(self, m: Module, values: Mapping[str, Value]) -> Value:
         """Whether there is no descriptor before this one, or it had activations of another shape."""
-        shape = Cat(value[name] for name in ("tokens", "groups", "group_slices"))
+        shape = Cat(values[name] for name in LINEAR.activation_shape)
         before, exists = Signal(len(shape)), Signal()
         with m.If(self.work.valid & self.work.ready):
             m.d.sync += [before.eq(shape), exists.eq(1)]

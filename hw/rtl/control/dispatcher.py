@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The dispatcher: gives each unit its share of a checked descriptor."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from amaranth.hdl import Cat, Const, Module, Signal, Value
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.common.block import Block
 from hw.rtl.common.fifo import StreamFifo
 from hw.rtl.common.walker import command_layout
 from hw.rtl.control.descriptor_check import work_layout
@@ -13,6 +17,7 @@ from hw.rtl.memory.axi import ADDRESS_BITS
 from hw.rtl.memory.gatherer import gather_layout
 from hw.rtl.memory.weight_fetch import weights_layout
 from hw.spec.config import AcceleratorConfig
+from hw.spec.ops.command import command_fields
 
 
 def unit_layout(config: AcceleratorConfig) -> data.StructLayout:
@@ -20,7 +25,75 @@ def unit_layout(config: AcceleratorConfig) -> data.StructLayout:
     return data.StructLayout({"command": command_layout(config), "address": ADDRESS_BITS})
 
 
-class Dispatcher(wiring.Component):
+_JOBS_AHEAD = 4
+"""Layers whose results have a place before they are computed."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one unit is told about a layer.
+
+    name : of the dispatcher's output
+    layout : of the output's payload
+    ahead : layers that wait for the unit in a FIFO, a power of two; 0 if there is none
+    wanted : from the checked descriptor to whether the unit has to know about this layer
+    fields : from the checked descriptor to the payload
+    last : only once all of the layer's activations are asked for
+    """
+
+    name: str
+    layout: data.StructLayout
+    ahead: int
+    wanted: Callable[[data.View], Value]
+    fields: Callable[[data.View], dict[str, Value]]
+    last: bool = False
+
+
+def shares(config: AcceleratorConfig) -> tuple[Share, ...]:
+    """One for each unit."""
+    counts = ("tokens", "out_tiles", "last_columns")
+
+    def always(work: data.View) -> Value:
+        return Const(1)
+
+    return (
+        Share(
+            "core", command_layout(config), 0, always, lambda work: {n: work.command[n] for n in command_fields(config)}
+        ),
+        Share(
+            "unit", unit_layout(config), 2, always, lambda work: {"command": work.command, "address": work.activations}
+        ),
+        Share(
+            "blocks",
+            fetch_layout(config),
+            0,
+            lambda work: ~work.command.reuse,
+            lambda work: {"address": work.activations, "beats": work.activation_beats},
+        ),
+        Share(
+            "jobs",
+            gather_layout(config),
+            _JOBS_AHEAD,
+            always,
+            lambda work: {
+                **{name: work.command[name] for name in counts},
+                "address": work.results,
+                "pitch": work.result_pitch,
+                "interrupt": work.interrupt,
+            },
+        ),
+        Share(
+            "regions",
+            weights_layout(),
+            0,
+            always,
+            lambda work: {"address": work.weights, "stride": work.weights_stride, "beats": work.weight_beats},
+            last=True,
+        ),
+    )
+
+
+class Dispatcher(Block):
     """Gives every unit its share as soon as the unit wants it. The next descriptor comes when all shares are gone.
 
     The core, the activation unit and the gatherer each have some layers in advance, so that fetching, computing and
@@ -41,64 +114,42 @@ class Dispatcher(wiring.Component):
     if it reuses activations.
     """
 
-    _LAYERS_AHEAD = {"unit": 2, "jobs": 4}
+    most_in_flight = _JOBS_AHEAD
+    """Descriptors in here whose shares are all given out; the results' share is what follows them to their end."""
 
     def __init__(self, config: AcceleratorConfig):
-        self.config = config
-        self.outputs = {
-            "core": command_layout(config),
-            "unit": unit_layout(config),
-            "blocks": fetch_layout(config),
-            "jobs": gather_layout(config),
-            "regions": weights_layout(),
-        }
-        outputs = {name: Out(stream.Signature(layout)) for name, layout in self.outputs.items()}
+        self.config, self.shares = config, shares(config)
+        outputs = {share.name: Out(stream.Signature(share.layout)) for share in self.shares}
         super().__init__({"work": In(stream.Signature(work_layout(config))), **outputs, "asking": In(1)})
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        reuse = self.work.payload.command.reuse
-        sent = {name: Signal(name=f"{name}_sent") for name in self.outputs}
-        taken, done, fetched = [], Signal(), Signal()
+        work, fetched, done = self.work.payload, Signal(), Signal()
+        sent = {share.name: Signal(name=f"{share.name}_sent") for share in self.shares}
+        taken = []
         m.d.comb += [
             self.work.ready.eq(done),
-            fetched.eq((sent["blocks"] | reuse) & ~self.asking),
+            fetched.eq((sent["blocks"] | work.command.reuse) & ~self.asking),
         ]
-        for name, layout in self.outputs.items():
-            share = wiring.flipped(getattr(self, name))
-            if name in self._LAYERS_AHEAD:
-                m.submodules[f"{name}_fifo"] = fifo = StreamFifo(layout, self._LAYERS_AHEAD[name])
-                wiring.connect(m, fifo.o, share)
-                share = fifo.i
-            wanted = ~reuse if name == "blocks" else Const(1)
-            may = fetched if name == "regions" else Const(1)
+        for share in self.shares:
+            output, wanted, flag = self._output(m, share), share.wanted(work), sent[share.name]
             m.d.comb += [
-                share.valid.eq(self.work.valid & wanted & may & ~sent[name]),
-                *(share.payload[field].eq(value) for field, value in self._payload(name).items()),
+                output.valid.eq(self.work.valid & wanted & (fetched if share.last else Const(1)) & ~flag),
+                *(output.payload[field].eq(value) for field, value in share.fields(work).items()),
             ]
-            with m.If(share.valid & share.ready):
-                m.d.sync += sent[name].eq(1)
-            taken.append(~wanted | sent[name])
+            with m.If(output.valid & output.ready):
+                m.d.sync += flag.eq(1)
+            taken.append(~wanted | flag)
         m.d.comb += done.eq(self.work.valid & Cat(taken).all())
         with m.If(done):
             m.d.sync += [flag.eq(0) for flag in sent.values()]
         return m
 
-    def _payload(self, name: str) -> dict[str, Value]:
-        work = self.work.payload
-        if name == "core":
-            return {field: work.command[field] for field, _ in command_layout(self.config)}
-        if name == "unit":
-            return {"command": work.command, "address": work.activations}
-        if name == "blocks":
-            return {"address": work.activations, "beats": work.activation_beats}
-        if name == "jobs":
-            return {
-                "tokens": work.command.tokens,
-                "out_tiles": work.command.out_tiles,
-                "last_columns": work.command.last_columns,
-                "address": work.results,
-                "pitch": work.result_pitch,
-                "interrupt": work.interrupt,
-            }
-        return {"address": work.weights, "stride": work.weights_stride, "beats": work.weight_beats}
+    def _output(self, m: Module, share: Share):
+        """Where a share is offered: at the dispatcher's output, or at the input of the FIFO before it."""
+        output = wiring.flipped(getattr(self, share.name))
+        if not share.ahead:
+            return output
+        m.submodules[f"{share.name}_fifo"] = fifo = StreamFifo(share.layout, share.ahead)
+        wiring.connect(m, fifo.o, output)
+        return fifo.i

@@ -5,9 +5,21 @@ from amaranth.hdl import Module, Mux, Signal
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.common.block import Block
 from hw.rtl.control.descriptor_check import ERROR_BITS
 from hw.rtl.memory.axi import ADDRESS_BITS
 from hw.spec.control.registers import ErrorCode
+
+PRECEDENCE = (
+    ErrorCode.READ_BUS,
+    ErrorCode.WRITE_BUS,
+    ErrorCode.READ_TIMEOUT,
+    ErrorCode.WRITE_TIMEOUT,
+    ErrorCode.UNDERRUN,
+    ErrorCode.NON_FINITE,
+    ErrorCode.EXPONENT,
+)
+"""Which error is kept of several in one cycle: the most serious one. Refused descriptors have errors of their own."""
 
 
 def fault_layout() -> data.StructLayout:
@@ -16,36 +28,37 @@ def fault_layout() -> data.StructLayout:
 
 
 class FirstError(wiring.Component):
-    """Keeps the first error until the reset. Of several in one cycle the first in ``sources`` wins.
-
-    Parameters
-    ----------
-    sources : error codes, by precedence
+    """Keeps the first error until the reset. Of several in one cycle the first in :data:`PRECEDENCE` wins.
 
     Members
     -------
-    <code> : a source of errors, named after its code in lower case
+    faults : the sources of errors, indexed by their code
     refused : an error code in itself, 0 if there is none; the last in precedence
     code, address : the first error; 0 if there was none
     """
 
-    def __init__(self, sources: tuple[ErrorCode, ...]):
-        self.sources = sources
-        members = {code.name.lower(): In(fault_layout()) for code in sources}
-        super().__init__({**members, "refused": In(ERROR_BITS), "code": Out(ERROR_BITS), "address": Out(ADDRESS_BITS)})
+    def __init__(self):
+        super().__init__(
+            {
+                "faults": In(fault_layout()).array(len(ErrorCode)),
+                "refused": In(ERROR_BITS),
+                "code": Out(ERROR_BITS),
+                "address": Out(ADDRESS_BITS),
+            }
+        )
 
     def elaborate(self, platform) -> Module:
         m = Module()
         with m.If(self.code == ErrorCode.NONE):
             m.d.sync += self.code.eq(self.refused)
-            for code in reversed(self.sources):
-                source = getattr(self, code.name.lower())
-                with m.If(source.raised):
-                    m.d.sync += [self.code.eq(code), self.address.eq(source.address)]
+            for code in reversed(PRECEDENCE):
+                fault = self.faults[code]
+                with m.If(fault.raised):
+                    m.d.sync += [self.code.eq(code), self.address.eq(fault.address)]
         return m
 
 
-class Watchdog(wiring.Component):
+class Watchdog(Block):
     """Finds out when somebody who owes an answer has made no progress for a while.
 
     One counter for all: at each of its ends everybody who has owed an answer since the last one, without any progress,

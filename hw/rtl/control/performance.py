@@ -2,14 +2,21 @@
 """Performance counters, and when each descriptor was complete."""
 
 from amaranth.hdl import Module, Signal
-from amaranth.lib import wiring
+from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
-from hw.spec.control.registers import COMPLETIONS
+from hw.spec.control.registers import COMPLETIONS, EVENTS
 
-COUNTED = ("busy", "beats", "starved_weights", "starved_activations", "starved_output")
-"""Counters of events, named after their registers."""
+
+def event_layout() -> data.StructLayout:
+    """A flag per event; one cycle of it is one event."""
+    return data.StructLayout(dict.fromkeys(EVENTS, 1))
+
+
+def count_layout() -> data.StructLayout:
+    """A counter per event."""
+    return data.StructLayout(dict.fromkeys(EVENTS, 64))
 
 
 class PerformanceCounters(wiring.Component):
@@ -18,9 +25,9 @@ class PerformanceCounters(wiring.Component):
     Members
     -------
     clear : set the counters of events to 0
-    count_<event> : one cycle is one event
-    <event>, cycles : the counters
-    started : low word of ``cycles`` when ``count_busy`` last rose
+    events : what happens in this cycle
+    counts, cycles : the counters
+    started : low word of ``cycles`` when ``events.busy`` last rose
     complete : a descriptor is complete
     restart : the next descriptor is number 0
     completed : descriptors complete since then
@@ -32,8 +39,8 @@ class PerformanceCounters(wiring.Component):
             {
                 "clear": In(1),
                 "cycles": Out(64),
-                **{f"count_{name}": In(1) for name in COUNTED},
-                **{name: Out(64) for name in COUNTED},
+                "events": In(event_layout()),
+                "counts": Out(count_layout()),
                 "started": Out(32),
                 "complete": In(1),
                 "restart": In(1),
@@ -46,15 +53,15 @@ class PerformanceCounters(wiring.Component):
     def elaborate(self, platform) -> Module:
         m = Module()
         m.d.sync += self.cycles.eq(self.cycles + 1)
-        for name in COUNTED:
-            counter: Signal = getattr(self, name)
+        for event in EVENTS:
+            count = self.counts[event]
             with m.If(self.clear):
-                m.d.sync += counter.eq(0)
-            with m.Elif(getattr(self, f"count_{name}")):
-                m.d.sync += counter.eq(counter + 1)
+                m.d.sync += count.eq(0)
+            with m.Elif(self.events[event]):
+                m.d.sync += count.eq(count + 1)
         was_busy = Signal()
-        m.d.sync += was_busy.eq(self.count_busy)
-        with m.If(self.count_busy & ~was_busy):
+        m.d.sync += was_busy.eq(self.events.busy)
+        with m.If(self.events.busy & ~was_busy):
             m.d.sync += self.started.eq(self.cycles)
         m.submodules.completions = completions = Memory(shape=32, depth=COMPLETIONS, init=[])
         write, read = completions.write_port(), completions.read_port(domain="comb")

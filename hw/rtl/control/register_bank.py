@@ -5,9 +5,10 @@ from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.common.block import Block
 from hw.rtl.control.control_port import ControlPort
 from hw.rtl.memory.axi import Response, lite_signature
-from hw.spec.control.registers import REGISTERS, Access, Register
+from hw.spec.control.registers import BY_NAME, REGISTERS, Access, Register
 
 CONTROL_ADDRESS_BITS = 12
 """Of the control port: a page of 4 KiB, the least that a processor maps."""
@@ -38,7 +39,7 @@ def register_members(register: Register) -> dict[str, wiring.Member]:
             return {name: In(shape)}
 
 
-class RegisterBank(wiring.Component):
+class RegisterBank(Block):
     """All registers of :data:`hw.spec.control.registers.REGISTERS` behind an AXI4-Lite port.
 
     Members
@@ -65,6 +66,21 @@ class RegisterBank(wiring.Component):
         members = {name: member for register in REGISTERS for name, member in register_members(register).items()}
         super().__init__({"ctrl": In(lite_signature(CONTROL_ADDRESS_BITS)), "forget": In(1), **members})
 
+    def register(self, name: str):
+        """The member that is named after this register."""
+        if name not in BY_NAME:
+            raise KeyError(f"there is no register {name}")
+        return getattr(self, name)
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.common.block.Block`."""
+        return {
+            "write_latency": self.write_latency,
+            "write_period": self.write_period,
+            "read_latency": self.read_latency,
+            "read_period": self.read_period,
+        }
+
     def elaborate(self, platform) -> Module:
         m = Module()
         m.submodules.port = port = ControlPort(CONTROL_ADDRESS_BITS)
@@ -90,7 +106,7 @@ class RegisterBank(wiring.Component):
         """What a write to the register does."""
         if register.access is Access.READ:
             return
-        member = Value.cast(getattr(self, register.name))
+        member = Value.cast(self.register(register.name))
         bits = _take_fields(register, port.write_data)
         words = [port.write & (port.write_word == word) for word in _words(register)]
         match register.access:
@@ -138,7 +154,7 @@ class RegisterBank(wiring.Component):
         m.d.comb += index.eq(port.read_word[: len(index)])
         picked = Signal(32, name=f"run_{register.name}")
         with m.If(port.read):
-            m.d.sync += picked.eq(getattr(self, register.name))
+            m.d.sync += picked.eq(self.register(register.name))
         return picked
 
     def _read_line(self, m: Module, port: ControlPort, line: int, values: dict[int, Value]) -> Signal:
@@ -156,7 +172,7 @@ class RegisterBank(wiring.Component):
         """What each of a register's words reads as."""
         if register.access is Access.COMMAND:
             return [Const(0, 32)]
-        member = Value.cast(getattr(self, register.name))
+        member = Value.cast(self.register(register.name))
         if register.fields:
             return [_place_fields(register, member)]
         words = [member.word_select(index, 32) for index in range(len(_words(register)))]

@@ -6,10 +6,7 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from hw.rtl.control.descriptor_check import ERROR_BITS
-from hw.spec.control.registers import QUEUE_DEPTH, ErrorCode
-
-MAX_IN_FLIGHT = 2 * QUEUE_DEPTH
-"""More descriptors than queue and datapath can hold together."""
+from hw.spec.control.registers import ErrorCode
 
 _STOPS_AT_ONCE = (
     ErrorCode.READ_BUS,
@@ -23,6 +20,10 @@ _STOPS_AT_ONCE = (
 
 class Supervisor(wiring.Component):
     """Halts the datapath at faults, and resets it when software says so and the bus is owed nothing.
+
+    Parameters
+    ----------
+    most_in_flight : descriptors that queue and datapath can hold together
 
     Members
     -------
@@ -38,7 +39,8 @@ class Supervisor(wiring.Component):
 
     _CLEAR_CYCLES = 4
 
-    def __init__(self):
+    def __init__(self, most_in_flight: int):
+        self.most_in_flight = most_in_flight
         super().__init__(
             {
                 "code": In(ERROR_BITS),
@@ -50,7 +52,7 @@ class Supervisor(wiring.Component):
     def elaborate(self, platform) -> Module:
         m = Module()
         fault = Cat(self.code == code for code in _STOPS_AT_ONCE).any()
-        in_flight = Signal(range(MAX_IN_FLIGHT + 1))
+        in_flight = Signal(range(self.most_in_flight + 1))
         left = Signal(range(self._CLEAR_CYCLES + 1))
         m.d.comb += [
             self.halt.eq(fault | self.resetting),

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The activation buffer: two banks of mantissas, group sums and token exponents."""
 
-from amaranth.hdl import Module, Mux, Shape, Signal, signed
-from amaranth.lib import data, stream, wiring
+from amaranth.hdl import Module, Mux, Shape, Signal, Value, signed
+from amaranth.lib import data, stream
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.common.block import Block
 from hw.rtl.common.delay import delay
 from hw.rtl.common.fifo import Credits
 from hw.rtl.common.ram import buffer_attributes
@@ -31,7 +32,12 @@ def bank_slices(config: AcceleratorConfig) -> int:
     return config.max_tokens * (config.max_k // config.tile)
 
 
-class ActivationBuffer(wiring.Component):
+def bank_start(config: AcceleratorConfig, bank: Value) -> Value:
+    """Address of a bank's first slice."""
+    return Mux(bank, bank_slices(config), 0)
+
+
+class ActivationBuffer(Block):
     """Takes the activations of each command, K-slice by K-slice, all tokens of a slice in a row, and sums the groups.
 
     Slice-major order is the order in which the array reads, so addresses only count, and the array may start on a
@@ -70,6 +76,10 @@ class ActivationBuffer(wiring.Component):
                 "exponent_data": Out(signed(EXPONENT_BITS)),
             }
         )
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.common.block.Block`."""
+        return {"read_latency": self.read_latency, "sum_latency": self.sum_latency}
 
     def elaborate(self, platform) -> Module:
         m = Module()

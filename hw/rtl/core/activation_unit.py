@@ -6,8 +6,9 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory, ReadPort
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.common.block import Block
 from hw.rtl.common.delay import delay
-from hw.rtl.common.fifo import Credits, StreamFifo
+from hw.rtl.common.fifo import CreditFifo
 from hw.rtl.common.ram import buffer_attributes
 from hw.rtl.common.walker import Walker, command_signature
 from hw.rtl.core.activation_buffer import activation_payload, bank_slices
@@ -23,7 +24,7 @@ def row_layout(config: AcceleratorConfig) -> data.ArrayLayout:
     return data.ArrayLayout(FLOAT_BITS, config.tile)
 
 
-class ActivationUnit(wiring.Component):
+class ActivationUnit(Block):
     """Stores a layer's activations as they come, token by token, and sends them on slice by slice.
 
     While they come it finds each token's largest magnitude, and from it the exponent; then it rounds, a slice of one
@@ -69,7 +70,11 @@ class ActivationUnit(wiring.Component):
     @property
     def latency(self) -> int:
         """Cycles from the last row in to the first slice out: exponent, start, pipeline, FIFO."""
-        return self.exponent_cycles + 1 + self.pipeline + StreamFifo.latency
+        return self.exponent_cycles + 1 + self.pipeline + CreditFifo.latency
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.common.block.Block`."""
+        return {"latency": self.latency}
 
     def elaborate(self, platform) -> Module:
         m = Module()
@@ -185,16 +190,14 @@ class ActivationUnit(wiring.Component):
         """Reads rows in order while the FIFO has room, and rounds them."""
         config = self.config
         payload = activation_payload(config)
-        m.submodules.fifo = fifo = StreamFifo(payload, self._FIFO_DEPTH)
-        m.submodules.room = room = Credits(self._FIFO_DEPTH, init=self._FIFO_DEPTH)
+        m.submodules.fifo = fifo = CreditFifo(payload, self._FIFO_DEPTH)
         address, token = Signal.like(rows.addr), Signal(range(config.max_tokens))
         read = exponents.read_port(domain="comb")
         step = Signal()
         m.d.comb += [
-            step.eq(sender.active & room.enough),
+            step.eq(sender.active & fifo.room),
             sender.step.eq(step),
-            room.take.eq(step),
-            room.add.eq(fifo.o.valid & fifo.o.ready),
+            fifo.claim.eq(step),
             rows.addr.eq(address),
             read.addr.eq(token),
         ]

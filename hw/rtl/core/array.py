@@ -2,9 +2,10 @@
 """The systolic array: ``tile x tile`` processing elements with wavefront weight loading."""
 
 from amaranth.hdl import Const, Module, Mux, Signal, signed
-from amaranth.lib import data, wiring
+from amaranth.lib import data
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.common.block import Block
 from hw.rtl.common.delay import delay
 from hw.rtl.core.dsp48e2 import has_dsp48e2
 from hw.rtl.core.pe import DspProcessingElement, ProcessingElement
@@ -12,7 +13,7 @@ from hw.spec.config import AcceleratorConfig
 from hw.spec.memory.geometry import StreamLayout
 
 
-class SystolicArray(wiring.Component):
+class SystolicArray(Block):
     """Multiplies slices: ``psums[c] = sum_r activations[r] * weights[r, c]``, one token per cycle.
 
     Activations move one column per cycle, psums one row per cycle, and the weights of a slice ride the same
@@ -50,6 +51,10 @@ class SystolicArray(wiring.Component):
     def latency(self) -> int:
         """Cycles from ``activations`` to ``psums[0]``."""
         return ProcessingElement.latency + (self.config.tile - 1) * ProcessingElement.hop
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.common.block.Block`."""
+        return {"latency": self.latency}
 
     def elaborate(self, platform) -> Module:
         m = Module()

@@ -6,6 +6,7 @@ from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.common.block import Block
 from hw.rtl.common.delay import delay
 from hw.rtl.common.product import small_product
 from hw.spec.config import SCALE_BITS, AcceleratorConfig
@@ -95,10 +96,9 @@ class Column(wiring.Component):
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        for name in ("group", "ring"):
-            register = Signal.like(getattr(self, f"{name}_in"), name=f"{name}_hop")
-            m.d.sync += register.eq(getattr(self, f"{name}_in"))
-            m.d.comb += getattr(self, f"{name}_out").eq(register)
+        group, ring = Signal.like(self.group_in, name="group_hop"), Signal.like(self.ring_in, name="ring_hop")
+        m.d.sync += [group.eq(self.group_in), ring.eq(self.ring_in)]
+        m.d.comb += [self.group_out.eq(group), self.ring_out.eq(ring)]
         product = self._centre_and_scale(m, platform, self._accumulate_slices(m))
         self._accumulate_groups(m, product)
         return m
@@ -175,7 +175,7 @@ class Column(wiring.Component):
         m.d.comb += self.drain_out.eq(slot)
 
 
-class Columns(wiring.Component):
+class Columns(Block):
     """One :class:`Column` under each column of the array; scales and zero points ride east with the control.
 
     Members
@@ -206,6 +206,10 @@ class Columns(wiring.Component):
     def drain_latency(self) -> int:
         """Cycles from ``drain`` to ``drained``."""
         return self.config.tile
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.common.block.Block`."""
+        return {"drain_latency": self.drain_latency, "scale_delay": Column.scale_delay, "ring_delay": Column.ring_delay}
 
     def elaborate(self, platform) -> Module:
         m = Module()

@@ -5,15 +5,16 @@ from amaranth.hdl import Module, Mux, Signal, signed
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.common.block import Block
 from hw.rtl.common.delay import delay
 from hw.rtl.common.walker import TOKEN_LOOPS, Walker, command_signature
-from hw.rtl.core.activation_buffer import BANKS, ActivationBuffer, bank_slices
+from hw.rtl.core.activation_buffer import BANKS, ActivationBuffer, bank_slices, bank_start
 from hw.rtl.core.column import Column, group_control, ring_control, ring_depth, zero_point_shape
 from hw.spec.config import SCALE_BITS, AcceleratorConfig
 from hw.spec.memory.geometry import StreamLayout
 
 
-class ColumnControl(wiring.Component):
+class ColumnControl(Block):
     """Walks tokens, slices, groups and output tiles again, one step per token, and tells column 0 what to do.
 
     Members
@@ -49,6 +50,10 @@ class ColumnControl(wiring.Component):
                 "underrun": Out(1),
             }
         )
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.common.block.Block`."""
+        return {"lead": self.lead, "ring_delay": Column.ring_delay}
 
     def elaborate(self, platform) -> Module:
         m = Module()
@@ -108,11 +113,9 @@ class ColumnControl(wiring.Component):
             m.d.sync += self.underrun.eq(1)
 
     def _sum_address(self, m: Module, walker: Walker, group_ends: Signal) -> None:
-        base = bank_slices(self.config)
-        fresh_bank = walker.bank ^ ~walker.command.payload.reuse
         with m.If(group_ends):
             m.d.sync += self.sum_address.eq(self.sum_address + 1)
         with m.If(self.token & walker.tile_end):
-            m.d.sync += self.sum_address.eq(Mux(walker.bank, base, 0))
+            m.d.sync += self.sum_address.eq(bank_start(self.config, walker.bank))
         with m.If(walker.command.valid & walker.command.ready):
-            m.d.sync += self.sum_address.eq(Mux(fresh_bank, base, 0))
+            m.d.sync += self.sum_address.eq(bank_start(self.config, walker.next_bank))

@@ -5,6 +5,7 @@ from amaranth.hdl import Module, Signal
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.common.block import Block
 from hw.rtl.common.delay import delay
 from hw.rtl.common.fifo import StreamFifo
 from hw.rtl.common.walker import CommandFork, command_signature
@@ -20,12 +21,12 @@ from hw.spec.config import AcceleratorConfig
 from hw.spec.memory.geometry import StreamLayout
 
 
-class Core(wiring.Component):
+class Core(Block):
     """Computes one linear layer per command: ``y[m, n] = sum_k x[m, k] * w[n, k]``.
 
     Members
     -------
-    command : layers (:class:`hw.spec.control.command.LayerCommand`); several may be in flight
+    command : layers (:class:`hw.spec.ops.command.LayerCommand`); several may be in flight
     weights : the weight stream, beat by beat (:mod:`hw.spec.memory.geometry`)
     activations : mantissas and token exponents, slice by slice, all tokens of a slice in a row
     results : float32, output tile by output tile, token by token, columns ascending
@@ -35,6 +36,8 @@ class Core(wiring.Component):
     Throughput: 1 beat per cycle and 1 token slice per cycle, whichever binds:
     ``max(beats, tokens * slices, results / lanes)`` cycles, without a gap between layers.
     """
+
+    container = True
 
     def __init__(self, config: AcceleratorConfig):
         self.config = config
@@ -68,11 +71,13 @@ class Core(wiring.Component):
         to_drain = Column.ring_delay + 2
         return to_psum + to_drain + self.drain.latency + StreamFifo.latency
 
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.common.block.Block`."""
+        return {"latency": self.latency, "word_fifo_depth": self.word_fifo_depth}
+
     def elaborate(self, platform) -> Module:
         m = Module()
         config = self.config
-        users = ("splitter", "header", "buffer", "sequencer", "control", "drain")
-        m.submodules.fork = fork = CommandFork(config, users)
         m.submodules.splitter = splitter = WeightSplitter(config)
         m.submodules.assembler = assembler = WordAssembler(config)
         m.submodules.header = header = HeaderReader(config)
@@ -82,10 +87,12 @@ class Core(wiring.Component):
         m.submodules.control = control = ColumnControl(config)
         m.submodules.columns = columns = self.columns
         m.submodules.drain = drain = self.drain
+        users = (splitter, header, buffer, sequencer, control, drain)
+        m.submodules.fork = fork = CommandFork(config, len(users))
 
         wiring.connect(m, wiring.flipped(self.command), fork.command)
-        for user in users:
-            wiring.connect(m, getattr(fork, user), getattr(m.submodules, user).command)
+        for copy, user in zip(fork.copies, users, strict=True):
+            wiring.connect(m, copy, user.command)
         wiring.connect(m, wiring.flipped(self.weights), splitter.beats)
         wiring.connect(m, splitter.header, header.beats)
         wiring.connect(m, splitter.body, assembler.beats)

@@ -5,8 +5,9 @@ from amaranth.hdl import Array, Const, Module, Mux, Signal, Value, signed
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.common.block import Block
 from hw.rtl.common.delay import delay
-from hw.rtl.common.fifo import Credits, StreamFifo
+from hw.rtl.common.fifo import CreditFifo, Credits
 from hw.rtl.common.walker import Walker, command_signature
 from hw.rtl.core.activation_buffer import BANKS
 from hw.rtl.core.column import drain_slot, ring_depth
@@ -21,7 +22,7 @@ def result_payload(config: AcceleratorConfig) -> data.StructLayout:
     return data.StructLayout({"values": data.ArrayLayout(FLOAT_BITS, lanes), "keep": lanes, "last": 1})
 
 
-class Drain(wiring.Component):
+class Drain(Block):
     """Sends slots down the drain chain and converts what comes back.
 
     For each output tile: for each token: its columns in ascending order, ``drain_lanes`` at a time. Columns beyond N
@@ -70,6 +71,15 @@ class Drain(wiring.Component):
         """Results that the output FIFO holds: a full pipeline, and as many again waiting to leave."""
         return 1 << (2 * (self.latency + 2) - 1).bit_length()
 
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.common.block.Block`."""
+        return {
+            "latency": self.latency,
+            "chain_latency": self.chain_latency,
+            "lanes": self.lanes,
+            "fifo_depth": self.fifo_depth,
+        }
+
     def elaborate(self, platform) -> Module:
         m = Module()
         config = self.config
@@ -83,16 +93,16 @@ class Drain(wiring.Component):
         )
         wiring.connect(m, wiring.flipped(self.command), walker.command)
         m.submodules.tiles = tiles = Credits(ring_depth(config))
-        m.submodules.room = room = Credits(self.fifo_depth, init=self.fifo_depth)
+        m.submodules.fifo = fifo = CreditFifo(result_payload(config), self.fifo_depth)
         columns, keep = self._columns(m, walker)
         step = Signal()
         tile_ends = step & walker.tile_end
         m.d.comb += [
-            step.eq(walker.active & tiles.enough & room.enough),
+            step.eq(walker.active & tiles.enough & fifo.room),
             walker.step.eq(step),
             tiles.add.eq(self.tile_done),
             tiles.take.eq(tile_ends),
-            room.take.eq(step & keep.any()),
+            fifo.claim.eq(step & keep.any()),
             self.exponents.ready.eq(tile_ends),
             self.ring_release.eq(step & walker.last.columns),
             # With the first command of all, the buffer learns that its second bank is free too.
@@ -102,7 +112,7 @@ class Drain(wiring.Component):
         exponents = self._exponents(m, walker, step, columns)
         last_columns = ((walker.current.last_columns - 1) >> (self.lanes.bit_length() - 1)) == columns
         last = walker.last.tile & walker.last.token & last_columns
-        self._convert(m, room, Mux(step, keep, 0), last, exponents)
+        self._convert(m, fifo, Mux(step, keep, 0), last, exponents)
         return m
 
     def _columns(self, m: Module, walker: Walker) -> tuple[Signal, Signal]:
@@ -142,8 +152,7 @@ class Drain(wiring.Component):
             exponents.append(delay(m, total, self.chain_latency - 1, name=f"exponent_{lane}"))
         return exponents
 
-    def _convert(self, m: Module, room: Credits, keep: Value, last: Value, exponents: list[Signal]) -> None:
-        m.submodules.fifo = fifo = StreamFifo(result_payload(self.config), self.fifo_depth)
+    def _convert(self, m: Module, fifo: CreditFifo, keep: Value, last: Value, exponents: list[Signal]) -> None:
         back = delay(m, keep, 1 + self.chain_latency, name="keep", reset=True)
         for lane, (exponent, float_out) in enumerate(zip(exponents, self.converters, strict=True)):
             m.submodules[f"float_out_{lane}"] = float_out
@@ -158,6 +167,5 @@ class Drain(wiring.Component):
             fifo.i.payload.keep.eq(kept),
             fifo.i.payload.last.eq(delay(m, last, self.latency, name="last")),
             fifo.i.valid.eq(kept.any()),
-            room.add.eq(fifo.o.valid & fifo.o.ready),
         ]
         wiring.connect(m, fifo.o, wiring.flipped(self.results))

@@ -6,12 +6,17 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from hw.spec.config import EXPONENT_BITS, AcceleratorConfig
+from hw.spec.numerics.float32 import (
+    EXPONENT_BIAS,
+    EXPONENT_FIELD_BITS,
+    EXPONENT_SPECIAL,
+    FRACTION_BITS,
+    SIGNIFICAND_BITS,
+)
 
-FLOAT = data.StructLayout({"fraction": 23, "exponent": 8, "sign": 1})
+FLOAT = data.StructLayout({"fraction": FRACTION_BITS, "exponent": EXPONENT_FIELD_BITS, "sign": 1})
 """IEEE 754 binary32."""
-_SIGNIFICAND_BITS = 24
-_SPECIAL = 255
-_UNIT_EXPONENT = 150
+_UNIT_EXPONENT = EXPONENT_BIAS + FRACTION_BITS
 """Biased exponent at which the significand's lowest bit is worth 1."""
 
 
@@ -54,7 +59,7 @@ class TokenExponent(wiring.Component):
         m.d.comb += exponent.eq(number.exponent - (126 + bits - 1) + carries)
         m.d.sync += [
             self.exponent.eq(Mux(zero, 0, exponent)),
-            self.non_finite.eq(number.exponent == _SPECIAL),
+            self.non_finite.eq(number.exponent == EXPONENT_SPECIAL),
             # A subnormal's exponent is lower still than its field says.
             self.out_of_range.eq(~zero & ((exponent < low) | (exponent > high) | (number.exponent == 0))),
         ]
@@ -89,9 +94,9 @@ class Mantissa(wiring.Component):
         m = Module()
         value, bits = self.value, self.config.activation_bits
         # How far the significand moves right; from 25 places on nothing is left, not even after rounding.
-        most = _SIGNIFICAND_BITS + 1
+        most = SIGNIFICAND_BITS + 1
         places = Signal(signed(EXPONENT_BITS + 3), reset_less=True)
-        number = Signal(_SIGNIFICAND_BITS, reset_less=True)
+        number = Signal(SIGNIFICAND_BITS, reset_less=True)
         signs = [Signal(reset_less=True, name=f"sign_{stage}") for stage in range(2)]
         with m.If(self.moves[0]):
             m.d.sync += [
@@ -99,7 +104,7 @@ class Mantissa(wiring.Component):
                 number.eq(significand(value)),
                 signs[0].eq(value.sign),
             ]
-        moved = Signal(_SIGNIFICAND_BITS + most, reset_less=True)
+        moved = Signal(SIGNIFICAND_BITS + most, reset_less=True)
         with m.If(self.moves[1]):
             m.d.sync += [
                 moved.eq(Cat(Const(0, most), number) >> Mux(places > most, most, places.as_unsigned())),

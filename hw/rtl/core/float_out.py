@@ -2,17 +2,15 @@
 """Integer sums to float32, rounded once."""
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, signed
-from amaranth.lib import data, wiring
+from amaranth.lib import data
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.common.block import Block
 from hw.spec.config import FLOAT_BITS, AcceleratorConfig
-
-_FRACTION_BITS = 23
-_EXPONENT_BIAS = 127
-_EXPONENT_SPECIAL = 255
+from hw.spec.numerics.float32 import EXPONENT_BIAS, EXPONENT_FIELD_BITS, EXPONENT_SPECIAL, FRACTION_BITS
 
 
-class FloatOut(wiring.Component):
+class FloatOut(Block):
     """``value * 2**exponent`` as binary32 (IEEE 754), half to even, as :func:`hw.spec.numerics.linear.to_float32` says.
 
     Overflow gives infinity, results below 2**-126 a zero of the same sign. The leading one is shifted to the top by
@@ -30,7 +28,7 @@ class FloatOut(wiring.Component):
     def __init__(self, config: AcceleratorConfig):
         self.config = config
         # The magnitude of the most negative sum never occurs, so one bit less holds it; pad to a significand.
-        self.bits = max(config.sum_bits - 1, _FRACTION_BITS + 1)
+        self.bits = max(config.sum_bits - 1, FRACTION_BITS + 1)
         super().__init__(
             {
                 "valid": In(1),
@@ -48,6 +46,10 @@ class FloatOut(wiring.Component):
     @property
     def _powers(self) -> list[int]:
         return list(reversed(range((self.bits - 1).bit_length())))
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.common.block.Block`."""
+        return {"latency": self.latency}
 
     def elaborate(self, platform) -> Module:
         m = Module()
@@ -67,7 +69,7 @@ class FloatOut(wiring.Component):
             m.d.sync += [
                 number.sign.eq(self.value < 0),
                 number.magnitude.eq(Mux(self.value < 0, -self.value, self.value)),
-                number.exponent.eq(self.exponent + (self.bits - 1 + _EXPONENT_BIAS)),
+                number.exponent.eq(self.exponent + (self.bits - 1 + EXPONENT_BIAS)),
             ]
         for stage, power in enumerate(self._powers):
             number = self._shift(m, moving[stage], number, 1 << power)
@@ -88,10 +90,10 @@ class FloatOut(wiring.Component):
 
     def _round(self, m: Module, moving, number) -> None:
         """Round to the fraction, then pack. Rounding may carry into the exponent, so the sum takes both at once."""
-        cut = self.bits - 1 - _FRACTION_BITS
+        cut = self.bits - 1 - FRACTION_BITS
         dropped, fraction = number.magnitude[:cut], number.magnitude[cut:-1]
         half, rest = (dropped[-1], dropped[:-1].any()) if cut else (Const(0, 1), Const(0, 1))
-        packed = Signal(signed(len(number.exponent) + _FRACTION_BITS), reset_less=True)
+        packed = Signal(signed(len(number.exponent) + FRACTION_BITS), reset_less=True)
         present, sign = Signal(reset_less=True), Signal(reset_less=True)
         with m.If(moving):
             m.d.sync += [
@@ -99,10 +101,10 @@ class FloatOut(wiring.Component):
                 present.eq(number.magnitude[-1]),
                 sign.eq(number.sign),
             ]
-        rounded = packed[_FRACTION_BITS:].as_signed()
+        rounded = packed[FRACTION_BITS:].as_signed()
         with m.If(~present | (rounded <= 0)):
             m.d.sync += self.result.eq(Cat(Const(0, FLOAT_BITS - 1), sign))
-        with m.Elif(rounded >= _EXPONENT_SPECIAL):
-            m.d.sync += self.result.eq(Cat(Const(0, _FRACTION_BITS), Const(_EXPONENT_SPECIAL, 8), sign))
+        with m.Elif(rounded >= EXPONENT_SPECIAL):
+            m.d.sync += self.result.eq(Cat(Const(0, FRACTION_BITS), Const(EXPONENT_SPECIAL, EXPONENT_FIELD_BITS), sign))
         with m.Else():
             m.d.sync += self.result.eq(Cat(packed[: FLOAT_BITS - 1], sign))

@@ -6,12 +6,18 @@ from amaranth.lib import stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.common.block import Block
 from hw.rtl.common.fifo import StreamFifo
 from hw.rtl.common.ram import buffer_attributes
 from hw.rtl.common.walker import Walker, command_signature
 from hw.spec.config import AcceleratorConfig
-from hw.spec.control.command import max_header_beats
 from hw.spec.memory.geometry import StreamLayout, ceil_div
+from hw.spec.ops.command import max_header_beats
+
+
+def ring_depth(config: AcceleratorConfig) -> int:
+    """Beats in the header ring: room for the longest header while half of one more is being used."""
+    return 1 << (max_header_beats(config) * 3 // 2).bit_length()
 
 
 class HeaderBuffer(wiring.Component):
@@ -34,8 +40,7 @@ class HeaderBuffer(wiring.Component):
     def __init__(self, config: AcceleratorConfig):
         self.config = config
         self.stream = StreamLayout(config)
-        # Room for the longest header while half of one more is being used.
-        self.depth = 1 << (max_header_beats(config) * 3 // 2).bit_length()
+        self.depth = ring_depth(config)
         units = self.stream.beat_units
         super().__init__(
             {
@@ -104,7 +109,7 @@ class HeaderBuffer(wiring.Component):
         return m
 
 
-class HeaderReader(wiring.Component):
+class HeaderReader(Block):
     """Cuts headers into the row exponents of each output tile and one record per group.
 
     Members
@@ -142,6 +147,10 @@ class HeaderReader(wiring.Component):
     def latency(self) -> int:
         """Cycles from an output tile's last beat of exponents to the exponents."""
         return 2 + self.stream.exponents_cycles
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.common.block.Block`."""
+        return {"latency": self.latency, "ring_depth": ring_depth(self.config)}
 
     def elaborate(self, platform) -> Module:
         m = Module()

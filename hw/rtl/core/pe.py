@@ -2,9 +2,9 @@
 """The processing element: one multiply-accumulate of the weight-stationary array."""
 
 from amaranth.hdl import Module, Signal, Value, signed
-from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.common.block import Block
 from hw.rtl.common.product import small_product
 from hw.rtl.core.dsp48e2 import A_BITS, P_BITS, Dsp48e2
 from hw.spec.config import AcceleratorConfig
@@ -14,7 +14,7 @@ WORD = 32
 """Bits of activations and psums inside the array; the widest psum (tile 32, 8-bit weights) takes 29."""
 
 
-class ProcessingElement(wiring.Component):
+class ProcessingElement(Block):
     """Multiplies the activations that pass by with its weight and adds to the psum that comes from above.
 
     Parameters
@@ -61,6 +61,10 @@ class ProcessingElement(wiring.Component):
                 "psum_out": Out(self.word),
             }
         )
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.common.block.Block`."""
+        return {"latency": self.latency, "hop": self.hop}
 
     def elaborate(self, platform) -> Module:
         m = Module()

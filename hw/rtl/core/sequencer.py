@@ -5,16 +5,17 @@ from amaranth.hdl import Module, Mux, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.common.block import Block
 from hw.rtl.common.fifo import Counter, Credits
 from hw.rtl.common.walker import Walker, command_signature
-from hw.rtl.core.activation_buffer import BANKS, bank_slices
+from hw.rtl.core.activation_buffer import BANKS, bank_slices, bank_start
 from hw.rtl.core.column import ring_depth
 from hw.rtl.core.header import HeaderReader
 from hw.spec.config import AcceleratorConfig
 from hw.spec.memory.geometry import StreamLayout
 
 
-class Sequencer(wiring.Component):
+class Sequencer(Block):
     """Walks output tile, group, K-slice and token, and starts each slice once all that it needs is there.
 
     A slice takes ``max(tokens, words_per_slice)`` cycles and is never interrupted. It starts when all its words are
@@ -61,6 +62,10 @@ class Sequencer(wiring.Component):
                 "waits_output": Out(1),
             }
         )
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.common.block.Block`."""
+        return {"latency": self.latency, "fifo_depth": self.fifo_depth}
 
     def elaborate(self, platform) -> Module:
         m = Module()
@@ -154,4 +159,4 @@ class Sequencer(wiring.Component):
         with m.If(self.token):
             m.d.sync += self.address.eq(self.address + 1)
         with m.If(restart):
-            m.d.sync += self.address.eq(Mux(walker.bank, bank_slices(self.config), 0))
+            m.d.sync += self.address.eq(bank_start(self.config, walker.bank))

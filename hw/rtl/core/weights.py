@@ -2,15 +2,16 @@
 """Where the weight stream enters: headers to one side, the body as words to the other."""
 
 from amaranth.hdl import Cat, Module, Signal
-from amaranth.lib import data, stream, wiring
+from amaranth.lib import data, stream
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.common.block import Block
 from hw.rtl.common.walker import command_signature
 from hw.spec.config import AcceleratorConfig
 from hw.spec.memory.geometry import StreamLayout
 
 
-class WeightSplitter(wiring.Component):
+class WeightSplitter(Block):
     """Sends the beats of each output tile's header to ``header`` and those of its body to ``body``.
 
     Latency 0 cycles, throughput 1 beat per cycle: a transfer passes straight through.
@@ -74,7 +75,7 @@ class WeightSplitter(wiring.Component):
         return m
 
 
-class WordAssembler(wiring.Component):
+class WordAssembler(Block):
     """Joins ``beats_per_word`` beats to a word, the first one lowest. Latency 1 cycle, throughput 1 beat per cycle.
 
     Where a beat holds a whole row of a slice, a beat is a word and passes straight through (latency 0).
@@ -99,6 +100,10 @@ class WordAssembler(wiring.Component):
     def latency(self) -> int:
         """Cycles from the last beat of a word to the word."""
         return 0 if self.stream.beats_per_word == 1 else 1
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.common.block.Block`."""
+        return {"latency": self.latency}
 
     def elaborate(self, platform) -> Module:
         m = Module()

@@ -2,9 +2,10 @@
 """Fetches a layer's activations over all read ports at once, so that no port has to carry them alone."""
 
 from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, unsigned
-from amaranth.lib import data, stream, wiring
+from amaranth.lib import data, stream
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.common.block import Block
 from hw.rtl.common.fifo import Credits, StreamFifo
 from hw.rtl.core.activation_unit import row_layout
 from hw.rtl.memory.axi import ADDRESS_BITS
@@ -31,7 +32,7 @@ def fetch_layout(config: AcceleratorConfig) -> data.StructLayout:
     )
 
 
-class ActivationFetch(wiring.Component):
+class ActivationFetch(Block):
     """Cuts blocks into chunks, gives them to the ports in turn, and puts the data together again.
 
     Each port's beats are joined to rows of ``tile`` floats before they wait in its FIFO, so that all ports together
@@ -41,8 +42,8 @@ class ActivationFetch(wiring.Component):
     Members
     -------
     blocks : what to fetch
-    bursts_<p> : port p's chunks, for its read manager
-    beats_<p> : port p's data; always taken at once
+    bursts : each port's chunks, for its read manager
+    port_beats : each port's data; always taken at once
     rows : the blocks' data, in order
     asking : bursts are still to come for the last block
 
@@ -58,19 +59,19 @@ class ActivationFetch(wiring.Component):
     def __init__(self, config: AcceleratorConfig):
         self.config = config
         self.row_beats = config.tile * FLOAT_BITS // config.port_width
-        beats = stream.Signature(config.port_width)
-        members = {}
-        for port in range(config.ports):
-            members[f"bursts_{port}"] = Out(stream.Signature(burst_layout(config.port_width)))
-            members[f"beats_{port}"] = In(beats)
         super().__init__(
             {
                 "blocks": In(stream.Signature(fetch_layout(config))),
-                **members,
+                "bursts": Out(stream.Signature(burst_layout(config.port_width))).array(config.ports),
+                "port_beats": In(stream.Signature(config.port_width)).array(config.ports),
                 "rows": Out(stream.Signature(row_layout(config))),
                 "asking": Out(1),
             }
         )
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.common.block.Block`."""
+        return {"latency": self.latency, "row_latency": self.row_latency}
 
     def elaborate(self, platform) -> Module:
         m = Module()
@@ -118,8 +119,7 @@ class ActivationFetch(wiring.Component):
             lengths.i.payload.rows.eq(block.beats >> row_bits),
             lengths.i.payload.missing.eq(block.address[beat_bits + row_bits : page_bits]),
         ]
-        for index in range(self.config.ports):
-            bursts = getattr(self, f"bursts_{index}")
+        for index, bursts in enumerate(self.bursts):
             m.d.comb += [
                 bursts.payload.address.eq(address),
                 bursts.payload.beats.eq(beats),
@@ -134,7 +134,7 @@ class ActivationFetch(wiring.Component):
 
     def _join(self, m: Module, port: int) -> StreamFifo:
         """A port's beats as rows, in a FIFO."""
-        beats, whole = getattr(self, f"beats_{port}"), Signal(row_layout(self.config), reset_less=True)
+        beats, whole = self.port_beats[port], Signal(row_layout(self.config), reset_less=True)
         m.submodules[f"rows_{port}"] = fifo = StreamFifo(row_layout(self.config), CHUNKS_AHEAD * self.chunk_rows)
         place, full = Signal(range(max(2, self.row_beats))), Signal()
         last = (place == self.row_beats - 1) if self.row_beats > 1 else Const(1)

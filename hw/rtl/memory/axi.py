@@ -7,11 +7,6 @@ from amaranth.lib.wiring import In, Out
 
 from hw.spec.control.descriptor import ADDRESS_BITS
 
-MAX_BURST_BEATS = 256
-"""Longest INCR burst."""
-BOUNDARY = 4096
-"""Bytes; no burst crosses a multiple of it."""
-
 
 class Response(enum.Enum, shape=2):
     """RRESP and BRESP."""
@@ -77,31 +72,20 @@ def is_axi(member: wiring.Member) -> bool:
     return isinstance(signature, AxiSignature)
 
 
-def _read_channels(width: int) -> dict[str, wiring.Member]:
-    return {"ar": Out(stream.Signature(address_layout())), "r": In(stream.Signature(read_layout(width)))}
-
-
-def _write_channels(width: int) -> dict[str, wiring.Member]:
-    return {
-        "aw": Out(stream.Signature(address_layout())),
-        "w": Out(stream.Signature(write_layout(width))),
-        "b": In(stream.Signature(acknowledge_layout())),
-    }
-
-
 def read_signature(width: int) -> AxiSignature:
     """The read half of an AXI4 port."""
-    return AxiSignature(_read_channels(width))
+    return AxiSignature({"ar": Out(stream.Signature(address_layout())), "r": In(stream.Signature(read_layout(width)))})
 
 
 def write_signature(width: int) -> AxiSignature:
     """The write half of an AXI4 port."""
-    return AxiSignature(_write_channels(width))
-
-
-def memory_signature(width: int, port: int) -> AxiSignature:
-    """The accelerator's AXI4 port of this number: the first reads and writes, the others only read."""
-    return AxiSignature(_read_channels(width) | ({} if port else _write_channels(width)))
+    return AxiSignature(
+        {
+            "aw": Out(stream.Signature(address_layout())),
+            "w": Out(stream.Signature(write_layout(width))),
+            "b": In(stream.Signature(acknowledge_layout())),
+        }
+    )
 
 
 def lite_signature(address_bits: int) -> AxiSignature:
@@ -127,6 +111,11 @@ def constant_address_fields(payload, width: int) -> list:
         payload.prot.eq(0),
         payload.id.eq(0),
     ]
+
+
+def owed_layout(outstanding: int) -> data.StructLayout:
+    """What memory owes a manager: bursts that are offered and not yet answered, and the address of the oldest."""
+    return data.StructLayout({"bursts": range(outstanding + 1), "oldest": unsigned(ADDRESS_BITS)})
 
 
 def is_error(response):

@@ -2,10 +2,12 @@
 """Cuts linear regions of memory into AXI4 bursts."""
 
 from amaranth.hdl import Module, Mux, Signal, unsigned
-from amaranth.lib import data, stream, wiring
+from amaranth.lib import data, stream
 from amaranth.lib.wiring import In, Out
 
-from hw.rtl.memory.axi import ADDRESS_BITS, BOUNDARY, MAX_BURST_BEATS
+from hw.rtl.common.block import Block
+from hw.rtl.memory.axi import ADDRESS_BITS
+from hw.spec.memory.access import BURST_BOUNDARY, MAX_BURST_BEATS
 
 BEAT_COUNT_BITS = 32
 """Bits of a region's length in beats. A descriptor's regions are shorter than 4 GiB."""
@@ -18,7 +20,7 @@ def region_layout() -> data.StructLayout:
 
 def max_burst_beats(width: int) -> int:
     """Beats of the longest burst on a port of ``width`` bits."""
-    return min(MAX_BURST_BEATS, BOUNDARY // (width // 8))
+    return min(MAX_BURST_BEATS, BURST_BOUNDARY // (width // 8))
 
 
 def burst_layout(width: int) -> data.StructLayout:
@@ -26,7 +28,7 @@ def burst_layout(width: int) -> data.StructLayout:
     return data.StructLayout({"address": unsigned(ADDRESS_BITS), "beats": range(max_burst_beats(width) + 1)})
 
 
-class BurstCutter(wiring.Component):
+class BurstCutter(Block):
     """Cuts each region into maximal INCR bursts that never cross a 4 KiB boundary.
 
     Parameters
@@ -51,6 +53,10 @@ class BurstCutter(wiring.Component):
                 "bursts": Out(stream.Signature(burst_layout(width))),
             }
         )
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.common.block.Block`."""
+        return {"latency": self.latency}
 
     def elaborate(self, platform) -> Module:
         m = Module()

@@ -6,15 +6,16 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
-from hw.rtl.common.fifo import Credits, StreamFifo
+from hw.rtl.common.block import Block
+from hw.rtl.common.fifo import CreditFifo, StreamFifo
 from hw.rtl.common.ram import buffer_attributes
 from hw.rtl.core.drain import result_payload
 from hw.rtl.memory.axi import ADDRESS_BITS
 from hw.rtl.memory.write_manager import PIECE_BYTES, last_beat, piece_layout
 from hw.spec.config import FLOAT_BITS, AcceleratorConfig
-from hw.spec.control.command import command_fields
 from hw.spec.control.descriptor import FIELD_WIDTHS
 from hw.spec.memory.access import PIECE_FLOATS
+from hw.spec.ops.command import command_fields
 
 PITCH_BITS = FIELD_WIDTHS["result_pitch"]
 
@@ -50,7 +51,7 @@ def chunk_layout(config: AcceleratorConfig) -> data.StructLayout:
     )
 
 
-class Gatherer(wiring.Component):
+class Gatherer(Block):
     """Turns output tiles, in which a token has a few columns, into pieces of up to 256 columns, token by token.
 
     A chunk is 256 columns of all tokens, or what is left of the layer. Chunks fill the two halves of a buffer in turn;
@@ -73,8 +74,11 @@ class Gatherer(wiring.Component):
     read_latency = 2 * StreamFifo.latency
     """Cycles from the last result of a chunk to its first piece."""
     _HALVES = 2
+    _PIECES_AHEAD = 2
     _BEATS_AHEAD = 8
     """Beats that wait behind the memory, so that a piece is known before its data are wanted."""
+    most_in_flight = 1 + _HALVES + _PIECES_AHEAD
+    """Descriptors in here: one is gathered, others have their last chunk in the buffer or their last piece after it."""
 
     def __init__(self, config: AcceleratorConfig):
         self.config = config
@@ -95,6 +99,10 @@ class Gatherer(wiring.Component):
     def depth(self) -> int:
         """Words of the buffer, each of ``word_floats`` floats."""
         return self._HALVES * self.config.max_tokens * self.piece_words
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.common.block.Block`."""
+        return {"latency": self.latency, "read_latency": self.read_latency, "lanes": self.lanes, "depth": self.depth}
 
     def elaborate(self, platform) -> Module:
         m = Module()
@@ -184,16 +192,16 @@ class Gatherer(wiring.Component):
     def _send(self, m: Module, memory: Memory, chunks: StreamFifo) -> None:
         """Reads chunk after chunk, token by token."""
         chunk, word_beats = chunks.o.payload, self.word_floats * FLOAT_BITS // self.width
-        m.submodules.pieces = pieces = StreamFifo(piece_layout(), 2)
+        m.submodules.pieces = pieces = StreamFifo(piece_layout(), self._PIECES_AHEAD)
         wiring.connect(m, pieces.o, wiring.flipped(self.pieces))
         read = memory.read_port()
-        m.submodules.room = room = Credits(self._BEATS_AHEAD, init=self._BEATS_AHEAD)
+        m.submodules.beats = beats = CreditFifo(unsigned(self.width), self._BEATS_AHEAD)
         token, beat = Signal.like(chunk.last_token), Signal(range(PIECE_FLOATS * FLOAT_BITS // self.width))
         half, row = Signal(), Signal(range(self._HALVES * self.config.max_tokens))
         offset = Signal(range(self.config.max_tokens << PITCH_BITS))
         fetch, piece_end, chunk_end = Signal(), Signal(), Signal()
         m.d.comb += [
-            fetch.eq(chunks.o.valid & room.enough & (pieces.i.ready | (beat != 0))),
+            fetch.eq(chunks.o.valid & beats.room & (pieces.i.ready | (beat != 0))),
             piece_end.eq(beat == last_beat(chunk.last_float, self.width)),
             chunk_end.eq(piece_end & (token == chunk.last_token)),
             chunks.o.ready.eq(fetch & chunk_end),
@@ -205,8 +213,7 @@ class Gatherer(wiring.Component):
             pieces.i.payload.interrupt.eq(chunk.interrupt),
             read.addr.eq(Cat(beat[(word_beats - 1).bit_length() :], row)),
             read.en.eq(fetch),
-            room.take.eq(fetch),
-            room.add.eq(self.beats.valid & self.beats.ready),
+            beats.claim.eq(fetch),
         ]
         with m.If(fetch):
             m.d.sync += beat.eq(Mux(piece_end, 0, beat + 1))
@@ -215,7 +222,6 @@ class Gatherer(wiring.Component):
         with m.If(fetch & chunk_end):
             m.d.sync += [token.eq(0), row.eq(self._first_row(~half)), offset.eq(0), half.eq(~half)]
         # What was fetched arrives a cycle later. Room for it was claimed before.
-        m.submodules.beats = beats = StreamFifo(unsigned(self.width), self._BEATS_AHEAD)
         wiring.connect(m, beats.o, wiring.flipped(self.beats))
         part = Signal(range(word_beats))
         m.d.sync += [beats.i.valid.eq(fetch), part.eq(beat)]

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The AXI4 read manager: bursts for several clients over one port."""
 
-from collections.abc import Mapping
+import enum
+from collections.abc import Sequence
 
 from amaranth.hdl import Cat, Module, Signal, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.common.block import Block
 from hw.rtl.common.fifo import BlockFifo, StreamFifo
 from hw.rtl.memory.axi import ADDRESS_BITS, constant_address_fields, is_error, read_signature
 from hw.rtl.memory.burst_cutter import burst_layout, max_burst_beats
@@ -14,12 +16,20 @@ from hw.spec.config import AcceleratorConfig
 from hw.spec.memory.access import OUTSTANDING
 
 
-def read_clients(config: AcceleratorConfig) -> dict[str, int]:
-    """Who reads over a port, and beats of their FIFOs; activations first: they are few, and a whole layer waits."""
-    return {"activations": 0, "weights": OUTSTANDING * max_burst_beats(config.port_width)}
+class ReadClient(enum.IntEnum):
+    """The clients of every read port, in the order of precedence: activations are few, and a whole layer waits."""
+
+    ACTIVATIONS = 0
+    WEIGHTS = 1
 
 
-class ReadManager(wiring.Component):
+def read_fifo_depths(config: AcceleratorConfig) -> list[int]:
+    """Beats of each :class:`ReadClient`'s FIFO, as :class:`ReadManager` takes them."""
+    depths = {ReadClient.ACTIVATIONS: 0, ReadClient.WEIGHTS: OUTSTANDING * max_burst_beats(config.port_width)}
+    return [depths[client] for client in ReadClient]
+
+
+class ReadManager(Block):
     """Reads bursts for several clients over one port, each client's in order.
 
     A client only asks for bursts for which its FIFO has room (it knows from what it asked for and what it took), so
@@ -29,15 +39,15 @@ class ReadManager(wiring.Component):
     Parameters
     ----------
     width : bits of the port
-    clients : name of each client and depth in beats, a power of two, of its FIFO, or 0 for a client that takes every
-        beat at once; the first has precedence
+    depths : for each client the depth of its FIFO in beats, a power of two, or 0 for a client that takes every beat
+        at once; the first client has precedence
     outstanding : bursts that may be under way, a power of two
 
     Members
     -------
     axi : AR and R
-    <client>_bursts : bursts to read, none of which crosses a 4 KiB boundary
-    <client>_beats : their data, in order
+    bursts : for each client the bursts to read, none of which crosses a 4 KiB boundary
+    beats : for each client their data, in order
     halt : ask for nothing more; what is under way is still received
     under_way : bursts offered on AR and not yet received
     error : a burst was answered with SLVERR or DECERR; one cycle, with its address in ``error_address``
@@ -48,19 +58,18 @@ class ReadManager(wiring.Component):
 
     latency = 1
     """Cycles from a burst's transfer to the first cycle of ARVALID."""
+    beat_latency = BlockFifo.latency
+    """Cycles from R to a client with a FIFO."""
 
-    def __init__(self, width: int, clients: Mapping[str, int], outstanding: int = OUTSTANDING):
+    def __init__(self, width: int, depths: Sequence[int], outstanding: int = OUTSTANDING):
         if outstanding < 2 or outstanding & (outstanding - 1):
             raise ValueError(f"outstanding bursts are a power of two from 2 up, not {outstanding}")
-        self.width, self.clients, self.outstanding = width, dict(clients), outstanding
-        members = {}
-        for name in clients:
-            members[f"{name}_bursts"] = In(stream.Signature(burst_layout(width)))
-            members[f"{name}_beats"] = Out(stream.Signature(width))
+        self.width, self.depths, self.outstanding = width, tuple(depths), outstanding
         super().__init__(
             {
                 "axi": Out(read_signature(width)),
-                **members,
+                "bursts": In(stream.Signature(burst_layout(width))).array(len(self.depths)),
+                "beats": Out(stream.Signature(width)).array(len(self.depths)),
                 "halt": In(1),
                 "under_way": Out(range(outstanding + 1)),
                 "error": Out(1),
@@ -69,17 +78,20 @@ class ReadManager(wiring.Component):
             }
         )
 
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.common.block.Block`."""
+        return {"latency": self.latency, "beat_latency": self.beat_latency}
+
     def elaborate(self, platform) -> Module:
         m = Module()
         # What is under way: its client and, for the error register, its address.
-        tag = data.StructLayout({"client": range(max(2, len(self.clients))), "address": ADDRESS_BITS})
+        tag = data.StructLayout({"client": range(max(2, len(self.depths))), "address": ADDRESS_BITS})
         m.submodules.tags = tags = StreamFifo(tag, self.outstanding)
         m.d.comb += [self.under_way.eq(tags.level), self.oldest.eq(tags.o.payload.address)]
         self._ask(m, tags)
-        for index, (name, depth) in enumerate(self.clients.items()):
-            beats = getattr(self, f"{name}_beats")
+        for index, (beats, depth) in enumerate(zip(self.beats, self.depths, strict=True)):
             if depth:
-                m.submodules[f"{name}_fifo"] = fifo = BlockFifo(unsigned(self.width), depth)
+                m.submodules[f"fifo_{index}"] = fifo = BlockFifo(unsigned(self.width), depth)
                 wiring.connect(m, fifo.o, wiring.flipped(beats))
                 beats = fifo.i
             m.d.comb += [
@@ -98,16 +110,15 @@ class ReadManager(wiring.Component):
     def _ask(self, m: Module, tags: StreamFifo) -> None:
         """Offers a burst of the first client that has one on AR."""
         ar, free = self.axi.ar, Signal()
-        requests = [getattr(self, f"{name}_bursts") for name in self.clients]
         m.d.comb += [
             free.eq((~ar.valid | ar.ready) & tags.i.ready & ~self.halt),
-            tags.i.valid.eq(free & Cat(bursts.valid for bursts in requests).any()),
+            tags.i.valid.eq(free & Cat(bursts.valid for bursts in self.bursts).any()),
             *constant_address_fields(ar.payload, self.width),
         ]
         with m.If(ar.ready):
             m.d.sync += ar.valid.eq(0)
-        earlier = Signal(len(requests) + 1)
-        for index, bursts in enumerate(requests):
+        earlier = Signal(len(self.bursts) + 1)
+        for index, bursts in enumerate(self.bursts):
             m.d.comb += [
                 earlier[index + 1].eq(earlier[index] | bursts.valid),
                 bursts.ready.eq(free & ~earlier[index]),

@@ -2,9 +2,10 @@
 """Fetches a layer's weights: all ports read their regions in step, and a beat of each makes a beat of the stream."""
 
 from amaranth.hdl import Cat, Module, Mux, Signal, unsigned
-from amaranth.lib import data, stream, wiring
+from amaranth.lib import data, stream
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.common.block import Block
 from hw.rtl.common.fifo import Counter
 from hw.rtl.memory.axi import ADDRESS_BITS
 from hw.rtl.memory.burst_cutter import BEAT_COUNT_BITS, BurstCutter, burst_layout, max_burst_beats
@@ -21,7 +22,7 @@ def weights_layout() -> data.StructLayout:
     )
 
 
-class WeightFetch(wiring.Component):
+class WeightFetch(Block):
     """Asks every port for the same bursts, each in its own region, and joins what comes.
 
     As every port's FIFO is filled and emptied by the same bursts and beats, one counter knows the room in all of them.
@@ -34,8 +35,8 @@ class WeightFetch(wiring.Component):
     -------
     regions : the layers' weights
     halt : hand over nothing more
-    bursts_<p> : for port p's read manager
-    beats_<p> : port p's data
+    bursts : for each port's read manager
+    port_beats : each port's data
     beats : the weight stream
 
     Latency: 1 cycle from a layer to its first bursts, none for the data. Throughput: 1 beat per cycle.
@@ -45,18 +46,19 @@ class WeightFetch(wiring.Component):
 
     def __init__(self, config: AcceleratorConfig, depth: int):
         self.config, self.depth = config, depth
-        members = {}
-        for port in range(config.ports):
-            members[f"bursts_{port}"] = Out(stream.Signature(burst_layout(config.port_width)))
-            members[f"beats_{port}"] = In(stream.Signature(config.port_width))
         super().__init__(
             {
                 "regions": In(stream.Signature(weights_layout())),
                 "halt": In(1),
-                **members,
+                "bursts": Out(stream.Signature(burst_layout(config.port_width))).array(config.ports),
+                "port_beats": In(stream.Signature(config.port_width)).array(config.ports),
                 "beats": Out(stream.Signature(config.beat_bits)),
             }
         )
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.common.block.Block`."""
+        return {"latency": self.latency, "depth": self.depth}
 
     def elaborate(self, platform) -> Module:
         m = Module()
@@ -77,10 +79,8 @@ class WeightFetch(wiring.Component):
         ]
         with m.If(regions.valid & regions.ready):
             m.d.sync += stride.eq(regions.payload.stride)
-        ports = range(self.config.ports)
-        asked = Signal(len(ports))
-        for port in ports:
-            bursts = getattr(self, f"bursts_{port}")
+        asked = Signal(self.config.ports)
+        for port, bursts in enumerate(self.bursts):
             m.d.comb += [
                 # Cannot wrap: a descriptor's addresses are below 2^40 - 2^34.
                 bursts.payload.address.eq(burst.address + stride * port),
@@ -92,10 +92,9 @@ class WeightFetch(wiring.Component):
         m.d.comb += done.eq(asked.all())
         with m.If(done):
             m.d.sync += asked.eq(0)
-        parts = [getattr(self, f"beats_{port}") for port in ports]
         m.d.comb += [
-            self.beats.payload.eq(Cat(part.payload for part in parts)),
-            self.beats.valid.eq(Cat(*(part.valid for part in parts), ~self.halt).all()),
-            *(part.ready.eq(self.beats.valid & self.beats.ready) for part in parts),
+            self.beats.payload.eq(Cat(part.payload for part in self.port_beats)),
+            self.beats.valid.eq(Cat(*(part.valid for part in self.port_beats), ~self.halt).all()),
+            *(part.ready.eq(self.beats.valid & self.beats.ready) for part in self.port_beats),
         ]
         return m

@@ -1,16 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The AXI4 write manager: short pieces of results into memory."""
 
-from amaranth.hdl import Cat, Module, Mux, Signal, unsigned
+import enum
+
+from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.common.block import Block
 from hw.rtl.common.fifo import StreamFifo
-from hw.rtl.memory.axi import ADDRESS_BITS, BOUNDARY, constant_address_fields, is_error, write_layout, write_signature
+from hw.rtl.memory.axi import ADDRESS_BITS, constant_address_fields, is_error, write_layout, write_signature
 from hw.spec.config import FLOAT_BITS
-from hw.spec.memory.access import OUTSTANDING, PIECE_FLOATS
+from hw.spec.memory.access import BURST_BOUNDARY, OUTSTANDING, PIECE_FLOATS
 
 PIECE_BYTES = PIECE_FLOATS * FLOAT_BITS // 8
+
+
+class WriteClient(enum.IntEnum):
+    """The clients of the write port, in the order of precedence."""
+
+    RESULTS = 0
 
 
 def piece_layout() -> data.StructLayout:
@@ -31,21 +40,23 @@ def last_beat(last_float, width: int):
     return last_float >> (width // FLOAT_BITS).bit_length() - 1
 
 
-class WriteManager(wiring.Component):
+class WriteManager(Block):
     """Writes pieces with INCR bursts: one each, or two where a piece crosses a 4 KiB boundary.
 
     A burst is offered on AW as soon as its piece is known; its data follow, never before it. All bursts have the same
-    ID, so they are acknowledged in order.
+    ID, so they are acknowledged in order. Pieces of several clients are written one by one, the first client's first.
+    All pieces of a descriptor come from one client.
 
     Parameters
     ----------
     width : bits of the port
+    clients : how many write over the port
     outstanding : bursts that may be under way, a power of two
 
     Members
     -------
-    pieces : where to write
-    beats : their data; every piece starts with a new beat
+    pieces : for each client where to write
+    beats : for each client their data; every piece starts with a new beat
     axi : AW, W and B
     halt : offer no further burst; those on AW get their data all the same
     under_way : bursts offered on AW and not yet acknowledged
@@ -60,15 +71,21 @@ class WriteManager(wiring.Component):
 
     latency = StreamFifo.latency + 2
     """Cycles from a piece's transfer to the first cycle of AWVALID."""
+    data_latency, complete_latency = StreamFifo.latency, 1
+    """Cycles from a beat's transfer to WVALID, and from the last BVALID to ``complete``."""
 
-    def __init__(self, width: int, outstanding: int = OUTSTANDING):
+    _PIECES_AHEAD = 2
+    most_in_flight = len(WriteClient) * _PIECES_AHEAD + 1 + OUTSTANDING
+    """Descriptors in here: their last piece waits, is cut, or has bursts under way."""
+
+    def __init__(self, width: int, clients: int = len(WriteClient), outstanding: int = OUTSTANDING):
         if outstanding < 2 or outstanding & (outstanding - 1):
             raise ValueError(f"outstanding bursts are a power of two from 2 up, not {outstanding}")
-        self.width, self.outstanding = width, outstanding
+        self.width, self.clients, self.outstanding = width, clients, outstanding
         super().__init__(
             {
-                "pieces": In(stream.Signature(piece_layout())),
-                "beats": In(stream.Signature(width)),
+                "pieces": In(stream.Signature(piece_layout())).array(clients),
+                "beats": In(stream.Signature(width)).array(clients),
                 "axi": Out(write_signature(width)),
                 "halt": In(1),
                 "under_way": Out(range(outstanding + 1)),
@@ -80,14 +97,23 @@ class WriteManager(wiring.Component):
             }
         )
 
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.common.block.Block`."""
+        return {
+            "latency": self.latency,
+            "data_latency": self.data_latency,
+            "complete_latency": self.complete_latency,
+        }
+
     def elaborate(self, platform) -> Module:
         m = Module()
         floats = self.width // FLOAT_BITS
         # What is under way, for its acknowledgement; ``last`` is that of the descriptor.
-        tag = data.StructLayout({"address": ADDRESS_BITS, "last": 1, "interrupt": 1})
+        client = range(self.clients)
+        tag = data.StructLayout({"address": ADDRESS_BITS, "last": 1, "interrupt": 1, "client": client})
         # The same bursts until their data are sent, so this FIFO is never the fuller one. ``keep``: floats of the last
         # beat that are written.
-        share = data.StructLayout({"last_beat": range(PIECE_FLOATS // floats), "keep": floats})
+        share = data.StructLayout({"last_beat": range(PIECE_FLOATS // floats), "keep": floats, "client": client})
         m.submodules.tags = tags = StreamFifo(tag, self.outstanding)
         m.submodules.shares = shares = StreamFifo(share, self.outstanding)
         m.d.comb += [self.under_way.eq(tags.level), self.oldest.eq(tags.o.payload.address)]
@@ -99,13 +125,10 @@ class WriteManager(wiring.Component):
     def _ask(self, m: Module, tags: StreamFifo, shares: StreamFifo) -> None:
         """Cuts pieces at 4 KiB boundaries and offers the parts on AW."""
         aw, floats = self.axi.aw, self.width // FLOAT_BITS
-        # Takes the path from AWREADY off the users of ``pieces.ready``.
-        m.submodules.fifo = fifo = StreamFifo(piece_layout(), 2)
-        wiring.connect(m, wiring.flipped(self.pieces), fifo.i)
-        piece = fifo.o.payload
-        active, tag = Signal(), Signal(tags.shape)
+        active, tag, take = Signal(), Signal(tags.shape), Signal()
+        piece, client, found = self._choose(m, take)
         left, keep = Signal(range(PIECE_FLOATS // floats)), Signal(floats)
-        offset_bits, page_bits = (self.width // 8 - 1).bit_length(), (BOUNDARY - 1).bit_length()
+        offset_bits, page_bits = (self.width // 8 - 1).bit_length(), (BURST_BOUNDARY - 1).bit_length()
         room = Signal(page_bits - offset_bits)
         fits, length, start = Signal(), Signal.like(left), Signal()
         m.d.comb += [
@@ -114,22 +137,24 @@ class WriteManager(wiring.Component):
             fits.eq(left <= room),
             length.eq(Mux(fits, left, room)),
             start.eq(active & (~aw.valid | aw.ready) & tags.i.ready & ~self.halt),
-            fifo.o.ready.eq(~active | (start & fits)),
+            take.eq(~active | (start & fits)),
             tags.i.valid.eq(start),
             tags.i.payload.eq(tag),
             tags.i.payload.last.eq(tag.last & fits),
             shares.i.valid.eq(start),
             shares.i.payload.last_beat.eq(length),
             shares.i.payload.keep.eq(keep | ~fits.replicate(floats)),
+            shares.i.payload.client.eq(tag.client),
             *constant_address_fields(aw.payload, self.width),
         ]
         with m.If(start):
             m.d.sync += [aw.valid.eq(1), aw.payload.addr.eq(tag.address), aw.payload.len.eq(length)]
         with m.Elif(aw.ready):
             m.d.sync += aw.valid.eq(0)
-        with m.If(fifo.o.ready):
+        with m.If(take):
             m.d.sync += [
-                active.eq(fifo.o.valid),
+                active.eq(found),
+                tag.client.eq(client),
                 tag.address.eq(piece.address),
                 tag.last.eq(piece.last),
                 tag.interrupt.eq(piece.interrupt),
@@ -143,9 +168,24 @@ class WriteManager(wiring.Component):
                 left.eq(left - room - 1),
             ]
 
+    def _choose(self, m: Module, take: Signal) -> tuple[data.View, Value, Value]:
+        """The piece of the first client that has one, that client, and whether there is one at all."""
+        fifos, earlier = [], Const(0)
+        for index, pieces in enumerate(self.pieces):
+            # Takes the path from AWREADY off the users of ``pieces.ready``.
+            m.submodules[f"fifo_{index}"] = fifo = StreamFifo(piece_layout(), self._PIECES_AHEAD)
+            wiring.connect(m, wiring.flipped(pieces), fifo.i)
+            m.d.comb += fifo.o.ready.eq(take & ~earlier)
+            earlier |= fifo.o.valid
+            fifos.append(fifo)
+        piece, client = fifos[-1].o.payload.as_value(), Const(len(fifos) - 1)
+        for index, fifo in reversed(list(enumerate(fifos[:-1]))):
+            piece, client = Mux(fifo.o.valid, fifo.o.payload.as_value(), piece), Mux(fifo.o.valid, index, client)
+        return data.View(piece_layout(), piece), client, earlier
+
     def _send(self, m: Module, shares: StreamFifo) -> None:
         """Gives every burst its beats, without a cycle between two bursts."""
-        # As in ``_ask``: users of ``beats.ready`` do not wait for WREADY.
+        # As in ``_choose``: users of ``beats.ready`` do not wait for WREADY.
         m.submodules.data = fifo = StreamFifo(write_layout(self.width), 2)
         wiring.connect(m, fifo.o, wiring.flipped(self.axi.w))
         share, beat = shares.o.payload, Signal(8)
@@ -154,31 +194,38 @@ class WriteManager(wiring.Component):
         m.d.comb += [
             last.eq(beat == share.last_beat),
             keep.eq(share.keep | ~last.replicate(len(keep))),
-            self.beats.ready.eq(shares.o.valid & fifo.i.ready),
-            fifo.i.valid.eq(self.beats.valid & shares.o.valid),
-            fifo.i.payload.data.eq(self.beats.payload),
             fifo.i.payload.strb.eq(Cat(bit.replicate(FLOAT_BITS // 8) for bit in keep)),
             fifo.i.payload.last.eq(last),
             push.eq(fifo.i.valid & fifo.i.ready),
             shares.o.ready.eq(push & last),
         ]
+        for index, beats in enumerate(self.beats):
+            with m.If(share.client == index):
+                m.d.comb += [
+                    beats.ready.eq(shares.o.valid & fifo.i.ready),
+                    fifo.i.valid.eq(beats.valid & shares.o.valid),
+                    fifo.i.payload.data.eq(beats.payload),
+                ]
         with m.If(push):
             m.d.sync += beat.eq(Mux(last, 0, beat + 1))
 
     def _acknowledge(self, m: Module, tags: StreamFifo) -> None:
         """Follows the acknowledgements, and remembers an error until its descriptor's last one."""
         b, tag = self.axi.b, tags.o.payload
-        bad, failed = Signal(), Signal()
+        # Of each client's last descriptor.
+        bad, failed = Signal(), Array(Signal(name=f"failed_{index}") for index in range(self.clients))
+        good = Signal()
         m.d.comb += [
             b.ready.eq(1),
             tags.o.ready.eq(b.valid),
             bad.eq(is_error(b.payload.resp)),
+            good.eq(b.valid & tag.last & ~bad & ~failed[tag.client]),
         ]
         m.d.sync += [
             self.error.eq(b.valid & bad),
             self.error_address.eq(tag.address),
-            self.complete.eq(b.valid & tag.last & ~bad & ~failed),
-            self.complete_interrupt.eq(b.valid & tag.last & ~bad & ~failed & tag.interrupt),
+            self.complete.eq(good),
+            self.complete_interrupt.eq(good & tag.interrupt),
         ]
         with m.If(b.valid):
-            m.d.sync += failed.eq(~tag.last & (failed | bad))
+            m.d.sync += failed[tag.client].eq(~tag.last & (failed[tag.client] | bad))

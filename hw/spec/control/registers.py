@@ -18,7 +18,7 @@ VERSION = 1
 QUEUE_DEPTH = 16
 """Descriptors that wait to be started."""
 COMPLETIONS = 32
-"""Completions whose cycle the hardware remembers: more than can be queued and in flight."""
+"""Completions whose cycle the hardware remembers. Software keeps no more descriptors queued and in flight."""
 DEFAULT_TIMEOUT = 1 << 20
 """Cycles: 4 ms at 250 MHz, a thousand times what a memory takes."""
 WINDOW_BYTES = 0x200
@@ -179,6 +179,10 @@ REGISTERS: tuple[Register, ...] = (
 """The whole map, in order of offsets."""
 
 BY_NAME = {register.name: register for register in REGISTERS}
+
+
+EVENTS = ("busy", "beats", "starved_weights", "starved_activations", "starved_output")
+"""Registers that count events, and that control.clear_counters clears."""
 
 
 def offset(name: str, word: int = 0) -> int:

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the accelerator uses its memory ports: sizes that the RTL is built with and that the performance model knows."""
 
+BURST_BOUNDARY = 4096
+"""Bytes; no AXI burst crosses a multiple of it (Arm IHI 0022)."""
+MAX_BURST_BEATS = 256
+"""Longest INCR burst of AXI4."""
 OUTSTANDING = 8
 """Bursts that a port may have under way: 8 times 4 KiB cover 2,048 cycles of latency."""
 WEIGHT_BURSTS_AHEAD = 6

@@ -11,12 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from hw.spec.config import EXPONENT_BITS, SCALE_BITS, AcceleratorConfig
+from hw.spec.numerics import float32
 
 EXPONENT_MIN = -(1 << (EXPONENT_BITS - 1))
 EXPONENT_MAX = (1 << (EXPONENT_BITS - 1)) - 1
-_FLOAT_SIGNIFICAND_BITS = 24
-_FLOAT_EXPONENT_MIN = -126
-_FLOAT_EXPONENT_MAX = 127
 
 
 class NumericsError(ValueError):
@@ -175,15 +173,15 @@ def to_float32(values: np.ndarray, exponents: np.ndarray) -> np.ndarray:
     # frexp sees the value after a rounding to 53 bits, which may have carried into one bit more.
     length = np.frexp(magnitude.astype(np.float64))[1].astype(np.int64)
     length -= (magnitude >> np.maximum(length - 1, 0).astype(np.uint64)) == 0
-    shift = np.maximum(length - _FLOAT_SIGNIFICAND_BITS, 0)
+    shift = np.maximum(length - float32.SIGNIFICAND_BITS, 0)
     amount = shift.astype(np.uint64)
     kept = (magnitude >> amount).astype(np.int64)
     rest = (magnitude - (kept.astype(np.uint64) << amount)).astype(np.int64)
     half = np.where(shift > 0, np.int64(1) << np.maximum(shift - 1, 0), 1)
     kept += (rest > half) | ((rest == half) & (kept & 1 == 1))
     result = np.ldexp(kept.astype(np.float64), shift + exponents)
-    result[result < 2.0**_FLOAT_EXPONENT_MIN] = 0.0
-    result[result >= 2.0 ** (_FLOAT_EXPONENT_MAX + 1)] = np.inf
+    result[result < 2.0**float32.EXPONENT_MIN] = 0.0
+    result[result >= 2.0 ** (float32.EXPONENT_MAX + 1)] = np.inf
     return np.copysign(result, values).astype(np.float32)
 
 

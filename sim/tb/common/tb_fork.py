@@ -7,7 +7,7 @@ from sim.bench.dut import begin, latency, ports
 from sim.bench.monitor import Monitor, consecutive
 from sim.bench.streams import StreamSink, StreamSource, cycle, never, randomly, rng
 
-USERS = ("a", "b", "c")
+USERS = ("copies_0", "copies_1", "copies_2")
 
 
 def _commands(count):
@@ -47,7 +47,7 @@ async def test_one_user_blocked(dut):
     """The others get as many commands as the blocked one's FIFO holds, and the rest when it goes on."""
     depth, blocked = latency("depth"), [True]
     source = StreamSource(dut, "command", dut.clk)
-    sinks = [StreamSink(dut, user, dut.clk, (lambda: blocked[0]) if user == "b" else never) for user in USERS]
+    sinks = [StreamSink(dut, user, dut.clk, (lambda: blocked[0]) if user == USERS[1] else never) for user in USERS]
     await begin(dut)
     commands = _commands(3 * depth)
     source.send(commands)

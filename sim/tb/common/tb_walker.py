@@ -67,6 +67,9 @@ async def _walk(dut, step_stall, command_stall, count):
             finished, done = ends, done + 1
             if done == len(expected):
                 break
+        if int(dut.command_valid.value):
+            (reuse,) = payload("command").unpack([int(dut.command_payload.value)])["reuse"]
+            assert int(dut.next_bank.value) == int(dut.bank.value) ^ 1 - int(reuse)
         ready = int(dut.command_ready.value)
         assert ready == int(not active or (stepping and finished))
         active = int((ready and int(dut.command_valid.value)) or (active and not finished))

@@ -8,11 +8,11 @@ import cocotb
 from cocotb.triggers import RisingEdge
 
 from hw.spec.config import MAX_N
-from hw.spec.control.command import LayerCommand
 from hw.spec.control.descriptor import ADDRESS_LIMIT, DESCRIPTOR_WORDS, FIELDS, Descriptor, activation_beats
 from hw.spec.control.refusal import refusal
 from hw.spec.control.registers import ErrorCode
 from hw.spec.memory.geometry import LayerLayout
+from hw.spec.ops.command import LayerCommand
 from sim.bench.dut import begin, config, latency, payload
 from sim.bench.layers import random_layer
 from sim.bench.streams import Stall, StreamSink, StreamSource, cycle, never, randomly, rng, until

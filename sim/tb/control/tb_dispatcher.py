@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import cocotb
 from cocotb.triggers import RisingEdge
 
-from hw.spec.control.command import LayerCommand
 from hw.spec.control.descriptor import ADDRESS_LIMIT, activation_beats
+from hw.spec.ops.command import LayerCommand
 from sim.bench.dut import begin, config, payload
 from sim.bench.layers import random_layer
 from sim.bench.monitor import Monitor

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import cocotb
 import numpy as np
 
-from hw.spec.control.command import LayerCommand
 from hw.spec.memory.geometry import LayerLayout, fit_layer
 from hw.spec.numerics.linear import quantise_activations
+from hw.spec.ops.command import LayerCommand
 from sim.bench.dut import begin, config, latency, payload
 from sim.bench.streams import StreamSink, StreamSource, bursty, cycle, never, randomly, rng, until
 

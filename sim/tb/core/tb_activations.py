@@ -5,8 +5,8 @@ import cocotb
 import numpy as np
 from cocotb.triggers import FallingEdge, RisingEdge
 
-from hw.spec.control.command import LayerCommand
 from hw.spec.numerics.linear import group_sums
+from hw.spec.ops.command import LayerCommand
 from sim.bench.dut import begin, config, latency, payload
 from sim.bench.layers import Job, activation_payloads, activations_of, random_layer, weights_of
 from sim.bench.monitor import consecutive

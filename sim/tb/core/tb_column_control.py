@@ -7,14 +7,14 @@ import cocotb
 from cocotb.triggers import FallingEdge, RisingEdge
 
 from hw.spec.config import SCALE_BITS
-from hw.spec.control.command import LayerCommand
 from hw.spec.memory.geometry import StreamLayout
-from sim.bench.dut import begin, config, latency, manifest, payload
+from hw.spec.ops.command import LayerCommand
+from sim.bench.dut import begin, config, latency, payload
 from sim.bench.layers import random_layer
 from sim.bench.packing import Layout
 from sim.bench.streams import StreamSource, cycle, never, randomly, rng
 
-RING_DELAY = manifest()["properties"].get("ring_delay", 5)
+RING_DELAY = latency("ring_delay")
 """Cycles from a psum to its group's addition to the ring: what :mod:`sim.tb.core.tb_columns` measures."""
 
 

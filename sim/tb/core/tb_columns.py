@@ -6,11 +6,11 @@ import numpy as np
 
 from hw.spec.memory.geometry import LayerLayout, StreamLayout
 from hw.spec.numerics.linear import accumulate, group_sums
-from sim.bench.dut import begin, config, latency, manifest, payload, trace
+from sim.bench.dut import begin, config, latency, payload, trace
 from sim.bench.layers import activations_of, weights_of
 from sim.bench.streams import rng
 
-RING_DELAY = manifest()["properties"].get("ring_delay", 5)
+RING_DELAY = latency("ring_delay")
 """Cycles from a psum to its group's addition to the ring."""
 
 

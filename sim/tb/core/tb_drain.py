@@ -6,8 +6,8 @@ import numpy as np
 from cocotb.triggers import FallingEdge, RisingEdge
 
 from hw.spec.config import EXPONENT_BITS
-from hw.spec.control.command import LayerCommand
 from hw.spec.numerics.linear import to_float32
+from hw.spec.ops.command import LayerCommand
 from sim.bench.dut import begin, config, latency, payload
 from sim.bench.layers import random_layer
 from sim.bench.monitor import Monitor, consecutive

@@ -5,9 +5,9 @@ import cocotb
 import numpy as np
 
 from hw.spec.config import EXPONENT_BITS, SCALE_BITS
-from hw.spec.control.command import LayerCommand
 from hw.spec.memory.geometry import LayerLayout, StreamLayout
 from hw.spec.memory.packing import pack
+from hw.spec.ops.command import LayerCommand, max_header_beats
 from sim.bench.dut import begin, config, latency
 from sim.bench.layers import random_layer, weights_of
 from sim.bench.monitor import Monitor
@@ -61,6 +61,21 @@ def _longest() -> LayerLayout:
     c = config()
     size = next(s for s in (32, 64, 128, 256) if s % c.tile == 0)
     return LayerLayout(c, c.max_k // size * size, c.tile + 1, size)
+
+
+@cocotb.test()
+async def room_for_one_header_and_a_half(dut):
+    """Before anything is read, the ring takes the longest header and half of the next one; then it takes no more."""
+    for name in ("exponents", "records"):
+        StreamSink(dut, name, dut.clk, never)
+    # Without a command the reader reads nothing.
+    _, beats = (StreamSource(dut, name, dut.clk, never) for name in ("command", "beats"))
+    await begin(dut)
+    monitor = Monitor(dut, ("beats",))
+    least = max_header_beats(config()) * 3 // 2
+    beats.send([0] * (4 * least))
+    await cycle(dut.clk, 4 * least + 20)
+    assert least <= len(monitor["beats"]) == latency("ring_depth") < 4 * least
 
 
 @cocotb.test()

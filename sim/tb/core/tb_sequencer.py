@@ -4,8 +4,8 @@
 import cocotb
 from cocotb.triggers import RisingEdge
 
-from hw.spec.control.command import LayerCommand
 from hw.spec.memory.geometry import StreamLayout
+from hw.spec.ops.command import LayerCommand
 from sim.bench.dut import begin, config, latency
 from sim.bench.layers import random_layer
 from sim.bench.streams import StreamSource, cycle, never, randomly, rng

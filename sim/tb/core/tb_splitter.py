@@ -3,7 +3,7 @@
 
 import cocotb
 
-from hw.spec.control.command import LayerCommand
+from hw.spec.ops.command import LayerCommand
 from sim.bench.dut import begin, config
 from sim.bench.layers import random_layer
 from sim.bench.monitor import Monitor, consecutive

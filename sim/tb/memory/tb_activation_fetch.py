@@ -46,7 +46,7 @@ class _Bench:
         self.memory = rng(99).bytes(MEMORY)
         self.blocks = StreamSource(dut, "blocks", dut.clk)
         self.bursts = [StreamSink(dut, f"bursts_{port}", dut.clk, asked) for port in range(PORTS)]
-        self.beats = [StreamSource(dut, f"beats_{port}", dut.clk, slow) for port in range(PORTS)]
+        self.beats = [StreamSource(dut, f"port_beats_{port}", dut.clk, slow) for port in range(PORTS)]
         self.rows = StreamSink(dut, "rows", dut.clk, taker)
         self.seen: list[list[Block]] = [[] for _ in range(PORTS)]
         """Bursts of each port."""
@@ -70,7 +70,7 @@ class _Bench:
                         owed.append((now + self.delay, port, burst))
                 # Nobody may let the data wait.
                 if self.beats[port].transfers:
-                    assert self.beats[port].stalled_by_dut == 0, f"beats_{port} had to wait"
+                    assert self.beats[port].stalled_by_dut == 0, f"port_beats_{port} had to wait"
             while self.answering and owed and owed[0][0] <= now:
                 _, port, (address, beats) = owed.popleft()
                 data = self.read(address, beats)
@@ -141,12 +141,13 @@ async def full_speed(dut):
     """A row in every cycle, or a beat of every port, whichever takes longer; over several blocks."""
     bench, c = _Bench(dut), config()
     await begin(dut)
-    monitor = Monitor(dut, ("blocks", "rows"), ("bursts_0_valid",))
+    monitor = Monitor(dut, ("blocks", "rows", "port_beats_0"), ("bursts_0_valid",))
     most = activation_beats(c, c.max_tokens, c.max_k // c.tile)
     beats = min(most, 40 * CHUNK_BYTES // BEAT) // ROW_BEATS * ROW_BEATS
     bench.send([(CHUNK_BYTES * 8 * index, beats) for index in range(4)])
     await bench.check()
     assert monitor["bursts_0_valid"][0] - monitor["blocks"][0] == latency()
+    assert monitor["rows"][0] - monitor["port_beats_0"][ROW_BEATS - 1] == latency("row_latency")
     rows = monitor["rows"]
     port_beats = max(sum(beats for _, beats in bursts) for bursts in bench.seen)
     bound = max(len(rows), port_beats)

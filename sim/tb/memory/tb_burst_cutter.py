@@ -4,13 +4,11 @@
 import cocotb
 
 from hw.spec.control.descriptor import ADDRESS_LIMIT
+from hw.spec.memory.access import BURST_BOUNDARY as BOUNDARY
+from hw.spec.memory.access import MAX_BURST_BEATS
 from sim.bench.dut import begin, config, latency, payload
 from sim.bench.monitor import Monitor, consecutive
 from sim.bench.streams import Stall, StreamSink, StreamSource, bursty, never, randomly, rng
-
-BOUNDARY = 4096
-"""Bytes; no burst crosses a multiple of it."""
-MAX_BEATS = 256
 
 Stretch = tuple[int, int]
 """Address, and length in beats: a region or a burst."""
@@ -18,7 +16,7 @@ Stretch = tuple[int, int]
 
 def longest(size: int) -> int:
     """Beats of the longest burst with beats of ``size`` bytes."""
-    return min(MAX_BEATS, BOUNDARY // size)
+    return min(MAX_BURST_BEATS, BOUNDARY // size)
 
 
 def cut(region: Stretch, size: int) -> list[Stretch]:
@@ -36,7 +34,7 @@ def _check_rules(region: Stretch, bursts: list[Stretch], size: int) -> None:
     """Without the model: the bursts are the region, each is legal, and there is one more than necessary at most."""
     address, beats = region
     for start, count in bursts:
-        assert start == address and 1 <= count <= MAX_BEATS
+        assert start == address and 1 <= count <= MAX_BURST_BEATS
         assert start // BOUNDARY == (start + count * size - 1) // BOUNDARY, f"{start:#x}, {count} beats: crosses 4 KiB"
         address += count * size
     assert address == region[0] + beats * size

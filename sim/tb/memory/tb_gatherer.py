@@ -7,8 +7,8 @@ from typing import Any
 import cocotb
 import numpy as np
 
-from hw.spec.control.command import command_fields
 from hw.spec.control.descriptor import ADDRESS_LIMIT, result_pitch
+from hw.spec.ops.command import command_fields
 from sim.bench.dut import begin, config, latency, payload
 from sim.bench.monitor import Monitor, consecutive
 from sim.bench.streams import Stall, StreamSink, StreamSource, bursty, cycle, never, randomly, rng, until

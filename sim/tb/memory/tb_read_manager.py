@@ -17,22 +17,22 @@ from sim.tb.memory.tb_burst_cutter import BOUNDARY, Stretch, cut, longest
 
 BEAT = config().port_width // 8
 """Bytes of a beat."""
-CLIENTS = {"activations": 0, "weights": OUTSTANDING * longest(BEAT)}
-"""By precedence, with the beats of their FIFOs; 0: the client takes every beat at once."""
+ACTIVATIONS, WEIGHTS = range(2)
+"""The clients by precedence."""
+DEPTHS = (0, OUTSTANDING * longest(BEAT))
+"""Beats of each client's FIFO; 0: the client takes every beat at once."""
 MEMORY = 1 << 20
-FIFO_LATENCY = 2
-"""Cycles from R to a client with a FIFO."""
 
 
 class _Client:
     """Cuts regions into bursts, asks for them when its FIFO has room, and takes the beats."""
 
-    def __init__(self, dut: Any, name: str, stall: Stall):
-        self.depth = CLIENTS[name]
-        self.bursts = StreamSource(dut, f"{name}_bursts", dut.clk)
-        self.beats = StreamSink(dut, f"{name}_beats", dut.clk, stall if self.depth else never)
+    def __init__(self, dut: Any, client: int, stall: Stall):
+        self.depth = DEPTHS[client]
+        self.bursts = StreamSource(dut, f"bursts_{client}", dut.clk)
+        self.beats = StreamSink(dut, f"beats_{client}", dut.clk, stall if self.depth else never)
         self.wanted: deque[Stretch] = deque()
-        self._fields, self._asked = payload(f"{name}_bursts"), 0
+        self._fields, self._asked = payload(f"bursts_{client}"), 0
         cocotb.start_soon(self._ask(dut))
 
     async def _ask(self, dut: Any) -> None:
@@ -53,7 +53,7 @@ class _Bench:
 
     def __init__(self, dut: Any, stall: Stall = never, sink_stall: Stall = never):
         self.dut = dut
-        self.clients = {name: _Client(dut, name, sink_stall) for name in CLIENTS}
+        self.clients = [_Client(dut, client, sink_stall) for client in (ACTIVATIONS, WEIGHTS)]
         self.memory = AxiRamRead(AxiReadBus.from_prefix(dut, "m_axi_axi"), dut.clk, dut.rst, size=MEMORY)
         self.memory.log.setLevel(logging.WARNING)
         # By itself it takes no third address before it has answered the first.
@@ -91,10 +91,10 @@ class _Bench:
                 assert int(dut.m_axi_axi_arburst.value) == 1
                 self.bursts.append(now)
 
-    def send(self, address: int, beats: int, client: str = "weights") -> None:
+    def send(self, address: int, beats: int, client: int = WEIGHTS) -> None:
         self.clients[client].wanted.extend(cut((address, beats), BEAT))
 
-    async def check(self, address: int, beats: int, client: str = "weights") -> None:
+    async def check(self, address: int, beats: int, client: int = WEIGHTS) -> None:
         got = await self.clients[client].beats.take(beats, cycles=100_000)
         data = b"".join(beat.to_bytes(BEAT, "little") for beat in got)
         assert data == self.memory.read(address, beats * BEAT)
@@ -107,7 +107,7 @@ async def _run(dut: Any, jobs: list[Stretch], stall: Stall = never, sink_stall: 
         bench.send(*job)
     for job in jobs:
         await bench.check(*job)
-    await bench.clients["weights"].beats.quiet(64)
+    await bench.clients[WEIGHTS].beats.quiet(64)
     assert int(dut.under_way.value) == 0
     assert bench.bursts == [burst for job in jobs for burst in cut(job, BEAT)]
     return bench
@@ -144,8 +144,8 @@ async def slow_user(dut):
 @cocotb.test()
 async def full_fifo(dut):
     """A FIFO that holds all the beats that its client may ask for, and gives them one by one."""
-    bench, blocked, depth = _Bench(dut), [True], CLIENTS["weights"]
-    client = bench.clients["weights"]
+    bench, blocked, depth = _Bench(dut), [True], DEPTHS[WEIGHTS]
+    client = bench.clients[WEIGHTS]
     client.beats.stall = lambda: blocked[0]
     await begin(dut)
     bench.send(0, 2 * depth)
@@ -186,9 +186,9 @@ async def full_speed(dut):
     """Without pauses: the bursts that were asked for, and a beat in every cycle from the first to the last."""
     most = longest(BEAT)
     jobs = [(BOUNDARY * 2, 16 * most), (BOUNDARY * 400, 3), (BOUNDARY * 40 + BEAT, 8 * most)]
-    client = _Client(dut, "weights", never)
-    dut.activations_bursts_valid.value = dut.activations_beats_ready.value = 0
-    memory, monitor = _ImmediateMemory(dut), Monitor(dut, ("weights_bursts", "weights_beats"))
+    client = _Client(dut, WEIGHTS, never)
+    dut.bursts_0_valid.value = dut.beats_0_ready.value = 0
+    memory, monitor = _ImmediateMemory(dut), Monitor(dut, ("bursts_1", "beats_1"))
     starts = Monitor(dut, (), ("m_axi_axi_arvalid", "m_axi_axi_rvalid"))
     await begin(dut)
     expected = [burst for job in jobs for burst in cut(job, BEAT)]
@@ -196,15 +196,15 @@ async def full_speed(dut):
     got = await client.beats.take(sum(beats for _, beats in expected), cycles=40 * most)
     assert got == [address // BEAT + beat for address, beats in expected for beat in range(beats)]
     assert memory.bursts == expected
-    assert consecutive(monitor["weights_beats"])
-    assert starts["m_axi_axi_arvalid"][0] - monitor["weights_bursts"][0] == latency()
-    assert monitor["weights_beats"][0] - starts["m_axi_axi_rvalid"][0] == FIFO_LATENCY
+    assert consecutive(monitor["beats_1"])
+    assert starts["m_axi_axi_arvalid"][0] - monitor["bursts_1"][0] == latency()
+    assert monitor["beats_1"][0] - starts["m_axi_axi_rvalid"][0] == latency("beat_latency")
 
 
 @cocotb.test()
 async def a_burst_a_cycle(dut):
     """Short bursts of both clients: one in every cycle, until as many are under way as may be."""
-    clients = [_Client(dut, name, never) for name in CLIENTS]
+    clients = [_Client(dut, client, never) for client in (ACTIVATIONS, WEIGHTS)]
     memory, monitor = _ImmediateMemory(dut, delay=50), Monitor(dut, (), ("m_axi_axi_arvalid",))
     await begin(dut)
     for index, client in enumerate(clients):
@@ -238,7 +238,7 @@ async def two_clients(dut):
     """Each client's data are its own, however their bursts mix and whoever is slow."""
     bench = _Bench(dut, randomly(0.2, rng(2)), randomly(0.3, rng(3)))
     await begin(dut)
-    jobs = {"weights": _jobs(6), "activations": [(address, min(beats, 64)) for address, beats in _jobs(12)[10:]]}
+    jobs = {WEIGHTS: _jobs(6), ACTIVATIONS: [(address, min(beats, 64)) for address, beats in _jobs(12)[10:]]}
     for client, regions in jobs.items():
         for region in regions:
             bench.send(*region, client)
@@ -247,7 +247,7 @@ async def two_clients(dut):
         await check
 
 
-async def _check_all(bench: _Bench, client: str, regions: list[Stretch]) -> None:
+async def _check_all(bench: _Bench, client: int, regions: list[Stretch]) -> None:
     for region in regions:
         await bench.check(*region, client)
 
@@ -256,18 +256,18 @@ async def _check_all(bench: _Bench, client: str, regions: list[Stretch]) -> None
 async def precedence(dut):
     """Activations do not wait behind weights that nobody takes, and are asked for before weights that are next."""
     bench, paused = _Bench(dut), [False]
-    bench.clients["weights"].beats.stall = lambda: True
+    bench.clients[WEIGHTS].beats.stall = lambda: True
     bench.memory.ar_channel.set_pause_generator(iter(lambda: paused[0], None))
     await begin(dut)
-    bench.send(0, 2 * CLIENTS["weights"])
+    bench.send(0, 2 * DEPTHS[WEIGHTS])
     await until(dut.clk, lambda: len(bench.bursts) == OUTSTANDING, "a full FIFO", cycles=10_000)
-    bench.send(BOUNDARY * 100, 8, "activations")
-    await bench.check(BOUNDARY * 100, 8, "activations")
+    bench.send(BOUNDARY * 100, 8, ACTIVATIONS)
+    await bench.check(BOUNDARY * 100, 8, ACTIVATIONS)
     assert bench.bursts[OUTSTANDING:] == [(BOUNDARY * 100, 8)]
     # Both wait for AR, behind a burst that is on it already.
-    bench.clients["weights"].beats.stall = never
-    await until(dut.clk, lambda: bench.clients["weights"].beats.transfers > longest(BEAT), "some room", cycles=10_000)
-    await bench.check(0, 2 * CLIENTS["weights"])
+    bench.clients[WEIGHTS].beats.stall = never
+    await until(dut.clk, lambda: bench.clients[WEIGHTS].beats.transfers > longest(BEAT), "some room", cycles=10_000)
+    await bench.check(0, 2 * DEPTHS[WEIGHTS])
     paused[0] = True
     await cycle(dut.clk, 4)
     before = len(bench.bursts)
@@ -275,7 +275,7 @@ async def precedence(dut):
         bench.send(BOUNDARY * (10 + index), 2)
     await cycle(dut.clk, 4)
     for index in range(3):
-        bench.send(BOUNDARY * (20 + index), 2, "activations")
+        bench.send(BOUNDARY * (20 + index), 2, ACTIVATIONS)
     await cycle(dut.clk, 4)
     paused[0] = False
     await until(dut.clk, lambda: len(bench.bursts) == before + 6, "all bursts", cycles=500)
@@ -286,13 +286,13 @@ async def precedence(dut):
 @cocotb.parametrize(response=[1, 2, 3])
 async def errors(dut, response):
     """SLVERR and DECERR are reported with the address of their burst, EXOKAY is none; the burst is read to its end."""
-    bursts, beats = StreamSource(dut, "weights_bursts", dut.clk), StreamSink(dut, "weights_beats", dut.clk)
-    dut.activations_bursts_valid.value = dut.activations_beats_ready.value = 0
+    bursts, beats = StreamSource(dut, "bursts_1", dut.clk), StreamSink(dut, "beats_1", dut.clk)
+    dut.bursts_0_valid.value = dut.beats_0_ready.value = 0
     dut.halt.value = dut.m_axi_axi_rvalid.value = dut.m_axi_axi_rresp.value = 0
     dut.m_axi_axi_arready.value = 1
     await begin(dut)
     seen = []
-    bursts.send(payload("weights_bursts").pack(address=[BOUNDARY - 2 * BEAT, BOUNDARY], beats=[2, 2]))
+    bursts.send(payload("bursts_1").pack(address=[BOUNDARY - 2 * BEAT, BOUNDARY], beats=[2, 2]))
     await until(dut.clk, lambda: int(dut.under_way.value) == 2, "two bursts", cycles=50)
     for index in range(7):
         dut.m_axi_axi_rvalid.value = index < 4
@@ -320,5 +320,5 @@ async def halt(dut):
     await cycle(dut.clk, 100)
     total = sum(beats for _, beats in bench.bursts)
     assert total < 5000 and int(dut.under_way.value) == 0 and len(bench.bursts) == offered
-    data = await bench.clients["weights"].beats.take(total, cycles=20_000)
+    data = await bench.clients[WEIGHTS].beats.take(total, cycles=20_000)
     assert b"".join(beat.to_bytes(BEAT, "little") for beat in data) == bench.memory.read(0, total * BEAT)

@@ -39,7 +39,7 @@ class _Port:
 
     def __init__(self, dut: Any, port: int, asked: Stall, slow: Stall, delay: int):
         self.bursts = StreamSink(dut, f"bursts_{port}", dut.clk, asked)
-        self.beats = StreamSource(dut, f"beats_{port}", dut.clk, slow)
+        self.beats = StreamSource(dut, f"port_beats_{port}", dut.clk, slow)
         self.delay = delay
         self.asked: list[tuple[int, int]] = []
         """Every burst so far."""

@@ -8,17 +8,20 @@ from typing import Any, cast
 import cocotb
 import numpy as np
 from cocotb.triggers import RisingEdge
-from cocotbext.axi import AxiRamWrite, AxiWriteBus
+from cocotbext.axi import AxiResp, AxiWriteBus
 
+from hw.spec.memory.access import BURST_BOUNDARY as BOUNDARY
+from hw.spec.memory.access import OUTSTANDING, PIECE_FLOATS
 from sim.bench.dut import begin, config, latency, payload
+from sim.bench.faulty_memory import FaultyWrite
 from sim.bench.monitor import Monitor, consecutive
 from sim.bench.streams import Stall, StreamSource, cycle, never, randomly, rng, until
 
-BOUNDARY = 4096
 MEMORY = 1 << 20
-PIECE = 256
+PIECE = PIECE_FLOATS
 """Most floats of a piece."""
-OUTSTANDING = 8
+CLIENTS = range(2)
+"""By precedence."""
 
 
 @dataclass
@@ -118,10 +121,12 @@ class _Bench:
 
     def __init__(self, dut: Any, stall: Stall = never, pieces_stall: Stall = never, beats_stall: Stall = never):
         self.dut, self.size = dut, config().port_width // 8
-        self.pieces = StreamSource(dut, "pieces", dut.clk, pieces_stall)
-        self.beats = StreamSource(dut, "beats", dut.clk, beats_stall)
-        self.memory = AxiRamWrite(AxiWriteBus.from_prefix(dut, "m_axi_axi"), dut.clk, dut.rst, size=MEMORY)
-        self.memory.log.setLevel(logging.WARNING)
+        self.pieces = [StreamSource(dut, f"pieces_{client}", dut.clk, pieces_stall) for client in CLIENTS]
+        self.beats = [StreamSource(dut, f"beats_{client}", dut.clk, beats_stall) for client in CLIENTS]
+        self.faults: dict[int, AxiResp] = {}
+        bus = AxiWriteBus.from_prefix(dut, "m_axi_axi")
+        self.memory = FaultyWrite(bus, dut.clk, dut.rst, size=MEMORY, faults=self.faults)
+        self.memory.log.setLevel(logging.ERROR)
         self.channels = (self.memory.aw_channel, self.memory.w_channel, self.memory.b_channel)
         for channel in self.channels:
             # By itself it takes no third transfer before it has answered the first.
@@ -133,7 +138,7 @@ class _Bench:
         self.watcher = _Watcher(dut)
         self.sent: list[_Piece] = []
 
-    def send(self, pieces: list[_Piece], random: np.random.Generator) -> None:
+    def send(self, pieces: list[_Piece], random: np.random.Generator, client: int = 0) -> None:
         """Queue pieces; what their last beats have beyond their last float is noise."""
         self.sent += pieces
         fields = {
@@ -142,11 +147,12 @@ class _Bench:
             "last": [piece.last for piece in pieces],
             "interrupt": [piece.interrupt for piece in pieces],
         }
-        self.pieces.send(payload("pieces").pack(**fields))
+        self.pieces[client].send(payload("pieces_0").pack(**fields))
         for piece in pieces:
             data = piece.floats.tobytes()
             data += random.bytes(-len(data) % self.size)
-            self.beats.send(int.from_bytes(data[i : i + self.size], "little") for i in range(0, len(data), self.size))
+            beats = range(0, len(data), self.size)
+            self.beats[client].send(int.from_bytes(data[i : i + self.size], "little") for i in beats)
 
     @property
     def bursts(self) -> list[tuple[int, int]]:
@@ -161,17 +167,23 @@ class _Bench:
     def check(self) -> None:
         """The bursts, the completions, and all of the memory: what was not to be written is what it was."""
         assert self.watcher.offered == self.bursts
-        image, wanted, count = self.image.copy(), [], 0
+        wanted, count = [], 0
         for piece in self.sent:
-            at = piece.address % MEMORY
-            image[at : at + piece.floats.nbytes] = piece.floats.view(np.uint8)
             count += len(piece.bursts(self.size))
             if piece.last:
                 wanted.append((count, piece.interrupt))
-        self._compare(image)
+        self.check_memory()
         seen = self.watcher.completions
         assert seen == wanted, f"{seen}, not {wanted}"
         assert self.watcher.errors == []
+
+    def check_memory(self) -> None:
+        """All of the memory, after everything that was sent."""
+        image = self.image.copy()
+        for piece in self.sent:
+            at = piece.address % MEMORY
+            image[at : at + piece.floats.nbytes] = piece.floats.view(np.uint8)
+        self._compare(image)
 
     def check_partly(self) -> None:
         """The memory after the bursts that were offered so far."""
@@ -231,16 +243,17 @@ async def full_speed(dut, floats):
     bench, random = _Bench(dut), rng(1)
     await begin(dut)
     pulses = ("m_axi_axi_awvalid", "m_axi_axi_wvalid", "m_axi_axi_bvalid", "complete")
-    monitor = Monitor(dut, ("pieces",), pulses)
+    monitor = Monitor(dut, ("pieces_0", "beats_0"), pulses)
     # One row after another; now and then a piece crosses a boundary.
     pieces = [_piece(random, 1088 * i, floats, last=i % 5 == 4, interrupt=1) for i in range(40)]
     bench.send(pieces, random)
     await bench.quiet()
     bench.check()
     data = monitor["m_axi_axi_wvalid"]
-    assert monitor["m_axi_axi_awvalid"][0] - monitor["pieces"][0] == latency()
+    assert monitor["m_axi_axi_awvalid"][0] - monitor["pieces_0"][0] == latency()
     assert data[0] - monitor["m_axi_axi_awvalid"][0] == 1
-    assert monitor["complete"][-1] - monitor["m_axi_axi_bvalid"][-1] == 1
+    assert data[0] - monitor["beats_0"][0] == latency("data_latency")
+    assert monitor["complete"][-1] - monitor["m_axi_axi_bvalid"][-1] == latency("complete_latency")
     # Every cycle with valid data was a transfer, and there was no other cycle in between.
     assert len(data) == sum(beats for _, beats in bench.bursts)
     assert consecutive(data), f"{data[-1] - data[0] + 1} cycles for {len(data)} beats"
@@ -307,7 +320,8 @@ async def halt(dut, after):
 @cocotb.parametrize(response=[1, 2, 3])
 async def errors(dut, response):
     """SLVERR and DECERR are reported with the address of their burst and their descriptor does not complete."""
-    pieces, beats = StreamSource(dut, "pieces", dut.clk), StreamSource(dut, "beats", dut.clk)
+    pieces, beats = StreamSource(dut, "pieces_0", dut.clk), StreamSource(dut, "beats_0", dut.clk)
+    dut.pieces_1_valid.value = dut.beats_1_valid.value = 0
     dut.halt.value = dut.m_axi_axi_bvalid.value = dut.m_axi_axi_bresp.value = dut.m_axi_axi_bid.value = 0
     dut.m_axi_axi_awready.value = dut.m_axi_axi_wready.value = 1
     watcher = _Watcher(dut)
@@ -317,7 +331,7 @@ async def errors(dut, response):
     addresses = [[BOUNDARY * (2 * i + j) + 64 for j in range(2)] for i in range(len(bad))]
     flat, answers = [a for pair in addresses for a in pair], [response * b for pair in bad for b in pair]
     fields = dict(last_float=0, last=[0, 1] * len(bad), interrupt=[i // 2 % 2 for i in range(len(flat))])
-    pieces.send(payload("pieces").pack(address=flat, **fields))
+    pieces.send(payload("pieces_0").pack(address=flat, **fields))
     beats.send([0] * len(flat))
     for index, answer in enumerate(answers):
         await until(dut.clk, lambda index=index: watcher.sent > index, "data", cycles=100)
@@ -331,3 +345,62 @@ async def errors(dut, response):
     good = [response == 1 or pair == (0, 0) for pair in bad]
     assert watcher.errors == [a for a, answer in zip(flat, answers, strict=True) if answer >= 2]
     assert watcher.completions == [(2 * i + 2, i % 2) for i, fine in enumerate(good) if fine]
+
+
+@cocotb.test()
+@cocotb.parametrize(speeds=[(0, 0, 0), (0.4, 0.3, 0.5)])
+async def two_clients(dut, speeds):
+    """Each client's pieces are written in its order, with its data, and complete its descriptors."""
+    bench, random = _Bench(dut, *(randomly(p, rng(2, n)) if p else never for n, p in enumerate(speeds))), rng(1)
+    await begin(dut)
+    pieces = _pieces(random, 20)
+    shares = [pieces[client :: len(CLIENTS)] for client in CLIENTS]
+    for client, share in enumerate(shares):
+        share[-1].last = 1
+        bench.send(share, random, client)
+    await bench.quiet()
+    bench.check_memory()
+    for share in shares:
+        bursts = [burst for piece in share for burst in piece.bursts(bench.size)]
+        assert [burst for burst in bench.watcher.offered if burst in bursts] == bursts
+    # Bursts are acknowledged in the order in which they were offered, and a descriptor is complete with its last one.
+    ends = {piece.bursts(bench.size)[-1]: piece.interrupt for piece in pieces if piece.last}
+    wanted = [(n, ends[burst]) for n, burst in enumerate(bench.watcher.offered, 1) if burst in ends]
+    assert bench.watcher.completions == wanted
+    assert bench.watcher.errors == []
+
+
+@cocotb.test()
+async def precedence(dut):
+    """While the first client has pieces, the second one waits."""
+    bench, random = _Bench(dut), rng(1)
+    dut.halt.value = 1
+    await begin(dut)
+    for client in CLIENTS:
+        bench.send([_piece(random, BOUNDARY * (10 * client + i), 64, last=1) for i in range(6)], random, client)
+    await cycle(dut.clk, 20)
+    dut.halt.value = 0
+    await bench.quiet()
+    clients = [address // BOUNDARY // 10 for address, _ in bench.watcher.offered]
+    assert clients == [0] * 6 + [1] * 6
+    bench.check_memory()
+
+
+@cocotb.test()
+async def an_error_of_another_client(dut):
+    """An error between two bursts of another client's descriptor does not keep that one from being complete."""
+    bench, random = _Bench(dut), rng(1)
+    dut.halt.value = 1
+    await begin(dut)
+    faulty = BOUNDARY
+    bench.faults[faulty] = AxiResp.SLVERR
+    # The first client's second piece comes when the second client's first one is already taken.
+    bench.send([_piece(random, 0, 16), _piece(random, 2 * BOUNDARY, 16, last=1, interrupt=1)], random, 1)
+    await cycle(dut.clk, 20)
+    bench.send([_piece(random, faulty, 16), _piece(random, 3 * BOUNDARY, 16, last=1)], random, 0)
+    await cycle(dut.clk, 20)
+    dut.halt.value = 0
+    await bench.quiet()
+    assert [address for address, _ in bench.watcher.offered] == [0, faulty, 3 * BOUNDARY, 2 * BOUNDARY]
+    assert bench.watcher.errors == [faulty]
+    assert bench.watcher.completions == [(4, 1)]

@@ -17,7 +17,7 @@ from hw.spec.control.registers import (
 )
 from hw.spec.memory.geometry import StreamLayout
 from sim.bench.accelerator_driver import MEMORY, AcceleratorDriver, fit, pauses
-from sim.bench.dut import config
+from sim.bench.dut import config, latency
 from sim.bench.layers import DATA
 from sim.bench.streams import cycle, randomly, read, rng
 from sim.harness import settings
@@ -113,6 +113,30 @@ async def full_queue(dut):
     assert await driver.get("status") == BY_NAME["status"].field("running").mask | QUEUE_DEPTH << 8
     answering[0] = True
     await driver.finish(kept)
+
+
+@cocotb.test()
+async def most_in_flight(dut):
+    """A memory that acknowledges no write: as many descriptors as all FIFOs hold together, and all are completed."""
+    driver = await AcceleratorDriver.create(dut)
+    answering = [False]
+    driver.pause("hp0_b", lambda: not answering[0])
+    # All layers together are more than the memory holds at tile 16.
+    works = [driver.place(fit(32, 1, 32), 1) for _ in range(4)]
+    await driver.start([])
+    kept = []
+    for index in range(latency("most_in_flight") + 4):
+        item = works[index % len(works)]
+        await cycle(dut.clk, 400)
+        if await driver.field("status", "queued") < QUEUE_DEPTH:
+            kept.append(item)
+        await driver.push(item)
+    assert len(kept) == latency("most_in_flight")
+    assert await driver.field("status", "running")
+    answering[0] = True
+    await driver.finish(kept)
+    assert await driver.get("completed") == len(kept)
+    assert not await driver.field("status", "running")
 
 
 @cocotb.test()

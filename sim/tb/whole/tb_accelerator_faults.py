@@ -34,7 +34,8 @@ def _works(driver, count, **options):
 async def _recovers(driver):
     """Resets, and runs two layers."""
     await driver.reset()
-    driver.bad.clear()
+    for faults in (*driver.read_faults, driver.write_faults):
+        faults.clear()
     driver.forget()
     await driver.run(_works(driver, 2))
 
@@ -149,7 +150,8 @@ async def read_errors(dut, port, what, response):
     else:
         # Which port reads what of it is its own affair.
         place = bad.activations + size * int(rng(5).integers(0, works[1].x.nbytes // size))
-    driver.bad = [(f"hp{index}_r", place, response) for index in range(PORTS)]
+    for faults in driver.read_faults:
+        faults[place] = response
     await driver.set("interrupt_enable", "error")
     stops = cocotb.start_soon(_stops(driver))
     await driver.start(works)
@@ -166,6 +168,25 @@ async def read_errors(dut, port, what, response):
 
 
 @cocotb.test()
+async def read_errors_of_all_ports(dut):
+    """Every port's memory fails in the same beat of its region: one of the bursts is reported, nothing is completed."""
+    driver, c = await AcceleratorDriver.create(dut, base=BASE), config()
+    work = driver.place(fit(c.max_k, 2 * c.tile, 128), c.max_tokens)
+    size, descriptor = c.port_width // 8, work.descriptor
+    places = [descriptor.weights + port * descriptor.weights_stride + 40 * size for port in range(PORTS)]
+    for faults, place in zip(driver.read_faults, places, strict=True):
+        faults[place] = AxiResp.SLVERR
+    await driver.start([work])
+    await driver.failed(ErrorCode.READ_BUS)
+    bursts = {burst.address: burst for monitor in driver.monitors for burst in monitor.reads}
+    found = bursts[await driver.get("error_address")]
+    assert any(found.address <= place < found.address + found.beats * size for place in places)
+    await driver.calm()
+    assert await driver.completed() == 0
+    await _recovers(driver)
+
+
+@cocotb.test()
 @cocotb.parametrize(response=[AxiResp.SLVERR, AxiResp.DECERR], pausing=[False, True])
 async def write_errors(dut, response, pausing):
     """A bad answer to a write: the burst's address, and its layer is not completed, nor are those behind it."""
@@ -173,7 +194,7 @@ async def write_errors(dut, response, pausing):
     works = _works(driver, 6)
     number = int(rng(6).integers(1, 5))
     address, _ = works[number].writes[-1][0]
-    driver.bad = [("hp0_b", address, response)]
+    driver.write_faults[address] = response
     await driver.set("interrupt_enable", "error")
     stops = cocotb.start_soon(_stops(driver))
     await driver.start(works)
@@ -191,7 +212,7 @@ async def nothing_completes_after(dut):
     driver = await AcceleratorDriver.create(dut)
     works = _works(driver, 2)
     driver.pause("hp0_b", lambda: True)
-    driver.bad = [("hp0_r", works[1].descriptor.weights, AxiResp.SLVERR)]
+    driver.read_faults[0][works[1].descriptor.weights] = AxiResp.SLVERR
     await driver.start(works[:1])
     await driver.until(lambda: len(driver.monitors[0].written) == len(works[0].writes), "the results")
     await driver.push(works[1])
@@ -305,6 +326,32 @@ async def resets(dut, run):
 
 
 @cocotb.test()
+@cocotb.parametrize(run=range(8 if LONG else 2))
+async def rst_pin(dut, run):
+    """The rst pin of accelerator and memory at any moment: all registers have their first values, layers are exact."""
+    random = rng(10, run)
+    driver = await AcceleratorDriver.create(dut, pauses(run), BASE)
+    for _ in range(20 if LONG else 6):
+        await driver.set("timeout", 54321)
+        await driver.set("interrupt_enable", "done")
+        works = _works(driver, 4, interrupt=True)
+        await driver.start(works)
+        await cycle(dut.clk, int(random.integers(1, random.choice([60, 3000]))))
+        dut.rst.value = 1
+        await cycle(dut.clk, int(random.integers(1, 4)))
+        dut.rst.value = 0
+        await cycle(dut.clk)
+        driver.check([], works)
+        assert read(dut.irq) == 0
+        for name in ("status", "completed", "interrupt_enable", "interrupt_pending", "busy", "beats", "error_code"):
+            assert await driver.get(name) == 0, f"{name} is not 0 after rst"
+        assert await driver.get("timeout") == DEFAULT_TIMEOUT
+        driver.forget(window=True)
+        await driver.run(_works(driver, 2))
+        driver.forget()
+
+
+@cocotb.test()
 async def forgets_activations(dut):
     """A reset in the middle of large activations; nothing of them is left in the small ones that follow."""
     driver, c, random = await AcceleratorDriver.create(dut), config(), rng(9)
@@ -386,11 +433,11 @@ async def first_one_counts(dut):
         await driver.failed(code, 0)
         # A bus error in what is still under way changes nothing.
         place = works[0].writes[-1][0].address
-        driver.bad = [("hp0_b", place, AxiResp.SLVERR)]
+        driver.write_faults[place] = AxiResp.SLVERR
         await driver.calm()
         assert await driver.get("error_code") == code != second
         driver.check([], works)
-        driver.bad.clear()
+        driver.write_faults.clear()
         await driver.reset()
         driver.forget()
     await driver.run(_works(driver, 2))

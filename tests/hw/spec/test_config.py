@@ -2,11 +2,16 @@
 """The configuration: what it refuses and how it says so, and the widths it derives, against brute-force bounds."""
 
 import dataclasses
+import subprocess
+import sys
 from itertools import product
+from pathlib import Path
 
 import pytest
 
-from hw.spec.config import AcceleratorConfig, ConfigError, signed_bits
+from hw.spec.config import MAX_N, RULES, AcceleratorConfig, ConfigError, Limit, choices, signed_bits
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize(
@@ -119,3 +124,31 @@ def test_digest_tells_configs_apart():
     assert len(digests) == 12
     assert AcceleratorConfig().digest == AcceleratorConfig(tile=16).digest
     assert all(len(digest) == 64 and set(digest) <= set("0123456789abcdef") for digest in digests)
+
+
+def test_readme_and_makefile_name_the_choices():
+    """They are written by hand; what they say is what the config takes."""
+    readme, makefile = ((ROOT / name).read_text() for name in ("README.md", "Makefile"))
+    assert f"| tile | {', '.join(map(str, choices('tile')))} |" in readme
+    assert f"| weights | {RULES['weight_bits']} bits, " in readme
+    assert f"| activations | {RULES['activation_bits']} bits, " in readme
+    ports = f"| memory ports | {RULES['ports']}, of {RULES['port_width']} bits |"
+    assert ports in readme
+    tokens, k = RULES["max_tokens"], RULES["max_k"]
+    assert isinstance(tokens, Limit) and isinstance(k, Limit)
+    assert f"| one layer | up to {tokens.high} tokens, K up to {k.high:,}, N up to {MAX_N:,} |" in readme
+    assert f"TILE={RULES['tile']} " in makefile
+
+
+def test_every_parameter_has_a_rule_that_holds_its_default():
+    config = AcceleratorConfig()
+    assert list(RULES) == list(config.to_dict())
+    for name, rule in RULES.items():
+        assert rule.text and str(rule)
+        rule.check(name, getattr(config, name))
+
+
+def test_config_needs_no_package():
+    """hw.spec.config and hw.spec.presets are usable with Python's own library alone."""
+    code = "import hw.spec.config, hw.spec.presets, sys; assert not {'numpy', 'amaranth'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)

@@ -20,6 +20,8 @@ CONFIGS = {
 FULL = {
     "narrow": dict(tile=8, ports=2, port_width=32, max_k=1024),
     "tile32": dict(tile=32, zero_point="fixed"),
+    # Two results a cycle leave the array, and the port takes one.
+    "slow_writes": dict(tile=32, ports=4, port_width=32, max_k=1024),
 }
 CASES = [*CONFIGS, *(pytest.param(name, marks=pytest.mark.full) for name in FULL)]
 # K, N, group_size

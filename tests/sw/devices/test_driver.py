@@ -19,11 +19,12 @@ from hw.spec.control.registers import (
     config_digest,
 )
 from hw.spec.control.registers import offset as at
+from hw.spec.memory.faults import Fault
 from sw.devices import make_config
 from sw.devices.arena import Arena
 from sw.devices.base import PAGE, DeviceError
 from sw.devices.driver import PATIENCE, AcceleratorDevice, descriptor
-from sw.devices.library import Fault, build_library
+from sw.devices.library import build_library
 from sw.devices.rtl import RtlDevice
 from tests.sw.fixtures.linears import TIMEOUT, free_jobs, make_job, random_activations, random_linear, run_exactly
 

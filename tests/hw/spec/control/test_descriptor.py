@@ -8,7 +8,6 @@ from itertools import product
 import pytest
 
 from hw.spec.config import MAX_N, AcceleratorConfig, ConfigError
-from hw.spec.control.command import max_header_beats
 from hw.spec.control.descriptor import (
     ADDRESS_LIMIT,
     BANK_SPAN,
@@ -24,6 +23,7 @@ from hw.spec.control.descriptor import (
     weights_stride,
 )
 from hw.spec.memory.geometry import LayerLayout, StreamLayout
+from hw.spec.ops.command import max_header_beats
 
 WIDTHS = {field.name: field.width for field in FIELDS}
 

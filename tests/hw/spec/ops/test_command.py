@@ -7,8 +7,8 @@ from dataclasses import asdict, replace
 import pytest
 
 from hw.spec.config import MAX_N, AcceleratorConfig, ConfigError
-from hw.spec.control.command import LayerCommand, command_fields, max_header_beats
 from hw.spec.memory.geometry import LayerLayout, fit_layer
+from hw.spec.ops.command import LayerCommand, command_fields, max_header_beats
 
 CONFIGS = [
     AcceleratorConfig(),

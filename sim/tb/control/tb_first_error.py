@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The first error: which one is kept of several in one cycle, and that later ones change nothing."""
+
+import cocotb
+import numpy as np
+
+from hw.spec.control.registers import ErrorCode
+from sim.bench.dut import begin, trace
+from sim.bench.streams import rng
+
+BUS = (ErrorCode.READ_BUS, ErrorCode.WRITE_BUS, ErrorCode.READ_TIMEOUT, ErrorCode.WRITE_TIMEOUT)
+SERIOUS_FIRST = (*BUS, ErrorCode.UNDERRUN, ErrorCode.NON_FINITE, ErrorCode.EXPONENT)
+"""What a driver may rely on: an error of the bus hides one of the data, and both hide a refused descriptor."""
+REFUSALS = (ErrorCode.OPCODE, ErrorCode.SHAPE, ErrorCode.ALIGNMENT)
+ADDRESS_BITS = 40
+
+
+def _model(rst, faults, refused) -> tuple[list[int], list[int]]:
+    """Code and address at the start of each cycle; ``faults`` has (raised, address) of each cycle by code."""
+    codes, addresses, code, address = [], [], 0, 0
+    for t, reset in enumerate(rst):
+        codes.append(code)
+        addresses.append(address)
+        if reset:
+            code = address = 0
+        elif not code:
+            code = refused[t]
+            for candidate in SERIOUS_FIRST:
+                raised, at = faults[candidate][t]
+                if raised:
+                    code, address = int(candidate), at
+                    break
+    return codes, addresses
+
+
+async def _compare(dut, rst, faults, refused) -> None:
+    inputs = {"rst": rst, "refused": refused}
+    for code in ErrorCode:
+        inputs[f"faults_{code}"] = [raised | at << 1 for raised, at in faults.get(code, [(0, 0)] * len(rst))]
+    for name, values in inputs.items():
+        getattr(dut, name).value = values[0]
+    await begin(dut)
+    record, times = await trace(dut, inputs, ("code", "address")), range(len(rst))
+    codes, addresses = _model(rst, faults, refused)
+    assert record.raw("code", times) == codes
+    assert record.raw("address", times) == addresses
+
+
+@cocotb.test()
+async def every_pair(dut):
+    """Any two errors in one cycle: the more serious one is kept, with its address."""
+    random, rst, refused = rng(1), [], []
+    faults = {code: [] for code in SERIOUS_FIRST}
+    for one in SERIOUS_FIRST:
+        for other in (*SERIOUS_FIRST, *REFUSALS):
+            rst += [1, 0, 0]
+            refused += [0, int(other) if other in REFUSALS else 0, 0]
+            for code, values in faults.items():
+                address = int(random.integers(0, 1 << ADDRESS_BITS))
+                values += [(0, 0), (int(code in (one, other)), address), (0, address)]
+    await _compare(dut, rst, faults, refused)
+
+
+@cocotb.test()
+async def random_errors(dut):
+    """Errors at random, several at a time: the first cycle with any of them counts, until the reset."""
+    random, cycles = rng(2), 4000
+    rst = (random.random(cycles) < 0.1).astype(int).tolist()
+    refused = np.where(random.random(cycles) < 0.1, random.choice(REFUSALS, cycles), 0).tolist()
+    faults = {
+        code: [
+            (int(raised), int(address))
+            for raised, address in zip(
+                random.random(cycles) < 0.1, random.integers(0, 1 << ADDRESS_BITS, cycles), strict=True
+            )
+        ]
+        for code in SERIOUS_FIRST
+    }
+    await _compare(dut, rst, faults, refused)
