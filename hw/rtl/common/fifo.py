@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A first-in first-out buffer between two streams, in distributed memory."""
 
-from amaranth.hdl import Module, Mux, Shape, Signal
+from amaranth.hdl import Module, Mux, Shape, Signal, Value
 from amaranth.lib import stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -13,7 +13,8 @@ from hw.rtl.common.ram import buffer_attributes
 class StreamFifo(Block):
     """FIFO with first-word fall-through. Latency 1 cycle, throughput 1 transfer per cycle.
 
-    Reads are asynchronous, so it maps to distributed RAM: meant for tens of entries.
+    Reads are asynchronous, so it maps to distributed RAM: meant for tens of entries. Two entries are registers: what is
+    decided by the entry at the front is then decided sooner.
 
     Parameters
     ----------
@@ -42,8 +43,6 @@ class StreamFifo(Block):
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        m.submodules.memory = memory = Memory(shape=self.shape, depth=self.depth, init=[])
-        write, read = memory.write_port(), memory.read_port(domain="comb")
         # One bit more than the address tells a full memory from an empty one.
         written, taken = Signal(range(2 * self.depth)), Signal(range(2 * self.depth))
         push, pop = Signal(), Signal()
@@ -57,17 +56,37 @@ class StreamFifo(Block):
             push.eq(self.i.valid & self.i.ready),
             pop.eq(self.o.valid & self.o.ready),
             self.level.eq(written - taken),
-            self.o.payload.eq(read.data),
-            read.addr.eq(taken[:-1]),
-            write.addr.eq(written[:-1]),
-            write.data.eq(self.i.payload),
-            write.en.eq(push),
         ]
         with m.If(push):
             m.d.sync += written.eq(written + 1)
         with m.If(pop):
             m.d.sync += taken.eq(taken + 1)
+        if self.depth == 2:
+            self._registers(m, push, pop, full)
+        else:
+            self._memory(m, push, written[:-1], taken[:-1])
         return m
+
+    def _memory(self, m: Module, push: Signal, written: Value, taken: Value) -> None:
+        m.submodules.memory = memory = Memory(shape=self.shape, depth=self.depth, init=[])
+        write, read = memory.write_port(), memory.read_port(domain="comb")
+        m.d.comb += [
+            self.o.payload.eq(read.data),
+            read.addr.eq(taken),
+            write.addr.eq(written),
+            write.data.eq(self.i.payload),
+            write.en.eq(push),
+        ]
+
+    def _registers(self, m: Module, push: Signal, pop: Signal, full: Signal) -> None:
+        width = Shape.cast(self.shape).width
+        front, second = Signal(width, reset_less=True), Signal(width, reset_less=True)
+        incoming = Value.cast(self.i.payload)
+        m.d.comb += Value.cast(self.o.payload).eq(front)
+        with m.If(~self.o.valid | pop):
+            m.d.sync += front.eq(Mux(full, second, incoming))
+        with m.If(push):
+            m.d.sync += second.eq(incoming)
 
 
 class BlockFifo(wiring.Component):
@@ -138,7 +157,8 @@ class Counter(wiring.Component):
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        m.d.sync += self.value.eq(self.value + self.add - self.take)
+        # In this order, because what is added is known later than what is taken.
+        m.d.sync += self.value.eq(self.value - self.take + self.add)
         return m
 
 

@@ -99,8 +99,7 @@ class Sequencer(Block):
     def _gate(self, m: Module, walker: Walker, token: Signal, word: Signal) -> Signal:
         """Credits for everything a slice needs; returns the condition to advance."""
         config, slots = self.config, ring_depth(self.config)
-        tile_starts, slice_starts = Signal(), walker.first.phase
-        m.d.comb += tile_starts.eq(slice_starts & walker.first.slice & walker.first.group)
+        tile_starts, slice_starts = walker.tile_start, walker.first.phase
         m.d.sync += [self.pop.eq(0)]
 
         m.submodules.words = words = Credits(self.fifo_depth, least=self.stream.words_per_slice)

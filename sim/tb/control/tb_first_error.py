@@ -9,14 +9,19 @@ from sim.bench.dut import begin, trace
 from sim.bench.streams import rng
 
 BUS = (ErrorCode.READ_BUS, ErrorCode.WRITE_BUS, ErrorCode.READ_TIMEOUT, ErrorCode.WRITE_TIMEOUT)
-SERIOUS_FIRST = (*BUS, ErrorCode.UNDERRUN, ErrorCode.NON_FINITE, ErrorCode.EXPONENT)
+STOPPING = (*BUS, ErrorCode.UNDERRUN)
+"""After these nothing that is under way can be trusted."""
+SERIOUS_FIRST = (*STOPPING, ErrorCode.NON_FINITE, ErrorCode.EXPONENT)
 """What a driver may rely on: an error of the bus hides one of the data, and both hide a refused descriptor."""
 REFUSALS = (ErrorCode.OPCODE, ErrorCode.SHAPE, ErrorCode.ALIGNMENT)
 ADDRESS_BITS = 40
 
 
-def _model(rst, faults, refused) -> tuple[list[int], list[int]]:
-    """Code and address at the start of each cycle; ``faults`` has (raised, address) of each cycle by code."""
+def _model(rst, faults, refused) -> tuple[list[int], list[int], list[int]]:
+    """Code, address and ``stops`` at the start of each cycle.
+
+    ``faults`` has (raised, address) of each cycle by code.
+    """
     codes, addresses, code, address = [], [], 0, 0
     for t, reset in enumerate(rst):
         codes.append(code)
@@ -30,7 +35,7 @@ def _model(rst, faults, refused) -> tuple[list[int], list[int]]:
                 if raised:
                     code, address = int(candidate), at
                     break
-    return codes, addresses
+    return codes, addresses, [int(code in STOPPING) for code in codes]
 
 
 async def _compare(dut, rst, faults, refused) -> None:
@@ -40,10 +45,11 @@ async def _compare(dut, rst, faults, refused) -> None:
     for name, values in inputs.items():
         getattr(dut, name).value = values[0]
     await begin(dut)
-    record, times = await trace(dut, inputs, ("code", "address")), range(len(rst))
-    codes, addresses = _model(rst, faults, refused)
+    record, times = await trace(dut, inputs, ("code", "address", "stops")), range(len(rst))
+    codes, addresses, stops = _model(rst, faults, refused)
     assert record.raw("code", times) == codes
     assert record.raw("address", times) == addresses
+    assert record.raw("stops", times) == stops
 
 
 @cocotb.test()
@@ -66,6 +72,7 @@ async def random_errors(dut):
     """Errors at random, several at a time: the first cycle with any of them counts, until the reset."""
     random, cycles = rng(2), 4000
     rst = (random.random(cycles) < 0.1).astype(int).tolist()
+    rst[0] = 1  # The first inputs are there before the first cycle.
     refused = np.where(random.random(cycles) < 0.1, random.choice(REFUSALS, cycles), 0).tolist()
     faults = {
         code: [
