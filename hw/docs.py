@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m hw.docs``: writes what a driver is written from. ``--check`` only compares.
+"""``python -m hw.docs``: writes the description of the accelerator's interface. ``--check`` only compares.
 
 docs/README.md is the page for people; docs/gristmill.svd and docs/gristmill.h are the register map for other tools and
 for C.
@@ -59,7 +59,7 @@ def _offsets(register: Register) -> str:
 
 
 def _reset(register: Register) -> str:
-    """Value after reset, of what software or its bits decide; what hardware shows is as it is."""
+    """Value after reset of a register that software writes; empty for registers that show the hardware's state."""
     return "" if register.access in (Access.READ, Access.COMMAND) else f"{register.reset:#x}" if register.reset else "0"
 
 
@@ -205,13 +205,13 @@ def page() -> str:
 
 
 def files() -> dict[Path, str]:
-    """Path and text of everything that is generated."""
+    """Path and text of each generated file."""
     return {PAGE: page(), PAGE.with_name("gristmill.svd"): svd(), PAGE.with_name("gristmill.h"): c_header()}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = Parser(prog="python -m hw.docs", description="Write what docs/ has of registers and descriptor.")
+    parser = Parser(prog="python -m hw.docs", description="Write the pages and headers for registers and descriptor.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is not up to date")
     check = parser.parse_args(arguments).check
     old = {path: text for path, text in files().items() if not path.exists() or path.read_text() != text}

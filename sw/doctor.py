@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m sw.doctor``: what is wrong with this board, one line each, and what mends it."""
+"""``python -m sw.doctor``: what is wrong with this board, one line each, and how to fix it."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from sw.devices.host import Host
 
 
 def well(findings: Sequence[Finding]) -> bool:
-    """Whether nothing is wrong and the accelerator was seen to compute."""
+    """Whether nothing is wrong and the self-test has passed."""
     good = {finding.check for finding in findings if finding.status == OK}
     return "self-test" in good and not any(finding.status == WRONG for finding in findings)
 
@@ -26,14 +26,14 @@ def line(finding: Finding) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: 0 if all is well, 1 if something is wrong or the self-test could not be run."""
-    parser = Parser(prog="python -m sw.doctor", description="Look for what is wrong with this board.")
+    parser = Parser(prog="python -m sw.doctor", description="Check this board, and say how to fix what is wrong.")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of the lines")
     parser.add_argument(
         "--clock-mhz",
         type=float,
         default=FABRIC_HZ / 1e6,
         metavar="MHZ",
-        help="what the bitstream is timed for (default: %(default)g)",
+        help="clock that the bitstream is timed for (default: %(default)g)",
     )
     options = parser.parse_args(arguments)
     if not options.clock_mhz > 0:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rooms of the source, and which room imports which. ``python -m tests.rooms`` prints the picture.
+"""The rooms (folders) of the source, and which room imports which. ``python -m tests.rooms`` prints the graph.
 
 A room is a package. A module in ``hw/`` or ``sw/`` itself is a command. Every room imports only rooms before it in its
-tree's order, and of the other trees ``hw.spec`` alone. `tests/test_imports.py` holds the source to that.
+tree's order, and from the other trees only ``hw.spec``. `tests/test_imports.py` enforces this.
 """
 
 import ast
@@ -52,7 +52,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "sw",
     ),
 }
-"""Rooms of each tree: a module is in the one with the longest name that its own begins with."""
+"""Rooms of each tree. A module is in the room whose name is the longest prefix of the module's name."""
 
 OTHERS: dict[str, tuple[str, ...]] = {
     "hw": ("amaranth",),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wrong variables and odd paths: make says so in one line, before it installs or builds anything."""
+"""For wrong variables and unsupported paths make prints one line, before it installs or builds anything."""
 
 import contextlib
 import os
@@ -30,9 +30,9 @@ WITH_TILE = [target for target, reads in check_make.TARGETS.items() if "TILE" in
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """What the checks need of a checkout, without a .venv, and a Python that only says what it is asked to do.
+    """The files of a checkout that the checks need, without a .venv, and a Python that only prints its arguments.
 
-    It is without site-packages, as Python is on a fresh machine.
+    It has no site-packages, like Python on a fresh machine.
     """
     folder = tmp_path_factory.mktemp("checkout")
     fill(folder)
@@ -112,13 +112,13 @@ def test_wrong_python(checkout, target, python):
         ("bitstream", "TILE=16"),
         ("ip", "TILE="),
         ("resources", "TILE=8", "BOARD=kv260"),
-        # Not variables of these targets, and names that mean something to other programs.
+        # Variables that these targets do not read, and names that have a meaning for other programs.
         ("lint", "TILE=7", "BOARD=x", "CXX=clang++", "V=1"),
     ],
     ids=" ".join,
 )
 def test_right_values(checkout, arguments):
-    """They come as far as the installation."""
+    """The checks pass, and make begins the installation."""
     status, out, errors = make(checkout, *arguments)
     assert "INSTALLS: -m venv" in out or any("virtual environments" in line for line in errors)
     assert status == 2
@@ -148,7 +148,7 @@ def test_paths():
 
 
 def test_every_variable_is_checked():
-    """The Makefile's variables are those that are checked, for every target that reads them."""
+    """Every variable that a target reads is checked for this target."""
     assert set(re.findall(r"^([A-Z]+)\s*\?=", MAKEFILE, re.M)) == set(check_make.NAMES)
     assert {"demo", "sim", "bitstream", "test", "help"} <= set(TARGETS)
     for target, recipe in TARGETS.items():
@@ -158,14 +158,14 @@ def test_every_variable_is_checked():
 
 
 def test_every_target_is_checked():
-    """All but those that install nothing depend on the stamp, and it on the check."""
+    """Every target depends on the stamp, except those that install nothing; the stamp depends on the check."""
     assert re.search(r"^\$\(STAMP\): .*\| variables$", MAKEFILE, re.M)
     for target in set(TARGETS) - SILENT:
         assert re.search(rf"^{target}: \$\(STAMP\)", MAKEFILE, re.M), target
 
 
 def test_help_has_the_values():
-    """`make help` runs before any Python; what it says is compared here."""
+    """`make help` runs before any Python, so its text is compared here."""
     tiles = []
     for tile in range(65):
         with contextlib.suppress(ConfigError):

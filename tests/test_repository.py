@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files for whoever carries on agree with the rest."""
+"""The files for contributors agree with the rest of the repository."""
 
 import re
 import tomllib
@@ -20,7 +20,7 @@ def test_precommit_runs_what_lint_runs():
 
 
 def test_changelog_knows_this_version():
-    """Newest first: what is not released, then the version of pyproject.toml."""
+    """Newest first: the unreleased changes, then the version of pyproject.toml."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     headings = re.findall(r"^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert headings[:2] == ["Unreleased", version]

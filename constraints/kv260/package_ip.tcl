@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# The accelerator as an IP-XACT core, for block designs of one's own.
+# The accelerator as an IP-XACT core, for use in other block designs.
 source [file join [file dirname [file normalize [info script]]] settings.tcl]
 
 create_project gristmill_ip [file join [setting WORK] ip_project] -part [setting PART] -force

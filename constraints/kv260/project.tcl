@@ -49,7 +49,7 @@ create_bd_cell -type ip -vlnv xilinx.com:ip:proc_sys_reset reset
 create_bd_cell -type ip -vlnv xilinx.com:ip:smartconnect control
 set_property -dict {CONFIG.NUM_SI 1 CONFIG.NUM_MI 1 CONFIG.NUM_CLKS 1} [get_bd_cells control]
 
-# One clock for everything: the accelerator has one, and the processor's ports cross to their own inside.
+# One clock for everything: the accelerator has one clock, and the processor's ports cross to their own clocks inside.
 set clocked {accelerator/clk reset/slowest_sync_clk control/aclk ps/maxihpm0_fpd_aclk}
 for {set port 0} {$port < $ports} {incr port} {
     lappend clocked ps/saxihp${port}_fpd_aclk

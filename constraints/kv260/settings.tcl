@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-# What every step shares: parameters come from the environment (python -m hw.vivado sets them), facts go to a file.
+# Procedures that every step uses. Parameters come from the environment (python -m hw.vivado sets them), facts go to a file.
 
-# The parameter GRISTMILL_$name; an error if it is not set.
+# Returns the parameter GRISTMILL_$name; an error if it is not set.
 proc setting {name} {
     set key GRISTMILL_$name
     if {![info exists ::env($key)] || $::env($key) eq ""} {
@@ -10,12 +10,12 @@ proc setting {name} {
     return $::env($key)
 }
 
-# Files come one a line, so that their names may have spaces.
+# The parameter has one file name per line, so that names may have spaces.
 proc setting_files {name} {
     return [split [string trim [setting $name]] \n]
 }
 
-# Something that the Python side wants to know, one a line: name, tab, value.
+# Writes a result for the Python side, one per line: name, tab, value.
 proc fact {name value} {
     set file [open [file join [setting REPORTS] facts.txt] a]
     puts $file "$name\t$value"

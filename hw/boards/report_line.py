@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 # pyright: reportOperatorIssue=false, reportCallIssue=false, reportIndexIssue=false
-"""One line of text with numbers in it: counters that count in decimal, and what spells them out."""
+"""One line of text with numbers: decimal counters, and the component that writes the line."""
 
 from collections.abc import Sequence
 
@@ -16,15 +16,15 @@ _ENTRY = data.StructLayout({"good": 8, "bad": 8, "is_digit": 1, "first": 1, "las
 
 
 class DecimalCounter(wiring.Component):
-    """Counts in decimal digits, so that nothing has to be divided to print it.
+    """Counts in decimal digits, so no division is needed to print the number.
 
-    A carry takes a cycle per digit, which keeps the adders short: ``value`` is right ``digits`` cycles after the last
-    ``step``. Wraps to 0 behind its largest number.
+    A carry takes one cycle per digit, which keeps the adders short: ``value`` is valid ``digits`` cycles after the last
+    ``step``. After its largest number it wraps to 0.
 
     Members
     -------
-    clear : to 0
-    step : count 1
+    clear : set the counter to 0
+    step : add 1
     value : the digits, lowest first, 4 bits each
     """
 
@@ -73,19 +73,19 @@ def _entries(parts: Sequence[str | tuple[str, str] | Number]) -> list[int]:
 
 
 class LineWriter(wiring.Component):
-    """Writes a line, byte by byte; leading zeros of numbers are left out.
+    """Writes a line, byte by byte; leading zeros of numbers are omitted.
 
     Parameters
     ----------
-    parts : the line: ASCII text; two equally long texts, of which ``good`` takes the first; or a :class:`Number`
+    parts : the line: ASCII texts; pairs of equally long texts, the first for ``good``; and objects of :class:`Number`
     digits : decimal digits of ``numbers``
 
     Members
     -------
-    start : write the line; one cycle, while not ``busy``. ``numbers`` and ``good`` keep still while it is written
-    numbers : the digits that the parts speak of, lowest first
-    good : which text of a choice
-    busy : the line is not yet written
+    start : write the line; one cycle, while not ``busy``. ``numbers`` and ``good`` must not change while it is written
+    numbers : the digits for the parts of :class:`Number`, lowest first
+    good : take the first text of each pair
+    busy : the line is not completely written
     bytes : the line
     """
 

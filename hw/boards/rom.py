@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 # pyright: reportOperatorIssue=false, reportCallIssue=false, reportIndexIssue=false
-"""Constant tables in block RAM, and streams that play one from its beginning."""
+"""Constant tables in block RAM, and streams that send a table from its beginning."""
 
 from collections.abc import Sequence
 
@@ -13,18 +13,18 @@ from amaranth.lib.wiring import In, Out
 class Rom(wiring.Component):
     """A table that is read through a register; latency 1 cycle.
 
-    A switch and not a memory with initial contents, because generated Verilog has none of those: yosys makes it a
-    memory again.
+    It is a switch and not a memory with initial contents, because generated Verilog has no such memories. yosys makes
+    it a memory again.
 
     Parameters
     ----------
     width : bits of an entry
-    entries : unsigned integers, 1 or more; what lies behind the last is not defined
+    entries : unsigned integers, 1 or more; data at addresses after the last entry is undefined
 
     Members
     -------
-    address : which entry
-    enable : with it ``data`` changes in the next cycle
+    address : index of the entry
+    enable : ``data`` is updated in the next cycle
     data : the entry
     """
 
@@ -33,12 +33,12 @@ class Rom(wiring.Component):
             if not 0 <= entry < 1 << width:
                 raise ValueError(f"a ROM of {width} bits does not hold {entry:#x}")
         self.entries = tuple(entries)
-        # Two addresses at least, so that the address has a bit.
+        # At least two addresses, so that the address has at least one bit.
         super().__init__({"address": In(range(max(2, len(entries)))), "enable": In(1), "data": Out(width)})
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        # Bits that are the same in all entries are wires: yosys stumbles over registers that turn out constant.
+        # Bits that are the same in all entries have no register: yosys has problems with constant registers.
         stored = [bit for bit in range(len(self.data)) if len({entry >> bit & 1 for entry in self.entries}) > 1]
         entry, register = Signal(len(stored)), Signal(len(stored), reset_less=True)
         with m.Switch(self.address):
@@ -54,13 +54,13 @@ class Rom(wiring.Component):
 
 
 class RomSource(wiring.Component):
-    """Plays a table as a stream, one transfer per cycle.
+    """Sends a table as a stream, one transfer per cycle.
 
-    Parameters: as of :class:`Rom`
+    Parameters: those of :class:`Rom`
 
     Members
     -------
-    start : play from the beginning; one cycle, and only while nothing is played
+    start : send the table from its beginning; one cycle, and only while no table is being sent
     o : the stream
     """
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 # pyright: reportOperatorIssue=false, reportCallIssue=false, reportIndexIssue=false
-"""A core that tests itself: stored vectors in, every result compared, the outcome on LEDs and as a line of text."""
+"""A core with a self-test: vectors from ROMs, comparison of every result, outcome on LEDs and as a line of text."""
 
 from typing import NamedTuple
 
@@ -15,9 +15,9 @@ from hw.boards.rom import Rom, RomSource
 from hw.boards.uart import UartTransmitter
 
 TIMEOUT_BITS = 16
-"""A run ends, whatever has come by then, after ``2**(TIMEOUT_BITS - 1)`` cycles."""
+"""A run ends after ``2**(TIMEOUT_BITS - 1)`` cycles, even if results are missing."""
 _SETTLE = 64
-"""Cycles after a run in which a result too many is still noticed; the decimal counters need fewer."""
+"""Cycles after a run in which a surplus result is detected; the decimal counters need fewer cycles."""
 _RESET = 8
 _DIGITS = {"results": 5, "wrong": 5, "cycles": 5}
 
@@ -29,35 +29,35 @@ class Vectors(NamedTuple):
     weights: tuple[int, ...]
     activations: tuple[int, ...]
     results: tuple[int, ...]
-    """One float32 each, with its ``keep`` and ``last``."""
+    """One float32 in each payload, with its ``keep`` and ``last``."""
 
 
 class SelfTest(wiring.Component):
-    """Runs the vectors through the core again and again, and tells after each run what came of it.
+    """Runs the vectors through the core repeatedly, and reports the outcome after each run.
 
-    The line is ``{title}: 44 results, 0 wrong, 456 cycles: pass``, with ``FAIL`` unless every result came, none came
-    too many, and all were right bit for bit. Cycles count from the command's offer to the last result. The core is
-    reset before each run, so that a run that hangs does not spoil the next.
+    The line is ``{title}: 44 results, 0 wrong, 456 cycles: pass``, with ``FAIL`` unless the number of results is right
+    and all are right bit for bit. Cycles are counted from the first cycle with a valid command to the last result. The
+    core is reset before each run, so that a run that hangs does not affect the next one.
 
     Parameters
     ----------
     core : the core under test, with the members of :class:`hw.rtl.core.core.Core`; one result per transfer
-    vectors : what it computes
-    title : how the line begins
+    vectors : the layer that it computes
+    title : the beginning of the line
     divisor : clock cycles of one bit on the UART
     pause : cycles between the end of a line and the next run
 
     Members
     -------
-    hold : everything is in reset. For boards whose clock domain has none: two resets on the way to each register are
-        one too many at the core's frequency
-    corrupt : while high at the start of a run, the first expected value is taken with its lowest bit flipped: the test
+    hold : reset of everything, for boards whose clock domain has no reset: two resets in the path to each register
+        would be too slow for the core's frequency
+    corrupt : if it is high at the start of a run, the lowest bit of the first expected value is flipped: the test
         must then fail, with one wrong result
     tx : UART, 8N1
     running : a run is under way
-    passed, failed : what came of the last run; both low before the first has ended
+    passed, failed : outcome of the last run; both are low before the first run has ended
     failed_ever : a run has failed since the reset
-    beat : changes with each run
+    beat : toggles with each run
     """
 
     def __init__(self, core: wiring.Component, vectors: Vectors, title: str, divisor: int, pause: int):
@@ -79,7 +79,7 @@ class SelfTest(wiring.Component):
         m = Module()
         restart, start = Signal(init=1), Signal()
         around = self._around(restart, start)
-        # A register of its own, because the core's reset has all of the FPGA to cross.
+        # A separate register, because the core's reset has long routes across the FPGA.
         core_reset = Signal(init=1)
         around.d.sync += core_reset.eq(restart)
         m.submodules.core = ResetInserter(core_reset)(self.core)
@@ -87,14 +87,14 @@ class SelfTest(wiring.Component):
         return m
 
     def _around(self, restart: Signal, start: Signal) -> Module:
-        """All but the core."""
+        """Everything but the core."""
         m = Module()
         core, vectors = self.core, self.vectors
         streams = (("weights", core.weights, vectors.weights), ("activations", core.activations, vectors.activations))
         for name, stream, words in streams:
             width = len(Cat(stream.payload))
             m.submodules[name] = source = RomSource(width, words)
-            # Between the tables and what the core's readiness depends on.
+            # It separates the ROMs from the logic of the core's ready.
             fifo = SyncFIFOBuffered(width=width, depth=4)
             m.submodules[f"{name}_fifo"] = ResetInserter(restart)(fifo)
             wiring.connect(m, source.o, fifo.w_stream)
@@ -114,8 +114,8 @@ class SelfTest(wiring.Component):
         return m
 
     def _compare(self, m: Module, start: Signal) -> Signal:
-        """Count what comes, in steps of one cycle: result beside its expected value, twice (the first may be the output
-        of a block RAM, which is late), differences, count. Returns whether all is as it should be."""
+        """Compare and count the results, in pipeline stages of one cycle: two stages for result and expected value (the
+        output of a block RAM is late in its cycle), differences, count. Returns whether all results are right."""
         results, expected = self.core.results, self.vectors.results
         width = len(Cat(results.payload))
         m.submodules.expected = rom = Rom(width, expected)
@@ -181,7 +181,7 @@ class SelfTest(wiring.Component):
             self.tx.eq(uart.tx),
         ]
         assert len(writer.numbers) == DIGIT_BITS * sum(_DIGITS.values())
-        # Its lowest bits count the short waits; in a run only the highest one matters.
+        # Short waits compare its lowest bits; during a run only the highest bit matters.
         timer = Signal(max(TIMEOUT_BITS, self.pause.bit_length()))
         m.d.sync += timer.eq(timer + 1)
         with m.FSM():

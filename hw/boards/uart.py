@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 # pyright: reportOperatorIssue=false, reportCallIssue=false, reportIndexIssue=false
-"""A UART's sending half: 8 data bits, no parity, 1 stop bit."""
+"""The transmitter of a UART: 8 data bits, no parity, 1 stop bit."""
 
 from amaranth.hdl import Cat, Const, Module, Signal
 from amaranth.lib import stream, wiring
@@ -16,7 +16,7 @@ def uart_divisor(clock_hz: float, baud: int) -> int:
 
     Raises
     ------
-    ValueError : the nearest whole number is off by more than 2 %, which half a frame of a receiver does not bear
+    ValueError : the error of the nearest whole number is more than 2 %, which is too much for a receiver
     """
     divisor = max(1, round(clock_hz / baud))
     if abs(clock_hz / divisor - baud) > 0.02 * baud:
@@ -33,7 +33,7 @@ class UartTransmitter(wiring.Component):
 
     Members
     -------
-    bytes : what to send
+    bytes : bytes to send
     tx : the line, high when idle
     """
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 # pyright: reportOperatorIssue=false, reportCallIssue=false, reportIndexIssue=false
-"""The ULX3S 85F: a self-test at the frequency that a PLL makes, its outcome on LEDs and on the USB serial port."""
+"""The ULX3S 85F: a self-test at a PLL's frequency, with its outcome on LEDs and on the USB serial port."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ _VCO_RANGE = 400e6, 800e6
 _VCO_BEST = 600e6
 _LOWEST_PFD = 3.125e6
 _DIVIDERS = range(1, 129)
-"""Ranges of the ECP5's EHXPLLL (FPGA-DS-02012, sysCLOCK PLL timing), and where Project Trellis' ecppll aims its VCO."""
+"""Ranges of the ECP5's EHXPLLL (FPGA-DS-02012, sysCLOCK PLL timing); _VCO_BEST is as in Project Trellis' ecppll."""
 
 
 class Pll(NamedTuple):
@@ -27,12 +27,12 @@ class Pll(NamedTuple):
 
     @property
     def output_hz(self) -> float:
-        """Frequency made."""
+        """Output frequency."""
         return INPUT_HZ * self.feedback / self.reference
 
 
 def pll_for(hz: int) -> Pll:
-    """The dividers for the lowest frequency from ``hz`` up, so that what is asked for is also reached.
+    """The dividers for the lowest possible frequency that is at least ``hz``.
 
     Raises
     ------
@@ -56,14 +56,13 @@ def pll_for(hz: int) -> Pll:
 class Ulx3sTop(wiring.Component):
     """The design on the FPGA: ``test`` in a clock domain from the PLL, and its pins.
 
-    LEDs, lowest first: the last run passed; the last run failed; a run has failed since power-up; changes with each
-    run; a run is under way; three dark ones up to the highest: the PLL is locked. Button FIRE 1 corrupts an expected
-    value while it is held.
+    LEDs, lowest first: the last run passed; the last run failed; a run has failed since power-up; toggles with each
+    run; a run is under way; off; off; the PLL is locked. Button FIRE 1 corrupts an expected value while it is held.
 
     Parameters
     ----------
     test : a :class:`hw.boards.selftest.SelfTest`
-    pll : what its clock comes from
+    pll : the PLL of its clock
     """
 
     def __init__(self, test: wiring.Component, pll: Pll):

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From components to files: Verilog, netlists, wrappers, overlays, and the reports of other tools."""
+"""Makes files from components: Verilog, netlists, wrappers, overlays; and reads the reports of other tools."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every block that can be generated on its own, and what a manifest says about one."""
+"""Every block that can be generated alone, and the manifest's description of a block."""
 
 from collections.abc import Callable
 from itertools import product
@@ -97,13 +97,13 @@ def _port(direction: wiring.Flow, shape) -> Port:
 
 
 def describe_ports(component: wiring.Component) -> tuple[dict[str, Port], dict[str, Port]]:
-    """The component's ports outside and inside streams, as the manifest lists them."""
+    """The component's ports that are not streams, and its streams, in the form of the manifest."""
     ports, streams = {}, {}
     for name, member in component.signature.members.items():
         if is_axi(member):
-            # Its ports have the specification's names and need no description.
+            # AXI ports have the specification's names and need no description.
             continue
-        # Elements of an array are named as hw.flows.lower names their ports.
+        # Elements of an array have the same names as in hw.flows.lower.
         indices = product(*map(range, member.dimensions))
         names = ["_".join([name, *map(str, index)]) for index in indices]
         if member.is_signature:
@@ -116,5 +116,5 @@ def describe_ports(component: wiring.Component) -> tuple[dict[str, Port], dict[s
 
 
 def describe_properties(component: wiring.Component) -> dict[str, int]:
-    """The figures that a component states about itself."""
+    """The component's latencies and sizes."""
     return component.properties() if isinstance(component, Block) else {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the command lines of the generator share."""
+"""Options that the generator's command lines share."""
 
 import argparse
 from dataclasses import fields

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verilog and manifest of one block: generated, written, and described on one screen."""
+"""Generates and writes Verilog and manifest of one block, and describes them in some lines."""
 
 import hashlib
 import tempfile
@@ -22,7 +22,7 @@ _HEADER = """\
 
 
 def generate(config: AcceleratorConfig, block: str = "accelerator", target: str = "generic") -> tuple[str, Manifest]:
-    """Verilog text and manifest of one block, for any part or for the family of one of ``hw.spec.parts.TARGETS``.
+    """Verilog text and manifest of one block, for any part or for a family of ``hw.spec.parts.TARGETS``.
 
     Raises
     ------
@@ -39,16 +39,16 @@ def generate(config: AcceleratorConfig, block: str = "accelerator", target: str 
         warnings.simplefilter("error")
         body = to_verilog(component, f"gristmill_{block}", TARGETS[target])
     parameters = ", ".join(f"{name} {value}" for name, value in config.to_dict().items())
-    only = "" if TARGETS[target] is None else f"// Made for {target}; for other parts there is the target generic.\n"
+    only = "" if TARGETS[target] is None else f"// Made for {target}; for other parts use the target generic.\n"
     text = _HEADER.format(block=block, parameters=parameters, target=only, digest=config.digest[:16]) + body
     digest = hashlib.sha256(text.encode()).hexdigest()
     return text, Manifest(block, config, ports, streams, describe_properties(component), digest)
 
 
 def write(out: Path, verilog: str, manifest: Manifest) -> None:
-    """Write both files completely or not at all: each is renamed into place, the manifest last.
+    """Write both files. Each is complete or unchanged: it is renamed into place, the manifest last.
 
-    Software checks the Verilog's hash in the manifest, so an old manifest never passes for the new Verilog's.
+    Software checks the Verilog's hash in the manifest, so an old manifest is never accepted for new Verilog.
     """
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".build-") as folder:
@@ -59,7 +59,7 @@ def write(out: Path, verilog: str, manifest: Manifest) -> None:
 
 
 def summary(config: AcceleratorConfig, block: str, out: Path, verilog: str) -> str:
-    """One screen about what was generated."""
+    """A description of the generated hardware, in some lines."""
     stream = StreamLayout(config)
     rows = [
         ("array", f"{config.tile} x {config.tile} PEs, {config.weight_bits}-bit weights, "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an Amaranth component to Verilog: elaborate, share equal modules, lower through yosys."""
+"""Converts an Amaranth component to Verilog: elaborates it, shares equal modules, and lowers it with yosys."""
 
 import re
 import subprocess
@@ -18,31 +18,31 @@ from hw.rtl.memory.axi import is_axi
 
 _PASSES = ("proc", "opt -full", "clean", "check -assert")
 """Processes become registers and multiplexers, then everything is simplified: Verilator runs the result about eight
-times as fast as Verilog that still holds Amaranth's processes."""
+times as fast as Verilog that contains Amaranth's processes."""
 
 _MODULE = re.compile(r"^(?:attribute [^\n]*\n)*module \\(\S+)\n(.*?)^end\n", re.MULTILINE | re.DOTALL)
 _MEMORY_INIT = re.compile(r"^  cell \$meminit_v2 .*?^  end\n", re.MULTILINE | re.DOTALL)
 _CELL = re.compile(r"^(  cell )\\(\S+) ", re.MULTILINE)
 _ATTRIBUTE = re.compile(r"^ *\(\* (?!ram_style)[^\n]*\*\)\n|\(\* (?!ram_style)[^\n]*?\*\) ", re.MULTILINE)
-"""What yosys notes for itself; where a memory belongs is all that others need."""
+"""Attributes that only yosys needs. Other tools need only ram_style, the kind of memory."""
 _DUMPED = "Dumping module "
-"""What yosys prints for each module that it writes."""
+"""yosys prints this for each module that it writes."""
 INSIDE = "inside"
-"""Name of a component with AXI ports within the module that takes its channels apart."""
+"""Name of a component with AXI ports in the module that has a port for each AXI signal."""
 _MEMORY_PORT, _MEMORY_HALVES = "hp", ("reads", "write")
-"""Members of the accelerator that are halves of memory ports, and how those are named: hp0, hp1 ..."""
+"""Members of the accelerator that are the halves of memory ports, and the prefix of the ports' names: hp0, hp1 ..."""
 _TIMEOUT = 300
-"""Seconds that yosys may take; tile 32 takes about 10."""
+"""Timeout of yosys in seconds; tile 32 takes about 10."""
 
 
 class LowerError(RuntimeError):
-    """yosys failed; the message ends with what it printed last."""
+    """yosys failed; the message ends with the end of its output."""
 
 
 def port_map(component: wiring.Component) -> dict[str, tuple]:
-    """Name, value and direction of every port; the parts of a name are joined by one underscore.
+    """Name, value and direction of every port. The parts of a name are joined by one underscore.
 
-    Amaranth's own flattening joins them by two, which Verilator rewrites in C++.
+    Amaranth's own flattening joins them by two underscores, and Verilator changes such names in C++.
     """
     ports = {}
     for path, member, value in component.signature.flatten(component):
@@ -57,15 +57,15 @@ def _direction(flow: wiring.Flow) -> PortDirection:
 
 
 def _axi_name(name: str, index: int = 0) -> str:
-    """What an AXI port is called between the prefix and the channel: the memory's halves after the KV260's ports."""
+    """The part of an AXI port's name between prefix and channel; both halves of a memory port have the KV260's name."""
     return f"{_MEMORY_PORT}{index}" if name in _MEMORY_HALVES else name
 
 
 class _AxiPorts(Elaboratable):
-    """A component with its AXI channels taken apart, so that tools recognise the interfaces by their ports' names.
+    """A component with one port for each AXI signal, so that tools recognise the interfaces by the names of ports.
 
-    ``ports`` is what :func:`port_map` gives for other components; AXI signals are named as
-    :class:`hw.rtl.memory.axi.AxiSignature` says.
+    ``ports`` has the form of :func:`port_map`'s result. :class:`hw.rtl.memory.axi.AxiSignature` gives the names of AXI
+    signals.
     """
 
     def __init__(self, component: wiring.Component):
@@ -104,7 +104,7 @@ class _AxiPorts(Elaboratable):
 
 
 def share_modules(text: str, top: str) -> str:
-    """Keep one of each set of equal modules, bottom up: one PE per column instead of one per place."""
+    """Keep one of each set of equal modules, bottom up: one PE module instead of one for every place in the array."""
     bodies = {match[1]: match[2] for match in _MODULE.finditer(text)}
     while renamed := _equal_modules(bodies, top):
         bodies = {name: _rename_cells(body, renamed) for name, body in bodies.items() if name not in renamed}
@@ -112,7 +112,7 @@ def share_modules(text: str, top: str) -> str:
 
 
 def _equal_modules(bodies: dict[str, str], top: str) -> dict[str, str]:
-    """Modules that repeat an earlier one, with its name."""
+    """Name of each module that equals an earlier one -> name of the earlier one."""
     kept: dict[str, str] = {}
     return {
         name: first for name, body in bodies.items() if (first := kept.setdefault(body, name)) != name and name != top
@@ -124,7 +124,7 @@ def _rename_cells(text: str, names: dict[str, str]) -> str:
 
 
 def _shorten(text: str, top: str) -> str:
-    """Name modules after their class and place rather than by their whole path."""
+    """Rename modules: the top's name and the last part of the path, instead of the whole path."""
     names = [match[1] for match in _MODULE.finditer(text)]
     short: dict[str, str] = {top: top}
     for name in names:
@@ -142,8 +142,8 @@ def _shorten(text: str, top: str) -> str:
 def to_rtlil(component: wiring.Component, name: str, platform=None) -> str:
     """RTLIL text of ``component`` with module ``name`` on top, elaborated for ``platform``.
 
-    As ``amaranth.back.rtlil.convert``, but memories start undefined: their zeros would be most of the text and of
-    the time, and the design reads no entry before it has written it.
+    Like ``amaranth.back.rtlil.convert``, but the initial contents of memories are undefined: their zeros would be most
+    of the text and take most of the time, and the design reads no entry before it has written it.
     """
     top, ports = component, None
     if any(is_axi(member) for member in component.signature.members.values()):
@@ -165,9 +165,9 @@ def to_rtlil(component: wiring.Component, name: str, platform=None) -> str:
 
 
 def to_verilog(component: wiring.Component, name: str, platform=None) -> str:
-    """Verilog-2005 of ``component``, the same for simulation and synthesis, byte-identical from run to run.
+    """Verilog-2005 of ``component``, the same for simulation and synthesis, and byte-identical in every run.
 
-    If it is for a ``platform``, it may hold that vendor's primitives, and its memories say where they belong.
+    For a ``platform`` it may contain the vendor's primitives, and its memories have attributes for their kind.
 
     Raises
     ------
@@ -179,7 +179,7 @@ def to_verilog(component: wiring.Component, name: str, platform=None) -> str:
         passes = (f"read_rtlil {source.name}", f"hierarchy -check -top {name}", *_PASSES)
         write = f"write_verilog -noattr -simple-lhs {target.name}"
         if platform is not None:
-            # Black boxes of all the primitives that a block may have.
+            # This file has black boxes for all primitives that a block may contain.
             passes = ("read_verilog -lib +/xilinx/cells_xtra.v", *passes)
             write = write.replace("-noattr ", "")
         script.write_text("\n".join((*passes, write)))
@@ -190,7 +190,7 @@ def to_verilog(component: wiring.Component, name: str, platform=None) -> str:
         if run.returncode or not target.exists():
             raise LowerError(f"yosys failed on {name}: {(run.stdout + run.stderr).strip()[-500:]}")
         text = target.read_text()
-        # yosys does not notice when it cannot write everything.
+        # yosys does not detect that it cannot write everything.
         if text.count("\nendmodule\n") != run.stdout.count(_DUMPED):
             raise LowerError(f"yosys wrote only a part of {name}: is the disk of {tempfile.gettempdir()} full?")
         return _ATTRIBUTE.sub("", text)

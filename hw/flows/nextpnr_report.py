@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What nextpnr's JSON report says: frequency reached, worst path, and what of the part is used."""
+"""Reads nextpnr's JSON report: reached frequency, worst path, and used cells of the part."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ _WANTED = {
 
 
 class TimingError(RuntimeError):
-    """The report cannot be used, or the design misses its clock. The message is one line and names the path."""
+    """The report is not valid, or the design does not meet its clock. The message is one line and names the path."""
 
 
 def read_report(path: Path) -> dict:
@@ -35,12 +35,12 @@ def read_report(path: Path) -> dict:
 
 
 def timing(report: dict, clock_hz: float) -> dict[str, float | str]:
-    """The clock that is meant to run at ``clock_hz``: its net, constraint and frequency reached in MHz, slack in ns,
+    """The clock that is constrained to ``clock_hz``: its net, constraint and reached frequency in MHz, slack in ns,
     and the ends of its slowest path.
 
     Raises
     ------
-    TimingError : no clock of the report has that constraint, so nothing was checked against it
+    TimingError : no clock of the report has this constraint, so nothing was checked against it
     """
     try:
         for net, values in report["fmax"].items():
@@ -60,9 +60,9 @@ def timing(report: dict, clock_hz: float) -> dict[str, float | str]:
 
 
 def _worst_path(report: dict, net: str) -> dict[str, float | str]:
-    """First cell, last cell, and how the delay divides into logic and routing."""
+    """First cell, last cell, and the delays of logic and routing."""
     for path in report.get("critical_paths", []):
-        # A path between two clocks has another at one end.
+        # A path between two clocks has another clock at one end.
         if all(path[end].endswith(net) for end in ("from", "to")):
             steps = path["path"]
             delay = {True: 0.0, False: 0.0}
@@ -78,7 +78,7 @@ def _worst_path(report: dict, net: str) -> dict[str, float | str]:
 
 
 def check(clocks: dict[str, float | str], report: Path) -> None:
-    """Refuse a design that misses its clock.
+    """Refuse a design that does not meet its clock.
 
     Raises
     ------

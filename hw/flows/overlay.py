@@ -15,15 +15,15 @@ PL_CLK0 = 71
 PL_RESET0 = 116
 """Index of pl_resetn0 at zynqmp_reset (dt-bindings/reset/xlnx-zynqmp-resets.h, ZYNQMP_RESET_PS_PL0)."""
 PL_PS_IRQ0 = 89
-"""Shared peripheral interrupt of pl_ps_irq0[0]: 121 of the interrupt controller (UG1085, table of system interrupts)
-less the 32 private ones."""
+"""Shared peripheral interrupt of pl_ps_irq0[0]: number 121 of the interrupt controller (UG1085, table of system
+interrupts) minus the 32 private ones."""
 _LEVEL_HIGH = 4
 _FIRST_HP = 2
-"""Number of the AFI unit behind S_AXI_HP0_FPD; 0 and 1 belong to HPC0 and HPC1."""
+"""Number of the AFI unit of S_AXI_HP0_FPD; units 0 and 1 belong to HPC0 and HPC1."""
 _AFI_WIDTH = {128: 0, 64: 1, 32: 2}
-"""FABRIC_WIDTH of AFIFM_RDCTRL and AFIFM_WRCTRL (UG1087); 0 is also what they hold after power-on."""
+"""FABRIC_WIDTH of AFIFM_RDCTRL and AFIFM_WRCTRL (UG1087); 0 is also the value after power-on."""
 _AFI_FS, _AFI_FS_128 = 14, 0xA00
-"""FPD_SLCR.AFI_FS: both M_AXI_HPM ports 128 bits wide, as after power-on."""
+"""FPD_SLCR.AFI_FS: both M_AXI_HPM ports are 128 bits wide, as after power-on."""
 
 
 def _cells(value: int) -> str:
@@ -33,8 +33,8 @@ def _cells(value: int) -> str:
 def overlay(config: AcceleratorConfig, clock_hz: int) -> str:
     """Source of the device-tree overlay (``dtc -@ -O dtb``).
 
-    It names the bitstream, sets the fabric's clock to ``clock_hz`` (else it stays at what the boot firmware chose, and
-    everything is right but slow) and the widths of the memory ports, and makes a UIO device and a DMA buffer.
+    It names the bitstream, sets the fabric's clock to ``clock_hz`` and the widths of the memory ports, and makes a UIO
+    device and a DMA buffer. Without this setting the fabric would keep the boot firmware's clock, and be slow.
     """
     width = _AFI_WIDTH[config.port_width]
     units = range(_FIRST_HP, _FIRST_HP + config.ports)
@@ -90,5 +90,5 @@ def overlay(config: AcceleratorConfig, clock_hz: int) -> str:
 
 
 def shell() -> str:
-    """``shell.json``: one bitstream for the whole fabric, no slots to reconfigure alone (dfx-mgr's README)."""
+    """``shell.json``: one bitstream for the whole fabric, no slots for partial reconfiguration (dfx-mgr's README)."""
     return json.dumps({"shell_type": "XRT_FLAT", "num_slots": "1"}, indent=2) + "\n"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vectors of a board's self-test: a small layer's streams, with the results that the numerics define."""
+"""The vectors of a board's self-test: the streams of a small layer, with the results of the numpy definition."""
 
 from typing import cast
 
@@ -18,17 +18,17 @@ _GROUP_SIZE = 32
 _GROUPS = 4
 _SEED = 2024
 SIM_DIVISOR, SIM_PAUSE = 4, 16
-"""In simulation a line on the UART shall not take most of the time."""
+"""Small values, so that the UART does not take most of the simulated time."""
 
 
 def selftest_vectors(config: AcceleratorConfig, seed: int = _SEED) -> Vectors:
-    """Vectors of one random layer: three output tiles, the last not full, of four groups, for ``max_tokens`` tokens.
+    """Vectors of one random layer for ``max_tokens`` tokens: three output tiles, the last one not full, four groups.
 
-    Weights, zero points, scales and activations take all of their ranges, and the exponents those around 0.
+    Weights, zero points, scales and activations use their full ranges; exponents are around 0.
 
     Raises
     ------
-    ConfigError : the config drains several results at a time (tile 32), or its ``max_k`` does not hold a group
+    ConfigError : the config drains several results at a time (tile 32), or its ``max_k`` is less than a group
     """
     if config.drain_lanes > 1:
         raise ConfigError(f"the self-test takes results one by one, so tile is at most 16, not {config.tile}")
@@ -57,7 +57,7 @@ def selftest_vectors(config: AcceleratorConfig, seed: int = _SEED) -> Vectors:
 
 
 def _activation_payloads(config: AcceleratorConfig, activations: Activations) -> tuple[int, ...]:
-    """Slice by slice, all tokens of a slice in a row: mantissas from the lowest bit up, then the token's exponent."""
+    """Slice by slice, with all tokens of a slice in a row: mantissas from the lowest bit, then the token's exponent."""
     tokens, k = activations.mantissas.shape
     bits, payloads = config.activation_bits, []
     for first in range(0, k, config.tile):
@@ -84,14 +84,14 @@ def _result_payloads(config: AcceleratorConfig, y: np.ndarray) -> tuple[int, ...
 
 
 def selftest_title(config: AcceleratorConfig) -> str:
-    """How the self-test's line begins."""
+    """The beginning of the self-test's line."""
     return f"gristmill tile {config.tile} config {config.digest[:8]}"
 
 
 def selftest(config: AcceleratorConfig, divisor: int = SIM_DIVISOR, pause: int = SIM_PAUSE) -> SelfTest:
-    """The self-test around a core of this config; the default UART and pause are those of the simulation.
+    """The self-test of a core of this config; the default UART and pause are for simulation.
 
-    Raises ConfigError as :func:`selftest_vectors`.
+    Raises ConfigError like :func:`selftest_vectors`.
     """
     core = cast(wiring.Component, Core(config))
     return SelfTest(core, selftest_vectors(config), selftest_title(config), divisor, pause)

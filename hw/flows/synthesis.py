@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What hardware takes of an UltraScale+ part as yosys maps it: LUTs, registers, DSP slices, memories, by block."""
+"""Resources on an UltraScale+ part, block by block, as mapped by yosys: LUTs, registers, DSP slices, memories."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from hw.rtl.common.block import Block
 from hw.spec.parts import Target
 
 RESOURCES = ("LUT", "FF", "DSP48E2", "BRAM36", "URAM288", "SRL")
-"""What is counted. LUT is all lookup tables, those that serve as memory and the SRLs included."""
+"""Counted resources. LUT is all lookup tables, including those that are memory and the SRLs."""
 
 MAPPED = "mapped.json"
 """The file that passes given to :func:`run_mapping` write."""
@@ -26,11 +26,11 @@ GLUE = "glue"
 """What lies between the blocks of containers."""
 _MODULE = re.compile(r"^module \\(\S+)\n(.*?)^end\n", re.MULTILINE | re.DOTALL)
 BLOCK_NUMBER = re.compile(r"(\$\d+|_\d+)$")
-"""What Amaranth puts behind a name that is taken, and what tells equal blocks from each other."""
+"""Suffix that Amaranth adds to a name that is already used, and number of one of several equal blocks."""
 _CELL = re.compile(r"^  cell \\(\S+) \\(\S+)$", re.MULTILINE)
 
-# As `synth_xilinx -family xcup -flatten -uram` up to the LUTs. There that would call ABC9, which stops with a failed
-# assertion on these designs (yosys 0.70); ABC does the same without knowing about delays.
+# The same as `synth_xilinx -family xcup -flatten -uram` up to the LUTs. There synth_xilinx would call ABC9, which stops
+# with a failed assertion on these designs (yosys 0.70). ABC does the same, but has no model of delays.
 _PASSES = """
 read_verilog -lib -specify +/xilinx/cells_sim.v
 read_verilog -lib +/xilinx/cells_xtra.v
@@ -52,7 +52,7 @@ _LUT_MEMORY = {"RAM32X1S": 1, "RAM64X1S": 1, "RAM128X1S": 2, "RAM256X1S": 4, "RA
 _LUT_MEMORY |= {"RAM32X1D": 2, "RAM64X1D": 2, "RAM128X1D": 4, "RAM256X1D": 8}
 _LUT_MEMORY |= {"RAM32M": 4, "RAM64M": 4, "RAM32M16": 8, "RAM64M8": 8}
 _COSTS: dict[str, dict[str, float]] = {
-    # An inverter usually disappears in a LUT behind it; here each one counts.
+    # An inverter is usually merged into the next LUT; here each one counts.
     **{name: {"LUT": 1} for name in ("LUT1", "LUT2", "LUT3", "LUT4", "LUT5", "LUT6", "INV")},
     **{name: {"LUT": luts} for name, luts in _LUT_MEMORY.items()},
     **{name: {"LUT": 1, "SRL": 1} for name in ("SRL16E", "SRLC32E")},
@@ -61,13 +61,13 @@ _COSTS: dict[str, dict[str, float]] = {
     "RAMB18E2": {"BRAM36": 0.5},
     "RAMB36E2": {"BRAM36": 1},
     "URAM288": {"URAM288": 1},
-    # Beside the LUTs of their slice.
+    # These have their own sites beside the LUTs of a slice.
     **{name: {} for name in ("CARRY4", "CARRY8", "MUXF7", "MUXF8", "MUXF9", "GND", "VCC", "$scopeinfo")},
 }  # fmt: skip
 
 
 def count_cells(cells: dict[str, int]) -> Counter:
-    """Resources of these cells of one kind each.
+    """Resources of cells, given as kind of cell -> count.
 
     Raises
     ------
@@ -78,7 +78,7 @@ def count_cells(cells: dict[str, int]) -> Counter:
         if kind not in _COSTS:
             raise LowerError(f"yosys mapped something to {kind}, which is not known here")
         for resource, cost in _COSTS[kind].items():
-            # Half a block of memory counts, too, whatever Counter is declared for.
+            # Half a block of memory counts, too, although Counter is declared for int.
             total[resource] += cost * count  # pyright: ignore[reportArgumentType]
     return total
 
@@ -137,10 +137,10 @@ def run_mapping(rtlil: str, passes: str, timeout: float) -> dict[str, dict]:
 
 
 def synthesise(component: wiring.Component, target: Target, *, timeout: float = 3600) -> dict[str, Counter]:
-    """Resources by block, :data:`RESOURCES` each; equal blocks that differ by a number only are added up.
+    """:data:`RESOURCES` by block; blocks whose names differ only in a number are added.
 
     Each block is flattened and mapped by itself, and nothing is optimised across its border, so the sum is a little
-    more than the whole would take. Vivado maps in another way: these are estimates.
+    more than the whole design would need. Vivado maps in another way: these are estimates.
 
     Raises
     ------
@@ -156,10 +156,10 @@ def synthesise(component: wiring.Component, target: Target, *, timeout: float = 
 
 
 def _collect(modules: dict[str, dict[str, int]], blocks: dict[str, str], top: str) -> dict[str, Counter]:
-    """Adds up what is inside each block, wherever it is used."""
+    """Adds the resources inside each block, for all its instances."""
 
     def inside(module: str, without: frozenset[str] = frozenset()) -> Counter:
-        # A block of wires alone is gone.
+        # A block that consists of wires only has no module any more.
         cells = dict(modules.get(module, {}))
         total: Counter = Counter()
         for name in set(cells) & set(modules):

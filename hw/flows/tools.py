@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs that others wrote: yosys, and the steps of a bitstream with a log each."""
+"""Runs external programs: yosys, and the steps of a bitstream with a log for each."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ class ToolError(RuntimeError):
 
     Attributes
     ----------
-    status : exit code: 2 before any work, 1 after a step failed
+    status : exit code: 2 before any work, 1 after a step has failed
     """
 
     def __init__(self, message: str, status: int = 1):
@@ -23,10 +23,10 @@ class ToolError(RuntimeError):
 
 
 def yosys_command(script: str) -> list[str]:
-    """The command that runs a yosys script of the current folder, with the yosys that lies beside this Python.
+    """The command that runs a yosys script in the current folder, with the yosys of this Python's environment.
 
-    yosys cannot be told a path with every character, so a script and the files that it names are in one folder. The
-    files of ABC, which yosys starts, are there too: their path may not have a space.
+    yosys does not support all characters in a path, so a script and the files that it names are in one folder. The
+    temporary files of ABC, which yosys starts, are there too, because their path must not have a space.
     """
     program = (
         "import os, sys; os.environ['TMPDIR'] = '.'; "
@@ -36,7 +36,7 @@ def yosys_command(script: str) -> list[str]:
 
 
 def run_yosys(script: Path, timeout: float) -> subprocess.CompletedProcess[str]:
-    """Run a yosys script in its folder; the caller sees whether it failed. Raises subprocess.TimeoutExpired."""
+    """Run a yosys script in its folder; the caller checks whether it failed. Raises subprocess.TimeoutExpired."""
     return subprocess.run(
         yosys_command(script.name),
         cwd=script.parent,
@@ -58,14 +58,14 @@ def run_logged(
     limit: str,
     environment: Mapping[str, str] | None = None,
 ) -> float:
-    """Run one step in ``folder`` with its output in ``log``, which names it; returns the seconds that it took.
+    """Run one step in ``folder`` with its output in ``log``, whose name is the step's; returns its time in seconds.
 
-    Parameters: ``what`` it is in messages; ``seconds`` that it may take, and the same as ``limit`` in words;
-    ``environment`` beside the process's own.
+    Parameters: ``what`` is the step's name in messages; ``seconds`` is the timeout, and ``limit`` the timeout in words;
+    ``environment`` is added to the process's own.
 
     Raises
     ------
-    ToolError : it failed, and the message quotes the log's first error; or it took too long
+    ToolError : the step failed, and the message quotes the log's first error; or it took too long
     """
     print(f"{log.stem:>12}  running; {log}", file=sys.stderr, flush=True)
     start = time.monotonic()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Vivado's reports say: facts that the Tcl wrote, utilisation, and whether the design may be used."""
+"""Reads Vivado's reports: facts that the Tcl scripts wrote, utilisation, and whether the design may be used."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ _ROWS = {
     "dsp": "DSPs",
 }
 _CLOCK_TOLERANCE = 0.01
-"""Part by which pl_clk0 may miss the wish: its divider makes few frequencies, and the timing run uses what it makes."""
+"""Relative tolerance of pl_clk0: its divider makes few frequencies, and timing analysis uses the frequency it makes."""
 
 
 class ReportError(RuntimeError):
@@ -22,7 +22,7 @@ class ReportError(RuntimeError):
 
 
 def read_facts(path: Path) -> dict[str, str]:
-    """``facts.txt``: one fact a line, name and value parted by a tab; the last of equal names counts.
+    """``facts.txt``: one fact per line, name and value separated by a tab; the last of equal names counts.
 
     Raises
     ------
@@ -43,7 +43,7 @@ def _number(facts: dict[str, str], name: str) -> float:
 
 
 def read_utilisation(text: str) -> dict[str, dict[str, float] | None]:
-    """Used and available sites out of ``report_utilization``'s tables; None where a table lacks the row."""
+    """Used and available sites from the tables of ``report_utilization``; None if the tables lack the row."""
     found: dict[str, dict[str, float] | None] = {}
     for name, row in _ROWS.items():
         match = re.search(rf"^\| *{row}\*? *\|(.*)\| *<?[\d.]+ *\| *$", text, re.MULTILINE)
@@ -66,7 +66,7 @@ def timing(facts: dict[str, str]) -> dict[str, dict[str, float | str]]:
 
 
 def check_platform(facts: dict[str, str], clock_hz: int) -> None:
-    """Compare addresses and clock of the block design with what driver and overlay expect.
+    """Compare addresses and clock of the block design with the values that driver and overlay expect.
 
     Raises
     ------
@@ -80,12 +80,12 @@ def check_platform(facts: dict[str, str], clock_hz: int) -> None:
     if abs(clock - clock_hz) > _CLOCK_TOLERANCE * clock_hz:
         raise ReportError(
             f"the processor's divider makes {clock / 1e6:g} MHz of the {clock_hz / 1e6:g} MHz wanted; "
-            f"ask for what it can make with --clock-mhz {clock / 1e6:.6g}"
+            f"use --clock-mhz {clock / 1e6:.6g}, which it can make"
         )
 
 
 def _integer(text: str) -> int | None:
-    """A number as Vivado prints addresses and ranges: hexadecimal, decimal, or with K, M or G."""
+    """A number in Vivado's format of addresses and ranges: hexadecimal, decimal, or with K, M or G."""
     match = re.fullmatch(r"(0x[0-9a-fA-F]+|\d+)([KMG]?)", text.strip())
     return int(match[1], 0) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]] if match else None
 
@@ -95,7 +95,7 @@ def check_timing(facts: dict[str, str], report: Path) -> None:
 
     Raises
     ------
-    ReportError : negative slack (the message names the path), too short a pulse, or nets without a route
+    ReportError : negative slack (the message names the path), a clock pulse that is too short, or nets without a route
     """
     for kind, path in timing(facts).items():
         slack = path["slack_ns"]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Verilog between the accelerator and a Vivado block design: port attributes, and widths as the processor has them.
+"""The Verilog between the accelerator and a Vivado block design: it adds port attributes and the processor's widths.
 
-The generated accelerator knows no vendor. Vivado infers AXI interfaces, clock, reset and interrupt of a module from the
-attributes X_INTERFACE_INFO and X_INTERFACE_PARAMETER on its ports (UG994, "Inferring interfaces"; UG1118).
+The generated accelerator is independent of vendors. Vivado infers AXI interfaces, clock, reset and interrupt of a
+module from the attributes X_INTERFACE_INFO and X_INTERFACE_PARAMETER on its ports (UG994, "Inferring interfaces";
+UG1118).
 """
 
 import re
@@ -19,11 +20,12 @@ BOARD_MODULE = "gristmill_kv260"
 IP_MODULE = "gristmill_axi"
 """The module that is packaged as an IP-XACT core."""
 FAN = "fan_en_b"
-"""The KV260's fan, active low. Its pin is the fabric's, so that a design without it may leave the board hot."""
+"""The KV260's fan, active low. Its pin belongs to the fabric: with a design that does not drive it, the board may
+overheat."""
 HP_ID_BITS = 6
 """AxID of S_AXI_HP*_FPD (UG1085, PS-PL AXI interfaces)."""
 HP_ADDRESS_BITS = 49
-"""AxADDR of the same."""
+"""AxADDR of S_AXI_HP*_FPD."""
 
 _READ = {
     "ar": ("id", "addr", "len", "size", "burst", "cache", "prot", "valid", "ready"),
@@ -40,7 +42,7 @@ _DECLARATION = re.compile(r"^ *(input|output) (?:\[(\d+):0\] )?(\w+);$", re.MULT
 
 
 class WrapperError(ValueError):
-    """The Verilog's ports are not those that manifest and board promise. The message names the port."""
+    """The Verilog's ports are not those of manifest and board. The message names the port."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,11 @@ class VerilogPort:
 
 
 def read_ports(verilog: str, module: str) -> dict[str, VerilogPort]:
-    """The ports of a module in Verilog that :mod:`hw.flows.lower` wrote, by name.
+    """The ports of a module, by name, in Verilog that :mod:`hw.flows.lower` wrote.
 
     Raises
     ------
-    WrapperError : there is no such module
+    WrapperError : there is no module of this name
     """
     body = re.search(rf"^module {re.escape(module)}\(.*?^endmodule", verilog, re.MULTILINE | re.DOTALL)
     if not body:
@@ -68,7 +70,7 @@ def read_ports(verilog: str, module: str) -> dict[str, VerilogPort]:
 
 @dataclass(frozen=True)
 class _Interface:
-    """An AXI interface as the accelerator has it (``inner``) and as the block design sees it (``outer``)."""
+    """An AXI interface: the accelerator's ports (``inner``) and the ports for the block design (``outer``)."""
 
     name: str
     inner: tuple[VerilogPort, ...]
@@ -86,7 +88,7 @@ def _axi_ports(name: str, channels: dict[str, tuple[str, ...]], widths: dict[str
 
 
 def _interfaces(manifest: Manifest) -> list[_Interface]:
-    """What the accelerator of this manifest has, by the names and widths of the AXI specification (IHI 0022)."""
+    """The interfaces of the manifest's accelerator, with names and widths of the AXI specification (IHI 0022)."""
     lite = {c: tuple(s for s in signals if s not in _LITE_ABSENT) for c, signals in {**_WRITE, **_READ}.items()}
     widths = {**_WIDTHS, "data": 32, "strb": 4, "addr": CONTROL_ADDRESS_BITS}
     outer_bits = (CONTROL_BYTES - 1).bit_length()
@@ -100,7 +102,7 @@ def _interfaces(manifest: Manifest) -> list[_Interface]:
     for port in range(manifest.config.ports):
         name = f"m_axi_hp{port}"
         inner = tuple(_axi_ports(name, _READ if port else {**_WRITE, **_READ}, widths))
-        # Vivado takes a read-only port for AXI4 more surely when it has write channels that never speak.
+        # A read-only port gets write channels that are never valid, so that Vivado reliably infers AXI4.
         outer = tuple(
             _axi_ports(name, {**_WRITE, **_READ}, {**widths, "addr": HP_ADDRESS_BITS, "id": HP_ID_BITS})
         )  # fmt: skip
@@ -122,12 +124,12 @@ def _check(manifest: Manifest, ports: dict[str, VerilogPort], interfaces: list[_
         if name not in ports:
             raise WrapperError(f"the Verilog lacks port {name}")
         if name not in wanted:
-            raise WrapperError(f"the Verilog has port {name}, of which the manifest knows nothing")
+            raise WrapperError(f"the Verilog has port {name}, which is not in the manifest")
         if ports[name] != wanted[name]:
             have, want = ports[name], wanted[name]
             raise WrapperError(
                 f"port {name} is an {have.direction} of {have.width} bits in the Verilog, "
-                f"by the manifest an {want.direction} of {want.width}"
+                f"but an {want.direction} of {want.width} bits in the manifest"
             )
     if set(manifest.ports) != {"irq"}:
         raise WrapperError(f"the manifest's ports outside AXI are irq alone, not {', '.join(sorted(manifest.ports))}")
@@ -145,7 +147,7 @@ def _declare(port: VerilogPort) -> str:
 
 
 def _join(inner: VerilogPort | None, outer: VerilogPort) -> tuple[str | None, str | None]:
-    """What the accelerator's port is connected to, and an assignment beside it."""
+    """The signal that is connected to the accelerator's port, and an additional assignment; either may be None."""
     if inner is None:
         return None, f"  assign {outer.name} = {outer.width}'d0;" if outer.direction == "output" else None
     if inner.width == outer.width:
@@ -155,16 +157,16 @@ def _join(inner: VerilogPort | None, outer: VerilogPort) -> tuple[str | None, st
         rest = f"  assign {outer.name}[{high}:{low + 1}] = {outer.width - inner.width}'d0;"
         return f"{outer.name}[{low}:0]" if low else f"{outer.name}[0]", rest
     if outer.name.endswith("addr"):
-        # An address beyond the accelerator's own space must not come round to a register.
+        # An address beyond the accelerator's own space must not alias a register.
         return f"{{|{outer.name}[{high}:{low}], {outer.name}[{low - 1}:0]}}", None
     return f"{outer.name}[{low}:0]" if low else f"{outer.name}[0]", None
 
 
 def wrapper(manifest: Manifest, verilog: str, module: str = BOARD_MODULE) -> str:
-    """Verilog of the module that Vivado sees around the accelerator.
+    """Verilog of the module around the accelerator that is used in Vivado.
 
-    Its ports have the accelerator's names, and the widths of the processor's: memory ports have IDs and addresses as
-    wide as S_AXI_HP*_FPD, and all channels; the control port's addresses cover ``CONTROL_BYTES``.
+    Its ports have the accelerator's names and the processor's widths: memory ports have IDs and addresses as wide as
+    those of S_AXI_HP*_FPD, and all channels; the control port's addresses cover ``CONTROL_BYTES``.
 
     Parameters
     ----------
@@ -173,7 +175,7 @@ def wrapper(manifest: Manifest, verilog: str, module: str = BOARD_MODULE) -> str
 
     Raises
     ------
-    WrapperError : a port is missing, unknown, or of another width or direction than the manifest says
+    WrapperError : a port is missing, unknown, or of another width or direction than in the manifest
     """
     ports = read_ports(verilog, manifest.top)
     interfaces = _interfaces(manifest)

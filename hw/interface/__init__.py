@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The register map and the descriptor for programs in other languages and for other tools; ``hw.docs`` writes them."""
+"""The register map and the descriptor for other languages and other tools; ``hw.docs`` writes the files."""

@@ -55,7 +55,7 @@ def _define(name: str, value: str, comment: str = "") -> str:
 def _registers() -> Iterator[str]:
     yield "/* Registers: offsets in bytes from the control port's address. Each word has 32 bits. */"
     yield _define("WINDOW_BYTES", f"{WINDOW_BYTES:#x}u", "size of the register space")
-    yield _define("IDENTIFICATION", f"{IDENTIFICATION:#x}u", "what the first register holds")
+    yield _define("IDENTIFICATION", f"{IDENTIFICATION:#x}u", "value of the first register")
     yield _define("VERSION", f"{VERSION}u", "version of this header's registers and descriptor")
     for register in REGISTERS:
         yield ""
@@ -76,7 +76,7 @@ def _register(register: Register) -> Iterator[str]:
 
 
 def _errors() -> Iterator[str]:
-    yield "/* What register error_code holds. */"
+    yield "/* Values of register error_code. */"
     yield "enum gristmill_error {"
     for code in ErrorCode:
         yield f"    {_PREFIX}_ERROR_{code.name} = {code.value}, /* {ERROR_TEXTS[code]} */"
@@ -84,7 +84,7 @@ def _errors() -> Iterator[str]:
 
 
 def _c_bits(field: DescriptorField) -> int:
-    """Bits of the C type that holds a field."""
+    """Number of bits of the C type that holds a field."""
     return next(bits for bits in _C_TYPES if field.width <= bits)
 
 
@@ -103,7 +103,7 @@ def _descriptor() -> Iterator[str]:
 
 
 def _parts(word: int) -> Iterator[str]:
-    """The C expressions whose OR is a descriptor's word."""
+    """C expressions; the OR of them is a word of the descriptor."""
     for field in FIELDS:
         low, high = max(field.low, _WORD * word), min(field.low + field.width, _WORD * (word + 1))
         if low < high:

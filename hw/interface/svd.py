@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The register map as CMSIS-SVD 1.3, for debuggers and for generators of drivers.
+"""The register map as CMSIS-SVD 1.3, for debuggers and driver generators.
 
 A 64-bit register becomes two of 32 bits, ``_low`` and ``_high``: the control port has 32 bits, and the order of the two
 accesses matters (:mod:`hw.spec.control.registers`).
@@ -41,7 +41,7 @@ _ERRORS = tuple(_Choice(code.name, ERROR_TEXTS[code], code.value) for code in Er
 
 
 def _add(parent: ET.Element, **texts: object) -> None:
-    """Child elements with text, in order: the schema prescribes it."""
+    """Adds child elements with text, in the given order, which the schema prescribes."""
     for name, text in texts.items():
         ET.SubElement(parent, name).text = str(text)
 
@@ -76,7 +76,7 @@ def _add_register(parent: ET.Element, register: Register) -> None:
     if register.words > 1:
         _add(element, dim=register.words, dimIncrement=_WORD_BYTES)
     name = f"{register.name}[%s]" if register.words > 1 else register.name
-    # What hardware alone decides has no reset value that a debugger could compare with.
+    # A register that only the hardware changes has no reset value that a debugger could compare.
     defined = 0 if register.access is Access.READ else _ALL_ONES
     _add(
         element,

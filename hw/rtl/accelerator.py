@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The accelerator: registers, datapath, and what keeps the two in order. This is what a board gets."""
+"""The accelerator: registers, datapath, and supervision of both. This is the top for a board."""
 
 from amaranth.hdl import Cat, ClockDomain, ClockSignal, DomainRenamer, Module, ResetSignal, Signal
 from amaranth.lib import data, wiring
@@ -35,8 +35,8 @@ class Accelerator(Block):
     reads, write : AXI4, ``port_width`` bits, memory: the read halves of all ports hp0, hp1 ..., the write half of hp0
     irq : interrupt, level
 
-    Throughput: that of the core, see :class:`hw.rtl.core.core.Core`, as long as memory keeps up. Every output is a
-    register or depends on registers alone.
+    Throughput: that of the core, see :class:`hw.rtl.core.core.Core`, if memory is fast enough. Every output is a
+    register or depends only on registers.
     """
 
     container = True
@@ -58,7 +58,7 @@ class Accelerator(Block):
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        # The datapath has a reset of its own, which leaves the registers alone.
+        # The datapath has a reset of its own, which does not affect the registers.
         m.domains.datapath = ClockDomain()
         m.submodules.bank = bank = RegisterBank()
         datapath = Datapath(self.config)
@@ -85,7 +85,7 @@ class Accelerator(Block):
         return m
 
     def _find_faults(self, m: Module, bank: RegisterBank, datapath: Datapath, supervisor: Supervisor) -> FirstError:
-        """Every error, with what it knows about its place."""
+        """Every error, with its address if it has one."""
         first = FirstError()
         m.submodules.first_error = DomainRenamer("datapath")(first)
         late_read, late_write = self._watch(m, bank, datapath)
@@ -112,7 +112,7 @@ class Accelerator(Block):
             late_write.raised.eq(watchdog.late[-1]),
             late_write.address.eq(datapath.write_owed.oldest),
         ]
-        # Of several late ports the first is reported.
+        # If several ports are late, the first one is reported.
         for late, owed in reversed(list(zip(watchdog.late, datapath.reads_owed))):
             with m.If(late):
                 m.d.comb += late_read.address.eq(owed.oldest)

@@ -30,26 +30,28 @@ class Datapath(Block):
 
     Members
     -------
-    descriptors : what to do
+    descriptors : descriptors to execute
     reads : the read halves of the memory ports
     write : the write half of the first memory port
-    halt : move nothing more but what the bus is owed
-    quiet : the bus is owed nothing
-    queued : descriptors not yet looked at
+    halt : move no data, except to finish bus transfers under way
+    quiet : no bus transfer is under way
+    queued : number of descriptors in the queue
     complete : a descriptor's results are in memory; one cycle
-    complete_interrupt : with it: the descriptor asked for an interrupt
-    refused : error code of the descriptor that ended the work, or 0
-    faults : indexed by :class:`hw.spec.control.registers.ErrorCode`, bus errors for one cycle with their bursts'
-        addresses, activations that ended the work with theirs, an underrun (:class:`hw.rtl.core.core.Core`)
-    events : what the counters count, without ``busy``: a beat of weights entered the core, or nothing moved, and why
-    reads_owed, write_owed : what memory owes each read port and the write port
+    complete_interrupt : valid with ``complete``: the descriptor requested an interrupt
+    refused : error code of the descriptor that stopped the datapath, or 0
+    faults : indexed by :class:`hw.spec.control.registers.ErrorCode`: bus errors, for one cycle with their bursts'
+        addresses; activations that stopped the datapath, with their address; an underrun
+        (:class:`hw.rtl.core.core.Core`)
+    events : events for the counters, without ``busy``: a beat of weights entered the core, or nothing moved, with the
+        cause
+    reads_owed, write_owed : bursts under way of each read port and of the write port
     """
 
     container = True
     most_in_flight = QUEUE_DEPTH + sum(
         stage.most_in_flight for stage in (DescriptorCheck, Dispatcher, Gatherer, WriteManager)
     )
-    """Descriptors that the queue holds, and all that may lie between it and their last acknowledgement."""
+    """Maximum number of descriptors in the queue and in the stages after it, up to their last acknowledgement."""
 
     def __init__(self, config: AcceleratorConfig):
         self.config = config
@@ -90,7 +92,7 @@ class Datapath(Block):
             unit.command.valid.eq(layer.valid),
             layer.ready.eq(unit.command.ready),
         ]
-        # Where the layer in the unit comes from, for the error register.
+        # Address of the activations of the layer in the unit, for the error register.
         activations_address = Signal(ADDRESS_BITS)
         with m.If(layer.valid & layer.ready & ~layer.payload.command.reuse):
             m.d.sync += activations_address.eq(layer.payload.address)
@@ -110,7 +112,7 @@ class Datapath(Block):
         return m
 
     def _read(self, m: Module, dispatcher: Dispatcher, unit: ActivationUnit, core: Core) -> None:
-        """Activations in turn from all ports, weights from all ports in step."""
+        """Connects the fetch units: activations come from all ports in turn, weights from all ports in step."""
         config, depths = self.config, read_fifo_depths(self.config)
         m.submodules.activation_fetch = activations = ActivationFetch(config)
         ahead = WEIGHT_BURSTS_AHEAD * max_burst_beats(config.port_width)
@@ -121,7 +123,7 @@ class Datapath(Block):
         wiring.connect(m, weights.beats, core.weights)
         m.d.comb += [
             dispatcher.asking.eq(activations.asking),
-            # After a fault nothing enters the core: what memory gave may be wrong.
+            # After a fault no data enters the core, because data from memory may be wrong.
             weights.halt.eq(self.halt),
         ]
         fault = self.faults[ErrorCode.READ_BUS]
@@ -159,7 +161,7 @@ class Datapath(Block):
         ]
 
     def _watch(self, m: Module, core: Core) -> None:
-        """What the counters count, a cycle late. One cause a cycle: the one that is farthest down the stream."""
+        """Events for the counters, one cycle late. Each cycle has at most one cause: the one nearest to the results."""
         moves = core.weights.valid & core.weights.ready
         waits = ~moves & ~core.works
         wants_beat = core.weights.ready & ~core.weights.valid

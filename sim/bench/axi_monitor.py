@@ -141,6 +141,10 @@ class AxiMonitor(_Watched):
         return not self.reads_under_way and not self.writes_under_way
 
     def _clear(self) -> None:
+        # What was under way is never answered: counts of what was offered and of what was answered start together.
+        for bursts in (self.reads, self.writes, self.written):
+            bursts.clear()
+        self.acknowledged = self.beats = 0
         self._owed_reads: deque[int] = deque()  # beats still to come of each burst
         self._owed_data: deque[int] = deque()
         self._unacknowledged = 0

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a float decoder graph block by block over some windows of tokens, and stops at its linear layers.
 
-The graph is cut at them (sw.ort.cut): onnxruntime computes what lies between, one stage for all windows before the
-next. So of a model of any depth only one stage's tensors are held, and what layers read can be computed by layers that
-are quantised already.
+The graph is cut at its linear layers (sw.ort.cut). onnxruntime computes the stages between them: one stage for all
+windows, then the next stage. So only one stage's tensors are in memory, for a model of any depth, and the inputs of a
+layer can be computed with earlier layers that are quantised already.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,13 +23,13 @@ from sw.ort.feeds import CACHE_RANK, DTYPES, empty_cache_shape
 from sw.ort.stages import Constants, StageSession, open_stage
 
 TOLERANCES = {np.dtype(np.float32): 1e-3, np.dtype(np.float16): 2e-2}
-"""Largest error, relative to a channel's largest value, of a tensor that is said to scale with a weight's rows. The
-scales tried differ by factors of two and more."""
+"""Largest error, relative to a channel's largest value, of a tensor that is proportional to rows of a weight. The
+scales in the trial are powers of two, so a wrong prediction has a far larger error."""
 
 
 @dataclass
 class Step:
-    """One stage, and the layers behind it that are to be computed before the next.
+    """One stage, and the layers after it, which must be computed before the next stage.
 
     Members
     -------
@@ -45,7 +45,7 @@ class Step:
     _before: Mapping[str, FloatSite]
 
     def inputs(self, group: Group) -> list[np.ndarray]:
-        """What the layers read: of every window float32 [tokens, K]. Raises UserError if it is not finite."""
+        """The layers' input for every window, float32 [tokens, K]. Raises UserError if it is not finite."""
         arrays = []
         for values in self._values:
             x = values[group.input_name]
@@ -57,7 +57,7 @@ class Step:
         return arrays
 
     def compute(self, site: FloatSite, weights: Sequence[np.ndarray], bias: np.ndarray | None = None) -> None:
-        """Multiplies. weights: float32 [N, K] for every window. bias: [N], where the node itself adds one."""
+        """Computes a layer. weights: float32 [N, K] for every window. bias: [N], if the node itself adds one."""
 
         def product(window: int) -> None:
             values = self._values[window]
@@ -70,14 +70,14 @@ class Step:
         threaded(product, range(len(self._values)))
 
     def made_of(self, group: Group) -> list[FloatSite]:
-        """The layers whose products this stage makes the group's input of; nobody else reads them."""
+        """The layers from whose products this stage makes the group's input; nothing else reads these products."""
         if self._run is None or group.input_name not in self._stage.outputs:
             return []
         return [self._before[name] for name in self._stage.inputs if name in self._before and name in self._dying]
 
     def scales_with(self, group: Group, site: FloatSite, rows: np.ndarray, bias: np.ndarray | None) -> bool:
-        """Whether channel c of the group's input is proportional to output row rows[c] of `site` and nothing else in
-        the graph depends on them, found by scaling them.
+        """Whether channel c of the group's input is proportional to output row rows[c] of `site`, and nothing else in
+        the graph depends on these rows. It is found by a trial with scaled rows.
 
         rows: int [K]. bias: [N] that is added to the site's product outside its node.
         """
@@ -98,11 +98,11 @@ class Step:
 def walk(
     file: OnnxFile, sites: Sequence[FloatSite], windows: Sequence[Sequence[int]], head: bool = False
 ) -> Iterator[Step]:
-    """Runs the graph over windows of token ids, each with an empty cache, and yields at every step between two stages.
+    """Runs the graph over windows of token ids, each with an empty cache, and yields a step between two stages.
 
-    sites: all float linear layers of the graph. head: whether the head has a step, the last; logits are not computed.
-    Whoever iterates calls Step.compute for every layer of a step but the last. Raises UserError for graphs that are no
-    decoder, and if onnxruntime refuses them.
+    sites: all float linear layers of the graph. head: whether there is a last step for the head; logits are not
+    computed. The caller must call Step.compute for every layer of a step, except in the last step. Raises UserError for
+    graphs that are not decoders, and if onnxruntime refuses them.
     """
     groups = group_sites(file, sites)
     by_input = {group.input_name: group for group in groups}
@@ -132,7 +132,7 @@ def walk(
         types.update((site.node.output[0], types[site.node.input[0]]) for site in here)
         dying = frozenset(name for name in stage.inputs if last_use[name] == number and name not in outputs)
         names = dict.fromkeys(site.node.input[0] for site in here)
-        # What no layer of this step reads goes now, the rest of what nobody reads later afterwards.
+        # Tensors without later readers are dropped: now if no layer of this step reads them, else after the step.
         later = {name for name, last in last_use.items() if last > number}
         _keep(values, later.union(names))
         yield Step([by_input[name] for name in names], stage, run, values, probe, dying, by_output)
@@ -140,7 +140,7 @@ def walk(
 
 
 def _keep(values: list[dict[str, np.ndarray]], names: set[str]) -> None:
-    """Drops every other tensor of all windows."""
+    """Drops all tensors but these from all windows."""
     for held in values:
         for name in held.keys() - names:
             del held[name]
@@ -149,7 +149,7 @@ def _keep(values: list[dict[str, np.ndarray]], names: set[str]) -> None:
 def _run_stage(
     session: StageSession, shared: Mapping[str, OrtValue], values: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """A stage's outputs, of inputs that are among `values`. Raises UserError if onnxruntime fails."""
+    """A stage's outputs for inputs from `values`. Raises UserError if onnxruntime fails."""
     given = {name: OrtValue.ortvalue_from_numpy(np.ascontiguousarray(values[name])) for name in session.stage.inputs}
     names = session.stage.outputs
     try:
@@ -160,7 +160,7 @@ def _run_stage(
 
 
 def feeds(file: OnnxFile, ids: Sequence[int]) -> dict[str, np.ndarray]:
-    """A decoder's inputs for a sequence without a past. Raises UserError for inputs that no decoder has."""
+    """A decoder's inputs for a sequence with an empty cache. Raises UserError for unknown inputs."""
     ids_array = np.asarray(ids, np.int64)[None]
     known = {
         "input_ids": ids_array,

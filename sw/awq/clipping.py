@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The range of each group that hurts a layer's output least.
+"""Searches the range of each group that gives the least error of a layer's output.
 
-AWQ's second search: weights beyond a range are clipped to its ends, and the others get finer steps for it. Here the two
-ends are shrunk apart, and the measure is the squared error of the layer's real output. With dW = quantised - float
-weights and G = X^T X / tokens of its inputs it is, for every row n of the weights, exactly
+This is AWQ's second search: weights beyond a range are clipped to its ends, which makes the steps of the others finer.
+Here the two ends are shrunk independently, and the measure is the squared error of the layer's real output. With
+dW = quantised - float weights and G = X^T X / tokens of its inputs, the error of row n of the weights is exactly
 
     dW[n] G dW[n]^T
-and as far as group g can change it, with d = dW[n, g],
+The part of it that depends on group g is, with d = dW[n, g],
     d G[g, g] d^T + 2 d r^T,   r = sum over all other groups h of dW[n, h] G[h, g]
 
-so the groups of a row are gone through once more and more, and each takes the best of its ranges beside the errors that
-the others make. All weights are rounded to nearest: what is chosen is a scale and a zero point for each group.
+So the groups of a row are visited in several sweeps, and each takes its best range for the current errors of the
+others. All weights are rounded to nearest: the search chooses only a scale and a zero point for each group.
 """
 
 import numpy as np
@@ -20,17 +20,17 @@ from sw.awq.threads import threaded
 from sw.common.arrays import slices
 
 SHRINKS = np.array([1, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62], np.float32)
-"""How much of either end of a range is kept; all pairs are tried."""
+"""Factors for either end of a range; all pairs are tried."""
 SWEEPS = 2
-"""Over the groups of a row. A second one takes another 8 % off SmolLM2's errors, and as long again."""
+"""Sweeps over the groups of a row. The second one reduces SmolLM2's errors by another 8 %, and doubles the time."""
 ROWS_AT_ONCE = 64
-"""So many rows and all their candidates are about what a processor's cache holds."""
+"""This number of rows and all their candidates about fit a processor's cache."""
 
 
 def clip(weight: np.ndarray, gram: np.ndarray, form: Form, sweeps: int = SWEEPS) -> Rounded:
-    """float32 [N, K] rounded in the ranges that are best for inputs with Gram matrix `gram`, float32 [K, K].
+    """float32 [N, K] rounded in the best ranges for inputs with Gram matrix `gram`, float32 [K, K].
 
-    The error that it causes is never above that of `nearest` but for float rounding. sweeps: over a row's groups.
+    Its error is never above that of `nearest`, apart from float rounding. sweeps: number of sweeps over a row's groups.
     Uses all processors.
     """
     parts = threaded(lambda rows: clip_rows(weight[rows], gram, form, sweeps), slices(len(weight), ROWS_AT_ONCE))
@@ -39,7 +39,7 @@ def clip(weight: np.ndarray, gram: np.ndarray, form: Form, sweeps: int = SWEEPS)
 
 
 def clip_rows(weight: np.ndarray, gram: np.ndarray, form: Form, sweeps: int = 1) -> Rounded:
-    """The same in this thread."""
+    """Like `clip`, in the calling thread only."""
     start = nearest(weight, form)
     padding = -weight.shape[1] % form.group_size
     # Padded weights are always zero, and nothing depends on them.
@@ -49,7 +49,7 @@ def clip_rows(weight: np.ndarray, gram: np.ndarray, form: Form, sweeps: int = 1)
 
 
 class _Rows:
-    """Some rows of the weights. groups: float32 [R, G, S]. start: what to begin with."""
+    """Some rows of the weights. groups: float32 [R, G, S]. start: initial values of the search."""
 
     def __init__(self, groups: np.ndarray, start: Rounded, gram: np.ndarray):
         self.form, self.gram = start.form, gram
@@ -69,7 +69,7 @@ class _Rows:
         return self.q, self.scales, self.zero_points
 
     def _improve(self, group: int, slopes: np.ndarray) -> None:
-        """Gives a group of every row its best range. slopes: errors @ gram, float32 [R, K], kept up to date."""
+        """Gives a group of every row its best range. slopes: errors @ gram, float32 [R, K]; they are updated."""
         size = self.form.group_size
         part = slice(group * size, (group + 1) * size)
         block = np.ascontiguousarray(self.gram[part, part])
@@ -89,8 +89,8 @@ class _Rows:
 
 
 class _Group:
-    """One group of every row, and the best that was considered. weights: [R, S]. block: its part of the Gram matrix.
-    slope: what the other groups' errors add to it, [R, S].
+    """One group of every row, and its best candidate so far. weights: [R, S]. block: its part of the Gram matrix.
+    slope: the contribution of the other groups' errors, [R, S].
     """
 
     def __init__(self, form: Form, weights: np.ndarray, block: np.ndarray, slope: np.ndarray):
@@ -101,7 +101,7 @@ class _Group:
         self.loss = np.full(rows, np.inf, np.float32)
 
     def consider(self, scales: np.ndarray, zero_points: np.ndarray) -> None:
-        """Candidates, float32 [C, R]."""
+        """Tries candidates, float32 [C, R], and keeps the best."""
         s, z = scales[:, :, None], zero_points[:, :, None]
         q = steps(self.form, self.weights, s, z)
         errors = (q - z) * s
@@ -116,7 +116,7 @@ class _Group:
         self.scales[better], self.zero_points[better] = scales[best, rows], zero_points[best, rows]
 
     def least_squares(self) -> np.ndarray:
-        """The scales that suit the best candidate's q most, float32 [R]."""
+        """The best scales for the best candidate's q by least squares, float32 [R]."""
         u = self.q - self.zero_points[:, None]
         toward = u @ self.block
         curvature = (toward * u).sum(axis=1)

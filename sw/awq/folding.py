@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the scale of a tensor's channels goes, so that the model computes the same without it.
+"""Finds constants that can absorb the scale of a tensor's channels, so that the model still computes the same.
 
-    a norm's weight     which makes the tensor, if the layers that share the scale are its only readers
+    a norm's weight     if the norm makes the tensor, and the layers that share the scale are its only readers
     up_proj's rows      for down_proj: its input is activation(gate) * up
     v_proj's rows       for o_proj: attention mixes tokens, not channels. With grouped queries several heads read one
-                        head of v, and their channels share a scale. What the model keeps in its cache is scaled too
-The first is seen in the graph. For the others the graph is tried: a layer's rows are scaled, the nodes between the two
-layers run, and the tensor must be scaled as predicted and everything else unchanged. So the exporter's way to write
-attention does not matter, and whatever is not certain is not folded.
+                        head of v, and their channels share a scale. The model's cache is scaled, too
+The first is found from the graph's structure. The others are found by a trial: a layer's rows are scaled, the nodes
+between the two layers are run, and the tensor must be scaled as predicted and everything else must be unchanged. So it
+does not matter how an exporter writes attention, and a scale is folded only if this is certain to be right.
 """
 
 from collections.abc import Iterator
@@ -28,8 +28,8 @@ class Fold:
 
     Members
     -------
-    gamma: constant whose elements are divided by the scale; or "".
-    site, rows: layer, and which of its output rows makes each channel, int [K]; or None.
+    gamma: the constant whose elements are divided by the scale; or "".
+    site, rows: a layer, and the output row that makes each channel, int [K]; or None.
     """
 
     gamma: str = ""
@@ -38,11 +38,11 @@ class Fold:
 
     @property
     def name(self) -> str:
-        """Of the constant or layer."""
+        """Name of the constant or layer."""
         return self.site.name if self.site else self.gamma
 
     def factors(self, scale: np.ndarray) -> np.ndarray:
-        """What the rows of `site` are to be divided by, float32 [N]. scale: [K], equal for channels of one row."""
+        """The divisors of the rows of `site`, float32 [N]. scale: [K], equal for channels of one row."""
         assert self.site is not None and self.rows is not None
         factors = np.ones(self.site.n, np.float32)
         factors[self.rows] = scale
@@ -69,7 +69,7 @@ def find_fold(file: OnnxFile, step: Step, group: Group) -> Fold | None:
 
 
 def _row_maps(file: OnnxFile, n: int, k: int) -> Iterator[np.ndarray]:
-    """Which rows of a layer may make K channels: all, half of them (gate and up in one), or heads of v."""
+    """Candidates for the rows that make K channels: all, half of them (gate and up in one layer), or heads of v."""
     channels = np.arange(k)
     if n == k:
         yield channels
@@ -80,7 +80,7 @@ def _row_maps(file: OnnxFile, n: int, k: int) -> Iterator[np.ndarray]:
     if heads is None:
         return
     count, size = heads
-    # More query heads than key-value heads: each of the latter serves a number of neighbours among the former.
+    # With more query heads than key-value heads, several neighbouring query heads share a key-value head.
     if k % (count * size) == 0 and k > count * size:
         value = channels // size // (k // (count * size)) * size + channels % size
     elif k == count * size:
@@ -94,7 +94,7 @@ def _row_maps(file: OnnxFile, n: int, k: int) -> Iterator[np.ndarray]:
 
 
 def kv_heads(file: OnnxFile) -> tuple[int, int] | None:
-    """(key-value heads, head size) that the KV cache's inputs say, or None."""
+    """(key-value heads, head size) from the KV cache's inputs, or None."""
     for item in file.inputs:
         sizes = item.type.tensor_type.shape.dim
         if len(sizes) == CACHE_RANK:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The float linear layers of a decoder graph: where their weights are, who shares an input, what makes that input.
+"""The float linear layers of a decoder graph: their weights, the layers that share an input, and the input's source.
 
 A linear layer is a node whose second input is a constant float matrix and whose first is not:
     MatMul                       weight [K, N]
     Gemm                         weight [K, N], or [N, K] with transB; its third input is a bias
     FusedMatMul (com.microsoft)  the same without a bias
-The matrix may be reached through Identity, Cast, Reshape and Transpose of an initializer, as torch writes a tied head.
+The matrix may be an initializer after Identity, Cast, Reshape and Transpose; torch writes a tied head in this form.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from sw.graph.file import OnnxFile
 
 FLOATS = (np.float32, np.float16)
 LEAST = 16
-"""Rows and columns of a layer: products of rotary tables with positions have fewer."""
+"""Least number of rows and columns of a layer: products of rotary tables with positions have fewer."""
 LOGITS = "logits"
 NORMS = {
     ("SimplifiedLayerNormalization", ""): 1,
@@ -31,7 +31,7 @@ NORMS = {
 """Operator -> its input with the weight that scales every channel of its first output."""
 SAME_VALUES = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 SHAPES = ("Shape", "Size")
-"""Operators that do not look at values."""
+"""Operators that do not read values."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,10 +40,10 @@ class FloatSite:
 
     Members
     -------
-    name: the node's, made unique. node: of the graph.
+    name: the node's name, made unique. node: the graph's node.
     n, k: out_features, in_features.
     transposed: the constant that the node reads is [N, K], not [K, N].
-    bias: name of the constant that is added to the product, by the node or by an Add that nobody else feeds; or "".
+    bias: name of the constant that is added to the product, by the node or by an Add after it; or "".
     is_head: whether the product is the model's logits.
     """
 
@@ -56,7 +56,7 @@ class FloatSite:
     is_head: bool
 
     def weight(self, file: OnnxFile) -> np.ndarray:
-        """float32 [N, K]. Raises UserError if it cannot be read or is not finite."""
+        """The weight, float32 [N, K]. Raises UserError if it cannot be read or is not finite."""
         values = constant(file, self.node.input[1], self.name)
         values = np.ascontiguousarray(values if self.transposed else values.T, dtype=np.float32)
         if not np.isfinite(values).all():
@@ -72,8 +72,8 @@ class Group:
     -------
     input_name: the tensor, [..., K].
     sites: the layers.
-    gamma: the constant that scales every channel of the tensor, if the layers alone depend on it; or "".
-    only_readers: nobody but the layers reads the tensor's values.
+    gamma: the constant that scales every channel of the tensor, if only the layers depend on it; or "".
+    only_readers: whether the layers are the only readers of the tensor's values.
     """
 
     input_name: str
@@ -83,7 +83,7 @@ class Group:
 
     @property
     def k(self) -> int:
-        """Channels."""
+        """Number of channels."""
         return self.sites[0].k
 
 
@@ -124,7 +124,7 @@ def group_sites(file: OnnxFile, sites: Sequence[FloatSite]) -> list[Group]:
 
 
 def readers(file: OnnxFile, name: str) -> list[onnx.NodeProto]:
-    """The nodes that read a tensor, those whose subgraphs do included."""
+    """The nodes that read a tensor, including those whose subgraphs read it."""
     found = list(file.consumers.get(name, []))
     found += [
         node for node in file.graph.node if any(_has_graph(item) for item in node.attribute) and name in _inner(node)
@@ -133,7 +133,7 @@ def readers(file: OnnxFile, name: str) -> list[onnx.NodeProto]:
 
 
 def constant(file: OnnxFile, name: str, layer: str) -> np.ndarray:
-    """The value of a constant tensor, as OnnxFile.constant, and through Transpose as well."""
+    """The value of a constant tensor, like OnnxFile.constant, but also after a Transpose."""
     node = file.producers.get(name)
     if node is not None and node.op_type == "Transpose" and not file.is_constant(name):
         values = constant(file, node.input[0], layer)
@@ -150,7 +150,7 @@ def _is_constant(file: OnnxFile, name: str) -> bool:
 
 
 def _shape(file: OnnxFile, name: str) -> tuple[int, ...]:
-    """Without reading an initializer's data where it is not behind a Reshape."""
+    """The shape of a constant. An initializer's data is read only if a Reshape follows it."""
     node = file.producers.get(name)
     if node is not None and node.op_type == "Transpose":
         inner = _shape(file, node.input[0])
@@ -162,7 +162,7 @@ def _shape(file: OnnxFile, name: str) -> tuple[int, ...]:
 
 
 def _dtype(file: OnnxFile, name: str) -> np.dtype | None:
-    """Of an initializer or Constant; that of what a Cast makes."""
+    """The type of an initializer or Constant, or the result type of a Cast."""
     node = file.producers.get(name)
     if node is None:
         kind = next((item.data_type for item in file.graph.initializer if item.name == name), 0)
@@ -176,7 +176,7 @@ def _dtype(file: OnnxFile, name: str) -> np.dtype | None:
 
 
 def _form(file: OnnxFile, node: onnx.NodeProto) -> tuple[tuple[int, int], bool] | None:
-    """(shape of the constant, whether it is [N, K]), or None where the node is no linear layer."""
+    """(shape of the constant, whether it is [N, K]), or None if the node is not a linear layer."""
     contrib = node.op_type == "FusedMatMul" and node.domain == "com.microsoft"
     if not contrib and not (node.op_type in ("MatMul", "Gemm") and node.domain in ("", "ai.onnx")):
         return None
@@ -208,13 +208,13 @@ def _bias(file: OnnxFile, node: onnx.NodeProto, n: int) -> str:
 
 
 def logits_name(file: OnnxFile) -> str:
-    """The output with the logits: by name, or else the first."""
+    """The output with the logits: the one with this name, or else the first."""
     outputs = [item.name for item in file.graph.output]
     return LOGITS if LOGITS in outputs else outputs[0]
 
 
 def _before_logits(file: OnnxFile) -> set[str]:
-    """The logits, and the tensors that become them by a bias, a cast or another shape."""
+    """The logits, and the tensors that become the logits by a bias, a cast or a change of shape."""
     names = {logits_name(file)}
     for node in reversed(file.graph.node):
         if node.op_type in (*SAME_VALUES, "Add") and names.intersection(node.output):
@@ -224,13 +224,13 @@ def _before_logits(file: OnnxFile) -> set[str]:
 
 
 def _gamma(file: OnnxFile, name: str) -> str:
-    """The constant whose elements scale the channels of tensor `name`, and nothing else in the graph; or ""."""
+    """The constant whose elements scale only the channels of tensor `name`; or ""."""
     node = file.producers.get(name)
     if node is None or node.output[0] != name:
         return ""
     place = NORMS.get((node.op_type, "" if node.domain == "ai.onnx" else node.domain))
     if place is not None:
-        # A fourth input of the skipping norm is a bias before it, which the weight scales as well.
+        # The fourth input of the skip norm is a bias before the norm, so the weight scales it as well.
         gamma = node.input[place] if len(node.input) > place else ""
     elif node.op_type == "Mul":
         gamma = next((part for part in node.input if file.is_constant(part)), "")
@@ -239,14 +239,14 @@ def _gamma(file: OnnxFile, name: str) -> str:
     if not gamma or not is_own(file, gamma):
         return ""
     shape = _shape(file, gamma)
-    # One factor for all channels is no norm's weight.
+    # A single factor for all channels is not a norm's weight.
     return gamma if len(shape) and shape[-1] == np.prod(shape) > 1 else ""
 
 
 def is_own(file: OnnxFile, name: str) -> bool:
     """Whether a constant is read in one place only, so that a new value changes nothing else.
 
-    It need not be an initializer: equal ones that an exporter made one tensor are read through Identity nodes.
+    It need not be an initializer: if an exporter merged equal tensors, they are read through Identity nodes.
     """
     return (
         file.is_constant(name)
@@ -264,7 +264,7 @@ def _has_graph(attribute: onnx.AttributeProto) -> bool:
 
 
 def _inner(node: onnx.NodeProto) -> set[str]:
-    """Every tensor that a node's subgraphs read, their own included."""
+    """Every tensor that a node's subgraphs read, including their own tensors."""
     found: set[str] = set()
     for attribute in node.attribute:
         for graph in [attribute.g, *attribute.graphs]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The int8 head of a model that is quantised from floats: what was int8 before stays what it was.
+"""The int8 head of a model that is quantised from floats: a table that was int8 before gets the same integers again.
 
-GGUF files keep their tables in Q8_0: q = rint(w / d), d = max|w| / 127 as float16, of every 32 weights. From the floats
-q * d it all comes back: 127 * d has 18 bits, so max|w| / 127 is d in float32 without an error, and w / d is q.
+GGUF files store their tables in Q8_0: q = rint(w / d), d = max|w| / 127 as float16, for every 32 weights. The floats
+q * d give back both: 127 * d has 18 bits, so max|w| / 127 is exactly d in float32, and w / d is q.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ TOP = 127
 
 
 def quantise_head(weight: np.ndarray, name: str = "lm_head") -> QuantizedLinear:
-    """A float16 or float32 [N, K] matrix in 8 bits: its Q8_0 blocks if it consists of such, else see quantise_int8.
+    """A float16 or float32 [N, K] matrix in 8 bits: its Q8_0 blocks if it consists of them, else as quantise_int8.
 
     Raises UserError if a weight is not finite.
     """

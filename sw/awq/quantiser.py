@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantises the linear layers of a float decoder graph, block after block.
 
-Each layer is calibrated on what the layers before it make of the text when they are quantised already, so that it is
-searched for the inputs that it will have. Beside the calibration text other windows go through the same blocks, with
-the weights of models to be compared: float, rounded to nearest, or AWQ's. Of the model one block's weights are in
-memory, and the scales of all; what is quantised waits in files.
+Each layer is calibrated with inputs that earlier, already quantised layers compute from the text, so these are the
+inputs of the final model. Besides the calibration text, other windows go through the same blocks, with the weights of
+the models to compare: float, rounded to nearest, or AWQ. Memory holds the weights of one block and the scales of all
+blocks; quantised weights are in files.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ METHODS = ("awq", "rtn")
 """rtn: round to nearest, without any search."""
 FLOAT = "float"
 ROWS_AT_ONCE = 64
-"""Tokens whose logits are held at once; a vocabulary may have 150,000 of them."""
+"""Tokens whose logits are in memory at the same time; a vocabulary may have 150,000 tokens."""
 
 Progress = Callable[[float, str], None]
 
@@ -44,8 +44,8 @@ class Texts:
 
     Members
     -------
-    calibration, evaluation: windows; of the latter tokens 2 and on are scored.
-    beginning: tokens that every window begins with, and that score nothing (see sw.perplexity).
+    calibration, evaluation: windows; in an evaluation window all tokens but the first are scored.
+    beginning: tokens at the start of every window, which are not scored (see sw.perplexity).
     """
 
     calibration: Sequence[Sequence[int]]
@@ -55,15 +55,15 @@ class Texts:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer.
+    """Results for one layer.
 
     Members
     -------
-    name, k, n: of the graph.
+    name, k, n: the layer in the graph.
     error_rtn, error: mean squared error of its output on the calibration text relative to the output's mean square:
-        rounded to nearest without scales, and as it was quantised.
-    ratio: exponent of the scale, 0 where it has none.
-    fold: constant or layer that takes up the scale; None if there is none for certain.
+        for rounding to nearest without scales, and for the quantised weights.
+    ratio: exponent of the scale, 0 if there is none.
+    fold: constant or layer that absorbs the scale; None if there is none.
     """
 
     name: str
@@ -81,10 +81,10 @@ class Result:
 
     Members
     -------
-    layers: name of a node -> function that returns its layer, as sw.graph.rewrite.write_quantised takes it.
+    layers: name of a node -> function that returns its layer, for sw.graph.rewrite.write_quantised.
     updates: name of a constant -> its new value.
-    reports: of all layers but the head, in the graph's order.
-    nll: what was compared (FLOAT or a method) -> -ln p of every token scored, float64.
+    reports: results for all layers but the head, in the graph's order.
+    nll: FLOAT or a method -> -ln p of every scored token, float64.
     """
 
     layers: dict[str, Callable[[], QuantizedLinear]] = field(default_factory=dict)
@@ -106,10 +106,11 @@ def quantise(
 ) -> Result:
     """Quantises every float linear layer of a decoder.
 
-    method: one of METHODS. compare: of FLOAT and METHODS, what else to score on texts.evaluation; all have the same
+    method: one of METHODS. compare: further models (FLOAT or METHODS) to score on texts.evaluation; all have the same
     head. scratch: directory for files that the result's functions read. int8_head: the head becomes int8 (see
-    sw.awq.int8_head), else it stays float. progress: called with the part that is done and a layer's name.
-    Raises UserError for graphs that are no decoder, without float linear layers, and for values that are not finite.
+    sw.awq.int8_head), else it stays float. progress: called with the fraction that is done and a layer's name.
+    Raises UserError for graphs that are not decoders or have no float linear layers, and for values that are not
+    finite.
     """
     return _Quantiser(file, form, texts, scratch, method, compare, int8_head).run(progress)
 
@@ -165,7 +166,7 @@ class _Quantiser:
         return self.result
 
     def _quantise(self, step: Step, group: Group) -> None:
-        """One group of layers: the search, and their products for all windows."""
+        """Quantises one group of layers, and computes their products for all windows."""
         weights = [site.weight(self.file) for site in group.sites]
         statistics = gather(step.inputs(group)[: len(self.texts.calibration)])
         plain = [nearest(weight, self.form) for weight in weights]
@@ -209,13 +210,13 @@ class _Quantiser:
         return output_error(difference, statistics.gram) / max(output_error(weight, statistics.gram), 1e-30)
 
     def _own_bias(self, site: FloatSite) -> np.ndarray | None:
-        """What the layer's node adds itself."""
+        """The bias that the layer's node adds itself, or None."""
         if not site.bias or site.node.op_type != "Gemm":
             return None
         return self.file.constant(site.bias, site.name).astype(np.float32).reshape(-1)
 
     def _spilled(self, site: FloatSite, rounded: Rounded) -> Rounded:
-        """The same, its q in a file."""
+        """The same weights with q in a file."""
         path = self.scratch / f"{self._order[site.name]}.npy"
         np.save(path, rounded.q)
         return Rounded(rounded.form, np.load(path, mmap_mode="r"), rounded.scales, rounded.zero_points)
@@ -227,7 +228,7 @@ class _Quantiser:
         return quantise_head(site.weight(self.file), site.name)
 
     def _score(self, step: Step, group: Group) -> None:
-        """The evaluation windows' -ln p of all that is compared."""
+        """Computes -ln p of the evaluation windows for every model in `compare`."""
         site = group.sites[0]
         head: Linear = self._head(site) if self.int8_head else FloatLinear(site.name, site.weight(self.file))
         weight = head.dequantise() if isinstance(head, QuantizedLinear) else head.weight
@@ -246,7 +247,7 @@ class _Quantiser:
 
 
 def gather(inputs: Sequence[np.ndarray]) -> Statistics:
-    """What a layer's inputs, float32 [tokens, K] of every window, look like."""
+    """Statistics of a layer's inputs, float32 [tokens, K] for every window."""
     tokens = sum(map(len, inputs))
 
     def total(share: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -255,7 +256,7 @@ def gather(inputs: Sequence[np.ndarray]) -> Statistics:
             gram += x.T @ x
         return gram, sum((np.abs(x).sum(axis=0, dtype=np.float64) for x in share), np.zeros(len(gram)))
 
-    # As many sums as threads, not as windows: the matrix may have 100 MB.
+    # One sum per thread and not per window, because the matrix may have 100 MB.
     totals = threaded(total, [inputs[first::THREADS] for first in range(min(THREADS, len(inputs)))])
     gram = sum((gram for gram, _ in totals[1:]), totals[0][0]) / np.float32(tokens)
     magnitude = np.sum([magnitude for _, magnitude in totals], axis=0) / tokens
@@ -265,7 +266,7 @@ def gather(inputs: Sequence[np.ndarray]) -> Statistics:
 def search(
     weights: Sequence[np.ndarray], statistics: Statistics, form: Form, fold: Fold | None
 ) -> tuple[Scale | None, list[Rounded]]:
-    """AWQ of layers that share an input: their scale, None without a place for it, and the weights times the scale."""
+    """AWQ of layers that share an input: their scale (None without a fold), and the rounded weights times the scale."""
     if fold is None:
         return None, [clip(weight, statistics.gram, form) for weight in weights]
     classes = None if fold.rows is None else np.unique(fold.rows, return_inverse=True)[1]

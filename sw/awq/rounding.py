@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rounding to nearest in groups along K, with scales and zero points that every format here can hold.
+"""Rounding to nearest in groups along K, with scales and zero points that every supported format can hold.
 
     s = (high - low) / (2^bits - 1) of a group, a float16 value; z = -low / s, rounded to a step of its format
     q = rint(w / s + z), clipped to 0 ... 2^bits - 1;  w is about (q - z) * s
 
-low <= 0 <= high, so that zero is among the values and z in the range of q. float16 is what AutoAWQ stores: a model
-passes through every format without a change.
+low <= 0 <= high, so that zero is one of the values and z is in the range of q. AutoAWQ stores float16 scales; with such
+scales a model is the same in every format.
 """
 
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ from hw.spec.config import FIXED_FRACTION_BITS
 from sw.model.linear import QuantizedLinear
 
 ZERO_POINTS = ("integer", "fixed")
-"""integer: z is a whole number. fixed: it has the fraction bits of the hardware's fixed-point zero points."""
+"""integer: z is a whole number. fixed: z has the fraction bits of the hardware's fixed-point zero points."""
 LEAST_SCALE = np.float32(2.0**-24)
-"""The least float16. A group of zeros has it."""
+"""The least positive float16: the scale of a group of zeros."""
 MOST_SCALE = np.float32(65504)
 
 
 @dataclass(frozen=True)
 class Form:
-    """How weights are stored.
+    """The number format of weights.
 
     Members
     -------
@@ -43,11 +43,11 @@ class Form:
 
     @property
     def fraction(self) -> int:
-        """Steps of a zero point from one whole number to the next."""
+        """Number of steps of a zero point between two whole numbers."""
         return 1 if self.zero_point == "integer" else 1 << FIXED_FRACTION_BITS
 
     def split(self, weight: np.ndarray) -> np.ndarray:
-        """float32 [N, K] as [N, G, group_size], padded with zeros."""
+        """Reshapes float32 [N, K] to [N, G, group_size], padded with zeros."""
         n, k = weight.shape
         padding = -k % self.group_size
         padded = np.pad(weight, ((0, 0), (0, padding))) if padding else weight
@@ -55,7 +55,7 @@ class Form:
 
 
 def grid(form: Form, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(scales, zero points), float32, of ranges low <= 0 <= high of any shape."""
+    """(scales, zero points), float32, for ranges low <= 0 <= high of any shape."""
     scales = half(np.clip((high - low) / np.float32(form.top), LEAST_SCALE, MOST_SCALE))
     zero_points = np.rint(-low / scales * np.float32(form.fraction)) / np.float32(form.fraction)
     return scales, np.clip(zero_points, 0, form.top, dtype=np.float32)
@@ -67,7 +67,7 @@ def half(scales: np.ndarray) -> np.ndarray:
 
 
 def steps(form: Form, weight: np.ndarray, scales: np.ndarray, zero_points: np.ndarray) -> np.ndarray:
-    """q as float32; the arrays' shapes agree or are broadcast."""
+    """q as float32; the arrays are broadcast."""
     q = weight / scales
     q += zero_points
     np.rint(q, out=q)
@@ -75,13 +75,13 @@ def steps(form: Form, weight: np.ndarray, scales: np.ndarray, zero_points: np.nd
 
 
 def extent(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(low, high) of float32 [..., group_size]: the least and largest weight, zero included."""
+    """(low, high) of float32 [..., group_size]: the least and the largest of the weights and zero."""
     return np.minimum(groups.min(axis=-1), 0), np.maximum(groups.max(axis=-1), 0)
 
 
 @dataclass(frozen=True, eq=False)
 class Rounded:
-    """Weights in steps: q uint8 [N, K], scales and zero points float32 [N, G]."""
+    """Rounded weights: q uint8 [N, K], scales and zero points float32 [N, G]."""
 
     form: Form
     q: np.ndarray
@@ -89,16 +89,16 @@ class Rounded:
     zero_points: np.ndarray
 
     def values(self, rows: slice = slice(None)) -> np.ndarray:
-        """float32 [N, K], or some rows of it."""
+        """The weights, float32 [N, K], or some rows of them."""
         group = np.arange(self.q.shape[1]) // self.form.group_size
         return (self.q[rows] - self.zero_points[rows][:, group]) * self.scales[rows][:, group]
 
     def rows(self, rows: slice) -> "Rounded":
-        """Some rows of it."""
+        """Some rows of the weights."""
         return Rounded(self.form, self.q[rows], self.scales[rows], self.zero_points[rows])
 
     def divided(self, factors: np.ndarray) -> "Rounded":
-        """Every output row divided by a factor, float32 [N]: its scales are, and stay float16 values."""
+        """Every output row divided by a factor, float32 [N]: its scales are divided and rounded to float16 values."""
         scales = half(np.clip(self.scales / factors[:, None], LEAST_SCALE, MOST_SCALE))
         return Rounded(self.form, self.q, scales, self.zero_points)
 

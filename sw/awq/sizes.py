@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's bytes before and after quantisation, the same things counted on both sides.
+"""A model's bytes before and after quantisation; the same tensors are counted on both sides.
 
-Before: the weights of the float model in 16 bits each, as checkpoints are published, whatever type they have here.
-After: the weights as they were written, with scales, zero points and tables that are there twice. A table that two
-nodes read is one. Rotary tables and the graph's constants, which are in no checkpoint, are on neither side.
+Before: the weights of the float model with 16 bits each, like published checkpoints, independent of their type here.
+After: the written weights, with scales, zero points and both copies of a table that is stored twice. A table that two
+nodes read counts once. Rotary tables and the graph's constants are in no checkpoint, and are not counted.
 """
 
 from collections.abc import Iterator
@@ -28,24 +28,24 @@ PAPER = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of the weights. before: in float16. after: as written."""
+    """Bytes of the weights. before: in float16. after: quantised, as written."""
 
     before: int
     after: int
 
     @property
     def smaller(self) -> float:
-        """Per cent."""
+        """Reduction in per cent."""
         return 100 * (1 - self.after / self.before)
 
     def line(self) -> str:
-        """Both sides in words."""
+        """Both sizes as text."""
         sides = f"{self.before / 1e6:,.2f} MB in float16, {self.after / 1e6:,.2f} MB quantised"
         return f"{sides}: {self.smaller:.2f} % smaller"
 
 
 def compare(before: Path, after: Path) -> Sizes:
-    """The sizes of a float ONNX file and of what was made of it: an ONNX file or an AutoAWQ folder.
+    """The sizes of a float ONNX file and of its quantised form: an ONNX file or an AutoAWQ folder.
 
     Raises UserError if a file is missing or damaged, or if the float one has no weights.
     """
@@ -56,7 +56,7 @@ def compare(before: Path, after: Path) -> Sizes:
 
 
 def float16_bytes(model: Path) -> int:
-    """Bytes of a float ONNX file's weights at 16 bits each."""
+    """Bytes of a float ONNX file's weights with 16 bits each."""
     return sum(2 * count for _, kind, count in _weights(OnnxFile(model)) if kind in FLOATS)
 
 
@@ -70,11 +70,11 @@ def written_bytes(model: Path) -> int:
 
 
 def _weights(file: OnnxFile) -> Iterator[tuple[str, int, int]]:
-    """Name, element type and number of elements of what a checkpoint would have: no shapes, indices, rotary tables."""
+    """Name, element type and number of elements of each weight: without shapes, indices and rotary tables."""
     expect_names(file)
     for tensor in file.graph.initializer:
         constant = tensor.data_type in (TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL)
-        # A scalar is a constant of the computation, an epsilon for example.
+        # A scalar is a constant of the computation, for example an epsilon.
         if not constant and tensor.dims and not tensor.name.endswith(ROTARY):
             yield tensor.name, tensor.data_type, int(np.prod(tensor.dims))
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work spread over the processors.
+"""Runs work on all processors.
 
-numpy's matrix products have one thread each here (see sw), and release the interpreter while they run. A thread for
-each of several products uses all processors, and so does the elementwise work between them, which a BLAS with threads
-of its own would leave to one.
+A matrix product of numpy has one thread here (see sw) and releases the interpreter while it runs. So several products
+in several threads use all processors, and so does the elementwise work between them; with a multi-threaded BLAS that
+work would run on one processor.
 """
 
 import os
@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 def threaded(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """The function's results, in order; it runs in as many threads as there are processors.
 
-    The first exception is raised, after the calls that were under way. Not to be called from within such a function.
+    The first exception is raised, after the running calls have ended. `function` must not call `threaded` itself.
     """
     global _pool
     if _pool is None:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sw.doctor checks on a board."""
+"""The checks of sw.doctor."""

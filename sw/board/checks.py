@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be wrong about a board, from its files to single results, each with what mends it.
+"""The doctor's checks of a board, from its files to single results, each with a fix.
 
-Registers are looked at only if the app is loaded: where nothing answers in the fabric, an access stops the machine.
+Registers are read only if the app is loaded: if nothing in the fabric answers, an access stops the machine.
 """
 
 from collections.abc import Iterator
@@ -26,17 +26,17 @@ FIRMWARE_NAME = "/proc/device-tree/fpga-full/firmware-name"
 DDR_CLOCK = "/sys/kernel/debug/clk/ddr_ref/clk_rate"
 FABRIC_CLOCK = "/sys/kernel/debug/clk/pl0_ref/clk_rate"
 LOW_MEMORY = 1 << 32
-"""What lies below has 32-bit addresses; the bitstream's address map need not have the rest."""
+"""Memory below this has 32-bit addresses; the bitstream's address map may not include the rest."""
 CLOCK_TOLERANCE = 0.03
 CLOCK_SECONDS, CLOCK_TRIES = 1e-3, 3
 LEAST_TRANSFERS = 2100e6
-"""Of the memory, per second: 2133 and 2400 MT/s were seen on this board."""
+"""Least transfers of the memory per second: this board has been reported with 2133 and 2400 MT/s."""
 COPY = f"copy the app folder of this bitstream to {FIRMWARE}, then {LOAD}"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's. status: OK, WRONG or UNKNOWN; mend: what to do, where something is to be done."""
+    """One line of the doctor. status: OK, WRONG or UNKNOWN; mend: how to fix it, or empty if there is nothing to do."""
 
     check: str
     status: str
@@ -45,7 +45,7 @@ class Finding:
 
 
 def examine(host: Host, clock_hz: float = FABRIC_HZ) -> Iterator[Finding]:
-    """Every check in the order in which things are needed. clock_hz: what the bitstream is timed for."""
+    """Every check, each after the checks that it depends on. clock_hz: the clock that the bitstream is timed for."""
     wrong: list[str] = []
 
     def note(finding: Finding) -> Finding:
@@ -69,7 +69,7 @@ def examine(host: Host, clock_hz: float = FABRIC_HZ) -> Iterator[Finding]:
     hz = float(clock_hz)
     with ExitStack() as stack:
         try:
-            # Its lock says whether somebody else has the board.
+            # The buffer's lock says whether another process uses the board.
             memory = open_buffer(host)
             stack.callback(memory.close)
             yield Finding(names[0], OK, "no other process uses the accelerator")
@@ -108,11 +108,11 @@ def examine(host: Host, clock_hz: float = FABRIC_HZ) -> Iterator[Finding]:
 
 def _skipped(checks: tuple[str, ...], because: str) -> Iterator[Finding]:
     for check in checks:
-        yield Finding(check, UNKNOWN, f"not looked at, because of: {because}")
+        yield Finding(check, UNKNOWN, f"not checked, because of: {because}")
 
 
 def app(host: Host) -> Finding:
-    """Whether the fabric holds this design, as far as the kernel knows."""
+    """Whether the fabric holds this design, according to the kernel."""
     check = "app"
     missing = [
         name
@@ -139,7 +139,7 @@ def app(host: Host) -> Finding:
 
 
 def firmware(host: Host) -> Finding:
-    """Whether the bitstream that the device tree names is this one."""
+    """Whether the device tree names this bitstream."""
     check, name = "firmware", host.read(FIRMWARE_NAME)
     if name is None:
         return Finding(check, UNKNOWN, f"{FIRMWARE_NAME} cannot be read", "sudo xmutil listapps")
@@ -149,7 +149,7 @@ def firmware(host: Host) -> Finding:
 
 
 def registers(host: Host) -> Finding:
-    """Whether the registers can be reached, and are where the bitstream has them."""
+    """Whether the registers can be accessed, and are at the address of the bitstream."""
     check = "registers"
     try:
         place = find_uio(host, UIO_NAME)
@@ -166,7 +166,7 @@ def registers(host: Host) -> Finding:
 
 
 def open_buffer(host: Host) -> DmaBuffer:
-    """The buffer, held until it is closed. Raises DeviceError."""
+    """The buffer, locked until it is closed. Raises DeviceError."""
     place = find_buffer(host, BUFFER_NAME)
     if place is None:
         raise DeviceError(f"there is no u-dma-buf named {BUFFER_NAME}")
@@ -174,35 +174,35 @@ def open_buffer(host: Host) -> DmaBuffer:
 
 
 def buffer(host: Host) -> Finding:
-    """Whether there is memory for the accelerator, enough of it, and where it can be reached."""
+    """Whether there is memory for the accelerator, large enough and at an address that the accelerator can access."""
     check = "buffer"
     try:
         place = find_buffer(host, BUFFER_NAME)
         if place is None:
             return Finding(check, WRONG, f"there is no u-dma-buf named {BUFFER_NAME}", BUFFER_MEND)
         if text := problem(place):
-            return Finding(check, WRONG, text, "mend its node in the overlay and load the app again")
+            return Finding(check, WRONG, text, "correct its node in the overlay and load the app again")
         with suppress(BusyError):
             open_buffer(host).close()
     except DeviceError as error:
         return Finding(check, WRONG, str(error))
     if place.address + place.size > LOW_MEMORY:
-        text = f"it lies at {place.address:#x}, not below 4 GiB"
+        text = f"it is at {place.address:#x}, not below 4 GiB"
         return Finding(check, WRONG, text, "give the overlay's buffer dma-mask = <32> and load the app again")
     if place.size < BUFFER_BYTES:
-        # Without enough contiguous memory there would be no buffer at all: the overlay asked for less.
+        # If there were too little contiguous memory, there would be no buffer at all: so the overlay requests less.
         text = f"it has {place.size:,} bytes instead of {BUFFER_BYTES:,}: large models do not fit"
-        mend = f"the overlay that is loaded has another size than <{BUFFER_BYTES:#x}>: {COPY}"
+        mend = f"the loaded overlay has another size than <{BUFFER_BYTES:#x}>: {COPY}"
         return Finding(check, WRONG, text, mend)
     return Finding(check, OK, f"{place.size:,} bytes at {place.address:#x}")
 
 
 def memory_clock(host: Host) -> Finding:
-    """What the kernel says about the DDR's clock; only root may ask."""
+    """The DDR's clock according to the kernel; only root can read it."""
     check, text = "memory clock", host.read(DDR_CLOCK)
     if text is None or not text.isdigit():
         return Finding(check, UNKNOWN, f"{DDR_CLOCK} cannot be read", "run it with sudo; see memory rate")
-    # The controller's clock; the memory's is twice that, with two transfers in each cycle.
+    # This is the controller's clock. The memory's clock is twice as fast, with two transfers in each cycle.
     transfers = 4 * int(text)
     rate = f"{transfers / 1e6:,.0f} MT/s, {8 * transfers / 1e9:.1f} GB/s at most"
     if transfers < LEAST_TRANSFERS:
@@ -211,36 +211,36 @@ def memory_clock(host: Host) -> Finding:
 
 
 def identification(uio: Uio) -> Finding:
-    """Whether what answers is a Gristmill accelerator."""
+    """Whether the hardware is a Gristmill accelerator."""
     found = uio.window[offset("identification") // 4]
     status = OK if found == IDENTIFICATION else WRONG
     return Finding("identification", status, f"register reads {found:#x}", "" if status == OK else COPY)
 
 
 def version(uio: Uio) -> Finding:
-    """Whether its registers are those that this software knows."""
+    """Whether the registers have the version that this software supports."""
     found = uio.window[offset("version") // 4]
     if found == VERSION:
         return Finding("version", OK, f"registers of version {found}")
-    text = f"the registers have version {found}, this software knows {VERSION}"
-    return Finding("version", WRONG, text, "build the bitstream from this checkout, or take the software of its own")
+    text = f"the registers have version {found}, this software supports {VERSION}"
+    return Finding("version", WRONG, text, "build the bitstream from this checkout, or use the bitstream's software")
 
 
 def configuration(uio: Uio, manifest: Manifest | None) -> Finding:
     """Whether the hardware in the fabric is the manifest's."""
     check, found = "configuration", uio.window[offset("config_digest") // 4]
     if manifest is None:
-        return Finding(check, UNKNOWN, f"{found:08x}; not looked at, because of: manifest")
+        return Finding(check, UNKNOWN, f"{found:08x}; not checked, because of: manifest")
     if found != config_digest(manifest.config):
-        text = (
-            f"the hardware was built from config {found:08x}, the manifest is of {config_digest(manifest.config):08x}"
-        )
+        text = f"the hardware was built from config {found:08x}, the manifest has {config_digest(manifest.config):08x}"
         return Finding(check, WRONG, text, f"copy the manifest of this bitstream to {FIRMWARE}, or {LOAD}")
     return Finding(check, OK, f"{found:08x}, the manifest's")
 
 
 def measure_clock(host: Host, uio: Uio) -> float:
-    """The fabric's clock in Hz, from its cycle counter: of some short times the one whose ends are known best."""
+    """The fabric's clock in Hz, from its cycle counter. Of several short measurements, the one whose start and end are
+    known most precisely is taken.
+    """
     counter, window = offset("cycles") // 4, uio.window
 
     def look() -> tuple[float, int, float]:
@@ -258,13 +258,13 @@ def measure_clock(host: Host, uio: Uio) -> float:
 
 
 def fabric_clock(host: Host, hz: float, wanted: float) -> Finding:
-    """Whether the fabric runs at the clock it was timed for: a slower one gives right answers, but late."""
+    """Whether the fabric runs at the clock that it is timed for. With a slower clock results are right, but late."""
     check, text = "fabric clock", f"{hz / 1e6:.1f} MHz, measured with the cycle counter"
     if abs(hz / wanted - 1) <= CLOCK_TOLERANCE:
         return Finding(check, OK, text)
     believed = host.read(FABRIC_CLOCK)
     said = f" (the kernel says {int(believed) / 1e6:.1f})" if believed and believed.isdigit() else ""
-    mend = f"the overlay has to set it: {LOAD}, and look for xlnx,fclk in dmesg"
+    mend = f"the overlay must set it: {LOAD}, and look for xlnx,fclk in dmesg"
     return Finding(check, WRONG, f"{text}{said}, instead of {wanted / 1e6:.1f}", mend)
 
 
@@ -272,7 +272,7 @@ DEVICE_CHECKS = ("interrupt", "self-test", "memory rate")
 
 
 def device_checks(host: Host, hz: float) -> Iterator[Finding]:
-    """What takes the driver and layers. hz: the measured clock."""
+    """The checks that need the driver and run layers. hz: the measured clock."""
     try:
         device = KV260Device(host=host)
     except DeviceError as error:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers that the doctor runs on a board: does the interrupt come, are the results right, how fast is the memory.
+"""Layers that the doctor runs on a board: they check the interrupt, the results and the speed of the memory.
 
-Each function takes a device and the measured clock in Hz, and returns what it found, and what mends it or nothing.
+Each check takes a device and the measured clock in Hz. It returns its result and how to fix it; the latter is empty if
+nothing is wrong.
 """
 
 import numpy as np
@@ -21,15 +22,15 @@ GROUP = 32
 """A multiple of every tile."""
 SMALL_K, SMALL_N = 256, 67
 STREAM_K, STREAM_N = 1024, 4096
-"""Some megabytes of weights: long enough to stream, short enough to check."""
+"""Some megabytes of weights: enough to measure the rate, few enough to check the results quickly."""
 TIMEOUT = 20.0
 INTERRUPT_SECONDS = 1.0
 LEAST_RATE = 0.7
-"""Of what an ideal memory would take: 0.89 is the simulated KV260's at 2133 MT/s."""
+"""Least rate, relative to an ideal memory. The simulated KV260 at 2133 MT/s reaches 0.89."""
 
 
 def random_layer(config: AcceleratorConfig, seed: int, name: str, n: int, k: int) -> QuantizedLinear:
-    """A layer that uses all of its formats: scales of both signs, all weights, zero points as the hardware has them."""
+    """A layer that uses the full range of its formats: scales of both signs, all weights, zero points of the config."""
     rng = np.random.default_rng(seed)
     shape, top = (n, -(-k // GROUP)), 1 << config.weight_bits
     if config.zero_point == "integer":
@@ -43,7 +44,7 @@ def random_layer(config: AcceleratorConfig, seed: int, name: str, n: int, k: int
 
 
 class _Layer:
-    """A random layer in a device's memory, its buffers given back at the end."""
+    """A random layer in a device's memory. Its buffers are freed at the end."""
 
     def __init__(self, device: KV260Device, name: str, n: int, k: int, tokens: int):
         self._device = device
@@ -59,7 +60,7 @@ class _Layer:
         buffers = [device.alloc(size) for size in sizes]
         device.write(buffers[0], weight_image(self.layout, packed.beats))
         device.write(buffers[1], padded)
-        # What is not written stays no number.
+        # A result that the device does not write stays NaN.
         device.write(buffers[2], np.full(sizes[2] // 4, np.nan, np.float32))
         self.job = LinearJob(name, self.layout, tokens, buffers[0], buffers[1], buffers[2])
 
@@ -71,7 +72,7 @@ class _Layer:
             self._device.free(buffer)
 
     def differences(self) -> str:
-        """How the results differ from the definition's bits, or nothing."""
+        """How the results differ from the numpy definition, or an empty text."""
         found = read_results(self._device, self.job)
         differ = np.argwhere(found.view(np.uint32) != self.expected.view(np.uint32))
         if not len(differ):
@@ -87,26 +88,26 @@ def interrupt_check(device: KV260Device, hz: float) -> tuple[str, str]:
     """Whether a finished layer raises the interrupt that the device tree names."""
     uio = device.platform.uio
     if uio is None or not uio.has_interrupt:
-        return "the UIO device has none: the driver asks the registers instead, which takes a processor", (
-            "the overlay's node wants interrupts = <0 89 4> and interrupt-parent"
+        return "the UIO device has none: the driver polls the registers instead, which takes a processor", (
+            "the overlay's node needs interrupts = <0 89 4> and interrupt-parent"
         )
     while uio.wait(0):
         pass
     with _Layer(device, "interrupt", SMALL_N, SMALL_K, 1) as layer:
         ticket = device.submit([layer.job])
-        # It is a level: armed late, it fires at once.
+        # The interrupt is a level: if it is armed late, it fires at once.
         uio.arm()
         fired = uio.wait(INTERRUPT_SECONDS)
         device.wait(ticket, TIMEOUT)
     if fired:
         return "a layer raised it", ""
-    return f"a layer was done, and none came in {INTERRUPT_SECONDS:g} s", (
-        "the overlay's interrupts have to be those of pl_ps_irq0; grep gristmill /proc/interrupts counts them"
+    return f"a layer was done, but none came in {INTERRUPT_SECONDS:g} s", (
+        "the overlay's interrupts must be those of pl_ps_irq0; grep gristmill /proc/interrupts counts them"
     )
 
 
 def result_check(device: KV260Device, hz: float) -> tuple[str, str]:
-    """Whether layers are right bit for bit, for one token and for as many as there can be."""
+    """Whether the results of layers are exact, bit for bit, for one token and for max_tokens."""
     for tokens in (1, device.config.max_tokens):
         with _Layer(device, f"M {tokens}", SMALL_N, SMALL_K, tokens) as layer:
             device.wait(device.submit([layer.job]), TIMEOUT)
@@ -116,16 +117,16 @@ def result_check(device: KV260Device, hz: float) -> tuple[str, str]:
 
 
 def stream_check(device: KV260Device, hz: float) -> tuple[str, str]:
-    """How fast weights stream, and whether that layer is right, too."""
+    """The rate of the weight stream. The results of the layer are checked, too."""
     with _Layer(device, "stream", STREAM_N, STREAM_K, 1) as layer:
         (completion,) = device.wait(device.submit([layer.job]), TIMEOUT)
         if text := layer.differences():
             return text, "single layers are right: other traffic on the ports, or their address map"
         share = layer_cycles(layer.layout, 1) / completion.cycles
         rate = completion.beats * device.config.beat_bytes * hz / completion.cycles
-        text = f"{rate / 1e9:.2f} GB/s of weights, {100 * share:.0f} % of what the ports carry at this clock"
+        text = f"{rate / 1e9:.2f} GB/s of weights, {100 * share:.0f} % of the ports' bandwidth at this clock"
     if share < LEAST_RATE:
         return text, (
-            "the overlay's config-afi has to set the ports' widths; other traffic, such as a display's, takes its part"
+            "the overlay's config-afi must set the ports' widths; other traffic, such as a display's, takes its share"
         )
     return text, ""

@@ -27,7 +27,7 @@ OLDER_KEYS = {"w_bit": "bits", "q_group_size": "group_size", "zero_point": "zero
 
 @dataclass(frozen=True)
 class AwqFormat:
-    """What quantization_config says: group_size, or 0 for all of K, and whether layers have zero points."""
+    """Settings of quantization_config: group_size, or 0 for all of K, and whether layers have zero points."""
 
     group_size: int
     zero_point: bool
@@ -44,7 +44,7 @@ def awq_format(config: Settings) -> AwqFormat:
     if not isinstance(method, str) or method.lower() != "awq":
         hint = "of quantised checkpoints only AutoAWQ GEMM is read; python -m sw.quantize quantises the float model"
         raise UserError(f"{folder} is quantised by {str(method)[:80]!r}, which is not supported ({hint})")
-    # AutoAWQ writes the version in capitals or not; transformers takes an absent one for gemm.
+    # AutoAWQ writes the version in upper or lower case; in transformers a missing version means gemm.
     version = settings.get("version") or "gemm"
     if not isinstance(version, str) or version.lower() != "gemm":
         raise UserError(f"{folder} is AutoAWQ's version {str(version)[:80]!r}, and only GEMM is read")
@@ -61,10 +61,10 @@ def awq_format(config: Settings) -> AwqFormat:
 
 
 def quantisation(config: Settings) -> Settings | None:
-    """What a folder says about its quantised layers, under the names of config.json's quantization_config.
+    """A folder's settings of quantised layers, with the key names of config.json's quantization_config.
 
-    config: the folder's config.json. Older programs write a file of their own: AutoAWQ quant_config.json, AutoGPTQ
-    quantize_config.json. None if nothing is said. Raises UserError if such a file contradicts config.json.
+    config: the folder's config.json. Older programs write a separate file: AutoAWQ quant_config.json, AutoGPTQ
+    quantize_config.json. None if there are no settings. Raises UserError if such a file contradicts config.json.
     """
     for key in ("compression_config", "quantization"):
         if config.get(key) is not None:
@@ -87,10 +87,11 @@ def quantisation(config: Settings) -> Settings | None:
 
 
 def read_linear(checkpoint: Checkpoint, name: str, form: AwqFormat | None) -> Linear:
-    """The layer of tensors `name`.qweight and so on; of `name`.weight where it was left unquantised.
+    """The layer of the tensors `name`.qweight and so on, or of `name`.weight if it is not quantised.
 
-    form: None for a checkpoint without quantised layers. One group over all of K becomes several with the same scale
-    and zero point: ONNX's groups are powers of two. Raises UserError for missing tensors and shapes that do not fit.
+    form: None for a checkpoint without quantised layers. A single group over all of K becomes several groups with the
+    same scale and zero point, because ONNX's group sizes are powers of two. Raises UserError for missing tensors and
+    for shapes that do not match.
     """
     bias = checkpoint.floats(f"{name}.bias") if f"{name}.bias" in checkpoint else None
     if form is None or (f"{name}.qweight" not in checkpoint and f"{name}.weight" in checkpoint):
@@ -117,7 +118,7 @@ def read_linear(checkpoint: Checkpoint, name: str, form: AwqFormat | None) -> Li
 
 
 def unpack_words(words: np.ndarray) -> np.ndarray:
-    """int32 [R, C] as uint8 [8 * C, R]: the nibbles in the order of their columns, transposed."""
+    """int32 [R, C] as uint8 [8 * C, R]: the nibbles in the order of columns, transposed."""
     words = np.ascontiguousarray(words.T).view(np.uint32)
     values = np.empty((len(words), len(COLUMNS), words.shape[1]), np.uint8)
     for nibble, column in enumerate(COLUMNS):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an AutoAWQ folder has besides its tensors: config.json as transformers reads it, and the text's files."""
+"""The files of an AutoAWQ folder besides its tensors: config.json as transformers reads it, and the text files."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from sw.checkpoints.integer_tables import KEY
 from sw.common.text_files import read_json
 
 TEXT_KEYS = ("bos_token", "eos_token", "chat_template")
-"""What our exporters keep in config.json, and Hugging Face in tokenizer_config.json."""
+"""Keys that our exporters write to config.json, and Hugging Face to tokenizer_config.json."""
 COPIED = ("tokenizer.json", "generation_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -29,8 +29,9 @@ def write_config(
 ) -> None:
     """Writes config.json.
 
-    settings: of the ONNX model's. tied: whether there is no head of its own. biased: whether q, k and v have biases.
-    floats: modules that are not quantised. tables: what sw.checkpoints.integer_tables says of each table of integers.
+    settings: config.json of the ONNX model. tied: whether the head is the embedding. biased: whether q, k and v have
+    biases. floats: modules that are not quantised. tables: the entry of sw.checkpoints.integer_tables for each integer
+    table.
     """
     family = str(settings.get("model_type"))
     values = {key: value for key, value in settings.values.items() if key not in ("name", KEY, *TEXT_KEYS)}
@@ -56,7 +57,7 @@ def write_config(
 
 
 def write_text_files(source: Path, folder: Path, settings: Settings) -> None:
-    """Copies tokenizer.json and what else is beside the model; what our config.json says gets its usual places."""
+    """Copies the text files beside the model. Values from our config.json go to the files that Hugging Face uses."""
     for name in COPIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A quantised ONNX decoder as an AutoAWQ GEMM checkpoint: the inverse of sw.awq_export, and as exact.
+"""Writes a quantised ONNX decoder as an AutoAWQ GEMM checkpoint: the inverse of sw.awq_export, and as exact.
 
 The graph's layers, norms and biases are found by the names of Hugging Face's modules (model.layers.0.mlp.up_proj, also
-with slashes), as our exporters, optimum and onnxruntime-genai keep them; where torch.onnx has lost those of the layers,
-by their role (see sw.graph.roles). The shape is that of config.json beside the graph. The folder gets
-model.safetensors, config.json, the tokenizer's files and, for tables of integers, their scales (see
+with slashes), which our exporters, optimum and onnxruntime-genai keep. torch.onnx does not keep the names of layers;
+there they are found by their role (see sw.graph.roles). The shape is that of config.json beside the graph. The folder
+gets model.safetensors, config.json, the tokenizer's files and, for integer tables, their scales (see
 sw.checkpoints.integer_tables).
 
-Layers keep q, zero points and scales. AutoAWQ and transformers compute in float16: what float16 does not hold (folded
-norm weights, for example) is stored as float32, and they round it when they load it. A table of integers they read as
-float16 weights, as they keep every head.
+Layers keep q, zero points and scales. AutoAWQ and transformers compute in float16. Values that are not exact in float16
+(folded norm weights, for example) are stored as float32, and these programs round them when they load them. They read
+an integer table as float16 weights, like any head.
 """
 
 import re
@@ -40,21 +40,21 @@ HEAD_BITS = 8
 PRODUCTS = ("MatMul", "FusedMatMul")
 MODULE = re.compile(r"(?:^|\.)(?:layers\.(\d+)\.(?:(?:self_)?attn|mlp)\.(\w+_proj)|(lm_head))(?:\.|$)")
 ROTARY_TOLERANCE = 0.05
-"""Of cosines and sines: tables made in float32 differ by a hundredth at the end of a long context."""
+"""Tolerance of cosines and sines: tables made in float32 differ by 0.01 at the end of a long context."""
 
 
 def write_autoawq_folder(model: Path, out: Path, progress: Progress | None = None) -> None:
-    """Writes directory `out`, complete or not at all.
+    """Writes directory `out`. After an error none of its files has changed.
 
-    model: the ONNX file, with config.json and tokenizer.json beside it. progress: called with steps done, and steps in
-    all. Raises UserError for what the format does not hold, with the layer and the value: other widths than 4 bits,
-    float zero points, scales beyond float16, group sizes that differ or do not divide K, N that is no multiple of 8;
-    and for layers or weights that are not to be found or do not fit config.json.
+    model: the ONNX file, with config.json and tokenizer.json beside it. progress: called with the steps that are done
+    and all steps. Raises UserError, with the layer and the value, if the format cannot hold a layer: widths other than
+    4 bits, float zero points, scales not exact in float16, group sizes that differ or do not divide K, N not a multiple
+    of 8. Also raises it for layers or weights that are missing or do not match config.json.
     """
     progress = progress or (lambda done, total: None)
     decoder = _Decoder(Path(model))
     count = decoder.config.layer_count
-    # Every layer is looked at first, for the header needs all shapes, and read again when its tensors are written.
+    # Every layer is read twice: first for the header, which needs all shapes, and again when its tensors are written.
     tensors: list[NewTensor] = []
     for i in range(count):
         progress(i, 2 * count)
@@ -84,9 +84,9 @@ def write_autoawq_folder(model: Path, out: Path, progress: Progress | None = Non
 
 
 class _Decoder:
-    """The graph's weights under Hugging Face's names. What it has seen so far:
+    """The graph's weights under Hugging Face's names. Members for the layers read so far:
 
-    group_size: of all quantised layers. floats: modules that are not quantised. tables: tables of integers. tied:
+    group_size: that of all quantised layers. floats: modules that are not quantised. tables: integer tables. tied:
     whether the head is the embedding.
     """
 
@@ -94,7 +94,7 @@ class _Decoder:
         self.folder = path.parent
         self.settings = read_settings(self.folder / "config.json", required=True)
         self.config = decoder_config(self.settings)
-        # Whoever reads the folder asks for no less.
+        # Raises UserError here, because a reader of the folder needs these settings.
         text_settings(self.folder, self.settings)
         self._linears = find_linears(path)
         self.file = self._linears.file
@@ -206,7 +206,7 @@ class _Decoder:
             yield _float_tensor(f"{module}.bias", layer.bias)
 
     def _float_weight(self, node: onnx.NodeProto) -> tuple[np.ndarray, np.ndarray | None]:
-        """float32 [N, K], and the bias that an Add with nothing else to read gives the product."""
+        """float32 [N, K], and the bias if an Add is the only reader of the product and adds a constant."""
         transposed = any(item.name == "transB" and item.i for item in node.attribute)
         weight = self._constant(node.input[1], node.name).astype(np.float32, copy=False)
         readers = self.file.consumers.get(node.output[0], [])
@@ -217,7 +217,7 @@ class _Decoder:
         return weight if transposed else np.ascontiguousarray(weight.T), bias
 
     def _embedding(self) -> tuple[Table, str]:
-        """The table that input_ids choose rows of, and the initializer that holds it."""
+        """The table whose rows input_ids select, and the initializer that holds it."""
         kinds = ("Gather", "GatherBlockQuantized")
         nodes = [node for node in self.file.consumers.get("input_ids", []) if node.op_type in kinds]
         if len(nodes) != 1 or nodes[0].input[1] != "input_ids" or not self.file.is_constant(nodes[0].input[0]):
@@ -237,7 +237,7 @@ class _Decoder:
         return QuantizedLinear("embed_tokens", q, scales, zero_points, group, bits), source
 
     def _norm(self, *names: str) -> NewTensor:
-        """A norm's weight, by one of several names; torch writes another "model." in front of it."""
+        """A norm's weight, by one of several names; torch writes a second "model." before the name."""
         for name in names:
             for found in (name, f"model.{name}"):
                 if self.file.is_constant(found):
@@ -253,8 +253,8 @@ class _Decoder:
         return _float_tensor(name, table)
 
     def _source(self, name: str) -> str:
-        """The tensor that others only rename or reshape."""
-        # As many steps as there are nodes: a damaged graph may have circles.
+        """The original of a tensor that was only renamed, reshaped or cast."""
+        # At most one step per node, because a damaged graph may have a cycle.
         for _ in self.file.graph.node:
             node = self.file.producers.get(name)
             if node is None or node.op_type not in ("Identity", "Reshape", "Cast"):
@@ -263,7 +263,7 @@ class _Decoder:
         return name
 
     def _check_rotary(self) -> None:
-        """config.json describes what the graph's tables do: nobody would see it later."""
+        """Checks that config.json matches the graph's rotary tables: a difference would not be noticed later."""
         for name, expected in zip(("cos_cache", "sin_cache"), self.config.rotary_cache()):
             if self.file.is_constant(name):
                 values = self._constant(name, name)[: len(expected)].astype(np.float32)
@@ -283,14 +283,14 @@ class _Decoder:
             raise UserError(f"{self.file.path}: {what} is {list(shape)}, and config.json asks for {list(expected)}")
 
     def _absent(self, what: str) -> UserError:
-        return UserError(f"{self.file.path} has no {what} that can be told by its name or role")
+        return UserError(f"{self.file.path} has no {what} that can be identified by its name or role")
 
     def _refuse(self, module: str, problem: str) -> NoReturn:
         raise UserError(f"{self.file.path}: layer {module}: {problem}")
 
 
 def _module(name: str) -> str:
-    """What two names of the same layer have in common: 0.q_proj, lm_head; other names as they are."""
+    """The common part of all names of a layer: 0.q_proj, lm_head. Other names are returned unchanged."""
     found = MODULE.search(_dotted(name))
     if found is None:
         return name
@@ -306,7 +306,7 @@ def _shape(table: Table) -> tuple[int, ...]:
 
 
 def _is_int8_of(head: QuantizedLinear, table: Table) -> bool:
-    """Whether a reader would make the head of the embedding itself (see sw.model.lm_head)."""
+    """Whether a reader would make this head from the embedding itself (see sw.model.lm_head)."""
     if isinstance(table, QuantizedLinear) or table.shape != head.q.shape:
         return False
     made = quantise_int8(table)
@@ -316,7 +316,7 @@ def _is_int8_of(head: QuantizedLinear, table: Table) -> bool:
 
 
 def _float_tensor(name: str, values: np.ndarray) -> NewTensor:
-    """As float16 where that is exact, else as float32."""
+    """A tensor as float16 if this is exact, else as float32."""
     values = narrowest_exact(values)
     return _held(name, "F16" if values.dtype == np.float16 else "F32", values)
 

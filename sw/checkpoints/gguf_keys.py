@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every metadata key of a GGUF file that changes what llama.cpp computes: honoured, or refused by name.
+"""Every metadata key of a GGUF file that changes what llama.cpp computes: it is honoured, or refused by name.
 
-Source: what src/llama-model.cpp, src/llama-vocab.cpp and src/llama-hparams.h of llama.cpp read for the architectures
-llama and qwen2, and the list of keys in the Python package gguf (gguf.constants.Keys). {arch} stands for the
-architecture. A key that is in none of the tables is refused if it begins with the architecture or with
-``tokenizer.ggml.``, where llama.cpp looks for what it acts on; everywhere else it is a note that no program reads.
+Source: the keys that src/llama-model.cpp, src/llama-vocab.cpp and src/llama-hparams.h of llama.cpp read for the
+architectures llama and qwen2, and the list of keys in the Python package gguf (gguf.constants.Keys). {arch} stands for
+the architecture. A key that is in none of the tables is refused if it begins with the architecture or with
+``tokenizer.ggml.``, because llama.cpp reads its settings there. Any other key is a note that no program reads.
 """
 
 from typing import Any
@@ -54,7 +54,7 @@ HONOURED = frozenset(
         "tokenizer.ggml.add_space_prefix",
     }
 )
-"""Keys whose value decides something here."""
+"""Keys whose value is used here."""
 
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "{arch}.expert_count": ((0,), "mixture-of-experts models"),
@@ -80,7 +80,7 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "tokenizer.ggml.add_sep_token": ((False,), "SEP at the end of every text"),
     "tokenizer.ggml.suppress_tokens": (([],), "tokens that are never chosen"),
 }
-"""Keys that are supported with these values alone, which change nothing, and what others would mean."""
+"""Keys that are supported only with these values, which change nothing, and the meaning of other values."""
 
 HARMLESS: dict[str, str] = {
     "general.": "describes the file; general.sampling.* are defaults of llama.cpp's own command lines",
@@ -107,16 +107,16 @@ HARMLESS: dict[str, str] = {
     "{arch}.rope.scaling.original_context_length": "of YaRN scaling, which is refused by its type",
     "{arch}.rope.scaling.yarn_": "of YaRN scaling, which is refused by its type",
 }
-"""Keys, or beginnings of keys, that cannot change a result of these families, and why."""
+"""Keys, or prefixes of keys, that cannot change a result of these families, and the reason."""
 
 TYPES = {"adapter": "a LoRA adapter", "mmproj": "a projector of a vision model", "imatrix": "an importance matrix"}
-"""Values of general.type that are no model."""
+"""Values of general.type for files that are not a model."""
 
 
 def check_keys(model: GgufFile, families: tuple[str, ...]) -> None:
     """Raises UserError, with the key and its value, for metadata that would change a result and is not supported.
 
-    families: architectures that are read.
+    families: supported architectures.
     """
     kind = model.meta("general.type", "model")
     if kind != "model":
@@ -134,12 +134,12 @@ def check_keys(model: GgufFile, families: tuple[str, ...]) -> None:
 
 
 def general(key: str, family: str) -> str:
-    """A key as the tables have it."""
+    """A key in the form of the tables."""
     return "{arch}." + key.removeprefix(f"{family}.") if key.startswith(f"{family}.") else key
 
 
 def status(key: str, family: str) -> str:
-    """What becomes of a key: honoured, refused (unless its value is neutral), or harmless."""
+    """The status of a key: honoured, refused (unless its value is neutral), or harmless."""
     name = general(key, family)
     if name in HONOURED:
         return "honoured"

@@ -10,7 +10,7 @@ PART = re.compile(r"(?P<name>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix
 
 
 def gguf_parts(path: Path) -> list[Path]:
-    """All files of the model that `path` is a part of, in order; `path` alone if its name is not that of a part.
+    """All files of the model to which the part `path` belongs, in order; only `path` if its name is not that of a part.
 
     Raises UserError if a part is missing or the name is impossible (part 3 of 2).
     """
@@ -33,9 +33,9 @@ def gguf_parts(path: Path) -> list[Path]:
 
 
 def expect_part(path: Path, number: int, count: int, split_no: int, split_count: int) -> None:
-    """Checks what a part's metadata says (split.no from 0, split.count) against its place among the parts.
+    """Checks that a part's metadata (split.no from 0, split.count) matches its place among the parts.
 
-    Raises UserError for a part of another model, and for one whose name does not say where the others are.
+    Raises UserError for a part of another model, and for a part whose name does not give the names of the others.
     """
     if (split_no, split_count) == (number, count):
         return

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How byte-level BPE tokenizers of GGUF files split text into words: the values of tokenizer.ggml.pre.
 
-Source: src/llama-vocab.cpp of llama.cpp. A text is split by each pattern in turn; what a pattern matches and what is
-between two matches are both pieces for the next one.
+Source: src/llama-vocab.cpp of llama.cpp. A text is split by each pattern in turn. Both the matches of a pattern and the
+text between two matches are pieces for the next pattern.
 """
 
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ def _qwen2(numbers: str) -> str:
 
 
 def _cased(numbers: str, ending: str = "") -> str:
-    """Words split where a lower-case letter is followed by a capital."""
+    """Words are split between a lower-case letter and an upper-case letter."""
     start = r"[^\r\n\p{L}\p{N}]?"
     words = rf"{start}{UPPER}*{LOWER}+{ending}|{start}{UPPER}+{LOWER}*{ending}"
     return rf"{words}|{numbers}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACES}"
@@ -28,11 +28,11 @@ def _cased(numbers: str, ending: str = "") -> str:
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """A way of splitting, and what llama.cpp does with the tokenizers that have it.
+    """A way of splitting, and llama.cpp's settings for the tokenizers that use it.
 
-    patterns: regular expressions (Oniguruma). ignore_merges: a word that is a token is that token, whatever the merges
-    make of it. add_bos: BOS begins a text where the file has no add_bos_token. nfc: text is normalised first, as
-    Hugging Face does for this tokenizer; llama.cpp expects normalised text.
+    patterns: regular expressions (Oniguruma). ignore_merges: a word that is in the vocabulary becomes this token, even
+    if the merges give another result. add_bos: a text begins with BOS if the file has no add_bos_token. nfc: text is
+    normalised first, as Hugging Face does for this tokenizer; llama.cpp expects normalised text.
     """
 
     patterns: tuple[str, ...]
@@ -75,4 +75,4 @@ _NAMES: dict[PreTokenizer, tuple[str, ...]] = {
     _FALCON: ("falcon",),
 }
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {name: kind for kind, names in _NAMES.items() for name in names}
-"""Value of tokenizer.ggml.pre -> what it means."""
+"""Value of tokenizer.ggml.pre -> its way of splitting."""

@@ -25,11 +25,11 @@ FLOATS = ("F32", "F16", "BF16")
 
 
 class GgufFile:
-    """A GGUF model, memory-mapped; any part of one in several files stands for all of them.
+    """A GGUF model, memory-mapped. Of a model in several files, any part may be given.
 
-    path: the first part. Metadata is that of the first part.
-    dequantise: layers and tables come as floats, whatever the file stores, K-quants included.
-    Raises UserError if a file is missing, truncated, big-endian or not GGUF, and if parts do not fit together.
+    path: the first part. Metadata is read from the first part.
+    dequantise: all layers and tables are returned as floats, including K-quants.
+    Raises UserError if a file is missing, truncated, big-endian or not GGUF, and if parts do not match.
     """
 
     def __init__(self, path: Path, *, dequantise: bool = False):
@@ -50,12 +50,12 @@ class GgufFile:
             raise UserError(f"{self.path}: its parts have {len(self._tensors)} tensors, and {tensors} are announced")
 
     def _add(self, path: Path) -> dict[str, Any]:
-        """Takes one part's tensors; returns its metadata."""
+        """Adds one part's tensors; returns its metadata."""
         try:
             reader = gguf.GGUFReader(path)
             tensors, fields = {tensor.name: tensor for tensor in reader.tensors}, reader.fields
         except Exception as error:
-            # The reader checks nothing but the magic: a damaged file surfaces as whatever numpy trips over.
+            # The reader checks only the magic number: a damaged file can cause any exception in numpy.
             raise UserError(f"{path} is not a complete GGUF file ({one_line(error)})") from error
         if reader.endianess is not gguf.GGUFEndian.LITTLE:
             hint = "`gguf-convert-endian FILE little`, of the Python package gguf, converts it in place"
@@ -90,9 +90,9 @@ class GgufFile:
         return default
 
     def integer(self, key: str, default: Any = ...) -> Any:
-        """The value of a metadata key that is a whole number from 0, or the default. Raises UserError for others."""
+        """The value of a key that is a whole number >= 0, or the default. Raises UserError for other values."""
         value = self.meta(key, default)
-        # Some programs write one value for each block, which are all the same in the families that are read.
+        # Some programs write one value for each block; in the supported families all of them are the same.
         if isinstance(value, list) and value and all(other == value[0] for other in value):
             value = value[0]
         if value is not default and not (isinstance(value, int) and value >= 0):
@@ -100,14 +100,14 @@ class GgufFile:
         return value
 
     def number(self, key: str, default: Any = ...) -> float:
-        """The value of a metadata key that is a number. Raises UserError for others."""
+        """The value of a key that is a number. Raises UserError for other values."""
         value = self.meta(key, default)
         if not isinstance(value, int | float):
             raise UserError(f"{self.path}: metadata {key} is a number, not {str(value)[:80]}")
         return float(value)
 
     def texts(self, key: str) -> list[str]:
-        """The value of a metadata key that is a list of texts. Raises UserError for others."""
+        """The value of a key that is a list of texts. Raises UserError for other values."""
         value = self.meta(key)
         if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
             raise UserError(f"{self.path}: metadata {key} is a list of texts, not {str(value)[:80]}")
@@ -125,9 +125,9 @@ class GgufFile:
         return np.ascontiguousarray(values, dtype=np.float32)
 
     def linear(self, name: str) -> QuantizedLinear | FloatLinear:
-        """The linear layer of tensors `name`.weight and, where present, `name`.bias, without loss.
+        """The linear layer of the tensors `name`.weight and, if present, `name`.bias, without loss.
 
-        Raises UserError for block formats other than the module's (K-quants, for example), unless they are dequantised.
+        Raises UserError for block formats not listed above (K-quants, for example), unless they are dequantised.
         """
         tensor = self._tensor(f"{name}.weight")
         kind = tensor.tensor_type.name
@@ -143,7 +143,7 @@ class GgufFile:
     def table(self, name: str) -> QuantizedLinear | np.ndarray:
         """The rows of tensor `name`.weight, one for each token, without loss: a quantised layer, float16 or float32.
 
-        Formats that are neither the module's nor float (K-quants, for example) become float32.
+        Other block formats (K-quants, for example) become float32.
         """
         tensor = self._tensor(f"{name}.weight")
         kind = tensor.tensor_type.name
@@ -182,9 +182,9 @@ def decode_blocks(rows: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, 
     if kind == "Q4_0":
         return q.reshape(n, -1), scales, np.full(scales.shape, 8, np.uint8), 4
     minimum = _halves(blocks, 2)
-    # A block of equal weights has d = 0, and -m/d does not exist: it becomes the one step q = 1 of size m.
+    # A block of equal weights has d = 0, and -m/d does not exist: its weights become q = 1, scale m, zero point 0.
     flat = scales == 0
-    # In a damaged block both may be infinite: QuantizedLinear refuses the NaN.
+    # In a damaged block both values may be infinite: QuantizedLinear refuses the resulting NaN.
     with np.errstate(invalid="ignore"):
         zero_points = np.divide(-minimum, scales, out=np.zeros_like(scales), where=~flat)
     q[flat] = 1
@@ -192,7 +192,7 @@ def decode_blocks(rows: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, 
 
 
 def _split(path: Path, fields: dict[str, Any], key: str, default: int) -> int:
-    """A number that says how a model is cut into parts."""
+    """A metadata number about the parts of a model."""
     if key not in fields:
         return default
     try:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A SentencePiece tokenizer from a GGUF file (tokenizer.ggml.model "llama") as a Hugging Face tokenizers object.
 
-Source: src/llama-vocab.cpp of llama.cpp. Text becomes pieces of one character; of all neighbours that make a token
-together, the pair whose token has the highest score is joined, again and again. A piece that is no token becomes the
-tokens of its bytes, <0xE2> and so on. Spaces are written as U+2581, and one stands before the text. As merges in the
-order of the scores this is a BPE model, as transformers converts it too.
+Source: src/llama-vocab.cpp of llama.cpp. Text is split into pieces of one character. Among all neighbouring pieces that
+form a token together, the pair whose token has the highest score is joined; this is repeated. A piece that is not a
+token becomes the tokens of its bytes, <0xE2> and so on. Spaces are written as U+2581, and there is one before the text.
+This equals a BPE model with merges in the order of scores; transformers converts it in the same way.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ SPACE = "\u2581"
 def sentencepiece(
     tokens: Sequence[str], scores: Sequence[float], mergeable: Sequence[bool], unknown: str | None, prefix: bool
 ) -> Tokenizer:
-    """The tokenizer, special tokens not added yet.
+    """The tokenizer, without special tokens.
 
-    scores: of each token, the highest first. mergeable: whether a token can be a piece of text; control tokens and
-    those of bytes cannot. unknown: the token for what has no other, not even of bytes. prefix: whether a space stands
-    before the text.
+    scores: the score of each token; a higher score is joined earlier. mergeable: whether a token can be a piece of
+    text; control tokens and byte tokens cannot. unknown: the token for text that has no other token, not even byte
+    tokens. prefix: whether there is a space before the text.
     """
     vocab = {token: number for number, token in enumerate(tokens)}
     known = {token: score for token, score, able in zip(tokens, scores, mergeable, strict=True) if able}
@@ -37,8 +37,8 @@ def sentencepiece(
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Every pair of tokens that makes a token, by falling score of what it makes; of equal ones the longer first part
-    first.
+    """Every pair of tokens that forms a token, by falling score of this token; among equal scores, pairs with a longer
+    first part come first.
     """
     pairs = [
         (score, token[:cut], token[cut:])

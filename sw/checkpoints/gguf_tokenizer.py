@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tokenizer inside a GGUF file as a Hugging Face tokenizers object: byte-level BPE or SentencePiece.
 
-Source: src/llama-vocab.cpp of llama.cpp, for what begins a text and which tokens end an answer too.
+Source: src/llama-vocab.cpp of llama.cpp, also for the token that begins a text and the tokens that end an answer.
 """
 
 from dataclasses import dataclass, field
@@ -37,26 +37,26 @@ END_TOKENS = frozenset(
         "<｜end▁of▁sentence｜>",
     }
 )
-"""Tokens that llama.cpp takes for the end of an answer by their text, whatever the metadata says."""
+"""Texts of tokens that always end an answer in llama.cpp, independent of the metadata."""
 FILL_TOKENS = {
     "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
     "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
     "fim_sep": ("<|file_sep|>",),
 }
-"""Tokens of models that fill gaps in code, by key or by text, which end an answer too."""
+"""Tokens of models that fill gaps in code, by key or by text; they end an answer, too."""
 
 
 @dataclass
 class GgufTokenizer:
-    """What a GGUF file says about text.
+    """A GGUF file's tokenizer and special tokens.
 
     Members
     -------
-    tokenizer: text to token ids; it begins with BOS where llama.cpp begins a text with it.
-    tokens: the text of each.
+    tokenizer: text to token ids; a text begins with BOS if it does so in llama.cpp.
+    tokens: the text of each token.
     bos_id: the token that begins a text; None if the file names none.
-    stop_ids: tokens that end an answer: the declared ones first.
-    warnings: what the user should know, one line each.
+    stop_ids: tokens that end an answer, first those that the metadata declares.
+    warnings: messages for the user, one line each.
     """
 
     tokenizer: Tokenizer
@@ -135,7 +135,7 @@ def _words(source: GgufFile, warnings: list[str]) -> PreTokenizer:
 
 
 def _sentencepiece(source: GgufFile, tokens: list[str], types: list[int]) -> Tokenizer:
-    # Without scores all are equal, as in llama.cpp.
+    # Without scores, all scores are equal, as in llama.cpp.
     scores = source.meta("tokenizer.ggml.scores", [0.0] * len(tokens))
     if not isinstance(scores, list) or len(scores) < len(tokens) or not all(isinstance(s, int | float) for s in scores):
         raise UserError(
@@ -153,14 +153,14 @@ def _stop_ids(source: GgufFile, tokens: list[str], default_eos: int | None) -> l
     ends = set(END_TOKENS)
     for name, texts in FILL_TOKENS.items():
         declared.append(_token_id(source, name, len(tokens), None))
-        # By their text only where the metadata does not say.
+        # They are found by their text only if the metadata does not give them.
         ends.update(texts if declared[-1] is None else ())
     named = [number for number, token in enumerate(tokens) if token in ends]
     return list(dict.fromkeys([token for token in declared if token is not None] + named))
 
 
 def _token_id(source: GgufFile, name: str, count: int, default: int | None) -> int | None:
-    """A special token's id. Raises UserError for an id that is no token's."""
+    """A special token's id. Raises UserError if no token has this id."""
     key = f"tokenizer.ggml.{name}_token_id"
     value = source.integer(key, None)
     if value is None:
@@ -171,7 +171,7 @@ def _token_id(source: GgufFile, name: str, count: int, default: int | None) -> i
 
 
 def _tokens(source: GgufFile) -> tuple[list[str], list[int]]:
-    """All tokens and their types. Raises UserError for two tokens with one text."""
+    """All tokens and their types. Raises UserError for two tokens with the same text."""
     tokens = [token or f"[EMPTY_{number}]" for number, token in enumerate(source.texts("tokenizer.ggml.tokens"))]
     types = source.meta("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
     if not isinstance(types, list) or len(types) < len(tokens):

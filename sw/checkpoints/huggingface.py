@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The JSON files of a Hugging Face model folder: config.json as a decoder's shape, and what is said about its text.
+"""The JSON files of a Hugging Face model folder: config.json as a decoder's shape, and the settings of its text.
 
     config.json              shapes, rotary embedding, eos_token_id, bos_token_id
     generation_config.json   eos_token_id
     tokenizer_config.json    bos_token, eos_token, chat_template
-    chat_template.jinja      the chat template, as transformers writes it today
+    chat_template.jinja      the chat template, as current versions of transformers write it
     tokenizer.json           the tokenizer
-Only the first and the last must be there.
+Only the first and the last are required.
 """
 
 import json
@@ -30,13 +30,13 @@ FIXED: dict[str, tuple[object, ...]] = {
     "is_encoder_decoder": (None, False),
     "add_cross_attention": (None, False),
 }
-"""Keys of config.json that transformers acts on for these families, and the values that are supported."""
+"""Keys of config.json that transformers uses for these families, and the supported values."""
 HARMLESS = frozenset(
     {
-        "attention_dropout",  # of training, as the next ones
+        "attention_dropout",  # for training, like the next two
         "initializer_range",
         "pretraining_tp",
-        "torch_dtype",  # every format of floats is read as it is
+        "torch_dtype",  # each tensor has its own float format
         "dtype",
         "use_cache",
         "pad_token_id",
@@ -47,12 +47,12 @@ HARMLESS = frozenset(
         "_name_or_path",
     }
 )
-"""Keys of config.json that cannot change what these families compute. Any other key transformers does not read."""
+"""Keys of config.json that cannot change a result of these families. transformers does not read any other key."""
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 
 class Settings:
-    """A JSON object whose values are asked for by key and type; null is as good as absent.
+    """A JSON object whose values are read by key and type; null means absent.
 
     Raises UserError, with the file, the key and the value, for values of another type.
     """
@@ -67,7 +67,7 @@ class Settings:
         return self._values
 
     def get(self, key: str) -> Any:
-        """The value as it is, or None."""
+        """The unchecked value, or None."""
         return self._values.get(key)
 
     def integer(self, key: str, default: int | None = None) -> int:
@@ -99,7 +99,7 @@ class Settings:
         return Settings(self.path, value)
 
     def wrong(self, key: str, expected: str, found: Any = ...) -> UserError:
-        """The error about a value: by default what `key` has."""
+        """The error about a value, by default that of `key`."""
         found = self.get(key) if found is ... else found
         return UserError(f"{self.path}: {key} is {expected}, not {json.dumps(found)[:80]}")
 
@@ -165,7 +165,7 @@ def _rotary(config: Settings) -> tuple[str, Settings]:
 
 
 def rope_scaling(config: Settings) -> dict[str, Any] | None:
-    """What config.json says about scaling of the rotary embedding, without the rest; None if nothing is scaled."""
+    """The scaling of the rotary embedding in config.json, without other settings; None if there is none."""
     kind, settings = _rotary(config)
     if kind == "default":
         return None
@@ -174,7 +174,7 @@ def rope_scaling(config: Settings) -> dict[str, Any] | None:
 
 
 def standard_rope_scaling(shape: DecoderConfig) -> dict[str, Any] | None:
-    """The linear scaling, or that of Llama 3.1 and later, with the shape's factors; None if it has none or others."""
+    """The linear or Llama 3.1 scaling that gives the shape's factors; None if there are no factors or other ones."""
     if shape.rope_factors is None:
         return None
     if (shape.rope_factors == shape.rope_factors[0]).all():
@@ -193,10 +193,10 @@ def _factors(settings: Settings, shape: DecoderConfig) -> np.ndarray:
 
 
 def llama3_factors(frequencies: np.ndarray, factor: float, low: float, high: float, original: float) -> np.ndarray:
-    """What Llama 3.1 divides rotary frequencies by, float32 like them (transformers' modeling_rope_utils).
+    """The divisors of the rotary frequencies in Llama 3.1, float32 (transformers' modeling_rope_utils).
 
-    A frequency that turns at least `high` times within the `original` context stays, one that turns at most `low` times
-    is divided by `factor`, and in between the share of the two runs linearly.
+    A frequency that turns at least `high` times within the `original` context is not changed. A frequency that turns at
+    most `low` times is divided by `factor`. Between them the result is a linear mix of both.
     """
     turns = original * frequencies / (2 * np.pi)
     share = np.clip((turns - low) / (high - low), 0, 1)
@@ -216,7 +216,7 @@ class TextSettings:
 
 
 def text_settings(folder: Path, config: Settings) -> TextSettings:
-    """What the folder's files say about text. Raises UserError if there is no tokenizer.json or a file is damaged."""
+    """The folder's text settings. Raises UserError if there is no tokenizer.json or a file is damaged."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{folder} has no tokenizer.json, and a model's text needs one")
@@ -252,7 +252,7 @@ def _token_ids(settings: Settings, key: str) -> list[int]:
 
 
 def _token_text(settings: Settings, key: str) -> str | None:
-    """A special token's text: as it is, or as an object with its content."""
+    """A special token's text, from a text or from an object with content."""
     value = settings.get(key)
     if isinstance(value, dict):
         value = value.get("content")
@@ -267,7 +267,7 @@ def _chat_template(folder: Path, tokens: Settings) -> str | None:
         return read_text(path)
     value = tokens.get("chat_template")
     if isinstance(value, list):
-        # Several with names, of which transformers takes the one named default.
+        # There are several named templates; transformers takes the one named default.
         named = {str(item.get("name")): item.get("template") for item in value if isinstance(item, dict)}
         value = named.get("default", next(iter(named.values()), None) if len(named) == 1 else None)
         if value is None:

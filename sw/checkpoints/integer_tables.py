@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A head or embedding of 8 or 4 bits in a Hugging Face folder, whose formats know float tables only, without any loss.
+"""A lossless form of a head or embedding of 8 or 4 bits in a Hugging Face folder, which has float tables only.
 
-The table is a float tensor like any other there: w = (q - 2^(bits - 1)) * s, rounded to float16. Beside it are the
-scales, from which our reader gets the integers back, as the rounding moves w / s by less than half a step. Other
+The table is a float tensor there, like any other: w = (q - 2^(bits - 1)) * s, rounded to float16. Beside it are the
+scales, from which our reader gets the integers back, because the rounding changes w / s by less than 1/2. Other
 programs ignore them:
     config.json                       "integer_tables": {tensor: {"bits": 8, "group_size": 64}}
     <tensor>.scales.npy               float32 or float16 [N, ceil(K / group_size)], numpy's own format
@@ -26,21 +26,21 @@ BITS = (4, 8)
 
 
 def float_table(tensor: str, table: QuantizedLinear) -> NewTensor:
-    """The table as float16, or as float32 where float16 would lose an integer (tiny or huge scales).
+    """The table as float16, or as float32 if float16 would change an integer (tiny or huge scales).
 
-    Raises UserError for a table that its floats and scales do not describe: with zero points of its own, or with
-    integers that a scale of zero makes disappear.
+    Raises UserError for a table that cannot be recovered from its floats and scales: one with zero points of its own,
+    or with integers that are lost because their scale is zero.
     """
     if not table.has_integer_zero_points or np.any(table.zero_points != _middle(table.bits)):
         raise UserError(f"layer {table.name}: a table with zero points of its own has no float form in this folder")
     for kind, dtype in (("F16", np.float16), ("F32", np.float32)):
         if _is_lossless(table, dtype):
             return NewTensor(tensor, kind, (table.n, table.k), lambda dtype=dtype: _float_rows(table, dtype))
-    raise UserError(f"layer {table.name}: its scales are too small for float32 to tell its integers apart")
+    raise UserError(f"layer {table.name}: its scales are too small to distinguish its integers in float32")
 
 
 def write_scales(folder: Path, tensor: str, table: QuantizedLinear) -> dict[str, Any]:
-    """Writes the scales and returns what config.json says about the tensor below "integer_tables"."""
+    """Writes the scales and returns the tensor's entry below "integer_tables" in config.json."""
     with np.errstate(over="ignore"):
         halves = table.scales.astype(np.float16)
     np.save(_path(folder, tensor), halves if np.array_equal(halves, table.scales) else table.scales, allow_pickle=False)
@@ -48,9 +48,9 @@ def write_scales(folder: Path, tensor: str, table: QuantizedLinear) -> dict[str,
 
 
 def integer_table(folder: Path, settings: Settings, tensor: str, values: np.ndarray) -> Table:
-    """A folder's float tensor [N, K] as the integers it was made of, or as it is if config.json knows of none.
+    """A folder's float tensor [N, K] as its original integers, or unchanged if config.json has no entry for it.
 
-    Raises UserError for a damaged description, and for a tensor that is not what the scales say.
+    Raises UserError for a damaged entry, and for a tensor that does not match the scales.
     """
     form = settings.part(KEY).part(tensor)
     if settings.part(KEY).get(tensor) is None:
@@ -89,7 +89,7 @@ def _middle(bits: int) -> int:
 
 
 def _steps(values: np.ndarray, scales: np.ndarray, group: int) -> np.ndarray:
-    """float32 [N, K] in steps of its scale, rounded; 0 where the scale is."""
+    """float32 [N, K] divided by its scale and rounded; 0 where the scale is 0."""
     step = np.repeat(scales, group, axis=1)[:, : values.shape[1]]
     with np.errstate(over="ignore", invalid="ignore"):
         return np.rint(np.divide(values, step, out=np.zeros_like(values), where=step != 0))

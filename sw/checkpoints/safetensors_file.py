@@ -3,7 +3,7 @@
 
 Format (github.com/huggingface/safetensors): the header's length (uint64, little endian), the header (JSON: name ->
 dtype, shape, data_offsets [begin, end] within the data; __metadata__ is text), the data, little endian and row major.
-Shards come with model.safetensors.index.json, whose weight_map says which file holds which tensor.
+Shards have an index, model.safetensors.index.json, whose weight_map gives the file of each tensor.
 """
 
 import json
@@ -20,7 +20,7 @@ from sw.common.errors import UserError, one_line
 
 LENGTH_BYTES = 8
 MAX_HEADER = 100_000_000
-"""What the format's own reader accepts."""
+"""Maximum length of a header in bytes, as in the format's own reader."""
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "I32": "<i4"}
@@ -28,9 +28,9 @@ FLOATS = ("F16", "BF16", "F32")
 
 
 class SafetensorsFile:
-    """One file. Raises UserError if it is missing, truncated, or says something impossible about its tensors.
+    """One file. Raises UserError if it is missing or truncated, or if its header has impossible entries.
 
-    names: of its tensors, in the file's order.
+    names: the names of its tensors, in the file's order.
     """
 
     def __init__(self, path: Path):
@@ -54,16 +54,16 @@ class SafetensorsFile:
         self.names = list(self._tensors)
 
     def kind(self, name: str) -> str:
-        """The tensor's element type as the format calls it: F16, BF16, I32 and so on."""
+        """The format's name of the tensor's element type: F16, BF16, I32 and so on."""
         return self._tensors[name][0]
 
     def size(self, name: str) -> int:
-        """The tensor's bytes."""
+        """The tensor's size in bytes."""
         _, _, begin, end = self._tensors[name]
         return end - begin
 
     def tensor(self, name: str) -> np.ndarray:
-        """A view of the file; BF16, which numpy does not know, as a float32 copy.
+        """A view of the file; for BF16, which numpy does not support, a float32 copy.
 
         Raises UserError for other element types than F16, BF16, F32 and I32.
         """
@@ -72,7 +72,7 @@ class SafetensorsFile:
             raise UserError(f"{self.path}: tensor {name} is {kind}; {', '.join(DTYPES)} are read")
         values = self._data[begin:end].view(DTYPES[kind]).reshape(shape)
         if kind == "BF16":
-            # Its bits are the upper half of a float32's. In place: a head's table has hundreds of megabytes.
+            # BF16 is the upper half of a float32. Shift in place, because a head's table has hundreds of megabytes.
             bits = values.astype(np.uint32)
             bits <<= 16
             return bits.view(np.float32)
@@ -87,7 +87,7 @@ class SafetensorsFile:
         begin, end = offsets
         if not begin <= end <= len(self._data):
             raise self._impossible(name, f"it is at {begin} to {end} of {len(self._data)} bytes of data")
-        # An empty tensor may have other axes of any size, which numpy refuses to think about.
+        # The other axes of an empty tensor may have any size; numpy refuses sizes that are too large.
         beyond = math.prod(size or 1 for size in shape) > max(len(self._data), 1)
         if kind in DTYPES and (beyond or math.prod(shape) * np.dtype(DTYPES[kind]).itemsize != end - begin):
             raise self._impossible(name, f"{kind} {shape} does not take {end - begin} bytes")
@@ -99,8 +99,8 @@ class SafetensorsFile:
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor to be written. dtype: as the format calls it. parts: yields its values, some rows at a time, in the type
-    that DTYPES has for it (BF16: the bits).
+    """A tensor to write. dtype: the format's name of the type. parts: yields the values, some rows at a time, in the
+    type that DTYPES gives (for BF16: the bits).
     """
 
     name: str
@@ -110,12 +110,12 @@ class NewTensor:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
 
 
 def write_safetensors(path: Path, tensors: Sequence[NewTensor], advance: Callable[[], None] | None = None) -> None:
-    """Writes one file in the memory of a tensor's largest part. advance: called after each tensor."""
+    """Writes one file; memory holds one part of a tensor at a time. advance: called after each tensor."""
     header, end = {}, 0
     for tensor in tensors:
         offsets = [end, end + tensor.size]
@@ -134,10 +134,11 @@ def write_safetensors(path: Path, tensors: Sequence[NewTensor], advance: Callabl
 
 
 class Checkpoint:
-    """All tensors of a folder, from the files that transformers would read: model.safetensors if it is there, else the
-    shards that the index names; without both, all *.safetensors files.
+    """All tensors of a folder, from the files that transformers would read: model.safetensors if it exists, else the
+    shards that the index names, else all *.safetensors files.
 
-    Raises UserError if there are none, a shard is missing, a file is damaged, or two files have a tensor of one name.
+    Raises UserError if there is no file, a shard is missing, a file is damaged, or two files have a tensor of the same
+    name.
     """
 
     def __init__(self, folder: Path):
@@ -156,7 +157,7 @@ class Checkpoint:
         return name in self._files
 
     def tensor(self, name: str) -> np.ndarray:
-        """See SafetensorsFile.tensor. Raises UserError if there is no such tensor."""
+        """See SafetensorsFile.tensor. Raises UserError if there is no tensor of this name."""
         return self._file(name).tensor(name)
 
     def integers(self, name: str) -> np.ndarray:
@@ -167,7 +168,7 @@ class Checkpoint:
         return self.tensor(name)
 
     def table(self, name: str) -> np.ndarray:
-        """A tensor of floats as float16, if that is what it is, or float32.
+        """A tensor of floats: float16 if it is stored so, else float32.
 
         Raises UserError for other types and for values that are not finite.
         """
@@ -180,7 +181,7 @@ class Checkpoint:
         return values
 
     def floats(self, name: str) -> np.ndarray:
-        """The same as a contiguous float32 copy."""
+        """A tensor of floats as a contiguous float32 copy."""
         return np.array(self.table(name), np.float32)
 
     def _file(self, name: str) -> SafetensorsFile:
@@ -190,7 +191,7 @@ class Checkpoint:
 
     def _shards(self) -> list[Path]:
         found = sorted(self.folder.glob("*.safetensors"))
-        # An index beside a complete file is left over from before the shards were joined.
+        # An index beside a complete file is from a time when there were shards, and is ignored.
         if self.folder / WHOLE in found:
             return [self.folder / WHOLE]
         index = self.folder / INDEX

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every part of the software uses: errors, files, command lines, progress."""
+"""Code that every part of the software uses: errors, files, command lines, progress."""

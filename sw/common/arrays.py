@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrices too large to be converted as a whole: some rows at a time."""
+"""Helpers for matrices that are too large to be converted as a whole: they are converted in slices of rows."""
 
 import numpy as np
 
 ROWS_AT_ONCE = 4096
-"""Rows of a model's matrices: few enough that their float32 or float64 copies are small, enough that numpy is busy."""
+"""Rows of a slice: few enough that their float32 or float64 copies are small, many enough for numpy to be efficient."""
 
 
 def slices(count: int, size: int | None = None) -> list[slice]:
@@ -14,5 +14,5 @@ def slices(count: int, size: int | None = None) -> list[slice]:
 
 
 def is_finite(table: np.ndarray) -> bool:
-    """Whether every value of a matrix is finite, found in the memory of some rows."""
+    """Whether every value of a matrix is finite. Needs temporary memory for one slice of rows only."""
     return all(np.isfinite(table[rows]).all() for rows in slices(len(table)))

@@ -14,9 +14,9 @@ from sw.common.errors import UserError, one_line
 def atomic_directory(target: Path) -> Iterator[Path]:
     """Yields an empty directory beside `target`; its files appear in `target` when the block ends without an exception.
 
-    A target that does not exist is created by one rename. In one that does, each file is replaced by a rename of
-    its own and other files stay. After an exception (an interrupt too) the target is as it was before.
-    Raises UserError if the target is no directory or cannot be written.
+    A target that does not exist is created by one rename. If it exists, each file is replaced by a rename of its own,
+    and other files stay. After an exception (also after an interrupt) the target is unchanged.
+    Raises UserError if the target is not a directory or cannot be written.
     """
     target = Path(target)
     if target.exists() and not target.is_dir():
@@ -37,7 +37,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         _move(work, target)
         made.clear()
     except OSError as error:
-        # numpy says how many numbers it could not write, and not why.
+        # numpy's message says how many numbers it could not write, but not why.
         why = one_line(error) if error.errno else f"{one_line(error)}; is the disk full?"
         raise UserError(f"cannot write to {target}: {why}") from error
     finally:
@@ -55,7 +55,7 @@ def _move(work: Path, target: Path) -> None:
             work.rename(target)
             return
         except OSError:
-            # Another process may have finished the same directory first; then the files are replaced one by one.
+            # Another process may have created the same directory first; then the files are replaced one by one.
             if not target.is_dir():
                 raise
     for path in sorted(work.iterdir()):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every command line needs, on a machine with numpy alone too."""
+"""Code that every command line needs. It also works on a machine that has only numpy."""
 
 import argparse
 from typing import NoReturn

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far long work has come, on stderr: one line that is rewritten on a terminal, otherwise a line now and then."""
+"""Progress of long work, on stderr: one line that is rewritten on a terminal, otherwise some separate lines."""
 
 import sys
 from collections.abc import Callable
 from typing import Self
 
 Progress = Callable[[int, int], None]
-"""What long work calls with how much is done, and how much there is in all."""
+"""Long work calls this function with the amount that is done and the total amount."""
 
 LINES = 10
-"""Lines that a count has without a terminal."""
+"""Number of lines for one count if stderr is not a terminal."""
 
 
 class StatusLine:
-    """A context manager that leaves nothing on the terminal behind."""
+    """A context manager that clears its line on the terminal when it ends."""
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
@@ -21,10 +21,10 @@ class StatusLine:
         self._last: dict[str, int] = {}
 
     def count(self, form: str, done: int, total: int, more: str = "") -> None:
-        """Shows a count and more. form: the text with {done} and {total}: "prompt {done} of {total} tokens"."""
+        """Shows a count. form: a text with {done} and {total}: "prompt {done} of {total} tokens"; more: its ending."""
         text = form.format(done=f"{done:,}", total=f"{total:,}") + more
         if self._terminal:
-            # To the line's start, and nothing behind the text.
+            # Go to the start of the line, and erase the rest of the line after the text.
             print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
             self._shown = True
         elif done * LINES // total != self._last.get(form, 0) * LINES // total:
@@ -32,7 +32,7 @@ class StatusLine:
             self._last[form] = done
 
     def clear(self) -> None:
-        """Makes room for other text."""
+        """Clears the line, so that other text can be printed."""
         if self._shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
             self._shown = False

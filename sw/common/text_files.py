@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small files beside a model, and texts that a user names."""
+"""Reads small files beside a model, and text files that a user names."""
 
 import json
 import sys
@@ -9,13 +9,13 @@ from typing import Any
 from sw.common.errors import UserError, one_line
 
 WARNINGS = "gristmill_warnings"
-"""Key in the config.json of our exports: what a user should know whenever the model is used, one line each."""
+"""Key in the config.json of our exports: warnings to show whenever the model is used, one line each."""
 SUBFOLDER = "onnx"
-"""Where transformers.js and onnx-community keep the graphs of a model, its text files one folder up."""
+"""Folder in which transformers.js and onnx-community put the graphs of a model; its text files are one folder up."""
 
 
 def read_text(path: Path | str) -> str:
-    """A UTF-8 file's text; "-" is stdin. Raises UserError if it is missing or something else."""
+    """A UTF-8 file's text; "-" is stdin. Raises UserError if the file cannot be read or is not UTF-8."""
     try:
         return (sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()).decode()
     except UnicodeDecodeError:
@@ -25,7 +25,7 @@ def read_text(path: Path | str) -> str:
 
 
 def text_directory(model: Path) -> Path:
-    """The folder with the tokenizer and the JSON files of an ONNX file: its own, or the one above `onnx`."""
+    """The folder with the tokenizer and the JSON files of an ONNX file: its own folder, or the one above `onnx`."""
 
     def has_texts(folder: Path) -> bool:
         return any((folder / name).is_file() for name in ("tokenizer.json", "config.json"))

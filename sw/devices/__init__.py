@@ -12,13 +12,13 @@ DEVICES = ("reference", "rtl", "kv260")
 
 
 def check_device(name: str) -> None:
-    """Raises UserError if there is no such device."""
+    """Raises UserError if there is no device of this name."""
     if name not in DEVICES:
         raise UserError(f"no device is named {name}; there are {', '.join(DEVICES)}")
 
 
 def make_config(**options: int | str) -> AcceleratorConfig:
-    """An AcceleratorConfig from its fields by name. Raises UserError for values and names that it refuses."""
+    """An AcceleratorConfig from its fields by name. Raises UserError for invalid names and values."""
     try:
         return AcceleratorConfig.from_dict({**AcceleratorConfig().to_dict(), **options})
     except ConfigError as error:
@@ -26,13 +26,13 @@ def make_config(**options: int | str) -> AcceleratorConfig:
 
 
 def open_device(name: str, memory: str = DEFAULT_MEMORY, **options: int | str) -> Device:
-    """A device of hardware with these parameters (the fields of hw.spec.config.AcceleratorConfig).
+    """A device with these parameters (the fields of hw.spec.config.AcceleratorConfig).
 
-    memory: preset of rtl's memory model (sw.devices.library.MEMORIES); the others have none.
+    memory: preset of rtl's memory model (sw.devices.library.MEMORIES); other devices ignore it.
     rtl builds the simulation if it is not in the cache, which takes about half a minute and shows progress on stderr.
-    kv260 has the parameters of its manifest; those in options must be the same.
-    Raises UserError for an unknown device, a config that does not exist, hardware that cannot be built, or a board that
-    is not there.
+    kv260 has the parameters of its manifest; the options must have the same values.
+    Raises UserError for an unknown device, an invalid config, hardware that cannot be built, or a board that does not
+    answer.
     """
     check_device(name)
     if name == "kv260":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Buffers in one stretch of physical memory."""
+"""Buffers in one contiguous region of physical memory."""
 
 import bisect
 import mmap
@@ -10,20 +10,20 @@ import numpy as np
 from sw.devices.base import PAGE, Buffer, DeviceError
 
 MEMORY_BASE = 0x1000_0000
-"""Where a simulated device's memory begins: an address of 0, which somebody forgot to set, is outside."""
+"""Start of a simulated device's memory. Address 0, which an address that was never set has, is outside of it."""
 MEMORY_BYTES = 2 << 30
-"""Address space of a simulated device; what is not allocated takes no memory."""
+"""Address space of a simulated device; parts that are not allocated take no memory."""
 
 
 def anonymous_memory(size: int) -> np.ndarray:
-    """`size` bytes of this process's memory as uint8, which take up room only once they are written."""
+    """`size` bytes of this process's memory as uint8. Pages take physical memory only after they are written."""
     no_reserve = 0x4000  # MAP_NORESERVE of Linux; Python 3.11 has no name for it
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
     return np.frombuffer(mmap.mmap(-1, size, flags=flags), np.uint8)
 
 
 class Arena:
-    """Allocates PAGE-aligned buffers, the lowest that is free.
+    """Allocates PAGE-aligned buffers, each at the lowest free address.
 
     Parameters
     ----------
@@ -37,7 +37,7 @@ class Arena:
         self._sizes: dict[int, int] = {}
 
     def alloc(self, size: int) -> Buffer:
-        """A buffer of any contents. Raises DeviceError if no gap is large enough."""
+        """A buffer with undefined contents. Raises DeviceError if no gap is large enough."""
         if size < 1:
             raise DeviceError(f"a buffer has at least 1 byte, not {size}")
         address = self.base
@@ -52,7 +52,7 @@ class Arena:
         return Buffer(address, size)
 
     def free(self, buffer: Buffer) -> None:
-        """Raises DeviceError for a buffer that is not allocated."""
+        """Frees a buffer. Raises DeviceError for a buffer that is not allocated."""
         self.view(buffer)
         self._starts.remove(buffer.address)
         del self._sizes[buffer.address]
@@ -60,7 +60,7 @@ class Arena:
         if isinstance(mapping, memoryview):
             mapping = mapping.obj
         if isinstance(mapping, mmap.mmap):
-            with suppress(OSError):  # only gives memory back earlier
+            with suppress(OSError):  # optional: it only returns memory earlier
                 mapping.madvise(mmap.MADV_DONTNEED, buffer.address - self.base, buffer.size)
 
     def view(self, buffer: Buffer) -> np.ndarray:

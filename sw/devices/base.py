@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every device offers: memory, and linear layers computed from it and into it.
+"""The interface of every device: memory, and linear layers that read their operands from it and write results to it.
 
-Software deals in float32 and physical addresses. hw.spec.control.descriptor says how memory is laid out; the results
-are those of hw.spec.numerics, bit for bit, on all devices.
+Software uses float32 and physical addresses. hw.spec.control.descriptor defines the layout of memory. The results are
+those of hw.spec.numerics, bit for bit, on all devices.
 """
 
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ from hw.spec.memory.packing import stripe, unstripe
 from sw.common.errors import UserError
 
 PAGE = 4096
-"""Alignment in bytes of every buffer and of every port's region: no burst of a bus crosses such an address."""
+"""Alignment in bytes of every buffer and of every port's region: no AXI burst crosses a multiple of it."""
 
 
 class DeviceError(UserError):
-    """A device that did not answer, or was asked for something impossible. The message is one line."""
+    """A device that does not answer, or a request that is impossible. The message is one line."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class LinearJob:
 
     Members
     -------
-    name: of the layer, for messages.
+    name: the layer's name, for messages.
     layout: the layer's weight stream.
     tokens: M.
-    weights: the weight stream as `weight_image` lays it out.
+    weights: the weight stream in the layout of `weight_image`.
     activations: float32 [M, layout.k], K padded with zeros; in memory before the job is submitted.
-    results: float32 [M, layout.n], each row beginning at a multiple of `result_pitch`: see `read_results`.
-    reuse: take the activations of the job before, in the same batch: same buffer, M, K and group size. A job without
-        loads them again, which costs time and changes nothing else.
+    results: float32 [M, layout.n]; each row starts at a multiple of `result_pitch`: see `read_results`.
+    reuse: use the activations of the previous job of the same batch, which has the same buffer, M, K and group size.
+        A job without `reuse` loads them again, which takes time but does not change the results.
     """
 
     name: str
@@ -59,14 +59,15 @@ class LinearJob:
 
 
 class Completion(NamedTuple):
-    """What a finished job took.
+    """The cost of a finished job.
 
     Members
     -------
-    name: of the layer.
-    cycles: from the last result of the job before (or the start of the batch) to this job's last; 0 without hardware.
-    beats: of the weight stream.
-    seconds: processor time of a simulation since it finished the job before; wall time on a board.
+    name: the layer's name.
+    cycles: cycles from the last result of the previous job (or the start of the batch) to the last result of this
+        job; 0 without hardware.
+    beats: beats of the weight stream.
+    seconds: processor time of a simulation since it finished the previous job; wall time on a board.
     """
 
     name: str
@@ -77,14 +78,14 @@ class Completion(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class PreparedBatch:
-    """Jobs that a device has checked, and may be given as often as wanted: see `Device.prepare`.
+    """Jobs that a device has checked. They may be submitted any number of times: see `Device.prepare`.
 
     Members
     -------
-    jobs: of the batch, in order.
-    device: that prepared it.
-    frees: buffers that this device had been given back by then.
-    code: what the device worked out about the jobs beforehand.
+    jobs: the batch's jobs, in order.
+    device: the device that prepared it.
+    frees: number of buffers that had been freed on this device at that time.
+    code: data that the device computed from the jobs in advance.
     """
 
     jobs: tuple[LinearJob, ...]
@@ -98,8 +99,8 @@ class Device(Protocol):
 
     Members
     -------
-    name: that `sw.devices.open_device` knows it by.
-    config: what the hardware can do.
+    name: the device's name for `sw.devices.open_device`.
+    config: the hardware's config.
     """
 
     name: str
@@ -107,17 +108,17 @@ class Device(Protocol):
 
     @property
     def seconds(self) -> float:
-        """Wall time so far that was the hardware's own: simulating it, or waiting for its interrupt. The rest of what
-        `submit` and `wait` take is the driver's.
+        """Wall time of the hardware so far: the time to simulate it, or to wait for its interrupt. The rest of the time
+        of `submit` and `wait` is the driver's.
         """
         ...
 
     def alloc(self, size: int) -> Buffer:
-        """Takes `size` bytes of memory. Raises DeviceError if that much is not free."""
+        """Allocates `size` bytes of memory. Raises DeviceError if there is no free region of this size."""
         ...
 
     def free(self, buffer: Buffer) -> None:
-        """Gives a buffer back, which no unfinished job may use."""
+        """Frees a buffer. No unfinished job may use it."""
         ...
 
     def write(self, buffer: Buffer, values: np.ndarray) -> None:
@@ -129,15 +130,15 @@ class Device(Protocol):
         ...
 
     def view(self, buffer: Buffer) -> np.ndarray:
-        """The buffer itself, uint8 [size], for activations and results that are not to be copied.
+        """The buffer itself, uint8 [size], for access to activations and results without a copy.
 
-        What is written there reaches the jobs that are submitted afterwards; results are there once their batch was
-        waited for. Weights go through `write`.
+        Data that is written to it is visible to jobs that are submitted afterwards. Results are valid after `wait` has
+        returned for their batch. Weights must be written with `write`.
         """
         ...
 
     def prepare(self, jobs: Sequence[LinearJob]) -> PreparedBatch:
-        """Checks a batch and works out what can be known about it, once for any number of submissions.
+        """Checks a batch and computes everything that does not change between submissions.
 
         Raises DeviceError for impossible jobs.
         """
@@ -146,22 +147,22 @@ class Device(Protocol):
     def submit(self, batch: Sequence[LinearJob] | PreparedBatch) -> int:
         """Starts a batch of jobs, which run in order, and returns its ticket at once.
 
-        Hardware works from then on as far as its queue reaches; the rest, and all of a simulation, goes on while
-        somebody waits. Raises DeviceError for impossible jobs; the batch then does not run at all.
+        Hardware then works on the jobs that fit into its queue. The others, and all jobs of a simulation, make progress
+        only during a call of `wait`. Raises DeviceError for impossible jobs; then no job of the batch runs.
         """
         ...
 
     def wait(self, ticket: int, timeout: float) -> list[Completion]:
-        """Waits until a batch is done, up to about `timeout` seconds; one completion per job. A ticket is good once.
+        """Waits until a batch is done, up to about `timeout` seconds; one completion per job. A ticket is valid once.
 
-        Raises DeviceError, which says what was waited for, or why the batch failed: with the layer's name where its
-        activations are at fault. The batch goes on after a timeout and may be waited for again; a batch that failed
-        is over, and its results are undefined.
+        Raises DeviceError after a timeout or if the batch failed. The message says what was waited for, or why the
+        batch failed, with the layer's name if its activations are the cause. After a timeout the batch continues, and
+        `wait` may be called again. A batch that failed is over, and its results are undefined.
         """
         ...
 
     def close(self) -> None:
-        """Stops what runs and gives everything back. Closing twice is harmless, other use an error."""
+        """Stops all jobs and frees all resources. Closing twice is harmless; any other use after it is an error."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -175,7 +176,7 @@ def result_bytes(layout: LayerLayout, tokens: int) -> int:
 
 
 def view_results(device: Device, job: LinearJob) -> np.ndarray:
-    """A job's results in the device's memory: float32 [M, N], rows at the results' pitch."""
+    """A job's results in the device's memory: float32 [M, N], with the pitch of the results between rows."""
     size = result_bytes(job.layout, job.tokens)
     rows = device.view(job.results)[:size].view(np.float32).reshape(job.tokens, -1)
     return rows[:, : job.layout.n]
@@ -187,7 +188,7 @@ def read_results(device: Device, job: LinearJob) -> np.ndarray:
 
 
 def weight_image(layout: LayerLayout, beats: np.ndarray) -> np.ndarray:
-    """A layer's beats as they lie in memory: uint8 [weight_bytes], zeros between the ports' regions."""
+    """A layer's beats in the layout of memory: uint8 [weight_bytes], with zeros between the ports' regions."""
     image = np.zeros(weight_bytes(layout), np.uint8)
     for region, part in zip(_regions(layout, image), stripe(layout.config, beats), strict=True):
         region[:] = part
@@ -200,13 +201,13 @@ def image_beats(layout: LayerLayout, image: np.ndarray) -> np.ndarray:
 
 
 def _regions(layout: LayerLayout, image: np.ndarray) -> list[np.ndarray]:
-    """What each port reads."""
+    """The bytes that each port reads."""
     stride, size = weights_stride(layout), layout.beats * layout.config.port_width // 8
     return [image[port * stride :][:size] for port in range(layout.config.ports)]
 
 
 def check_jobs(config: AcceleratorConfig, jobs: Sequence[LinearJob]) -> None:
-    """Raises DeviceError, with the layer's name, if a batch asks for something that no device does."""
+    """Raises DeviceError, with the layer's name, if a batch is impossible on every device."""
     if not jobs:
         raise DeviceError("a batch has at least one job")
     before: LinearJob | None = None

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches, tickets and timeouts: what all devices of this package share.
+"""Batches, tickets and timeouts, for all devices of this package.
 
-There are no threads of its own: `submit` starts the hardware, and whoever waits looks after it meanwhile. A batch takes
-its turn when those before it are done, whoever waits for them. A model's token is a hundred small batches, and handing
-each to another thread and back would cost more than everything else that the software does for it.
+A device has no thread of its own. `submit` starts the hardware, and the thread that calls `wait` drives the device. A
+batch starts when all earlier batches are done, independent of which thread waits for them. A model's token is a hundred
+small batches; to pass each to another thread and back would cost more than the rest of the software's work for it.
 """
 
 import threading
@@ -24,7 +24,7 @@ from sw.devices.base import Buffer, Completion, DeviceError, LinearJob, Prepared
 
 @dataclass(eq=False)
 class _Running:
-    """A batch that was submitted. work: what `run` gave; failure: how it ended, if not well."""
+    """A batch that was submitted. work: the result of `run`; failure: the exception if the batch failed."""
 
     ticket: int
     jobs: Sequence[LinearJob]
@@ -35,7 +35,7 @@ class _Running:
 
 
 class BatchDevice(ABC):
-    """Memory, checks, tickets and timeouts. A subclass computes: see `run`. Implements sw.devices.base.Device."""
+    """Memory, checks, tickets and timeouts. A subclass computes, in `run`. Implements sw.devices.base.Device."""
 
     name: str
 
@@ -56,12 +56,12 @@ class BatchDevice(ABC):
 
     @abstractmethod
     def run(self, batch: PreparedBatch) -> Iterator[Completion | None]:
-        """Computes the jobs of a batch in order; yields each one's completion when its results are in memory, and None
-        as soon as it is started and then a few times a second. It is not resumed any more if the device is closed.
+        """Computes the jobs of a batch in order. Yields a job's completion when its results are in memory. Also yields
+        None, first directly after the start and then a few times a second. If the device is closed, it is not resumed.
         """
 
     def encode(self, jobs: Sequence[LinearJob]) -> Any:
-        """What a device can work out about a batch beforehand: `PreparedBatch.code`."""
+        """Data that a device computes from a batch in advance: `PreparedBatch.code`."""
         return None
 
     def alloc(self, size: int) -> Buffer:
@@ -115,7 +115,7 @@ class BatchDevice(ABC):
         running = _Running(next(self._tickets), batch.jobs, self.run(batch))
         self._batches[running.ticket] = running
         self._queue.append(running)
-        # If nothing is before it, it begins now; else when it has its turn.
+        # The batch starts now if it is the first of the queue; otherwise it starts when the earlier ones are done.
         if self._turn.acquire(blocking=False):
             try:
                 if self._queue and self._queue[0] is running:
@@ -162,7 +162,7 @@ class BatchDevice(ABC):
         self.close()
 
     def _step(self, batch: _Running) -> None:
-        """Looks after the first batch of the queue once, in the turn of the caller."""
+        """Drives the first batch of the queue until it yields None or is done. The caller holds the lock."""
         try:
             for completion in batch.work:
                 if completion is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The accelerator's driver: jobs become descriptors, interrupts become completions, error codes become messages."""
+"""The accelerator's driver: it turns jobs into descriptors, interrupts into completions, error codes into messages."""
 
 from collections.abc import Iterator, Sequence
 
@@ -13,16 +13,16 @@ from sw.devices.batches import BatchDevice
 from sw.devices.platform import Platform, Registers, mask
 
 PATIENCE = 8
-"""Times the hardware's own timeout without any progress until the driver gives up too."""
+"""The driver gives up after this many times the hardware's own timeout without any progress."""
 WINDOW = [(word, offset("descriptor", word)) for word in range(DESCRIPTOR_WORDS)]
 """Index and offset of the words of a descriptor."""
 PUSH = {offset("control"): mask("control", "push")}
 
 
 class AcceleratorDevice(BatchDevice):
-    """An accelerator behind a platform. Implements sw.devices.base.Device.
+    """An accelerator that is accessed through a platform. Implements sw.devices.base.Device.
 
-    Raises DeviceError if what is there is not the accelerator of `config`.
+    Raises DeviceError if the hardware is not the accelerator of `config`.
     """
 
     def __init__(self, config: AcceleratorConfig, platform: Platform):
@@ -55,7 +55,8 @@ class AcceleratorDevice(BatchDevice):
 
     def encode(self, jobs: Sequence[LinearJob]) -> tuple[list[list[int]], list[int]]:
         """See BatchDevice: the descriptors' words, and each one's beats."""
-        # One interrupt for a batch, unless its end is not even in the queue by the time of the first.
+        # One interrupt for a batch. A batch that is longer than the queue needs one for each job, because its last
+        # descriptor is pushed only after earlier ones are complete.
         often, last = len(jobs) > self._capabilities["queue_depth"], len(jobs) - 1
         words = [descriptor(job, often or index == last).to_words() for index, job in enumerate(jobs)]
         return words, [job.layout.beats for job in jobs]
@@ -67,7 +68,7 @@ class AcceleratorDevice(BatchDevice):
         except Exception:
             raise
         except BaseException:
-            # Interrupted or closed: nothing may be written any more to memory that somebody else may have soon.
+            # Interrupted or closed: the accelerator must not write to memory any more, because it may soon be reused.
             self._reset()
             raise
 
@@ -76,7 +77,7 @@ class AcceleratorDevice(BatchDevice):
     ) -> Iterator[Completion | None]:
         registers, capabilities, clock = self.registers, self._capabilities, self.platform.clock
         if registers.read("status") & self._busy:
-            # Left over from a batch that was given up.
+            # An earlier batch was abandoned and is still running, or has failed.
             self._reset()
         base, pushed, done = self._completed, 0, 0
         before, then, watch = 0, clock(), None
@@ -96,7 +97,7 @@ class AcceleratorDevice(BatchDevice):
                 now = clock()
                 yield Completion(jobs[index].name, (cycle - before) % (1 << 32), beats[index], now - then)
                 before, then = cycle, now
-            # Completed jobs are good even if one behind them has failed.
+            # Completed jobs are valid even if a later one has failed.
             if completed < len(jobs):
                 if registers.read("status") & self._error:
                     self._fail(jobs, descriptors)
@@ -122,19 +123,19 @@ class AcceleratorDevice(BatchDevice):
         self._busy = mask("status", "running", "resetting", "error")
 
     def _has_room(self, in_flight: int) -> bool:
-        # As long as fewer than the queue holds are in flight, nobody needs to be asked.
+        # While fewer descriptors are in flight than the queue holds, the register need not be read.
         depth = self._capabilities["queue_depth"]
         return in_flight < depth or self.registers.fields("status")["queued"] < depth
 
     def _push(self, words: list[int]) -> None:
-        # The window keeps what was written: neighbouring layers differ in a few words.
+        # The window keeps its contents, and the descriptors of successive layers differ in a few words.
         window = self._window
         new = {offset: words[index] for index, offset in WINDOW if window[index] != words[index]}
         self._window = words
         self.platform.write_registers(new | PUSH)
 
     def _fail(self, jobs: Sequence[LinearJob], descriptors: list[list[int]]) -> None:
-        """Raises DeviceError for what stopped the accelerator, after making it fit for the next batch."""
+        """Resets the accelerator for the next batch, then raises DeviceError with the reason why it stopped."""
         code, address = self.registers.read("error_code"), self.registers.read("error_address")
         try:
             text = ERROR_TEXTS[ErrorCode(code)]
@@ -162,7 +163,7 @@ class AcceleratorDevice(BatchDevice):
         return f"one of the layers from {jobs[0].name} to {jobs[-1].name}" if len(jobs) > 1 else f"layer {jobs[0].name}"
 
     def _reset(self) -> None:
-        """Raises DeviceError if the reset does not end."""
+        """Resets the accelerator. Raises DeviceError if the reset does not end."""
         self.registers.set("control", "reset")
         watch = _Watch(self)
         while self.registers.fields("status")["resetting"]:
@@ -173,7 +174,7 @@ class AcceleratorDevice(BatchDevice):
 
 
 class _Watch:
-    """Notices when nothing has moved for PATIENCE times the hardware's timeout, by the accelerator's own clock."""
+    """Detects that nothing has moved for PATIENCE times the hardware's timeout, counted in the accelerator's cycles."""
 
     def __init__(self, device: AcceleratorDevice):
         self._registers = device.registers

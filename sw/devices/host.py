@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Linux machine around a board's accelerator: its files, its devices and its clock, all reached from one place.
+"""The Linux machine of a board's accelerator: all access to its files, its devices and its clock.
 
-Everything that a board driver asks the kernel for goes through a Host, so that the same driver runs on another tree of
-files. `write` and `map_registers` are apart from the rest because behind them the kernel acts at once: a file cannot.
+A board driver makes all its calls to the kernel through a Host, so tests can run the same driver on another tree of
+files. `write` and `map_registers` are separate functions because the kernel acts on these accesses at once; plain files
+cannot do this, so tests replace them.
 """
 
 import mmap
@@ -22,29 +23,29 @@ class Window(Protocol):
     def __setitem__(self, index: int, value: int, /) -> None: ...
 
     def release(self) -> None:
-        """Gives the mapping back."""
+        """Releases the mapping."""
         ...
 
 
 class Host:
-    """root: the folder that has /dev, /sys, /proc and /lib in it."""
+    """root: the folder that contains /dev, /sys, /proc and /lib."""
 
     def __init__(self, root: Path = Path("/")):
         self.root = root
 
     def path(self, name: str) -> Path:
-        """Where an absolute path is."""
+        """The place of an absolute path below root."""
         return self.root / name.lstrip("/")
 
     def read(self, name: str) -> str | None:
-        """A small text file without spaces and zero bytes around; None if it is not there or may not be read."""
+        """The text of a small file without spaces and zero bytes at its ends; None if it cannot be read."""
         try:
             return self.path(name).read_text(errors="replace").strip(" \t\r\n\0")
         except OSError:
             return None
 
     def open(self, name: str, flags: int, mend: str) -> int:
-        """A file descriptor, closed by the caller. Raises DeviceError; mend: what to do if the file is not there."""
+        """A file descriptor, which the caller closes. mend: what to do if the file is missing. Raises DeviceError."""
         try:
             return self._open(self.path(name), flags | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -58,26 +59,26 @@ class Host:
         return os.open(path, flags)
 
     def map(self, fd: int, size: int, offset: int = 0) -> mmap.mmap:
-        """Bytes of a device. Raises DeviceError."""
+        """Maps bytes of a device. Raises DeviceError."""
         try:
             return mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
         except (OSError, ValueError) as error:
             raise DeviceError(f"{size:,} bytes of a device cannot be mapped ({error})") from None
 
     def map_registers(self, fd: int, size: int, offset: int = 0) -> Window:
-        """Registers of a device. Raises DeviceError."""
-        # An element of a memoryview of this format is one aligned load or store of 32 bits; a slice of the mapping
-        # would be a memcpy, which may touch a register twice.
+        """Maps registers of a device. Raises DeviceError."""
+        # Access to an element of a memoryview of this format is one aligned load or store of 32 bits. Access to a slice
+        # of the mapping would be a memcpy, which may access a register twice.
         return memoryview(self.map(fd, size, offset)).cast("I")
 
     def write(self, fd: int, data: bytes) -> None:
-        """One write to a device or an attribute, which has its effect before this returns. Raises OSError."""
+        """One write to a device or an attribute; it takes effect before this returns. Raises OSError."""
         os.write(fd, data)
 
     def monotonic(self) -> float:
-        """Seconds of the clock that the fabric's is measured with."""
+        """Seconds of the clock that is used to measure the fabric's clock."""
         return time.monotonic()
 
     def sleep(self, seconds: float) -> None:
-        """Lets that clock go on."""
+        """Waits for a time of that clock."""
         time.sleep(seconds)

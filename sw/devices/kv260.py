@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The accelerator in a Kria KV260 under Linux: registers and interrupt through UIO, memory in a u-dma-buf.
 
-What hw.spec.kv260 names has to be there: the loaded app brings the UIO device and the buffer. The config comes from the
-manifest beside the firmware.
+The UIO device and the buffer have the names in hw.spec.kv260; they exist while the app is loaded. The config comes from
+the manifest beside the firmware.
 """
 
 import os
@@ -26,13 +26,13 @@ from sw.devices.uio import Uio, find_uio
 FIRMWARE = f"/lib/firmware/xilinx/{APP_NAME}"
 LOAD = f"load the app: sudo xmutil unloadapp; sudo xmutil loadapp {APP_NAME}"
 SPIN_SECONDS = 200e-6
-"""So long the registers are asked before the interrupt is waited for: most batches take less, and waking costs more."""
+"""Time to poll the registers before waiting for the interrupt: most batches take less, and a wake-up takes longer."""
 WAIT_SECONDS = 0.1
-"""Of one wait for the interrupt."""
+"""Duration of one wait for the interrupt."""
 LATE_SECONDS = 1e-3
-"""What an interrupt may come late."""
+"""Longest delay of an interrupt."""
 POLL_SECONDS = 100e-6
-"""Between two looks at the registers where there is no interrupt."""
+"""Time between two polls of the registers if there is no interrupt."""
 _PENDING = offset("interrupt_pending") // 4
 
 
@@ -55,7 +55,7 @@ def board_manifest(host: Host) -> Manifest:
 
 
 def board_config() -> AcceleratorConfig:
-    """The config of this machine's hardware. Raises DeviceError as `board_manifest` does."""
+    """The config of this machine's hardware. Raises DeviceError like `board_manifest`."""
     return board_manifest(Host()).config
 
 
@@ -72,10 +72,10 @@ class KV260Platform:
 
     Parameters
     ----------
-    registers: "uio", or "mem" for /dev/mem at the address that the bitstream has, without an interrupt. The latter
-        does not know whether the app is loaded: where nothing answers, an access stops the whole machine.
+    registers: "uio", or "mem" for /dev/mem at the bitstream's address, without an interrupt. With "mem" the driver
+        cannot know whether the app is loaded; if nothing answers, an access stops the whole machine.
 
-    Raises DeviceError, with what to do, if something is not there or may not be used.
+    Raises DeviceError, with the fix, if something is missing or cannot be used.
     """
 
     def __init__(self, host: Host, registers: str = "uio"):
@@ -126,7 +126,7 @@ class KV260Platform:
 
     def wait_interrupt(self) -> bool:
         """See Platform."""
-        # Both causes are enabled as long as a driver has the accelerator: pending is the line.
+        # Both causes are enabled while a driver has the accelerator open, so the register equals the interrupt line.
         window, start = self._window, time.perf_counter()
         try:
             until = start + SPIN_SECONDS
@@ -143,7 +143,8 @@ class KV260Platform:
             self.uio.arm()
             fired = self.uio.wait(max(0, until - time.perf_counter()))
             high = window[_PENDING] != 0
-            # High, and nobody was told: it is not wired to where the device tree says. Slower, but it goes on.
+            # The line is high, but the interrupt did not fire: it is not wired as the device tree says. Polling is
+            # slower, but works.
             self.polls = high and not fired and not self.uio.wait(LATE_SECONDS)
             return high
         while not (high := window[_PENDING] != 0) and time.perf_counter() < until:
@@ -172,9 +173,9 @@ class KV260Device(AcceleratorDevice):
     ----------
     host: the machine; None: this one.
     registers: see KV260Platform; None: $GRISTMILL_REGISTERS, or uio.
-    expected: fields of hw.spec.config.AcceleratorConfig that the hardware must have these values in.
+    expected: required values of fields of hw.spec.config.AcceleratorConfig.
 
-    Raises DeviceError, with what to do, if something is missing, or the hardware is another one.
+    Raises DeviceError, with the fix, if something is missing, or if the hardware has another config.
     """
 
     name = "kv260"
@@ -189,16 +190,16 @@ class KV260Device(AcceleratorDevice):
         super().__init__(config, KV260Platform(host, registers or os.environ.get("GRISTMILL_REGISTERS") or "uio"))
 
     def write(self, buffer: Buffer, values: Any) -> None:
-        """See Device; what was written reaches memory."""
+        """See Device. The caches are cleaned, so the data reaches memory."""
         super().write(buffer, values)
         self.platform.buffer.sync_for_device(self.platform.buffer.clean_commands([(buffer.address, buffer.size)]))
 
     def encode(self, jobs: Sequence[LinearJob]) -> tuple[PreparedBatch, list[bytes], list[bytes]]:
-        """See BatchDevice: the batch of the driver below, and which caches to clean before and to invalidate after."""
+        """See BatchDevice: the batch of the base class, and the caches to clean before and to invalidate after it."""
         activations = [(job.activations.address, FLOAT_BYTES * job.tokens * job.layout.k) for job in jobs]
         results = [(job.results.address, result_bytes(job.layout, job.tokens)) for job in jobs]
         buffer = self.platform.buffer
-        # Results too: a line that somebody has written there would reach memory some time later, over the results.
+        # The results' caches too: otherwise a dirty line there would be written back later and overwrite results.
         clean = buffer.clean_commands(activations + results)
         batch = PreparedBatch(tuple(jobs), self, 0, super().encode(jobs))
         return batch, clean, buffer.invalidate_commands(results)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The simulated accelerator as a shared library: how it is built and how it is called.
+"""Builds and calls the simulated accelerator, which is a shared library.
 
-sim.device builds it, in a process of its own; sim/device/accelerator.cpp defines what is declared here.
+sim.device builds it, in a process of its own; sim/device/accelerator.cpp defines the functions that are declared here.
 """
 
 import ctypes
@@ -26,13 +26,13 @@ from sw.devices.arena import MEMORY_BYTES, Arena, anonymous_memory
 from sw.devices.base import DeviceError
 
 MEMORIES = ("ideal", "kv260-2400", "kv260-2133", "hostile")
-"""Presets of the memory model; sim/device says what they are."""
+"""Presets of the memory model; sim/device describes them."""
 CYCLES_AT_ONCE = 100_000
 """Simulated cycles of one wait for the interrupt: about a tenth of a second."""
 
 
 class Statistics(ctypes.Structure):
-    """What the memory has done so far. Bursts in bytes."""
+    """Counts of the memory so far. Lengths of bursts are in bytes."""
 
     _fields_ = [
         ("read_bytes", c_uint64),
@@ -66,7 +66,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple]] = {
 def build_library(config: AcceleratorConfig) -> tuple[Path, Path]:
     """(library, manifest) of the simulated core, built on first use; progress goes to stderr.
 
-    Raises UserError with the builder's own line, a missing compiler's for example.
+    Raises UserError with the builder's message, for example about a missing compiler.
     """
     options = [f"--{name.replace('_', '-')}={value}" for name, value in config.to_dict().items()]
     problem = ""
@@ -101,10 +101,10 @@ class SimulatedPlatform:
 
     Parameters
     ----------
-    preset: of the memory, one of MEMORIES.
-    seed: of whatever is random in it.
+    preset: the memory model, one of MEMORIES.
+    seed: seed of the memory model's random delays.
 
-    Raises UserError for an unknown preset, DeviceError if the files are not what `config` describes.
+    Raises UserError for an unknown preset, DeviceError if the files do not match `config`.
     """
 
     def __init__(self, library: Path, manifest: Path, config: AcceleratorConfig, preset: str, seed: int = 1):
@@ -140,7 +140,7 @@ class SimulatedPlatform:
                 raise DeviceError("the simulated accelerator is closed")
             wall, processor = time.perf_counter(), time.thread_time()
             status = function(self._device, *arguments)
-            # Whichever thread it was.
+            # Processor time of the calling thread, which may be another one in each call.
             self._processor += time.thread_time() - processor
             self.seconds += time.perf_counter() - wall
             if status == -2:
@@ -176,25 +176,25 @@ class SimulatedPlatform:
         return self._call(self._library.gm_run, CYCLES_AT_ONCE) == 1
 
     def clock(self) -> float:
-        """See Platform: what the simulation has taken so far."""
+        """See Platform: processor time of the simulation so far."""
         return self._processor
 
     def fault(self, fault: Fault, address: int = 0, size: int = 1 << ADDRESS_BITS) -> None:
-        """From now on the memory does this wrong in a range of addresses; Fault.NONE mends everything."""
+        """Injects a fault into a range of addresses of the memory; Fault.NONE removes all faults."""
         with self._lock:
             self._library.gm_fault(self._device, fault, address, size)
 
     def statistics(self) -> Statistics:
-        """What the memory has done so far."""
+        """Counts of the memory so far."""
         statistics = Statistics()
         with self._lock:
             self._library.gm_statistics(self._device, ctypes.byref(statistics))
         return statistics
 
     def memory_limit(self, seed: int, cycles: int = 200_000) -> float:
-        """Bytes per cycle that this memory gives to endless contiguous reads on all ports, simulated by itself.
+        """Bytes per cycle of this memory for endless contiguous reads on all ports, simulated without the accelerator.
 
-        seed: of the places in memory that are read.
+        seed: chooses the addresses that are read.
         """
         config = self.manifest.config
         return self._library.gm_stream_limit(self.preset.encode(), config.ports, config.port_width // 8, cycles, seed)
@@ -208,6 +208,6 @@ class SimulatedPlatform:
 
 
 def check_preset(preset: str) -> None:
-    """Raises UserError if there is no such memory."""
+    """Raises UserError if there is no memory model of this name."""
     if preset not in MEMORIES:
         raise UserError(f"memory is one of {', '.join(MEMORIES)}, not {preset}")

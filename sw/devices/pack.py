@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a model's quantised linear layer to the weight stream of one accelerator."""
+"""Packs a model's quantised linear layer into the weight stream of one accelerator."""
 
 from dataclasses import dataclass, replace
 
@@ -14,16 +14,14 @@ from sw.common.arrays import slices
 from sw.common.errors import UserError
 from sw.model.linear import QuantizedLinear
 
-"""Output rows that are packed at one time: a head of 150,000 rows would take a gigabyte in between."""
-
 
 @dataclass(frozen=True, eq=False)
 class PreparedLayer:
-    """A layer as the accelerator takes it.
+    """A layer in the accelerator's format.
 
     Members
     -------
-    name: the model's name of the layer.
+    name: the layer's name in the model.
     k: the true in_features.
     planes: 2 for weights of more bits than the hardware's (see hw.spec.numerics.planes), else 1.
     layout: the layer's place in the weight stream. Its groups may be parts of the model's; its K holds every plane,
@@ -38,7 +36,7 @@ class PreparedLayer:
     beats: np.ndarray
 
     def pad(self, x: np.ndarray) -> np.ndarray:
-        """Activations [M, k] as contiguous float32 [M, layout.k]: for every plane once, zeros in the padding."""
+        """Activations [M, k] as contiguous float32 [M, layout.k]: a copy for every plane, zeros in the padding."""
         if x.ndim != 2 or x.shape[1] != self.k:
             raise UserError(f"layer {self.name}: activations are [M, {self.k}], not {list(x.shape)}")
         padded = np.zeros((len(x), self.planes, self.layout.k // self.planes), np.float32)
@@ -49,9 +47,9 @@ class PreparedLayer:
 def fit(
     config: AcceleratorConfig, name: str, k: int, n: int, group_size: int, bits: int, zero_points: np.ndarray
 ) -> LayerLayout:
-    """The layout of a layer on this hardware, from its shape alone and any of its zero points.
+    """The layout of a layer on this hardware, from its shape and some or all of its zero points.
 
-    Quick, so that a whole model can be checked before long work starts. Raises UserError, with the layer's name, the
+    This is fast, so a whole model can be checked before long work starts. Raises UserError, with the layer's name, the
     rule and the value, if the hardware cannot run the layer.
     """
     try:
@@ -64,7 +62,7 @@ def fit(
 
 
 def integer_weights(config: AcceleratorConfig, linear: QuantizedLinear, layout: LayerLayout) -> Weights:
-    """The layer in the hardware's number formats and groups, plane behind plane, K padded with zero weights.
+    """The layer in the hardware's number formats and groups, one plane after the other, K padded with zero weights.
 
     The parts of a split group share its scale and zero point, which changes no result: all sums are exact.
     Raises UserError, with the layer's name, for values that the formats cannot hold.
@@ -74,7 +72,7 @@ def integer_weights(config: AcceleratorConfig, linear: QuantizedLinear, layout: 
     except NumericsError as error:
         raise UserError(f"layer {linear.name}: {error}") from None
     k, groups = layout.k // len(planes), layout.groups // len(planes)
-    # The model's group that each of the hardware's groups lies in: a multiple of the latter's size is the former's.
+    # The model's group that contains each of the hardware's groups: its size is a multiple of the hardware's.
     source = np.arange(groups) * layout.group_size // linear.group_size
     q = planes[0].q
     if (k, len(planes)) != (linear.k, 1):
@@ -90,13 +88,14 @@ def integer_weights(config: AcceleratorConfig, linear: QuantizedLinear, layout: 
 
 
 def prepare(config: AcceleratorConfig, linear: QuantizedLinear, weights: Weights | None = None) -> PreparedLayer:
-    """Packs a layer for the hardware of `config`. weights: what `integer_weights` gave, if the caller has it already.
+    """Packs a layer for the hardware of `config`. weights: the result of `integer_weights` if the caller has it.
 
-    Weights of fewer bits than the hardware's run as they are. Raises UserError as `fit` and `integer_weights` do.
+    Weights of fewer bits than the hardware's need no conversion. Raises UserError like `fit` and `integer_weights`.
     """
     zero_points = linear.zero_points
     layout = fit(config, linear.name, linear.k, linear.n, linear.group_size, linear.bits, zero_points)
     beats = np.empty((layout.out_tiles, layout.tile_beats, config.beat_bytes), np.uint8)
+    # Some rows at a time: the intermediate arrays of a head of 150,000 rows would take a gigabyte.
     for rows in slices(linear.n):
         start = rows.start
         if weights is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a driver needs of the machine around the accelerator: the same calls on a board and in simulation."""
+"""The interface between a driver and the machine of its accelerator: the same on a board and in simulation."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -14,8 +14,8 @@ class Platform(Protocol):
 
     Members
     -------
-    memory: what the accelerator reads and writes.
-    seconds: wall time so far that was the hardware's own: see sw.devices.base.Device.
+    memory: the memory that the accelerator reads and writes.
+    seconds: wall time of the hardware so far: see sw.devices.base.Device.
     """
 
     memory: Arena
@@ -26,7 +26,7 @@ class Platform(Protocol):
         ...
 
     def write_register(self, offset: int, value: int) -> None:
-        """Writes the 32-bit register at a byte offset. Raises DeviceError as `read_register` does."""
+        """Writes the 32-bit register at a byte offset. Raises DeviceError like `read_register`."""
         ...
 
     def write_registers(self, offsets_and_values: Mapping[int, int]) -> None:
@@ -42,7 +42,7 @@ class Platform(Protocol):
         ...
 
     def close(self) -> None:
-        """Gives everything back."""
+        """Frees all resources."""
         ...
 
 
@@ -80,5 +80,5 @@ def mask(register: str, *fields: str) -> int:
 
 @cache
 def _places(name: str, word: int) -> tuple[int, int | None]:
-    """Offsets of a register's word and, of a wide one, of its high word."""
+    """Offset of a register's word, and offset of its high word if it is wide."""
     return offset(name, word), offset(name, 1) if BY_NAME[name].wide else None

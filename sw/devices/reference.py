@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numerics in numpy as a device: what every other device must answer, from the same memory."""
+"""The numpy definition of the numerics as a device: every other device must give the same results."""
 
 import time
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from sw.devices.batches import BatchDevice
 
 
 class ReferenceDevice(BatchDevice):
-    """Unpacks weight streams from memory and computes with hw.spec.numerics. There is no hardware: 0 cycles.
+    """Unpacks weight streams from memory and computes with hw.spec.numerics. Cycles are 0, as there is no hardware.
 
     Unpacked weights are kept, about 1.2 bytes each, until their buffer is written or freed.
     """
@@ -33,7 +33,7 @@ class ReferenceDevice(BatchDevice):
 
     @property
     def seconds(self) -> float:
-        """See Device: the arithmetic."""
+        """See Device: the time of the arithmetic."""
         return self._seconds
 
     def free(self, buffer: Buffer) -> None:
@@ -49,7 +49,7 @@ class ReferenceDevice(BatchDevice):
     def run(self, batch: PreparedBatch) -> Iterator[Completion | None]:
         """See BatchDevice."""
         for job in batch.jobs:
-            # Whoever waits may have waited long enough.
+            # The caller of `wait` may have reached its timeout.
             yield None
             start, processor = time.perf_counter(), time.thread_time()
             self._compute(job)
@@ -77,7 +77,7 @@ class ReferenceDevice(BatchDevice):
 
 
 def _unpack(layout: LayerLayout, beats: np.ndarray) -> Weights:
-    """hw.spec.memory.packing.unpack in little memory: some tiles at a time, scales and zero points in 16 bits."""
+    """Like hw.spec.memory.packing.unpack, with less memory: some tiles at a time, scales and zero points in 16 bits."""
     parts = []
     for rows in slices(layout.n):
         shape = LayerLayout(layout.config, layout.k, rows.stop - rows.start, layout.group_size)

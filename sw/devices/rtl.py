@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The generated Verilog as a device: the board's driver, and the accelerator and its memory simulated underneath."""
+"""The generated Verilog as a device: the board's driver on the simulated accelerator and its simulated memory."""
 
 from pathlib import Path
 
@@ -11,16 +11,16 @@ DEFAULT_MEMORY = "kv260-2400"
 
 
 class RtlDevice(AcceleratorDevice):
-    """The accelerator under simulation.
+    """The simulated accelerator.
 
     Parameters
     ----------
-    config: the hardware; it is built on first use, which takes a compiler and about half a minute.
+    config: the hardware's config; it is built on first use, which needs a compiler and about half a minute.
     memory: preset of the memory model: one of sw.devices.library.MEMORIES.
     files: (library, manifest) if they exist already.
-    seed: of the memory's random delays, where it has any.
+    seed: seed of the memory's random delays, if it has any.
 
-    Raises UserError if the hardware cannot be built, DeviceError if it is not that of `config`.
+    Raises UserError if the hardware cannot be built, DeviceError if it does not match `config`.
     """
 
     name = "rtl"

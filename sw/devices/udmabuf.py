@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory that an accelerator without coherent ports shares with this process: a u-dma-buf.
 
-Source: https://github.com/ikwzm/udmabuf, Readme.md and udmabuf_sync_command_argments() in u-dma-buf.c: what is written
-to sync_for_device and sync_for_cpu holds offset, size and direction of one range.
+Source: https://github.com/ikwzm/udmabuf, Readme.md and udmabuf_sync_command_argments() in u-dma-buf.c: a value that is
+written to sync_for_device or sync_for_cpu holds offset, size and direction of one range.
 
-The mapping is cached: uncached memory is read several times slower, and onnxruntime reads and writes there. So caches
-are cleaned before the accelerator starts, and invalidated before anybody reads what it wrote. Either ends with a
-barrier, which also orders all that was written before against the register write that starts the accelerator.
+The mapping is cached, because onnxruntime reads and writes this memory, and reads of uncached memory are several times
+slower. So caches are cleaned before the accelerator starts, and invalidated before its results are read. Both
+operations end with a barrier. It also orders all earlier writes before the register write that starts the accelerator.
 """
 
 import fcntl
@@ -22,15 +22,16 @@ from sw.devices.base import PAGE, DeviceError
 from sw.devices.host import Host
 
 CLASSES = ("/sys/class/u-dma-buf", "/sys/class/udmabuf")
-"""By version of the module."""
+"""The class has a different name in different versions of the module."""
 LINE = 64
 """Bytes of a cache line of Cortex-A53."""
 NEAR = 16 * 1024
-"""Bytes between two ranges that are cleaned as one: that many lines cost about what another system call does."""
+"""Ranges with at most this many bytes between them are cleaned as one: these lines cost about as much as another system
+call."""
 MOST = 1 << 32
-"""Bytes of a buffer, as offsets in commands have 32 bits."""
+"""Maximum size of a buffer in bytes, because offsets in commands have 32 bits."""
 BOTH, FROM_DEVICE = 0, 2
-"""Directions. Cleaning is asked for in both: kernels before 5.19 invalidate instead if it is from the device only."""
+"""Directions. Cleaning uses BOTH: with FROM_DEVICE, kernels before 5.19 invalidate instead."""
 MEND = (
     "load the app and the module: sudo modprobe u-dma-buf; if dmesg says that the allocation failed, raise cma= on the"
     " kernel's command line"
@@ -43,8 +44,8 @@ class BusyError(DeviceError):
 
 @dataclass(frozen=True)
 class BufferPlace:
-    """A u-dma-buf. name; folder: of its attributes; address: physical, of the first byte; size in bytes; coherent:
-    whether the kernel believes that caches need no care.
+    """A u-dma-buf. name; folder: the folder of its attributes; address: physical address of the first byte; size in
+    bytes; coherent: whether the kernel treats the device as coherent, so that it does not sync caches.
     """
 
     name: str
@@ -68,7 +69,7 @@ def find_buffer(host: Host, name: str) -> BufferPlace | None:
 
 
 def problem(place: BufferPlace) -> str:
-    """Why the accelerator cannot use this buffer, or nothing."""
+    """Why the accelerator cannot use this buffer, or an empty text."""
     if place.address % PAGE:
         return f"its address {place.address:#x} is no multiple of {PAGE}"
     if not PAGE <= place.size <= MOST:
@@ -81,13 +82,13 @@ def problem(place: BufferPlace) -> str:
 
 
 class DmaBuffer:
-    """A u-dma-buf, held by this process alone.
+    """A u-dma-buf, locked by this process.
 
     Members
     -------
     memory: uint8 [size], cached.
 
-    Raises DeviceError if it cannot be used, BusyError if another process has it.
+    Raises DeviceError if it cannot be used, BusyError if another process has locked it.
     """
 
     def __init__(self, host: Host, place: BufferPlace):
@@ -116,12 +117,12 @@ class DmaBuffer:
         return self._fds[-1]
 
     def clean_commands(self, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
-        """For `sync_for_device`, from (physical address, bytes)."""
+        """Commands for `sync_for_device`, from ranges (physical address, bytes)."""
         return self._commands(_merge(ranges, NEAR), BOTH)
 
     def invalidate_commands(self, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
-        """For `sync_for_cpu`, from (physical address, bytes). Each range begins and ends with a cache line, because
-        what else was written to its lines would be lost.
+        """Commands for `sync_for_cpu`, from ranges (physical address, bytes). Each range must consist of whole cache
+        lines, because other data in these lines would be lost.
         """
         return self._commands(_merge(ranges, 0), FROM_DEVICE)
 
@@ -131,11 +132,11 @@ class DmaBuffer:
         return [b"0x%016x" % value for value in values]
 
     def sync_for_device(self, commands: Sequence[bytes]) -> None:
-        """Writes what the processor's caches hold to memory."""
+        """Cleans the processor's caches: writes their data to memory."""
         self._sync(self._for_device, commands, "sync_for_device")
 
     def sync_for_cpu(self, commands: Sequence[bytes]) -> None:
-        """Forgets what the processor's caches hold, which the accelerator has written anew."""
+        """Invalidates the processor's caches over data that the accelerator has written."""
         self._sync(self._for_cpu, commands, "sync_for_cpu")
 
     def _sync(self, fd: int, commands: Sequence[bytes], name: str) -> None:
@@ -146,10 +147,10 @@ class DmaBuffer:
             raise DeviceError(f"{self.place.folder}/{name} failed ({error.strerror})") from None
 
     def close(self) -> None:
-        """Gives the buffer back; its mapping lasts as long as somebody has a view of it."""
+        """Unlocks the buffer. Its mapping exists as long as there is a view of it."""
         for fd in self._fds:
             with suppress(OSError):
-                # The mapping has a descriptor of its own, which would keep the lock.
+                # Without this, the mapping's own descriptor would keep the lock.
                 fcntl.flock(fd, fcntl.LOCK_UN)
             with suppress(OSError):
                 os.close(fd)
@@ -157,7 +158,7 @@ class DmaBuffer:
 
 
 def _merge(ranges: Iterable[tuple[int, int]], near: int) -> list[tuple[int, int]]:
-    """(start, end) of (start, bytes), in whole cache lines and ascending, those not more than `near` apart joined."""
+    """(start, end) of ranges (start, bytes): whole cache lines, ascending; ranges at most `near` apart are joined."""
     merged: list[tuple[int, int]] = []
     for start, size in sorted(set(ranges)):
         end = -(-(start + size) // LINE) * LINE

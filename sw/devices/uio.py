@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A device's registers and interrupt through Linux's userspace I/O.
 
-Source: Documentation/driver-api/uio-howto.rst and drivers/uio/uio_pdrv_genirq.c of Linux. That driver turns the
-interrupt off whenever it fires; writing 1 turns it on again, reading takes the count of interrupts so far.
+Source: Documentation/driver-api/uio-howto.rst and drivers/uio/uio_pdrv_genirq.c of Linux. That driver disables the
+interrupt when it fires; a write of 1 enables it again, and a read returns the count of interrupts so far.
 """
 
 import errno
@@ -20,7 +20,7 @@ _ENABLE = (1).to_bytes(4, "little")
 
 @dataclass(frozen=True)
 class UioPlace:
-    """Where a UIO device is. device: its path; address, size: of the first map in bytes."""
+    """The place of a UIO device. device: its path; address, size: address and size in bytes of its first map."""
 
     device: str
     address: int
@@ -28,8 +28,8 @@ class UioPlace:
 
 
 def find_uio(host: Host, name: str) -> UioPlace | None:
-    """The UIO device of this name. Raises DeviceError if what sysfs says about it makes no sense."""
-    # Kernels differ in whether the unit's address is part of the name.
+    """The UIO device of this name. Raises DeviceError if its values in sysfs are not valid."""
+    # In some kernels the unit's address is part of the name.
     for entry in sorted(host.path(CLASS).glob("uio*")):
         text = host.read(f"{CLASS}/{entry.name}/name") or ""
         if text == name or text.endswith(f".{name}"):
@@ -43,7 +43,7 @@ def find_uio(host: Host, name: str) -> UioPlace | None:
 
 
 class _Closed:
-    """The registers of a device that was given back."""
+    """The registers of a device that was closed."""
 
     def __getitem__(self, index: int, /) -> int:
         raise DeviceError("the accelerator is closed")
@@ -61,7 +61,7 @@ class Uio:
     Members
     -------
     window: the registers.
-    has_interrupt: whether the kernel knows of an interrupt.
+    has_interrupt: whether the kernel has an interrupt for the device.
 
     Raises DeviceError if the device cannot be opened or mapped.
     """
@@ -73,14 +73,14 @@ class Uio:
             self.window: Window = host.map_registers(self._fd, place.size)
             self._poll = select.poll()
             self._poll.register(self._fd, select.POLLIN)
-            # Without an interrupt the kernel refuses to turn it on.
+            # If there is no interrupt, the kernel refuses to enable it.
             self.has_interrupt = self.arm()
         except BaseException:
             os.close(self._fd)
             raise
 
     def arm(self) -> bool:
-        """Turns the interrupt on; one that is high already fires at once. Returns whether there is one."""
+        """Enables the interrupt; if the line is already high, it fires at once. Returns whether there is one."""
         try:
             self._host.write(self._fd, _ENABLE)
         except OSError as error:
@@ -90,7 +90,7 @@ class Uio:
         return True
 
     def wait(self, timeout: float) -> bool:
-        """Waits up to `timeout` seconds for the armed interrupt, and takes it; returns whether it fired."""
+        """Waits up to `timeout` seconds for the armed interrupt and reads its count; returns whether it fired."""
         if not self._poll.poll(1000 * timeout):
             return False
         try:
@@ -100,7 +100,7 @@ class Uio:
         return True
 
     def close(self) -> None:
-        """Gives the device back."""
+        """Closes the device."""
         self.window.release()
         self.window = _Closed()
         with suppress(OSError):

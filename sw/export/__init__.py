@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a checkpoint to a folder with an ONNX file."""
+"""Exports a checkpoint to a folder with an ONNX file."""

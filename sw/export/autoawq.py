@@ -2,9 +2,9 @@
 """An AutoAWQ GEMM checkpoint (Llama or Qwen2 family) as a decoder ONNX graph with its tokenizer.
 
 SRC_DIR holds config.json, tokenizer.json and *.safetensors. DIR gets model.onnx, model.onnx.data, tokenizer.json and
-config.json (shapes, stop tokens, chat template). Quantised layers keep their weights exactly (see
-sw.checkpoints.autoawq), and so does the embedding; the head becomes int8 (see sw.model.lm_head), or what it was before
-(see sw.checkpoints.integer_tables).
+config.json (shapes, stop tokens, chat template). The weights of quantised layers (see sw.checkpoints.autoawq) and of
+the embedding are exact. The head becomes int8 (see sw.model.lm_head); if its original integers are in the folder (see
+sw.checkpoints.integer_tables), it gets them.
 """
 
 from collections.abc import Iterator
@@ -24,10 +24,11 @@ from sw.model.source import DecoderSource
 
 
 def export_awq(source: Path, out: Path, *, lm_head: str = "int8", progress: Progress | None = None) -> Path:
-    """Exports folder `source` into directory `out`, complete or not at all, and returns the path of its model.onnx.
+    """Exports folder `source` to directory `out` and returns the path of its model.onnx. After an error `out` is
+    unchanged.
 
-    lm_head: one of sw.model.lm_head.HEAD_MODES. progress: called with layers done, and layers in all.
-    Raises UserError for damaged files, other families and formats, and weights that do not fit config.json.
+    lm_head: one of sw.model.lm_head.HEAD_MODES. progress: called with the layers that are done and all layers.
+    Raises UserError for damaged files, other families and formats, and weights that do not match config.json.
     """
     source = Path(source)
     if not source.is_dir():
@@ -39,10 +40,10 @@ def export_awq(source: Path, out: Path, *, lm_head: str = "int8", progress: Prog
 
 
 def checkpoint_source(folder: Path, settings: Settings, form: AwqFormat | None) -> DecoderSource:
-    """The decoder and text of a Hugging Face folder, its layers still to be read.
+    """The decoder and text of a Hugging Face folder; its layers are read later.
 
-    settings: its config.json. form: of its quantised layers; None if there is to be none.
-    Raises UserError as export_awq does.
+    settings: its config.json. form: the format of its quantised layers; None if there must be none.
+    Raises UserError like export_awq.
     """
     config = decoder_config(settings)
     checkpoint = Checkpoint(folder)
@@ -63,9 +64,9 @@ def checkpoint_source(folder: Path, settings: Settings, form: AwqFormat | None) 
 
 
 def _check_biases(checkpoint: Checkpoint, settings: Settings) -> None:
-    """Raises UserError for a bias that config.json says is not there: transformers would leave it out.
+    """Raises UserError for a bias that must not exist according to config.json: transformers would ignore it.
 
-    One that is missing is no error: transformers makes it zero.
+    A missing bias is no error: transformers makes it zero.
     """
     llama = settings.get("model_type") == "llama"
     attention = settings.flag("attention_bias", False) if llama else None

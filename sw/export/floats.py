@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any model as a float ONNX decoder graph: what a quantiser calibrates on and rewrites.
+"""Any model as a float ONNX decoder graph, which the quantiser calibrates on and rewrites.
 
-A GGUF file, whatever it stores, and a Hugging Face folder with float weights (safetensors; Llama and Qwen2 families)
-become our own exporter's graph with FusedMatMul layers in float32, its text files beside it. A tied head multiplies
-with the embedding's table, which is there once. A float ONNX export of any tool is such a graph already.
+A GGUF file of any block format, and a Hugging Face folder with float weights (safetensors; Llama and Qwen2 families),
+become our own exporter's graph with FusedMatMul layers in float32, with its text files beside it. A tied head
+multiplies with the embedding's table, which is stored once. A float ONNX export of any tool needs no conversion.
 """
 
 from pathlib import Path
@@ -27,12 +27,12 @@ QUANTISED = ("MatMulNBits", "GatherBlockQuantized", *UNSUPPORTED)
 
 
 def float_model(source: str | Path, work: Path, progress: Progress | None = None) -> Path:
-    """The path of a float model.onnx: of `source` itself if it is one, else of its export into directory `work`.
+    """The path of a float model.onnx: `source` itself if it is one, else its export in directory `work`.
 
-    source: a float ONNX file or a folder with one, a .gguf file, a folder with a float checkpoint, or the word of a
-    packaged model (see sw.export.resolve). progress: called with layers done, and layers in all. The export reads and
-    writes one layer at a time; the largest thing in memory is the embedding in float32.
-    Raises UserError if the source is nothing of that, is quantised already (but for GGUF), or is damaged.
+    source: a float ONNX file or a folder with one, a .gguf file, a folder with a float checkpoint, or the name of a
+    packaged model (see sw.export.resolve). progress: called with the layers that are done and all layers. The export
+    reads and writes one layer at a time; the largest object in memory is the embedding in float32.
+    Raises UserError if the source is none of these, is damaged, or is quantised already (GGUF may be quantised).
     """
     path = find_model(source, floats=True)
     if path.is_dir():

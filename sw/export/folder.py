@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every exporter writes: a folder with model.onnx, model.onnx.data, tokenizer.json and config.json."""
+"""The output of every exporter: a folder with model.onnx, model.onnx.data, tokenizer.json and config.json."""
 
 import json
 import time
@@ -14,19 +14,19 @@ from sw.common.text_files import WARNINGS
 from sw.graph.decoder import write_decoder
 from sw.model.source import DecoderSource
 
-# Part of the key of cached exports: raise it when the output of an exporter changes.
+# This is part of the key of cached exports: increase it when the output of an exporter changes.
 EXPORTER_VERSION = 4
 QUIET_SECONDS = 2.0
-"""An export that takes less says nothing."""
+"""A shorter export shows no progress."""
 
 
 def write_folder(
     out: Path, source: DecoderSource, metadata: dict[str, str], lm_head: str, progress: Progress | None
 ) -> Path:
-    """Writes directory `out`, complete or not at all, and returns the path of its model.onnx.
+    """Writes directory `out` and returns the path of its model.onnx. After an error `out` is unchanged.
 
     metadata: properties of the ONNX model. lm_head: one of sw.model.lm_head.HEAD_MODES. progress: as for write_decoder.
-    Raises UserError where weights and configuration disagree, and if the directory cannot be written.
+    Raises UserError if weights and configuration do not match, and if the directory cannot be written.
     """
     with atomic_directory(out) as work:
         (work / "tokenizer.json").write_text(source.tokenizer_json, encoding="utf-8")
@@ -47,7 +47,7 @@ def write_folder(
 
 @contextmanager
 def export_status() -> Iterator[Progress]:
-    """Says on stderr how far an export has come, if it takes a while."""
+    """Shows the progress of a long export on stderr."""
     start = time.monotonic()
     with StatusLine() as status:
 
@@ -59,7 +59,7 @@ def export_status() -> Iterator[Progress]:
 
 
 def _config_json(source: DecoderSource) -> dict[str, Any]:
-    """Hugging Face's keys, and the chat template, so that one file beside the graph says how to drive it."""
+    """Hugging Face's keys and the chat template, so that one file beside the graph has all its settings."""
     config = source.config
     scaling = {} if source.rope_scaling is None else {"rope_scaling": source.rope_scaling}
     return {

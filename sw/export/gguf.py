@@ -2,9 +2,9 @@
 """A GGUF model (Llama or Qwen2 family, in one file or several) as a decoder ONNX graph with its tokenizer.
 
 DIR gets model.onnx, model.onnx.data, tokenizer.json and config.json (shapes, stop tokens, chat template).
-Quantised linear layers keep their weights exactly (see sw.checkpoints.gguf_reader), the head included; a head in any
-other format becomes int8 (see sw.model.lm_head). An embedding in Q8_0 or Q4_0 stays as it is; others become float16
-where that is exact, else float32.
+The weights of quantised linear layers, including the head, are exact (see sw.checkpoints.gguf_reader); a head in any
+other format becomes int8 (see sw.model.lm_head). An embedding in Q8_0 or Q4_0 is not changed; others become float16
+if this is exact, else float32.
 """
 
 from collections.abc import Iterator
@@ -28,18 +28,18 @@ FAMILIES = ("llama", "qwen2")
 
 
 def export_gguf(source: Path, out: Path, *, lm_head: str = "int8", progress: Progress | None = None) -> Path:
-    """Exports `source` into directory `out`, complete or not at all, and returns the path of its model.onnx.
+    """Exports `source` to directory `out` and returns the path of its model.onnx. After an error `out` is unchanged.
 
-    lm_head: one of sw.model.lm_head.HEAD_MODES. progress: called with layers done, and layers in all.
+    lm_head: one of sw.model.lm_head.HEAD_MODES. progress: called with the layers that are done and all layers.
     Raises UserError for damaged files, other families, block formats without an exact MatMulNBits form (see
-    sw.checkpoints.gguf_reader) and weights that do not fit the metadata.
+    sw.checkpoints.gguf_reader) and weights that do not match the metadata.
     """
     metadata = {"source": Path(source).name, "exporter": f"gristmill gguf_export {EXPORTER_VERSION}"}
     return write_folder(out, gguf_source(GgufFile(source)), metadata, lm_head, progress)
 
 
 def gguf_source(model: GgufFile) -> DecoderSource:
-    """The file's decoder and text, its layers still to be read. Raises UserError as export_gguf does."""
+    """The file's decoder and text; its layers are read later. Raises UserError like export_gguf."""
     config = decoder_config(model)
     text = read_gguf_tokenizer(model)
     _expect_known_tensors(model, config)
@@ -96,9 +96,9 @@ def decoder_config(model: GgufFile) -> DecoderConfig:
 
 
 def _rope_factors(model: GgufFile, family: str, head_size: int) -> np.ndarray | None:
-    """What the rotary frequencies are divided by: the file's table, times its linear scaling.
+    """The divisors of the rotary frequencies: the file's table, times its linear scaling.
 
-    As in llama.cpp a factor without a type means linear scaling, and rope.scale_linear is its older name.
+    As in llama.cpp, a factor without a type means linear scaling, and rope.scale_linear is its older name.
     """
     factors = model.float_tensor("rope_freqs.weight") if "rope_freqs.weight" in model else None
     kind = model.meta(f"{family}.rope.scaling.type", "linear")
@@ -113,30 +113,30 @@ def _rope_factors(model: GgufFile, family: str, head_size: int) -> np.ndarray | 
 
 
 def _expect_known_tensors(model: GgufFile, config: DecoderConfig) -> None:
-    """Raises UserError for a tensor that these families' graphs do not have: llama.cpp refuses such a file as well."""
+    """Raises UserError for a tensor that these families' graphs do not have; llama.cpp refuses such files, too."""
     known = {"token_embd.weight", "output_norm.weight", "output.weight", "rope_freqs.weight"}
     layers = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
     for i in range(config.layer_count):
-        # Each block may have a copy of the rotary factors; blocks' own rotary tables are of old converters.
+        # Each block may have a copy of the rotary factors; old converters also wrote rotary tables for each block.
         known |= {f"blk.{i}.{name}.weight" for name in ("attn_norm", "ffn_norm", "rope_freqs")}
         known |= {f"blk.{i}.{name}.{part}" for name in layers for part in ("weight", "bias")}
         known.add(f"blk.{i}.attn_rot_embd")
     if unknown := sorted(set(model.tensors) - known):
-        raise UserError(f"{model.path}: tensor {unknown[0]} is none that a {config.layer_count}-block model has")
+        raise UserError(f"{model.path}: tensor {unknown[0]} does not belong to a {config.layer_count}-block model")
 
 
 def _tables(model: GgufFile) -> tuple[Table, Table | None]:
-    """Embedding and head; no head where the embedding serves as one."""
+    """Embedding and head; the head is None if the embedding is also the head."""
     embedding = model.table("token_embd")
     head = model.table("output") if "output.weight" in model else None
     if isinstance(embedding, QuantizedLinear) and not embedding.has_integer_zero_points:
-        # Rows can be gathered from Q8_0 and Q4_0; Q4_1's float zero points are known to MatMulNBits alone.
+        # Rows can be gathered from Q8_0 and Q4_0, but only MatMulNBits supports Q4_1's float zero points.
         return model.float_tensor("token_embd.weight"), embedding if head is None else head
     return embedding, head
 
 
 def _layers(model: GgufFile, config: DecoderConfig) -> Iterator[DecoderLayer]:
-    # ggml's Llama graphs rotate neighbouring elements and their files carry q and k reordered to suit;
+    # ggml's Llama graphs rotate neighbouring elements, so the rows of q and k are reordered in their files.
     # Qwen2 graphs rotate the halves of a head, like Hugging Face and onnxruntime.
     reordered = model.meta("general.architecture") == "llama"
 

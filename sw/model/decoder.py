@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Llama or Qwen2 decoder as plain data, whatever file its weights came from."""
+"""A Llama or Qwen2 decoder as plain data, independent of the format of its weight files."""
 
 import math
 from dataclasses import dataclass, fields
@@ -10,7 +10,7 @@ from sw.common.errors import UserError
 from sw.model.lm_head import Linear
 
 MAX_POSITIONS = 32768
-"""Most positions that an export has rotary tables for: models that could more would carry tables of many megabytes."""
+"""Maximum number of positions in an export's rotary tables: for longer contexts they would take many megabytes."""
 MAX_HEAD_SIZE = 1024
 
 
@@ -20,7 +20,7 @@ class DecoderConfig:
 
     rope_factors: float32 [head_size / 2] that divide the rotary frequencies (Llama 3.1), or None.
 
-    Raises UserError for values that no decoder has.
+    Raises UserError for values that are not valid for a decoder.
     """
 
     hidden_size: int

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One quantised linear layer, whatever file it came from."""
+"""One quantised linear layer, independent of the format of its file."""
 
 from dataclasses import dataclass, replace
 
@@ -15,7 +15,7 @@ class QuantizedLinear:
 
     Members
     -------
-    name: unique in its model.
+    name: unique in the model.
     q: uint8 [N, K], each below 2^bits. K is the true in_features: the last group may be short.
     scales: float32 [N, G], any sign, G = ceil(K / group_size).
     zero_points: uint8 [N, G] (integer, below 2^bits) or float32 [N, G] (float, in steps of q).
@@ -24,7 +24,7 @@ class QuantizedLinear:
     bias_in_node: the ONNX node adds the bias itself, so the tensor `output_name` already contains it.
         Otherwise a separate Add follows, and `output_name` is the product alone.
 
-    Raises UserError, with the layer's name, if shapes, types or ranges do not fit together.
+    Raises UserError, with the layer's name, if shapes, types or ranges do not match.
     """
 
     name: str
@@ -97,17 +97,17 @@ class QuantizedLinear:
         return steps * self.scales[rows][:, group]
 
     def float_output(self, x: np.ndarray) -> np.ndarray:
-        """What the ONNX tensor `output_name` should hold for activations x [M, K]: float64 [M, N].
+        """The expected value of the ONNX tensor `output_name` for activations x [M, K]: float64 [M, N].
 
-        The float definition, for error figures; the accelerator's integers are defined in hw.spec.numerics.
+        This is the definition in float, for error figures; hw.spec.numerics defines the accelerator's integers.
         """
         x = x.astype(np.float64)
-        # In slices: the head of a model with 150,000 tokens would be a gigabyte in float64.
+        # In slices: the head of a model with 150,000 tokens would take a gigabyte in float64.
         y = np.concatenate([x @ self.dequantise(rows).astype(np.float64).T for rows in slices(self.n)], axis=1)
         return y + self.bias if self.bias is not None and self.bias_in_node else y
 
     def with_rows(self, order: np.ndarray | slice) -> "QuantizedLinear":
-        """The same layer with its output rows in another order (int [N]), or some of them."""
+        """The same layer with its output rows in another order (int [N]), or with some of its rows (a slice)."""
         bias = None if self.bias is None else self.bias[order]
         return replace(self, q=self.q[order], scales=self.scales[order], zero_points=self.zero_points[order], bias=bias)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A decoder with its weights and its tokenizer, as a checkpoint gives it and an exporter takes it."""
+"""A decoder with its weights and its tokenizer: checkpoint readers produce it, and exporters read it."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from sw.model.lm_head import Table
 
 @dataclass(frozen=True, eq=False)
 class DecoderSource:
-    """A decoder as an exporter found it; see write_decoder for the weights.
+    """A decoder as read from a checkpoint; see write_decoder for the weights.
 
-    family: llama or qwen2. tied: the head has the embedding's weights (`head` may still be given, in other numbers).
-    bos_id, stop_ids: tokens that begin a text and that end an answer. bos_token, eos_token: what a chat template
-    knows by these names. chat_template: its text. rope_scaling: Hugging Face's description of the rope_factors that
-    config has, if there is one. warnings: what a user should know whenever the model is used, one line each.
+    family: llama or qwen2. tied: the head has the embedding's weights (`head` may still be given, in another number
+    format). bos_id, stop_ids: tokens that begin a text and tokens that end an answer. bos_token, eos_token: values of
+    these variables in a chat template. chat_template: the template's text. rope_scaling: Hugging Face's description of
+    config's rope_factors, if there is one. warnings: messages to show whenever the model is used, one line each.
     """
 
     name: str

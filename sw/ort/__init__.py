@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""onnxruntime: sessions, stages of a cut graph, caches and feeds. Knows no device."""
+"""onnxruntime: sessions, stages of a cut graph, caches and feeds. This package does not depend on any device."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The keys and values of past tokens, between two calls of a decoder's graph.
 
-Where attention is onnxruntime's GroupQueryAttention, which appends in place, past and present are one buffer for all of
-the context, and a token costs no copy. Any other graph makes a new present from the past, which then becomes the past.
+onnxruntime's GroupQueryAttention appends in place. With it, past and present are one buffer for the whole context, and
+a token costs no copy. Any other graph makes a new present from the past; this present is the next past.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from sw.ort.feeds import CACHE_RANK, DTYPES, empty_cache_shape
 
 IN_PLACE = "GroupQueryAttention"
 APPENDED = {IN_PLACE: {3: 1, 4: 2}, "Attention": {4: 1, 5: 2}, "Concat": {0: 0}}
-"""Operator -> its input, and the output that holds the same and more."""
+"""Operator -> {input with past entries: output with these entries and the new ones}."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class _Pair:
 class KvCache:
     """The cache of one sequence.
 
-    context: tokens that it holds at most.
-    Raises UserError if inputs and outputs do not pair up.
+    context: maximum number of tokens.
+    Raises UserError if inputs and outputs do not match.
     """
 
     def __init__(self, file: OnnxFile, context: int):
@@ -48,17 +48,17 @@ class KvCache:
 
     @property
     def inputs(self) -> list[str]:
-        """The graph's inputs that it feeds."""
+        """The graph's inputs that come from the cache."""
         return [pair.past for pair in self._pairs]
 
     @property
     def outputs(self) -> list[str]:
-        """The graph's outputs that it takes."""
+        """The graph's outputs that go to the cache."""
         return [pair.present for pair in self._pairs]
 
     @property
     def fixed(self) -> dict[str, OrtValue]:
-        """Inputs and outputs that are always in the same place."""
+        """Inputs and outputs whose buffers never change."""
         return self._fixed
 
     def feed(self) -> dict[str, OrtValue]:
@@ -66,20 +66,20 @@ class KvCache:
         return self._values
 
     def take(self, values: dict[str, OrtValue]) -> None:
-        """Keeps what the graph made."""
+        """Keeps the graph's outputs for the next call."""
         if not self.in_place:
             self._values = {pair.past: values[pair.present] for pair in self._pairs}
 
     def reset(self) -> None:
-        """Forgets all tokens."""
+        """Removes all tokens."""
         if not self.in_place:
             self._values = {pair.past: OrtValue.ortvalue_from_numpy(pair.empty) for pair in self._pairs}
 
 
 def pair_names(file: OnnxFile) -> list[tuple[str, str]]:
-    """(past, present) of every cache tensor: by what appends to it where that is known, else by their order.
+    """(past, present) of every cache tensor: by the operator that appends to it if it is known, else by their order.
 
-    Raises UserError if there are more of the one than of the other.
+    Raises UserError if their numbers differ.
     """
     past = [item.name for item in file.inputs if _rank(item) == CACHE_RANK]
     outputs = [item.name for item in file.graph.output]
@@ -93,7 +93,7 @@ def pair_names(file: OnnxFile) -> list[tuple[str, str]]:
 
 
 def _appended(file: OnnxFile, past: str) -> list[tuple[str, str]]:
-    """(tensor, operator that makes it) of whatever holds a cache tensor and more."""
+    """(tensor, operator) of every tensor that is made by appending to a cache tensor."""
     return [
         (node.output[made], node.op_type)
         for node in file.consumers.get(past, [])
@@ -114,7 +114,7 @@ def _pair(file: OnnxFile, past: str, present: str) -> _Pair:
 
 
 def _appends(file: OnnxFile, pair: _Pair) -> bool:
-    """Whether nobody but attention that appends in place reads the past."""
+    """Whether attention that appends in place is the only reader of the past."""
     return len(file.consumers.get(pair.past, [])) == 1 and _appended(file, pair.past) == [(pair.present, IN_PLACE)]
 
 

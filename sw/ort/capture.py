@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real activations of a model's linear layers, and onnxruntime's own answers to them.
+"""The real activations of a model's linear layers, and onnxruntime's results for them.
 
 A copy of the graph, in memory, gets the layers' tensors as additional outputs. onnxruntime then runs it on the CPU with
-float32 arithmetic: accuracy_level is set to 0 in the copy, because at 4 (what exporters write) onnxruntime rounds the
-activations to 8 bits itself and is no reference any more.
+float32 arithmetic. accuracy_level is set to 0 in the copy: at 4, the value that exporters write, onnxruntime rounds the
+activations to 8 bits itself, so its results would not be a reference.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,9 +22,9 @@ from sw.ort.session import exact_session
 
 @dataclass(frozen=True, eq=False)
 class Captured:
-    """One layer at work: x float32 [M, K] goes in, y float32 [M, N] is the tensor `layer.output_name`.
+    """Input and output of one layer: x is float32 [M, K], y is float32 [M, N], the tensor `layer.output_name`.
 
-    y holds the bias only if layer.bias_in_node; compare with layer.float_output(x).
+    y contains the bias only if layer.bias_in_node; compare y with layer.float_output(x).
     """
 
     layer: QuantizedLinear
@@ -41,12 +41,12 @@ def capture_inputs(
     threads: int = 0,
     limit_mib: int = 256,
 ) -> Iterator[Captured]:
-    """Runs the layers' model over a token sequence (or over noise, see sw.ort.feeds) and yields them at work, in order.
+    """Runs the layers' model over a token sequence (or over noise, see sw.ort.feeds) and yields each layer, in order.
 
-    linears: all or a slice of what sw.graph.linears found.
-    input_ids: the tokens of one sequence, M of them. tokens, seed: size and seed of the noise for models without
-    input_ids. threads: 0 for onnxruntime's own choice. limit_mib: layers and tensors held at one time; a model that
-    needs more is run several times (one layer is always taken whole).
+    linears: all layers that sw.graph.linears found, or a slice of them.
+    input_ids: the M tokens of one sequence. tokens, seed: size and seed of the noise for models without input_ids.
+    threads: 0 for onnxruntime's own choice. limit_mib: memory for layers and tensors in MiB; a model that needs more
+    is run several times (a single layer is never divided).
     Raises UserError if onnxruntime refuses the model or a layer's activations or outputs are not finite.
     """
     session, model_inputs = _open(linears, threads)
@@ -66,7 +66,7 @@ def capture_inputs(
 
 
 def _open(linears: Linears, threads: int) -> tuple[onnxruntime.InferenceSession, set[str]]:
-    # Read again: the importer's copy of the graph stays as it is.
+    # Read the file again, because the session changes the graph, and the importer's copy must not change.
     file = OnnxFile(linears.file.path)
     model_inputs = {item.name for item in file.inputs}
     names = dict.fromkeys(name for pair in linears.tensors for name in pair)

@@ -2,7 +2,7 @@
 """Cuts a graph at its accelerated nodes into stages.
 
 The stage of a node is that of its latest input; the output of an accelerated node is one stage later than its input.
-What depends on constants alone belongs to every stage that reads it, so that onnxruntime can fold it there.
+A node that depends only on constants belongs to every stage that reads it, so that onnxruntime can fold it there.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,9 +19,9 @@ class Stage:
 
     Members
     -------
-    nodes: with those that compute their constants.
+    nodes: the stage's nodes, with those that compute their constants.
     inputs: tensors made elsewhere: the graph's inputs, outputs of earlier stages and of accelerated nodes.
-    outputs: tensors that somebody else reads: later stages, accelerated nodes, the graph's outputs.
+    outputs: tensors that are read outside the stage: by later stages, by accelerated nodes, or as the graph's outputs.
     constants: names of initializers that the nodes read.
     accelerated: indices of the accelerated nodes that follow this stage.
     """
@@ -34,10 +34,11 @@ class Stage:
 
 
 def cut(file: OnnxFile, accelerated: Sequence[onnx.NodeProto], outputs: Sequence[str]) -> list[Stage]:
-    """The stages of a graph, in order; after each, its accelerated nodes run. Only what `outputs` need is kept.
+    """The stages of a graph, in order; after each stage its accelerated nodes run. Nodes that `outputs` do not need are
+    removed.
 
-    accelerated: nodes of the graph; their first input and first output are their tensors. One whose input is constant
-    stays what it is.
+    accelerated: nodes of the graph, with their activations as first input and their product as first output. A node
+    with a constant input is not accelerated.
     """
     places = {node.output[0]: index for index, node in enumerate(accelerated)}
     needed = _needed(file, places, outputs)
@@ -70,7 +71,7 @@ def cut(file: OnnxFile, accelerated: Sequence[onnx.NodeProto], outputs: Sequence
 
 
 def reads(node: onnx.NodeProto) -> Iterable[str]:
-    """The tensors that a node reads, those that only its subgraphs read included."""
+    """The tensors that a node reads, including those that only its subgraphs read."""
     yield from filter(None, node.input)
     for attribute in node.attribute:
         for graph in [attribute.g, *attribute.graphs]:

@@ -19,14 +19,14 @@ DTYPES = {
 }
 COS_CACHE = 7
 LOGITS_TO_KEEP = ("num_logits_to_keep", "logits_to_keep")
-"""Inputs of exports by transformers 4.45 and later: of how many tokens, from the end, logits are wanted; 0 for all."""
+"""Inputs of exports by transformers 4.45 and later: number of tokens, from the end, whose logits are needed; 0: all."""
 TOKEN_IDS = "input_ids"
 CACHE_RANK = 4
-"""Axes of the tensors that keep the keys or values of past tokens; no other input of a decoder has so many."""
+"""Number of axes of the tensors with the keys or values of past tokens; no other input of a decoder has four."""
 
 
 def reads_token_ids(file: OnnxFile) -> bool:
-    """Whether a model is fed token ids, which a prompt has. Every other model is fed noise."""
+    """Whether a model reads the token ids of a prompt. Any other model gets noise."""
     return any(item.name == TOKEN_IDS for item in file.inputs)
 
 
@@ -41,8 +41,8 @@ def build_feeds(
 
     Models with an input named input_ids get the given token ids as one sequence, an attention_mask of ones,
     position_ids from 0 and an empty KV cache (inputs of four axes). Every other float input gets seeded standard
-    normal noise; its symbolic axes have size 1 but for the last, which has size `tokens`.
-    Raises UserError for missing or empty input_ids and for inputs that none of this covers.
+    normal noise; its last symbolic axis has size `tokens`, the other symbolic axes have size 1.
+    Raises UserError for missing or empty input_ids and for any other input.
     """
     inputs = session.get_inputs()
     is_decoder = reads_token_ids(file)
@@ -75,16 +75,16 @@ def build_feeds(
 
 
 def all_logits(axes: int) -> np.ndarray:
-    """The value of an input in LOGITS_TO_KEEP, int64 of one element, that asks for every token's logits."""
+    """The value of an input in LOGITS_TO_KEEP, int64 with one element, that requests every token's logits."""
     return np.zeros((1,) * axes, np.int64)
 
 
 def empty_cache_shape(file: OnnxFile, name: str, shape: Sequence[Any]) -> tuple[int, int, int, int]:
     """The shape of a KV cache's input [batch, kv_heads, past, head_size] for one sequence without a past.
 
-    Transformers' exporter writes fixed sizes as symbols that are numbers. onnxruntime-genai's builder leaves head_size
-    open; it is then taken from genai_config.json or config.json beside the model, or from the rotary table of the
-    attention node that reads the input. Raises UserError if all fail.
+    Transformers' exporter writes fixed sizes as symbols that are numbers. onnxruntime-genai's builder does not give
+    head_size; it is then read from genai_config.json or config.json beside the model, or from the rotary table of the
+    attention node that reads the input. Raises UserError if none of them gives it.
     """
     shape = [int(size) if isinstance(size, str) and size.isdecimal() else size for size in shape]
     if len(shape) != CACHE_RANK or not isinstance(shape[1], int):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""onnxruntime sessions on the CPU that compute in float32, for reference and for all that no device does."""
+"""onnxruntime sessions on the CPU that compute in float32: the reference, and the operators that no device computes."""
 
 from collections.abc import Sequence
 
@@ -15,8 +15,8 @@ def exact_session(
 ) -> onnxruntime.InferenceSession:
     """A CPU session for `model` (which is changed) with more outputs, its MatMulNBits nodes at accuracy_level 0.
 
-    At accuracy_level 4 (what exporters write) onnxruntime would round the activations to 8 bits itself.
-    file: what the model is from; its external data is found where that says. threads: 0 for onnxruntime's own choice.
+    At accuracy_level 4, the value that exporters write, onnxruntime would round the activations to 8 bits itself.
+    file: the file of the model; it gives the folder of the external data. threads: 0 for onnxruntime's own choice.
     Raises UserError if onnxruntime refuses the model.
     """
     present = {output.name for output in model.graph.output}
@@ -26,13 +26,13 @@ def exact_session(
             if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
                 attribute.i = 0
     options = onnxruntime.SessionOptions()
-    # Errors are raised as well, and reported once.
+    # No log: every error is also raised as an exception, and reported there.
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
-    # An arena a session would hold a megabyte and more each, and a cut graph has a hundred of them.
+    # An arena takes a megabyte or more per session, and a cut graph has a hundred sessions.
     options.enable_cpu_mem_arena = False
     for key, value in {
-        # Spinning threads would burn the processor that other work (the simulated device) needs between two runs.
+        # Between two runs, spinning threads would take processor time from other work (the simulated device).
         "session.intra_op.allow_spinning": "0",
         "session.qdq_matmulnbits_accuracy_level": "0",
         "session.model_external_initializers_file_folder_path": str(file.data_folder),

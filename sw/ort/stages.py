@@ -16,10 +16,10 @@ from sw.ort.cut import Stage
 from sw.ort.session import exact_session
 
 SHARED_BYTES = 1 << 16
-"""Constants from this size on that several stages read are held once, for all of them: rotary tables, for example."""
+"""A constant of at least this size that several stages read (a rotary table, for example) is held once for all."""
 THREADED_ELEMENTS = 1 << 20
-"""A stage with a constant of so many elements, a float lm_head for example, gets all processors; others are too small
-for more than one."""
+"""A stage with a constant of at least this many elements (a float lm_head, for example) runs on all processors; other
+stages are too small for more than one."""
 ELEMENTS = {
     "tensor(float)": onnx.TensorProto.FLOAT,
     "tensor(float16)": onnx.TensorProto.FLOAT16,
@@ -31,7 +31,7 @@ ELEMENTS = {
 
 @dataclass
 class _Bound:
-    """A binding, and what has to be bound anew for every run. outputs: (index among the stage's, name)."""
+    """A binding, and the tensors to bind again for every run. outputs: (index in the stage's outputs, name)."""
 
     binding: onnxruntime.IOBinding
     inputs: list[str]
@@ -39,12 +39,12 @@ class _Bound:
 
 
 class StageSession:
-    """One stage: a session, and for every kind of call a binding to buffers that stay where they are.
+    """One stage: a session, and for every kind of call a binding to fixed buffers.
 
     Members
     -------
-    stage: what it computes.
-    types: onnxruntime's names for its outputs' types ("tensor(float)").
+    stage: the nodes that the session computes.
+    types: onnxruntime's names for the types of the outputs ("tensor(float)").
     """
 
     def __init__(self, stage: Stage, session: onnxruntime.InferenceSession, constants: Mapping[str, OrtValue]):
@@ -55,9 +55,9 @@ class StageSession:
         self._bound: dict[Hashable, _Bound] = {}
 
     def run(self, call: Hashable, values: dict[str, OrtValue], fixed: Mapping[str, OrtValue]) -> None:
-        """Computes the outputs into `values`, from inputs in it.
+        """Reads the inputs from `values` and adds the outputs to it.
 
-        call: what decides about the shapes of the tensors in `fixed`, which are always in the same place.
+        call: a key for the shapes of the tensors in `fixed`; for one key these tensors are always in the same buffers.
         Raises UserError if onnxruntime fails.
         """
         bound = self._bound.get(call)
@@ -90,7 +90,7 @@ class StageSession:
 
 
 class Constants:
-    """A model's initializers as its stages get them: small ones each in its own session, large shared ones once."""
+    """A model's initializers for its stages: small ones are in each session, large shared ones are held once."""
 
     def __init__(self, file: OnnxFile, stages: list[Stage]):
         self._file = file
@@ -103,15 +103,15 @@ class Constants:
         self._shared = {name: OrtValue.ortvalue_from_numpy(self._read(name)) for name in large}
 
     def shared(self, stage: Stage) -> dict[str, OrtValue]:
-        """The constants that are inputs of a stage's session."""
+        """The shared constants, which are inputs of a stage's session."""
         return {name: self._shared[name] for name in stage.constants if name in self._shared}
 
     def own(self, stage: Stage) -> list[onnx.TensorProto]:
-        """The constants that are in a stage's session."""
+        """The constants that are part of a stage's session."""
         return [self._tensors[name] for name in stage.constants if name not in self._shared]
 
     def elements(self, stage: Stage) -> int:
-        """Of the largest constant that a matrix product of the stage reads."""
+        """Number of elements of the largest constant that a matrix product of the stage reads."""
         products = [node for node in stage.nodes if "MatMul" in node.op_type or node.op_type == "Gemm"]
         names = {name for node in products for name in node.input if name in self._tensors}
         return max((int(np.prod(self._tensors[name].dims)) for name in names), default=0)
@@ -129,7 +129,10 @@ class Constants:
 
 
 def open_stage(file: OnnxFile, stage: Stage, constants: Constants, types: Mapping[str, str]) -> StageSession:
-    """A session for a stage. types: of its inputs, in onnxruntime's words. Raises UserError if it refuses the stage."""
+    """A session for a stage. types: onnxruntime's names for the types of its inputs.
+
+    Raises UserError if onnxruntime refuses the stage.
+    """
     shared = constants.shared(stage)
     inputs = []
     for name in stage.inputs:
@@ -152,7 +155,7 @@ def open_stage(file: OnnxFile, stage: Stage, constants: Constants, types: Mappin
 
 
 def float_array(value: OrtValue) -> np.ndarray:
-    """A tensor's elements as they are, without a copy."""
+    """A tensor's elements in their own type, without a copy."""
     array = value.numpy()
     if array.dtype not in (np.float32, np.float16):
         raise UserError(f"a linear layer's activations are {array.dtype}, and float32 or float16 can be accelerated")

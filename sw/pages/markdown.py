@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures in Markdown: what stands between and before markers is replaced.
+"""Figures in Markdown: replaces tables between markers and numbers before markers.
 
-A marker is an HTML comment, which a reader does not see.
+A marker is an HTML comment, which a rendered page does not show.
 
 - ``<!-- table: NAME -->`` and ``<!-- end -->``, each on a line of its own: between them is the table of that name
   (sw.pages.tables).
-- ``47.8<!--= PATH FORMAT -->``: the number before the marker is the figure at PATH (sw.pages.store.find) in a format of
-  Python's, ``,`` without one. ``PATH * NUMBER FORMAT`` scales it first.
+- ``47.8<!--= PATH FORMAT -->``: the number before the marker is the figure at PATH (sw.pages.store.find). FORMAT is a
+  format specification of Python, by default ``,``. ``PATH * NUMBER FORMAT`` scales the figure first.
 """
 
 import re
@@ -24,7 +24,7 @@ _ANY_NUMBER = re.compile(r"<!--=")
 
 
 def render(text: str, sections: Sections, tables: Mapping[str, Table]) -> str:
-    """The page with today's figures.
+    """The page with the figures of the sections.
 
     Raises UserError for a marker that is damaged, or names a table or a figure that does not exist.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether simulated cycles became more than docs/figures.json says.
+"""Finds simulated cycles that have increased against docs/figures.json.
 
 Simulated cycles are exact and the same on every machine, so one cycle more is a change of the hardware.
 """
@@ -11,7 +11,7 @@ from sw.common.errors import UserError
 from sw.pages.store import FILE, Sections
 
 KEYS = ("name", "memory", "tile", "m", "k", "n")
-"""Members that say which row it is; the others are measured."""
+"""Members that identify a row; the others are measured."""
 
 
 def _key(row: dict[str, Any]) -> tuple[str, ...]:
@@ -19,7 +19,7 @@ def _key(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _cycles(figures: Any) -> Iterator[tuple[str, float]]:
-    """Every count of cycles among a section's figures, with a name that says whose it is."""
+    """Every count of cycles in a section's figures, with a name that identifies its row."""
     if isinstance(figures, list):
         for row in figures:
             counts = {name: value for name, value in row.items() if _is_count(name) and value is not None}
@@ -37,10 +37,10 @@ def _is_count(name: str) -> bool:
 
 
 def compare(sections: Sections, report: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """What became worse and what became better, a line each, of the sections in both.
+    """The counts that became worse and those that became better, one line each. Only sections in both arguments count.
 
-    sections: of docs/figures.json. report: measured figures by section.
-    Raises UserError if a count that was measured is not in the file: there is nothing to compare it with.
+    sections: those of docs/figures.json. report: measured figures by section.
+    Raises UserError if a measured count is not in the file, because then there is nothing to compare it with.
     """
     worse, better = [], []
     for section, figures in report.items():

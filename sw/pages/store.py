@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/figures.json: every figure that README and docs quote, with the command and the configuration behind it.
+"""docs/figures.json: every figure that README and docs quote, with its command and configuration.
 
 The file holds sections by name. A section has three members: command, the shell command that prints the figures;
-config, what else has to be known to repeat it; figures, the JSON that the command prints, or the part of it that is
-quoted.
+config, everything else that is needed to repeat the measurement; figures, the JSON that the command prints, or the part
+of it that is quoted.
 """
 
 import json
@@ -32,7 +32,7 @@ def load(path: Path = FILE) -> Sections:
 
 
 def save(sections: Sections, path: Path = FILE) -> None:
-    """Writes all sections. What holds no objects and lists is one line, so that a difference shows a whole row."""
+    """Writes all sections. An object or list that holds no other is one line, so that a diff shows a whole row."""
     path.write_text(_text(sections) + "\n", encoding="utf-8")
 
 
@@ -50,10 +50,10 @@ def _text(value: Any, indent: str = "") -> str:
 
 
 def find(sections: Sections, path: str) -> Any:
-    """The figure at a path such as ``tokens.ideal.cycles``: a section, then what to take of its figures, step by step.
+    """The figure at a path such as ``tokens.ideal.cycles``: the name of a section, then steps into its figures.
 
-    A step names a member of an object. In a list it keeps the rows that have this value in any member, and the last one
-    left is taken: ``gemm.16.ideal.cycles``. Raises UserError if there is no such figure, or if it is not the only one.
+    A step names a member of an object. In a list a step keeps the rows that have this value in any member; when a
+    single row is left, it is taken: ``gemm.16.ideal.cycles``. Raises UserError if there is no such figure, or several.
     """
     name, *steps = path.split(".")
     value: Any = sections[name]["figures"] if name in sections else None
@@ -71,7 +71,7 @@ def find(sections: Sections, path: str) -> Any:
 
 
 def take(sections: Sections, name: str, document: Any) -> None:
-    """Replaces a section's figures by what its command printed; of an object only the members that the section has.
+    """Replaces a section's figures by the output of its command. Of an object, only the section's members are taken.
 
     Raises UserError if there is no such section, or if the document has another form.
     """

@@ -17,7 +17,7 @@ _METHODS = {"float": "float", "rtn": "round to nearest", "awq": "AWQ"}
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], right: bool = False) -> str:
-    """A table in Markdown. right: all columns but the first are aligned to the right."""
+    """A table in Markdown. right: align all columns but the first to the right."""
     rule = "|---|" + ("---:|" if right else "---|") * (len(head) - 1)
     return "\n".join(["| " + " | ".join(head) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)])
 
@@ -29,8 +29,8 @@ def _percent(value: float) -> str:
 def tokens(sections: Sections) -> str:
     """One token of Qwen2.5-0.5B by memory."""
     head = (
-        *("memory", "cycles", "useful bytes", "of what the ports carry", "of what the memory gives"),
-        *("tokens/s of these layers at 250 MHz", "starved for weights, activations, output"),
+        *("memory", "cycles", "useful bytes", "share of the ports' bandwidth", "share of the memory's bandwidth"),
+        *("tokens/s of these layers at 250 MHz", "cycles starved for weights, activations, output"),
     )
     rows = [
         (
@@ -172,7 +172,7 @@ def quantize(sections: Sections) -> str:
 
 
 def quantize_trials(sections: Sections) -> str:
-    """What each part of the method brought."""
+    """The effect of each part of the method."""
     rows = [(row["part"], f"{row['perplexity']:.2f}") for row in sections["quantize_trials"]["figures"]]
     return markdown_table(("part of the method, alone or added", "perplexity"), rows)
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's chat template: messages to the text that the model was trained on.
+"""A model's chat template: it renders messages as the text format that the model was trained on.
 
-Jinja as Hugging Face's transformers renders it (utils/chat_template_utils.py): sandboxed, block lines take no room,
-loop controls and {% generation %}, and the functions raise_exception, strftime_now and tojson.
+The templates are Jinja, rendered as in Hugging Face's transformers (utils/chat_template_utils.py): in a sandbox, with
+trim_blocks and lstrip_blocks, loop controls, {% generation %}, and the functions raise_exception, strftime_now and
+tojson.
 """
 
 import json
@@ -21,17 +22,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from sw.common.errors import UserError, one_line
 
 MAX_STEPS = 2_000_000
-"""Lines of Python that rendering may run. Real templates need some thousands."""
+"""Maximum number of Python lines that rendering may run. Real templates need some thousands."""
 MAX_SIZE = 1_000_000
-"""Elements of a product of text or lists, and digits of a power."""
+"""Maximum number of elements of a repeated text or list, and of bits of a power."""
 
 
 class TooMuchWork(Exception):
-    """A template does not come to an end in reasonable time."""
+    """A template does not end in reasonable time."""
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Also bounds the two operators that make large values of small ones."""
+    """Also limits the two operators that make large values from small ones."""
 
     intercepted_binops = frozenset(["*", "**"])
 
@@ -70,9 +71,9 @@ class ChatTemplate:
     Parameters
     ----------
     source: the template's text.
-    path: of the file that it is from, for messages.
+    path: the file of the template, for messages.
 
-    Raises UserError if it is no template.
+    Raises UserError if the source is not a template.
     """
 
     def __init__(self, source: Any, path: Path):
@@ -89,13 +90,13 @@ class ChatTemplate:
             raise UserError(f"{path}: the chat template is damaged ({one_line(error)})") from None
 
     def render(self, messages: Sequence[Mapping[str, str]], special_tokens: Mapping[str, str]) -> str:
-        """The text up to where the assistant's answer begins.
+        """The text up to the beginning of the assistant's answer.
 
-        messages: with role and content. special_tokens: their texts by name, bos_token for example.
-        Raises UserError if the template refuses the messages, or does not come to an end in reasonable time.
+        messages: dicts with role and content. special_tokens: their texts by name, for example bos_token.
+        Raises UserError if the template refuses the messages, or does not end in reasonable time.
         """
         try:
-            # Templates ask whether tools and documents are none.
+            # Templates test whether tools and documents are none.
             values = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
             return _bounded(lambda: self._template.render({**special_tokens, **values}))
         except TooMuchWork as error:
@@ -105,7 +106,7 @@ class ChatTemplate:
 
 
 class _Generation(Extension):
-    """{% generation %} ... {% endgeneration %} marks what a model is trained on; here it is only its content."""
+    """{% generation %} ... {% endgeneration %} marks the text that a model is trained on; it renders its content."""
 
     tags = {"generation"}
 
@@ -117,7 +118,7 @@ class _Generation(Extension):
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys=False
 ) -> str:
-    # Jinja's own escapes what HTML needs escaped, and its keys are sorted.
+    # Jinja's own filter escapes HTML and sorts keys.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

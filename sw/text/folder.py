@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands beside a model.onnx about its text: tokenizer, chat template, tokens that end an answer.
+"""The files beside a model.onnx that describe its text: tokenizer, chat template, tokens that end an answer.
 
     tokenizer.json           the tokenizer, as Hugging Face's tokenizers package writes it
     config.json              eos_token_id, bos_token_id, max_position_embeddings; chat_template in exports of
@@ -7,9 +7,9 @@
     generation_config.json   eos_token_id
     genai_config.json        model.eos_token_id and model.context_length, as onnxruntime-genai's builder writes it
     tokenizer_config.json    chat_template, bos_token, eos_token and other special tokens, as transformers writes it
-    special_tokens_map.json  special tokens, as transformers wrote it before
-    chat_template.jinja      the chat template, as transformers writes it today
-Only tokenizer.json must be there.
+    special_tokens_map.json  special tokens, as older versions of transformers wrote it
+    chat_template.jinja      the chat template, as current versions of transformers write it
+Only tokenizer.json is required.
 """
 
 import sys
@@ -25,9 +25,9 @@ from sw.text.chat_template import ChatTemplate
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
-"""Values of tokenizer_class whose add_bos_token transformers acts on."""
+"""Values of tokenizer_class for which transformers uses add_bos_token."""
 INCOMPLETE = "\ufffd"
-"""What a tokenizer decodes the first bytes of a character to while the rest is missing."""
+"""A tokenizer decodes the first bytes of a character to this while the rest is missing."""
 
 
 class TextFolder:
@@ -36,11 +36,11 @@ class TextFolder:
     Members
     -------
     tokenizer: text to token ids and back.
-    stop_ids: tokens that end an answer, of all files that name some; may be empty.
-    context: most tokens of one sequence, the least that a file names; None if none does.
-    warnings: what the user should know, one line each.
-    template: the chat template, or None. chat_template.jinja comes before tokenizer_config.json (as in transformers)
-        and that before config.json.
+    stop_ids: tokens that end an answer, from all files that name some; may be empty.
+    context: maximum number of tokens of one sequence, the smallest that a file names; None if no file names it.
+    warnings: messages for the user, one line each.
+    template: the chat template, or None. chat_template.jinja is preferred to tokenizer_config.json (as in
+        transformers), and tokenizer_config.json to config.json.
 
     Raises UserError if there is no tokenizer or a file is damaged.
     """
@@ -65,13 +65,13 @@ class TextFolder:
         self.template = self._template()
 
     def prompt_ids(self, prompt: str, system: str | None = None, raw: bool = False) -> list[int]:
-        """Token ids of one user message, ready to be answered.
+        """Token ids of one user message, up to the beginning of the answer.
 
-        With a chat template its text is all there is, special tokens included: the tokenizer adds none of its own, so
-        that what begins a sequence is never there twice. Without one, or if `raw`, the prompt is continued as it is;
-        the tokenizer then adds what it adds to any text, unless the prompt begins with that already.
+        With a chat template, the template's text contains all special tokens. The tokenizer adds none, so that the
+        first token of a sequence is never doubled. Without a template, or if `raw`, the model continues the prompt
+        itself; the tokenizer then adds the tokens that it adds to any text, unless the prompt begins with them already.
         system: a system message before it. Raises UserError if the template refuses the messages, for a system
-        message without a template, and for text that is no text.
+        message without a template, and for text that is not valid Unicode.
         """
         template = None if raw else self.template
         if template is None:
@@ -90,7 +90,7 @@ class TextFolder:
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """The text of tokens, without special ones."""
+        """The text of tokens, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def stream(self) -> "TextStream":
@@ -98,9 +98,9 @@ class TextFolder:
         return TextStream(self.decode)
 
     def beginning(self) -> list[int]:
-        """The tokens that the tokenizer puts in front of every text (BOS, mostly); may be empty."""
+        """The tokens that the tokenizer puts before every text (usually BOS); may be empty."""
         added, alone = encode(self.tokenizer, "a", True), encode(self.tokenizer, "a", False)
-        # Some put tokens behind a text as well.
+        # Some tokenizers also put tokens after a text.
         starts = (start for start in range(len(added)) if alone and added[start:][: len(alone)] == alone)
         return added[: next(starts, 0)]
 
@@ -110,7 +110,7 @@ class TextFolder:
         return plain if first and plain[: len(first)] == first else encode(self.tokenizer, text, True)
 
     def _special_token(self, name: str) -> str | None:
-        """A special token's text: as text, as an object with its content, or by its id in config.json."""
+        """A special token's text. Files give it as text, as an object with content, or by its id in config.json."""
         if name in self._tokens:
             value = self._tokens[name]
             value = value.get("content") if isinstance(value, dict) else value
@@ -159,11 +159,11 @@ class TextFolder:
 
 
 class TextStream:
-    """The text of tokens that come one by one: it only grows, and never shows half a character.
+    """The text of tokens that come one by one: it only grows, and never contains part of a character.
 
-    decode: token ids to text. A window of the last tokens is decoded with and without the new ones, as the text of a
-    token may depend on its neighbours; the first part of the window was shown before. (tokenizers' own DecodeStream
-    raises an exception where bytes that are no UTF-8 follow a character made of byte tokens.)
+    decode: token ids to text. A window of the last tokens is decoded with and without the new ones, because the text
+    of a token may depend on its neighbours; the first part of the window was shown before. (tokenizers' own
+    DecodeStream raises an exception if bytes that are not UTF-8 follow a character made of byte tokens.)
     """
 
     def __init__(self, decode: Callable[[list[int]], str]):
@@ -177,7 +177,7 @@ class TextStream:
         return self._take(False)
 
     def finish(self) -> str:
-        """What was held back: bytes that no further token can make a character of."""
+        """The text that was held back: bytes of a character that no further token completes."""
         return self._take(True)
 
     def _take(self, everything: bool) -> str:
@@ -189,7 +189,7 @@ class TextStream:
 
 
 def open_text(model: Path) -> TextFolder:
-    """The text files of an ONNX file; says on stderr what the user should know about them.
+    """The text files of an ONNX file; prints their warnings on stderr.
 
     Raises UserError as TextFolder does.
     """
@@ -211,9 +211,9 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def apply_settings(tokenizer: Tokenizer, values: Mapping[str, Any], path: Path) -> bool:
-    """Applies what tokenizer_config.json says beside tokenizer.json, as transformers does; whether that changed it.
+    """Applies settings of tokenizer_config.json to the tokenizer, as transformers does. Returns whether it changed.
 
-    add_bos_token decides for Llama's tokenizer classes whether BOS begins a text; for others tokenizer.json does.
+    For Llama's tokenizer classes add_bos_token decides whether BOS begins a text; for others tokenizer.json decides.
     Raises UserError for settings that would change tokens and are not supported.
     """
     if values.get("split_special_tokens"):
@@ -235,17 +235,17 @@ def apply_settings(tokenizer: Tokenizer, values: Mapping[str, Any], path: Path) 
 
 
 def begin_with(tokenizer: Tokenizer, text: str | None, number: int) -> None:
-    """Makes every text begin with a token, by its text and its id; with none if the text is None."""
-    # Under a name of its own, so that a $ in the token's text is no variable.
+    """Makes every text begin with a token, given by its text and its id; with no token if the text is None."""
+    # The token has the name BEGIN here, because a $ in the token's own text would mean a variable.
     pieces = [{"id": "BEGIN", "ids": [number], "tokens": [text or ""]}]
     single = ["$A"] if text is None else ["BEGIN", "$A"]
     tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=pieces)
 
 
 def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
-    """Token ids of a text; special tokens in it are such.
+    """Token ids of a text; the text of a special token becomes that special token.
 
-    Raises UserError for text that is no Unicode or that the tokenizer has no tokens for.
+    Raises UserError for text that is not valid Unicode or for which the tokenizer has no tokens.
     """
     try:
         text.encode()
@@ -257,7 +257,7 @@ def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[in
 
 
 def _default_template(templates: list, path: Path) -> str:
-    """Of several named templates, as transformers chooses; a single one needs no name."""
+    """Chooses one of several named templates, as transformers does; a single template needs no name."""
     named = {item.get("name"): item.get("template") for item in templates if isinstance(item, dict)}
     text = next(iter(named.values())) if len(named) == 1 else named.get("default")
     if text is None:

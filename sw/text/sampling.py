@@ -13,14 +13,14 @@ class Sampler:
 
     Parameters
     ----------
-    temperature: 0 takes the largest logit (greedy), the lowest id among equals. Otherwise a token's probability is
-        p[i] = exp((l[i] - max l) / temperature) / sum, in float64.
-    top_p: only the fewest likeliest tokens whose probabilities reach top_p together may be drawn, at least one. Equal
-        ones are ordered by id.
-    seed: of numpy.random.default_rng. Each token takes one uniform u in [0, 1) from it: with the tokens in order of
-        falling probability, the first whose cumulative sum exceeds u times the sum of those allowed.
+    temperature: 0 takes the largest logit (greedy), and among equal logits the lowest id. Otherwise a token's
+        probability is p[i] = exp((l[i] - max l) / temperature) / sum, in float64.
+    top_p: a token may be drawn only if it is in the smallest set of most probable tokens whose probabilities sum to
+        at least top_p. The set has at least one token. Tokens of equal probability are ordered by id.
+    seed: seed of numpy.random.default_rng. Each token takes one uniform u in [0, 1) from the generator. The tokens of
+        the set are ordered by falling probability; the first whose cumulative sum exceeds u times the total is drawn.
 
-    Raises UserError for values outside these ranges: temperature from 0, top_p above 0 and up to 1, seed from 0.
+    Raises UserError for values outside these ranges: 0 <= temperature, 0 < top_p <= 1, 0 <= seed.
     """
 
     def __init__(self, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0):
@@ -34,9 +34,9 @@ class Sampler:
         self._rng = np.random.default_rng(seed)
 
     def __call__(self, logits: np.ndarray) -> int:
-        """A token from float [vocab]; -infinity excludes one.
+        """A token from logits, float [vocab]; a token with -infinity is excluded.
 
-        Raises UserError for NaN, +infinity, and if nothing is left.
+        Raises UserError for NaN, for +infinity, and if all tokens are excluded.
         """
         top = logits.max(initial=-np.inf)
         if not np.isfinite(top):
@@ -46,20 +46,21 @@ class Sampler:
         order, probabilities = self._distribution(logits)
         sums = np.cumsum(probabilities)
         index = np.searchsorted(sums, self._rng.random() * sums[-1], side="right")
-        # The product may round up to the whole sum.
+        # The product may be rounded up to the whole sum.
         return int(order[min(index, np.count_nonzero(probabilities) - 1)])
 
     def _distribution(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(ids that may be drawn, in order of falling probability; their probabilities, not normalised again)."""
         steps = logits.astype(np.float64)
-        # The largest becomes 0 before the division, so that no temperature makes it anything else.
+        # The largest logit becomes 0 before the division, so it is 0 at every temperature.
         with np.errstate(over="ignore", under="ignore"):
             weights = np.exp((steps - steps.max()) / self.temperature)
         order = np.argsort(-weights, kind="stable")
         probabilities = weights[order] / weights.sum()
         if self.top_p < 1:
-            # As many as stay below top_p, and the one that reaches it. Rounding may leave the sum of all below.
+            # The tokens whose sums stay below top_p, and the one that reaches it. Because of rounding, the sum of all
+            # tokens may be below top_p.
             count = 1 + int(np.searchsorted(np.cumsum(probabilities), self.top_p, side="left"))
             order, probabilities = order[:count], probabilities[:count]
-        # Tokens without any probability are at the end and are never drawn.
+        # Tokens of probability 0 are at the end and are never drawn.
         return order, probabilities

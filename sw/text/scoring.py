@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the perplexity of a text is made of: windows of its tokens, and the probability of each token."""
+"""The parts of a text's perplexity: windows of its tokens, and the probability of each token."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ def cut_windows(ids: Sequence[int], windows: int, length: int) -> list[list[int]
 def negative_log_likelihood(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """-ln softmax(logits)[target], float64 [M], of float [M, vocab] logits and int [M] targets.
 
-    Raises UserError if logits are not finite, or no target of a model with so many tokens.
+    Raises UserError if logits are not finite, or if a target is not below vocab.
     """
     if targets.max() >= logits.shape[1]:
         raise UserError(f"the text has token {targets.max()}, and the model knows {logits.shape[1]} tokens")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the Vivado scripts under a Tcl interpreter against the recorder, and compares the result with the contract."""
+"""Runs the Vivado scripts in a Tcl interpreter with the recorder, and compares the result with the contract."""
 
 import os
 import re
@@ -43,7 +43,7 @@ def interpreter() -> list[str]:
 
 @dataclass
 class Record:
-    """What the recorder saw; every list holds tuples of words in order."""
+    """The recorder's record; every list holds tuples of words in order."""
 
     facts: dict[str, list[tuple[str, ...]]] = field(default_factory=lambda: defaultdict(list))
 
@@ -65,7 +65,7 @@ class Record:
 
 
 def run_script(script: Path, environment: dict[str, str], out: Path, **faults: str) -> Record:
-    """Run one script; ``environment`` is what hw.vivado gives it, ``faults`` are the recorder's."""
+    """Run one script; ``environment`` is hw.vivado's, ``faults`` are for the recorder."""
     for name in ("WORK", "REPORTS", "OUT"):
         Path(environment[f"GRISTMILL_{name}"]).mkdir(parents=True, exist_ok=True)
     out.unlink(missing_ok=True)
@@ -84,7 +84,7 @@ def run_script(script: Path, environment: dict[str, str], out: Path, **faults: s
 
 
 def install_tools(folder: Path, version: str = "2023.2") -> None:
-    """Put a ``vivado`` that runs scripts under the recorder and a ``bootgen`` into a folder for PATH."""
+    """Put a ``vivado`` that runs scripts with the recorder, and a ``bootgen``, into a folder for PATH."""
     folder.mkdir()
     with zipfile.ZipFile(folder / "design.xsa", "w") as archive:
         archive.writestr("system.hwh", "<hardware/>")
@@ -129,7 +129,7 @@ def wanted_ports(manifest: Manifest) -> set[tuple[str, str]]:
 
 
 def complaints(record: Record, manifest: Manifest, dts: str, clock_hz: int = board.FABRIC_HZ) -> list[str]:
-    """What of the recorded block design, or of the overlay, is not as manifest and ``hw.spec.kv260`` say."""
+    """Differences of the recorded block design, or of the overlay, from manifest and ``hw.spec.kv260``."""
     if record.error:
         return [record.error]
     count, width = manifest.config.ports, manifest.config.port_width
@@ -173,7 +173,7 @@ def complaints(record: Record, manifest: Manifest, dts: str, clock_hz: int = boa
 
 
 def overlay_complaints(dts: str, manifest: Manifest, clock_hz: int) -> list[str]:
-    """What of the overlay's source is not as manifest and ``hw.spec.kv260`` say."""
+    """Differences of the overlay's source from manifest and ``hw.spec.kv260``."""
     found = dict(re.findall(r'^\s*([\w,#-]+) = ["<]+(.*?)[">]+;$', dts, re.MULTILINE))
     address, size = board.CONTROL_ADDRESS, board.CONTROL_BYTES
     width = {128: 0, 64: 1, 32: 2}[manifest.config.port_width]

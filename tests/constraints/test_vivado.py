@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Vivado scripts build what manifest, board and overlay say, and a change on one side only is found.
+"""The Vivado scripts build the design of manifest, board and overlay, and a change in one place only is detected.
 
-Vivado itself is not here: the scripts run under a Tcl interpreter against a recorder.
+Vivado itself is not used: the scripts run in a Tcl interpreter with a recorder.
 """
 
 import subprocess
@@ -95,7 +95,7 @@ def test_other_ports(tmp_path: Path, ports: int, port_width: int):
         ("-range [setting CONTROL_BYTES]", "-range 0x1000", "addresses"),
         ("-range [setting CONTROL_BYTES]", "-range 0x20000", "has 65536 bytes"),
         ("HP${port}_DDR_LOW]", "HP${port}_QSPI]", "addresses"),
-        # What Vivado does not know, or would refuse.
+        # Commands that do not exist, or that Vivado would refuse.
         ("validate_bd_design", "validate_design", "unknown command validate_design"),
         ("save_bd_design", "ls", "unknown command ls"),
         ("-norecurse [list [setting XDC]]", "-recurse [list [setting XDC]]", "no option -recurse"),
@@ -206,8 +206,8 @@ def test_wrapper_connects_every_port(generated: tuple[str, Manifest]):
     assert sorted(connected) == sorted(read_ports(verilog, manifest.top))
 
 
-def test_addresses_beyond_the_registers_do_not_come_round(generated: tuple[str, Manifest]):
-    # The top bit of the accelerator's own address is set by every higher one, and no register has it.
+def test_addresses_beyond_the_registers_do_not_alias(generated: tuple[str, Manifest]):
+    # Every higher address bit sets the top bit of the accelerator's address, and no register has this bit.
     assert WINDOW_BYTES <= 1 << (CONTROL_ADDRESS_BITS - 1)
     for channel in ("aw", "ar"):
         name = f"s_axi_ctrl_{channel}addr"

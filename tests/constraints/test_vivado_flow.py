@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m hw.vivado`` from end to end with the recorder as Vivado, and what it says when things are wrong."""
+"""``python -m hw.vivado`` from end to end with the recorder as Vivado, and its messages for faults."""
 
 import json
 import os

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m hw.build``: the same bytes every time, all or nothing, one clear line for what it refuses."""
+"""``python -m hw.build``: the same bytes every time, complete files only, one clear line for each bad option."""
 
 import hashlib
 import os
@@ -115,7 +115,7 @@ def test_generic_verilog_has_no_primitives(core: Path):
 
 
 def test_target_has_its_primitives(tmp_path: Path):
-    """An array in DSP slices, and memories that say where they belong; what software reads is the same."""
+    """The array is in DSP slices, and memories have attributes for their kind; the manifest is the same."""
     for target in ("generic", "ultrascaleplus"):
         assert run(*SMALL, "--top", "core", "--target", target, "--out", str(tmp_path / target)).returncode == 0
     texts = {target: (tmp_path / target / "gristmill.v").read_text() for target in ("generic", "ultrascaleplus")}
@@ -205,7 +205,7 @@ def test_failure_leaves_the_old_files(failure: BaseException, core: Path, tmp_pa
     before = {path.name: path.read_bytes() for path in out.iterdir()}
 
     def fail(component, *_):
-        # Amaranth warns of components that are thrown away unused, as this one is on purpose.
+        # Amaranth warns about unused components, but this one is unused on purpose.
         component._MustUse__silence = True
         raise failure
 
@@ -217,7 +217,7 @@ def test_failure_leaves_the_old_files(failure: BaseException, core: Path, tmp_pa
 
 
 def test_full_disk_leaves_no_part_of_a_file(core: Path, tmp_path: Path, monkeypatch, capsys):
-    """The write of the second file fails: the first is whole, no part of the second is left."""
+    """The write of the second file fails: the first is complete, and no part of the second remains."""
     out = tmp_path / "out"
     shutil.copytree(core, out)
     old = (out / "manifest.json").read_bytes()
@@ -245,7 +245,7 @@ def test_interrupt_leaves_nothing(tmp_path: Path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # What runs in a shell's background ignores interrupts, and so would this.
+        # A process in a shell's background ignores SIGINT, and its children inherit this.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     time.sleep(4)

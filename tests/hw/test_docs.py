@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The generated page: up to date, complete, with links that lead somewhere and the layout's own formulas."""
+"""The generated page is up to date and complete, its links are valid, and its formulas equal the layout's."""
 
 import re
 from itertools import product
@@ -69,7 +69,7 @@ def test_links_lead_somewhere():
 
 
 def test_registers_in_the_text_exist():
-    """A word in backticks before an offset is the register at that offset."""
+    """A word in backticks before an offset names the register at that offset."""
     named = re.findall(r"`(\w+)(?:\.(\w+))?` \((0x[0-9a-f]{3})[,)]", docs.page())
     assert len(named) >= 8
     for name, field, offset in named:
@@ -79,7 +79,7 @@ def test_registers_in_the_text_exist():
 
 
 def test_diagram_has_every_bit():
-    """Two characters a bit: the borders between fields are where the fields are."""
+    """Each bit takes two characters: the borders in the diagram are at the borders of the fields."""
     lines = [line[7:-1] for line in docs.descriptor_diagram(FIELDS).splitlines() if line.rstrip().endswith("|")]
     edges = {field.low for field in FIELDS} | {field.low + field.width for field in FIELDS}
     for word, line in enumerate(lines[:-1]):
@@ -102,7 +102,7 @@ def test_words_of_the_example():
 
 @pytest.mark.parametrize("tile", [4, 8, 16, 32])
 def test_formulas(tile: int):
-    """What the page says about header_beats, body_words, beats and the shortest group is what the layout does."""
+    """The page's formulas for header_beats, body_words, beats and the shortest group equal the layout's."""
     for bits, zero_point, ports, width in product(range(2, 9), ("integer", "fixed"), (1, 2, 4), (32, 64, 128)):
         config = AcceleratorConfig(
             tile=tile, weight_bits=bits, zero_point=zero_point, ports=ports, port_width=width, max_k=1024

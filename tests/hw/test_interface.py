@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The register map as SVD and as C header: valid, complete, and the same as hw.spec says."""
+"""The register map as SVD and as C header: valid, complete, and equal to hw.spec."""
 
 import subprocess
 from dataclasses import asdict
@@ -31,14 +31,14 @@ EXAMPLE = Descriptor.from_layer(
 
 @pytest.fixture(scope="module")
 def tree():
-    """The SVD, valid by CMSIS' own schema."""
+    """The SVD; it is validated with CMSIS' own schema."""
     parsed = etree.fromstring(svd().encode())
     etree.XMLSchema(etree.parse(str(SCHEMA))).assertValid(parsed)
     return parsed
 
 
 def test_schema_refuses_another_order(tree):
-    """The order of elements is what is easily wrong, and the schema knows it."""
+    """The order of elements is easily wrong, and the schema checks it."""
     changed = etree.fromstring(svd().encode())
     register = changed.find(".//register")
     register.append(register.find("name"))
@@ -79,7 +79,7 @@ def test_svd_fields_resets_and_errors(tree):
 
 
 def expressions() -> dict[str, int]:
-    """C expressions and what they must be."""
+    """C expressions and their expected values."""
     values: dict[str, int] = {f"GRISTMILL_ERROR_{code.name}": code for code in ErrorCode}
     values["GRISTMILL_DESCRIPTOR_WORDS"] = DESCRIPTOR_WORDS
     for register in REGISTERS:
@@ -92,7 +92,7 @@ def expressions() -> dict[str, int]:
 
 
 def run(folder: Path, compiler: tuple[str, str, str], lines: list[str]) -> list[int]:
-    """What a program prints, a number a line."""
+    """The output of a program, one number per line."""
     program, language, standard = compiler
     (folder / "gristmill.h").write_text(c_header())
     body = "\n    ".join(lines)
@@ -117,7 +117,7 @@ def test_header_compiles_and_has_the_values(compiler: tuple[str, str, str], tmp_
 
 @pytest.mark.parametrize("compiler", COMPILERS, ids=["C99", "C++11"])
 def test_header_packs_a_descriptor(compiler: tuple[str, str, str], tmp_path: Path):
-    """As Descriptor.to_words does; a value that is too large is refused, and nothing is written."""
+    """The result equals Descriptor.to_words; a value that is too large is refused, and nothing is written."""
     too_large = {name: 1 << width for name, width in FIELD_WIDTHS.items() if width not in (8, 16, 32, 64)}
     assert set(too_large) == {"reuse", "interrupt", "result_pitch"}
     lines = ["struct gristmill_descriptor d;", "uint32_t words[GRISTMILL_DESCRIPTOR_WORDS];", "unsigned index;"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m hw.resources``: counts add up, the array is in DSP slices, buffers are in the memories they belong in."""
+"""``python -m hw.resources``: sums are right, the array is in DSP slices, buffers are in the right kind of memory."""
 
 import json
 import re
@@ -35,13 +35,13 @@ def run(*options: str, timeout: int = 300) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_array_is_one_slice_an_element():
-    """And the skew of its rows is in SRLs: nothing of an adder or a multiplier is left in LUTs."""
+def test_array_is_one_slice_per_element():
+    """Also, the skew of its rows is in SRLs, and no part of an adder or a multiplier is in LUTs."""
     (counts,) = resources.measure(SMALL, "kv260", "array").values()
     assert counts["DSP48E2"] == SMALL.tile**2
     assert counts["SRL"] > 0
     assert counts["BRAM36"] == counts["URAM288"] == 0
-    # A multiplexer for each bit of a row's weights, one for what arrives and one for what is held.
+    # A multiplexer for each bit of a row's weights: new weights or held weights.
     assert counts["LUT"] - counts["SRL"] <= SMALL.tile * SMALL.tile * SMALL.weight_bits
 
 
@@ -122,8 +122,8 @@ def test_blocks_are_those_of_the_architecture():
     assert blocks("array") == {}
 
 
-def test_where_buffers_belong():
-    """Where they fill UltraRAM they go there; 16,384 x 23 would leave two thirds of it empty."""
+def test_kind_of_memory_of_buffers():
+    """Buffers that fill UltraRAM are in UltraRAM; 16,384 x 23 would use only a third of it."""
     assert buffer_attributes(XCUP, 16384, 256) == {"ram_style": "ultra"}
     assert buffer_attributes(XCUP, 8192, 512) == {"ram_style": "ultra"}
     assert buffer_attributes(XCUP, 16384, 23) == {"ram_style": "block"}
@@ -137,7 +137,7 @@ def test_board_that_does_not_exist():
 
 
 def documented(tile: int) -> dict:
-    """What docs/figures.json says: total and blocks."""
+    """Total and blocks in docs/figures.json."""
     figures = json.loads((ROOT / "docs" / "figures.json").read_text())
     return figures[f"resources_tile_{tile}"]["figures"]
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 # pyright: reportOperatorIssue=false, reportCallIssue=false, reportIndexIssue=false
-"""The ULX3S design: its PLL, its vectors, its simulation, and what its command does with good and bad reports."""
+"""The ULX3S design: its PLL, its vectors, its simulation, and its command with good and bad reports."""
 
 import json
 import re
@@ -29,8 +29,8 @@ from sim.benches import BENCHES
 
 
 @pytest.mark.parametrize("tile", [4, 8])
-def test_vectors_say_what_the_numerics_say(tile: int):
-    """Weights and activations are read back from the payloads; a plain product gives the results to float32."""
+def test_vectors_agree_with_the_numerics(tile: int):
+    """Weights and activations are decoded from the payloads; their product equals the results to float32 accuracy."""
     config = bitstream.board_config(tile)
     vectors = selftest_vectors(config)
     layer = fit_layer(config, 128, 3 * tile - 1, 32)
@@ -57,7 +57,7 @@ def test_vectors_refuse_two_lanes():
 
 
 def test_simulated_design_is_the_board_s():
-    """`make sim` has the two designs of `make bitstream BOARD=ulx3s`, made for its part."""
+    """`make sim` runs the two designs of `make bitstream BOARD=ulx3s`, generated for its part."""
     benches = [bench.params for bench in BENCHES if bench.top == "selftest"]
     assert [params.pop("target") for params in (dict(p) for p in benches)] == ["ecp5", "ecp5"]
     configs = [AcceleratorConfig(**{k: v for k, v in params.items() if k != "target"}) for params in benches]
@@ -161,7 +161,7 @@ def test_line_writer(numbers: int, good: int, text: str):
 
 
 class _CountingCore(wiring.Component):
-    """Takes everything and returns so many results, all 7."""
+    """Accepts all inputs and returns a given number of results, all 7."""
 
     def __init__(self, results: int):
         self.count = results
@@ -185,7 +185,7 @@ class _CountingCore(wiring.Component):
     ("results", "outcome"), [(3, "pass"), (0, "FAIL"), (2, "FAIL"), (4, "FAIL")], ids=["right", "none", "less", "more"]
 )
 def test_number_of_results(results: int, outcome: str, monkeypatch: pytest.MonkeyPatch):
-    """A core that hangs, or returns too much, fails, and the self-test goes on with the next run."""
+    """A core that hangs or returns too many results fails, and the self-test continues with the next run."""
     monkeypatch.setattr("hw.boards.selftest.TIMEOUT_BITS", 8)
     test = SelfTest(_CountingCore(results), Vectors(1, (1, 2), (3,), (7, 7, 7)), "t", 1, 5)
     lines, bits = [""], []
@@ -209,7 +209,7 @@ def test_number_of_results(results: int, outcome: str, monkeypatch: pytest.Monke
 
 
 def _report(**changes) -> dict:
-    """A report as nextpnr writes it, cut to what is read."""
+    """A report in nextpnr's format, reduced to the parts that are read."""
     steps = [
         {"type": "clk-to-q", "delay": 0.5, "from": {"cell": "a"}, "to": {"cell": "a"}},
         {"type": "routing", "delay": 3.0, "from": {"cell": "a"}, "to": {"cell": "b"}},
@@ -290,7 +290,7 @@ def test_missing_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 def _fake_tools(monkeypatch: pytest.MonkeyPatch, achieved: dict[int, float]) -> None:
-    """The flow without its tools: each placement writes the report of its seed."""
+    """Replaces the tools: each placement writes the report of its seed."""
 
     def run(command: list[str], step: str, work: Path) -> None:
         (work / f"{step}.log").write_text(f"{step} ran\n")

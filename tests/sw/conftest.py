@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the software's tests share."""
+"""Fixtures that the software's tests share."""
 
 import shutil
 

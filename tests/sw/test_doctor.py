@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The doctor: a board that is well is called so, and every fault that is planted is found where it is."""
+"""The doctor reports a board without faults as ok, and reports each injected fault at the right check."""
 
 import json
 import subprocess
@@ -68,7 +68,7 @@ def run(fake, monkeypatch, capsys, *arguments):
     return status, capsys.readouterr().out
 
 
-def test_a_board_that_is_well(fake, monkeypatch, capsys):
+def test_a_board_without_faults(fake, monkeypatch, capsys):
     status, text = run(fake, monkeypatch, capsys)
     lines = text.splitlines()
     assert status == 0
@@ -84,18 +84,18 @@ def test_a_board_that_is_well(fake, monkeypatch, capsys):
 
 
 def test_other_hardware(tmp_path):
-    """Fixed zero points, two ports, fewer bits: the self-test is of what the hardware is."""
+    """The self-test adapts to the hardware: fixed zero points, two ports, fewer bits."""
     with closing(FakeBoard(tmp_path, WIDER)) as fake:
         assert {finding.status for finding in examine(fake)} == {OK}
 
 
 def test_slow_memory(tmp_path):
-    """All is right, but the weights come late: as if others had the memory, too."""
+    """Results are right, but the weights come late, as if there were other traffic on the memory."""
     with closing(FakeBoard(tmp_path, WIDER, "hostile")) as fake:
         findings = list(examine(fake))
     (finding,) = [item for item in findings if item.status == WRONG]
     assert finding.check == "memory rate"
-    assert "% of what the ports carry" in finding.text and "other traffic" in finding.mend
+    assert "% of the ports' bandwidth" in finding.text and "other traffic" in finding.mend
 
 
 def hardware(name, value, word=0):
@@ -113,7 +113,7 @@ def other_manifest(fake):
     path.write_text(json.dumps(values))
 
 
-# Fault: (how it is planted, the check that is wrong, what its line and its mend say).
+# Fault: (a function that injects it, the check that is wrong, part of its line, part of its fix).
 FAULTS = {
     "another app": (lambda fake: fake.path(OVERLAY).rename(fake.path(OVERLAY).with_name("k26-starter-kits")),
         "app", "overlays are k26-starter-kits", "sudo xmutil loadapp gristmill"),
@@ -130,7 +130,7 @@ FAULTS = {
         "registers", "at 0xb0000000 instead of 0xa0000000", "copy the app folder"),
     "no module": (lambda fake: fake.remove(BUFFER), "buffer", "no u-dma-buf named", "sudo modprobe u-dma-buf"),
     "small buffer": (lambda fake: fake.put(f"{BUFFER}/size", str(SIZE // 4)),
-        "buffer", "instead of 536,870,912", "the overlay that is loaded has another size than <0x20000000>"),
+        "buffer", "instead of 536,870,912", "the loaded overlay has another size than <0x20000000>"),
     "high buffer": (lambda fake: fake.put(f"{BUFFER}/phys_addr", "0x800000000"),
         "buffer", "0x800000000, not below 4 GiB", "dma-mask = <32>"),
     "unaligned buffer": (lambda fake: fake.put(f"{BUFFER}/phys_addr", "0x10000100"),
@@ -144,16 +144,16 @@ FAULTS = {
     "other design": (hardware("identification", 0xDEADBEEF), "identification", "0xdeadbeef", "copy the app folder"),
     "old registers": (hardware("version", 0), "version", "have version 0, this software", "build the bitstream"),
     "other hardware": (hardware("config_digest", 1), "configuration", "from config 00000001", "copy the manifest"),
-    "other hardware's manifest": (other_manifest, "configuration", "the manifest is of", "copy the manifest"),
+    "other hardware's manifest": (other_manifest, "configuration", "the manifest has", "copy the manifest"),
     "slow clock": (spoilt("clock_hz", 100e6), "fabric clock", "100.0 MHz, measured", "xlnx,fclk"),
     "clock a little fast": (spoilt("clock_hz", 260e6), "fabric clock", "260.0 MHz, measured", "xlnx,fclk"),
-    "no interrupt": (spoilt("has_interrupt", False), "interrupt", "asks the registers", "interrupts = <0 89 4>"),
+    "no interrupt": (spoilt("has_interrupt", False), "interrupt", "polls the registers", "interrupts = <0 89 4>"),
     "interrupt elsewhere": (spoilt("interrupt_arrives", False), "interrupt", "none came in", "/proc/interrupts"),
     "a wrong bit": (spoilt("flips", True), "self-test", "results of layer M 1 are wrong", "slack"),
     "bus errors": (lambda fake: fake.simulated.fault(Fault.READ_ERROR),
         "interrupt", "memory answered a read with SLVERR or DECERR", "address map"),
 }  # fmt: skip
-# What is wrong, too, because of it.
+# Fault: other checks that are wrong because of it.
 ALSO = {
     "a wrong bit": {"memory rate"},
     "bus errors": {"self-test", "memory rate"},
@@ -162,8 +162,8 @@ ALSO = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults(fault, fake, monkeypatch, capsys):
-    """The line says what it is and what mends it; nothing else is called wrong, and no line is left out."""
+def test_injected_faults(fault, fake, monkeypatch, capsys):
+    """The line names the fault and its fix, no other check is wrong, and no line is missing."""
     plant, check, text, mend = FAULTS[fault]
     plant(fake)
     status, out = run(fake, monkeypatch, capsys, "--json")
@@ -176,11 +176,11 @@ def test_planted_faults(fault, fake, monkeypatch, capsys):
     wrong = {name for name, item in findings.items() if item["status"] == WRONG}
     assert wrong == {check} | ALSO.get(fault, set()), [findings[name] for name in wrong]
     for item in findings.values():
-        assert item["status"] != UNKNOWN or "not looked at, because of: " in item["text"], item
+        assert item["status"] != UNKNOWN or "not checked, because of: " in item["text"], item
 
 
 def test_in_use(fake, monkeypatch, capsys):
-    """Another process has the board: it is left alone."""
+    """If another process uses the board, the doctor does not access it."""
     with KV260Device(host=fake):
         fake.commands.clear()
         status, text = run(fake, monkeypatch, capsys)
@@ -190,15 +190,15 @@ def test_in_use(fake, monkeypatch, capsys):
     assert "cannot tell self-test" in text
 
 
-def test_registers_are_left_alone(fake, monkeypatch):
-    """Where the design is not loaded, an access could stop the machine."""
+def test_registers_are_not_accessed(fake, monkeypatch):
+    """If the design is not loaded, an access could stop the machine."""
     fake.put(f"{FPGA}/state", "write error")
     monkeypatch.setattr(SimulatedWindow, "__getitem__", lambda *_: pytest.fail("a register was read"))
     assert [finding.status for finding in examine(fake)].count(WRONG) == 1
 
 
 def test_without_root(fake, monkeypatch, capsys):
-    """What only root may read cannot be told, and is not wrong."""
+    """A check that needs root is reported as "cannot tell", not as wrong."""
     for name in (DDR_CLOCK, f"{DEVICE_TREE}/fpga-full", "/sys/kernel/config/device-tree"):
         fake.remove(name)
     status, text = run(fake, monkeypatch, capsys)
@@ -207,7 +207,7 @@ def test_without_root(fake, monkeypatch, capsys):
 
 
 def test_another_clock(fake, monkeypatch, capsys):
-    """A bitstream that is timed for less."""
+    """A bitstream that is timed for a slower clock."""
     fake.clock_hz = 200e6
     assert run(fake, monkeypatch, capsys, "--clock-mhz", "200")[0] == 0
     with pytest.raises(UserError, match=r"^--clock-mhz is above 0, not -1$"):
@@ -215,7 +215,7 @@ def test_another_clock(fake, monkeypatch, capsys):
 
 
 def test_documentation():
-    """docs/bring-up.md has a row for every check, and shows the lines of a board that is well."""
+    """docs/bring-up.md has a row for every check, and shows the lines of a board without faults."""
     text = (Path(__file__).parents[2] / "docs" / "bring-up.md").read_text()
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| ")]
     names = [name.strip() for row in rows for name in row.split(",")]
@@ -236,7 +236,7 @@ sys.exit(doctor.main(["--json"]))
 
 
 def test_numpy_is_enough(tmp_path):
-    """Driver and doctor where Python has nothing else. The machine is an empty folder."""
+    """Driver and doctor need no other package than numpy. The machine is an empty folder."""
     command = [sys.executable, "-c", WITHOUT, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1 and not done.stderr, done.stderr

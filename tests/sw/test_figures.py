@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/figures.json and what is made of it: pages are up to date, markers and files with mistakes end in one line."""
+"""docs/figures.json and the pages made from it: pages are up to date; damaged markers and files give one line."""
 
 import json
 import re
@@ -30,13 +30,13 @@ def test_pages_are_up_to_date(capsys: pytest.CaptureFixture[str]):
 
 
 def test_file_is_as_save_writes_it(tmp_path: Path):
-    """So that a difference shows figures only."""
+    """So a diff of the file shows figures only."""
     save(load(), tmp_path / "figures.json")
     assert (tmp_path / "figures.json").read_text() == FILE.read_text()
 
 
 def test_every_table_and_section_is_used():
-    """No figure is kept that no page quotes, and every table stands somewhere."""
+    """Every figure in the file is quoted by a page, and every table is in a page."""
     text = "".join(path.read_text() for path in figures.pages())
     assert set(re.findall(r"^<!-- table: (\w+) -->$", text, re.MULTILINE)) == set(TABLES)
     used = set(re.findall(r"<!--= (\w+)\.", text))
@@ -46,14 +46,14 @@ def test_every_table_and_section_is_used():
 
 
 def test_sample_of_the_ulx3s_is_the_figure():
-    """The line of the serial port stands in a code block, where no marker can be."""
+    """The line of the serial port is in a code block, which cannot hold a marker."""
     simulated = load()["ulx3s_simulated"]["figures"]["tile_4"]
     line = f"{simulated['results']} results, 0 wrong, {simulated['cycles']} cycles: pass"
     assert line in (store.ROOT / "docs" / "ulx3s.md").read_text()
 
 
 def project(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the pages and of the file, which the command works on."""
+    """Makes a copy of the pages and of the file, and lets the command use it."""
     (folder / "docs").mkdir()
     for path in figures.pages():
         (folder / path.relative_to(store.ROOT)).write_text(path.read_text())
@@ -84,7 +84,7 @@ def test_old_page_is_found_and_written(tmp_path: Path, monkeypatch, capsys):
     assert f"| ideal | {cycles:,} |" in (tmp_path / "README.md").read_text()
 
 
-def test_number_that_a_person_changed_is_found(tmp_path: Path, monkeypatch, capsys):
+def test_number_changed_by_hand_is_found(tmp_path: Path, monkeypatch, capsys):
     project(tmp_path, monkeypatch)
     page = tmp_path / "README.md"
     page.write_text(re.sub(r"\d[\d,]*<!--= decoders", "9,999,999<!--= decoders", page.read_text(), count=1))
@@ -100,7 +100,7 @@ def test_take(tmp_path: Path, monkeypatch):
     assert figures.main(["--take", f"quantize={document}"]) == 0
     assert "layers" not in load(copy)["quantize"]["figures"]
     text = (tmp_path / "docs" / "quantize.md").read_text()
-    assert "| AWQ | 22.5000 | +12.50 % |" in text and "AWQ wins back 75.0<!--= quantize.recovered" in text
+    assert "| AWQ | 22.5000 | +12.50 % |" in text and "AWQ recovers 75.0<!--= quantize.recovered" in text
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real shapes through the quantiser: what AWQ wins back on SmolLM2, and the memory that Qwen2.5-0.5B's shape takes."""
+"""Real shapes through the quantiser: AWQ's quality on SmolLM2, and the memory for Qwen2.5-0.5B's shape."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ from sw import quantize
 quantize.main(sys.argv[1:])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
 """
-"""As a process of its own, because a peak is that of all of a process's life; in KiB."""
+"""It runs in a separate process, because a peak is that of the whole life of a process; in KiB."""
 
 
 def quantise(*arguments: object) -> tuple[dict, int]:
@@ -35,8 +35,8 @@ def quantise(*arguments: object) -> tuple[dict, int]:
 @pytest.mark.full
 @pytest.mark.timeout(3600)
 def test_smollm2(tmp_path):
-    """Of what rounding to nearest loses on a text that calibration did not see AWQ wins back more than half, in less
-    than 3 GB; and by way of AutoAWQ every q, zero point and scale comes back.
+    """On a text that is not the calibration text, AWQ recovers more than half of the loss of rounding to nearest, in
+    less than 3 GB. An export to AutoAWQ and back keeps every q, zero point and scale.
     """
     report, peak = quantise("smollm2", "--out", tmp_path / "onnx")
     assert report["recovered"] > 0.5
@@ -53,7 +53,7 @@ def test_smollm2(tmp_path):
 @pytest.mark.full
 @pytest.mark.timeout(3600)
 def test_qwen_shape(tmp_path):
-    """24 blocks of Qwen2.5-0.5B's shape, random weights: memory is that of a block and the head, not of the model."""
+    """24 blocks of Qwen2.5-0.5B's shape, random weights: memory holds a block and the head, not the whole model."""
     write_float(tmp_path / "float", QWEN2_5_0_5B)
     report, peak = quantise(
         tmp_path / "float", "--out", tmp_path / "out", "--calibration-windows", 4, "--windows", 1, "--method", "awq"

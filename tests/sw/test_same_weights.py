@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One model in three formats says the same on the device, and what transformers says: see data/README.md."""
+"""One model in three formats gives the same text on the device as in transformers: see data/README.md."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def generate(capsys, name, *options):
 @pytest.mark.parametrize("kind", EXPECTED)
 @pytest.mark.parametrize("name", FORMATS)
 def test_same_text(name, kind, capsys):
-    """Tokens and text, with and without the chat template, whatever file the weights came from."""
+    """Tokens and text, with and without the chat template, are the same for all files of the weights."""
     expected = EXPECTED[kind]
     options = ["--device", "reference", "--prompt", expected["prompt"], *(["--raw"] if kind == "raw" else [])]
     document = generate(capsys, name, *options)
@@ -48,7 +48,7 @@ def test_same_text_in_hardware(capsys):
 
 
 def test_same_weights():
-    """What the layers hold is the same number for number, which the text alone would not show."""
+    """The layers hold the same integers and scales; equal text alone would not show this."""
     dequantised = {}
     for name in FORMATS:
         linears = find_linears(resolve_model(FOLDER / name))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real shapes through everything: SmolLM2 talks like onnxruntime, and a token of Qwen2.5-0.5B's shape is exact."""
+"""Real shapes through the whole software: SmolLM2's text equals onnxruntime's, and Qwen2.5-0.5B's shape is exact."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ PROMPTS = (
 
 
 def greedy(decoder: Decoder, ids: list[int], count: int) -> tuple[list[int], np.ndarray]:
-    """Ids, and the logits that each was chosen from; stop tokens do not stop it."""
+    """Token ids, and the logits of each choice; it does not end at stop tokens."""
     decoder.reset()
     logits, out = [], []
     for start in range(0, len(ids), decoder.block):
@@ -35,7 +35,7 @@ def prompt_ids(path, prompt: str) -> list[int]:
 
 
 def compare(path, prompts, count: int) -> None:
-    """The same ids as onnxruntime's on the RTL, and the reference's logits bit for bit."""
+    """On the RTL the token ids equal onnxruntime's, and the logits equal the reference's bit for bit."""
     everything = {}
     for name in (None, "reference", "rtl"):
         device = open_device(name, tile=16, zero_point="fixed") if name else None
@@ -50,18 +50,18 @@ def compare(path, prompts, count: int) -> None:
         assert 0 < error < 1e-2, prompt
 
 
-def test_smollm2_begins_like_onnxruntime(smollm2):
+def test_smollm2_starts_like_onnxruntime(smollm2):
     compare(smollm2, PROMPTS[:1], 3)
 
 
 @pytest.mark.full
-def test_smollm2_talks_like_onnxruntime(smollm2):
+def test_smollm2_continues_like_onnxruntime(smollm2):
     compare(smollm2, PROMPTS, 32)
 
 
 @pytest.mark.full
 def test_qwen_shape():
-    """One token of 24 blocks and an int8 head: exact, close to onnxruntime, and in little memory."""
+    """One token of 24 blocks and an int8 head: it is exact, close to onnxruntime, and needs little memory."""
     figures = measure_qwen()
     assert figures["equals_reference"]
     assert 0 < figures["relative_error"] < 1e-2
@@ -70,7 +70,7 @@ def test_qwen_shape():
 
 
 def test_memory():
-    """SmolLM2's whole process on the RTL."""
+    """Memory of SmolLM2's whole process on the RTL."""
     logits, usages, peak = measure("smollm2", "rtl", 1)
     assert np.isfinite(logits).all() and usages[0].cycles > 1e6
     assert peak < 700e6

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a component says about itself beside its ports."""
+"""A component with figures for the manifest."""
 
 from amaranth.lib import wiring
 
 
 class Block(wiring.Component):
-    """A component that states figures about itself.
+    """A component whose figures are listed in the manifest.
 
-    ``container`` is set where a component only holds other blocks: tables then list those.
+    ``container`` is True if a component only contains other blocks: tables list these instead.
     """
 
     container = False

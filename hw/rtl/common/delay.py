@@ -4,14 +4,14 @@
 from amaranth.hdl import Cat, Module, Signal, Value, ValueCastable
 
 _WORD = 64
-"""Bits that a simulator shifts at once."""
+"""Number of bits that a simulator shifts in one operation."""
 
 
 def delay(m: Module, value, cycles: int, *, name: str, reset: bool = False):
-    """``value`` as it was ``cycles`` cycles ago, in registers without reset so that synthesis may use SRLs.
+    """``value`` delayed by ``cycles`` cycles, in registers without reset so that synthesis may use SRLs.
 
-    With ``reset`` the registers start at 0: for bits that say whether other values mean anything. Several stages
-    share a register as long as it fits a machine word: the same hardware, and fewer operations in simulation.
+    With ``reset`` the registers start at 0; this is for bits that mark other values as valid. Several stages share a
+    register if it fits a machine word: the hardware is the same, and simulation needs fewer operations.
     """
     if not isinstance(value, (Value, ValueCastable)):
         raise TypeError(f"a delay takes a value, not {value!r}")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A first-in first-out buffer between two streams, in distributed memory."""
 
-from amaranth.hdl import Module, Mux, Shape, Signal, Value
+from amaranth.hdl import Cat, Module, Mux, Shape, Signal, Value
 from amaranth.lib import stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -13,8 +13,8 @@ from hw.rtl.common.ram import buffer_attributes
 class StreamFifo(Block):
     """FIFO with first-word fall-through. Latency 1 cycle, throughput 1 transfer per cycle.
 
-    Reads are asynchronous, so it maps to distributed RAM: meant for tens of entries. Two entries are registers: what is
-    decided by the entry at the front is then decided sooner.
+    Reads are asynchronous, so it maps to distributed RAM. It is intended for tens of entries. A FIFO of two entries is
+    two registers, because paths that start at the entry in front are then shorter.
 
     Parameters
     ----------
@@ -24,7 +24,7 @@ class StreamFifo(Block):
     Members
     -------
     i, o : input and output stream
-    level : entries held, ``0..depth``
+    level : number of entries, ``0..depth``
     """
 
     latency = 1
@@ -46,7 +46,7 @@ class StreamFifo(Block):
         # One bit more than the address tells a full memory from an empty one.
         written, taken = Signal(range(2 * self.depth)), Signal(range(2 * self.depth))
         push, pop = Signal(), Signal()
-        # Registers, because long paths start here: whoever asks for a transfer waits for these two first.
+        # valid and full are registers, because long paths start at them: each transfer depends on them.
         full = Signal()
         m.d.sync += self.o.valid.eq(push | (self.o.valid & ~(pop & (self.level == 1))))
         with m.If(push != pop):
@@ -92,8 +92,8 @@ class StreamFifo(Block):
 class BlockFifo(wiring.Component):
     """FIFO with first-word fall-through in block memory, for hundreds of entries and more.
 
-    Latency 2 cycles, throughput 1 transfer per cycle. The read port's register is the output, so it holds one entry
-    more than its memory.
+    Latency 2 cycles, throughput 1 transfer per cycle. The read port's register is the output, so the FIFO holds one
+    entry more than its memory.
 
     Parameters
     ----------
@@ -141,11 +141,11 @@ class BlockFifo(wiring.Component):
 
 
 class Counter(wiring.Component):
-    """Counts several at a time: ``value + add - take``, both at once if need be. Latency 1 cycle.
+    """Counts by several per cycle: ``value + add - take``, both in the same cycle if needed. Latency 1 cycle.
 
     Members
     -------
-    add, take : amounts for this cycle; the user keeps the value within ``0..limit``
+    add, take : amounts for this cycle; the user must keep the value within ``0..limit``
     value : the count
     """
 
@@ -157,24 +157,24 @@ class Counter(wiring.Component):
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        # In this order, because what is added is known later than what is taken.
+        # In this order: longer paths end at ``add``.
         m.d.sync += self.value.eq(self.value - self.take + self.add)
         return m
 
 
 class Credits(wiring.Component):
-    """Counts what there is of something, one by one. Latency 1 cycle.
+    """A count of credits, which changes by at most one per cycle. Latency 1 cycle.
 
     Parameters
     ----------
-    limit : most there can be
-    least : how many are ``enough``
-    init : how many there are at first
+    limit : maximum of the count
+    least : value of the count that is ``enough``
+    init : initial count
 
     Members
     -------
-    add, take : one more, one less, both at once if need be; the user keeps the count within ``0..limit``
-    enough : there are ``least`` or more; a register, because what decides whether a pipeline moves sets the clock
+    add, take : one more, one less, both in the same cycle if needed; the user must keep the count within ``0..limit``
+    enough : the count is ``least`` or more; a register, because pipelines' decisions to move are critical paths
     """
 
     def __init__(self, limit: int, *, least: int = 1, init: int = 0):
@@ -184,8 +184,10 @@ class Credits(wiring.Component):
     def elaborate(self, platform) -> Module:
         m = Module()
         count = Signal(range(self.limit + 1), init=self.init)
+        # One adder, of 1, 0 or -1, because paths end here.
+        change = Cat(self.add ^ self.take, self.take & ~self.add).as_signed()
         m.d.sync += [
-            count.eq(count + self.add - self.take),
+            count.eq(count + change),
             self.enough.eq(
                 Mux(
                     self.add == self.take,
@@ -198,20 +200,20 @@ class Credits(wiring.Component):
 
 
 class CreditFifo(wiring.Component):
-    """FIFO after a pipeline that cannot wait: a place in it is claimed for what enters the pipeline.
+    """FIFO after a pipeline that cannot wait: an entry of the FIFO is reserved for each value that enters the pipeline.
 
-    Latency and throughput are those of :class:`StreamFifo`; a place is free again 1 cycle after it was left.
+    Latency and throughput are those of :class:`StreamFifo`. An entry is free again 1 cycle after its transfer on ``o``.
 
     Parameters
     ----------
     shape : shape of the payload
-    depth : entries, a power of two; what the pipeline holds has its place already
+    depth : entries, a power of two; values in the pipeline count as well
 
     Members
     -------
-    room : there is a place that nobody has claimed
-    claim : claim one; only while there is ``room``
-    i : what comes out of the pipeline, an entry for each claim; never waits
+    room : there is an entry that is not reserved
+    claim : reserve an entry; only while there is ``room``
+    i : the pipeline's output, one transfer for each ``claim``; never waits
     o : output stream
     """
 

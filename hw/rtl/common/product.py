@@ -7,9 +7,9 @@ from amaranth.hdl import Mux, Value
 def small_product(platform, a: Value, b: Value) -> Value:
     """``a * b``, where ``b`` has a few bits.
 
-    On ECP5 it is made of adders if ``b`` is unsigned. That part's multipliers lie in a few rows far from most logic,
-    and open tools use none of their registers: the way there, 3.9 ns of multiplying and the way back, in every
-    processing element, were what set the clock.
+    On ECP5 it is made of adders if ``b`` is unsigned. This part's multipliers are in a few rows far from most logic,
+    and open tools use none of their registers. The routing to a multiplier, its delay of 3.9 ns and the routing back,
+    in every processing element, would be the critical path.
     """
     if getattr(platform, "family", None) != "ecp5" or b.shape().signed:
         return a * b

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which kind of memory a large buffer belongs in."""
+"""The kind of memory for a large buffer."""
 
 from hw.spec.memory.geometry import ceil_div
 
@@ -11,8 +11,8 @@ _FILLED = 3 / 4
 def buffer_attributes(platform, depth: int, width: int) -> dict[str, str]:
     """Attributes of a memory of ``depth`` words of ``width`` bits that is read through a register.
 
-    On UltraScale+ it goes to UltraRAM if it fills most of the blocks that it takes, and to block RAM otherwise. Other
-    parts choose for themselves.
+    On UltraScale+ the memory is UltraRAM if it fills most of the blocks that it takes, and block RAM otherwise. For
+    other parts the tools choose.
     """
     if getattr(platform, "family", None) != "ultrascaleplus":
         return {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nested loops over a layer, driven by commands: what sequencer, column heads, drain and header reader share."""
+"""Nested loops over a layer, driven by commands. Sequencer, column control, drain and header reader use them."""
 
 from collections.abc import Callable, Mapping
 
@@ -29,16 +29,17 @@ TOKEN_LOOPS = {
     "group": lambda command: command.groups,
     "tile": lambda command: command.out_tiles,
 }
-"""The loops of a layer in the order in which tokens pass the array."""
+"""The loops of a layer in the order of tokens in the array, from the innermost outwards."""
 
 
 class Walker(Block):
     """Walks the nested loops of one command after another, without a cycle between two commands.
 
-    Each loop counts down and keeps its first and last flags in registers, and so is whether several loops are in their
-    last iteration together: ``step`` reaches every loop through one gate, because these flags set the clock of the
-    whole core. For the same reason what a loop starts again with does not depend on ``step``: after a command's last
-    step it is the next command's bound, also if there is none yet, and then nobody looks. Throughput 1 step per cycle.
+    Each loop counts down and keeps its first and last flags in registers. Whether several loops are in their last
+    iteration together is a register too, so ``step`` reaches every loop through one gate: these flags are in the
+    critical path of the whole core. For the same reason the value with which a loop restarts does not depend on
+    ``step``: after a command's last step it is the next command's bound. If there is no next command yet, this value is
+    not used. Throughput 1 step per cycle.
 
     Parameters
     ----------
@@ -46,15 +47,15 @@ class Walker(Block):
 
     Members
     -------
-    command : commands, taken when the walker is idle or makes the last step of the one before
-    active : a command is being walked
-    current : that command
+    command : commands, accepted while the walker is idle or makes the last step of the previous one
+    active : there is a current command
+    current : the current command
     step : advance; only while ``active``
     first, last : one flag per loop: it is in its first, its last iteration
-    done : with ``step``: this is the command's last step
-    bank : the bank of activations that the current command uses; every command that brings its own takes the other
-    next_bank : the bank of the command that is offered
-    tile_start, tile_end : with ``step``: this is the first, the last step of an iteration of the outermost loop
+    done : this is the command's last step; valid with ``step``
+    bank : the bank of activations that the current command uses; a command with new activations uses the other bank
+    next_bank : the bank of the command at the input
+    tile_start, tile_end : this is the first, the last step of an iteration of the outermost loop; valid with ``step``
     """
 
     latency = 1
@@ -105,48 +106,52 @@ class Walker(Block):
             ]
         with m.Elif(self.step & self.done):
             m.d.sync += self.active.eq(0)
-        firsts, lasts = [], []
+        firsts, lasts, once = [], [], []
         for index, (name, bound) in enumerate(self.loops.items()):
-            turns = Const(1) if index == 0 else ends[index - 1] | ~self.active
-            first, last = self._loop(m, name, bound, fresh, advance, turns)
-            firsts.append(first)
-            lasts.append(last)
+            turns = Const(1) if index == 0 else ends[index - 1]
+            flags = self._loop(m, name, bound, fresh, advance, turns)
+            for collected, flag in zip((firsts, lasts, once), flags, strict=True):
+                collected.append(flag)
         with m.If(advance):
             m.d.sync += [
-                self.tile_start.eq(Cat(firsts[:-1]).all()),
-                *(ends[index].eq(Cat(lasts[: index + 1]).all()) for index in range(len(lasts))),
+                self.tile_start.eq(fresh | Cat(firsts[:-1]).all()),
+                *(
+                    ends[index].eq(Mux(fresh, Cat(once[: index + 1]).all(), Cat(lasts[: index + 1]).all()))
+                    for index in range(len(lasts))
+                ),
             ]
         return m
 
-    def _loop(self, m: Module, name: str, bound, fresh: Value, advance: Value, turns: Value) -> tuple[Signal, Signal]:
-        """One loop, which goes on with ``advance`` if it ``turns``; returns its next first and last flag."""
+    def _loop(self, m: Module, name: str, bound, fresh: Value, advance: Value, turns: Value) -> tuple[Value, ...]:
+        """One loop, which goes on with ``advance`` if it ``turns``.
+
+        Returns its next first and last flag within a command, and its first last flag in the next command. These two
+        are separate to the end, because the next command is known late.
+        """
         limit, next_limit = Value.cast(bound(self.current)), Value.cast(bound(self.command.payload))
-        left = Signal(len(limit), name=f"{name}_left")
+        left, single = Signal(len(limit), name=f"{name}_left"), Signal(name=f"{name}_single")
         first, last = self.first[name], self.last[name]
-        wraps, again = Signal(name=f"{name}_wraps"), Signal(len(limit), name=f"{name}_again")
-        next_first, next_last = Signal(name=f"{name}_next_first"), Signal(name=f"{name}_next_last")
-        once = Mux(fresh, next_limit == 1, limit == 1)
-        m.d.comb += [
-            wraps.eq(last | ~self.active),
-            again.eq(Mux(fresh, next_limit, limit)),
-            next_first.eq(Mux(turns, wraps, first)),
-            next_last.eq(Mux(turns, Mux(wraps, once, left == 2), last)),
-        ]
+        next_last, once = Signal(name=f"{name}_next_last"), Signal(name=f"{name}_once")
+        m.d.comb += [next_last.eq(Mux(turns, Mux(last, single, left == 2), last)), once.eq(next_limit == 1)]
+        next_first = Mux(turns, last, first)
         with m.If(advance):
-            m.d.sync += [first.eq(next_first), last.eq(next_last)]
-            with m.If(turns):
-                m.d.sync += left.eq(Mux(wraps, again, left - 1))
-        return next_first, next_last
+            with m.If(fresh):
+                m.d.sync += [left.eq(next_limit), first.eq(1), last.eq(once), single.eq(once)]
+            with m.Else():
+                m.d.sync += [first.eq(next_first), last.eq(next_last)]
+                with m.If(turns):
+                    m.d.sync += left.eq(Mux(last, limit, left - 1))
+        return next_first, next_last, once
 
 
 class CommandFork(Block):
-    """Gives every command to several users, each at its own pace. Latency 1 cycle, throughput 1 command per cycle.
+    """Sends every command to several users, which take it independently. Latency 1 cycle, throughput 1 per cycle.
 
-    One ring of commands with a read pointer per user; the slowest user decides when it is full.
+    It is a ring of commands with a read pointer per user; it is full if the slowest user has not read its oldest entry.
 
     Parameters
     ----------
-    users : how many
+    users : number of users
     depth : commands in the ring, a power of two
 
     Members
@@ -183,7 +188,7 @@ class CommandFork(Block):
                 taken.eq(output.valid & output.ready),
                 left.eq(written - read),
             ]
-            # Registered: whether there is a command is the first that its users ask.
+            # valid is a register, because long paths start at it in the users.
             m.d.sync += [read.eq(read + taken), output.valid.eq(push | Mux(taken, left > 1, left > 0))]
             filled.append(left >= Mux(push, self.depth - 1, self.depth))
         m.d.sync += full.eq(Cat(filled).any())

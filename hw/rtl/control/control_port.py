@@ -11,8 +11,8 @@ from hw.rtl.memory.axi import Response, lite_signature
 class ControlPort(wiring.Component):
     """One write and one read at a time, independent of each other.
 
-    AW and W may come in any order and at any distance. Every AXI output is a register or the inverse of one, so
-    nothing runs through this block from AXI input to AXI output within a cycle.
+    AW and W may come in any order and at any distance. Every AXI output is a register or the inverse of one, so there
+    is no combinational path from an AXI input to an AXI output.
 
     Parameters
     ----------
@@ -21,15 +21,15 @@ class ControlPort(wiring.Component):
     Members
     -------
     axi : the AXI4-Lite port
-    write_word : word that is being written
-    write_response : what the bus says of a write to that word, in the same cycle
-    write : write ``write_data`` now, if that word can be written
-    read_word : word that is being read, stable until the answer is taken
-    read : one cycle; the data of this cycle are meant
-    read_data, read_response : the answer, one cycle after ``read``
+    write_word : index of the word to write
+    write_response : the bus's response to a write of this word, in the same cycle
+    write : write ``write_data`` in this cycle, if the word can be written
+    read_word : index of the word to read, stable until the response is taken
+    read : one cycle; the values of this cycle are read
+    read_data, read_response : data and response, one cycle after ``read``
 
     Latency: 2 cycles from the later one of AW and W to B, 3 from AR to R. Throughput: a write every 2 cycles, a
-    read every 4, as long as the answers are taken at once.
+    read every 4, if the responses are taken at once.
     """
 
     write_latency, write_period = 2, 2
@@ -65,7 +65,7 @@ class ControlPort(wiring.Component):
         m.d.comb += [
             aw.ready.eq(~has_address),
             w.ready.eq(~has_data),
-            # The answer to the write before must have gone.
+            # The response to the previous write must have been taken.
             decide.eq(has_address & has_data & ~b.valid),
             self.write.eq(decide & strobes.all()),
         ]
@@ -78,8 +78,8 @@ class ControlPort(wiring.Component):
         with m.If(decide):
             m.d.sync += [b.valid.eq(1), has_address.eq(0), has_data.eq(0), b.payload.resp.eq(self.write_response)]
             with m.If(self.write_response != Response.DECERR):
-                # A write of nothing is what an interconnect makes of the other half of a 64-bit access. It is never
-                # wrong; parts of a word are, because registers are written as a whole.
+                # An interconnect makes a write without strobes from the other half of a 64-bit access: this is OKAY.
+                # A write of some bytes is an error, because registers are written as a whole.
                 with m.If(~strobes.any()):
                     m.d.sync += b.payload.resp.eq(Response.OKAY)
                 with m.Elif(~strobes.all()):
@@ -87,7 +87,7 @@ class ControlPort(wiring.Component):
 
     def _read(self, m: Module) -> None:
         ar, r = self.axi.ar, self.axi.r
-        # AR is taken; the registers are read; their data are here; R is valid.
+        # Four cycles: AR is taken; the registers are read; their data is here; R is valid.
         idle, answered = Signal(init=1), Signal()
         m.d.comb += ar.ready.eq(idle)
         m.d.sync += [self.read.eq(ar.valid & idle), answered.eq(self.read)]

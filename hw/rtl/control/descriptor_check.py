@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks a descriptor before anything of it starts, and works out what the units need to know."""
+"""Checks a descriptor before any unit starts with it, and computes derived values for the units."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ ERROR_BITS = 4
 
 
 def descriptor_layout() -> data.FlexibleLayout:
-    """A descriptor as it lies in the window."""
+    """The layout of a descriptor in the window."""
     return data.FlexibleLayout(
         32 * DESCRIPTOR_WORDS, {field.name: data.Field(unsigned(field.width), field.low) for field in FIELDS}
     )
@@ -37,7 +37,7 @@ def reserved_bits() -> list[int]:
 
 
 def work_layout(config: AcceleratorConfig) -> data.StructLayout:
-    """A checked descriptor: what the core is told, and where the operands lie and how long they are."""
+    """A checked descriptor: the core's command, and addresses and lengths of the operands."""
     return data.StructLayout(
         {
             "command": command_layout(config),
@@ -55,7 +55,7 @@ def work_layout(config: AcceleratorConfig) -> data.StructLayout:
 
 @dataclass(frozen=True)
 class Derived:
-    """A value that follows from a descriptor's counts and from earlier ones of its kind; it gets a register."""
+    """A value that is computed from a descriptor's counts and from earlier derived values; it gets a register."""
 
     name: str
     width: int
@@ -63,7 +63,7 @@ class Derived:
 
 
 def derived_counts(config: AcceleratorConfig) -> tuple[Derived, ...]:
-    """In the order in which they depend on each other; at most two registers one after the other."""
+    """Derived values in the order of their dependencies; there are at most two registers in a row."""
     layout, bounds, widths = StreamLayout(config), LINEAR.bounds(config), command_fields(config)
     tile, most = config.tile, {name: high for name, (_, high) in bounds.items()}
     slice_bits = (most["groups"] * most["group_slices"]).bit_length()
@@ -84,49 +84,50 @@ def derived_counts(config: AcceleratorConfig) -> tuple[Derived, ...]:
 
 
 def comparisons(config: AcceleratorConfig) -> tuple[Callable, ...]:
-    """What is wrong about the derived values ``v`` of a descriptor ``d``; see :meth:`Linear.shape_is_wrong`."""
+    """Faults of a descriptor ``d`` with derived values ``v``; see :meth:`Linear.shape_is_wrong`."""
     port_bytes_bits = (config.port_width // 8).bit_length() - 1
     return (
         lambda v, d: v["slices"] > config.max_k // config.tile,
         lambda v, d: v["header_wrong"],
         lambda v, d: v["body_wrong"],
-        # Also keeps a region below 4 GiB.
+        # This also limits a region to less than 4 GiB.
         lambda v, d: (v["weight_beats"] << port_bytes_bits) > d.weights_stride,
         lambda v, d: (d.tokens > 1) & (v["row_bytes"] > d.result_pitch),
     )
 
 
 def _header_wrong(layout: StreamLayout, beats, groups):
-    """Whether a header of this many groups does not end in the last one of ``beats``."""
+    """Whether a header with this number of groups does not end in the last one of ``beats``."""
     units, room = layout.exponents_units + groups * layout.record_units, beats * layout.beat_units
     return (units > room) | (units + layout.beat_units <= room)
 
 
 def _body_wrong(layout: StreamLayout, words, slices):
-    """Whether a body of this many slices does not end in the last one of ``words``."""
+    """Whether a body with this number of slices does not end in the last one of ``words``."""
     per_word = layout.slices_per_word
     if per_word == 1:
         return words != slices * layout.words_per_slice
-    # Several slices in a word, the last word perhaps partly filled.
+    # A word has several slices; the last word may be partly filled.
     return (words * per_word < slices) | (words * per_word >= slices + per_word)
 
 
 class DescriptorCheck(Block):
-    """Lets good descriptors pass. The first bad one ends it: its error stays until the reset, and so does it.
+    """Passes valid descriptors on. It stops at the first invalid one, and keeps this one and its error until the reset.
 
     Members
     -------
-    descriptors : as software wrote them
-    work : the good ones
-    error : why the descriptor now in here was refused (:class:`hw.spec.control.registers.ErrorCode`)
+    descriptors : descriptors as written by software
+    work : the valid ones
+    error : why the current descriptor was refused (:class:`hw.spec.control.registers.ErrorCode`)
 
-    One descriptor at a time: its counts, what follows from them, and the comparisons, a register after each.
+    It checks one descriptor at a time, with registers after the counts, after the derived values and after the
+    comparisons.
     """
 
     latency = 5
-    """Cycles from a descriptor's transfer to the work's."""
+    """Cycles from the transfer on ``descriptors`` to the transfer on ``work``."""
     most_in_flight = 1
-    """Descriptors in here: one, until all of its shares are given out."""
+    """Maximum number of descriptors in this block: one, until all of its shares are sent."""
 
     def __init__(self, config: AcceleratorConfig):
         self.config = config
@@ -156,7 +157,7 @@ class DescriptorCheck(Block):
             m.d.sync += [self.work.valid.eq(0), idle.eq(1)]
         opcode_wrong, misaligned = self._rules(m, descriptor, ~idle)
         shape_wrong = self._shape(m, descriptor, ~idle)
-        # Registered with the stage before the last, so that the priority below is all that the last one does.
+        # These are registers of the stage before the last, so the last stage has only the priority below.
         m.d.comb += good.eq(~(opcode_wrong | misaligned | shape_wrong))
         with m.If(stage[-1]):
             m.d.sync += self.work.valid.eq(good)
@@ -169,7 +170,7 @@ class DescriptorCheck(Block):
         return m
 
     def _rules(self, m: Module, descriptor, busy) -> tuple[Signal, Signal]:
-        """Opcode and alignment, which need no arithmetic."""
+        """Checks opcode and alignment, which needs no arithmetic."""
         opcode_wrong, misaligned = Signal(), Signal()
         raw = descriptor.as_value()
         unknown = [
@@ -185,9 +186,9 @@ class DescriptorCheck(Block):
         return opcode_wrong, misaligned
 
     def _shape(self, m: Module, descriptor, busy) -> Signal:
-        """Every count within its bounds, and those that follow from others equal to what they follow to."""
+        """Checks that every count is within its bounds, and that derived counts have the right values."""
         work = self.work.payload
-        # In range first: what follows is then as narrow as its widest legal value, and wrong ones are refused anyway.
+        # Derived values are only as wide as their largest legal value: a count out of range is refused in any case.
         counts, outside = {}, []
         for name, (low, high) in LINEAR.bounds(self.config).items():
             counts[name] = descriptor[name][: high.bit_length()]
@@ -213,7 +214,7 @@ class DescriptorCheck(Block):
         return register("shape_wrong", 1, Cat(*outside, *wrong, descriptor.reuse & other).any())
 
     def _differs_from_before(self, m: Module, values: Mapping[str, Value]) -> Value:
-        """Whether there is no descriptor before this one, or it had activations of another shape."""
+        """Whether there is no previous descriptor, or it had activations of another shape."""
         shape = Cat(values[name] for name in LINEAR.activation_shape)
         before, exists = Signal(len(shape)), Signal()
         with m.If(self.work.valid & self.work.ready):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dispatcher: gives each unit its share of a checked descriptor."""
+"""The dispatcher: sends each unit the fields of a checked descriptor that it needs (its share)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,24 +21,24 @@ from hw.spec.ops.command import command_fields
 
 
 def unit_layout(config: AcceleratorConfig) -> data.StructLayout:
-    """A layer, and where its activations are."""
+    """A layer, and the address of its activations."""
     return data.StructLayout({"command": command_layout(config), "address": ADDRESS_BITS})
 
 
 _JOBS_AHEAD = 4
-"""Layers whose results have a place before they are computed."""
+"""Number of layers whose jobs wait for the gatherer."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one unit is told about a layer.
+    """The fields of a layer for one unit.
 
-    name : of the dispatcher's output
-    layout : of the output's payload
-    ahead : layers that wait for the unit in a FIFO, a power of two; 0 if there is none
-    wanted : from the checked descriptor to whether the unit has to know about this layer
-    fields : from the checked descriptor to the payload
-    last : only once all of the layer's activations are asked for
+    name : name of the dispatcher's output
+    layout : layout of the output's payload
+    ahead : depth of the FIFO before the unit, a power of two; 0 if there is none
+    wanted : function from the checked descriptor to whether the unit needs this layer
+    fields : function from the checked descriptor to the payload
+    last : send the share only after all of the layer's activations are requested
     """
 
     name: str
@@ -50,7 +50,7 @@ class Share:
 
 
 def shares(config: AcceleratorConfig) -> tuple[Share, ...]:
-    """One for each unit."""
+    """The share of each unit."""
     counts = ("tokens", "out_tiles", "last_columns")
 
     def always(work: data.View) -> Value:
@@ -94,28 +94,28 @@ def shares(config: AcceleratorConfig) -> tuple[Share, ...]:
 
 
 class Dispatcher(Block):
-    """Gives every unit its share as soon as the unit wants it. The next descriptor comes when all shares are gone.
+    """Sends every unit its share as soon as the unit is ready. The next descriptor follows when all shares are sent.
 
-    The core, the activation unit and the gatherer each have some layers in advance, so that fetching, computing and
-    writing may each be at another layer. A layer's weights are only asked for once all of its activations are: memory
+    The core, the activation unit and the gatherer each have some layers in advance, so fetching, computing and
+    writing can each work on another layer. A layer's weights are requested only after all of its activations: memory
     answers in order, and the layer cannot start without its activations.
 
     Members
     -------
     work : checked descriptors
     core : the layer, for the core
-    unit : the same and its activations' address, for the activation unit
-    blocks : its activations, unless it reuses those of the layer before
-    asking : the last block has not been asked for completely
-    regions : its weights
-    jobs : its results
+    unit : the layer and its activations' address, for the activation unit
+    blocks : the layer's activations, unless it reuses those of the previous layer
+    asking : the last block is not completely requested
+    regions : the layer's weights
+    jobs : the layer's results
 
     Latency 0 cycles for ``core``, ``blocks`` and ``regions``, 1 for the others; throughput 1 layer in 4 cycles, in 2
     if it reuses activations.
     """
 
     most_in_flight = _JOBS_AHEAD
-    """Descriptors in here whose shares are all given out; the results' share is what follows them to their end."""
+    """Maximum number of descriptors in this block whose shares are all sent; their jobs wait in the FIFO."""
 
     def __init__(self, config: AcceleratorConfig):
         self.config, self.shares = config, shares(config)
@@ -146,7 +146,7 @@ class Dispatcher(Block):
         return m
 
     def _output(self, m: Module, share: Share):
-        """Where a share is offered: at the dispatcher's output, or at the input of the FIFO before it."""
+        """The stream for a share: the dispatcher's output, or the input of the FIFO before it."""
         output = wiring.flipped(getattr(self, share.name))
         if not share.ahead:
             return output

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stops the accelerator: the first error is kept, and memory that does not answer is found out."""
+"""Errors that stop the accelerator: keeps the first error, and detects memory that does not answer."""
 
 from amaranth.hdl import Cat, Module, Mux, Signal
 from amaranth.lib import data, wiring
@@ -17,23 +17,23 @@ STOPS_AT_ONCE = (
     ErrorCode.WRITE_TIMEOUT,
     ErrorCode.UNDERRUN,
 )
-"""After these nothing that is in flight can be trusted. After the others, what came before is completed."""
+"""After these errors no descriptor in flight is completed. After the others, earlier descriptors are completed."""
 PRECEDENCE = (*STOPS_AT_ONCE, ErrorCode.NON_FINITE, ErrorCode.EXPONENT)
-"""Which error is kept of several in one cycle: the most serious one. Refused descriptors have errors of their own."""
+"""Order of errors in the same cycle: the most serious one is kept. Refused descriptors have errors of their own."""
 
 
 def fault_layout() -> data.StructLayout:
-    """A source of errors: whether there is one, and its address if it has one."""
+    """A source of errors: whether there is an error, and its address if it has one."""
     return data.StructLayout({"raised": 1, "address": ADDRESS_BITS})
 
 
 class FirstError(wiring.Component):
-    """Keeps the first error until the reset. Of several in one cycle the first in :data:`PRECEDENCE` wins.
+    """Keeps the first error until the reset. Of several in one cycle it keeps the first in :data:`PRECEDENCE`.
 
     Members
     -------
     faults : the sources of errors, indexed by their code
-    refused : an error code in itself, 0 if there is none; the last in precedence
+    refused : an error code, 0 if there is none; it is the last in precedence
     code, address : the first error; 0 if there was none
     stops : it is one of :data:`STOPS_AT_ONCE`; a register, because everything that moves waits for it
     """
@@ -62,20 +62,20 @@ class FirstError(wiring.Component):
 
 
 class Watchdog(Block):
-    """Finds out when somebody who owes an answer has made no progress for a while.
+    """Detects ports with transfers under way and no progress for a time.
 
-    One counter for all: at each of its ends everybody who has owed an answer since the last one, without any progress,
-    is reported. So that takes between one and two ``timeout``.
+    All ports share one timer. When it expires, each port that owed a response for the whole period, without progress,
+    is reported: after one to two times ``timeout``.
 
     Parameters
     ----------
-    watched : how many are watched
+    watched : number of ports
 
     Members
     -------
-    timeout : cycles; 0 for never
-    owes, progress : one bit for each
-    late : one bit for each, one cycle
+    timeout : period in cycles; 0 means never
+    owes, progress : one bit for each port: a response is due; the port has moved
+    late : one bit for each port, for one cycle
     """
 
     def __init__(self, watched: int):
@@ -87,9 +87,9 @@ class Watchdog(Block):
         left, silent, ends = Signal(32), Signal(self.watched), Signal()
         m.d.comb += ends.eq(left == 0)
         m.d.sync += [
-            # A shorter timeout counts from the moment when it is set.
+            # A shorter timeout takes effect in the cycle after it is set.
             left.eq(Mux(ends | (left > self.timeout), self.timeout, left - 1)),
-            # Without a timeout nobody is silent, so that one that is set later begins with all forgiven.
+            # With timeout 0 no port is marked silent, so a timeout that is set later starts clean.
             silent.eq(Mux(self.timeout != 0, (silent | Mux(ends, self.owes, 0)) & self.owes & ~self.progress, 0)),
             self.late.eq(Mux(ends & (self.timeout != 0), silent & ~self.progress & self.owes, 0)),
         ]

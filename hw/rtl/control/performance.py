@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Performance counters, and when each descriptor was complete."""
+"""Performance counters, and the cycle in which each descriptor was complete."""
 
 from amaranth.hdl import Module, Signal
 from amaranth.lib import data, wiring
@@ -10,7 +10,7 @@ from hw.spec.control.registers import COMPLETIONS, EVENTS
 
 
 def event_layout() -> data.StructLayout:
-    """A flag per event; one cycle of it is one event."""
+    """A flag per event; each cycle with the flag set is one event."""
     return data.StructLayout(dict.fromkeys(EVENTS, 1))
 
 
@@ -20,18 +20,19 @@ def count_layout() -> data.StructLayout:
 
 
 class PerformanceCounters(wiring.Component):
-    """Counts events, and remembers in which cycle the last descriptors were complete. 64 bits wrap after 2,000 years.
+    """Counts events, and stores the cycles in which the last descriptors completed. 64 bits wrap after 2,000 years.
 
     Members
     -------
     clear : set the counters of events to 0
-    events : what happens in this cycle
+    events : the events of this cycle
     counts, cycles : the counters
     started : low word of ``cycles`` when ``events.busy`` last rose
     complete : a descriptor is complete
     restart : the next descriptor is number 0
-    completed : descriptors complete since then
-    index, completion : when the descriptor of that number modulo COMPLETIONS was complete; in the same cycle
+    completed : number of complete descriptors since ``restart``
+    index, completion : the cycle in which the descriptor of this number, modulo COMPLETIONS, completed; read in the
+        same cycle
     """
 
     def __init__(self):

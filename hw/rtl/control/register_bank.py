@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The control port's registers, made from their description."""
+"""The control port's registers, generated from their description."""
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, wiring
@@ -11,9 +11,9 @@ from hw.rtl.memory.axi import Response, lite_signature
 from hw.spec.control.registers import BY_NAME, REGISTERS, Access, Register
 
 CONTROL_ADDRESS_BITS = 12
-"""Of the control port: a page of 4 KiB, the least that a processor maps."""
+"""Address bits of the control port: a page of 4 KiB, the least that a processor maps."""
 _LINE = 8
-"""Words that a read chooses from in its first cycle; in the second it chooses between lines."""
+"""A read selects one of this number of words in its first cycle, and one of the lines in the second."""
 
 
 def register_members(register: Register) -> dict[str, wiring.Member]:
@@ -40,23 +40,25 @@ def register_members(register: Register) -> dict[str, wiring.Member]:
 
 
 class RegisterBank(Block):
-    """All registers of :data:`hw.spec.control.registers.REGISTERS` behind an AXI4-Lite port.
+    """All registers of :data:`hw.spec.control.registers.REGISTERS` with an AXI4-Lite port.
 
     Members
     -------
     ctrl : the AXI4-Lite port
-    forget : clears what is pending in registers of access CLEAR
+    forget : clear all bits of registers with access CLEAR
 
-    and those that are named after a register. They have its fields, side by side without gaps, or all of its bits.
+    and one for each register, with the register's name. It has the register's fields, side by side without gaps, or
+    all of its bits.
 
-    - READ: an input, what software reads. A run of words is asked for one by one: ``<name>_index`` goes out, and
-      ``<name>`` comes in within the same cycle, so that a memory with an asynchronous read port can hold the run.
-    - READ_WRITE: an output, what software wrote last. A run of words comes out as one number, word 0 lowest.
+    - READ: an input, the value for software. A run of words is read word by word: ``<name>_index`` is an output, and
+      ``<name>`` is the word in the same cycle, so a memory with an asynchronous read port can hold the run.
+    - READ_WRITE: an output, the last value that software wrote. A run of words is one number, with word 0 lowest.
     - COMMAND: an output; a field is 1 for one cycle when software writes a 1 to it.
-    - CLEAR: an output, what is pending, and an input ``set_<name>``. What is set and cleared at once stays set.
+    - CLEAR: an output, the pending bits, and an input ``set_<name>``. A bit that is set and cleared in the same cycle
+      stays set.
 
-    Latency: what was written is out ``write_latency`` cycles after the later transfer of AW and W. A read gives the
-    values of the cycle after AR; throughput as :class:`ControlPort`.
+    Latency: a written value is at the output ``write_latency`` cycles after the later transfer of AW and W. A read
+    gives the values of the cycle after AR; throughput as :class:`ControlPort`.
     """
 
     write_latency, write_period = ControlPort.write_latency, ControlPort.write_period
@@ -67,7 +69,7 @@ class RegisterBank(Block):
         super().__init__({"ctrl": In(lite_signature(CONTROL_ADDRESS_BITS)), "forget": In(1), **members})
 
     def register(self, name: str):
-        """The member that is named after this register."""
+        """The member of this register."""
         if name not in BY_NAME:
             raise KeyError(f"there is no register {name}")
         return getattr(self, name)
@@ -93,7 +95,7 @@ class RegisterBank(Block):
 
     @staticmethod
     def _check_writes(m: Module, port: ControlPort) -> None:
-        """Which words may be written."""
+        """The responses to writes."""
         with m.Switch(port.write_word):
             with m.Case(*(word for item in REGISTERS if item.access is not Access.READ for word in _words(item))):
                 m.d.comb += port.write_response.eq(Response.OKAY)
@@ -103,7 +105,7 @@ class RegisterBank(Block):
                 m.d.comb += port.write_response.eq(Response.DECERR)
 
     def _write(self, m: Module, port: ControlPort, register: Register) -> None:
-        """What a write to the register does."""
+        """The effect of a write to the register."""
         if register.access is Access.READ:
             return
         member = Value.cast(self.register(register.name))
@@ -122,7 +124,9 @@ class RegisterBank(Block):
                 m.d.sync += member.eq(Mux(self.forget, 0, member & ~cleared | causes))
 
     def _read(self, m: Module, port: ControlPort) -> None:
-        """A word of every line, registered; then a line. So the number of registers does not set the clock."""
+        """Selects a word of every line, with a register after it, and then a line. So the critical path does not depend
+        on the number of registers.
+        """
         lines: dict[tuple[int, ...], Signal] = {}
         singles: dict[int, dict[int, Value]] = {}
         for register in REGISTERS:
@@ -146,7 +150,7 @@ class RegisterBank(Block):
                     m.d.comb += port.read_data.eq(picked)
 
     def _read_run(self, m: Module, port: ControlPort, register: Register) -> Signal:
-        """The word of a run that hardware holds."""
+        """The selected word of a run that is outside of the bank."""
         index = getattr(self, f"{register.name}_index")
         first = _words(register)[0]
         if first % register.words or register.words % _LINE:
@@ -158,7 +162,7 @@ class RegisterBank(Block):
         return picked
 
     def _read_line(self, m: Module, port: ControlPort, line: int, values: dict[int, Value]) -> Signal:
-        """The chosen one of up to eight words; 0 where there is none."""
+        """The selected word of a line; 0 if there is no such word."""
         picked = Signal(32, name=f"line_{line}")
         with m.If(port.read), m.Switch(port.read_word[: _LINE.bit_length() - 1]):
             for index, value in values.items():
@@ -169,7 +173,7 @@ class RegisterBank(Block):
         return picked
 
     def _values(self, m: Module, port: ControlPort, register: Register) -> list[Value]:
-        """What each of a register's words reads as."""
+        """The value for a read of each of a register's words."""
         if register.access is Access.COMMAND:
             return [Const(0, 32)]
         member = Value.cast(self.register(register.name))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The supervisor: stops the datapath after a fault, and brings it back."""
+"""The supervisor: halts the datapath after a fault, and resets it."""
 
 from amaranth.hdl import Module, Signal
 from amaranth.lib import wiring
@@ -7,20 +7,20 @@ from amaranth.lib.wiring import In, Out
 
 
 class Supervisor(wiring.Component):
-    """Halts the datapath at faults, and resets it when software says so and the bus is owed nothing.
+    """Halts the datapath after faults, and resets it when software requests it and no bus transfer is under way.
 
     Parameters
     ----------
-    most_in_flight : descriptors that queue and datapath can hold together
+    most_in_flight : maximum number of descriptors in queue and datapath together
 
     Members
     -------
-    stops : there is an error after which nothing may move
-    reset : software wants a reset
-    quiet : the bus is owed nothing
-    accepted, complete : a descriptor went into the queue, came out with its results in memory
-    halt : for the datapath: move nothing more but what the bus is owed
-    clear : reset the datapath and forget the error; a few cycles
+    stops : there is an error after which no data may move
+    reset : software requests a reset
+    quiet : no bus transfer is under way
+    accepted, complete : a descriptor entered the queue; a descriptor's results are in memory
+    halt : for the datapath: move no data, except to finish bus transfers under way
+    clear : reset the datapath and clear the error; a few cycles
     resetting : from the command to the end of the reset
     running : descriptors are queued or in flight
     """
@@ -43,7 +43,7 @@ class Supervisor(wiring.Component):
         m.d.comb += [
             self.halt.eq(self.stops | self.resetting),
             self.running.eq(in_flight != 0),
-            # Ends a cycle before ``resetting``, as the datapath's reset comes a cycle late.
+            # It ends one cycle before ``resetting``, because the datapath's reset has a delay of one cycle.
             self.clear.eq(left > 1),
         ]
         with m.If(left != 0):

@@ -40,14 +40,14 @@ def bank_start(config: AcceleratorConfig, bank: Value) -> Value:
 class ActivationBuffer(Block):
     """Takes the activations of each command, K-slice by K-slice, all tokens of a slice in a row, and sums the groups.
 
-    Slice-major order is the order in which the array reads, so addresses only count, and the array may start on a
-    slice as soon as its tokens are here. Commands that reuse the activations of the one before bring none.
+    The array reads in slice-major order, too. So addresses are simple counters, and the array can start with a slice as
+    soon as its tokens are stored. Commands that reuse the activations of the previous command have no slices.
 
     Members
     -------
     command : the layers
-    slices : token slices; the exponent is that of the token, taken with its first slice. 1 per cycle
-    slice_ready : one cycle per slice whose tokens are all readable
+    slices : token slices, 1 per cycle; the token's exponent is stored with its first slice
+    slice_ready : one cycle for each slice when all its tokens can be read
     release : the oldest bank is no longer read; one cycle
     read_address, read_data : mantissas, ``read_latency`` cycles later; bank b starts at ``b * bank_slices``
     sum_address, sum_data : group sums, slice-major like the mantissas, ``read_latency`` cycles later
@@ -57,7 +57,7 @@ class ActivationBuffer(Block):
     read_latency = 2
     """Cycles from an address to its data."""
     sum_latency = 4
-    """Cycles from the last slice of a group to the moment when its sum may be read."""
+    """Cycles from the last slice of a group until its sum can be read."""
 
     def __init__(self, config: AcceleratorConfig):
         self.config = config
@@ -91,8 +91,8 @@ class ActivationBuffer(Block):
                 "group": lambda command: command.groups,
             },
         )
-        # The drain releases a bank when it takes the next command that brings activations, so the first release
-        # comes with the first command: it stands for the bank that is missing here.
+        # The drain releases a bank when it takes the next command with new activations. So the first release comes with
+        # the first command, before any bank was used: for this reason the initial count is one less.
         m.submodules.free_banks = free_banks = Credits(BANKS, init=BANKS - 1)
         fresh = ~self.command.payload.reuse
         may_load = fresh & free_banks.enough
@@ -115,7 +115,7 @@ class ActivationBuffer(Block):
         return m
 
     def _count(self, m: Module, walker: Walker, enable, restart, name: str) -> Signal:
-        """A write address that starts with each bank and counts with ``enable``."""
+        """A write address that restarts with each bank and counts with ``enable``."""
         address = Signal(range(BANKS * bank_slices(self.config)), name=name)
         with m.If(enable):
             m.d.sync += address.eq(address + 1)
@@ -151,8 +151,8 @@ class ActivationBuffer(Block):
         ]
 
     def _store_sums(self, m: Module, walker: Walker, token: Signal, platform) -> None:
-        """Adds up each slice and then the slices of a group: registers after the input, after sums of four, after
-        the sum of these; the group's accumulator is the fourth step."""
+        """Adds the elements of each slice and then the slices of a group. There are registers after the input, after
+        sums of four, and after the sum of these; the group's accumulator is the fourth step."""
         config = self.config
         shape = signed(config.activation_sum_bits)
         step, stages = walker.step, 3
@@ -184,7 +184,7 @@ class ActivationBuffer(Block):
         attributes = buffer_attributes(platform, depth, shape.width)
         m.submodules.sums = memory = Memory(shape=shape, depth=depth, init=[], attrs=attributes)
         write, read = memory.write_port(), memory.read_port()
-        # The walker's bank may have moved on by now, so this address keeps its own.
+        # The walker may be at the next bank already, so this address has a bank of its own.
         address = Signal(range(BANKS * bank_slices(config)))
         bank = Signal()
         with m.If(step & last_slice):

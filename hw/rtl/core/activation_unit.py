@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The activation unit: float32 from memory to the mantissas and exponents that the core takes."""
+"""The activation unit: converts float32 from memory to the mantissas and exponents of the core."""
 
 from amaranth.hdl import Cat, Module, Mux, Signal, signed
 from amaranth.lib import data, stream, wiring
@@ -16,27 +16,27 @@ from hw.rtl.core.float_in import Mantissa, TokenExponent
 from hw.spec.config import EXPONENT_BITS, FLOAT_BITS, AcceleratorConfig
 
 _FAN_IN = 4
-"""Floats, or largest ones, that are compared with each other between two registers."""
+"""Number of values that are compared with each other between two registers."""
 
 
 def row_layout(config: AcceleratorConfig) -> data.ArrayLayout:
-    """One token's K-slice as it lies in memory: float32 bits."""
+    """One token's K-slice in the layout of memory: float32 bits."""
     return data.ArrayLayout(FLOAT_BITS, config.tile)
 
 
 class ActivationUnit(Block):
-    """Stores a layer's activations as they come, token by token, and sends them on slice by slice.
+    """Stores a layer's activations in the order of memory, token by token, and sends them slice by slice.
 
-    While they come it finds each token's largest magnitude, and from it the exponent; then it rounds, a slice of one
-    token per cycle. Commands that reuse activations pass by without any.
+    While it stores them, it finds each token's largest magnitude, which gives the token's exponent. Then it rounds, a
+    slice of one token per cycle. Commands that reuse activations are skipped.
 
     Members
     -------
     command : the layers
     rows : float32 [M, K], one token after the other, slice by slice
     slices : for :class:`hw.rtl.core.activation_buffer.ActivationBuffer`
-    non_finite, out_of_range : a token of the layer held here had such an element or exponent; the layer then stays
-        here, and so does what follows it
+    non_finite, out_of_range : a token of the current layer has such an element or exponent; then this layer and the
+        following ones are not sent
 
     Throughput: 1 token slice per cycle in, then 1 per cycle out. Latency: ``latency`` cycles from the last one in to
     the first one out.
@@ -63,7 +63,7 @@ class ActivationUnit(Block):
 
     @property
     def exponent_cycles(self) -> int:
-        """Cycles from a token's last row until its exponent may be read: largest of the row, of the token, exponent."""
+        """Cycles from a token's last row until its exponent can be read: maximum of the row, of the token, exponent."""
         levels = (self.config.tile.bit_length() - 1 + 1) // 2
         return levels + 1 + TokenExponent.latency + 1
 
@@ -94,7 +94,7 @@ class ActivationUnit(Block):
                 "group": lambda command: command.groups,
             },
         )
-        # One layer is in the store at a time: it is loaded, then sent.
+        # The store holds one layer at a time: it is loaded, then sent.
         busy, loaded = Signal(), Signal()
         fresh = ~self.command.payload.reuse
         start = Signal()
@@ -106,7 +106,7 @@ class ActivationUnit(Block):
             self.rows.ready.eq(loader.active),
             loader.step.eq(self.rows.valid & loader.active),
             sender.command.payload.eq(loader.current),
-            # By then the last token's exponent is in its place.
+            # At this time the last token's exponent is stored.
             loaded.eq(delay(m, loader.step & loader.done, self.exponent_cycles, name="loaded", reset=True)),
             sender.command.valid.eq(loaded & ~self.non_finite & ~self.out_of_range),
         ]
@@ -120,7 +120,7 @@ class ActivationUnit(Block):
         return m
 
     def _find_exponents(self, m: Module, loader: Walker, exponents: Memory) -> None:
-        """The largest magnitude of each token: over the floats of a row, then over its rows."""
+        """The largest magnitude of each token: first of the floats of a row, then of its rows."""
         step, starts, ends = loader.step, Signal(), Signal()
         m.d.comb += [
             starts.eq(loader.first.slice & loader.first.group),
@@ -138,7 +138,7 @@ class ActivationUnit(Block):
                 parts.append(largest)
             magnitudes, level = parts, level + 1
         of_row = magnitudes[0]
-        # Outside the condition: what a delay does inside one it does only then.
+        # The delay is outside of the condition, because inside it would move only when the condition is true.
         fresh = delay(m, starts, level, name="starts")
         with m.If(delay(m, step, level, name="step_row", reset=True)):
             m.d.sync += of_token.eq(Mux(fresh | (of_row > of_token), of_row, of_token))
@@ -167,7 +167,7 @@ class ActivationUnit(Block):
         return magnitudes[0]
 
     def _store(self, m: Module, loader: Walker, platform) -> ReadPort:
-        """The floats, one slice of one token per row, rows slice by slice; returns where they are read."""
+        """Stores the floats: one slice of one token per row, rows slice by slice. Returns the read port."""
         config = self.config
         depth = bank_slices(config)
         attributes = buffer_attributes(platform, depth, row_layout(config).size)
@@ -207,7 +207,7 @@ class ActivationUnit(Block):
                 token.eq(Mux(sender.last.token, 0, token + 1)),
             ]
         exponent = delay(m, read.data, 2, name="exponent")
-        # A row is read, taken out of the memory, and rounded; who has nothing to do rests.
+        # A row is read, leaves the memory's register, and is rounded. A stage without valid data keeps its registers.
         moves = [delay(m, step, stage, name=f"moves_{stage}", reset=True) for stage in range(self.pipeline)]
         m.d.comb += rows.en.eq(moves[0])
         row = Signal(row_layout(config), reset_less=True)

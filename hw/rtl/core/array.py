@@ -16,20 +16,20 @@ from hw.spec.memory.geometry import StreamLayout
 class SystolicArray(Block):
     """Multiplies slices: ``psums[c] = sum_r activations[r] * weights[r, c]``, one token per cycle.
 
-    Activations move one column per cycle, psums one row per cycle, and the weights of a slice ride the same
+    Activations move one column per cycle, psums one row per cycle, and the weights of a slice move along the same
     diagonal: row r of a slice is delayed until its activation arrives and then held at the west edge until the next
-    slice, column c of it follows c cycles later. All delays are fixed, so a new slice may start every cycle, and no
-    net spans more than one element.
+    slice; column c follows c cycles later. All delays are fixed, so a new slice may start every cycle, and no net spans
+    more than one element.
 
     Parameters
     ----------
-    element : what it is made of; if not given, whatever suits the part that it is elaborated for
+    element : class of the elements; if not given, it is chosen for the part
 
     Members
     -------
     activations : signed mantissas of one token's K-slice, all rows in the same cycle
     load : this token is the first of a slice
-    words : the weights: word w of the slice whose first token comes in cycle t is due in cycle t + w
+    words : the weights: if the first token of a slice enters in cycle t, its word w must enter in cycle t + w
     psums : signed; column c of a token comes ``latency + c`` cycles after its activations
 
     Throughput: 1 token per cycle; a slice takes ``max(tokens, words_per_slice)`` cycles.
@@ -80,7 +80,7 @@ class SystolicArray(Block):
         return m
 
     def _row_weights(self, m: Module, row: int) -> Signal:
-        """The weights of one row at the west edge, from a slice's first token until the next slice's."""
+        """The weights of one row at the west edge, from a slice's first token until that of the next slice."""
         bits = self.stream.row_bits
         offset = row % self.stream.rows_per_word * bits
         arriving = delay(m, self.words[offset : offset + bits], self.stream.row_delay(row), name=f"arriving_r{row}")

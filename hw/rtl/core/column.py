@@ -13,12 +13,12 @@ from hw.spec.config import SCALE_BITS, AcceleratorConfig
 
 
 def ring_depth(config: AcceleratorConfig) -> int:
-    """Entries of the ring of sums: two output tiles of ``max_tokens`` tokens, rounded up so that addresses wrap."""
+    """Entries of the ring of sums: two output tiles of ``max_tokens`` tokens, rounded up to a power of two."""
     return 1 << (2 * config.max_tokens - 1).bit_length()
 
 
 def group_control(config: AcceleratorConfig) -> data.StructLayout:
-    """What a column must know when a psum arrives; ``ends``: it is valid and the last of its group."""
+    """A column's control for a psum; ``ends``: the psum is valid and the last of its group."""
     return data.StructLayout(
         {
             "valid": 1,
@@ -31,12 +31,12 @@ def group_control(config: AcceleratorConfig) -> data.StructLayout:
 
 
 def ring_control(config: AcceleratorConfig) -> data.StructLayout:
-    """What a column must know when a group's scaled sum arrives at the ring."""
+    """A column's control for a group's scaled sum at the ring."""
     return data.StructLayout({"write": 1, "first_group": 1, "address": range(ring_depth(config))})
 
 
 def drain_slot(config: AcceleratorConfig) -> data.StructLayout:
-    """One place on the drain chain: which columns it collects, where from, and what it has collected."""
+    """One slot on the drain chain: the columns to collect, their address in the ring, and the collected values."""
     lanes = config.drain_lanes
     return data.StructLayout(
         {
@@ -55,10 +55,10 @@ def zero_point_shape(config: AcceleratorConfig):
 class Column(wiring.Component):
     """Accumulates one column of the array over slices, corrects the zero point, scales, accumulates over groups.
 
-    ``P`` per token in the group accumulator, ``V = P * 2^f - z * A``, ``Y += sm * V`` in the ring. First-flags clear,
-    so nothing is ever written to clear it. Both memories are read asynchronously and added to within one cycle: an
-    address may come back in the next cycle without a hazard. All control comes from the west and leaves to the east
-    one cycle later, in step with the psums. Throughput 1 psum per cycle.
+    ``P`` per token in the group accumulator, ``V = P * 2^f - z * A``, ``Y += sm * V`` in the ring. The first-flags
+    start a new sum, so no write is needed to clear entries. Both memories are read asynchronously, and read, addition
+    and write take one cycle: the same address may be used in the next cycle without a hazard. All control comes from
+    the west and leaves to the east one cycle later, together with the psums. Throughput 1 psum per cycle.
 
     Members
     -------
@@ -68,13 +68,13 @@ class Column(wiring.Component):
     zero_point : z of this group, in the cycle of ``group_in``
     scale : sm of this group, ``scale_delay`` cycles after ``group_in``
     ring_in, ring_out : control of the ring, ``ring_delay`` cycles after ``group_in``
-    drain_in, drain_out : the drain chain; a slot that names this column takes its sum along
+    drain_in, drain_out : the drain chain; a slot with this column's number collects its sum
     """
 
     scale_delay = 3
-    """Cycles from a psum to the multiplication by its scale: the stage that makes ``scaled``."""
+    """Cycles from a psum to the multiplication by its scale: the stage of ``scaled``."""
     ring_delay = 5
-    """Cycles from a psum to its group's addition to the ring, after all stages; it is readable one cycle later."""
+    """Cycles from a psum to its group's addition to the ring, after all stages; it can be read one cycle later."""
 
     def __init__(self, config: AcceleratorConfig):
         self.config = config
@@ -122,7 +122,7 @@ class Column(wiring.Component):
         return group_sum
 
     def _centre_and_scale(self, m: Module, platform, group_sum: Signal) -> Signal:
-        """``sm * V``, ``ring_delay`` cycles after the psum; registers where a DSP slice has them.
+        """``sm * V``, ``ring_delay`` cycles after the psum; the registers are those of a DSP slice.
 
         They move only for psums that end a group, which saves power, and time in simulation.
         """
@@ -176,7 +176,7 @@ class Column(wiring.Component):
 
 
 class Columns(Block):
-    """One :class:`Column` under each column of the array; scales and zero points ride east with the control.
+    """One :class:`Column` below each column of the array; scales and zero points move east with the control.
 
     Members
     -------

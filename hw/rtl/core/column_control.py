@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Control at the column heads: a second walker that follows the tokens when they leave the array."""
+"""Control of the columns: a second walker that follows the tokens when they leave the array."""
 
 from amaranth.hdl import Module, Mux, Signal, signed
 from amaranth.lib import data, stream, wiring
@@ -15,23 +15,23 @@ from hw.spec.memory.geometry import StreamLayout
 
 
 class ColumnControl(Block):
-    """Walks tokens, slices, groups and output tiles again, one step per token, and tells column 0 what to do.
+    """Walks tokens, slices, groups and output tiles again, one step per token, and makes the control of column 0.
 
     Members
     -------
     command : the layers
-    token : a token's psum is due at column 0 in ``lead`` cycles
+    token : a token's psum arrives at column 0 in ``lead`` cycles
     records : scale mantissas and zero points, one transfer per group
     sum_address, sum_data : group sums, from the activation buffer
     group, ring, zero_points, scales : for :class:`hw.rtl.core.column.Columns`
-    tile_done : the first token of an output tile has its sums in column 0 (column c: c cycles later)
-    underrun : a record was not there in time; stays set. The layout rules out that this happens
+    tile_done : the sums of an output tile's first token are complete in column 0 (column c: c cycles later)
+    underrun : a record came too late; it stays set. With a valid layout this cannot happen
 
     Throughput 1 token per cycle.
     """
 
     lead = ActivationBuffer.read_latency
-    """Cycles from ``token`` to the psum, and to ``group``."""
+    """Cycles from ``token`` to the psum and to ``group``."""
 
     def __init__(self, config: AcceleratorConfig):
         self.config = config
@@ -81,7 +81,7 @@ class ColumnControl(Block):
         ]
 
     def _ring_control(self, m: Module, walker: Walker, group_ends: Signal) -> None:
-        """Entries of the ring are taken in order, one per token, by one output tile after another."""
+        """Allocates entries of the ring in order, one per token, for one output tile after another."""
         address, base = Signal(range(ring_depth(self.config))), Signal(range(ring_depth(self.config)))
         next_base = Signal.like(base)
         m.d.comb += next_base.eq(base + walker.current.tokens)

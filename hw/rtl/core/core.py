@@ -30,10 +30,10 @@ class Core(Block):
     weights : the weight stream, beat by beat (:mod:`hw.spec.memory.geometry`)
     activations : mantissas and token exponents, slice by slice, all tokens of a slice in a row
     results : float32, output tile by output tile, token by token, columns ascending
-    underrun : a design error was caught: scales came too late. Never set, checked in simulation
-    works, waits_activations, waits_output : what the sequencer does or waits for in this cycle
+    underrun : scales came too late, which is an error of the design. It is never set; simulation checks this
+    works, waits_activations, waits_output : the sequencer's state in this cycle
 
-    Throughput: 1 beat per cycle and 1 token slice per cycle, whichever binds:
+    Throughput: 1 beat per cycle and 1 token slice per cycle, so a layer takes
     ``max(beats, tokens * slices, results / lanes)`` cycles, without a gap between layers.
     """
 
@@ -61,7 +61,7 @@ class Core(Block):
 
     @property
     def word_fifo_depth(self) -> int:
-        """Words that wait for the array."""
+        """Depth in words of the FIFO before the array."""
         return self.stream.word_fifo_depth
 
     @property
@@ -136,7 +136,7 @@ class Core(Block):
         return m
 
     def _feed_array(self, m: Module, words, buffer, sequencer, array) -> None:
-        """Activations and weights of a token reach the array in the same cycle."""
+        """Sends activations and weights of a token to the array in the same cycle."""
         m.submodules.word_fifo = fifo = StreamFifo(self.stream.word_bits, self.word_fifo_depth)
         wiring.connect(m, words, fifo.i)
         register = Signal(len(array.words), reset_less=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The drain: collects finished sums from the columns and turns them into a stream of float32."""
+"""The drain: collects finished sums from the columns and converts them to a stream of float32."""
 
 from amaranth.hdl import Array, Const, Module, Mux, Signal, Value, signed
 from amaranth.lib import data, stream, wiring
@@ -17,16 +17,16 @@ from hw.spec.memory.geometry import StreamLayout
 
 
 def result_payload(config: AcceleratorConfig) -> data.StructLayout:
-    """One transfer of results: float32 bits of neighbouring columns, which of them exist, and the layer's end."""
+    """One transfer of results: float32 bits of neighbouring columns, which of them are valid, and the layer's end."""
     lanes = config.drain_lanes
     return data.StructLayout({"values": data.ArrayLayout(FLOAT_BITS, lanes), "keep": lanes, "last": 1})
 
 
 class Drain(Block):
-    """Sends slots down the drain chain and converts what comes back.
+    """Sends slots along the drain chain and converts the collected sums.
 
-    For each output tile: for each token: its columns in ascending order, ``drain_lanes`` at a time. Columns beyond N
-    are left out. A slot is only sent when the output FIFO has room for it.
+    For each output tile and each token it collects the columns in ascending order, ``drain_lanes`` at a time. Columns
+    beyond N are omitted. A slot is only sent when the output FIFO has room for it.
 
     Members
     -------
@@ -68,7 +68,7 @@ class Drain(Block):
 
     @property
     def fifo_depth(self) -> int:
-        """Results that the output FIFO holds: a full pipeline, and as many again waiting to leave."""
+        """Depth of the output FIFO: the results of a full pipeline, and as many that wait to leave."""
         return 1 << (2 * (self.latency + 2) - 1).bit_length()
 
     def properties(self) -> dict[str, int]:
@@ -106,7 +106,7 @@ class Drain(Block):
             fifo.claim.eq(step & keep[0]),
             self.exponents.ready.eq(tile_ends),
             self.ring_release.eq(step & walker.last.columns),
-            # With the first command of all, the buffer learns that its second bank is free too.
+            # The first release, with the first command, tells the buffer that its second bank is free, too.
             self.bank_release.eq(walker.command.valid & walker.command.ready & ~walker.command.payload.reuse),
         ]
         self._send(m, walker, step, columns)
@@ -117,7 +117,7 @@ class Drain(Block):
         return m
 
     def _columns(self, m: Module, walker: Walker) -> tuple[Signal, Signal]:
-        """Which columns the slot collects, and which of them exist."""
+        """The columns that the slot collects, and which of them exist."""
         columns = Signal(self.slot.columns.shape())
         with m.If(walker.step):
             m.d.sync += columns.eq(Mux(walker.last.columns, 0, columns + 1))
@@ -134,7 +134,7 @@ class Drain(Block):
         m.d.sync += [self.slot.columns.eq(columns), self.slot.address.eq(address)]
 
     def _exponents(self, m: Module, walker: Walker, step: Signal, columns: Signal) -> list[Signal]:
-        """``E[n] - 15 + e[m] - f`` of each lane, when the slot comes back."""
+        """``E[n] - 15 + e[m] - f`` of each lane, in the cycle in which the slot comes back."""
         config = self.config
         token = Signal(range(config.max_tokens))
         with m.If(step & walker.last.columns):
@@ -149,7 +149,7 @@ class Drain(Block):
             chosen = Signal(signed(EXPONENT_BITS), name=f"row_exponent_{lane}", reset_less=True)
             total = Signal(signed(config.exponent_sum_bits), name=f"exponent_{lane}", reset_less=True)
             m.d.sync += [chosen.eq(row), total.eq(chosen + token_exponent - offset)]
-            # One cycle of the chain's has gone into the choice.
+            # The selection takes one of the chain's cycles.
             exponents.append(delay(m, total, self.chain_latency - 1, name=f"exponent_{lane}"))
         return exponents
 

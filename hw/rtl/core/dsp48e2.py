@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The DSP48E2 slice of AMD's UltraScale+ parts, set up as one multiply-accumulate of a cascade.
+"""The DSP48E2 slice of AMD's UltraScale+ parts, configured as one multiply-accumulate of a cascade.
 
-Port and parameter names, widths and the meaning of OPMODE are those of AMD's user guide UG579, "UltraScale Architecture
+Port and parameter names, widths and the meaning of OPMODE are from AMD's user guide UG579, "UltraScale Architecture
 DSP Slice".
 """
 
@@ -18,7 +18,7 @@ _PRODUCT_AND_CASCADE, _PRODUCT = 0b00_001_01_01, 0b00_000_01_01
 
 
 def has_dsp48e2(platform) -> bool:
-    """Whether elaboration is for a part whose DSP slices are DSP48E2, by the name Amaranth's platforms have for it."""
+    """Whether elaboration is for a part with DSP48E2 slices, by the name of its family in Amaranth's platforms."""
     return getattr(platform, "family", None) == "ultrascaleplus"
 
 
@@ -27,18 +27,18 @@ class Dsp48e2(wiring.Component):
 
     Parameters
     ----------
-    cascade : whether ``pcin`` comes from the slice below; without it, it counts as 0
+    cascade : whether ``pcin`` comes from the slice below; otherwise it counts as 0
 
-    Elsewhere than on UltraScale+ it is its behavioural twin: the registers and operators that are used of the slice,
-    in the slice's widths.
+    For parts other than UltraScale+ it is a behavioural model: the slice's registers and operators that are used here,
+    with the slice's widths.
 
     Members
     -------
     a : signed; the multiplier takes the low 27 bits
     b : signed
-    pcin : signed, from ``pcout`` of the slice below, and from nothing else: there is no other wire to it
+    pcin : signed, only from ``pcout`` of the slice below: the slice has no other wire to it
     p : signed, ``latency`` cycles after ``a`` and ``b``, 1 cycle after ``pcin``
-    pcout : the same, for the slice above
+    pcout : the value of ``p``, for the slice above
     """
 
     latency = 3

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""float32 to mantissas: what gives a token its exponent, and what rounds its elements."""
+"""Conversion of float32 to mantissas: a token's exponent, and the rounding of its elements."""
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, signed
 from amaranth.lib import data, wiring
@@ -17,11 +17,11 @@ from hw.spec.numerics.float32 import (
 FLOAT = data.StructLayout({"fraction": FRACTION_BITS, "exponent": EXPONENT_FIELD_BITS, "sign": 1})
 """IEEE 754 binary32."""
 _UNIT_EXPONENT = EXPONENT_BIAS + FRACTION_BITS
-"""Biased exponent at which the significand's lowest bit is worth 1."""
+"""Biased exponent with which the significand's lowest bit has the value 1."""
 
 
 def significand(number) -> Cat:
-    """The 24-bit significand of a :data:`FLOAT`, its leading bit 0 for subnormal numbers."""
+    """The 24-bit significand of a :data:`FLOAT`; its leading bit is 0 for subnormal numbers."""
     return Cat(number.fraction, number.exponent.any())
 
 
@@ -51,7 +51,7 @@ class TokenExponent(wiring.Component):
         m = Module()
         bits = self.config.activation_bits
         number = data.View(FLOAT, Cat(self.largest, Const(0, 1)))
-        # All of the mantissa's bits and the one below them set: rounding carries into one bit more.
+        # If all bits of the mantissa and the one below are 1, rounding carries into another bit.
         carries = significand(number)[-bits:].all()
         exponent = Signal(signed(EXPONENT_BITS + 2))
         low, high = -(1 << (EXPONENT_BITS - 1)), (1 << (EXPONENT_BITS - 1)) - 1
@@ -60,7 +60,7 @@ class TokenExponent(wiring.Component):
         m.d.sync += [
             self.exponent.eq(Mux(zero, 0, exponent)),
             self.non_finite.eq(number.exponent == EXPONENT_SPECIAL),
-            # A subnormal's exponent is lower still than its field says.
+            # The exponent of a subnormal number is lower than its field.
             self.out_of_range.eq(~zero & ((exponent < low) | (exponent > high) | (number.exponent == 0))),
         ]
         return m
@@ -71,9 +71,9 @@ class Mantissa(wiring.Component):
 
     Members
     -------
-    moves : one bit a stage: the value in front of it is meant, and goes on; otherwise the stage rests
+    moves : one bit per stage: the stage's input is valid and is registered; otherwise the stage keeps its registers
     value : float32
-    exponent : of its token, so that the result fits
+    exponent : exponent of its token; with it the result fits
     mantissa : the result
     """
 
@@ -93,7 +93,7 @@ class Mantissa(wiring.Component):
     def elaborate(self, platform) -> Module:
         m = Module()
         value, bits = self.value, self.config.activation_bits
-        # How far the significand moves right; from 25 places on nothing is left, not even after rounding.
+        # Distance of the right shift. With 25 places or more the result is 0, also after rounding.
         most = SIGNIFICAND_BITS + 1
         places = Signal(range(most), reset_less=True)
         far = Signal(reset_less=True)
@@ -114,7 +114,7 @@ class Mantissa(wiring.Component):
                 moved.eq(Mux(far, 0, Cat(Const(0, most), number) >> places)),
                 signs[1].eq(signs[0]),
             ]
-        # Below the result's lowest bit lie the half, and what decides whether it is one.
+        # Below the result's lowest bit are the half bit and the remaining bits, which decide whether this is a tie.
         kept, half, rest = moved[most:], moved[most - 1], moved[: most - 1].any()
         sign = signs[1].replicate(bits)
         with m.If(self.moves[2]):

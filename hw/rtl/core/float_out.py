@@ -11,7 +11,7 @@ from hw.spec.numerics.float32 import EXPONENT_BIAS, EXPONENT_FIELD_BITS, EXPONEN
 
 
 class FloatOut(Block):
-    """``value * 2**exponent`` as binary32 (IEEE 754), half to even, as :func:`hw.spec.numerics.linear.to_float32` says.
+    """``value * 2**exponent`` as binary32 (IEEE 754), half to even, like :func:`hw.spec.numerics.linear.to_float32`.
 
     Overflow gives infinity, results below 2**-126 a zero of the same sign. The leading one is shifted to the top by
     one power of two per cycle. Registers move only for valid values, which saves power, and time in simulation.
@@ -27,7 +27,7 @@ class FloatOut(Block):
 
     def __init__(self, config: AcceleratorConfig):
         self.config = config
-        # The magnitude of the most negative sum never occurs, so one bit less holds it; pad to a significand.
+        # The most negative sum never occurs, so the magnitude has one bit less; it is padded to a significand.
         self.bits = max(config.sum_bits - 1, FRACTION_BITS + 1)
         super().__init__(
             {
@@ -57,11 +57,11 @@ class FloatOut(Block):
             {
                 "sign": 1,
                 "magnitude": self.bits,
-                # That of the magnitude's top bit, biased.
+                # Biased exponent of the magnitude's top bit.
                 "exponent": signed(self.config.exponent_sum_bits + 2),
             }
         )
-        # One bit per stage: there is a value in the register before it.
+        # One bit per stage: the register before the stage is valid.
         moving = Signal(self.latency - 1)
         m.d.sync += moving.eq(Cat(self.valid, moving))
         number = Signal(shape, name="number", reset_less=True)
@@ -77,7 +77,7 @@ class FloatOut(Block):
         return m
 
     def _shift(self, m: Module, moving, number, distance: int):
-        """Shift left by ``distance`` if that many bits at the top are empty."""
+        """Shift left by ``distance`` if this number of bits at the top are 0."""
         shifted = Signal.like(number, name=f"shifted_{distance}", reset_less=True)
         empty = ~number.magnitude[-distance:].any()
         with m.If(moving):
@@ -89,7 +89,7 @@ class FloatOut(Block):
         return shifted
 
     def _round(self, m: Module, moving, number) -> None:
-        """Round to the fraction, then pack. Rounding may carry into the exponent, so the sum takes both at once."""
+        """Round to the fraction, then pack. Rounding may carry into the exponent, so both are one sum."""
         cut = self.bits - 1 - FRACTION_BITS
         dropped, fraction = number.magnitude[:cut], number.magnitude[cut:-1]
         half, rest = (dropped[-1], dropped[:-1].any()) if cut else (Const(0, 1), Const(0, 1))

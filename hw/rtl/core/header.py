@@ -16,23 +16,23 @@ from hw.spec.ops.command import max_header_beats
 
 
 def ring_depth(config: AcceleratorConfig) -> int:
-    """Beats in the header ring: room for the longest header while half of one more is being used."""
+    """Beats of the header ring: room for the longest header, and for half of another one that is being read."""
     return 1 << (max_header_beats(config) * 3 // 2).bit_length()
 
 
 class HeaderBuffer(wiring.Component):
-    """A ring of beats, read in runs of units that start anywhere: one bank of memory per unit of a beat.
+    """A ring of beats, read in runs of units that start at any unit. It has one bank of memory per unit of a beat.
 
-    A run is at most a beat long and may straddle two beats: banks below its first unit read the next beat.
+    A run is at most a beat long and may include units of two beats: banks below its first unit read the next beat.
 
     Members
     -------
-    beats : header beats in; throughput 1 per cycle
-    available : units written and not yet read over
-    move : move on in this cycle
-    skip : by so many units
-    align : and from there to the start of the next beat
-    run : the units from the current one on, lowest first, 1 cycle after they became current
+    beats : header beats, 1 per cycle
+    available : units that are written and not yet read
+    move : advance the current position in this cycle
+    skip : number of units to advance
+    align : advance further to the start of the next beat
+    run : the units that start at the current position, lowest first, 1 cycle later
     """
 
     latency = 1
@@ -64,7 +64,7 @@ class HeaderBuffer(wiring.Component):
         offset, row = position[:unit_address_bits], position[unit_address_bits:]
         no_offset = Const(0, unit_address_bits)
         push, full, held = Signal(), Signal(), Signal(address_bits + 1)
-        # Registered, because this is where the whole stream waits; what is read meanwhile is room a cycle later.
+        # A register, because the whole stream depends on it. So units that are read become room one cycle later.
         m.d.sync += full.eq(held >= Mux(push, self.depth - 1, self.depth))
         m.d.comb += [
             held.eq(written - row),
@@ -110,7 +110,7 @@ class HeaderBuffer(wiring.Component):
 
 
 class HeaderReader(Block):
-    """Cuts headers into the row exponents of each output tile and one record per group.
+    """Divides headers into the row exponents of each output tile and one record per group.
 
     Members
     -------
@@ -118,17 +118,17 @@ class HeaderReader(Block):
     beats : header beats
     exponents : ``tile`` row exponents, one transfer per output tile
     records : scale mantissas and zero points of one group, ``tile`` each
-    tile_ready : one cycle per output tile whose exponents have been read: from here on its records come in time
+    tile_ready : one cycle for each output tile when its exponents have been read: its records then come in time
 
     Throughput: 1 record in ``record_cycles`` (:class:`hw.spec.memory.geometry.StreamLayout`) cycles.
 
-    An item is read once all of it is there, in a cycle for each beat's worth, and whether it is there takes one cycle
-    before these. That comparison and the sum that says where the next item starts would together be the slowest path of
-    the core.
+    An item is read when all of it is available. A read takes one cycle for each beat's worth, and one cycle before them
+    for the comparison. In the same cycle, this comparison and the sum for the start of the next item would be the
+    slowest path of the core.
     """
 
     tiles_ahead = 16
-    """Output tiles whose exponents, and groups whose records, are read before they are used."""
+    """Number of output tiles whose exponents, and of groups whose records, are read in advance."""
 
     def __init__(self, config: AcceleratorConfig):
         self.config = config
@@ -158,7 +158,7 @@ class HeaderReader(Block):
         m.submodules.buffer = buffer = HeaderBuffer(config)
         m.submodules.exponents_fifo = exponents = StreamFifo(layout.exponents_bits, self.tiles_ahead)
         m.submodules.records_fifo = records = StreamFifo(layout.record_bits, self.tiles_ahead)
-        # A header is its exponents, then its records: groups + 1 items.
+        # A header has its exponents, then its records: groups + 1 items.
         m.submodules.walker = walker = Walker(
             config, {"item": lambda command: command.groups + 1, "tile": lambda command: command.out_tiles}
         )
@@ -167,7 +167,7 @@ class HeaderReader(Block):
         wiring.connect(m, exponents.o, wiring.flipped(self.exponents))
         wiring.connect(m, records.o, wiring.flipped(self.records))
 
-        # One item takes ``chunks`` reads of ``chunk`` units; what the last one needs less, it skips less.
+        # One item takes ``chunks`` reads of ``chunk`` units; the last read skips only the units that it needs.
         is_exponents = walker.first.item
         plan = []
         for size in (layout.record_units, layout.exponents_units):
@@ -190,8 +190,8 @@ class HeaderReader(Block):
             buffer.align.eq(last & walker.last.item),
             walker.step.eq(read & last),
         ]
-        # As it was a cycle ago, which keeps the comparison off the way to ``read``. One item may be on its way to the
-        # FIFO then: the one before that is in, as items are two cycles apart at least.
+        # Registers, so that the path to ``read`` has no comparison. One item may be between the ring and the FIFO when
+        # the FIFO's level is read: items are at least two cycles apart, so the item before it is in the FIFO.
         exponents_room, records_room = Signal(init=1), Signal(init=1)
         m.d.sync += [
             exponents_room.eq(exponents.level < self.tiles_ahead - 1),
@@ -208,7 +208,7 @@ class HeaderReader(Block):
         return m
 
     def _assemble(self, m: Module, buffer, read, last, selected, target, plan, records: bool = False) -> None:
-        """Collects the chunks of one kind of item from the buffer, a cycle after they were asked for."""
+        """Collects the chunks of one kind of item from the buffer, one cycle after their reads."""
         name = "records" if records else "exponents"
         chunks, chunk, last_chunk = plan[0 if records else 1]
         width = self.stream.unit_bits

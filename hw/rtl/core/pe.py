@@ -15,27 +15,27 @@ WORD = 32
 
 
 class ProcessingElement(Block):
-    """Multiplies the activations that pass by with its weight and adds to the psum that comes from above.
+    """Multiplies each activation by its weight and adds the product to the psum from above.
 
     Parameters
     ----------
-    column : which of the row's weights is its own
-    first : nothing is above it: ``psum_in`` is 0
-    last : nothing is below it: ``psum_out`` leaves the array
+    column : index of its weight in the row
+    first : it is the top element of its column: ``psum_in`` is 0
+    last : it is the bottom element of its column: ``psum_out`` leaves the array
 
-    Registers A (activation), B (weight), M (product) and P (psum), as in a DSP48E2 slice. B passes on the weights of
-    the columns further east, too; synthesis drops the ones that nobody there uses. Nothing is reset and nothing is
-    enabled: validity is known outside the array, and a weight stays because what feeds it does not change.
+    It has registers A (activation), B (weight), M (product) and P (psum), like a DSP48E2 slice. B also passes on the
+    weights of the columns further east; synthesis removes those that are not used there. No register has a reset or an
+    enable: validity is tracked outside the array, and a weight does not change while its input does not change.
 
-    Activations come sign-extended to ``WORD`` bits, which hold every psum. Modulo ``2**WORD`` signed and unsigned
-    arithmetic agree, so nothing inside is ever extended or cut, which is what most of a simulation would be spent on.
-    Only ``psum_bits`` of what comes out are used, and synthesis drops the rest: the same cells on ECP5 as with exact
+    Activations come sign-extended to ``WORD`` bits, which hold every psum. Signed and unsigned arithmetic agree modulo
+    ``2**WORD``, so no value inside is extended or truncated; this would take most of the time of a simulation. Only
+    ``psum_bits`` of the output are used, and synthesis removes the rest: on ECP5 the cells are the same as with exact
     widths.
 
     Members
     -------
     activation_in, activation_out : X, sign-extended, west to east, 1 cycle
-    weights_in, weights_out : the row's weights, with the activation they are for, west to east, 1 cycle
+    weights_in, weights_out : the row's weights, together with their activation, west to east, 1 cycle
     psum_in, psum_out : partial sum, north to south; ``psum_in`` is needed 2 cycles after its activation
 
     Throughput: 1 multiply-accumulate per cycle.
@@ -85,10 +85,10 @@ class ProcessingElement(Block):
 class DspProcessingElement(ProcessingElement):
     """The same element in one DSP48E2 slice, which holds its multiplier, its adder and the registers A, B, M and P.
 
-    Psums go down a column over the slices' own cascade, whose wires exist between neighbouring slices only: ``psum_in``
-    comes from ``psum_out`` of the element above, unless this is the ``first``, and ``psum_out`` goes nowhere else,
-    unless this is the ``last``. What goes east cannot leave a slice again, so activations and weights have a second
-    register beside it.
+    Psums go down a column through the slices' cascade, whose wires exist only between neighbouring slices. So
+    ``psum_in`` must come from ``psum_out`` of the element above, except in the ``first`` element, and ``psum_out`` must
+    go only to the element below, except in the ``last`` one. A slice has no outputs for its A and B registers, so
+    activations and weights that go east have second registers beside the slice.
     """
 
     word = P_BITS

@@ -16,11 +16,11 @@ from hw.spec.memory.geometry import StreamLayout
 
 
 class Sequencer(Block):
-    """Walks output tile, group, K-slice and token, and starts each slice once all that it needs is there.
+    """Walks output tile, group, K-slice and token, and starts each slice when everything that it needs is available.
 
     A slice takes ``max(tokens, words_per_slice)`` cycles and is never interrupted. It starts when all its words are
-    in the FIFO and, in a layer's first output tile, its activations in the buffer; an output tile also waits for its
-    header and for room in the ring of sums. So nothing inside the array ever stalls.
+    in the FIFO and, in a layer's first output tile, its activations are in the buffer. An output tile also waits for
+    its header and for room in the ring of sums. So the array never stalls.
 
     Members
     -------
@@ -30,12 +30,12 @@ class Sequencer(Block):
     slice_ready : a slice of activations can be read
     ring_release : an entry of the ring of sums is free again
     token : a token enters; outputs are registered, ``latency`` cycles after the decision
-    load : it is the first of its slice
-    address : of its activations
-    pop : a word leaves the FIFO (after all its slices, where it holds several)
-    place : which slice of the word, where it holds several
+    load : the token is the first of its slice
+    address : address of the token's activations
+    pop : a word leaves the FIFO (after all its slices, if it has several)
+    place : index of the slice in the word, if it has several
     works : a token or a word enters in this cycle
-    waits_activations, waits_output : it does not for want of activations, of room for sums
+    waits_activations, waits_output : it waits for activations; it waits for room for sums
 
     Throughput: 1 token or 1 word per cycle, without a gap between slices, tiles and layers.
     """
@@ -97,7 +97,7 @@ class Sequencer(Block):
         return m
 
     def _gate(self, m: Module, walker: Walker, token: Signal, word: Signal) -> Signal:
-        """Credits for everything a slice needs; returns the condition to advance."""
+        """Counts credits for everything that a slice needs; returns the condition to advance."""
         config, slots = self.config, ring_depth(self.config)
         tile_starts, slice_starts = walker.tile_start, walker.first.phase
         m.d.sync += [self.pop.eq(0)]
@@ -108,8 +108,8 @@ class Sequencer(Block):
         m.submodules.ring = ring = Counter(slots, add=config.max_tokens)
         fresh = walker.first.tile & ~walker.current.reuse
         have_activations, have_room, go, step = Signal(), Signal(), Signal(), Signal()
-        # Room for any M, and as it was a cycle ago: both keep additions off the core's slowest path. What the last tile
-        # took is in it, as no layer's tile takes less than the two cycles of a read of its header.
+        # Conservative (room for max_tokens) and registered: this keeps two adders off the core's slowest path. The
+        # previous tile's entries are already counted, because a tile takes at least two cycles, those of its header.
         room = Signal(init=1)
         m.d.sync += room.eq(ring.value <= slots - config.max_tokens)
         m.d.comb += [
@@ -140,7 +140,7 @@ class Sequencer(Block):
             m.d.comb += words.take.eq(word)
             m.d.sync += self.pop.eq(word)
             return
-        # A word holds several slices, and the next output tile starts with a new word.
+        # A word has several slices, and the next output tile starts with a new word.
         place = Signal(range(per_word))
         finished = walker.last.phase & ((place == per_word - 1) | walker.tile_end)
         m.d.comb += words.take.eq(finished)
@@ -149,9 +149,9 @@ class Sequencer(Block):
             m.d.sync += place.eq(Mux(finished, 0, place + 1))
 
     def _address(self, m: Module, walker: Walker) -> None:
-        """Activations are read in the order in which they lie, once per output tile.
+        """Activations are read in the order of memory, once per output tile.
 
-        The address counts what left in this cycle, not what is decided: nothing long ends here.
+        The address advances with the registered token, not with the decision, so no long path ends here.
         """
         restart = Signal()
         m.d.sync += restart.eq((walker.step & walker.tile_end) | (walker.command.valid & walker.command.ready))

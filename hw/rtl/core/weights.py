@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the weight stream enters: headers to one side, the body as words to the other."""
+"""The input of the weight stream: it separates headers from bodies, and joins beats of a body to words."""
 
 from amaranth.hdl import Cat, Module, Signal
 from amaranth.lib import data, stream
@@ -14,7 +14,7 @@ from hw.spec.memory.geometry import StreamLayout
 class WeightSplitter(Block):
     """Sends the beats of each output tile's header to ``header`` and those of its body to ``body``.
 
-    Latency 0 cycles, throughput 1 beat per cycle: a transfer passes straight through.
+    Latency 0 cycles, throughput 1 beat per cycle: the path is combinational.
 
     Members
     -------
@@ -77,14 +77,14 @@ class WeightSplitter(Block):
 
 
 class WordAssembler(Block):
-    """Joins ``beats_per_word`` beats to a word, the first one lowest. Latency 1 cycle, throughput 1 beat per cycle.
+    """Joins ``beats_per_word`` beats to a word, the first beat lowest. Latency 1 cycle, throughput 1 beat per cycle.
 
-    Where a beat holds a whole row of a slice, a beat is a word and passes straight through (latency 0).
+    If a beat holds a whole row of a slice, a beat is a word, and the path is combinational (latency 0).
 
     Members
     -------
     beats : the body of the stream
-    words : the same, as words
+    words : the body as words
     """
 
     def __init__(self, config: AcceleratorConfig):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fetches a layer's activations over all read ports at once, so that no port has to carry them alone."""
+"""Fetches a layer's activations through all read ports, so that the load is shared."""
 
 from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, unsigned
 from amaranth.lib import data, stream
@@ -33,19 +33,19 @@ def fetch_layout(config: AcceleratorConfig) -> data.StructLayout:
 
 
 class ActivationFetch(Block):
-    """Cuts blocks into chunks, gives them to the ports in turn, and puts the data together again.
+    """Cuts blocks into chunks, sends them to the ports in turn, and merges the data in order.
 
-    Each port's beats are joined to rows of ``tile`` floats before they wait in its FIFO, so that all ports together
-    deliver as fast as they read, although a chunk comes from one of them. As the ports take turns, one counter of
-    chunks keeps all FIFOs from overflowing.
+    Each port's beats are joined to rows of ``tile`` floats before its FIFO. So the output is as fast as all ports
+    together, although a chunk comes from a single port. Because the ports take turns, one counter of chunks is enough
+    to prevent an overflow of all FIFOs.
 
     Members
     -------
-    blocks : what to fetch
+    blocks : blocks of activations to fetch
     bursts : each port's chunks, for its read manager
-    port_beats : each port's data; always taken at once
+    port_beats : each port's data; always ready
     rows : the blocks' data, in order
-    asking : bursts are still to come for the last block
+    asking : not all bursts of the last block are sent
 
     Latency: 1 cycle from a block to its first burst, 3 from a row's last beat to the row. Throughput: 1 burst and 1 row
     per cycle, and 1 beat per cycle and port.
@@ -54,7 +54,7 @@ class ActivationFetch(Block):
     latency = 1
     """Cycles from a block's transfer to its first burst."""
     row_latency = 3
-    """Cycles from the last beat of a row to the row: joined, in the FIFO, chosen."""
+    """Cycles from the last beat of a row to the row: join, FIFO, selection."""
 
     def __init__(self, config: AcceleratorConfig):
         self.config = config
@@ -83,7 +83,7 @@ class ActivationFetch(Block):
         return m
 
     def _length_layout(self) -> data.StructLayout:
-        """What the two halves share of a block: its rows, and how many its first chunk lacks."""
+        """A block's values for the merging half: its number of rows, and the rows that its first chunk lacks."""
         row_bits = (self.row_beats - 1).bit_length()
         return data.StructLayout({"rows": len(self.blocks.payload.beats) - row_bits, "missing": range(self.chunk_rows)})
 
@@ -93,7 +93,7 @@ class ActivationFetch(Block):
         return chunk_beats(self.config) // self.row_beats
 
     def _turn(self, m: Module, name: str, advance) -> Signal:
-        """Whose turn it is. It goes on from block to block, so that short ones spread over the ports too."""
+        """The port whose turn it is. It continues from block to block, so that short blocks use all ports, too."""
         port = Signal(range(max(2, self.config.ports)), name=name)
         with m.If(advance):
             m.d.sync += port.eq(Mux(port == self.config.ports - 1, 0, port + 1))
@@ -147,13 +147,13 @@ class ActivationFetch(Block):
             ]
 
     def _join(self, m: Module, port: int) -> StreamFifo:
-        """A port's beats as rows, in a FIFO."""
+        """Joins a port's beats to rows, and stores them in a FIFO."""
         beats, whole = self.port_beats[port], Signal(row_layout(self.config), reset_less=True)
         m.submodules[f"rows_{port}"] = fifo = StreamFifo(row_layout(self.config), CHUNKS_AHEAD * self.chunk_rows)
         place, full = Signal(range(max(2, self.row_beats))), Signal()
         last = (place == self.row_beats - 1) if self.row_beats > 1 else Const(1)
         m.d.comb += [
-            # There is room: see the class.
+            # The FIFO has room: see the class.
             beats.ready.eq(1),
             fifo.i.payload.eq(whole),
             fifo.i.valid.eq(full),

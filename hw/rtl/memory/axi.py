@@ -20,13 +20,13 @@ class Response(enum.Enum, shape=2):
 INCR = 1
 """AxBURST of an incrementing burst."""
 ID_BITS = 1
-"""All transfers of a port have ID 0 and so come back in order; interconnects want the signal all the same."""
+"""All transfers of a port have ID 0, so responses come in order; interconnects need the signal nevertheless."""
 CACHE = 0b0011
-"""AxCACHE: normal, not cached, bufferable; what Zynq UltraScale+ wants for its DDR controller."""
+"""AxCACHE: normal, not cached, bufferable, as required for the DDR controller of Zynq UltraScale+."""
 
 
 def address_layout() -> data.StructLayout:
-    """AR and AW; the names are those of the specification without the channel's."""
+    """AR and AW; the names are those of the specification without the prefix for the channel."""
     return data.StructLayout(
         {
             "id": unsigned(ID_BITS),
@@ -67,7 +67,7 @@ def is_axi(member: wiring.Member) -> bool:
     """Whether a component's member is an AXI port."""
     if not member.is_signature:
         return False
-    # That of an In member is the flipped one.
+    # The signature of an In member is flipped.
     signature = member.signature if member.flow == Out else member.signature.flip()
     return isinstance(signature, AxiSignature)
 
@@ -103,7 +103,7 @@ def lite_signature(address_bits: int) -> AxiSignature:
 
 
 def constant_address_fields(payload, width: int) -> list:
-    """Assignments for what is the same in every burst of a port of ``width`` bits."""
+    """Assignments of the fields that are the same in every burst of a port of ``width`` bits."""
     return [
         payload.size.eq((width // 8 - 1).bit_length()),
         payload.burst.eq(INCR),
@@ -114,7 +114,7 @@ def constant_address_fields(payload, width: int) -> list:
 
 
 def owed_layout(outstanding: int) -> data.StructLayout:
-    """What memory owes a manager: bursts that are offered and not yet answered, and the address of the oldest."""
+    """Bursts of a manager that are sent and not yet answered: their number, and the address of the oldest."""
     return data.StructLayout({"bursts": range(outstanding + 1), "oldest": unsigned(ADDRESS_BITS)})
 
 

@@ -37,7 +37,7 @@ class BurstCutter(Block):
 
     Members
     -------
-    regions : what to cut; the end of a region lies below 2^40 (the descriptor's check sees to it)
+    regions : regions to cut; the end of a region is below 2^40 (the descriptor check ensures this)
     bursts : the bursts, in order
 
     Latency 1 cycle, throughput 1 burst per cycle, without a gap between regions.
@@ -63,7 +63,7 @@ class BurstCutter(Block):
         beat_bytes, longest = self.width // 8, max_burst_beats(self.width)
         beat_bits, index_bits = (beat_bytes - 1).bit_length(), (longest - 1).bit_length()
         burst, region = self.bursts.payload, self.regions.payload
-        # What is left of the region behind the burst on offer.
+        # Beats of the region after the current burst.
         left, last = Signal(BEAT_COUNT_BITS), Signal()
         load, taken = Signal(), Signal()
         m.d.comb += [
@@ -72,8 +72,8 @@ class BurstCutter(Block):
             load.eq(self.regions.valid & self.regions.ready),
         ]
         first, following = Signal.like(burst.beats), Signal.like(burst.beats)
-        # A burst ends where the next block of ``longest`` beats begins; blocks divide 4 KiB. The first burst of a
-        # region may begin inside a block, all others begin one.
+        # A burst ends at a multiple of ``longest`` beats, which divides 4 KiB. The first burst of a region may start
+        # between two multiples; all others start at a multiple.
         room = longest - region.address[beat_bits : beat_bits + index_bits]
         # Behind a region's last burst nobody looks at what is left.
         fits, following_fits = Signal(), Signal()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gatherer: collects results on chip, so that memory is written in few long bursts."""
+"""The gatherer: collects results on chip, so that they are written to memory in few long bursts."""
 
 from amaranth.hdl import Cat, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, stream, wiring
@@ -21,10 +21,10 @@ PITCH_BITS = FIELD_WIDTHS["result_pitch"]
 
 
 def gather_layout(config: AcceleratorConfig) -> data.StructLayout:
-    """Where the results of one layer go: row m from ``address + m * pitch`` on.
+    """The place of one layer's results: row m starts at ``address + m * pitch``.
 
     tokens, out_tiles, last_columns : as in the core's command
-    interrupt : handed on with the last piece
+    interrupt : passed on with the last piece
     """
     counts = command_fields(config)
     return data.StructLayout(
@@ -38,7 +38,7 @@ def gather_layout(config: AcceleratorConfig) -> data.StructLayout:
 
 
 def chunk_layout(config: AcceleratorConfig) -> data.StructLayout:
-    """A full half of the buffer: one piece for each of ``last_token + 1`` tokens, all of the same length."""
+    """A full half of the buffer: one piece for each of ``last_token + 1`` tokens, all with the same length."""
     return data.StructLayout(
         {
             "address": unsigned(ADDRESS_BITS),
@@ -52,21 +52,21 @@ def chunk_layout(config: AcceleratorConfig) -> data.StructLayout:
 
 
 class Gatherer(Block):
-    """Turns output tiles, in which a token has a few columns, into pieces of up to 256 columns, token by token.
+    """Converts output tiles, in which a token has few columns, to pieces of up to 256 columns, token by token.
 
-    A chunk is 256 columns of all tokens, or what is left of the layer. Chunks fill the two halves of a buffer in turn;
-    while one is sent, the next one is gathered, be it of the same layer or of the next.
+    A chunk is 256 columns of all tokens, or the rest of the layer. Chunks fill the two halves of a buffer in turn;
+    while one chunk is sent, the next one is gathered, from the same layer or from the next one.
 
     Members
     -------
-    job : where the results of a layer go
+    job : the place of a layer's results
     results : from the core: for each output tile, for each token, its columns
-    pieces : for each chunk, for each token, where its floats go
-    beats : the floats of the pieces, ``port_width`` bits a beat; every piece starts with a new beat, and what its last
-        beat has beyond its last float means nothing
+    pieces : for each chunk, for each token, the place of its floats
+    beats : the floats of the pieces, ``port_width`` bits a beat; every piece starts with a new beat, and data after its
+        last float is undefined
 
     Latency: 2 cycles from the last result of a chunk to its first piece, 3 to its first beat. Throughput: 1 beat per
-    cycle, and 1 transfer of results per cycle while sending a chunk takes less time than gathering the one after it.
+    cycle, and 1 transfer of results per cycle if a chunk is sent in less time than the next one is gathered.
     """
 
     latency = 2 * StreamFifo.latency + 1
@@ -76,14 +76,15 @@ class Gatherer(Block):
     _HALVES = 2
     _PIECES_AHEAD = 2
     _BEATS_AHEAD = 8
-    """Beats that wait behind the memory, so that a piece is known before its data are wanted."""
+    """Depth of the FIFO after the memory, so that a piece is sent before its data is needed."""
     most_in_flight = 1 + _HALVES + _PIECES_AHEAD
-    """Descriptors in here: one is gathered, others have their last chunk in the buffer or their last piece after it."""
+    """Maximum number of descriptors in this block: one is gathered; others have their last chunk in the buffer or their
+    last piece after it."""
 
     def __init__(self, config: AcceleratorConfig):
         self.config = config
         self.width, self.lanes = config.port_width, config.drain_lanes
-        # A word takes a transfer of results, and is one beat or several.
+        # A word holds at least one transfer of results, and is one beat or several.
         self.word_floats = max(self.width // FLOAT_BITS, self.lanes)
         self.piece_words = PIECE_FLOATS // self.word_floats
         super().__init__(
@@ -109,14 +110,14 @@ class Gatherer(Block):
         word = data.ArrayLayout(unsigned(FLOAT_BITS), self.word_floats)
         attributes = buffer_attributes(platform, self.depth, word.size)
         m.submodules.memory = memory = Memory(shape=word, depth=self.depth, init=[], attrs=attributes)
-        # A chunk stays here until its last beat was read, so a full FIFO means that both halves are.
+        # A chunk stays in the FIFO until its last beat is read, so a full FIFO means that both halves are full.
         m.submodules.chunks = chunks = StreamFifo(chunk_layout(self.config), self._HALVES)
         self._gather(m, memory, chunks)
         self._send(m, memory, chunks)
         return m
 
     def _first_row(self, half: Value) -> Value:
-        """Row of the buffer, a row being one token's piece, where a half begins."""
+        """The first row of a half of the buffer; a row is one token's piece."""
         return Mux(half, self.config.max_tokens, 0)
 
     def _gather(self, m: Module, memory: Memory, chunks: StreamFifo) -> None:
@@ -135,7 +136,7 @@ class Gatherer(Block):
             load.eq(self.job.valid & self.job.ready),
             results.ready.eq(active & chunks.i.ready),
             step.eq(results.valid & results.ready),
-            # The last column of this output tile; of a pair without its second column comes a transfer all the same.
+            # The last column of this output tile. A pair without its second column is a transfer, too.
             column.eq(last_column | Mux(last_tile, 0, tile - 1)),
             columns_end.eq(transfer == column >> (self.lanes - 1).bit_length()),
             tile_end.eq(columns_end & (token == last_token)),
@@ -177,7 +178,7 @@ class Gatherer(Block):
             m.d.sync += active.eq(0)
 
     def _write(self, m: Module, memory: Memory, step: Value, row: Value, transfer: Value) -> None:
-        """Stores one transfer of results, the ``transfer``-th of its row, in its part of a word."""
+        """Stores one transfer of results, number ``transfer`` of its row, in its part of a word."""
         write = memory.write_port(granularity=1)
         part_bits = (self.word_floats // self.lanes - 1).bit_length()
         part = transfer[:part_bits]
@@ -185,7 +186,7 @@ class Gatherer(Block):
         for index in range(self.word_floats):
             m.d.comb += [
                 write.data[index].eq(self.results.payload.values[index % self.lanes]),
-                # The floats behind it come later or never; nothing is left there of another layer.
+                # The rest of the word is written, too, so that it keeps no values of another layer.
                 write.en[index].eq(step & (part <= index // self.lanes)),
             ]
 
@@ -200,13 +201,16 @@ class Gatherer(Block):
         half, row = Signal(), Signal(range(self._HALVES * self.config.max_tokens))
         offset = Signal(range(self.config.max_tokens << PITCH_BITS))
         fetch, piece_end, chunk_end = Signal(), Signal(), Signal()
+        # Whether a piece's first beat is next, and whether its last is if it is not the first: compared a cycle before.
+        first, ends = Signal(init=1), Signal()
+        last = last_beat(chunk.last_float, self.width)
         m.d.comb += [
-            fetch.eq(chunks.o.valid & beats.room & (pieces.i.ready | (beat != 0))),
-            piece_end.eq(beat == last_beat(chunk.last_float, self.width)),
+            fetch.eq(chunks.o.valid & beats.room & (pieces.i.ready | ~first)),
+            piece_end.eq(Mux(first, last == 0, ends)),
             chunk_end.eq(piece_end & (token == chunk.last_token)),
             chunks.o.ready.eq(fetch & chunk_end),
-            pieces.i.valid.eq(fetch & (beat == 0)),
-            # Cannot wrap: a descriptor's addresses are below 2^40 - 2^34, and no result is 2^31 bytes behind the first.
+            pieces.i.valid.eq(fetch & first),
+            # This cannot wrap: a descriptor's addresses are below 2^40 - 2^34, and results span less than 2^31 bytes.
             pieces.i.payload.address.eq(chunk.address + offset),
             pieces.i.payload.last_float.eq(chunk.last_float),
             pieces.i.payload.last.eq(chunk.last & (token == chunk.last_token)),
@@ -216,12 +220,12 @@ class Gatherer(Block):
             beats.claim.eq(fetch),
         ]
         with m.If(fetch):
-            m.d.sync += beat.eq(Mux(piece_end, 0, beat + 1))
+            m.d.sync += [beat.eq(Mux(piece_end, 0, beat + 1)), first.eq(piece_end), ends.eq(beat + 1 == last)]
         with m.If(fetch & piece_end):
             m.d.sync += [token.eq(token + 1), row.eq(row + 1), offset.eq(offset + chunk.pitch)]
         with m.If(fetch & chunk_end):
             m.d.sync += [token.eq(0), row.eq(self._first_row(~half)), offset.eq(0), half.eq(~half)]
-        # What was fetched arrives a cycle later. Room for it was claimed before.
+        # Data arrives one cycle after its fetch. Its entry of the FIFO is reserved.
         wiring.connect(m, beats.o, wiring.flipped(self.beats))
         part = Signal(range(word_beats))
         m.d.sync += [beats.i.valid.eq(fetch), part.eq(beat)]

@@ -17,7 +17,7 @@ from hw.spec.memory.access import OUTSTANDING
 
 
 class ReadClient(enum.IntEnum):
-    """The clients of every read port, in the order of precedence: activations are few, and a whole layer waits."""
+    """The clients of every read port, in order of precedence: activations are few, and a whole layer waits for them."""
 
     ACTIVATIONS = 0
     WEIGHTS = 1
@@ -32,15 +32,15 @@ def read_fifo_depths(config: AcceleratorConfig) -> list[int]:
 class ReadManager(Block):
     """Reads bursts for several clients over one port, each client's in order.
 
-    A client only asks for bursts for which its FIFO has room (it knows from what it asked for and what it took), so
-    data never wait on the bus and no client holds up another. Bursts of several clients are asked for one by one, the
-    first client's first. All have the same ID, so they come back in the order in which they were asked for.
+    A client only requests bursts for which its FIFO has room; it counts its requested bursts and the beats it took. So
+    data never waits on the bus, and no client blocks another. If several clients have bursts, those of the first client
+    are requested first. All bursts have the same ID, so their data comes in the order of the requests.
 
     Parameters
     ----------
     width : bits of the port
-    depths : for each client the depth of its FIFO in beats, a power of two, or 0 for a client that takes every beat
-        at once; the first client has precedence
+    depths : for each client the depth of its FIFO in beats, a power of two, or 0 for a client that is always ready; the
+        first client has precedence
     outstanding : bursts that may be under way, a power of two
 
     Members
@@ -48,10 +48,10 @@ class ReadManager(Block):
     axi : AR and R
     bursts : for each client the bursts to read, none of which crosses a 4 KiB boundary
     beats : for each client their data, in order
-    halt : ask for nothing more; what is under way is still received
+    halt : request no more bursts; data of bursts under way is still received
     under_way : bursts offered on AR and not yet received
     error : a burst was answered with SLVERR or DECERR; one cycle, with its address in ``error_address``
-    oldest : address of the burst that memory owes next, if any
+    oldest : address of the oldest burst under way, if any
 
     Latency: 1 cycle from a burst to AR, 2 from R to a client with a FIFO. Throughput 1 burst and 1 beat per cycle.
     """
@@ -84,7 +84,7 @@ class ReadManager(Block):
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        # What is under way: its client and, for the error register, its address.
+        # The bursts under way: their client and, for the error register, their address.
         tag = data.StructLayout({"client": range(max(2, len(self.depths))), "address": ADDRESS_BITS})
         m.submodules.tags = tags = StreamFifo(tag, self.outstanding)
         m.d.comb += [self.under_way.eq(tags.level), self.oldest.eq(tags.o.payload.address)]
@@ -100,7 +100,7 @@ class ReadManager(Block):
             ]
         r = self.axi.r
         m.d.comb += [
-            # There is room: see the class.
+            # The FIFOs have room: see the class.
             r.ready.eq(1),
             tags.o.ready.eq(r.valid & r.payload.last),
         ]
@@ -108,7 +108,7 @@ class ReadManager(Block):
         return m
 
     def _ask(self, m: Module, tags: StreamFifo) -> None:
-        """Offers a burst of the first client that has one on AR."""
+        """Sends a burst of the first client that has one to AR."""
         ar, free = self.axi.ar, Signal()
         m.d.comb += [
             free.eq((~ar.valid | ar.ready) & tags.i.ready & ~self.halt),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fetches a layer's weights: all ports read their regions in step, and a beat of each makes a beat of the stream."""
+"""Fetches a layer's weights: all ports read their regions in step, and their beats form a beat of the stream."""
 
 from amaranth.hdl import Cat, Module, Mux, Signal, unsigned
 from amaranth.lib import data, stream
@@ -16,16 +16,16 @@ STRIDE_BITS = FIELD_WIDTHS["weights_stride"]
 
 
 def weights_layout() -> data.StructLayout:
-    """A layer's weights: port p reads ``beats`` beats from ``address + p * stride`` on, all multiples of 4 KiB."""
+    """A layer's weights: port p reads ``beats`` beats at ``address + p * stride``; both are multiples of 4 KiB."""
     return data.StructLayout(
         {"address": unsigned(ADDRESS_BITS), "stride": unsigned(STRIDE_BITS), "beats": unsigned(BEAT_COUNT_BITS)}
     )
 
 
 class WeightFetch(Block):
-    """Asks every port for the same bursts, each in its own region, and joins what comes.
+    """Requests the same bursts from every port, each in its own region, and joins the data.
 
-    As every port's FIFO is filled and emptied by the same bursts and beats, one counter knows the room in all of them.
+    The same bursts and beats fill and empty every port's FIFO, so one counter is valid for the room in all of them.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ class WeightFetch(Block):
     Members
     -------
     regions : the layers' weights
-    halt : hand over nothing more
+    halt : send no more beats
     bursts : for each port's read manager
     port_beats : each port's data
     beats : the weight stream
@@ -82,7 +82,7 @@ class WeightFetch(Block):
         asked = Signal(self.config.ports)
         for port, bursts in enumerate(self.bursts):
             m.d.comb += [
-                # Cannot wrap: a descriptor's addresses are below 2^40 - 2^34.
+                # This cannot wrap: a descriptor's addresses are below 2^40 - 2^34.
                 bursts.payload.address.eq(burst.address + stride * port),
                 bursts.payload.beats.eq(burst.beats),
                 bursts.valid.eq(fits & ~asked[port]),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The AXI4 write manager: short pieces of results into memory."""
+"""The AXI4 write manager: writes short pieces of results to memory."""
 
 import enum
 
@@ -17,7 +17,7 @@ PIECE_BYTES = PIECE_FLOATS * FLOAT_BITS // 8
 
 
 class WriteClient(enum.IntEnum):
-    """The clients of the write port, in the order of precedence."""
+    """The clients of the write port, in order of precedence."""
 
     RESULTS = 0
 
@@ -25,10 +25,10 @@ class WriteClient(enum.IntEnum):
 def piece_layout() -> data.StructLayout:
     """A piece of memory to write.
 
-    address : of its first byte, a multiple of 128
-    last_float : index of its last float, so one less than its length
-    last : no piece of its descriptor follows
-    interrupt : the descriptor wants an interrupt
+    address : address of its first byte, a multiple of 128
+    last_float : index of its last float: its length minus 1
+    last : it is the last piece of its descriptor
+    interrupt : the descriptor requests an interrupt
     """
     return data.StructLayout(
         {"address": unsigned(ADDRESS_BITS), "last_float": range(PIECE_FLOATS), "last": 1, "interrupt": 1}
@@ -41,32 +41,32 @@ def last_beat(last_float, width: int):
 
 
 class WriteManager(Block):
-    """Writes pieces with INCR bursts: one each, or two where a piece crosses a 4 KiB boundary.
+    """Writes pieces with INCR bursts: one burst per piece, or two if a piece crosses a 4 KiB boundary.
 
-    A burst is offered on AW as soon as its piece is known; its data follow, never before it. All bursts have the same
-    ID, so they are acknowledged in order. Pieces of several clients are written one by one, the first client's first.
-    All pieces of a descriptor come from one client.
+    A burst is sent to AW as soon as its piece is known; its data follows, never before it. All bursts have the same ID,
+    so they are acknowledged in order. If several clients have pieces, those of the first client are written first. All
+    pieces of a descriptor come from one client.
 
     Parameters
     ----------
     width : bits of the port
-    clients : how many write over the port
+    clients : number of clients
     outstanding : bursts that may be under way, a power of two
 
     Members
     -------
-    pieces : for each client where to write
-    beats : for each client their data; every piece starts with a new beat
+    pieces : the pieces of each client
+    beats : the data of each client's pieces; every piece starts with a new beat
     axi : AW, W and B
-    halt : offer no further burst; those on AW get their data all the same
-    under_way : bursts offered on AW and not yet acknowledged
-    complete : the last burst of a descriptor was acknowledged, and none of its bursts with an error; one cycle
-    complete_interrupt : with ``complete``: the descriptor wants an interrupt
+    halt : send no further burst; bursts that were sent to AW still get their data
+    under_way : bursts sent to AW and not yet acknowledged
+    complete : the last burst of a descriptor was acknowledged, and none of its bursts had an error; one cycle
+    complete_interrupt : valid with ``complete``: the descriptor requests an interrupt
     error : a burst was answered with SLVERR or DECERR; one cycle, with its address in ``error_address``
-    oldest : address of the burst that memory owes an answer next, if any
+    oldest : address of the oldest burst under way, if any
 
     Latency: 3 cycles from a piece to its first AW, 1 from a beat to W, 1 from B to ``complete``. Throughput 1 beat
-    per cycle, across bursts too. No output depends on an input of the same cycle.
+    per cycle, also from burst to burst. No output depends on an input of the same cycle.
     """
 
     latency = StreamFifo.latency + 2
@@ -76,7 +76,7 @@ class WriteManager(Block):
 
     _PIECES_AHEAD = 2
     most_in_flight = len(WriteClient) * _PIECES_AHEAD + 1 + OUTSTANDING
-    """Descriptors in here: their last piece waits, is cut, or has bursts under way."""
+    """Maximum number of descriptors in this block: their last piece waits, is cut, or has bursts under way."""
 
     def __init__(self, width: int, clients: int = len(WriteClient), outstanding: int = OUTSTANDING):
         if outstanding < 2 or outstanding & (outstanding - 1):
@@ -108,11 +108,11 @@ class WriteManager(Block):
     def elaborate(self, platform) -> Module:
         m = Module()
         floats = self.width // FLOAT_BITS
-        # What is under way, for its acknowledgement; ``last`` is that of the descriptor.
+        # The bursts under way, for their acknowledgement; ``last`` marks the last burst of a descriptor.
         client = range(self.clients)
         tag = data.StructLayout({"address": ADDRESS_BITS, "last": 1, "interrupt": 1, "client": client})
-        # The same bursts until their data are sent, so this FIFO is never the fuller one. ``keep``: floats of the last
-        # beat that are written; ``single``: the last beat is the first one.
+        # Bursts whose data is not sent yet: a subset of ``tags``, so this FIFO cannot overflow first. ``keep``: floats
+        # of the last beat that are written; ``single``: the burst is one beat.
         share = data.StructLayout(
             {"last_beat": range(PIECE_FLOATS // floats), "single": 1, "keep": floats, "client": client}
         )
@@ -125,7 +125,7 @@ class WriteManager(Block):
         return m
 
     def _ask(self, m: Module, tags: StreamFifo, shares: StreamFifo) -> None:
-        """Cuts pieces at 4 KiB boundaries and offers the parts on AW."""
+        """Cuts pieces at 4 KiB boundaries and sends the parts to AW."""
         aw, floats = self.axi.aw, self.width // FLOAT_BITS
         active, tag, take = Signal(), Signal(tags.shape), Signal()
         piece, client, found = self._choose(m, take)
@@ -134,7 +134,7 @@ class WriteManager(Block):
         room = Signal(page_bits - offset_bits)
         fits, length, start = Signal(), Signal.like(left), Signal()
         m.d.comb += [
-            # Beats up to the boundary. Like ``left`` and AxLEN it counts from 0, which saves every adder but one.
+            # Beats up to the boundary. Like ``left`` and AxLEN it is one less, which saves all adders but one.
             room.eq(~tag.address[offset_bits:page_bits]),
             fits.eq(left <= room),
             length.eq(Mux(fits, left, room)),
@@ -175,7 +175,7 @@ class WriteManager(Block):
         """The piece of the first client that has one, that client, and whether there is one at all."""
         fifos, earlier = [], Const(0)
         for index, pieces in enumerate(self.pieces):
-            # Takes the path from AWREADY off the users of ``pieces.ready``.
+            # With this FIFO, ``pieces.ready`` does not depend on AWREADY.
             m.submodules[f"fifo_{index}"] = fifo = StreamFifo(piece_layout(), self._PIECES_AHEAD)
             wiring.connect(m, wiring.flipped(pieces), fifo.i)
             m.d.comb += fifo.o.ready.eq(take & ~earlier)
@@ -187,8 +187,8 @@ class WriteManager(Block):
         return data.View(piece_layout(), piece), client, earlier
 
     def _send(self, m: Module, shares: StreamFifo) -> None:
-        """Gives every burst its beats, without a cycle between two bursts."""
-        # As in ``_choose``: users of ``beats.ready`` do not wait for WREADY.
+        """Sends every burst's beats to W, without a cycle between two bursts."""
+        # As in ``_choose``: ``beats.ready`` does not depend on WREADY.
         m.submodules.data = fifo = StreamFifo(write_layout(self.width), 2)
         wiring.connect(m, fifo.o, wiring.flipped(self.axi.w))
         share, beat = shares.o.payload, Signal(8)
@@ -215,9 +215,9 @@ class WriteManager(Block):
             m.d.sync += [beat.eq(Mux(last, 0, beat + 1)), first.eq(last), ends.eq(beat + 1 == share.last_beat)]
 
     def _acknowledge(self, m: Module, tags: StreamFifo) -> None:
-        """Follows the acknowledgements, and remembers an error until its descriptor's last one."""
+        """Counts acknowledgements, and stores an error until the last acknowledgement of its descriptor."""
         b, tag = self.axi.b, tags.o.payload
-        # Of each client's last descriptor.
+        # ``failed``: an error of each client's current descriptor.
         bad, failed = Signal(), Array(Signal(name=f"failed_{index}") for index in range(self.clients))
         good = Signal()
         m.d.comb += [

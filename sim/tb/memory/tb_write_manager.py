@@ -387,6 +387,23 @@ async def precedence(dut):
 
 
 @cocotb.test()
+@cocotb.parametrize(after=[0, 1, 3])
+async def an_error_is_remembered(dut, after):
+    """Good answers after an error, any number of them, do not make its descriptor complete; the next one completes."""
+    bench, random = _Bench(dut), rng(1)
+    await begin(dut)
+    bench.faults[0] = AxiResp.SLVERR
+    addresses = [index * BOUNDARY for index in range(after + 3)]
+    good = [_piece(random, address, 16) for address in addresses[1 : after + 1]]
+    last = [_piece(random, address, 16, last=1, interrupt=1) for address in addresses[after + 1 :]]
+    bench.send([_piece(random, 0, 16), *good, *last], random, 0)
+    await bench.quiet()
+    assert [address for address, _ in bench.watcher.offered] == addresses
+    assert bench.watcher.errors == [0]
+    assert bench.watcher.completions == [(len(addresses), 1)]
+
+
+@cocotb.test()
 async def an_error_of_another_client(dut):
     """An error between two bursts of another client's descriptor does not keep that one from being complete."""
     bench, random = _Bench(dut), rng(1)
@@ -394,13 +411,16 @@ async def an_error_of_another_client(dut):
     await begin(dut)
     faulty = BOUNDARY
     bench.faults[faulty] = AxiResp.SLVERR
-    # The first client's second piece comes when the second client's first one is already taken.
+    # The first client's faulty piece comes when the second client's first one is taken, its last one at the end.
     bench.send([_piece(random, 0, 16), _piece(random, 2 * BOUNDARY, 16, last=1, interrupt=1)], random, 1)
     await cycle(dut.clk, 20)
-    bench.send([_piece(random, faulty, 16), _piece(random, 3 * BOUNDARY, 16, last=1)], random, 0)
+    bench.send([_piece(random, faulty, 16)], random, 0)
     await cycle(dut.clk, 20)
     dut.halt.value = 0
     await bench.quiet()
-    assert [address for address, _ in bench.watcher.offered] == [0, faulty, 3 * BOUNDARY, 2 * BOUNDARY]
+    bench.send([_piece(random, 3 * BOUNDARY, 16, last=1)], random, 0)
+    await bench.quiet()
+    assert [address for address, _ in bench.watcher.offered] == [0, faulty, 2 * BOUNDARY, 3 * BOUNDARY]
     assert bench.watcher.errors == [faulty]
-    assert bench.watcher.completions == [(4, 1)]
+    # And the other one's end does not forgive it.
+    assert bench.watcher.completions == [(3, 1)]

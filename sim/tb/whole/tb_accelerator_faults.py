@@ -338,7 +338,7 @@ async def rst_pin(dut, run):
         await driver.start(works)
         await cycle(dut.clk, int(random.integers(1, random.choice([60, 3000]))))
         dut.rst.value = 1
-        await cycle(dut.clk, int(random.integers(1, 4)))
+        await cycle(dut.clk, int(random.integers(2, 6)))
         dut.rst.value = 0
         await cycle(dut.clk)
         driver.check([], works)

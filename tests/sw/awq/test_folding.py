@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folding a scale changes nothing that a float model computes, whatever exporter wrote its graph."""
+"""Folding a scale does not change the results of a float model, for the graphs of all exporters."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,13 @@ from tests.sw.fixtures.float_graphs import EXPORTERS, float_type, set_constant, 
 
 OWN = ("own_llama", "own_qwen2")
 TOKENS = 24
-# Packed q, k and v, or one layer for each; the two norms, v and up of two blocks.
+# For packed q, k and v and for separate layers: the two norms, v and up of two blocks.
 EXPECTED = {"gamma": 4, "v": 2, "up": 2}
 
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """A graph's folds. groups: with the layers' weights, which walking through the graph read anyway."""
+    """A graph's folds. groups: with the layers' weights, which the walk through the graph has read."""
 
     path: Path
     folds: list[tuple[Group, Fold | None]]
@@ -43,7 +43,7 @@ def found(request, tmp_path_factory):
 
 
 def find_folds(path: Path) -> list[tuple[Group, Fold | None]]:
-    """Every group of layers but the head, and its fold, with the float weights on the way."""
+    """Every group of layers except the head, with its fold; the graph is run with float weights."""
     file = OnnxFile(path)
     ids = np.random.default_rng(3).integers(0, 255, (2, TOKENS)).tolist()
     folds = []
@@ -61,19 +61,19 @@ def test_all_are_found(found):
     kinds = []
     for index, (group, fold) in enumerate(found.folds):
         if index == 0 and found.path.parent.name.startswith("optimum_qwen20"):
-            # One tensor is the weight of all five norms: of this one itself, and of the others by way of Identity.
+            # One tensor is the weight of all five norms: of this one directly, and of the others through Identity.
             assert fold is None
             kinds.append("gamma")
             continue
         assert fold is not None, f"no place for the scale of {[site.name for site in group.sites]}"
-        # Rows of up follow each other; heads of v serve several heads of queries.
+        # Rows of up are consecutive; each head of v belongs to several query heads.
         straight = fold.rows is not None and (np.diff(fold.rows) == 1).all()
         kinds.append("gamma" if fold.rows is None else "up" if straight else "v")
     assert {kind: kinds.count(kind) for kind in EXPECTED} == EXPECTED
 
 
 def test_nothing_changes(found, tmp_path):
-    """Scales from 1/16 to 16 in every place at once; a second block of tokens reads the scaled cache."""
+    """Scales from 1/16 to 16 in all places at once; a second block of tokens reads the scaled cache."""
     model = onnx.load(found.path)
     onnx.save(scaled(found, model), tmp_path / "model.onnx")
     for name in ("config.json", "genai_config.json"):
@@ -86,7 +86,7 @@ def test_nothing_changes(found, tmp_path):
 
 
 def test_every_scale_matters(found, tmp_path):
-    """Without its counterpart any of the changes is seen: the test above can fail."""
+    """A change without its counterpart changes the results: so the test above can fail."""
     before = logits(found.path)
     for index, (_, fold) in enumerate(found.folds):
         if fold is None:
@@ -96,7 +96,7 @@ def test_every_scale_matters(found, tmp_path):
 
 
 def scaled(found: Found, model: onnx.ModelProto, only: int | None = None, half: bool = False) -> onnx.ModelProto:
-    """The model with scales. only: one group. half: its layers alone, and not where the scale is folded."""
+    """The model with scales. only: scale one group. half: scale its layers, but not the place of the fold."""
     file = OnnxFile(found.path)
     rng = np.random.default_rng(7)
     nodes = {node.output[0]: node for node in model.graph.node}
@@ -134,7 +134,7 @@ def scaled(found: Found, model: onnx.ModelProto, only: int | None = None, half: 
 
 
 def logits(path: Path) -> np.ndarray:
-    """Of some tokens in two blocks, float32 [tokens, vocab]."""
+    """Logits of some tokens in two blocks, float32 [tokens, vocab]."""
     ids = np.random.default_rng(5).integers(0, 255, TOKENS).tolist()
     with Decoder(path, None, context=TOKENS) as decoder:
         return np.concatenate([decoder.forward(part, every=True) for part in (ids[:16], ids[16:])])

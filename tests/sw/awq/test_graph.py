@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which nodes of a graph are float linear layers, what may be folded, and a decoder made of Gemm nodes as a whole."""
+"""Which nodes of a graph are float linear layers, what may be folded, and a complete decoder made of Gemm nodes."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ IDS = np.random.default_rng(2).integers(0, VOCAB, 40).tolist()
 
 
 def arrays() -> dict[str, np.ndarray]:
-    """Weights whose inner channels differ in size, so that scales do."""
+    """Weights whose inner channels differ in magnitude, so that the scales differ."""
     rng = np.random.default_rng(1)
     shapes = {"table": (VOCAB, HIDDEN), "gate": (HIDDEN, INNER), "up": (INNER, HIDDEN), "down": (INNER, HIDDEN)}
     values = {name: rng.standard_normal(shape) / 4 for name, shape in shapes.items()}
@@ -34,7 +34,7 @@ def arrays() -> dict[str, np.ndarray]:
 
 
 def write(path: Path, cache: bool = True, **more: list[onnx.NodeProto]) -> Path:
-    """A decoder without attention. more: nodes to be added, by the name of an additional output that they make."""
+    """A decoder without attention. more: nodes to add, by the name of an additional output that they make."""
     node = helper.make_node
     nodes = [
         node("Gather", ["table", "input_ids"], ["rows"]),
@@ -98,12 +98,12 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("more", OTHERS.values(), ids=OTHERS)
-def test_what_others_read_is_not_folded(more, tmp_path):
+def test_tensors_with_other_readers_are_not_folded(more, tmp_path):
     assert groups(write(tmp_path / "m.onnx", **more))["gate"][0] == ""
 
 
 def test_a_subgraph_reads(tmp_path):
-    """What only a branch of an If reads is read."""
+    """A branch of an If counts as a reader."""
     inner = helper.make_graph(
         [helper.make_node("Relu", ["x"], ["r"])], "b", [], [helper.make_tensor_value_info("r", TensorProto.FLOAT, None)]
     )
@@ -125,7 +125,7 @@ def test_other_products(attributes, tmp_path):
 
 
 def test_whole(tmp_path):
-    """Layers that add their bias themselves, quantised in 8 bits and written: the logits hardly move.
+    """Layers that add their bias themselves, quantised to 8 bits and written: the logits change very little.
 
     down's scale is in up's rows and in up's bias.
     """
@@ -142,7 +142,7 @@ def test_whole(tmp_path):
 
 
 def test_walk_computes_the_graph(tmp_path):
-    """With the float weights what the layers read is what onnxruntime computes for the whole graph."""
+    """With float weights, the layers' inputs equal onnxruntime's results for the whole graph."""
     path = write(tmp_path / "m.onnx")
     file, found = OnnxFile(path), []
     for step in walk(file, find_sites(file), [IDS[:20], IDS], head=True):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The head of a quantised model: GGUF's Q8_0 comes back from its floats, everything else is sw.model.lm_head's int8."""
+"""The head of a quantised model: Q8_0 is recovered from its floats; other tables get sw.model.lm_head's int8."""
 
 import gguf
 import numpy as np
@@ -14,8 +14,8 @@ from sw.model.lm_head import quantise_int8
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
 
 
-def test_q8_0_comes_back():
-    """Integers and scales, from numbers of every size, zero blocks and more rows than one slice included."""
+def test_q8_0_is_recovered():
+    """Integers and scales of numbers of every magnitude, with blocks of zeros and more rows than one slice."""
     rng = np.random.default_rng(1)
     weight = rng.standard_normal((ROWS_AT_ONCE + 40, 96)) * np.exp(rng.uniform(-9, 7, (ROWS_AT_ONCE + 40, 1)))
     weight[5, 32:64] = 0
@@ -29,8 +29,8 @@ def test_q8_0_comes_back():
 
 
 @pytest.mark.parametrize("k", [64, 72, 128])
-def test_others_are_int8_as_ever(k):
-    """One weight that is no whole number of steps is enough."""
+def test_other_tables_are_int8(k):
+    """A single weight that is not a whole number of steps is enough."""
     rng = np.random.default_rng(2)
     values = gguf.quants.dequantize(gguf.quants.quantize(rng.standard_normal((50, 128)).astype(np.float32), Q8_0), Q8_0)
     values = np.ascontiguousarray(values[:, :k])

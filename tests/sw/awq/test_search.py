@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rounding against a plain loop, and that no search makes worse what it measures."""
+"""Rounding equals a plain loop, and no search increases the error that it measures."""
 
 import math
 
@@ -33,7 +33,7 @@ def loss(weight: np.ndarray, rounded: Rounded, gram: np.ndarray) -> float:
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_nearest_is_a_plain_loop(form):
-    """Also a group of zeros, one above and one below zero, and a short last group."""
+    """The cases include a group of zeros, a group above zero, a group below zero, and a short last group."""
     rng = np.random.default_rng(1)
     weight = (rng.standard_normal((5, 2 * form.group_size + 7)) / 10).astype(np.float32)
     weight[0, : form.group_size] = 0
@@ -52,7 +52,7 @@ def test_nearest_is_a_plain_loop(form):
             for k, w in enumerate(group):
                 expected = min(max(round(float(w / s + z)), 0), form.top)
                 assert rounded.q[n, g * form.group_size + k] == expected
-    # Half a step, what the zero point was rounded by, and what float16 took off the largest.
+    # Half a step, the rounding of the zero point, and the rounding of the scale to float16 at the largest weight.
     group = np.arange(weight.shape[1]) // form.group_size
     step = rounded.scales[:, group]
     assert (
@@ -84,7 +84,7 @@ def test_divided_rows():
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("k", [64, 200])
 def test_clipping_is_never_worse(form, k):
-    """In every row, and clearly better over all; a second time over the groups is no worse than once."""
+    """It is not worse in any row, and clearly better in total; a second sweep is not worse than one."""
     weight, statistics = case(70, k, seed=3)
     plain, once, twice = nearest(weight, form), *(clip(weight, statistics.gram, form, sweeps) for sweeps in (1, 2))
     before, after, again = (
@@ -96,8 +96,8 @@ def test_clipping_is_never_worse(form, k):
     assert after.sum() < 0.9 * before.sum()
 
 
-def test_clipping_looks_at_other_groups():
-    """Two channels in two groups are always equal: their errors are to cancel, which no group alone can see."""
+def test_clipping_uses_other_groups():
+    """Two channels in two groups are always equal: their errors should cancel, which needs both groups."""
     rng = np.random.default_rng(4)
     weight = rng.standard_normal((64, 64)).astype(np.float32)
     x = rng.standard_normal((512, 32)).astype(np.float32)
@@ -110,7 +110,7 @@ def test_clipping_looks_at_other_groups():
 
 
 def test_scale_is_never_worse_than_none():
-    """On what it measures: the outputs after the search for ranges."""
+    """The measure is the error of the outputs after the search for ranges."""
     for seed in range(4):
         weight, statistics = case(64, 128, seed=seed, spread=seed / 2)
         other, _ = case(32, 128, seed=seed + 10)
@@ -146,8 +146,8 @@ def test_gather():
 
 
 def test_planted_outliers():
-    """Why AWQ exists: six channels of 256 with activations 60 times as large carry the output, and rounding to nearest
-    treats their weights like any others. The scale gives them a finer grid; the rest hardly loses.
+    """The purpose of AWQ: six channels of 256 have activations 60 times as large and dominate the output, but rounding
+    to nearest treats their weights like all others. The scale gives them a finer grid; the others lose very little.
     """
     rng = np.random.default_rng(7)
     weight = (rng.standard_normal((128, 256)) / 16).astype(np.float32)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes before and after: counted by hand for a small model, and the same things on both sides."""
+"""Bytes before and after: counted by hand for a small model; the same tensors count on both sides."""
 
 import math
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_words():
 
 
 def test_the_papers_figure():
-    """988 MB and 443.81 MiB are an AutoAWQ file of groups of 64 and the float16 one, headers and all."""
+    """988 MB and 443.81 MiB are the sizes of the float16 file and of an AutoAWQ file of groups of 64, with headers."""
     quantisation = QWEN2_5_0_5B["quantization_config"] | {"group_size": 64}
     float_config = {key: value for key, value in QWEN2_5_0_5B.items() if key != "quantization_config"}
 
@@ -64,7 +64,7 @@ def test_the_papers_figure():
 
 
 def test_foreign_graph(tmp_path):
-    """Rotary tables, shapes and indices count on neither side."""
+    """Rotary tables, shapes and indices do not count."""
     source = float_twin(DATA / "genai_qwen2_symmetric.onnx", tmp_path / "float.onnx")
     hidden, ffn, vocab, packed = 128, 352, 256, 256
     block = hidden * packed + packed + hidden * hidden + 3 * hidden * ffn + 2 * hidden

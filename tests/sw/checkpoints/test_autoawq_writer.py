@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AutoAWQ folders made of ONNX decoders: there and back without any loss, and one line for what has no such form."""
+"""AutoAWQ folders made from ONNX decoders: the round trip has no loss, and models without such a form give one line."""
 
 import json
 import os
@@ -52,7 +52,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
 
 
 def quantised(folder: Path, config=QWEN2, head=quantise_int8, **options) -> Path:
-    """A decoder as the quantiser writes it: random 4-bit layers, an int8 head, a norm that float16 does not hold."""
+    """A decoder in the quantiser's form: random 4-bit layers, an int8 head, a norm that is not exact in float16."""
     write_float(folder / "float", config, seed=5, **options)
     source = float_model(folder / "float", folder / "graph")
     layers = quantise_all(source)
@@ -68,7 +68,7 @@ def quantised(folder: Path, config=QWEN2, head=quantise_int8, **options) -> Path
 
 
 def same(path: Path, other: Path) -> None:
-    """Every layer, norm and table is the same, number for number."""
+    """Asserts that every layer, norm and table is equal."""
     a, b = find_linears(path), find_linears(other)
     assert len(a) == len(b) >= 7 * LAYERS
     for x, y in zip(a, b):
@@ -88,7 +88,7 @@ def same(path: Path, other: Path) -> None:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("family", [QWEN2, LLAMA], ids=["qwen2", "llama"])
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
-def test_there_and_back(family, tied, dtype, tmp_path):
+def test_round_trip(family, tied, dtype, tmp_path):
     config = awq_config(family, tie_word_embeddings=tied, head_dim=None if tied else 32)
     path = quantised(tmp_path, config, dtype=dtype)
     done = []
@@ -99,7 +99,7 @@ def test_there_and_back(family, tied, dtype, tmp_path):
     assert ("lm_head.weight" in tensors) == (not tied)
     assert tensors[NORM].dtype == np.float32
     assert tensors["model.norm.weight"].dtype == np.float16
-    # By the format's description and element by element, as another program would read it.
+    # Read by the format's description, element by element, as another program would read it.
     for layer, name in zip(find_linears(path), [f"model.layers.{i}.{name}" for i in range(LAYERS) for name in LINEARS]):
         q, zero_points, scales = slow_linear(tensors, name)
         assert np.array_equal(q, layer.q)
@@ -109,7 +109,7 @@ def test_there_and_back(family, tied, dtype, tmp_path):
     expected = reference_logits(float_tensors(tensors, LAYERS), shape, IDS)
     session = onnxruntime.InferenceSession(path)
     found = step(session, IDS, empty_cache(session), len(IDS))[0]
-    # The table of integers is rounded to float16 for others: no more than that.
+    # For other programs the integer table is rounded to float16, but not more.
     assert relative_error(found, expected) < 2e-3
     same(path, export_awq(tmp_path / "awq", tmp_path / "back"))
     same(path, resolve_model_in(tmp_path, tmp_path / "awq"))
@@ -124,7 +124,7 @@ def resolve_model_in(cache: Path, model: Path) -> Path:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("dtype", ["F16", "F32"])
 def test_a_checkpoint_comes_back(dtype, tied, tmp_path):
-    """AutoAWQ -> ONNX -> AutoAWQ: the same tensors, bit for bit, but for a head of its own, which is int8 by then."""
+    """AutoAWQ -> ONNX -> AutoAWQ: the same tensors, bit for bit, except an untied head, which has become int8."""
     config = awq_config(tie_word_embeddings=tied)
     before = make_checkpoint(tmp_path / "in", config, dtype=dtype)
     path = export_awq(tmp_path / "in", tmp_path / "onnx")
@@ -138,7 +138,7 @@ def test_a_checkpoint_comes_back(dtype, tied, tmp_path):
     if head is not None and expected is not None:
         assert 0 < np.abs(head - expected).max() < np.abs(expected).max() / 127
         assert head.dtype == np.float16
-    # A tied head is made of the table again, so nothing needs to be kept beside it.
+    # A tied head is made from the table again, so there is no file of scales.
     assert len(list((tmp_path / "awq").glob("*.npy"))) == (0 if tied else 1)
     same(path, export_awq(tmp_path / "awq", tmp_path / "back"))
 
@@ -161,8 +161,8 @@ def test_gguf_tables(table, tied, tmp_path):
         assert tables == {name: {"bits": 4, "group_size": 32} for name in names}
 
 
-def test_q8_0_of_a_gguf_goes_all_the_way(tmp_path):
-    """GGUF -> float -> quantised -> AutoAWQ -> ONNX, with the table's blocks of the beginning at the end."""
+def test_q8_0_of_a_gguf_is_kept(tmp_path):
+    """GGUF -> float -> quantised -> AutoAWQ -> ONNX: at the end the table has the blocks of the GGUF file."""
     write_gguf(tmp_path / "m.gguf", table="Q8_0")
     source = float_model(tmp_path / "m.gguf", tmp_path / "float")
     layers = quantise_all(source)
@@ -180,7 +180,7 @@ def test_q8_0_of_a_gguf_goes_all_the_way(tmp_path):
 
 
 def test_files(tmp_path):
-    """What transformers looks for, and the text as it was."""
+    """The files have the keys that transformers reads, and the text settings are unchanged."""
     path = quantised(tmp_path)
     write_autoawq_folder(path, tmp_path / "awq")
     names = ["config.json", "generation_config.json", "model.embed_tokens.weight.scales.npy"]
@@ -201,7 +201,7 @@ def test_files(tmp_path):
     before, after = TextFolder(path.parent), TextFolder(tmp_path / "awq")
     assert before.prompt_ids("hi") == after.prompt_ids("hi")
     assert before.stop_ids == after.stop_ids
-    # Files that are there already come first.
+    # Existing files have priority.
     (path.parent / "tokenizer_config.json").write_text('{"tokenizer_class": "Mine", "eos_token": "<|endoftext|>"}')
     (path.parent / "chat_template.jinja").write_text("j")
     write_autoawq_folder(path, tmp_path / "awq")
@@ -215,7 +215,7 @@ def test_files(tmp_path):
 
 @pytest.mark.parametrize("place", ["float", "awq"])
 def test_rotary_scaling(place, tmp_path):
-    """Llama 3.1's factors are in the graph's tables, and their description goes with config.json."""
+    """Llama 3.1's factors are in the graph's tables, and config.json has their description."""
     config = awq_config(LLAMA, head_dim=32, rope_theta=100.0, rope_scaling={"rope_type": "llama3", **LLAMA3})
     if place == "float":
         path = quantised(tmp_path, config)
@@ -231,8 +231,8 @@ def test_rotary_scaling(place, tmp_path):
         write_autoawq_folder(path, tmp_path / "bad")
 
 
-def test_layers_left_float(tmp_path):
-    """They are named in modules_to_not_convert; a float head that is the embedding stays that."""
+def test_layers_that_stay_float(tmp_path):
+    """They are named in modules_to_not_convert; a float head that is tied stays tied."""
     path = quantised(tmp_path, head=None)
     source = tmp_path / "graph" / "model.onnx"
     layers = {name: layer for name, layer in quantise_all(source).items() if "v_proj" not in name and name != HEAD}
@@ -247,7 +247,7 @@ def test_layers_left_float(tmp_path):
 
 
 def test_scales_are_part_of_the_checkpoint(tmp_path):
-    """An export in the cache is another one as soon as they change."""
+    """A change of the scales changes the name of the export in the cache."""
     write_autoawq_folder(quantised(tmp_path), tmp_path / "awq")
     first = resolve_model_in(tmp_path, tmp_path / "awq")
     assert resolve_model_in(tmp_path, tmp_path / "awq") == first
@@ -256,7 +256,7 @@ def test_scales_are_part_of_the_checkpoint(tmp_path):
 
 
 def test_biases_of_a_llama(tmp_path):
-    """transformers makes room for them where config.json says so; for Qwen2 it always does."""
+    """transformers loads them if config.json says so; for Qwen2 it always does."""
     for family, biased in ((QWEN2, True), (LLAMA, False)):
         path = quantised(tmp_path / family["model_type"], family)
         config = json.loads(path.with_name("config.json").read_text())
@@ -268,7 +268,7 @@ def test_biases_of_a_llama(tmp_path):
 
 
 def test_head_of_four_bits(tmp_path):
-    """It is a quantised layer like the others, and the embedding, with which it was tied, a float table."""
+    """It is a quantised layer like the others, and the embedding, which was tied to it, becomes a float table."""
     path = quantised(tmp_path, head=lambda weight: round_to_nearest(weight, "head"))
     write_autoawq_folder(path, tmp_path / "awq")
     tensors = read_tensors(tmp_path / "awq")
@@ -277,7 +277,7 @@ def test_head_of_four_bits(tmp_path):
 
 
 def test_same_weights(tmp_path):
-    """One model in three formats gives one checkpoint: the names and numbers of AutoAWQ's own."""
+    """One model in three formats gives the same checkpoint, with the names and values of AutoAWQ's own."""
     folder = DATA / "same_weights"
     expected = read_tensors(folder / "autoawq")
     shutil.copytree(folder / "genai", tmp_path / "genai")
@@ -297,7 +297,7 @@ def test_same_weights(tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_a_foreign_graph(tied, tmp_path):
-    """optimum's float graph, quantised: its names are Hugging Face's, and config.json says the rest."""
+    """optimum's float graph, quantised: its names are Hugging Face's, and config.json has all other settings."""
     source = DATA / "optimum_qwen2_unquantised.onnx"
     if not tied:
         source = float_twin(DATA / "optimum_qwen2.onnx", tmp_path / "float.onnx")
@@ -323,8 +323,8 @@ def beside(path: Path, **changes) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMELESS if "fused" not in name])
-def test_names_that_are_lost(name, tmp_path):
-    """torch.onnx keeps those of norms and embeddings; the layers are known by what they do."""
+def test_layers_without_names(name, tmp_path):
+    """torch.onnx keeps the names of norms and embeddings; the layers are found by their roles."""
     source = float_twin(DATA / f"{name}.onnx", tmp_path / "float.onnx")
     layers = quantise_all(source)
     head = list(layers)[-1]
@@ -342,11 +342,13 @@ def test_packed_layers_are_refused(tmp_path):
     path.parent.mkdir()
     shutil.copyfile(DATA / "transformers_llama_fused.onnx", path)
     beside(path, model_type="llama")
-    refused(path, tmp_path, "has no linear layer model.layers.0.self_attn.q_proj that can be told by its name or role")
+    refused(
+        path, tmp_path, "has no linear layer model.layers.0.self_attn.q_proj that can be identified by its name or role"
+    )
 
 
 def refused(path: Path, folder: Path, message: str) -> None:
-    """One line, and nothing left behind."""
+    """The error is one line, and no file remains."""
     before = sorted(item.name for item in folder.iterdir())
     with pytest.raises(UserError) as error:
         write_autoawq_folder(path, folder / "awq")
@@ -357,7 +359,7 @@ def refused(path: Path, folder: Path, message: str) -> None:
 
 @pytest.fixture(scope="module")
 def graph(tmp_path_factory) -> Path:
-    """A float graph whose layers the tests quantise in forms that AutoAWQ has not."""
+    """A float graph whose layers the tests quantise in forms that AutoAWQ does not support."""
     folder = tmp_path_factory.mktemp("graph")
     write_float(folder / "in", QWEN2, seed=5)
     return float_model(folder / "in", folder / "out")
@@ -402,7 +404,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize(("name", "change", "message"), FORMS.values(), ids=FORMS)
-def test_forms_that_the_format_has_not(name, change, message, graph, tmp_path):
+def test_unsupported_forms(name, change, message, graph, tmp_path):
     layers = {key: value for key, value in quantise_all(graph).items() if key != HEAD or name == HEAD}
     layers[name] = change(layers[name])
     path = rewritten(graph, tmp_path / "onnx", layers)
@@ -422,7 +424,7 @@ def test_other_damage(graph, tmp_path):
         ({"model_type": "gemma"}, "model_type 'gemma' is not supported"),
         (
             {"num_hidden_layers": 3},
-            "has no constant model.layers.2.input_layernorm.weight that can be told",
+            "has no constant model.layers.2.input_layernorm.weight that can be identified",
         ),
         ({"intermediate_size": 128}, "model.layers.0.mlp.gate_proj is [96, 64], and config.json asks for [128, 64]"),
         ({"num_key_value_heads": 4}, "model.layers.0.self_attn.k_proj is [32, 64], and config.json asks for [64, 64]"),

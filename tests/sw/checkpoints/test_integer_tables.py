@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of integers in folders of floats: every integer and scale comes back, and damage is one line."""
+"""Integer tables in folders of floats: every integer and scale is recovered, and damage gives one line."""
 
 import json
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def random_table(spread: float, k: int = 96, rows: int = 300) -> QuantizedLinear
 
 
 def there_and_back(table: QuantizedLinear, folder: Path) -> tuple[QuantizedLinear, str]:
-    """The table as it is read again, and how its floats were stored."""
+    """The table as it is read again, and the format of its floats."""
     tensor = float_table(NAME, table)
     values = np.concatenate(list(tensor.parts()))
     assert values.shape == tensor.shape
@@ -45,7 +45,7 @@ def there_and_back(table: QuantizedLinear, folder: Path) -> tuple[QuantizedLinea
         (random_table(0), "F16"),
         (random_table(4, k=72), "F16"),
         (random_table(4, rows=ROWS_AT_ONCE + 3), "F16"),
-        # Beyond what float16 tells apart: subnormal steps, and weights above 65,504.
+        # Beyond float16: subnormal steps, and weights above 65,504.
         (random_table(20), "F32"),
         (replace(random_table(0), scales=np.full((300, 3), 1e4, np.float32)), "F32"),
         (replace(random_table(0), scales=np.full((300, 3), -(2.0**-24), np.float32)), "F16"),

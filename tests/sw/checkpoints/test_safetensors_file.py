@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Safetensors: every type is read exactly, and every kind of damage is one line."""
+"""Safetensors: every type is read exactly, and every kind of damage gives one line."""
 
 import json
 import struct
@@ -25,7 +25,7 @@ def entry(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[
 
 
 def test_types(tmp_path):
-    """At odd places in the file, too: nothing in the format aligns the data."""
+    """This includes tensors at odd addresses: the format does not align data."""
     data = struct.pack("<ei", -1.5, -7) + struct.pack("<2H", 0x3FC0, 0xC2F7) + struct.pack("<2f", 3.25, -1e30)
     header = {
         "__metadata__": {"format": "pt"},
@@ -96,7 +96,7 @@ def test_every_truncation(tmp_path):
 
 
 def test_random_damage(tmp_path):
-    """Whatever bytes change, the answer is a tensor or one line."""
+    """For any changed bytes the result is a tensor or one line."""
     rng = np.random.default_rng(1)
     path = tmp_path / "a.safetensors"
     write_tensors(path, {"a": np.ones((2, 3), np.float32), "b": np.ones(4, np.int32)})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progress is one line on a terminal, ten elsewhere, and nothing is left behind."""
+"""Progress is one line on a terminal and ten lines elsewhere; the terminal's line is cleared at the end."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from sw.common.status_line import StatusLine
 
 
 def counted(terminal, monkeypatch, capsys):
-    """What 200 steps and five of something else show."""
+    """The output of a count of 200 steps and another of five steps."""
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
     with StatusLine() as status:
         for done in range(201):
@@ -30,7 +30,7 @@ def test_terminal(monkeypatch, capsys):
 
 
 def test_terminal_after_an_error(monkeypatch, capsys):
-    """The message has the line to itself."""
+    """The message is on a line of its own."""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     with pytest.raises(RuntimeError), StatusLine() as status:
         status.count("{done} of {total}", 1, 2000)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Buffers in a device's memory, and how a layer's weights and results lie in them."""
+"""Buffers in a device's memory, and the layout of a layer's weights and results in them."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -21,7 +21,7 @@ def small(pages=8, base=MEMORY_BASE):
 
 
 def test_alloc():
-    """Buffers are page-aligned, apart, within the memory, and each its own bytes."""
+    """Buffers are page-aligned, do not overlap, are within the memory, and hold their own bytes."""
     arena = small(base=0x4000_0000)
     buffers = [arena.alloc(size) for size in (1, PAGE, PAGE + 1, 10)]
     assert all(buffer.address % PAGE == 0 for buffer in buffers)
@@ -49,7 +49,7 @@ def test_memory_is_reused():
 
 
 def test_all_of_it():
-    """The last byte can be had, the one behind it cannot."""
+    """The last byte can be allocated, but no byte after it."""
     arena = small(pages=3)
     with pytest.raises(DeviceError, match="has no room for 12,289 more"):
         arena.alloc(3 * PAGE + 1)
@@ -68,7 +68,7 @@ def test_nothing(size):
 
 
 def test_what_is_not_allocated():
-    """A buffer that was freed, one of another size, and an address inside one are no buffers."""
+    """A freed buffer, a buffer of another size, and an address inside a buffer are refused."""
     arena = small()
     kept, freed = arena.alloc(100), arena.alloc(200)
     arena.free(freed)
@@ -83,7 +83,7 @@ def test_what_is_not_allocated():
 
 
 def test_many_buffers():
-    """Allocated and freed at random: no two ever overlap, and in the end everything is free again."""
+    """Buffers are allocated and freed at random: no two overlap, and in the end all memory is free again."""
     rng, arena, held = np.random.default_rng(1), small(pages=64), {}
     for step in range(1, 500):
         if held and rng.random() < 0.45:
@@ -110,8 +110,8 @@ def resident() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux says what a process holds")
-def test_memory_is_taken_when_it_is_written():
-    """A simulated device's gigabytes cost nothing, and freed buffers give theirs back."""
+def test_memory_is_used_when_it_is_written():
+    """The address space of a simulated device takes no memory, and freed buffers return their memory."""
     size, before = 64 << 20, resident()
     arena = Arena(anonymous_memory(MEMORY_BYTES))
     buffer = arena.alloc(size)
@@ -124,7 +124,7 @@ def test_memory_is_taken_when_it_is_written():
 
 @pytest.mark.parametrize(("ports", "n"), [(1, 40), (2, 40), (4, 40), (4, 4000)])
 def test_weights_are_striped(ports, n):
-    """Each port's bytes of every beat lie in a page-aligned range of their own, spread over the memory's banks."""
+    """Each port's bytes of every beat are in a page-aligned range of their own, spread over the memory's banks."""
     config = make_config(tile=16, ports=ports)
     prepared = prepare(config, random_linear(np.random.default_rng(12), n, 320, 64))
     image, width = weight_image(prepared.layout, prepared.beats), config.port_width // 8
@@ -141,7 +141,7 @@ def test_weights_are_striped(ports, n):
 
 
 def test_result_rows_are_aligned():
-    """What a bus moves at once never holds results of two tokens."""
+    """A burst never holds results of two tokens."""
     config = make_config(tile=8)
     for n, pitch in ((1, 128), (32, 128), (33, 256), (1152, 4608)):
         layout = prepare(config, random_linear(np.random.default_rng(1), n, 32, 32)).layout

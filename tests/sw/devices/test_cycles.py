@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The performance model against the RTL: every figure is what the simulated accelerator really took."""
+"""The performance model against the RTL: the measured cycles are those of the simulated accelerator."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def device(request):
 
 
 def measured(device, layout, tokens):
-    """Cycles of a layer of noise: its values decide nothing."""
+    """Cycles of a layer of noise: cycles do not depend on values."""
     rng = np.random.default_rng(1)
     weights, results = device.alloc(weight_bytes(layout)), device.alloc(result_bytes(layout, tokens))
     device.write(weights, rng.integers(0, 256, weights.size, np.uint8))
@@ -59,7 +59,9 @@ def test_prediction(device, shape):
         pytest.skip(str(error))
     for tokens in sorted({1, 2, 5, device.config.max_tokens}):
         took, predicted = measured(device, layout, tokens), cycles(device.config, tokens, k, n, group_size)
-        assert abs(predicted - took) <= TOLERANCE * took, f"M {tokens} took {took} cycles, predicted were {predicted}"
+        # Where a word takes many beats, the prediction of a very short layer is off by up to a word.
+        allowed = max(TOLERANCE * took, layout.stream.beats_per_word)
+        assert abs(predicted - took) <= allowed, f"M {tokens} took {took} cycles, predicted were {predicted}"
 
 
 def test_long_layer():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One suite for every device: exact results from the same memory, whatever the shapes, and clear refusals."""
+"""One suite for every device: exact results for all shapes, and clear messages for bad jobs."""
 
 import threading
 import time
@@ -33,7 +33,7 @@ CONFIGS = {
     "tile8": dict(tile=8, ports=2, port_width=64, activation_bits=12, zero_point="fixed", max_k=1024),
     "tile16": dict(tile=16),
 }
-# As many lanes of results as no smaller array has; a long build.
+# It has more lanes of results than any smaller array, and takes long to build.
 FULL = {"tile32": dict(tile=32, zero_point="fixed")}
 SHAPES = [
     # n, k, group_size
@@ -45,7 +45,7 @@ SHAPES = [
     (5, 300, 512),  # K is padded
     (1, 8, 32),
 ]
-# Results do not depend on the memory, so that each hardware may have another one.
+# Results do not depend on the memory, so each hardware may have a different memory.
 CASES = [
     pytest.param(("reference", "tile8", "ideal"), id="reference"),
     pytest.param(("rtl", "tile4", "hostile"), id="rtl tile4 hostile"),
@@ -58,7 +58,7 @@ CASES += [pytest.param(("rtl", name, "kv260-2400"), id=f"rtl {name}", marks=pyte
 
 @contextmanager
 def open_backend(folder, backend, config, memory):
-    """A device; a board is a simulated one in files in a folder."""
+    """A device; for kv260 it is a simulated board, made of files in a folder."""
     options = (CONFIGS | FULL)[config]
     if backend != "kv260":
         with open_device(backend, memory=memory, **options) as opened:
@@ -101,7 +101,7 @@ def test_batch_of_different_shapes(device):
         cases.append((linear, random_activations(rng, tokens, k)))
     completions = run_exactly(device, cases)
     if device.name != "reference":
-        # The next layer streams while this one drains, so a batch takes less than its layers would alone.
+        # The next layer streams while this one drains, so a batch takes less than the sum of its single layers.
         apart = [run_exactly(device, [case])[0].cycles for case in cases]
         assert sum(item.cycles for item in completions) < sum(apart)
 
@@ -119,7 +119,7 @@ def test_fewer_bits_than_the_hardware(device):
 
 
 def test_more_bits_than_the_hardware(device):
-    """Eight bits as two planes, beside layers of four in the same batch."""
+    """Layers of eight bits as two planes and layers of four bits, in the same batch."""
     rng = np.random.default_rng(18)
     x = random_activations(rng, 2, 100)
     layers = [layer(device, rng, 20, 100, 32, bits=bits) for bits in (8, 4, 8)]
@@ -127,7 +127,7 @@ def test_more_bits_than_the_hardware(device):
 
 
 def test_prepared_batch(device):
-    """It may be submitted again and again, with other values in its buffers; not after one of them was freed."""
+    """It may be submitted many times, with new values in its buffers, but not after one of them was freed."""
     rng = np.random.default_rng(19)
     linear = layer(device, rng, 33, 64, 32)
     first = make_job(device, linear, random_activations(rng, 3, 64))
@@ -150,7 +150,7 @@ def test_prepared_batch(device):
 
 
 def test_weights_that_change(device):
-    """A device may keep what it made of the weights, but not when they are written again."""
+    """A device may cache unpacked weights, but must read them again after a write."""
     rng = np.random.default_rng(20)
     x = random_activations(rng, 1, 64)
     job = make_job(device, layer(device, rng, 20, 64, 32), x)
@@ -186,7 +186,7 @@ def test_interrupted_while_waiting(device, monkeypatch):
 
 
 def test_zero_tokens_and_rows(device):
-    """Zeros give +0, not -0, and leave their neighbours alone."""
+    """Zeros give +0, not -0, and do not change other results."""
     rng = np.random.default_rng(6)
     linear, x = layer(device, rng, 10, 64, 32), random_activations(rng, 3, 64)
     x[1] = 0
@@ -212,7 +212,7 @@ def test_overflow_is_infinite(device):
 
 
 def test_nothing_but_results_is_written(device):
-    """Rows of results lie at a pitch; what is between them, and behind the last one, keeps its value."""
+    """Rows of results have a pitch; bytes between the rows and after the last one keep their values."""
     rng = np.random.default_rng(15)
     for n in (1, 31, 32, 33, 70):
         linear, x = layer(device, rng, n, 64, 32), random_activations(rng, 3, 64)
@@ -235,7 +235,7 @@ def test_nothing_but_results_is_written(device):
 
 
 def test_tickets(device):
-    """Two batches in flight, answered in the other order; each ticket is good once."""
+    """Two batches in flight, waited for in reverse order; each ticket is valid once."""
     rng = np.random.default_rng(8)
     cases = [(layer(device, rng, 12, 64, 32), random_activations(rng, 2, 64)) for _ in range(2)]
     jobs = [make_job(device, *case) for case in cases]
@@ -251,11 +251,11 @@ def test_tickets(device):
 
 
 def test_timeout(device):
-    """It says what it waited for, and the batch goes on."""
+    """The message says what was waited for, and the batch continues."""
     rng = np.random.default_rng(9)
     linear, x = layer(device, rng, 400, 1000, 64, name="/model/q_proj"), random_activations(rng, 5, 1000)
     job = make_job(device, linear, x)
-    # More than a simulation does at one time.
+    # More than a simulation computes between two checks of the time.
     ticket = device.submit([job] * 15)
     message = (
         rf"^device {device.name}: batch {ticket} took longer than 0.001 s,"
@@ -268,14 +268,14 @@ def test_timeout(device):
     free_jobs(device, job)
 
 
-# Smaller than any number that 8 bits of exponent could scale, with as few mantissa bits as there are.
+# Smaller than any number that 8 bits of exponent can scale, with the fewest mantissa bits.
 TINY = np.float32(1e-44)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, TINY])
 @pytest.mark.parametrize("place", [(0, 0), (1, 63)], ids=["first", "last"])
-def test_activations_that_cannot_be(device, value, place):
-    """They end the batch, with the layer's name; the next batch is exact."""
+def test_activations_that_are_refused(device, value, place):
+    """The batch fails with the layer's name; the next batch is exact."""
     rng = np.random.default_rng(10)
     x = random_activations(rng, 2, 64)
     good = layer(device, rng, 4, 64, 32), x.copy()
@@ -297,8 +297,8 @@ def test_activations_that_cannot_be(device, value, place):
     run_exactly(device, [good, good])
 
 
-def test_a_batch_behind_one_that_fails(device):
-    """It was submitted before anybody knew, and it is exact all the same."""
+def test_a_batch_after_one_that_fails(device):
+    """It was submitted before the failure was known, and is exact."""
     rng = np.random.default_rng(16)
     linear, x = layer(device, rng, 20, 320, 64), random_activations(rng, 3, 320)
     good, spoilt = make_job(device, linear, x), x.copy()
@@ -339,7 +339,7 @@ def test_bad_jobs(device):
             device.submit([replace(job, **change)])
     with pytest.raises(DeviceError, match="reuses activations"):
         device.submit([job, replace(job, tokens=1, reuse=True)])
-    # The second job would read what the first one writes, and a device may read everything at the start.
+    # The second job would read results of the first one, and a device may read all activations at the start.
     chained = replace(job, results=job.activations, activations=job.weights)
     with pytest.raises(DeviceError, match="layer layer reads results of its own batch"):
         device.submit([chained, job])
@@ -359,7 +359,7 @@ def test_write_and_read(device):
     assert np.array_equal(device.read(buffer, np.int32, [5]), values[0, :5])
     device.write(buffer, values.T)
     assert np.array_equal(device.read(buffer, np.int32, (100, 10)), values.T)
-    # What was read is a copy.
+    # `read` returns a copy.
     device.read(neighbour, np.uint8, [10])[:] = 0
     assert device.read(neighbour, np.uint8, [10]).tolist() == list(range(10))
     with pytest.raises(DeviceError, match=r"^44 bytes do not fit a buffer of 10$"):
@@ -373,7 +373,7 @@ def test_write_and_read(device):
 
 
 def test_two_threads(device):
-    """Each writes, submits and waits for itself; all see their own results."""
+    """Each thread writes, submits and waits on its own; each reads its own results."""
     failures: list[BaseException] = []
 
     def work(seed: int) -> None:
@@ -418,7 +418,7 @@ def test_closed():
 
 @pytest.mark.parametrize("backend", ["reference", "rtl", "kv260"])
 def test_close_stops_the_work(backend, tmp_path):
-    """Soon, and whoever waits is told: for the batch that runs and for the one behind it."""
+    """It stops soon, and every waiting thread gets an error: for the running batch and for the next one."""
     rng = np.random.default_rng(14)
     answers: dict[int, BaseException | list] = {}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The driver, against a platform of a few lines that does what a test wants, and against memory that fails."""
+"""The driver on a small fake platform that each test controls, and on simulated memory with faults."""
 
 from collections import deque
 from dataclasses import replace
@@ -29,7 +29,7 @@ from sw.devices.rtl import RtlDevice
 from tests.sw.fixtures.linears import TIMEOUT, free_jobs, make_job, random_activations, random_linear, run_exactly
 
 INTERRUPT = next(1 << field.low for field in FIELDS if field.name == "interrupt")
-"""Of a descriptor's first word."""
+"""The flag in a descriptor's first word."""
 CONFIG = make_config(tile=8, ports=2, port_width=64, activation_bits=12, zero_point="fixed", max_k=1024)
 
 
@@ -38,16 +38,16 @@ def bits(name, *fields):
 
 
 class FakePlatform:
-    """Registers in a dictionary, and an accelerator that computes nothing.
+    """Registers in a dictionary, and an accelerator that does not compute.
 
     Members
     -------
-    in_flight: descriptors that it takes out of the queue before the first of them is complete.
+    in_flight: descriptors that it takes from the queue before the first of them is complete.
     at_once: descriptors that complete during one wait for the interrupt.
-    took: cycles of each descriptor.
-    step: cycles of a wait in which none completes.
-    stuck: so many waits from now on none does.
-    moving: register that counts during them.
+    took: list of the cycles of each descriptor.
+    step: cycles of a wait in which no descriptor completes.
+    stuck: number of the next waits in which no descriptor completes.
+    moving: register that counts during these waits.
     fault: error code of the next wait.
     reset_steps: cycles of each wait for the end of a reset; None: it does not end.
     """
@@ -149,7 +149,7 @@ class FakeDevice(AcceleratorDevice):
 
 
 def some_jobs(device, count, n=10, **options):
-    """Jobs that share everything but their results; nobody computes them."""
+    """Jobs that share everything but their results; they are not computed."""
     rng = np.random.default_rng(1)
     linear, x = random_linear(rng, n, 64, 32, zero_point="fixed", **options), random_activations(rng, 2, 64)
     jobs = [make_job(device, linear, x)]
@@ -170,7 +170,7 @@ def some_jobs(device, count, n=10, **options):
     ],
 )
 def test_another_accelerator(register, message):
-    """It is refused before anything is written to it, and given back."""
+    """It is refused before any register is written, and the platform is closed."""
     platform = FakePlatform()
     platform.values[at(register)] = 7
     with pytest.raises(DeviceError, match=message):
@@ -179,7 +179,7 @@ def test_another_accelerator(register, message):
 
 
 def test_opening_and_closing():
-    """Opening resets and turns on both interrupts; closing gives the platform back."""
+    """Opening resets and enables both interrupts; closing closes the platform."""
     platform = FakePlatform()
     device = FakeDevice(CONFIG, platform)
     assert platform.written[0] == ("control", bits("control", "reset"))
@@ -193,7 +193,7 @@ def test_opening_and_closing():
 @pytest.mark.parametrize("in_flight", [1, 3, 30])
 @pytest.mark.parametrize("at_once", [1, 5, 100])
 def test_more_jobs_than_fit(in_flight, at_once):
-    """Forty jobs in a queue of 16 and a ring of 32 completions: none is lost, each has its own cycles."""
+    """Forty jobs with a queue of 16 and a ring of 32 completions: no job is lost, and each has its own cycles."""
     platform = FakePlatform(in_flight, at_once)
     with FakeDevice(CONFIG, platform) as device:
         jobs = some_jobs(device, 40)
@@ -203,12 +203,12 @@ def test_more_jobs_than_fit(in_flight, at_once):
             assert [item.cycles for item in completions] == [platform.took] * 40
             assert {item.beats for item in completions} == {jobs[0].layout.beats}
     assert platform.most_queued == min(QUEUE_DEPTH + in_flight, COMPLETIONS)
-    # The queue is to be filled again before the last one is complete.
+    # The queue must be filled again before the last job is complete.
     assert all(words[0] & INTERRUPT for words in platform.pushed)
 
 
 def test_counters_wrap():
-    """The low word of the cycle counter, and the count of completions, begin again at 0 in the middle of a batch."""
+    """The low word of the cycle counter, and the count of completions, wrap to 0 in the middle of a batch."""
     platform = FakePlatform()
     with FakeDevice(CONFIG, platform) as device:
         platform.cycles = 3 * (1 << 32) - 5 * platform.took // 2
@@ -239,15 +239,15 @@ def test_descriptor_window():
         run(jobs[0], jobs[0])
         run(jobs[1])
         run(jobs[0], jobs[1], jobs[2], jobs[2])
-    # All; none; the flags, as only a batch's last descriptor raises the interrupt, there and back; the address of
-    # the results; that three times, and the flags.
+    # All words; none; the flags, set and cleared, as only a batch's last descriptor has an interrupt; the address of
+    # the results; this address three times, and the flags.
     assert written == [(DESCRIPTOR_WORDS, 1), (0, 1), (2, 2), (1, 1), (5, 4)]
 
 
 @pytest.mark.parametrize("culprit", range(3))
 def test_refused_descriptor(culprit):
-    """The accelerator does not say which one it refused; the driver does."""
-    # The memory goes on where no descriptor's address may be.
+    """The accelerator does not say which descriptor it refused, but the driver does."""
+    # The memory extends beyond the largest address of a descriptor.
     platform = FakePlatform(base=ADDRESS_LIMIT - 128 * PAGE)
     with FakeDevice(CONFIG, platform) as device:
         jobs = some_jobs(device, 3)
@@ -259,13 +259,13 @@ def test_refused_descriptor(culprit):
         text = "an address or a pitch in the descriptor is not aligned, or too high"
         with pytest.raises(DeviceError, match=f"^layer {bad[culprit].name}: {text}$"):
             device.wait(device.submit(bad), TIMEOUT)
-        # It was reset, and the next batch is as if nothing had been.
+        # It was reset, and the fault has no effect on the next batch.
         assert not platform.error and not platform.queue
         assert len(device.wait(device.submit(jobs), TIMEOUT)) == 3
 
 
 def test_unknown_error_code():
-    """Of hardware that is newer than this software."""
+    """Hardware may be newer than this software."""
     platform = FakePlatform()
     with FakeDevice(CONFIG, platform) as device:
         jobs = some_jobs(device, 2)
@@ -276,8 +276,8 @@ def test_unknown_error_code():
             assert len(device.wait(device.submit(batch), TIMEOUT)) == len(batch)
 
 
-def test_what_is_left_over():
-    """An error, and descriptors that nobody waits for any more, are forgotten before the next batch."""
+def test_error_and_descriptors_from_before():
+    """An old error, and descriptors of an abandoned batch, are cleared before the next batch."""
     platform = FakePlatform()
     with FakeDevice(CONFIG, platform) as device:
         jobs = some_jobs(device, 2)
@@ -289,7 +289,7 @@ def test_what_is_left_over():
 
 @pytest.mark.parametrize("timeout", [5_000, 100_000])
 def test_giving_up(timeout):
-    """Nothing moves, and the accelerator itself does not notice: the message says what is owed. Then it works again."""
+    """Nothing moves, and the accelerator does not detect it: the message counts open transfers. Then it works again."""
     platform = FakePlatform()
     with FakeDevice(CONFIG, platform) as device:
         jobs = some_jobs(device, 3)
@@ -311,7 +311,7 @@ def test_giving_up(timeout):
     [(1000, "beats"), (1000, "reads_under_way"), (1000, "writes_under_way"), (0, "error_address")],
 )
 def test_patience(timeout, moving):
-    """As long as anything moves, or if the timeout is turned off, nobody gives up."""
+    """While anything moves, or if the timeout is off, the driver does not give up."""
     platform = FakePlatform()
     with FakeDevice(CONFIG, platform) as device:
         device.registers.write("timeout", timeout)
@@ -321,7 +321,7 @@ def test_patience(timeout, moving):
 
 
 def test_reset_that_does_not_end():
-    """Opening says so; a batch that finds one left over does too, and works once the reset has ended."""
+    """Opening reports it. A batch reports it, too, and works after the reset has ended."""
     message = r"^nothing moved for [\d,]+ cycles while waiting for the reset to end; memory owes 0 reads and 0 writes$"
     platform = FakePlatform()
     platform.step, platform.reset_steps = DEFAULT_TIMEOUT, None
@@ -342,7 +342,7 @@ def test_reset_that_does_not_end():
 
 
 def test_reset_that_ends_during_a_long_wait():
-    """The interrupt line falls, so the wait takes its whole time, and in it the reset ends: that is no failure."""
+    """The interrupt line is low, so a wait takes its full time. The reset ends during the wait: this is no failure."""
     platform = FakePlatform()
     platform.reset_steps = (1, 2 * PATIENCE * DEFAULT_TIMEOUT)
     with FakeDevice(CONFIG, platform) as device:
@@ -350,13 +350,13 @@ def test_reset_that_ends_during_a_long_wait():
 
 
 def test_stopping_in_the_middle():
-    """Closing resets what runs: nothing is written to memory that somebody else may have by then."""
+    """Closing resets running jobs, so that nothing is written to memory that may have a new owner."""
     platform = FakePlatform()
     device = FakeDevice(CONFIG, platform)
     jobs = some_jobs(device, 40)
     platform.stuck, platform.moving = 1 << 32, "beats"
     ticket = device.submit(jobs)
-    # Submitting starts it, without anybody waiting.
+    # `submit` starts the batch, without `wait`.
     assert platform.queue
     with pytest.raises(DeviceError, match="0 of 40 jobs are done"):
         device.wait(ticket, 0.01)
@@ -373,7 +373,7 @@ def files():
 
 @pytest.fixture
 def device(files):
-    """A device that finds out soon what memory does not do."""
+    """A device with a short timeout for memory."""
     with RtlDevice(CONFIG, files=files, memory="ideal") as opened:
         opened.registers.write("timeout", 2000)
         yield opened
@@ -401,7 +401,7 @@ FAULTS += [(fault, text, "results") for fault, text in WRITE_FAULTS.items()]
 @pytest.mark.parametrize("culprit", range(3))
 @pytest.mark.parametrize(("fault", "text", "what"), FAULTS)
 def test_faults(device, fault, text, what, culprit):
-    """In one layer's operand: the message names the layer and an address in it; afterwards everything is exact."""
+    """A fault in one layer's operand: the message names the layer and an address in it; later results are exact."""
     jobs = [make_job(device, *case) for case in layers()]
     buffer = getattr(jobs[culprit], what)
     place = buffer.address + 512
@@ -414,7 +414,7 @@ def test_faults(device, fault, text, what, culprit):
     start, _, rest = str(failed.value).partition(f": {text} at address ")
     assert start == f"layer {jobs[culprit].name}", failed.value
     number, _, reset = rest.partition("; ")
-    # That of the burst, which holds the place.
+    # The address is that of the burst, which holds the place of the fault.
     assert buffer.address <= int(number, 16) <= place < int(number, 16) + PAGE
     if fault in (Fault.READ_SILENT, Fault.WRITE_SILENT):
         assert reset.startswith("nothing moved for ") and "while waiting for the reset to end; memory owes" in reset
@@ -427,7 +427,7 @@ def test_faults(device, fault, text, what, culprit):
 
 @pytest.mark.parametrize("fault", [Fault.READ_BLOCKED, Fault.WRITE_BLOCKED])
 def test_blocked(device, fault):
-    """A memory that takes no address: the error names the first, the reset cannot end before that was taken."""
+    """A memory that accepts no address: the error names the first one, and the reset ends only after it is accepted."""
     jobs = [make_job(device, *case) for case in layers()]
     device.platform.fault(fault)
     what, buffer = ("read", jobs[0].activations) if fault == Fault.READ_BLOCKED else ("write", jobs[0].results)
@@ -437,7 +437,7 @@ def test_blocked(device, fault):
     )
     with pytest.raises(DeviceError, match=message):
         device.wait(device.submit(jobs), TIMEOUT)
-    # Still so.
+    # The memory still accepts no address.
     with pytest.raises(DeviceError, match=r"^nothing moved for .* while waiting for the reset to end"):
         device.wait(device.submit(jobs), TIMEOUT)
     device.platform.fault(Fault.NONE)
@@ -446,7 +446,7 @@ def test_blocked(device, fault):
 
 
 def test_fault_between_batches(device):
-    """Many batches, every other of which fails, and not one result is wrong."""
+    """Every second batch of many fails, and no result is wrong."""
     for fault in (Fault.READ_ERROR, Fault.WRITE_ERROR, Fault.READ_SILENT, Fault.WRITE_SILENT):
         cases = layers()
         jobs = [make_job(device, *case) for case in cases]
@@ -460,7 +460,7 @@ def test_fault_between_batches(device):
 
 
 def test_slow_is_no_fault(files):
-    """A hostile memory, which is silent for 2,000 cycles now and then, within the usual timeout."""
+    """A hostile memory sometimes does not answer for 2,000 cycles, which is less than the default timeout."""
     with RtlDevice(CONFIG, files=files, memory="hostile", seed=3) as device:
         for _ in range(5):
             run_exactly(device, layers())

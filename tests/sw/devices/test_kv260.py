@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The board's driver beside what all devices have in common: files, locks, caches, interrupts, and what it says."""
+"""The parts of the board's driver that other devices do not have: files, locks, caches, interrupts, messages."""
 
 import argparse
 import os
@@ -50,14 +50,14 @@ def case(seed=1, n=37, k=320, tokens=3):
 
 
 def test_interrupt(fake, monkeypatch):
-    """It is waited for, if a layer takes longer than the registers are asked for."""
+    """The driver waits for the interrupt if a layer takes longer than the time of polling."""
     monkeypatch.setattr(kv260, "SPIN_SECONDS", 0)
     with KV260Device(host=fake) as device:
         for count in (1, 2, 3):
             run_exactly(device, [case()])
             assert fake.interrupts == count
         assert not device.platform.polls and device.seconds > 0
-        # Nothing runs: it is not high, and one wait is short.
+        # Nothing runs: the interrupt is low, and one wait is short.
         start = time.monotonic()
         assert not device.platform.wait_interrupt()
         assert WAIT_SECONDS / 2 < time.monotonic() - start < 20 * WAIT_SECONDS
@@ -65,7 +65,7 @@ def test_interrupt(fake, monkeypatch):
 
 @pytest.mark.parametrize("fault", ["has_interrupt", "interrupt_arrives"])
 def test_no_interrupt(fake, fault, monkeypatch):
-    """Without one, or with one that never comes, the registers are asked."""
+    """If there is no interrupt, or it never comes, the driver polls the registers."""
     monkeypatch.setattr(kv260, "SPIN_SECONDS", 0)
     setattr(fake, fault, False)
     with KV260Device(host=fake) as device:
@@ -89,7 +89,7 @@ def test_registers_through_mem(fake, monkeypatch):
 
 
 def test_one_process_at_a_time(fake):
-    """Neither this one twice nor another one; whoever closes lets the next one in."""
+    """Neither this process nor another one can open the board twice; after closing it can be opened again."""
     name = fake.path(f"/dev/{board.BUFFER_NAME}")
     lock = f"import fcntl; fcntl.flock(open({str(name)!r}), fcntl.LOCK_EX | fcntl.LOCK_NB)"
 
@@ -103,7 +103,7 @@ def test_one_process_at_a_time(fake):
         with pytest.raises(DeviceError, match=message):
             KV260Device(host=fake)
         run_exactly(device, [case()])
-    # Whether or not somebody still has a view of the memory.
+    # This holds even while there is a view of the memory.
     assert other_process() == 0
     kept[:] = 1
     with KV260Device(host=fake) as device:
@@ -124,7 +124,7 @@ def open_files():
 
 
 def test_nothing_stays_open(fake):
-    """Neither after closing nor after failing, early or late."""
+    """No file is open after closing, nor after a failure, early or late."""
     before = open_files()
     with KV260Device(host=fake):
         assert len(open_files()) >= len(before) + 4
@@ -137,7 +137,7 @@ def test_nothing_stays_open(fake):
 
 
 def test_views(fake):
-    """Activations and results that are not copied: caches are looked after between submit and wait."""
+    """Activations and results without a copy: caches are cleaned by submit and invalidated by wait."""
     linear, x = case(tokens=2)
     with KV260Device(host=fake) as device:
         job = make_job(device, linear, x)
@@ -150,14 +150,14 @@ def test_views(fake):
 
 
 def test_caches(fake):
-    """What is cleaned and invalidated is what a batch reads and writes, and nothing that others wrote is lost."""
+    """A batch cleans and invalidates the caches over its own operands and results, and no other data is lost."""
     cases = [case(seed, n=5, tokens=1) for seed in (5, 6)]
     with KV260Device(host=fake) as device:
         jobs = [make_job(device, *item) for item in cases]
         neighbour = device.alloc(100)
         fake.commands.clear()
         ticket = device.submit(jobs)
-        # In the caches only, while the accelerator runs.
+        # These writes are only in the caches while the accelerator runs.
         device.view(neighbour)[:] = 7
         device.view(jobs[0].activations)[:] = 9
         device.wait(ticket, TIMEOUT)
@@ -167,7 +167,7 @@ def test_caches(fake):
         invalidated = [(start, size) for name, start, size, _ in fake.commands if name == "sync_for_cpu"]
         assert invalidated == [(job.results.address - ADDRESS, job.results.size) for job in jobs]
         assert [name for name, *_ in fake.commands] == ["sync_for_device", "sync_for_cpu", "sync_for_cpu"]
-        # Results too: else what was written there before could reach memory after them.
+        # The results' caches too: otherwise older data in them could overwrite results in memory.
         (_, start, size, _), *_ = fake.commands
         for job in jobs:
             for buffer in (job.activations, job.results):
@@ -175,7 +175,7 @@ def test_caches(fake):
 
 
 def test_the_fake_board_has_caches(fake):
-    """Without the kernel's part the results are not what they should be: a missing sync is found."""
+    """Without the kernel's syncs the results are wrong: so the tests find a missing sync."""
     fake.syncs = False
     with KV260Device(host=fake) as device:
         job = make_job(device, *case())
@@ -188,7 +188,7 @@ def test_the_fake_board_has_caches(fake):
 
 @pytest.mark.parametrize("near", [0, 100, 5000])
 def test_merged_ranges(near):
-    """All that was asked for, in whole lines, ascending, apart; for near 0 not one line more."""
+    """All requested lines, as whole lines, ascending and disjoint; for near 0 no other line."""
     rng = np.random.default_rng(near)
     for _ in range(50):
         starts = rng.integers(0, 200, 8) * LINE
@@ -245,7 +245,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults(fake, fault):
-    """One line that says what to do; the lock is given back."""
+    """The error is one line with the fix; the lock is released."""
     plant, message = FAULTS[fault]
     plant(fake)
     with pytest.raises(DeviceError, match=message) as failed:
@@ -254,7 +254,7 @@ def test_faults(fake, fault):
 
 
 def test_other_names(fake):
-    """Older kernels put the address before a UIO device's name, an older module's class has another name."""
+    """Older kernels put the address before a UIO device's name, and in an older module the class has another name."""
     fake.put(f"{UIO}/name", f"a0000000.{board.UIO_NAME}\n")
     fake.put("/sys/class/uio/uio0/name", "axi-pmon\n")
     fake.path("/sys/class/u-dma-buf").rename(fake.path("/sys/class/udmabuf"))
@@ -274,7 +274,7 @@ def test_sync_that_fails(fake, monkeypatch):
 
 
 def test_open_device(fake, monkeypatch, tmp_path):
-    """The hardware is what the manifest says; options that say something else are refused."""
+    """The manifest gives the hardware's config; options that contradict it are refused."""
     monkeypatch.setattr(kv260, "Host", lambda: fake)
     with open_device("kv260") as device:
         assert device.config == CONFIG and device.name == "kv260"
@@ -301,7 +301,7 @@ def parse(*arguments):
 
 
 def test_hardware_options(fake, monkeypatch):
-    """With the board's device the hardware is the board's, unless an option that was given contradicts it."""
+    """With the board's device the hardware options are the board's; an option that contradicts them is refused."""
     monkeypatch.setattr(kv260, "Host", lambda: fake)
     values, config = hardware_options.hardware_options(parse("--device", "kv260"))
     assert config == CONFIG and values == CONFIG.to_dict()
@@ -309,14 +309,14 @@ def test_hardware_options(fake, monkeypatch):
         assert hardware_options.hardware_options(parse("--device", "reference,kv260", *same))[1] == CONFIG
     with pytest.raises(UserError, match=r"^the board's hardware has max_tokens 5, and 7 is asked for$"):
         hardware_options.hardware_options(parse("--device", "kv260", "--tile=4", "--max-tokens=7"))
-    # Without it nothing asks for a board.
+    # With another device the board is not accessed.
     monkeypatch.setattr(kv260, "Host", lambda: pytest.fail("a board was looked for"))
     assert hardware_options.hardware_options(parse("--device", "reference"))[1].max_tokens == 7
     assert isinstance(parse("--device", "rtl"), argparse.Namespace)
 
 
 def test_real_files(tmp_path):
-    """This machine's own: registers are little-endian words of the mapped file, and messages name what is missing."""
+    """Real files of this machine: registers are little-endian words of the mapped file; messages name missing files."""
     path = tmp_path / "registers"
     path.write_bytes(bytes(range(32)) + bytes(4064))
     host = Host(tmp_path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packing: the stream holds the model's own integers, whatever its groups; what does not fit is refused by name."""
+"""Packing: the stream holds the model's own integers for all group sizes; layers that do not fit are refused."""
 
 import time
 from dataclasses import replace
@@ -28,7 +28,7 @@ SHAPES = [
     (16, 896, 128),
     (7, 352, 32),  # eleven groups
     (5, 352, 128),  # a short last group
-    (9, 200, 64),  # a short last group, and K is not whole tiles
+    (9, 200, 64),  # a short last group, and K is not a multiple of the tile
     (3, 20, 32),  # less than one group
     (20, 512, 512),  # one group, longer than the accumulators hold
     (20, 500, 1024),  # longer than K
@@ -38,7 +38,7 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_stream_holds_the_layer(config, shape):
-    """From the stream alone: the model's q in its place, and results as defined in the model's own groups."""
+    """The unpacked stream has the model's q in the right places, and its results equal those of the model's groups."""
     rng = np.random.default_rng(1)
     linear = random_linear(rng, *shape, zero_point=config.zero_point)
     layer = prepare(config, linear)
@@ -56,7 +56,7 @@ def test_stream_holds_the_layer(config, shape):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", ["tile16", "tile16 fixed", "tile4 fixed"])
 def test_two_planes(name, shape, bits):
-    """Weights of up to twice the hardware's bits: exactly one weight of 8 bits with a scale of 12."""
+    """Weights of up to twice the hardware's bits: the result equals that of 8-bit weights with scales of 12 bits."""
     config, rng = CONFIGS[name], np.random.default_rng(11)
     if 2 * shape[1] > config.max_k:
         pytest.skip("two planes are too long")
@@ -74,7 +74,7 @@ def test_two_planes(name, shape, bits):
 
 
 def test_rows_at_once(monkeypatch):
-    """Packing some rows at a time makes the same stream, and says where a row is that cannot be packed."""
+    """Packing some rows at a time makes the same stream; the message for a bad row says where it is."""
     config, linear = AcceleratorConfig(), random_linear(np.random.default_rng(12), 100, 64, 32, bits=8)
     whole = prepare(config, linear).beats
     monkeypatch.setattr("sw.common.arrays.ROWS_AT_ONCE", 32)
@@ -160,7 +160,7 @@ def test_scale_that_does_not_fit():
 
 
 def test_weights_are_packed_once():
-    """Integers that the caller has already give the same stream."""
+    """Packing from integers that the caller passes gives the same stream."""
     config = AcceleratorConfig()
     linear = random_linear(np.random.default_rng(8), 40, 352, 128)
     layer = prepare(config, linear)

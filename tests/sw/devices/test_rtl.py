@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What only the simulated device has: cycles, memories to choose from, a library to be built and loaded."""
+"""Properties of the simulated device only: cycles, a choice of memories, a library that is built and loaded."""
 
 import json
 import sys
@@ -33,13 +33,13 @@ def cases(count=8):
 
 
 def run(files, memory, seed=1):
-    """Cycles of each layer of a batch whose results are exact."""
+    """Cycles of each layer of a batch; the results are checked to be exact."""
     with RtlDevice(CONFIG, files=files, memory=memory, seed=seed) as device:
         return [item.cycles for item in run_exactly(device, cases())]
 
 
 def test_memories(files):
-    """Which memory it is changes cycles and nothing else: a slower one takes more of them, and always as many."""
+    """The memory changes only cycles: a slower one takes more, and every run takes the same number."""
     cycles = {memory: run(files, memory) for memory in MEMORIES}
     assert sum(cycles["ideal"]) < sum(cycles["kv260-2400"]) < sum(cycles["hostile"])
     assert cycles["kv260-2400"] != cycles["kv260-2133"]
@@ -55,14 +55,14 @@ def test_seeds(files):
 
 
 def test_short_waits_change_nothing(files, monkeypatch):
-    """The simulation stops in any cycle, and goes on in the very next one. Only polling takes cycles of its own."""
+    """The simulation can stop in any cycle, and continues with the next one. Only polling takes cycles of its own."""
     plain = run(files, "ideal")
     monkeypatch.setattr(library, "CYCLES_AT_ONCE", 100)
     assert run(files, "ideal") == pytest.approx(plain, abs=20)
 
 
 def test_counters_and_statistics(files):
-    """Memory was read and written exactly as often as the layers need, and the beats are theirs."""
+    """The counts of reads, writes and beats are exactly those that the layers need."""
     with RtlDevice(CONFIG, files=files, memory="ideal") as device:
         completions = run_exactly(device, cases())
         statistics, counters = device.platform.statistics(), device.counters()
@@ -80,21 +80,21 @@ def test_counters_and_statistics(files):
 
 
 def test_a_beat_every_cycle():
-    """One token, the shape of Qwen2.5-0.5B's attention: the stream is the limit, and layers follow without a gap."""
+    """One token, with the shape of Qwen2.5-0.5B's attention: the stream is the limit, with no gap between layers."""
     rng = np.random.default_rng(3)
     with RtlDevice(make_config(tile=16), memory="ideal") as device:
         linear, x = random_linear(rng, 1152, 896, 128), random_activations(rng, 1, 896)
         (alone,) = run_exactly(device, [(linear, x)])
         assert alone.beats == 8_424 < alone.cycles <= 1.04 * alone.beats
         # Three layers are in flight: while one drains, the next computes, and the one after it is fetched. What a
-        # layer takes on the bus beside its beats is its activations, in chunks of 32 beats on four ports.
+        # layer takes on the bus besides its beats is its activations, in chunks of 32 beats on four ports.
         jobs = [make_job(device, linear, x) for _ in range(2)]
         first, *others = device.wait(device.submit(jobs * 4), TIMEOUT)
         assert first.cycles <= 1.04 * first.beats
         share = 4 * 896 // 64
         assert all(item.beats <= item.cycles <= item.beats + 64 for item in others)
         assert sum(item.cycles for item in others) <= sum(item.beats for item in others) + len(others) * share
-        # Without them nothing is left.
+        # Without activations a layer takes only its beats.
         again = replace(jobs[1], activations=jobs[0].activations, reuse=True)
         first, *others = device.wait(device.submit([jobs[0], *[again] * 5]), TIMEOUT)
         assert [item.cycles for item in others] == [item.beats for item in others]
@@ -102,7 +102,7 @@ def test_a_beat_every_cycle():
 
 
 def test_small_layers_overlap():
-    """Layers that end before their first results could leave: several of them are at work at the same time."""
+    """Layers that end before their first results leave: several of them are in flight at the same time."""
     rng = np.random.default_rng(4)
     with RtlDevice(make_config(tile=16), memory="ideal") as device:
         linear, x = random_linear(rng, 64, 896, 128), random_activations(rng, 1, 896)
@@ -138,7 +138,7 @@ def test_wrong_files(files, tmp_path):
 
 
 def test_unknown_memory(files):
-    """It is found out before anything is built."""
+    """It is detected before anything is built."""
     with pytest.raises(UserError, match=r"^memory is one of ideal, kv260-2400, kv260-2133, hostile, not ddr5$"):
         RtlDevice(make_config(tile=32, max_tokens=7), memory="ddr5")
 
@@ -163,7 +163,7 @@ def test_missing_compiler(monkeypatch, tmp_path, capfd):
 
 
 def test_missing_builder(monkeypatch, tmp_path):
-    """An installation of sw without sim, a board's for example."""
+    """An installation of sw without sim, for example on a board."""
     fake = tmp_path / "python"
     fake.write_text("#!/bin/sh\necho 'No module named sim' >&2\nexit 1\n")
     fake.chmod(0o755)
@@ -173,7 +173,7 @@ def test_missing_builder(monkeypatch, tmp_path):
 
 
 def test_builder_runs_anywhere(files, monkeypatch, tmp_path):
-    """From any directory, and the second time from the cache."""
+    """It runs in any directory, and takes the library from the cache the second time."""
     monkeypatch.chdir(tmp_path)
     assert build_library(CONFIG) == files
     assert not list(tmp_path.iterdir())

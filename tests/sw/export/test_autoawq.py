@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AutoAWQ checkpoints: exact weights, graphs that compute what a plain numpy decoder computes, one line for others."""
+"""AutoAWQ checkpoints: exact weights, graphs with the results of a plain numpy decoder, one line for bad folders."""
 
 import json
 import math
@@ -42,7 +42,7 @@ LAYERS = QWEN2["num_hidden_layers"]
 
 
 def decoder_logits(folder: Path, tensors: dict[str, np.ndarray], head: np.ndarray | None = None, **options: Any):
-    """What the folder's decoder computes, by default with the checkpoint's own head."""
+    """The logits of the folder's decoder, by default with the checkpoint's own head."""
     values = float_tensors(tensors, LAYERS) | ({} if head is None else {"lm_head.weight": head})
     return reference_logits(values, decoder_config(read_settings(folder / "config.json")), IDS, **options)
 
@@ -63,7 +63,7 @@ def test_words():
 @pytest.mark.parametrize("group_size", [32, 16, -1])
 @pytest.mark.parametrize(("zero_point", "qzeros"), [(True, True), (False, True), (False, False)])
 def test_weights_are_exact(group_size, zero_point, qzeros, tmp_path):
-    """Zero points that are there count, whatever zero_point says: AutoAWQ's own kernels know no others."""
+    """Zero points in the file are used for any value of zero_point, as in AutoAWQ's own kernels."""
     config = awq_config(quantization={"group_size": group_size, "zero_point": zero_point, "version": "GEMM"})
     tensors = make_checkpoint(tmp_path / "in", config)
     if not qzeros:
@@ -75,7 +75,7 @@ def test_weights_are_exact(group_size, zero_point, qzeros, tmp_path):
     assert plain == [*names, "lm_head"]
     for name, layer in zip(names, linears):
         q, zero_points, scales = slow_linear(tensors, name)
-        # One group over all of K is written as several that are equal.
+        # One group over all of K is written as several equal ones.
         assert layer.group_size == (group_size if group_size > 0 else 64 if layer.k == 64 else 32)
         repeats = layer.groups // scales.shape[1]
         assert np.array_equal(layer.q, q)
@@ -103,7 +103,7 @@ def test_logits(dtype, shards, family, tied, tmp_path):
     logits = onnx_logits(path)
     assert relative_error(logits, with_head) < 1e-5
     assert 1e-4 < relative_error(logits, expected) < 2e-2
-    # Varied: other tokens follow other tokens, and no logit stands far out.
+    # The logits vary: different tokens are predicted, and there is no extreme logit.
     assert len(set(logits.argmax(axis=1))) > len(IDS) // 2
     assert np.abs(logits).max() < 10 * logits.std()
 
@@ -124,8 +124,8 @@ def test_embedding_is_exact(dtype, stored, tmp_path):
     assert np.array_equal(np.asarray(values)[0], tensors["model.embed_tokens.weight"][IDS])
 
 
-def test_layers_left_unquantised(tmp_path):
-    """modules_to_not_convert: they hold a plain weight, and stay float."""
+def test_layers_that_are_not_quantised(tmp_path):
+    """The layers in modules_to_not_convert have a float weight, and stay float."""
     config = awq_config(quantization={"modules_to_not_convert": ["o_proj", "layers.1.mlp"]})
     tensors = make_checkpoint(tmp_path / "in", config)
     plain = [f"model.layers.{i}.self_attn.o_proj" for i in range(LAYERS)]
@@ -142,7 +142,7 @@ def test_layers_left_unquantised(tmp_path):
 
 
 def test_quantised_head(tmp_path):
-    """AutoAWQ leaves the head alone; where another tool did not, it stays as it is."""
+    """AutoAWQ does not quantise the head; a head that another tool has quantised is not changed."""
     config = awq_config(tie_word_embeddings=False)
     tensors = make_checkpoint(tmp_path / "in", config)
     del tensors["lm_head.weight"]
@@ -164,7 +164,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
 
 @pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
 def test_llama3_rotary_scaling(place, tmp_path):
-    """Against the cases as transformers distinguishes them; the context is short, so that all of them occur."""
+    """The reference has the cases of transformers; the context is short, so that all of them occur."""
     scaling = {"rope_type": "llama3", **LLAMA3}
     config = awq_config(LLAMA, head_dim=32, rope_theta=100.0, **{place: scaling})
     if place == "rope_parameters":
@@ -221,7 +221,7 @@ def test_files(tmp_path):
     }
     (cos,) = [t for t in onnx.load(path, load_external_data=False).graph.initializer if t.name == "cos_cache"]
     assert list(cos.dims) == [32768, 8]
-    # The export is text enough for whoever drives it, like its source.
+    # The export has the same text settings as its source.
     for folder in (tmp_path / "in", path.parent):
         text = TextFolder(folder)
         assert text.stop_ids == {256, 258}
@@ -234,7 +234,7 @@ def test_files(tmp_path):
 
 
 def test_text_settings(tmp_path):
-    """The template of its own file comes first; special tokens may be objects; of several templates one is default."""
+    """A separate template file has priority; special tokens may be objects; of several templates one is the default."""
     make_checkpoint(tmp_path / "in")
     (tmp_path / "in" / "config.json").write_text(json.dumps(awq_config(eos_token_id=None)))
     settings = tmp_path / "in" / "tokenizer_config.json"
@@ -312,7 +312,7 @@ REFUSED_FORMATS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def refused(folder: Path, message: str) -> None:
-    """One line, and nothing left behind."""
+    """The error is one line, and no file remains."""
     before = sorted(item.name for item in folder.parent.iterdir())
     with pytest.raises(UserError) as error:
         export_awq(folder, folder.parent / "out")

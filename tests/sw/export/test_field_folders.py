@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders as people have them: the Hugging Face cache, transformers.js, older AutoAWQ, stale files, odd settings."""
+"""Folders of many kinds: the Hugging Face cache, transformers.js, older AutoAWQ, old files, unusual settings."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def answer(model, capsys):
 
 
 def hub(exported, root):
-    """The export as huggingface_hub keeps a download."""
+    """The export in the form of huggingface_hub's cache."""
     snapshot, blobs = root / "snapshots" / "r", root / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
@@ -66,7 +66,7 @@ def test_link_that_leaves_the_cache(exported, tmp_path):
     data.symlink_to(tmp_path / "outside")
     with pytest.raises(UserError, match=r"model\.onnx\.data is a link that leaves the model's folder"):
         OnnxFile(snapshot / "model.onnx")
-    # The same beside a model that is in no cache.
+    # The same with a model outside the cache.
     shutil.copytree(exported, tmp_path / "plain")
     (tmp_path / "plain" / "model.onnx.data").unlink()
     (tmp_path / "plain" / "model.onnx.data").symlink_to(tmp_path / "outside")
@@ -92,7 +92,7 @@ def test_external_data_elsewhere(location, problem, tmp_path):
 
 
 def test_transformers_js(exported, tmp_path, capsys):
-    """Graphs in onnx/, texts one folder up, and an input that says of how many tokens logits are wanted."""
+    """Graphs in onnx/, text files one folder up, and an input for the number of tokens whose logits are needed."""
     folder = tmp_path / "repository"
     (folder / "onnx").mkdir(parents=True)
     model = onnx.load(exported / "model.onnx")
@@ -104,7 +104,7 @@ def test_transformers_js(exported, tmp_path, capsys):
     assert answer(folder, capsys)["ids"] == expected
     assert answer(folder / "onnx" / "model_q4.onnx", capsys)["ids"] == expected
     assert layers.main([str(folder), "--device", "reference", "--tile", "4", "--limit", "2"]) == 0
-    # The float graph has the plain name, and a quantiser wants that one.
+    # The float graph is named model.onnx, and the quantiser must take it.
     (folder / "onnx" / "model.onnx").write_bytes(b"\x08")
     (folder / "onnx" / "model_fp16.onnx").write_bytes(b"\x08")
     assert find_model(folder).name == "model_q4.onnx"
@@ -119,7 +119,7 @@ def test_template_that_renders_nothing(template, exported, tmp_path):
         generate.main(["--model", str(tmp_path / "m"), *OPTIONS])
 
 
-def test_stale_index(tmp_path, capsys):
+def test_outdated_index(tmp_path, capsys):
     tensors = make_checkpoint(tmp_path / "m")
     index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00002.safetensors")}
     (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -181,7 +181,7 @@ def test_config_values_that_are_refused(key, tmp_path):
 
 
 def test_every_config_key_is_known():
-    """What transformers' LlamaConfig and Qwen2Config keep (4.57): read here, fixed, or harmless."""
+    """Every key of transformers' LlamaConfig and Qwen2Config (4.57) is read here, fixed, or harmless."""
     read = [
         "vocab_size",
         "hidden_size",
@@ -269,7 +269,7 @@ def test_bias_that_contradicts(base, tensor, problem, tmp_path):
 
 
 def test_add_bos_token(exported, tmp_path):
-    """Llama's tokenizer classes go by add_bos_token, others by tokenizer.json."""
+    """For Llama's tokenizer classes add_bos_token decides, for others tokenizer.json."""
     shutil.copytree(exported, tmp_path / "m")
     token = TextFolder(exported).tokenizer.id_to_token(256)
     path = tmp_path / "m" / "tokenizer_config.json"

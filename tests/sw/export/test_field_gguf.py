@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GGUF files as people have them: in parts, without a suffix, with the metadata that llama.cpp acts on."""
+"""GGUF files of many kinds: in parts, without a suffix, with all metadata that llama.cpp uses."""
 
 import heapq
 import json
@@ -62,7 +62,7 @@ def test_no_bos_by_default(pre, tmp_path):
      {"llama.rope.scale_linear": 4.0}],
 )  # fmt: skip
 def test_linear_scaling(changes, tmp_path):
-    """A factor without a type is linear scaling: positions count a quarter."""
+    """A factor without a type means linear scaling: positions are divided by four."""
     tensors = write_gguf(tmp_path / "m.gguf", changes=changes)
     config = decoder_config(GgufFile(tmp_path / "m.gguf"))
     frequencies = config.rotary_frequencies() / 4
@@ -85,7 +85,7 @@ def test_scaling_that_is_none_or_other(tmp_path):
 
 
 def split_gguf(source, folder, count=2, number_offset=0):
-    """The model in `source` as parts in `folder`, as llama.cpp's gguf-split lays them out."""
+    """Splits the model in `source` into parts in `folder`, like llama.cpp's gguf-split."""
     reader = gguf.GGUFReader(source)
     parts = []
     for number in range(count):
@@ -136,7 +136,7 @@ def test_parts_that_do_not_fit(tmp_path):
 
 
 def test_names(tmp_path):
-    """Ollama's blobs, another case, a folder with one model beside a projector."""
+    """Ollama's blobs, an upper-case suffix, a folder with one model and a projector."""
     (tmp_path / "folder").mkdir()
     write_gguf(tmp_path / "folder" / "m.gguf")
     content = (tmp_path / "folder" / "m.gguf").read_bytes()
@@ -161,7 +161,7 @@ def test_names(tmp_path):
     ],
 )
 @pytest.mark.parametrize("name", ["m", "m.onnx", "m.gguf"])
-def test_what_is_no_model(content, problem, name, tmp_path):
+def test_files_that_are_not_models(content, problem, name, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=problem):
         resolve_model(tmp_path / name)
@@ -178,7 +178,7 @@ def test_missing_pre_tokenizer_warns(tmp_path, capsys):
 
 
 def test_pre_tokenizers_split(tmp_path):
-    """Words of a line by the tokenizers' own rules; llama.cpp's patterns, worked out by hand."""
+    """The words of a line for each pre-tokenizer; they are worked out by hand from llama.cpp's patterns."""
     text = "I'll pay 12345$ for HelloWorld  now\n\n!"
     expected = {
         "llama-bpe": ["I", "'ll", " pay", " ", "123", "45", "$", " for", " HelloWorld", " ", " now", "\n\n", "!"],
@@ -207,7 +207,7 @@ def test_every_pre_tokenizer_keeps_the_text(name, tmp_path):
 
 
 def best_first(text, scores):
-    """SentencePiece's BPE as llama.cpp does it: the best pair of neighbours first, the leftmost of equal ones."""
+    """SentencePiece's BPE as in llama.cpp: the best pair of neighbours first, and of equal pairs the leftmost."""
     pieces: list[str | None] = list(text)
     while True:
         heap = []
@@ -239,7 +239,7 @@ def test_sentencepiece_merges(seed):
     for _ in range(50):
         text = "".join(rng.choice("abcd ") for _ in range(rng.randrange(1, 20)))
         expected = best_first(SPACE + text.replace(" ", SPACE), by_text)
-        # Two pairs of one score that overlap, "aa" + "a" beside "a" + "aa", are joined in another order.
+        # Overlapping pairs of equal score, "aa" + "a" and "a" + "aa", are joined in another order.
         if len(set(expected)) == len(expected):
             assert tokenizer.encode(text).tokens == expected, f"seed {seed}, text {text!r}"
     assert tokenizer.decode(tokenizer.encode("ab é cd").ids) == "ab é cd"
@@ -255,7 +255,7 @@ def test_sentencepiece_model_runs(tmp_path):
 
 
 def llama_cpp_keys():
-    """Every key that the gguf package knows and llama.cpp could act on."""
+    """Every key in the gguf package that llama.cpp could use."""
     for group in vars(Keys).values():
         for key in vars(group).values() if isinstance(group, type) else ():
             if isinstance(key, str) and key.startswith(("{arch}.", "tokenizer.", "general.", "split.", "adapter.")):
@@ -265,7 +265,7 @@ def llama_cpp_keys():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("key", sorted(set(llama_cpp_keys())))
 def test_no_key_is_ignored(key, family, tmp_path):
-    """A key of llama.cpp's is honoured, refused by name, or harmless; those of the architecture are never unknown."""
+    """A key of llama.cpp is honoured, refused by name, or harmless; no key of the architecture is unknown."""
     name = key.replace("{arch}", family)
     found = status(name, family)
     assert found in ("honoured", "refused", "harmless")
@@ -318,19 +318,19 @@ def test_big_endian_and_unknown_tensors(tmp_path):
     write_gguf(tmp_path / "m.gguf")
     data = (tmp_path / "m.gguf").read_bytes().replace(b"attn_norm", b"attn_mist", 1)
     (tmp_path / "m.gguf").write_bytes(data)
-    with pytest.raises(UserError, match=r"tensor blk\.0\.attn_mist\.weight is none that a 2-block model has"):
+    with pytest.raises(UserError, match=r"tensor blk\.0\.attn_mist\.weight does not belong to a 2-block model"):
         gguf_source(GgufFile(tmp_path / "m.gguf"))
 
 
-def test_k_quants_name_the_way(tmp_path):
-    """What cannot be run is named with the command that takes it."""
+def test_k_quants_name_the_command(tmp_path):
+    """The message for a format that cannot be run names the command that converts it."""
     write_gguf(tmp_path / "m.gguf", kind="Q5_0")
     with pytest.raises(UserError, match=r"is Q5_0; linear layers may be .* \(python -m sw\.quantize makes a model"):
         resolve_model(tmp_path / "m.gguf")
 
 
 def test_end_tokens(tmp_path):
-    """Tokens that llama.cpp knows by their text end an answer, and are not shown."""
+    """Tokens that llama.cpp recognises by their text end an answer, and are not shown."""
     write_gguf(tmp_path / "m.gguf")
     data = (tmp_path / "m.gguf").read_bytes().replace(b"<|im_start|>", b"<|file_sep|>")
     (tmp_path / "m.gguf").write_bytes(data)

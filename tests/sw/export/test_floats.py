@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Float graphs of every source: they compute what a plain numpy decoder computes, with each table once."""
+"""Float graphs of every source: they have the results of a plain numpy decoder, and hold each table once."""
 
 import json
 import shutil
@@ -66,7 +66,7 @@ def test_checkpoint(dtype, shards, family, tied, tmp_path):
     kinds = operators(path)
     assert kinds.count("FusedMatMul") == 7 * LAYERS + 1
     assert "MatMulNBits" not in kinds
-    # Every weight is there once, a tied table too.
+    # Every weight is stored once, also a tied table.
     assert float16_bytes(path) == 2 * sum(values.size for values in tensors.values())
     assert done == [(i, LAYERS + 1) for i in range(LAYERS + 2)]
     assert TextFolder(path.parent).stop_ids == {256, 258}
@@ -91,7 +91,7 @@ def test_llama3_rotary_scaling(tmp_path):
     factors = llama3_factors(frequencies, *scaling.values())
     expected = reference_logits(tensors, shape, IDS, frequencies=frequencies / factors)
     assert relative_error(onnx_logits(path), expected) < 1e-5
-    # What is written beside the graph describes the same embedding.
+    # config.json beside the graph describes the same rotary embedding.
     again = decoder_config(read_settings(path.with_name("config.json")))
     assert again.rope_factors is not None
     assert np.array_equal(again.rope_factors, factors)
@@ -101,7 +101,7 @@ def test_llama3_rotary_scaling(tmp_path):
 @pytest.mark.parametrize(("kind", "table"), [("Q4_1", "Q8_0"), ("Q8_0", "Q4_1"), ("Q5_0", "Q5_0"), ("F16", "F16")])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_gguf(family, kind, table, tied, tmp_path):
-    """Block formats without an exact MatMulNBits form too: they are floats here."""
+    """Block formats without an exact MatMulNBits form work, too, because they become floats."""
     source = tmp_path / "m.gguf"
     tensors = write_gguf(source, family, kind, tied, table=table)
     path = float_model(source, tmp_path / "out")
@@ -122,8 +122,8 @@ def test_gguf_is_dequantised_on_demand(tmp_path):
     assert np.array_equal(layer.weight, tensors["blk.0.ffn_up.weight"])  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_llama3_factors_of_gguf_get_a_name(tmp_path):
-    """A GGUF file has the factors alone; where they are Llama 3.1's, config.json says so as Hugging Face does."""
+def test_llama3_factors_of_gguf_are_described(tmp_path):
+    """A GGUF file has only the factors; if they are Llama 3.1's, config.json has Hugging Face's description."""
     frequencies = 10000.0 ** (-np.arange(0, 16, 2) / 16)
     scaling = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaling["original_max_position_embeddings"] = 8192.0
@@ -139,7 +139,7 @@ def test_llama3_factors_of_gguf_get_a_name(tmp_path):
 
 
 def _add_tensor(path: Path, name: str, values: np.ndarray) -> None:
-    """Writes a GGUF file again with one more tensor."""
+    """Rewrites a GGUF file with one more tensor."""
     reader = gguf.GGUFReader(path)
     writer = gguf.GGUFWriter(path.with_suffix(".new"), "llama")
     for key, field in reader.fields.items():
@@ -156,7 +156,7 @@ def _add_tensor(path: Path, name: str, values: np.ndarray) -> None:
     path.with_suffix(".new").replace(path)
 
 
-def test_float_onnx_is_taken_as_it_is(tmp_path):
+def test_float_onnx_is_used_unchanged(tmp_path):
     source = DATA / "optimum_qwen2_unquantised.onnx"
     assert float_model(source, tmp_path / "out") == source
     shutil.copyfile(source, tmp_path / "model.onnx")
@@ -208,7 +208,7 @@ def test_refused(tmp_path):
     data = (source / "model.safetensors").read_bytes()
     (source / "model.safetensors").write_bytes(data[:-100])
     refused(source, "model.safetensors is damaged")
-    # Quantised tensors below a config.json that does not say so.
+    # Quantised tensors with a config.json that does not declare them.
     make_checkpoint(tmp_path / "awq")
     (tmp_path / "awq" / "config.json").write_text(json.dumps({**QWEN2, "quantization_config": None}))
     refused(tmp_path / "awq", r"has no tensor model\.layers\.0\.self_attn\.q_proj\.weight")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GGUF exports: exact weights for every block format, and graphs that compute what a plain numpy decoder computes."""
+"""GGUF exports: exact weights for every block format, and graphs with the results of a plain numpy decoder."""
 
 import json
 import signal
@@ -37,7 +37,7 @@ def write_gguf(
 ) -> dict[str, np.ndarray]:
     """A small model with random weights; returns its tensors as gguf itself dequantises them.
 
-    kind: of the linear layers. table: of the embedding and, if it is not tied, of the head.
+    kind: format of the linear layers. table: format of the embedding and, if it is not tied, of the head.
     """
     rng = np.random.default_rng(5)
     writer = gguf.GGUFWriter(path, family)
@@ -115,7 +115,7 @@ def renamed(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def gguf_logits(path: Path, tensors: dict[str, np.ndarray], head: np.ndarray | None = None) -> np.ndarray:
-    """What the file's decoder computes, by default with the head of the file."""
+    """The logits of the file's decoder, by default with the head of the file."""
     model = GgufFile(path)
     values = renamed(tensors) | ({} if head is None else {"lm_head.weight": head})
     neighbours = model.meta("general.architecture") == "llama"
@@ -132,7 +132,7 @@ def test_logits(family, kind, tied, tmp_path):
     expected = gguf_logits(source, tensors)
     logits, _ = step(session, IDS, empty_cache(session), len(IDS))
     assert relative_error(logits, expected) < 1e-5
-    # The same in pieces, through the cache.
+    # The same tokens in pieces, with the cache.
     past, total, pieces = empty_cache(session), 0, []
     for piece in (IDS[:4], IDS[4:5], IDS[5:6], IDS[6:]):
         total += len(piece)
@@ -145,7 +145,7 @@ def test_logits(family, kind, tied, tmp_path):
 @pytest.mark.parametrize("table", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
 @pytest.mark.parametrize("mode", ["int8", "float"])
 def test_heads(table, tied, mode, tmp_path):
-    """Which head comes of which table, what embedding and head share, and that neither changes a quantised weight."""
+    """The head for each kind of table, and what embedding and head share; quantised weights do not change."""
     source = tmp_path / "m.gguf"
     tensors = write_gguf(source, tied=tied, kind="Q8_0", table=table)
     path = export_gguf(source, tmp_path / "out", lm_head=mode)
@@ -181,7 +181,7 @@ def test_heads(table, tied, mode, tmp_path):
         weights = layer.dequantise()
         if table in ("Q8_0", "Q4_0"):
             assert np.array_equal(weights, tensors["token_embd.weight" if tied else "output.weight"])
-    # The values that come out of the embedding are exactly the file's.
+    # The embedding's output has exactly the values of the file.
     rows = nodes["/model/layers.0/input_layernorm/SimplifiedLayerNormalization"].input[0]
     model.graph.output.append(onnx.ValueInfoProto(name=rows))
     onnx.save(model, path)
@@ -311,7 +311,7 @@ def test_truncated_file(share, tmp_path):
 
 
 def test_damaged_text(tmp_path):
-    """A character that is cut: the gguf package decodes it when asked."""
+    """A truncated character: the gguf package decodes a text only when it is read."""
     path = tmp_path / "m.gguf"
     write_gguf(path)
     path.write_bytes(path.read_bytes().replace("Ġ".encode(), b"\xc4\xc4"))
@@ -341,7 +341,7 @@ def test_command_line(tmp_path):
 
 @pytest.mark.parametrize("limit", [3_000, 30_000], ids=["tokenizer", "weights"])
 def test_full_disk(limit, tmp_path):
-    """A limit on the size of files stands in for the full disk."""
+    """A limit on the size of files simulates the full disk."""
     write_gguf(tmp_path / "m.gguf")
     script = (
         "import resource, signal, sys; import sw.gguf_export as e; from sw.common.errors import run_cli\n"
@@ -357,13 +357,13 @@ def test_full_disk(limit, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_export_leaves_nothing(number, status, tmp_path):
+def test_interrupted_export_leaves_no_files(number, status, tmp_path):
     """The signal comes while the weights are being written."""
     write_gguf(tmp_path / "m.gguf")
     script = (
         "import signal, sys, time; import sw.export.folder as f, sw.gguf_export as e\n"
         "from sw.common.errors import run_cli\n"
-        # A test run in the background of a shell inherits SIGINT ignored.
+        # If a shell runs the tests in the background, SIGINT is ignored by default.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "f.write_decoder = lambda work, *a, **o: [(work / 'model.onnx.data').write_bytes(b'half'), time.sleep(60)]\n"
         f"sys.argv = ['x', {str(tmp_path / 'm.gguf')!r}, '--out', {str(tmp_path / 'new' / 'out')!r}]\n"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The packaged model, exported for real: it answers, its tokenizer is the right one, its layers are all found."""
+"""The real export of the packaged model: it answers, its tokenizer is right, and all its layers are found."""
 
 import json
 import os
@@ -69,20 +69,20 @@ def test_smollm2_layers(smollm2, prompt):
 
 
 def test_smollm2_weights_are_the_files(smollm2):
-    """Every weight of a layer without reordered rows is the one that the gguf package reads."""
+    """Every weight of a layer without reordered rows equals the value that the gguf package reads."""
     source = GgufFile(packaged_gguf("smollm2"))
     linears = find_linears(smollm2)
     down = linears[linears.names.index("/model/layers.29/mlp/down_proj/MatMulNBits")]
     expected = source.float_tensor("blk.29.ffn_down.weight")
     assert np.abs(down.dequantise() - expected).max() < 1e-6 * np.abs(expected).max()
-    # Embedding and head are one table in Q8_0, and int8 is that exactly.
+    # Embedding and head are one table in Q8_0, which int8 holds exactly.
     some = slice(None, None, 16)
     assert np.array_equal(linears[-1].dequantise(some), source.float_tensor("token_embd.weight")[some])
     assert smollm2.with_name("model.onnx.data").stat().st_size < 116e6
 
 
 def test_smollm2_tokenizer(tokenizer):
-    """The numbers are what llama.cpp makes of the same text and file."""
+    """The expected ids are llama.cpp's for the same text and file."""
     text = "Hello world 1234 it's   fine\n\n\tx=3.14; naïve café 日本語 😀 don't I'LL 50%"
     ids = [
         19556,
@@ -129,7 +129,7 @@ def test_smollm2_tokenizer(tokenizer):
     ]
     assert tokenizer.encode(text).ids == ids
     assert tokenizer.encode("a<|im_end|>b").ids == [81, 2, 82]
-    # Digits are split off before spaces are: both belong to one word in GPT-2's own rule.
+    # Digits are split before spaces. In GPT-2's own rule both belong to one word.
     assert tokenizer.encode("a   50  7\n  3").ids == [81, 333, 37, 32, 256, 39, 11181, 35]
     for sample in [text, *list(pydoc_data.topics.topics.values())[:20]]:
         assert tokenizer.decode(tokenizer.encode(sample).ids, skip_special_tokens=False) == sample
@@ -170,7 +170,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_autoawq_folder(tmp_path, cache, monkeypatch, capsys):
-    """Exported once for each state of its files."""
+    """It is exported once for each state of its files."""
     source = tmp_path / "Tiny2.5-AWQ"
     make_checkpoint(source)
     first = resolve_model(source)
@@ -219,7 +219,7 @@ def test_folders_that_are_not_autoawq(tmp_path, cache):
 
 
 def test_gguf_file(smollm2, cache, capsys):
-    """The package's own file, named by its path; a big export says how far it has come."""
+    """The package's own file, given by its path; a long export shows its progress."""
     source = packaged_gguf("smollm2")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sw.export.folder.QUIET_SECONDS", 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a QuantizedLinear means, and what it refuses to hold."""
+"""The definition of a QuantizedLinear, and the values that it refuses."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def fields(**changes):
 @pytest.mark.parametrize("bias_in_node", [False, True])
 @pytest.mark.parametrize("rows_at_once", [1, 7, 10, 4096])
 def test_definition(bias_in_node, rows_at_once, monkeypatch):
-    """One weight at a time, as the contract writes it."""
+    """The definition in its docstring, computed one weight at a time."""
     monkeypatch.setattr("sw.common.arrays.ROWS_AT_ONCE", rows_at_once)
     layer = QuantizedLinear(**fields(bias_in_node=bias_in_node))
     x = np.random.default_rng(3).standard_normal((3, K)).astype(np.float32)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The int8 head: its error is half a step, what int8 can hold it holds, and odd tables do not break it."""
+"""The int8 head: its error is half a step, values that fit int8 are exact, and special tables work."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from sw.model.lm_head import head_layer, narrowest_exact, quantise_int8
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_error_is_half_a_step(k, group, dtype):
     rng = np.random.default_rng(1)
-    # Groups of very different size; float16's own range.
+    # Groups of very different magnitude, within float16's range.
     weight = (rng.standard_normal((40, k)) * np.exp(rng.uniform(-4, 4, (40, k)))).astype(dtype)
     layer = quantise_int8(weight)
     assert (layer.bits, layer.group_size, layer.has_integer_zero_points) == (8, group, True)
@@ -28,11 +28,11 @@ def test_error_is_half_a_step(k, group, dtype):
         assert np.allclose(layer.scales[:, g], peak / 127, rtol=2e-7)
         error = np.abs(layer.dequantise()[:, part] - values).max(axis=1)
         assert np.all(error <= layer.scales[:, g] * (0.5 + 1e-4))
-        # Not by chance: rounding down would be off by a whole step.
+        # The bound is reached, so the test is sharp: rounding down would give an error of a whole step.
         assert error.max() > 0.4 * layer.scales[:, g].max() or k < 64
 
 
-def test_what_int8_can_hold_is_exact():
+def test_values_that_fit_int8_are_exact():
     rng = np.random.default_rng(2)
     steps = rng.integers(-127, 128, (5000, 192))
     steps[:, ::64] = 127 * rng.choice([-1, 1], (5000, 3))

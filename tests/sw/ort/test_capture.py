@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activations and outputs of real graphs: every layer's output must be its input times the weights that we read."""
+"""Activations and outputs of real graphs: every layer's output must equal its input times the imported weights."""
 
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,8 @@ def test_genai_builder(name):
     assert (len(np.unique(zero_points)) > 1) == ("asymmetric" in name)
 
 
-def test_builder_asks_for_less_accuracy():
-    """Why capture sets accuracy_level 0: as written by the builder, onnxruntime rounds activations to 8 bits."""
+def test_accuracy_level_of_the_builder():
+    """The reason for accuracy_level 0: with the builder's value, onnxruntime rounds activations to 8 bits."""
     path = DATA / "genai_qwen2_symmetric.onnx"
     nodes = [node for node in onnx.load(path).graph.node if node.op_type == "MatMulNBits"]
     levels = {attribute.i for node in nodes for attribute in node.attribute if attribute.name == "accuracy_level"}
@@ -91,7 +91,7 @@ def test_noise_for_float_inputs(tmp_path):
 
 
 def test_batches_agree(tmp_path):
-    """A small memory limit means more runs and the same numbers."""
+    """With a small memory limit there are more runs, and the numbers are the same."""
     linears = find_linears(DATA / "genai_qwen2_asymmetric.onnx")
     together = list(capture_inputs(linears, IDS))
     apart = list(capture_inputs(linears, IDS, limit_mib=0))
@@ -109,7 +109,7 @@ def test_float16(tmp_path):
 
 
 def test_external_data(tmp_path):
-    """Weights beside the model are found although the changed graph has no file of its own; nothing is written."""
+    """External weights are found although the changed graph has no file of its own; no file is written."""
     path = tmp_path / "model.onnx"
     onnx.save(noise_model(), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
     assert max(relative_error(work) for work in capture_inputs(find_linears(path))) < 1e-5

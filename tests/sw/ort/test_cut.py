@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cutting graphs: every node where its inputs are, constants where they are read, and what crosses the borders."""
+"""Cutting graphs: the stage of every node and constant, and the tensors that go from one stage to another."""
 
 import numpy as np
 import onnx
@@ -11,7 +11,7 @@ from sw.ort.cut import Stage, cut
 
 
 def graph(tmp_path, nodes, outputs, inputs=("x",), initializers=("w",)):
-    """(file, its nodes named Linear) of nodes given as (type, inputs, outputs)."""
+    """(file, its nodes named Linear) of a graph whose nodes are given as (type, inputs, outputs)."""
     made = [
         helper.make_node(kind, source.split(), target.split(), name=f"{kind}{index}")
         for index, (kind, source, target) in enumerate(nodes)
@@ -31,7 +31,7 @@ def graph(tmp_path, nodes, outputs, inputs=("x",), initializers=("w",)):
 
 
 def shape(stages: list[Stage]):
-    """(outputs of nodes, inputs, outputs, constants, accelerated) of every stage, as words."""
+    """(outputs of nodes, inputs, outputs, constants, accelerated) of every stage, as text."""
     return [
         (
             " ".join(name for node in stage.nodes for name in node.output),
@@ -45,7 +45,7 @@ def shape(stages: list[Stage]):
 
 
 def test_chain(tmp_path):
-    """A residual crosses two stages; three layers share an input and follow the same stage."""
+    """A residual goes through two stages; three layers share an input and follow the same stage."""
     file, linears = graph(
         tmp_path,
         [
@@ -66,8 +66,8 @@ def test_chain(tmp_path):
     ]
 
 
-def test_linear_behind_linear(tmp_path):
-    """A stage may have no nodes, and a layer may make an output of the graph."""
+def test_linear_after_linear(tmp_path):
+    """A stage may have no nodes, and a layer's output may be an output of the graph."""
     file, linears = graph(tmp_path, [("Linear", "x", "a"), ("Linear", "a", "b")], ["a", "b"])
     assert shape(cut(file, linears, ["a", "b"])) == [
         ("", "", "", "", [0]),
@@ -76,8 +76,8 @@ def test_linear_behind_linear(tmp_path):
     ]
 
 
-def test_constants_are_where_they_are_read(tmp_path):
-    """What depends on constants alone is computed by every stage that reads it, and only there."""
+def test_constants_are_in_the_stages_that_read_them(tmp_path):
+    """A node that depends only on constants is in every stage that reads it, and in no other."""
     file, linears = graph(
         tmp_path,
         [
@@ -98,8 +98,8 @@ def test_constants_are_where_they_are_read(tmp_path):
     ]
 
 
-def test_only_what_is_wanted(tmp_path):
-    """Nodes that no wanted output needs are left out, layers too."""
+def test_nodes_without_use_are_removed(tmp_path):
+    """Nodes that no requested output needs are removed, including layers."""
     nodes = [
         ("Norm", "x", "n"),
         ("Linear", "n", "a"),
@@ -112,7 +112,7 @@ def test_only_what_is_wanted(tmp_path):
 
 
 def test_output_that_a_stage_reads_itself(tmp_path):
-    """A tensor read inside its own stage only crosses no border, unless it is also an output of the graph."""
+    """A tensor that only its own stage reads is no output of the stage, unless it is an output of the graph."""
     nodes = [("Abs", "x", "p"), ("Abs", "p", "n"), ("Linear", "n", "a"), ("Abs", "a", "y")]
     file, linears = graph(tmp_path, nodes, ["y", "p"])
     assert cut(file, linears, ["y"])[0].outputs == ["n"]
@@ -120,7 +120,7 @@ def test_output_that_a_stage_reads_itself(tmp_path):
 
 
 def test_subgraphs_read_tensors_too(tmp_path):
-    """What only the branches of an If read has to be there as well, what they make themselves has not."""
+    """A tensor that only the branches of an If read is an input of the stage; tensors made in the branches are not."""
     branch = helper.make_graph(
         [helper.make_node("Abs", ["early"], ["inner"]), helper.make_node("Add", ["inner", "w"], ["out"])],
         "branch",
@@ -139,7 +139,7 @@ def test_subgraphs_read_tensors_too(tmp_path):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_random_graphs(tmp_path, seed):
-    """Whatever the graph: every stage's inputs are there when it runs, and every wanted tensor is made once."""
+    """In every graph, a stage's inputs exist when it runs, and every requested tensor is made once."""
     rng = np.random.default_rng(seed)
     nodes, tensors = [], ["x", "w"]
     for index in range(30):

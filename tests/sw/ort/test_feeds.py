@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Feeds for decoders of other exporters than ours: position ids, 32-bit token ids, float16 caches, open head sizes."""
+"""Feeds for other exporters' decoders: position ids, 32-bit token ids, float16 caches, head sizes not given."""
 
 import json
 
@@ -18,7 +18,7 @@ CACHE = ["b", 3, "p", "head"]
 
 
 def open_model(folder, inputs):
-    """A graph that passes every input through."""
+    """A graph that copies every input to an output."""
     nodes = [helper.make_node("Identity", [name], [f"{name}.out"]) for name in inputs]
     graph = helper.make_graph(
         nodes,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts become the tokens that a model expects, whatever its files say where, and streamed text is whole."""
+"""Prompts become the tokens that a model expects, for all places of settings, and streamed text is complete."""
 
 import json
 
@@ -34,7 +34,7 @@ def byte_level(bos=False):
 
 
 def byte_fallback():
-    """Words as SentencePiece writes them, and a token for each byte of anything else."""
+    """Words in SentencePiece's form, and a token for each byte of any other text."""
     vocab = {"<unk>": 0, "▁": 1, "▁Hello": 2, "lo": 3} | {f"<0x{byte:02X}>": 4 + byte for byte in range(256)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -53,7 +53,7 @@ def folder(path, tokenizer=None, template=None, **files):
 
 
 def decoded(found, ids):
-    """The tokens' text, special ones included."""
+    """The tokens' text, including special tokens."""
     return found.tokenizer.decode(ids, skip_special_tokens=False)
 
 
@@ -61,7 +61,7 @@ def test_chat_template(tmp_path):
     found = folder(tmp_path, template=CHAT, config={"bos_token_id": BOS})
     ids = found.prompt_ids("Hi", "Be kind.")
     assert decoded(found, ids) == "<s><system>Be kind.<|end|><user>Hi<|end|><assistant>"
-    # What looks like special tokens in a template is.
+    # The text of a special token in a template becomes that token.
     assert (ids[0], ids.count(END), ids.count(BOS)) == (BOS, 2, 1)
     assert decoded(found, found.prompt_ids("Hi")) == "<s><user>Hi<|end|><assistant>"
     assert decoded(found, found.prompt_ids("Hi", raw=True)) == "Hi"
@@ -71,7 +71,7 @@ def test_chat_template(tmp_path):
 def test_beginning_is_not_doubled(writes, tmp_path):
     template = CHAT if writes else CHAT.removeprefix("{{ bos_token }}")
     found = folder(tmp_path, byte_level(bos=True), template, config={"bos_token_id": BOS})
-    # Whatever the tokenizer adds to other text: with a template, the template decides.
+    # With a template, only the template decides which special tokens there are.
     assert found.prompt_ids("Hi").count(BOS) == writes
     assert decoded(found, found.prompt_ids("Hi", raw=True)) == "<s>Hi"
     assert decoded(found, found.prompt_ids("<s>Hi", raw=True)) == "<s>Hi"
@@ -88,8 +88,8 @@ def test_beginning(tmp_path):
     assert folder(tmp_path, tokenizer).beginning() == []
 
 
-def test_where_the_template_is(tmp_path):
-    """The newest place comes first."""
+def test_places_of_the_template(tmp_path):
+    """The newest place has priority."""
     tokens = {"chat_template": "from tokens"}
     found = folder(tmp_path, config={"chat_template": "from config"})
     assert decoded(found, found.prompt_ids("Hi")) == "from config"
@@ -137,14 +137,14 @@ RENDERED = {
 
 @pytest.mark.parametrize(("template", "expected"), RENDERED.values(), ids=RENDERED)
 def test_rendered(template, expected, tmp_path):
-    """As transformers renders templates."""
+    """Templates are rendered as in transformers."""
     tokens = {"eos_token": {"content": "</s>", "lstrip": False}, "unk_token": None, "pad_token": "pad"}
     found = folder(tmp_path, template=template, config={"bos_token_id": BOS}, tokenizer_config=tokens)
     assert decoded(found, found.prompt_ids("Hi")) == expected
 
 
 def test_special_token_that_is_none(tmp_path):
-    """Null in tokenizer_config.json is an answer; only without one does config.json's id count."""
+    """Null in tokenizer_config.json means no token; config.json's id is used only if the key is missing."""
     files = {"template": "[{{ bos_token }}]", "config": {"bos_token_id": BOS}}
     found = folder(tmp_path, tokenizer_config={}, **files)
     assert decoded(found, found.prompt_ids("Hi")) == "[<s>]"
@@ -153,7 +153,7 @@ def test_special_token_that_is_none(tmp_path):
 
 
 def test_stop_tokens(tmp_path):
-    """All that any file names."""
+    """All tokens that any file names are stop tokens."""
     assert folder(tmp_path).stop_ids == set()
     assert folder(tmp_path, config={"eos_token_id": EOS}).stop_ids == {EOS}
     assert folder(tmp_path, generation_config={"eos_token_id": [1, END]}).stop_ids == {EOS, 1, END}
@@ -168,8 +168,8 @@ def test_context(tmp_path):
     assert folder(tmp_path, genai_config={"model": {"context_length": 99}}).context == 64
 
 
-def test_tokenizer_does_not_cut(tmp_path):
-    """Truncation and padding that a tokenizer.json asks for are for training."""
+def test_tokenizer_does_not_truncate(tmp_path):
+    """Truncation and padding in a tokenizer.json are for training, and are ignored."""
     tokenizer = byte_level()
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=8)
@@ -178,7 +178,7 @@ def test_tokenizer_does_not_cut(tmp_path):
 
 
 def streamed(found, ids):
-    """The text of tokens, each piece checked: it may be shown at once."""
+    """The text of tokens, piece by piece; each piece is checked to be complete text."""
     stream, pieces = found.stream(), []
     for token in ids:
         pieces.append(stream.push(token))
@@ -187,19 +187,19 @@ def streamed(found, ids):
 
 
 def test_stream_of_bytes(tmp_path):
-    """Every token is a byte: a character appears when its last one is there."""
+    """Every token is a byte: a character appears with its last byte."""
     found = folder(tmp_path)
     text = TEXT.replace("\ufffd", "")
     ids = found.prompt_ids(text)
     pieces = streamed(found, ids)
     assert "".join(pieces) == text
     assert [piece for piece in pieces if piece] == list(text)
-    # A replacement character that the model means is one, and may come a token late.
+    # A replacement character in the model's own text is shown; it may come one token late.
     assert "".join(streamed(found, found.prompt_ids(TEXT))) == TEXT
 
 
-def test_stream_of_anything(tmp_path):
-    """Random tokens, most of them no UTF-8, special ones among them."""
+def test_stream_of_random_tokens(tmp_path):
+    """Random tokens, most of them not UTF-8, and some of them special."""
     found = folder(tmp_path)
     rng = np.random.default_rng(3)
     for _ in range(200):
@@ -208,7 +208,7 @@ def test_stream_of_anything(tmp_path):
 
 
 def test_stream_of_words(tmp_path):
-    """Text that depends on neighbours: the first word's space is dropped, bytes are tokens."""
+    """Text that depends on neighbours: the first word has no space before it, and bytes are tokens."""
     found = folder(tmp_path, byte_fallback())
 
     def fallback(text):
@@ -220,19 +220,19 @@ def test_stream_of_words(tmp_path):
     assert "".join(pieces) == found.decode(ids) == "Hello Hellolo é€😀 Helloü"
 
 
-def test_stream_goes_on_after_bad_bytes(tmp_path):
-    """The decoder takes back a character when the byte behind it belongs to none: what was shown stays."""
+def test_stream_continues_after_bad_bytes(tmp_path):
+    """The decoder removes a character if the next byte belongs to no character; text that was shown is kept."""
     found = folder(tmp_path, byte_fallback())
     pieces = streamed(found, [4 + 0xC3, 4 + 0xA9, 4 + 0xE2, 3, 2])
     assert pieces[:3] == ["", "é", ""]
     assert "".join(pieces).startswith("é")
     assert "".join(pieces).endswith("lo Hello")
-    # Nothing is lost at the end either.
+    # The end of the text is not lost either.
     assert streamed(found, [2, 4 + 0xE2]) == ["Hello", "", "\ufffd"]
 
 
 def test_unknown_tokens(tmp_path):
-    """A model's vocabulary may be larger than its tokenizer's: what has no text shows none."""
+    """A model's vocabulary may be larger than its tokenizer's: a token without text adds no text."""
     found = folder(tmp_path)
     assert streamed(found, [9999, 0, 5000]) == ["", ALPHABET[0], "", ""]
 
@@ -308,7 +308,7 @@ def test_template_refuses(template, message, tmp_path):
 
 
 def test_no_unicode(tmp_path):
-    """What a shell passes on when bytes of an argument are no UTF-8."""
+    """Python represents argument bytes that are not UTF-8 like this."""
     with pytest.raises(UserError, match="the text is not UTF-8"):
         folder(tmp_path).prompt_ids("caf\udce9")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens are drawn as the docstring says, checked against the same in plain Python."""
+"""Tokens are drawn as the docstring says: the results equal a second implementation in plain Python."""
 
 import math
 from types import SimpleNamespace
@@ -46,23 +46,23 @@ def test_against_plain(temperature, top_p):
 
 
 def test_frequencies():
-    """Each token as often as its probability, within four standard deviations of that many draws."""
+    """The frequency of each token is its probability, within four standard deviations."""
     chances, draws = np.array([0.5, 0.25, 0.15, 0.1]), 20_000
     sampler = Sampler(1.0, seed=1)
     logits = np.log(chances).astype(np.float32)
     counts = np.bincount([sampler(logits) for _ in range(draws)], minlength=4)
     assert np.all(np.abs(counts - draws * chances) < 4 * np.sqrt(draws * chances * (1 - chances)))
-    # The two likeliest reach 0.7 together, so no other is drawn.
+    # The two most probable tokens reach 0.7 together, so no other is drawn.
     sampler = Sampler(1.0, top_p=0.7, seed=1)
     counts = np.bincount([sampler(logits) for _ in range(draws)], minlength=4)
     assert counts[2:].sum() == 0
     assert abs(counts[0] - draws * 2 / 3) < 4 * math.sqrt(draws * 2 / 9)
 
 
-def test_borders():
-    """A draw that falls on a border belongs to the token behind it."""
+def test_bounds_of_intervals():
+    """A draw that equals a cumulative sum belongs to the next token."""
     sampler = Sampler(1.0)
-    # Excluded tokens between the others, before and behind them.
+    # Excluded tokens between the others, before them and after them.
     logits = np.full(8, -np.inf, np.float32)
     logits[[1, 2, 4, 6]] = 3
     draws = iter((0.0, 0.25, 0.5, np.nextafter(1, 0)))
@@ -71,14 +71,14 @@ def test_borders():
 
 
 def test_greedy():
-    """The first of equals, and no draw is taken."""
+    """The first of equal logits is taken, and the generator is not used."""
     sampler = Sampler()
     assert sampler(np.array([1, 3, 3, -np.inf], np.float32)) == 1
     assert sampler(np.full(5, -2.0, np.float32)) == 0
 
 
 def test_extremes():
-    """No temperature and no range of logits overflows: warnings are errors here."""
+    """No temperature and no range of logits causes an overflow: warnings are errors here."""
     logits = np.array([-3e38, 0, 3e38, -np.inf, 3e38], np.float32)
     for temperature in (5e-324, 1e-300, 1.0, 1e300):
         sampler = Sampler(temperature, 0.999, 3)
