@@ -120,11 +120,17 @@ class BlockFifo(wiring.Component):
         write, read = memory.write_port(), memory.read_port()
         # One bit more than the address tells a full memory from an empty one.
         written, fetched = Signal(range(2 * self.depth)), Signal(range(2 * self.depth))
-        push, fetch = Signal(), Signal()
+        push, fetch, level = Signal(), Signal(), Signal.like(written)
+        # Registers, as in StreamFifo, because long paths start at them.
+        full, some = Signal(), Signal()
+        m.d.sync += some.eq(push | (some & ~(fetch & (level == 1))))
+        with m.If(push != fetch):
+            m.d.sync += full.eq(push & (level == self.depth - 1))
         m.d.comb += [
-            self.i.ready.eq((written ^ fetched) != self.depth),
+            level.eq(written - fetched),
+            self.i.ready.eq(~full),
             push.eq(self.i.valid & self.i.ready),
-            fetch.eq((written != fetched) & (~self.o.valid | self.o.ready)),
+            fetch.eq(some & (~self.o.valid | self.o.ready)),
             write.addr.eq(written[:-1]),
             write.data.eq(self.i.payload),
             write.en.eq(push),
