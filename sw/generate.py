@@ -19,7 +19,7 @@ import numpy as np
 
 from sw.common.command_line import Parser, check_positive
 from sw.common.errors import UserError, run_cli
-from sw.common.status_line import StatusLine
+from sw.common.status_line import StatusLine, stderr_is_stdout
 from sw.common.text_files import read_text
 from sw.console.generate_report import Answer, Phase, Report, print_json, print_table
 from sw.console.options import MODEL_HELP, add_device_options, add_hardware_options, check_devices, hardware_options
@@ -168,6 +168,8 @@ def _answer(
     options: Namespace, decoder: Decoder, folder: TextFolder, ids: list[int], choose: Sampler, status: StatusLine
 ) -> Answer:
     """generate, with text on stdout and progress on stderr."""
+    # Where the text is shown, on a terminal or in the same file, the text itself is the progress.
+    counts = options.json or not (sys.stdout.isatty() or stderr_is_stdout())
 
     def show(text: str) -> None:
         if not options.json:
@@ -179,8 +181,7 @@ def _answer(
             status.clear()
 
     def made(done: int) -> None:
-        # On a terminal the text itself is the progress.
-        if options.json or not sys.stdout.isatty():
+        if counts:
             status.count("new tokens {done} of {total}", done, options.max_new_tokens)
 
     answer = generate(decoder, folder, ids, options.max_new_tokens, choose, show=show, read=read, made=made)

@@ -22,8 +22,9 @@ import numpy as np
 from hw.spec.numerics.linear import NumericsError, quantise_activations
 from sw.common.command_line import Parser, check_positive
 from sw.common.errors import UserError, run_cli
+from sw.common.status_line import StatusLine
 from sw.common.text_files import text_directory
-from sw.console.layers_report import LayerResult, Report, layer_progress, print_json, print_table
+from sw.console.layers_report import LayerResult, Report, print_json, print_table
 from sw.console.options import MODEL_HELP, add_device_options, add_hardware_options, check_devices, hardware_options
 from sw.devices import open_device, pack
 from sw.devices.base import Completion, Device, LinearJob, read_results, result_bytes, weight_bytes, weight_image
@@ -91,9 +92,9 @@ def run_layers(device: Device, works: Iterator[Captured], tokens: int) -> Iterat
 
 def _start(device: Device, waiter: ThreadPoolExecutor, work: Captured, tokens: int) -> _Running:
     layer, config, x = work.layer, device.config, work.x[-tokens:]
-    layout = pack.fit(config, layer.name, layer.k, layer.n, layer.group_size, layer.bits, layer.zero_points)
-    weights = pack.integer_weights(config, layer, layout)
-    prepared = pack.prepare(config, layer, weights)
+    plan = pack.plan_layer(config, layer)
+    layout, weights = plan.layout, pack.integer_weights(plan, layer)
+    prepared = pack.pack_layer(plan, layer, weights)
     padded = prepared.pad(x)
     sizes = weight_bytes(layout), padded.nbytes, result_bytes(layout, len(x))
     buffers = device.alloc(sizes[0]), device.alloc(sizes[1]), device.alloc(sizes[2])
@@ -177,11 +178,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokens = options.tokens or min(TOKENS, config.max_tokens, len(ids) or TOKENS)
     works = capture_inputs(linears, ids[: max(tokens, CONTEXT)], tokens=tokens, threads=1)
 
-    with open_device(options.device, memory, **config.to_dict()) as device, layer_progress(len(linears)) as advance:
+    with open_device(options.device, memory, **config.to_dict()) as device, StatusLine() as status:
         results = []
         for result in run_layers(device, works, tokens):
             results.append(result)
-            advance(result)
+            status.count("{done} of {total} layers", len(results), len(linears), f"  {result.name}")
     report = Report(str(model), options.device, memory, config, tokens, source, results, time.monotonic() - started)
     if options.json:
         print_json(report)

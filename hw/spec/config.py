@@ -19,6 +19,8 @@ FLOAT_BITS = 32
 """Bits of a result: IEEE 754 binary32."""
 MAX_N = 1 << 18
 """Most output rows of one layer (Qwen2.5's vocabulary, 151,936 rows, fits)."""
+MAX_K = 1 << 15
+"""Most in_features K of one layer that any hardware takes."""
 MAX_SUM_BITS = 64
 """Widest accumulator: numpy's int64 is the definition of the numerics."""
 
@@ -105,7 +107,7 @@ class AcceleratorConfig:
     ports: int = _parameter(4, Choice("weight ports", (1, 2, 4)))
     port_width: int = _parameter(128, Choice("bits of a weight port", (32, 64, 128)))
     max_tokens: int = _parameter(16, Limit("most tokens of one layer", 1, 64))
-    max_k: int = _parameter(8192, Limit("most in_features of one layer", 32, 32_768))
+    max_k: int = _parameter(8192, Limit("most in_features of one layer", 32, MAX_K))
     max_group_size: int = _parameter(
         128, Choice("longest group the accumulators hold; the packer splits longer ones", (32, 64, 128, 256))
     )

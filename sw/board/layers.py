@@ -54,7 +54,7 @@ class _Layer:
         x = np.random.default_rng(2).standard_normal((tokens, k)).astype(np.float32)
         padded = packed.pad(x)
         self.layout: LayerLayout = packed.layout
-        weights = integer_weights(device.config, linear, self.layout)
+        weights = integer_weights(packed, linear)
         self.expected = reference_linear(device.config, weights, quantise_activations(device.config, padded))
         sizes = weight_bytes(self.layout), padded.nbytes, result_bytes(self.layout, tokens)
         buffers = [device.alloc(size) for size in sizes]

@@ -4,6 +4,10 @@
 Format (github.com/huggingface/safetensors): the header's length (uint64, little endian), the header (JSON: name ->
 dtype, shape, data_offsets [begin, end] within the data; __metadata__ is text), the data, little endian and row major.
 Shards have an index, model.safetensors.index.json, whose weight_map gives the file of each tensor.
+
+The package safetensors (0.8) is not used. For numpy it copies every tensor, where a view of the file takes no memory.
+It gives BF16 only if ml_dtypes is loaded, writes only what is in memory as a whole, and most of its messages about a
+damaged file do not name the tensor.
 """
 
 import json

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sw.layers found, as a table for people, as JSON for programs, and as a bar while it runs."""
+"""What sw.layers found, as a table for people and as JSON for programs."""
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from hw.spec.config import AcceleratorConfig
@@ -181,28 +179,3 @@ def _short(names: Sequence[str]) -> list[str]:
 def _common(lists: Sequence[Sequence[str]]) -> int:
     """How many first elements all lists share."""
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*lists)))
-
-
-@contextmanager
-def layer_progress(total: int) -> Iterator[Callable[[LayerResult], None]]:
-    """A bar on stderr; the function that it yields takes each finished layer. Without a terminal, some lines."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _plain_progress(total)
-        return
-    bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*bar, console=console, transient=True) as progress:
-        task = progress.add_task("layers", total=total)
-        yield lambda result: progress.update(task, advance=1, description=result.name)
-
-
-def _plain_progress(total: int) -> Callable[[LayerResult], None]:
-    done = 0
-
-    def advance(result: LayerResult) -> None:
-        nonlocal done
-        done += 1
-        if done * 10 // total != (done - 1) * 10 // total:
-            print(f"{done} of {total} layers", file=sys.stderr, flush=True)
-
-    return advance

@@ -17,7 +17,7 @@ from sw.devices.rtl import DEFAULT_MEMORY
 
 MODEL_HELP = "an ONNX or GGUF file, a folder with an ONNX file or an AutoAWQ checkpoint, or smollm2"
 """See sw.export.resolve."""
-AUTO = ("weight_bits", "zero_point")
+AUTO = ("weight_bits", "zero_point", "max_k")
 """Fields of AcceleratorConfig that may be left to the model."""
 
 
@@ -52,7 +52,10 @@ class _Given(argparse.Action):
 
 
 def _number_or_auto(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a whole number or auto, not {text!r}") from None
 
 
 def check_devices(names: Sequence[str], memory: str | None, others: Sequence[str] = ()) -> str:

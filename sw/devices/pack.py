@@ -2,11 +2,12 @@
 """Packs a model's quantised linear layer into the weight stream of one accelerator."""
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
-from hw.spec.config import AcceleratorConfig, ConfigError
-from hw.spec.memory.geometry import LayerLayout, fit_layer
+from hw.spec.config import MAX_K, AcceleratorConfig, ConfigError
+from hw.spec.memory.geometry import LayerLayout, ceil_div, fit_layer
 from hw.spec.memory.packing import pack
 from hw.spec.numerics.linear import NumericsError, Weights
 from hw.spec.numerics.planes import plane_count, plane_zero_points, quantise_weights
@@ -15,9 +16,26 @@ from sw.common.errors import UserError
 from sw.model.linear import QuantizedLinear
 
 
-@dataclass(frozen=True, eq=False)
-class PreparedLayer:
-    """A layer in the accelerator's format.
+class Shape(Protocol):
+    """What decides how a layer lies on the hardware: a QuantizedLinear, or less. zero_points: any of the layer's."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def k(self) -> int: ...
+    @property
+    def n(self) -> int: ...
+    @property
+    def group_size(self) -> int: ...
+    @property
+    def bits(self) -> int: ...
+    @property
+    def zero_points(self) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How a layer lies on the hardware.
 
     Members
     -------
@@ -26,13 +44,18 @@ class PreparedLayer:
     planes: 2 for weights of more bits than the hardware's (see hw.spec.numerics.planes), else 1.
     layout: the layer's place in the weight stream. Its groups may be parts of the model's; its K holds every plane,
         each padded to whole groups.
-    beats: uint8 [layout.beats, beat_bytes], the weight stream.
     """
 
     name: str
     k: int
     planes: int
     layout: LayerLayout
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedLayer(LayerPlan):
+    """A layer as the accelerator takes it: its plan, and beats, the weight stream: uint8 [layout.beats, beat_bytes]."""
+
     beats: np.ndarray
 
     def pad(self, x: np.ndarray) -> np.ndarray:
@@ -44,39 +67,57 @@ class PreparedLayer:
         return padded.reshape(len(x), -1)
 
 
-def fit(
-    config: AcceleratorConfig, name: str, k: int, n: int, group_size: int, bits: int, zero_points: np.ndarray
-) -> LayerLayout:
-    """The layout of a layer on this hardware, from its shape and some or all of its zero points.
+def plan_layer(config: AcceleratorConfig, shape: Shape) -> LayerPlan:
+    """The plan of a layer on this hardware.
 
     This is fast, so a whole model can be checked before long work starts. Raises UserError, with the layer's name, the
     rule and the value, if the hardware cannot run the layer.
     """
     try:
-        planes = plane_count(config, bits)
-        plane_zero_points(config, bits, zero_points)
-        layout = fit_layer(config, k, n, group_size)
-        return layout if planes == 1 else LayerLayout(config, planes * layout.k, n, layout.group_size)
+        planes = plane_count(config, shape.bits)
+        plane_zero_points(config, shape.bits, shape.zero_points)
+        layout = fit_layer(config, shape.k, shape.n, shape.group_size)
+        if planes > 1:
+            layout = LayerLayout(config, planes * layout.k, shape.n, layout.group_size)
     except (ConfigError, NumericsError) as error:
-        raise UserError(f"layer {name}: {error}") from None
+        raise UserError(f"layer {shape.name}: {error}") from None
+    return LayerPlan(shape.name, shape.k, planes, layout)
 
 
-def integer_weights(config: AcceleratorConfig, linear: QuantizedLinear, layout: LayerLayout) -> Weights:
-    """The layer in the hardware's number formats and groups, one plane after the other, K padded with zero weights.
+def needed_max_k(config: AcceleratorConfig, shape: Shape) -> int:
+    """The least max_k, not below the config's own, of hardware that runs a layer.
 
-    The parts of a split group share its scale and zero point, which changes no result: all sums are exact.
-    Raises UserError, with the layer's name, for values that the formats cannot hold.
+    Raises UserError as `plan_layer` does, if no such hardware exists.
     """
     try:
-        planes = quantise_weights(config, linear.bits, linear.q, linear.scales, linear.zero_points)
+        planes = plane_count(config, shape.bits)
+        if planes * ceil_div(shape.k, config.tile) * config.tile <= config.max_k:
+            return config.max_k
+        # Room for any padding; the layout says how much there is. Beyond MAX_K the layout says so.
+        longest = planes * ceil_div(shape.k + config.max_group_size, config.tile) * config.tile
+        wide = replace(config, max_k=min(longest, MAX_K))
+    except (ConfigError, NumericsError) as error:
+        raise UserError(f"layer {shape.name}: {error}") from None
+    return plan_layer(wide, shape).layout.k
+
+
+def integer_weights(plan: LayerPlan, linear: QuantizedLinear) -> Weights:
+    """The layer in the hardware's number formats and groups, plane behind plane, K padded with zero weights.
+
+    linear: the layer, or some of its rows. The parts of a split group share its scale and zero point, which changes no
+    result: all sums are exact. Raises UserError, with the layer's name, for values that the formats cannot hold.
+    """
+    layout = plan.layout
+    try:
+        planes = quantise_weights(layout.config, linear.bits, linear.q, linear.scales, linear.zero_points)
     except NumericsError as error:
         raise UserError(f"layer {linear.name}: {error}") from None
-    k, groups = layout.k // len(planes), layout.groups // len(planes)
+    k, groups = layout.k // plan.planes, layout.groups // plan.planes
     # The model's group that contains each of the hardware's groups: its size is a multiple of the hardware's.
     source = np.arange(groups) * layout.group_size // linear.group_size
     q = planes[0].q
-    if (k, len(planes)) != (linear.k, 1):
-        q = np.zeros((linear.n, len(planes), k), np.uint8)
+    if (k, plan.planes) != (linear.k, 1):
+        q = np.zeros((linear.n, plan.planes, k), np.uint8)
         for index, plane in enumerate(planes):
             q[:, index, : linear.k] = plane.q
     return Weights(
@@ -87,13 +128,20 @@ def integer_weights(config: AcceleratorConfig, linear: QuantizedLinear, layout: 
     )
 
 
-def prepare(config: AcceleratorConfig, linear: QuantizedLinear, weights: Weights | None = None) -> PreparedLayer:
-    """Packs a layer for the hardware of `config`. weights: the result of `integer_weights` if the caller has it.
+def prepare(config: AcceleratorConfig, linear: QuantizedLinear) -> PreparedLayer:
+    """Plans and packs a layer for the hardware of `config`.
 
-    Weights of fewer bits than the hardware's need no conversion. Raises UserError like `fit` and `integer_weights`.
+    Weights of fewer bits than the hardware's run as they are. Raises UserError as both parts do.
     """
-    zero_points = linear.zero_points
-    layout = fit(config, linear.name, linear.k, linear.n, linear.group_size, linear.bits, zero_points)
+    return pack_layer(plan_layer(config, linear), linear)
+
+
+def pack_layer(plan: LayerPlan, linear: QuantizedLinear, weights: Weights | None = None) -> PreparedLayer:
+    """Packs a layer as planned, some rows at a time: a head of 150,000 rows would take a gigabyte in between.
+
+    weights: what `integer_weights` gave, if the caller has it already. Raises UserError as that does.
+    """
+    layout, config = plan.layout, plan.layout.config
     beats = np.empty((layout.out_tiles, layout.tile_beats, config.beat_bytes), np.uint8)
     # Some rows at a time: the intermediate arrays of a head of 150,000 rows would take a gigabyte.
     for rows in slices(linear.n):
@@ -102,7 +150,7 @@ def prepare(config: AcceleratorConfig, linear: QuantizedLinear, weights: Weights
             part = linear.with_rows(rows)
             if start:
                 part = replace(part, name=f"{linear.name}, rows from {start} on")
-            some = integer_weights(config, part, layout)
+            some = integer_weights(plan, part)
         else:
             some = Weights(*(values[rows] for values in weights))
         shape = LayerLayout(config, layout.k, len(some.q), layout.group_size)
@@ -111,5 +159,5 @@ def prepare(config: AcceleratorConfig, linear: QuantizedLinear, weights: Weights
             beats[tiles] = pack(shape, some).reshape(-1, *beats.shape[1:])
         except ConfigError as error:
             raise UserError(f"layer {linear.name}: {error}") from None
-    planes = plane_count(config, linear.bits)
-    return PreparedLayer(linear.name, linear.k, planes, layout, beats.reshape(layout.beats, config.beat_bytes))
+    beats = beats.reshape(layout.beats, config.beat_bytes)
+    return PreparedLayer(plan.name, plan.k, plan.planes, layout, beats)

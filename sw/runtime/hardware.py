@@ -2,7 +2,7 @@
 """The hardware that a model's layers need."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,10 +28,6 @@ class LayerShape:
     zero_points: np.ndarray
     has_fractions: bool
 
-    def fit(self, config: AcceleratorConfig) -> None:
-        """Raises UserError if the layer does not fit."""
-        pack.fit(config, self.name, self.k, self.n, self.group_size, self.bits, self.zero_points)
-
 
 def layer_shapes(linears: Linears) -> list[LayerShape]:
     """Reads every layer once, keeps none."""
@@ -54,9 +50,13 @@ def choose_config(shapes: Sequence[LayerShape], options: dict[str, int | str]) -
         options = options | {"weight_bits": _least_weight_bits([shape.bits for shape in shapes])}
     if options["zero_point"] == "auto":
         options = options | {"zero_point": "fixed" if any(shape.has_fractions for shape in shapes) else "integer"}
-    config = make_config(**options)
+    auto_k = options.get("max_k") == "auto"
+    config = make_config(**{name: value for name, value in options.items() if name != "max_k" or not auto_k})
+    if auto_k:
+        # The default where it is enough, so that most models run on the same hardware, which is built once.
+        config = replace(config, max_k=max(pack.needed_max_k(config, shape) for shape in shapes))
     for shape in shapes:
-        shape.fit(config)
+        pack.plan_layer(config, shape)
     return config
 
 

@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hw import resources
 from hw.flows.blocks import BLOCKS
+from hw.flows.generate import generate
 from hw.flows.lower import LowerError, to_rtlil
 from hw.flows.synthesis import RESOURCES, blocks_of, container_names, count_cells
 from hw.rtl.common.ram import buffer_attributes
@@ -48,6 +50,15 @@ def test_array_is_one_slice_per_element():
 def test_a_column_takes_two_slices():
     (counts,) = resources.measure(SMALL, "kv260", "columns").values()
     assert counts["DSP48E2"] == 2 * SMALL.tile
+
+
+@pytest.mark.parametrize("max_k", [1024, 8960])
+def test_the_activation_buffer_holds_two_times_max_k(max_k):
+    """For all tokens: one bank is read while the other one is filled."""
+    config = replace(SMALL, max_k=max_k)
+    text, _ = generate(config, "activations")
+    words = {name: int(last) + 1 for name, last in re.findall(r"reg \[\d+:0\] (\w+) \[(\d+):0\];", text)}
+    assert words["mantissas"] == words["sums"] == 2 * config.max_tokens * max_k // config.tile
 
 
 def test_json():

@@ -401,7 +401,10 @@ BAD = {
         "--memory is for --device rtl, not onnxruntime",
     ),
     "tile": (["--prompt", "a", "--tile", "12"], "tile is one of 4, 8, 16, 32, not 12"),
-    "max_k": (["--prompt", "a", "--max-k", "32"], r"layer .*/q_proj.*: K is at most max_k \(32\), not 64"),
+    "max_k": (
+        ["--prompt", "a", "--max-k", "32"],
+        r"layer .*/q_proj.*: K is at most max_k \(32\), not 64; .* --max-k 64 takes it",
+    ),
     "no UTF-8": (["--prompt", "\udce9"], "the text is not UTF-8"),
     "system and raw": (
         ["--prompt", "a", "--raw", "--system", "b"],

@@ -103,6 +103,30 @@ def test_closed_pipe(model):
     assert b"Traceback" not in done.stderr
 
 
+def test_one_pipe(model):
+    """With 2>&1 the text is in one piece; in pipes of their own stderr has the progress."""
+    line = [sys.executable, "-m", "sw.generate", "--model", str(model), "--prompt", "Hi", "--device", "onnxruntime"]
+
+    def run(stderr, *options):
+        """(stdout, stderr), the former with the latter in it if they are one."""
+        done = subprocess.run(
+            [*line, "--max-new-tokens", "20", *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, timeout=100
+        )
+        assert done.returncode == 0
+        return done.stdout.decode(), (done.stderr or b"").decode()
+
+    document, progress = run(subprocess.PIPE, "--json")
+    text = json.loads(document)["text"]
+    assert len(text) > 5 and progress.count("new tokens ") == 10
+    together, _ = run(subprocess.STDOUT)
+    assert f"tokens\n{text}\n" in together and "new tokens " not in together
+    alone, progress = run(subprocess.PIPE)
+    assert alone.startswith(f"{text}\n") and progress.count("new tokens ") == 10
+    # A document is printed when everything is done.
+    together, _ = run(subprocess.STDOUT, "--json")
+    assert "new tokens 20 of 20\n{" in together
+
+
 def test_other_encoding(model):
     """A terminal without the characters of an answer gets question marks."""
     script = SLOW.replace("time.sleep(0.5)", "0").format(more="g.TextFolder.decode = lambda self, ids: 'é' * len(ids)")

@@ -14,7 +14,7 @@ Everything is little-endian: the first element lies in the lowest bits of the fi
 from dataclasses import dataclass
 from math import gcd
 
-from hw.spec.config import EXPONENT_BITS, MAX_N, SCALE_BITS, AcceleratorConfig, ConfigError
+from hw.spec.config import EXPONENT_BITS, MAX_K, MAX_N, SCALE_BITS, AcceleratorConfig, ConfigError
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -162,7 +162,8 @@ class LayerLayout:
         if self.k < 1 or self.k % size:
             raise ConfigError(f"K is a whole number of groups of {size}, not {self.k:,}")
         if self.k > config.max_k:
-            raise ConfigError(f"K is at most max_k ({config.max_k:,}), not {self.k:,}")
+            larger = f"; hardware built with --max-k {self.k} takes it" if self.k <= MAX_K else ""
+            raise ConfigError(f"K is at most max_k ({config.max_k:,}), not {self.k:,}{larger}")
         # Records are read from the header while the group before streams.
         least = self.stream.min_group_slices
         if self.group_slices < least:

@@ -58,6 +58,16 @@ def _check_exponents(exponents: np.ndarray, what: str) -> None:
         )
 
 
+def smallest_exponents(largest: np.ndarray, bits: int) -> np.ndarray:
+    """The smallest int64 ``e`` with ``rint(largest / 2**e) <= 2**(bits - 1) - 1``, half to even.
+
+    ``largest``: positive float64 of any shape. A magnitude that would round up to ``2**(bits - 1)`` gets the next
+    exponent, so a mantissa never wraps. For 0 the exponent has no meaning.
+    """
+    exponents = np.frexp(largest)[1].astype(np.int64) - (bits - 1)
+    return exponents + (np.rint(np.ldexp(largest, -exponents)) >= 1 << (bits - 1))
+
+
 def quantise_activations(config: AcceleratorConfig, x: np.ndarray) -> Activations:
     """Round float activations [M, K] to block floating point, one exponent per token.
 
@@ -73,8 +83,7 @@ def quantise_activations(config: AcceleratorConfig, x: np.ndarray) -> Activation
         m, k = np.argwhere(~np.isfinite(x))[0]
         raise NumericsError(f"activations are finite numbers, not {x[m, k]} (token {m}, element {k})")
     largest = np.abs(x).max(axis=1, initial=0.0)
-    exponents = np.frexp(largest)[1].astype(np.int64) - (config.activation_bits - 1)
-    exponents += np.rint(np.ldexp(largest, -exponents)) > config.activation_max
+    exponents = smallest_exponents(largest, config.activation_bits)
     exponents[largest == 0] = 0
     _check_exponents(exponents, "token")
     return Activations(np.rint(np.ldexp(x, -exponents[:, None])).astype(np.int64), exponents)
@@ -180,8 +189,8 @@ def to_float32(values: np.ndarray, exponents: np.ndarray) -> np.ndarray:
     half = np.where(shift > 0, np.int64(1) << np.maximum(shift - 1, 0), 1)
     kept += (rest > half) | ((rest == half) & (kept & 1 == 1))
     result = np.ldexp(kept.astype(np.float64), shift + exponents)
-    result[result < 2.0**float32.EXPONENT_MIN] = 0.0
-    result[result >= 2.0 ** (float32.EXPONENT_MAX + 1)] = np.inf
+    result = np.where(result < 2.0**float32.EXPONENT_MIN, 0.0, result)
+    result = np.where(result >= 2.0 ** (float32.EXPONENT_MAX + 1), np.inf, result)
     return np.copysign(result, values).astype(np.float32)
 
 

@@ -12,7 +12,8 @@ from hw.spec.memory.packing import unpack
 from hw.spec.numerics.linear import linear as numpy_linear
 from hw.spec.numerics.linear import quantise_activations
 from sw.common.errors import UserError
-from sw.devices.pack import fit, integer_weights, prepare
+from sw.devices.pack import integer_weights, pack_layer, plan_layer, prepare
+from sw.runtime.hardware import LayerShape
 from tests.sw.fixtures.linears import expected, random_activations, random_linear, same_bits
 
 CONFIGS = {
@@ -115,8 +116,8 @@ def test_pad():
     ("shape", "bits", "options", "message"),
     [
         ((4, 64, 32), 8, dict(weight_bits=3), r"its weights have 8 bits, and two planes of weight_bits \(3\) hold 6"),
-        ((4, 4128, 32), 8, {}, r"K is at most max_k \(8,192\), not 8,256"),
-        ((4, 8224, 32), 4, {}, r"K is at most max_k \(8,192\), not 8,224"),
+        ((4, 4128, 32), 8, {}, r"K is at most max_k \(8,192\), not 8,256; hardware built with --max-k 8256 takes it"),
+        ((4, 8224, 32), 4, {}, r"K is at most max_k \(8,192\), not 8,224; hardware built with --max-k 8224 takes it"),
         ((4, 80, 40), 4, {}, r"group_size is a multiple of the tile \(16\), not 40"),
         ((4, 64, 16), 4, dict(tile=32), r"group_size is a multiple of the tile \(32\), not 16"),
     ],
@@ -127,8 +128,9 @@ def test_layer_that_does_not_fit(shape, bits, options, message):
     with pytest.raises(UserError, match=r"^layer /model/q_proj: " + message + "$"):
         prepare(config, linear)
     n, k, group_size = shape
+    shape = LayerShape(linear.name, k, n, group_size, bits, linear.zero_points[:1, :1], False)
     with pytest.raises(UserError, match=r"^layer /model/q_proj: " + message + "$"):
-        fit(config, linear.name, k, n, group_size, bits, linear.zero_points[:1, :1])
+        plan_layer(config, shape)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +150,7 @@ def test_zero_point_that_does_not_fit(zero_point, values, message):
         prepare(config, linear)
     assert str(refused.value) == f"layer layer: {message}"
     with pytest.raises(UserError) as refused:
-        fit(config, "layer", 64, 4, 32, 4, linear.zero_points[0])
+        plan_layer(config, LayerShape("layer", 64, 4, 32, 4, linear.zero_points[0], False))
     assert str(refused.value) == f"layer layer: {message}"
 
 
@@ -164,8 +166,9 @@ def test_weights_are_packed_once():
     config = AcceleratorConfig()
     linear = random_linear(np.random.default_rng(8), 40, 352, 128)
     layer = prepare(config, linear)
-    weights = integer_weights(config, linear, layer.layout)
-    assert np.array_equal(prepare(config, linear, weights).beats, layer.beats)
+    plan = plan_layer(config, linear)
+    weights = integer_weights(plan, linear)
+    assert np.array_equal(pack_layer(plan, linear, weights).beats, layer.beats)
 
 
 @pytest.mark.full

@@ -82,7 +82,10 @@ _NARROW = AcceleratorConfig(tile=4, weight_bits=2, ports=1, port_width=32, zero_
         (lambda c: LayerLayout(c, 256, 16, 256), "group_size is at most max_group_size (128), not 256"),
         (lambda c: LayerLayout(c, 100, 16, 64), "K is a whole number of groups of 64, not 100"),
         (lambda c: LayerLayout(c, 0, 16, 64), "K is a whole number of groups of 64, not 0"),
-        (lambda c: LayerLayout(c, 8320, 16, 128), "K is at most max_k (8,192), not 8,320"),
+        (
+            lambda c: LayerLayout(c, 8320, 16, 128),
+            "K is at most max_k (8,192), not 8,320; hardware built with --max-k 8320 takes it",
+        ),
         (
             lambda c: LayerLayout(_NARROW, 64, 4, 4),
             "group_size is at least 20 at tile 4, so that a group's scales are read in the time that its weights take,"
