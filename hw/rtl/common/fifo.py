@@ -138,11 +138,11 @@ class BlockFifo(wiring.Component):
             read.en.eq(fetch),
             self.o.payload.eq(read.data),
         ]
-        m.d.sync += [
-            written.eq(written + push),
-            fetched.eq(fetched + fetch),
-            self.o.valid.eq(fetch | (self.o.valid & ~self.o.ready)),
-        ]
+        m.d.sync += self.o.valid.eq(fetch | (self.o.valid & ~self.o.ready))
+        with m.If(push):
+            m.d.sync += written.eq(written + 1)
+        with m.If(fetch):
+            m.d.sync += fetched.eq(fetched + 1)
         return m
 
 

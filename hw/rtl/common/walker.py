@@ -189,7 +189,10 @@ class CommandFork(Block):
                 left.eq(written - read),
             ]
             # valid is a register, because long paths start at it in the users.
-            m.d.sync += [read.eq(read + taken), output.valid.eq(push | Mux(taken, left > 1, left > 0))]
+            m.d.sync += output.valid.eq(push | Mux(taken, left > 1, left > 0))
+            # As a condition, and not as a summand, ``taken`` does not have to pass an adder.
+            with m.If(taken):
+                m.d.sync += read.eq(read + 1)
             filled.append(left >= Mux(push, self.depth - 1, self.depth))
         m.d.sync += full.eq(Cat(filled).any())
         m.d.comb += [
