@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A first-in first-out buffer between two streams, in distributed memory."""
 
-from amaranth.hdl import Cat, Module, Mux, Shape, Signal, Value
+from amaranth.hdl import Module, Mux, Shape, Signal, Value
 from amaranth.lib import stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -48,9 +48,9 @@ class StreamFifo(Block):
         push, pop = Signal(), Signal()
         # valid and full are registers, because long paths start at them: each transfer depends on them.
         full = Signal()
-        m.d.sync += self.o.valid.eq(push | (self.o.valid & ~(pop & (self.level == 1))))
+        # ``push`` and ``pop`` only enable these registers, because they are known last.
         with m.If(push != pop):
-            m.d.sync += full.eq(push & (self.level == self.depth - 1))
+            m.d.sync += [self.o.valid.eq(push | (self.level != 1)), full.eq(push & (self.level == self.depth - 1))]
         m.d.comb += [
             self.i.ready.eq(~full),
             push.eq(self.i.valid & self.i.ready),
@@ -123,9 +123,8 @@ class BlockFifo(wiring.Component):
         push, fetch, level = Signal(), Signal(), Signal.like(written)
         # Registers, as in StreamFifo, because long paths start at them.
         full, some = Signal(), Signal()
-        m.d.sync += some.eq(push | (some & ~(fetch & (level == 1))))
         with m.If(push != fetch):
-            m.d.sync += full.eq(push & (level == self.depth - 1))
+            m.d.sync += [some.eq(push | (level != 1)), full.eq(push & (level == self.depth - 1))]
         m.d.comb += [
             level.eq(written - fetched),
             self.i.ready.eq(~full),
@@ -190,18 +189,12 @@ class Credits(wiring.Component):
     def elaborate(self, platform) -> Module:
         m = Module()
         count = Signal(range(self.limit + 1), init=self.init)
-        # One adder, of 1, 0 or -1, because paths end here.
-        change = Cat(self.add ^ self.take, self.take & ~self.add).as_signed()
-        m.d.sync += [
-            count.eq(count + change),
-            self.enough.eq(
-                Mux(
-                    self.add == self.take,
-                    count >= self.least,
-                    Mux(self.add, count >= self.least - 1, count > self.least),
-                )
-            ),
-        ]
+        # ``take`` only enables these registers, because it is known last.
+        with m.If(self.add != self.take):
+            m.d.sync += [
+                count.eq(count + Mux(self.add, 1, -1)),
+                self.enough.eq(Mux(self.add, count >= self.least - 1, count > self.least)),
+            ]
         return m
 
 
