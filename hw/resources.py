@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m hw.resources``: how much of a board's part an accelerator takes, by yosys's estimate."""
+"""``python -m hw.resources``: how much of a board's part an accelerator takes, by yosys's estimate.
+
+``--levels`` measures its logic depth instead: how many lookup tables are between its registers.
+"""
 
 import argparse
 import json
@@ -8,13 +11,34 @@ from collections import Counter
 from collections.abc import Mapping
 
 from hw.flows.blocks import BLOCKS
+<<<<<<< HEAD
 from hw.flows.command_line import add_config_options, config_of, exit_code
+=======
+from hw.flows.command_line import add_config_options
+from hw.flows.levels import Depth, measure_depth
+from hw.flows.lower import LowerError
+>>>>>>> levels
 from hw.flows.synthesis import RESOURCES, synthesise
 from hw.spec.cli import Parser, run_cli
 from hw.spec.config import AcceleratorConfig, ConfigError
-from hw.spec.parts import BOARDS, TARGETS, Part
+from hw.spec.parts import BOARDS, TARGETS, Part, Target
 
+_DESCRIPTION = "How much of a board's part an accelerator takes, or how deep its logic is."
 _NOTE = "yosys's mapping, an estimate: not placed, not routed, no Vivado"
+
+
+_LEVELS_NOTE = "levels of yosys's mapping: LUT 1, CARRY4 0.12, MUXF 0.3, LUT memory 1.2; not placed, no Vivado"
+
+
+def _target(board: str, block: str) -> Target:
+    """The family of the board's part. Raises ConfigError if the board or the block does not exist."""
+    if board not in BOARDS:
+        raise ConfigError(f"board is one of {', '.join(BOARDS)}, not {board!r}")
+    if block not in BLOCKS:
+        raise ConfigError(f"block is one of {', '.join(BLOCKS)}, not {block!r}")
+    target = TARGETS[BOARDS[board].target]
+    assert target is not None
+    return target
 
 
 def measure(config: AcceleratorConfig, board: str, block: str = "accelerator") -> dict[str, Counter]:
@@ -25,13 +49,14 @@ def measure(config: AcceleratorConfig, board: str, block: str = "accelerator") -
     ConfigError : the board or the block does not exist
     hw.flows.lower.LowerError : yosys failed
     """
-    if board not in BOARDS:
-        raise ConfigError(f"board is one of {', '.join(BOARDS)}, not {board!r}")
-    if block not in BLOCKS:
-        raise ConfigError(f"block is one of {', '.join(BLOCKS)}, not {block!r}")
-    target = TARGETS[BOARDS[board].target]
-    assert target is not None
+    target = _target(board, block)
     return synthesise(BLOCKS[block](config), target)
+
+
+def measure_levels(config: AcceleratorConfig, board: str, block: str = "accelerator") -> Depth:
+    """Logic depth of ``block``; see :func:`hw.flows.levels.measure_depth`. Raises what :func:`measure` does."""
+    target = _target(board, block)
+    return measure_depth(BLOCKS[block](config), target)
 
 
 def total(blocks: Mapping[str, Counter]) -> dict[str, float]:
@@ -82,22 +107,56 @@ def text_table(config: AcceleratorConfig, board: str, blocks: Mapping[str, Count
     return "\n".join(line.rstrip() for line in lines)
 
 
+def levels_document(config: AcceleratorConfig, board: str, block: str, depth: Depth) -> dict:
+    """What ``--levels --json`` prints."""
+    head = {"board": board, "part": BOARDS[board].name, "method": _LEVELS_NOTE, "block": block}
+    return {**head, "config": config.to_dict(), **depth.to_dict()}
+
+
+def levels_table(config: AcceleratorConfig, board: str, depth: Depth) -> str:
+    """Depth of each block, how many bits end paths of which depth, and the deepest paths: start, way, end."""
+    lines = [f"tile {config.tile} on {board}: {_LEVELS_NOTE}", "", f"{'block':24}{'deepest':>8}"]
+    lines += [f"{name:24}{levels:8.2f}" for name, levels in sorted(depth.blocks.items(), key=lambda i: (-i[1], i[0]))]
+    lines += [f"{'all':24}{depth.levels:8.2f}", "", f"{'levels':24}{'bits':>8}"]
+    lines += [f"{f'up to {level}':24}{depth.histogram[level]:8,}" for level in sorted(depth.histogram)]
+    lines += [f"{'all':24}{depth.end_points:8,}", "", "deepest paths, one of each kind"]
+    for path in depth.worst:
+        lines += ["", f"{path.levels:6.2f}  {path.start}", f"        {', '.join(path.through)}", f"        {path.end}"]
+    return "\n".join(lines)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m hw.resources", description="How much of a board's part an accelerator takes.")
+    parser = Parser(
+        prog="python -m hw.resources",
+        description="How much of a board's part an accelerator takes, or how deep its logic is.",
+    )
     add_config_options(parser)
     parser.add_argument("--board", default="kv260", help=f"one of {', '.join(BOARDS)} (default: kv260)")
     parser.add_argument("--top", default="accelerator", help="this block alone (default: the accelerator)")
+    parser.add_argument("--levels", action="store_true", help="logic depth instead: per block, and the deepest paths")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 1 if the part is too small."""
+<<<<<<< HEAD
     options = _parser().parse_args(arguments)
     board, block = options.board, options.top
 
     def run() -> int:
         config = config_of(options)
+=======
+    options = vars(_parser().parse_args(arguments))
+    board, block, levels, as_json = (options.pop(name) for name in ("board", "top", "levels", "json"))
+    try:
+        config = AcceleratorConfig(**options)
+        if levels:
+            depth = measure_levels(config, board, block)
+            found = levels_document(config, board, block, depth)
+            print(json.dumps(found, indent=1) if as_json else levels_table(config, board, depth))
+            return 0
+>>>>>>> levels
         blocks = measure(config, board, block)
         found = document(config, board, block, blocks)
         print(json.dumps(found, indent=1) if options.json else text_table(config, board, blocks))

@@ -20,10 +20,12 @@ from hw.spec.parts import Target
 RESOURCES = ("LUT", "FF", "DSP48E2", "BRAM36", "URAM288", "SRL")
 """Counted resources. LUT is all lookup tables, including those that are memory and the SRLs."""
 
-_GLUE = "glue"
+MAPPED = "mapped.json"
+"""The file that the passes of :func:`run_mapping` write."""
+GLUE = "glue"
 """The name for the logic between the blocks of containers."""
 _MODULE = re.compile(r"^module \\(\S+)\n(.*?)^end\n", re.MULTILINE | re.DOTALL)
-_NUMBER = re.compile(r"(\$\d+|_\d+)$")
+BLOCK_NUMBER = re.compile(r"(\$\d+|_\d+)$")
 """Suffix that Amaranth adds to a name that is already used, and number of one of several equal blocks."""
 _CELL = re.compile(r"^  cell \\(\S+) \\(\S+)$", re.MULTILINE)
 
@@ -109,6 +111,31 @@ def blocks_of(rtlil: str, top: str, containers: Collection[str]) -> dict[str, st
     return found
 
 
+def run_mapping(rtlil: str, passes: str, timeout: float) -> dict[str, dict]:
+    """Run passes of yosys on a design; returns what they write about each module into the JSON file :data:`MAPPED`.
+
+    Raises
+    ------
+    LowerError : yosys failed, or took longer than ``timeout`` seconds
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source, script, out = (Path(folder, name) for name in ("design.il", "design.ys", MAPPED))
+        source.write_text(rtlil)
+        script.write_text(f"read_rtlil {source.name}\n{passes}")
+        try:
+            run = run_yosys(script, timeout)
+        except subprocess.TimeoutExpired as error:
+            raise LowerError(f"yosys did not finish within {timeout:g} s") from error
+        if run.returncode or not out.exists():
+            raise LowerError(f"yosys failed: {(run.stdout + run.stderr).strip()[-300:]}")
+        try:
+            return json.loads(out.read_text())["modules"]
+        except (ValueError, KeyError) as error:
+            # yosys does not notice when it cannot write everything.
+            place = tempfile.gettempdir()
+            raise LowerError(f"yosys wrote only a part of its output: is the disk of {place} full?") from error
+
+
 def synthesise(component: wiring.Component, target: Target, *, timeout: float = 3600) -> dict[str, Counter]:
     """:data:`RESOURCES` by block; blocks whose names differ only in a number are added.
 
@@ -122,23 +149,8 @@ def synthesise(component: wiring.Component, target: Target, *, timeout: float = 
     top = "top"
     text = to_rtlil(component, top, target)
     blocks = blocks_of(text, top, container_names(component, target))
-    with tempfile.TemporaryDirectory() as folder:
-        source, script, out = (Path(folder, name) for name in ("design.il", "design.ys", "design.json"))
-        source.write_text(text)
-        keep = "".join(f"setattr -mod -set keep_hierarchy 1 {module}\n" for module in sorted(set(blocks.values())))
-        script.write_text(f"read_rtlil {source.name}\n{keep}" + _PASSES.format(top=top, out=out.name))
-        try:
-            run = run_yosys(script, timeout)
-        except subprocess.TimeoutExpired as error:
-            raise LowerError(f"yosys did not finish within {timeout:g} s") from error
-        if run.returncode or not out.exists():
-            raise LowerError(f"yosys failed: {(run.stdout + run.stderr).strip()[-300:]}")
-        try:
-            found = json.loads(out.read_text())["modules"]
-        except (ValueError, KeyError) as error:
-            # yosys does not detect that it cannot write everything.
-            place = tempfile.gettempdir()
-            raise LowerError(f"yosys wrote only a part of its statistics: is the disk of {place} full?") from error
+    keep = "".join(f"setattr -mod -set keep_hierarchy 1 {module}\n" for module in sorted(set(blocks.values())))
+    found = run_mapping(text, keep + _PASSES.format(top=top, out=MAPPED), timeout)
     modules = {name.lstrip("\\"): data for name, data in found.items()}
     return _collect({name: data["num_cells_by_type"] for name, data in modules.items()}, blocks, top)
 
@@ -159,6 +171,6 @@ def _collect(modules: dict[str, dict[str, int]], blocks: dict[str, str], top: st
 
     found: dict[str, Counter] = {}
     for name, module in sorted(blocks.items()):
-        found.setdefault(_NUMBER.sub("", name), Counter()).update(inside(module))
-    found[_GLUE if blocks else top] = inside(top, frozenset(blocks.values()))
+        found.setdefault(BLOCK_NUMBER.sub("", name), Counter()).update(inside(module))
+    found[GLUE if blocks else top] = inside(top, frozenset(blocks.values()))
     return found

@@ -94,7 +94,7 @@ class Accelerator(Block):
             *(first.faults[code].eq(datapath.faults[code]) for code in ErrorCode),
             first.faults[ErrorCode.READ_TIMEOUT].eq(late_read),
             first.faults[ErrorCode.WRITE_TIMEOUT].eq(late_write),
-            supervisor.code.eq(first.code),
+            supervisor.stops.eq(first.stops),
         ]
         return first
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A first-in first-out buffer between two streams, in distributed memory."""
 
-from amaranth.hdl import Module, Mux, Shape, Signal
+from amaranth.hdl import Module, Mux, Shape, Signal, Value
 from amaranth.lib import stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -13,7 +13,8 @@ from hw.rtl.common.ram import buffer_attributes
 class StreamFifo(Block):
     """FIFO with first-word fall-through. Latency 1 cycle, throughput 1 transfer per cycle.
 
-    Reads are asynchronous, so it maps to distributed RAM. It is intended for tens of entries.
+    Reads are asynchronous, so it maps to distributed RAM. It is intended for tens of entries. A FIFO of two entries is
+    two registers, because paths that start at the entry in front are then shorter.
 
     Parameters
     ----------
@@ -42,32 +43,56 @@ class StreamFifo(Block):
 
     def elaborate(self, platform) -> Module:
         m = Module()
+<<<<<<< HEAD
         m.submodules.memory = memory = Memory(shape=self.shape, depth=self.depth, init=[])
         write, read = memory.write_port(), memory.read_port(domain="comb")
         # One bit more than the address distinguishes a full memory from an empty one.
+=======
+        # One bit more than the address tells a full memory from an empty one.
+>>>>>>> levels
         written, taken = Signal(range(2 * self.depth)), Signal(range(2 * self.depth))
         push, pop = Signal(), Signal()
         # valid and full are registers, because long paths start at them: each transfer depends on them.
         full = Signal()
-        m.d.sync += self.o.valid.eq(push | (self.o.valid & ~(pop & (self.level == 1))))
+        # ``push`` and ``pop`` only enable these registers, because they are known last.
         with m.If(push != pop):
-            m.d.sync += full.eq(push & (self.level == self.depth - 1))
+            m.d.sync += [self.o.valid.eq(push | (self.level != 1)), full.eq(push & (self.level == self.depth - 1))]
         m.d.comb += [
             self.i.ready.eq(~full),
             push.eq(self.i.valid & self.i.ready),
             pop.eq(self.o.valid & self.o.ready),
             self.level.eq(written - taken),
-            self.o.payload.eq(read.data),
-            read.addr.eq(taken[:-1]),
-            write.addr.eq(written[:-1]),
-            write.data.eq(self.i.payload),
-            write.en.eq(push),
         ]
         with m.If(push):
             m.d.sync += written.eq(written + 1)
         with m.If(pop):
             m.d.sync += taken.eq(taken + 1)
+        if self.depth == 2:
+            self._registers(m, push, pop, full)
+        else:
+            self._memory(m, push, written[:-1], taken[:-1])
         return m
+
+    def _memory(self, m: Module, push: Signal, written: Value, taken: Value) -> None:
+        m.submodules.memory = memory = Memory(shape=self.shape, depth=self.depth, init=[])
+        write, read = memory.write_port(), memory.read_port(domain="comb")
+        m.d.comb += [
+            self.o.payload.eq(read.data),
+            read.addr.eq(taken),
+            write.addr.eq(written),
+            write.data.eq(self.i.payload),
+            write.en.eq(push),
+        ]
+
+    def _registers(self, m: Module, push: Signal, pop: Signal, full: Signal) -> None:
+        width = Shape.cast(self.shape).width
+        front, second = Signal(width, reset_less=True), Signal(width, reset_less=True)
+        incoming = Value.cast(self.i.payload)
+        m.d.comb += Value.cast(self.o.payload).eq(front)
+        with m.If(~self.o.valid | pop):
+            m.d.sync += front.eq(Mux(full, second, incoming))
+        with m.If(push):
+            m.d.sync += second.eq(incoming)
 
 
 class BlockFifo(wiring.Component):
@@ -101,11 +126,16 @@ class BlockFifo(wiring.Component):
         write, read = memory.write_port(), memory.read_port()
         # One bit more than the address distinguishes a full memory from an empty one.
         written, fetched = Signal(range(2 * self.depth)), Signal(range(2 * self.depth))
-        push, fetch = Signal(), Signal()
+        push, fetch, level = Signal(), Signal(), Signal.like(written)
+        # Registers, as in StreamFifo, because long paths start at them.
+        full, some = Signal(), Signal()
+        with m.If(push != fetch):
+            m.d.sync += [some.eq(push | (level != 1)), full.eq(push & (level == self.depth - 1))]
         m.d.comb += [
-            self.i.ready.eq((written ^ fetched) != self.depth),
+            level.eq(written - fetched),
+            self.i.ready.eq(~full),
             push.eq(self.i.valid & self.i.ready),
-            fetch.eq((written != fetched) & (~self.o.valid | self.o.ready)),
+            fetch.eq(some & (~self.o.valid | self.o.ready)),
             write.addr.eq(written[:-1]),
             write.data.eq(self.i.payload),
             write.en.eq(push),
@@ -113,11 +143,11 @@ class BlockFifo(wiring.Component):
             read.en.eq(fetch),
             self.o.payload.eq(read.data),
         ]
-        m.d.sync += [
-            written.eq(written + push),
-            fetched.eq(fetched + fetch),
-            self.o.valid.eq(fetch | (self.o.valid & ~self.o.ready)),
-        ]
+        m.d.sync += self.o.valid.eq(fetch | (self.o.valid & ~self.o.ready))
+        with m.If(push):
+            m.d.sync += written.eq(written + 1)
+        with m.If(fetch):
+            m.d.sync += fetched.eq(fetched + 1)
         return m
 
 
@@ -138,7 +168,8 @@ class Counter(wiring.Component):
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        m.d.sync += self.value.eq(self.value + self.add - self.take)
+        # In this order: longer paths end at ``add``.
+        m.d.sync += self.value.eq(self.value - self.take + self.add)
         return m
 
 
@@ -164,16 +195,12 @@ class Credits(wiring.Component):
     def elaborate(self, platform) -> Module:
         m = Module()
         count = Signal(range(self.limit + 1), init=self.init)
-        m.d.sync += [
-            count.eq(count + self.add - self.take),
-            self.enough.eq(
-                Mux(
-                    self.add == self.take,
-                    count >= self.least,
-                    Mux(self.add, count >= self.least - 1, count > self.least),
-                )
-            ),
-        ]
+        # ``take`` only enables these registers, because it is known last.
+        with m.If(self.add != self.take):
+            m.d.sync += [
+                count.eq(count + Mux(self.add, 1, -1)),
+                self.enough.eq(Mux(self.add, count >= self.least - 1, count > self.least)),
+            ]
         return m
 
 

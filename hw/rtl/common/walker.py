@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Mapping
 
-from amaranth.hdl import Cat, Module, Mux, Signal, Value
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value
 from amaranth.lib import data, stream
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -35,14 +35,15 @@ TOKEN_LOOPS = {
 class Walker(Block):
     """Walks the nested loops of one command after another, without a cycle between two commands.
 
-    Each loop counts down and keeps its first and last flags in registers, so ``step`` reaches a flag's users after
-    one AND per nesting level: these flags are in the critical path of the whole core. For the same reason the value
-    with which a loop restarts does not depend on ``step``: after a command's last step it is the next command's bound.
-    If there is no next command yet, this value is not used. Throughput 1 step per cycle.
+    Each loop counts down and keeps its first and last flags in registers. Whether several loops are in their last
+    iteration together is a register too, so ``step`` reaches every loop through one gate: these flags are in the
+    critical path of the whole core. For the same reason the value with which a loop restarts does not depend on
+    ``step``: after a command's last step it is the next command's bound. If there is no next command yet, this value is
+    not used. Throughput 1 step per cycle.
 
     Parameters
     ----------
-    loops : from the innermost outwards, the name of each loop and the function from a command to its bound
+    loops : from the innermost outwards, two or more: the name of each loop and the function from a command to its bound
 
     Members
     -------
@@ -54,7 +55,7 @@ class Walker(Block):
     done : this is the command's last step; valid with ``step``
     bank : the bank of activations that the current command uses; a command with new activations uses the other bank
     next_bank : the bank of the command at the input
-    tile_end : this is the last step of an iteration of the outermost loop; valid with ``step``
+    tile_start, tile_end : this is the first, the last step of an iteration of the outermost loop; valid with ``step``
     """
 
     latency = 1
@@ -74,6 +75,7 @@ class Walker(Block):
                 "done": Out(1),
                 "bank": Out(1, init=1),
                 "next_bank": Out(1),
+                "tile_start": Out(1),
                 "tile_end": Out(1),
             }
         )
@@ -84,15 +86,17 @@ class Walker(Block):
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        load, fresh = Signal(), Signal()
-        outermost = list(self.loops)[-1]
+        load, fresh, advance = Signal(), Signal(), Signal()
+        # Bit k: the loops up to k, the innermost being 0, are all in their last iteration.
+        ends = Signal(len(self.loops))
         m.d.comb += [
-            self.tile_end.eq(Cat(self.last[name] for name in list(self.loops)[:-1]).all()),
-            self.done.eq(self.tile_end & self.last[outermost]),
+            self.tile_end.eq(ends[-2]),
+            self.done.eq(ends[-1]),
             self.command.ready.eq(~self.active | (self.step & self.done)),
             load.eq(self.command.valid & self.command.ready),
             fresh.eq(~self.active | self.done),
             self.next_bank.eq(self.bank ^ ~self.command.payload.reuse),
+            advance.eq(self.step | (self.command.valid & ~self.active)),
         ]
         with m.If(load):
             m.d.sync += [
@@ -102,24 +106,42 @@ class Walker(Block):
             ]
         with m.Elif(self.step & self.done):
             m.d.sync += self.active.eq(0)
-        advance = self.step | (self.command.valid & ~self.active)
-        for name, bound in self.loops.items():
-            advance = self._loop(m, name, bound, fresh, advance)
+        firsts, lasts, once = [], [], []
+        for index, (name, bound) in enumerate(self.loops.items()):
+            turns = Const(1) if index == 0 else ends[index - 1]
+            flags = self._loop(m, name, bound, fresh, advance, turns)
+            for collected, flag in zip((firsts, lasts, once), flags, strict=True):
+                collected.append(flag)
+        with m.If(advance):
+            m.d.sync += [
+                self.tile_start.eq(fresh | Cat(firsts[:-1]).all()),
+                *(
+                    ends[index].eq(Mux(fresh, Cat(once[: index + 1]).all(), Cat(lasts[: index + 1]).all()))
+                    for index in range(len(lasts))
+                ),
+            ]
         return m
 
-    def _loop(self, m: Module, name: str, bound, fresh: Value, advance: Value) -> Value:
-        """One loop; returns the condition on which the next outer one advances."""
+    def _loop(self, m: Module, name: str, bound, fresh: Value, advance: Value, turns: Value) -> tuple[Value, ...]:
+        """One loop, which goes on with ``advance`` if it ``turns``.
+
+        Returns its next first and last flag within a command, and its first last flag in the next command. These two
+        are separate to the end, because the next command is known late.
+        """
         limit, next_limit = Value.cast(bound(self.current)), Value.cast(bound(self.command.payload))
-        left = Signal(len(limit), name=f"{name}_left")
+        left, single = Signal(len(limit), name=f"{name}_left"), Signal(name=f"{name}_single")
         first, last = self.first[name], self.last[name]
-        wraps, again = Signal(name=f"{name}_wraps"), Signal(len(limit), name=f"{name}_again")
-        m.d.comb += [wraps.eq(last | ~self.active), again.eq(Mux(fresh, next_limit, limit))]
+        next_last, once = Signal(name=f"{name}_next_last"), Signal(name=f"{name}_once")
+        m.d.comb += [next_last.eq(Mux(turns, Mux(last, single, left == 2), last)), once.eq(next_limit == 1)]
+        next_first = Mux(turns, last, first)
         with m.If(advance):
-            with m.If(wraps):
-                m.d.sync += [left.eq(again), first.eq(1), last.eq(again == 1)]
+            with m.If(fresh):
+                m.d.sync += [left.eq(next_limit), first.eq(1), last.eq(once), single.eq(once)]
             with m.Else():
-                m.d.sync += [left.eq(left - 1), first.eq(0), last.eq(left == 2)]
-        return advance & wraps
+                m.d.sync += [first.eq(next_first), last.eq(next_last)]
+                with m.If(turns):
+                    m.d.sync += left.eq(Mux(last, limit, left - 1))
+        return next_first, next_last, once
 
 
 class CommandFork(Block):
@@ -167,7 +189,10 @@ class CommandFork(Block):
                 left.eq(written - read),
             ]
             # valid is a register, because long paths start at it in the users.
-            m.d.sync += [read.eq(read + taken), output.valid.eq(push | (left > taken))]
+            m.d.sync += output.valid.eq(push | Mux(taken, left > 1, left > 0))
+            # As a condition, and not as a summand, ``taken`` does not have to pass an adder.
+            with m.If(taken):
+                m.d.sync += read.eq(read + 1)
             filled.append(left >= Mux(push, self.depth - 1, self.depth))
         m.d.sync += full.eq(Cat(filled).any())
         m.d.comb += [

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors that stop the accelerator: keeps the first error, and detects memory that does not answer."""
 
-from amaranth.hdl import Module, Mux, Signal
+from amaranth.hdl import Cat, Module, Mux, Signal
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -10,15 +10,15 @@ from hw.rtl.control.descriptor_check import ERROR_BITS
 from hw.rtl.memory.axi import ADDRESS_BITS
 from hw.spec.control.registers import ErrorCode
 
-PRECEDENCE = (
+STOPS_AT_ONCE = (
     ErrorCode.READ_BUS,
     ErrorCode.WRITE_BUS,
     ErrorCode.READ_TIMEOUT,
     ErrorCode.WRITE_TIMEOUT,
     ErrorCode.UNDERRUN,
-    ErrorCode.NON_FINITE,
-    ErrorCode.EXPONENT,
 )
+"""After these errors no descriptor in flight is completed. After the others, earlier descriptors are completed."""
+PRECEDENCE = (*STOPS_AT_ONCE, ErrorCode.NON_FINITE, ErrorCode.EXPONENT)
 """Order of errors in the same cycle: the most serious one is kept. Refused descriptors have errors of their own."""
 
 
@@ -35,6 +35,7 @@ class FirstError(wiring.Component):
     faults : the sources of errors, indexed by their code
     refused : an error code, 0 if there is none; it is the last in precedence
     code, address : the first error; 0 if there was none
+    stops : it is one of :data:`STOPS_AT_ONCE`; a register, because everything that moves waits for it
     """
 
     def __init__(self):
@@ -44,6 +45,7 @@ class FirstError(wiring.Component):
                 "refused": In(ERROR_BITS),
                 "code": Out(ERROR_BITS),
                 "address": Out(ADDRESS_BITS),
+                "stops": Out(1),
             }
         )
 
@@ -51,6 +53,7 @@ class FirstError(wiring.Component):
         m = Module()
         with m.If(self.code == ErrorCode.NONE):
             m.d.sync += self.code.eq(self.refused)
+            m.d.sync += self.stops.eq(Cat(self.faults[code].raised for code in STOPS_AT_ONCE).any())
             for code in reversed(PRECEDENCE):
                 fault = self.faults[code]
                 with m.If(fault.raised):

@@ -1,21 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The supervisor: halts the datapath after a fault, and resets it."""
 
-from amaranth.hdl import Cat, Module, Signal
+from amaranth.hdl import Module, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
-
-from hw.rtl.control.descriptor_check import ERROR_BITS
-from hw.spec.control.registers import ErrorCode
-
-_STOPS_AT_ONCE = (
-    ErrorCode.READ_BUS,
-    ErrorCode.WRITE_BUS,
-    ErrorCode.READ_TIMEOUT,
-    ErrorCode.WRITE_TIMEOUT,
-    ErrorCode.UNDERRUN,
-)
-"""After these errors no descriptor in flight is completed. After the others, earlier descriptors are completed."""
 
 
 class Supervisor(wiring.Component):
@@ -27,7 +15,7 @@ class Supervisor(wiring.Component):
 
     Members
     -------
-    code : the first error, 0 if there is none
+    stops : there is an error after which no data may move
     reset : software requests a reset
     quiet : no bus transfer is under way
     accepted, complete : a descriptor entered the queue; a descriptor's results are in memory
@@ -43,19 +31,17 @@ class Supervisor(wiring.Component):
         self.most_in_flight = most_in_flight
         super().__init__(
             {
-                "code": In(ERROR_BITS),
-                **dict.fromkeys(("reset", "quiet", "accepted", "complete"), In(1)),
+                **dict.fromkeys(("stops", "reset", "quiet", "accepted", "complete"), In(1)),
                 **dict.fromkeys(("halt", "clear", "resetting", "running"), Out(1)),
             }
         )
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        fault = Cat(self.code == code for code in _STOPS_AT_ONCE).any()
         in_flight = Signal(range(self.most_in_flight + 1))
         left = Signal(range(self._CLEAR_CYCLES + 1))
         m.d.comb += [
-            self.halt.eq(fault | self.resetting),
+            self.halt.eq(self.stops | self.resetting),
             self.running.eq(in_flight != 0),
             # It ends one cycle before ``resetting``, because the datapath's reset has a delay of one cycle.
             self.clear.eq(left > 1),

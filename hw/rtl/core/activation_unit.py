@@ -161,10 +161,10 @@ class ActivationUnit(Block):
 
     @staticmethod
     def _largest(m: Module, magnitudes: list):
-        largest = magnitudes[0]
-        for other in magnitudes[1:]:
-            largest = Mux(other > largest, other, largest)
-        return largest
+        while len(magnitudes) > 1:
+            pairs = zip(magnitudes[::2], magnitudes[1::2], strict=True)
+            magnitudes = [Mux(other > one, other, one) for one, other in pairs]
+        return magnitudes[0]
 
     def _store(self, m: Module, loader: Walker, platform) -> ReadPort:
         """Stores the floats: one slice of one token per row, rows slice by slice. Returns the read port."""

@@ -102,7 +102,8 @@ class Drain(Block):
             walker.step.eq(step),
             tiles.add.eq(self.tile_done),
             tiles.take.eq(tile_ends),
-            fifo.claim.eq(step & keep.any()),
+            # Its first column exists if any does.
+            fifo.claim.eq(step & keep[0]),
             self.exponents.ready.eq(tile_ends),
             self.ring_release.eq(step & walker.last.columns),
             # The first release comes with the first command: it marks the second bank of the buffer as free, too.

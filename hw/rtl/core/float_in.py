@@ -93,19 +93,23 @@ class Mantissa(wiring.Component):
         value, bits = self.value, self.config.activation_bits
         # Distance of the right shift. With 25 places or more the result is 0, also after rounding.
         most = SIGNIFICAND_BITS + 1
-        places = Signal(signed(EXPONENT_BITS + 3), reset_less=True)
+        places = Signal(range(most), reset_less=True)
+        far = Signal(reset_less=True)
         number = Signal(SIGNIFICAND_BITS, reset_less=True)
         signs = [Signal(reset_less=True, name=f"sign_{stage}") for stage in range(2)]
+        distance = Signal(signed(EXPONENT_BITS + 3))
+        m.d.comb += distance.eq(self.exponent + _UNIT_EXPONENT - Mux(value.exponent.any(), value.exponent, 1))
         with m.If(self.moves[0]):
             m.d.sync += [
-                places.eq(self.exponent + _UNIT_EXPONENT - Mux(value.exponent.any(), value.exponent, 1)),
+                places.eq(distance),
+                far.eq(distance >= most),
                 number.eq(significand(value)),
                 signs[0].eq(value.sign),
             ]
         moved = Signal(SIGNIFICAND_BITS + most, reset_less=True)
         with m.If(self.moves[1]):
             m.d.sync += [
-                moved.eq(Cat(Const(0, most), number) >> Mux(places > most, most, places.as_unsigned())),
+                moved.eq(Mux(far, 0, Cat(Const(0, most), number) >> places)),
                 signs[1].eq(signs[0]),
             ]
         # Below the result's lowest bit are the half bit and the remaining bits, which decide whether this is a tie.

@@ -179,20 +179,25 @@ class HeaderReader(Block):
         last = Signal()
         skip = Signal.like(buffer.skip)
         size = Mux(is_exponents, layout.exponents_units, layout.record_units)
-        room = Signal()
         read = Signal()
         m.d.comb += [
             last.eq(place == Mux(is_exponents, exp_chunks - 1, chunks - 1)),
             skip.eq(
                 Mux(is_exponents, Mux(last, exp_last, exp_chunk), Mux(last, last_chunk, chunk)),
             ),
-            # One item may be between the ring and the FIFO when the FIFO's level is read.
-            room.eq(Mux(is_exponents, exponents.level, records.level) < self.tiles_ahead - 1),
             buffer.move.eq(read),
             buffer.skip.eq(skip),
             buffer.align.eq(last & walker.last.item),
             walker.step.eq(read & last),
         ]
+        # Registers, so that the path to ``read`` has no comparison. One item may be between the ring and the FIFO when
+        # the FIFO's level is read: items are at least two cycles apart, so the item before it is in the FIFO.
+        exponents_room, records_room = Signal(init=1), Signal(init=1)
+        m.d.sync += [
+            exponents_room.eq(exponents.level < self.tiles_ahead - 1),
+            records_room.eq(records.level < self.tiles_ahead - 1),
+        ]
+        room = Mux(is_exponents, exponents_room, records_room)
         m.d.sync += read.eq(Mux(read, ~last, walker.active & room & (buffer.available >= size)))
         with m.If(read):
             m.d.sync += place.eq(Mux(last, 0, place + 1))

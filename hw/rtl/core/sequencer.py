@@ -6,7 +6,7 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from hw.rtl.common.block import Block
-from hw.rtl.common.fifo import Counter, Credits
+from hw.rtl.common.fifo import Credits
 from hw.rtl.common.walker import Walker, command_signature
 from hw.rtl.core.activation_buffer import BANKS, bank_slices, bank_start
 from hw.rtl.core.column import ring_depth
@@ -99,20 +99,19 @@ class Sequencer(Block):
     def _gate(self, m: Module, walker: Walker, token: Signal, word: Signal) -> Signal:
         """Counts credits for everything that a slice needs; returns the condition to advance."""
         config, slots = self.config, ring_depth(self.config)
-        tile_starts, slice_starts = Signal(), walker.first.phase
-        m.d.comb += tile_starts.eq(slice_starts & walker.first.slice & walker.first.group)
+        tile_starts, slice_starts = walker.tile_start, walker.first.phase
         m.d.sync += [self.pop.eq(0)]
 
         m.submodules.words = words = Credits(self.fifo_depth, least=self.stream.words_per_slice)
         m.submodules.headers = headers = Credits(HeaderReader.tiles_ahead)
         m.submodules.slices = slices = Credits(BANKS * bank_slices(config))
-        m.submodules.ring = ring = Counter(slots, add=config.max_tokens)
+        ring, ring_kept = Signal(range(slots + 1)), Signal(range(slots + 1))
         fresh = walker.first.tile & ~walker.current.reuse
         have_activations, have_room, go, step = Signal(), Signal(), Signal(), Signal()
         # Conservative (room for max_tokens) and registered: this keeps two adders off the core's slowest path. The
         # previous tile's entries are already counted, because a tile takes at least two cycles, those of its header.
         room = Signal(init=1)
-        m.d.sync += room.eq(ring.value <= slots - config.max_tokens)
+        m.d.sync += room.eq(ring <= slots - config.max_tokens)
         m.d.comb += [
             have_activations.eq(~fresh | slices.enough),
             have_room.eq(~tile_starts | room),
@@ -124,13 +123,14 @@ class Sequencer(Block):
             words.add.eq(self.word_pushed),
             headers.add.eq(self.tile_ready),
             slices.add.eq(self.slice_ready),
-            ring.take.eq(self.ring_release),
+            ring_kept.eq(ring - self.ring_release),
         ]
+        # ``step`` selects one of two sums, because it is known last.
+        m.d.sync += ring.eq(Mux(step & tile_starts, ring_kept + walker.current.tokens, ring_kept))
         with m.If(step):
             m.d.comb += [
                 headers.take.eq(tile_starts),
                 slices.take.eq(slice_starts & fresh),
-                ring.add.eq(Mux(tile_starts, walker.current.tokens, 0)),
             ]
             self._pop(m, walker, words, word)
         return step

@@ -36,7 +36,7 @@ class WeightSplitter(Block):
         command = self.command.payload
         active, in_body = Signal(), Signal()
         left = Signal(max(len(command.header_beats), len(command.body_words) + (per_word - 1).bit_length()))
-        tiles_left = Signal.like(command.out_tiles)
+        tiles_left, last_tile = Signal.like(command.out_tiles), Signal()
         header_beats, body_beats = Signal.like(command.header_beats), Signal.like(left)
 
         taken = Signal()
@@ -52,14 +52,14 @@ class WeightSplitter(Block):
         ]
         last = Signal()
         finish = Signal()
-        m.d.comb += [finish.eq(taken & last & in_body & (tiles_left == 1)), self.command.ready.eq(~active | finish)]
+        m.d.comb += [finish.eq(taken & last & in_body & last_tile), self.command.ready.eq(~active | finish)]
         with m.If(taken):
             m.d.sync += [left.eq(left - 1), last.eq(left == 2)]
             with m.If(last & ~in_body):
                 m.d.sync += [in_body.eq(1), left.eq(body_beats), last.eq(body_beats == 1)]
             with m.Elif(last):
                 m.d.sync += [in_body.eq(0), left.eq(header_beats), last.eq(header_beats == 1)]
-                m.d.sync += tiles_left.eq(tiles_left - 1)
+                m.d.sync += [tiles_left.eq(tiles_left - 1), last_tile.eq(tiles_left == 2)]
         with m.If(finish):
             m.d.sync += active.eq(0)
         with m.If(self.command.valid & self.command.ready):
@@ -71,6 +71,7 @@ class WeightSplitter(Block):
                 header_beats.eq(command.header_beats),
                 body_beats.eq(command.body_words * per_word),
                 tiles_left.eq(command.out_tiles),
+                last_tile.eq(command.out_tiles == 1),
             ]
         return m
 

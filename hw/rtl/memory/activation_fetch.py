@@ -103,14 +103,14 @@ class ActivationFetch(Block):
         whole, block = chunk_beats(self.config), self.blocks.payload
         beat_bits = (self.config.port_width // 8 - 1).bit_length()
         page_bits, row_bits = (CHUNK_BYTES - 1).bit_length(), (self.row_beats - 1).bit_length()
-        address, left = Signal(ADDRESS_BITS), Signal.like(block.beats)
-        beats, to_end = Signal(range(whole + 1)), Signal(range(whole + 1))
+        # The chunk on offer, what is left of the block behind it, and whether that is nothing: registers, as in
+        # hw.rtl.memory.burst_cutter, so that a port's answer decides about nothing that is computed.
+        address, beats, last = Signal(ADDRESS_BITS), Signal(range(whole + 1)), Signal()
+        left, to_end = Signal.like(block.beats), Signal(range(whole + 1))
         taken, load, may = Signal(), Signal(), Signal()
         port = self._turn(m, "asking_port", taken)
         m.d.comb += [
-            to_end.eq(whole - address[beat_bits:page_bits]),
-            beats.eq(Mux(left < to_end, left, to_end)),
-            self.asking.eq(left != 0),
+            to_end.eq(whole - block.address[beat_bits:page_bits]),
             may.eq(self.asking & room.enough),
             room.take.eq(taken),
             self.blocks.ready.eq(~self.asking & lengths.i.ready),
@@ -128,9 +128,23 @@ class ActivationFetch(Block):
             with m.If(bursts.valid & bursts.ready):
                 m.d.comb += taken.eq(1)
         with m.If(load):
-            m.d.sync += [address.eq(block.address), left.eq(block.beats)]
+            fits = block.beats <= to_end
+            m.d.sync += [
+                self.asking.eq(1),
+                address.eq(block.address),
+                beats.eq(Mux(fits, block.beats, to_end)),
+                left.eq(block.beats - to_end),
+                last.eq(fits),
+            ]
         with m.Elif(taken):
-            m.d.sync += [address.eq((address[page_bits:] + 1) << page_bits), left.eq(left - beats)]
+            fits = left <= whole
+            m.d.sync += [
+                self.asking.eq(~last),
+                address.eq((address[page_bits:] + 1) << page_bits),
+                beats.eq(Mux(fits, left, whole)),
+                left.eq(left - whole),
+                last.eq(fits),
+            ]
 
     def _join(self, m: Module, port: int) -> StreamFifo:
         """Joins a port's beats to rows, and stores them in a FIFO."""
@@ -155,14 +169,16 @@ class ActivationFetch(Block):
     def _merge(self, m: Module, lengths: StreamFifo, room: Credits) -> None:
         fifos = [self._join(m, port) for port in range(self.config.ports)]
         left, place = Signal.like(lengths.o.payload.rows), Signal(range(self.chunk_rows))
+        # Whether rows are left, whether it is one, whether a chunk ends with the next one.
+        some, last, ends = Signal(), Signal(), Signal()
         active, taken, chunk_ends, block_ends = Signal(), Signal(), Signal(), Signal()
         port = self._turn(m, "merging_port", chunk_ends)
         m.d.comb += [
-            active.eq((left != 0) & (~self.rows.valid | self.rows.ready)),
+            active.eq(some & (~self.rows.valid | self.rows.ready)),
             taken.eq(active & Array(fifo.o.valid for fifo in fifos)[port]),
-            block_ends.eq(taken & (left == 1)),
-            chunk_ends.eq((taken & (place == self.chunk_rows - 1)) | block_ends),
-            lengths.o.ready.eq((left == 0) | block_ends),
+            block_ends.eq(taken & last),
+            chunk_ends.eq(taken & (ends | last)),
+            lengths.o.ready.eq(~some | block_ends),
             room.add.eq(chunk_ends),
             *(fifo.o.ready.eq(active & (port == index)) for index, fifo in enumerate(fifos)),
         ]
@@ -173,6 +189,19 @@ class ActivationFetch(Block):
         with m.Elif(self.rows.ready):
             m.d.sync += self.rows.valid.eq(0)
         with m.If(lengths.o.valid & lengths.o.ready):
-            m.d.sync += [left.eq(lengths.o.payload.rows), place.eq(lengths.o.payload.missing)]
+            length = lengths.o.payload
+            m.d.sync += [
+                some.eq(1),
+                left.eq(length.rows),
+                last.eq(length.rows == 1),
+                place.eq(length.missing),
+                ends.eq(length.missing == self.chunk_rows - 1),
+            ]
         with m.Elif(taken):
-            m.d.sync += [left.eq(left - 1), place.eq(place + 1)]
+            m.d.sync += [
+                some.eq(~last),
+                left.eq(left - 1),
+                last.eq(left == 2),
+                place.eq(place + 1),
+                ends.eq(place == self.chunk_rows - 2),
+            ]

@@ -75,24 +75,28 @@ class BurstCutter(Block):
         # A burst ends at a multiple of ``longest`` beats, which divides 4 KiB. The first burst of a region may start
         # between two multiples; all others start at a multiple.
         room = longest - region.address[beat_bits : beat_bits + index_bits]
+        # Behind a region's last burst nobody looks at what is left.
+        fits, following_fits = Signal(), Signal()
         m.d.comb += [
-            first.eq(Mux(region.beats < room, region.beats, room)),
-            following.eq(Mux(left < longest, left, longest)),
+            fits.eq(region.beats <= room),
+            following_fits.eq(left <= longest),
+            first.eq(Mux(fits, region.beats, room)),
+            following.eq(Mux(following_fits, left, longest)),
         ]
         with m.If(load):
             m.d.sync += [
                 self.bursts.valid.eq(1),
                 burst.address.eq(region.address),
                 burst.beats.eq(first),
-                left.eq(region.beats - first),
-                last.eq(region.beats == first),
+                left.eq(region.beats - room),
+                last.eq(fits),
             ]
         with m.Elif(taken):
             m.d.sync += [
                 self.bursts.valid.eq(~last),
                 burst.address.eq(burst.address + (burst.beats << beat_bits)),
                 burst.beats.eq(following),
-                left.eq(left - following),
-                last.eq(left == following),
+                left.eq(left - longest),
+                last.eq(following_fits),
             ]
         return m

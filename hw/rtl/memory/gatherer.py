@@ -130,6 +130,8 @@ class Gatherer(Block):
         tile_index, tiles_left, last_tile = Signal(range(PIECE_FLOATS // tile)), Signal.like(job.out_tiles), Signal()
         half, row = Signal(), Signal(range(self._HALVES * self.config.max_tokens))
         column = Signal(range(tile))
+        # The last transfer of an output tile's token: a register, because long paths start at the comparison with it.
+        final, lane_bits = Signal.like(transfer), (self.lanes - 1).bit_length()
         columns_end, tile_end, chunk_end, job_end = Signal(), Signal(), Signal(), Signal()
         m.d.comb += [
             self.job.ready.eq(~active | (step & job_end)),
@@ -138,7 +140,7 @@ class Gatherer(Block):
             step.eq(results.valid & results.ready),
             # The last column of this output tile. A pair without its second column is a transfer, too.
             column.eq(last_column | Mux(last_tile, 0, tile - 1)),
-            columns_end.eq(transfer == column >> (self.lanes - 1).bit_length()),
+            columns_end.eq(transfer == final),
             tile_end.eq(columns_end & (token == last_token)),
             chunk_end.eq(tile_end & (last_tile | tile_index.all())),
             job_end.eq(tile_end & last_tile),
@@ -162,6 +164,7 @@ class Gatherer(Block):
                 tile_index.eq(Mux(chunk_end, 0, tile_index + 1)),
                 tiles_left.eq(tiles_left - 1),
                 last_tile.eq(tiles_left == 2),
+                final.eq(Mux(tiles_left == 2, last_column, tile - 1) >> lane_bits),
             ]
         with m.If(step & chunk_end):
             m.d.sync += [half.eq(~half), job.address.eq(job.address + PIECE_BYTES)]
@@ -171,6 +174,7 @@ class Gatherer(Block):
                 job.eq(new),
                 last_token.eq(new.tokens - 1),
                 last_column.eq(new.last_columns - 1),
+                final.eq((new.last_columns - 1 | Mux(new.out_tiles == 1, 0, tile - 1)) >> lane_bits),
                 tiles_left.eq(new.out_tiles),
                 last_tile.eq(new.out_tiles == 1),
             ]
@@ -201,12 +205,15 @@ class Gatherer(Block):
         half, row = Signal(), Signal(range(self._HALVES * self.config.max_tokens))
         offset = Signal(range(self.config.max_tokens << PITCH_BITS))
         fetch, piece_end, chunk_end = Signal(), Signal(), Signal()
+        # Whether a piece's first beat is next, and whether its last is if it is not the first: compared a cycle before.
+        first, ends = Signal(init=1), Signal()
+        last = last_beat(chunk.last_float, self.width)
         m.d.comb += [
-            fetch.eq(chunks.o.valid & beats.room & (pieces.i.ready | (beat != 0))),
-            piece_end.eq(beat == last_beat(chunk.last_float, self.width)),
+            fetch.eq(chunks.o.valid & beats.room & (pieces.i.ready | ~first)),
+            piece_end.eq(Mux(first, last == 0, ends)),
             chunk_end.eq(piece_end & (token == chunk.last_token)),
             chunks.o.ready.eq(fetch & chunk_end),
-            pieces.i.valid.eq(fetch & (beat == 0)),
+            pieces.i.valid.eq(fetch & first),
             # This cannot wrap: a descriptor's addresses are below 2^40 - 2^34, and results span less than 2^31 bytes.
             pieces.i.payload.address.eq(chunk.address + offset),
             pieces.i.payload.last_float.eq(chunk.last_float),
@@ -217,7 +224,7 @@ class Gatherer(Block):
             beats.claim.eq(fetch),
         ]
         with m.If(fetch):
-            m.d.sync += beat.eq(Mux(piece_end, 0, beat + 1))
+            m.d.sync += [beat.eq(Mux(piece_end, 0, beat + 1)), first.eq(piece_end), ends.eq(beat + 1 == last)]
         with m.If(fetch & piece_end):
             m.d.sync += [token.eq(token + 1), row.eq(row + 1), offset.eq(offset + chunk.pitch)]
         with m.If(fetch & chunk_end):

@@ -112,8 +112,10 @@ class WriteManager(Block):
         client = range(self.clients)
         tag = data.StructLayout({"address": ADDRESS_BITS, "last": 1, "interrupt": 1, "client": client})
         # Bursts whose data is not sent yet: a subset of ``tags``, so this FIFO cannot overflow first. ``keep``: floats
-        # of the last beat that are written.
-        share = data.StructLayout({"last_beat": range(PIECE_FLOATS // floats), "keep": floats, "client": client})
+        # of the last beat that are written; ``single``: the burst is one beat.
+        share = data.StructLayout(
+            {"last_beat": range(PIECE_FLOATS // floats), "single": 1, "keep": floats, "client": client}
+        )
         m.submodules.tags = tags = StreamFifo(tag, self.outstanding)
         m.submodules.shares = shares = StreamFifo(share, self.outstanding)
         m.d.comb += [self.under_way.eq(tags.level), self.oldest.eq(tags.o.payload.address)]
@@ -143,6 +145,7 @@ class WriteManager(Block):
             tags.i.payload.last.eq(tag.last & fits),
             shares.i.valid.eq(start),
             shares.i.payload.last_beat.eq(length),
+            shares.i.payload.single.eq(length == 0),
             shares.i.payload.keep.eq(keep | ~fits.replicate(floats)),
             shares.i.payload.client.eq(tag.client),
             *constant_address_fields(aw.payload, self.width),
@@ -190,9 +193,11 @@ class WriteManager(Block):
         wiring.connect(m, fifo.o, wiring.flipped(self.axi.w))
         share, beat = shares.o.payload, Signal(8)
         last, push = Signal(), Signal()
+        # Whether the first beat is next, and whether the last is if it is not the first: compared a cycle before.
+        first, ends = Signal(init=1), Signal()
         keep = Signal.like(share.keep)
         m.d.comb += [
-            last.eq(beat == share.last_beat),
+            last.eq(Mux(first, share.single, ends)),
             keep.eq(share.keep | ~last.replicate(len(keep))),
             fifo.i.payload.strb.eq(Cat(bit.replicate(FLOAT_BITS // 8) for bit in keep)),
             fifo.i.payload.last.eq(last),
@@ -207,7 +212,7 @@ class WriteManager(Block):
                     fifo.i.payload.data.eq(beats.payload),
                 ]
         with m.If(push):
-            m.d.sync += beat.eq(Mux(last, 0, beat + 1))
+            m.d.sync += [beat.eq(Mux(last, 0, beat + 1)), first.eq(last), ends.eq(beat + 1 == share.last_beat)]
 
     def _acknowledge(self, m: Module, tags: StreamFifo) -> None:
         """Counts acknowledgements, and stores an error until the last acknowledgement of its descriptor."""

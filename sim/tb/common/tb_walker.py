@@ -35,7 +35,8 @@ def _steps(commands):
             first = {name: int(place[i] == 0) for i, name in enumerate(LOOPS)}
             last = {name: int(place[i] == bounds[i] - 1) for i, name in enumerate(LOOPS)}
             tile_end = int(all(last[name] for name in LOOPS[:-1]))
-            yield command, first, last, tile_end, tile_end & last["tile"], bank
+            tile_start = int(all(first[name] for name in LOOPS[:-1]))
+            yield command, first, last, tile_start, tile_end, tile_end & last["tile"], bank
 
 
 async def _walk(dut, step_stall, command_stall, count):
@@ -55,11 +56,12 @@ async def _walk(dut, step_stall, command_stall, count):
         idle += done > 0 and not active
         finished = 0
         if stepping:
-            command, first, last, tile_end, ends, bank = expected[done]
+            command, first, last, tile_start, tile_end, ends, bank = expected[done]
             got = {name: values[0] for name, values in fields.unpack([int(dut.first.value)]).items()}
             assert got == first, f"step {done}: first is {got}, not {first}"
             got = {name: values[0] for name, values in fields.unpack([int(dut.last.value)]).items()}
             assert got == last, f"step {done}: last is {got}, not {last}"
+            assert int(dut.tile_start.value) == tile_start
             assert int(dut.tile_end.value) == tile_end
             assert int(dut.done.value) == ends
             assert int(dut.bank.value) == bank

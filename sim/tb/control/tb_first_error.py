@@ -9,14 +9,29 @@ from sim.bench.dut import begin, trace
 from sim.bench.streams import rng
 
 BUS = (ErrorCode.READ_BUS, ErrorCode.WRITE_BUS, ErrorCode.READ_TIMEOUT, ErrorCode.WRITE_TIMEOUT)
+<<<<<<< HEAD
 SERIOUS_FIRST = (*BUS, ErrorCode.UNDERRUN, ErrorCode.NON_FINITE, ErrorCode.EXPONENT)
 """A driver may rely on this order: a bus error hides a data error, and both hide a refused descriptor."""
+=======
+STOPPING = (*BUS, ErrorCode.UNDERRUN)
+"""After these nothing that is under way can be trusted."""
+SERIOUS_FIRST = (*STOPPING, ErrorCode.NON_FINITE, ErrorCode.EXPONENT)
+"""What a driver may rely on: an error of the bus hides one of the data, and both hide a refused descriptor."""
+>>>>>>> levels
 REFUSALS = (ErrorCode.OPCODE, ErrorCode.SHAPE, ErrorCode.ALIGNMENT)
 ADDRESS_BITS = 40
 
 
+<<<<<<< HEAD
 def _model(rst, faults, refused) -> tuple[list[int], list[int]]:
     """Code and address at the start of each cycle. ``faults`` holds, by code, (raised, address) of each cycle."""
+=======
+def _model(rst, faults, refused) -> tuple[list[int], list[int], list[int]]:
+    """Code, address and ``stops`` at the start of each cycle.
+
+    ``faults`` has (raised, address) of each cycle by code.
+    """
+>>>>>>> levels
     codes, addresses, code, address = [], [], 0, 0
     for t, reset in enumerate(rst):
         codes.append(code)
@@ -30,7 +45,7 @@ def _model(rst, faults, refused) -> tuple[list[int], list[int]]:
                 if raised:
                     code, address = int(candidate), at
                     break
-    return codes, addresses
+    return codes, addresses, [int(code in STOPPING) for code in codes]
 
 
 async def _compare(dut, rst, faults, refused) -> None:
@@ -40,10 +55,11 @@ async def _compare(dut, rst, faults, refused) -> None:
     for name, values in inputs.items():
         getattr(dut, name).value = values[0]
     await begin(dut)
-    record, times = await trace(dut, inputs, ("code", "address")), range(len(rst))
-    codes, addresses = _model(rst, faults, refused)
+    record, times = await trace(dut, inputs, ("code", "address", "stops")), range(len(rst))
+    codes, addresses, stops = _model(rst, faults, refused)
     assert record.raw("code", times) == codes
     assert record.raw("address", times) == addresses
+    assert record.raw("stops", times) == stops
 
 
 @cocotb.test()
@@ -76,4 +92,8 @@ async def random_errors(dut):
         ]
         for code in SERIOUS_FIRST
     }
+    # The first inputs are there before the first cycle: no error among them.
+    refused[0] = 0
+    for values in faults.values():
+        values[0] = (0, 0)
     await _compare(dut, rst, faults, refused)
