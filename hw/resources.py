@@ -11,13 +11,8 @@ from collections import Counter
 from collections.abc import Mapping
 
 from hw.flows.blocks import BLOCKS
-<<<<<<< HEAD
 from hw.flows.command_line import add_config_options, config_of, exit_code
-=======
-from hw.flows.command_line import add_config_options
 from hw.flows.levels import Depth, measure_depth
-from hw.flows.lower import LowerError
->>>>>>> levels
 from hw.flows.synthesis import RESOURCES, synthesise
 from hw.spec.cli import Parser, run_cli
 from hw.spec.config import AcceleratorConfig, ConfigError
@@ -140,23 +135,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 1 if the part is too small."""
-<<<<<<< HEAD
     options = _parser().parse_args(arguments)
     board, block = options.board, options.top
 
     def run() -> int:
         config = config_of(options)
-=======
-    options = vars(_parser().parse_args(arguments))
-    board, block, levels, as_json = (options.pop(name) for name in ("board", "top", "levels", "json"))
-    try:
-        config = AcceleratorConfig(**options)
-        if levels:
+        if options.levels:
             depth = measure_levels(config, board, block)
             found = levels_document(config, board, block, depth)
-            print(json.dumps(found, indent=1) if as_json else levels_table(config, board, depth))
+            print(json.dumps(found, indent=1) if options.json else levels_table(config, board, depth))
             return 0
->>>>>>> levels
         blocks = measure(config, board, block)
         found = document(config, board, block, blocks)
         print(json.dumps(found, indent=1) if options.json else text_table(config, board, blocks))

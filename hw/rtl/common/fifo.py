@@ -43,13 +43,7 @@ class StreamFifo(Block):
 
     def elaborate(self, platform) -> Module:
         m = Module()
-<<<<<<< HEAD
-        m.submodules.memory = memory = Memory(shape=self.shape, depth=self.depth, init=[])
-        write, read = memory.write_port(), memory.read_port(domain="comb")
         # One bit more than the address distinguishes a full memory from an empty one.
-=======
-        # One bit more than the address tells a full memory from an empty one.
->>>>>>> levels
         written, taken = Signal(range(2 * self.depth)), Signal(range(2 * self.depth))
         push, pop = Signal(), Signal()
         # valid and full are registers, because long paths start at them: each transfer depends on them.

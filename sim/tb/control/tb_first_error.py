@@ -9,29 +9,19 @@ from sim.bench.dut import begin, trace
 from sim.bench.streams import rng
 
 BUS = (ErrorCode.READ_BUS, ErrorCode.WRITE_BUS, ErrorCode.READ_TIMEOUT, ErrorCode.WRITE_TIMEOUT)
-<<<<<<< HEAD
-SERIOUS_FIRST = (*BUS, ErrorCode.UNDERRUN, ErrorCode.NON_FINITE, ErrorCode.EXPONENT)
-"""A driver may rely on this order: a bus error hides a data error, and both hide a refused descriptor."""
-=======
 STOPPING = (*BUS, ErrorCode.UNDERRUN)
-"""After these nothing that is under way can be trusted."""
+"""After these errors no descriptor that is under way completes."""
 SERIOUS_FIRST = (*STOPPING, ErrorCode.NON_FINITE, ErrorCode.EXPONENT)
-"""What a driver may rely on: an error of the bus hides one of the data, and both hide a refused descriptor."""
->>>>>>> levels
+"""A driver may rely on this order: a bus error hides a data error, and both hide a refused descriptor."""
 REFUSALS = (ErrorCode.OPCODE, ErrorCode.SHAPE, ErrorCode.ALIGNMENT)
 ADDRESS_BITS = 40
 
 
-<<<<<<< HEAD
-def _model(rst, faults, refused) -> tuple[list[int], list[int]]:
-    """Code and address at the start of each cycle. ``faults`` holds, by code, (raised, address) of each cycle."""
-=======
 def _model(rst, faults, refused) -> tuple[list[int], list[int], list[int]]:
     """Code, address and ``stops`` at the start of each cycle.
 
     ``faults`` has (raised, address) of each cycle by code.
     """
->>>>>>> levels
     codes, addresses, code, address = [], [], 0, 0
     for t, reset in enumerate(rst):
         codes.append(code)
