@@ -2,7 +2,6 @@
 """Every bench of sim/benches.py as a test, and proof that the runner notices what goes wrong."""
 
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -27,24 +26,9 @@ def _bench_params():
         yield pytest.param(bench, "icarus", id=f"{bench.name}-icarus", marks=needs_icarus)
 
 
-@pytest.fixture(scope="module")
-def results(request: pytest.FixtureRequest):
-    """All selected benches, started at once on all cores; a test waits for its own only."""
-    wanted: dict[tuple[str, str], Future[harness.Result]] = {}
-    with ThreadPoolExecutor() as pool:
-        for item in request.session.items:
-            params = getattr(item, "callspec", None) and item.callspec.params  # type: ignore[attr-defined]
-            if params and item.name.startswith("test_bench["):
-                bench, simulator = params["bench"], params["simulator"]
-                wanted[bench.name, simulator] = pool.submit(harness.run_bench, bench, simulator, SEED)
-        yield wanted
-        pool.shutdown(wait=False, cancel_futures=True)
-        harness.stop()
-
-
 @pytest.mark.parametrize(("bench", "simulator"), list(_bench_params()))
-def test_bench(bench: Bench, simulator: str, results: dict[tuple[str, str], Future[harness.Result]]):
-    result = results[bench.name, simulator].result()
+def test_bench(bench: Bench, simulator: str):
+    result = harness.run_bench(bench, simulator, SEED)
     assert result.ok, run.summary([result])
 
 
