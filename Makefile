@@ -18,12 +18,13 @@ LOG    := $(VENV)/install.log
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check
 MODEL  := $(BIN)/python -c 'import tomllib; print(tomllib.load(open("pyproject.toml", "rb"))["tool"]["gristmill"]["model"])'
 EXTRAS := build,sim,sw,dev
+PYTEST := pytest --numprocesses auto --durations 10
 
 # Recipes read these from the environment: a quote in a value cannot end a quoted string of the shell there.
 export PROMPT BENCH
 
 .DEFAULT_GOAL := help
-.PHONY: variables venv demo test test-full sim wave bitstream ip resources lint bench clean help
+.PHONY: variables venv demo test test-quick test-full sim wave bitstream ip resources lint bench clean help
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,10 +83,13 @@ demo: $(STAMP)  ## Generate the accelerator; a real language model answers PROMP
 	@$(RUN) -m sw.generate --model smollm2 --device rtl --tile $(or $(TILE),16) --prompt "$$PROMPT" --max-new-tokens 48
 
 test: $(STAMP)  ## Run every test that needs no board, simulations included
-	@$(RUN) -m pytest -m "not full"
+	@$(RUN) -m $(PYTEST) -m "not full"
 
-test-full: $(STAMP)  ## The same with the long sweeps
-	@$(RUN) -m pytest
+test-quick: $(STAMP)  ## Run the tests that build no simulator
+	@$(RUN) -m $(PYTEST) -m "not full and not simulator"
+
+test-full: $(STAMP)  ## The same as test with the long sweeps
+	@$(RUN) -m $(PYTEST)
 
 sim: $(STAMP)  ## Verify the hardware with cocotb; print a table of results
 	@$(RUN) -m sim.run --sim "$(SIM)" $(if $(TILE),--tile $(TILE))

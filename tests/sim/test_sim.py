@@ -2,7 +2,6 @@
 """Every bench of sim/benches.py as a test, and tests that the runner detects failures."""
 
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,10 @@ from sim.benches import BENCHES, Bench
 HERE = Path(__file__).parent
 FIFO = Bench("tests.sim.tb_fifo", "fifo", verilog=HERE / "fifo.v")
 SEED = 20240607
+LOG_LINES = 100
+"""Number of lines of a failing bench's log that are shown."""
+
+pytestmark = pytest.mark.simulator
 
 needs_icarus = pytest.mark.skipif(
     not shutil.which("iverilog"), reason="no iverilog on PATH; install Debian package iverilog to run this"
@@ -27,25 +30,13 @@ def _bench_params():
         yield pytest.param(bench, "icarus", id=f"{bench.name}-icarus", marks=needs_icarus)
 
 
-@pytest.fixture(scope="module")
-def results(request: pytest.FixtureRequest):
-    """All selected benches, started together on all cores; a test waits only for its own bench."""
-    wanted: dict[tuple[str, str], Future[harness.Result]] = {}
-    with ThreadPoolExecutor() as pool:
-        for item in request.session.items:
-            params = getattr(item, "callspec", None) and item.callspec.params  # type: ignore[attr-defined]
-            if params and item.name.startswith("test_bench["):
-                bench, simulator = params["bench"], params["simulator"]
-                wanted[bench.name, simulator] = pool.submit(harness.run_bench, bench, simulator, SEED)
-        yield wanted
-        pool.shutdown(wait=False, cancel_futures=True)
-        harness.stop()
-
-
 @pytest.mark.parametrize(("bench", "simulator"), list(_bench_params()))
-def test_bench(bench: Bench, simulator: str, results: dict[tuple[str, str], Future[harness.Result]]):
-    result = results[bench.name, simulator].result()
-    assert result.ok, run.summary([result])
+def test_bench(bench: Bench, simulator: str):
+    result = harness.run_bench(bench, simulator, SEED)
+    if not result.ok:
+        print(*result.log.read_text(errors="replace").splitlines()[-LOG_LINES:], sep="\n")
+    options = f"--sim {simulator}{' --full' * bench.full} --seed {SEED}"
+    assert result.ok, f"{run.summary([result])}\nrepeat with: python -m sim.run -k '{bench.name}' {options}"
 
 
 @pytest.mark.parametrize("simulator", ["verilator", pytest.param("icarus", marks=needs_icarus)])

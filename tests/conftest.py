@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all tests share: which of them build a simulator, and how they are spread over the cores."""
+
+from collections.abc import Iterator
+
+import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+from sim import harness
+from sim.device import build as device_build
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the simulated device, and put the benches first, the largest hardware before the small.
+
+    A long test that starts last would leave the other cores idle.
+    """
+    for item in items:
+        if any(value == "rtl" or (isinstance(value, tuple) and value[:1] == ("rtl",)) for value in _values(item)):
+            item.add_marker("simulator")
+    benches = [item for item in items if _is_bench(item.nodeid)]
+    items[:] = [*reversed(benches), *(item for item in items if not _is_bench(item.nodeid))]
+
+
+def _values(item: pytest.Item) -> list[object]:
+    callspec = getattr(item, "callspec", None)
+    return list(callspec.params.values()) if callspec else []
+
+
+def _is_bench(nodeid: str) -> bool:
+    return "test_sim.py::test_bench[" in nodeid
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A test without the mark must not build a simulator: `make test-quick` runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not item.get_closest_marker("simulator"):
+
+            def refuse(*arguments: object, **options: object):
+                pytest.fail("this test builds a simulator; mark it with pytest.mark.simulator")
+
+            patch.setattr(harness, "_build", refuse)
+            patch.setattr(device_build, "_compile", refuse)
+        return (yield)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log) -> LoadScopeScheduling:
+    """A worker takes a whole file, because fixtures of a module are expensive; each bench goes alone."""
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if _is_bench(nodeid) else nodeid.split("::")[0]
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
