@@ -9,14 +9,18 @@ from xdist.scheduler import LoadScopeScheduling
 from sim import harness
 from sim.device import build as device_build
 
+SIMULATED = ("rtl", "kv260")
+"""Devices that a test simulates: the board of a test is the simulated device behind files of a driver."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of the simulated device, and put the benches first, the largest hardware before the small.
+    """Mark the tests of simulated devices, and put the benches first, the largest hardware before the small.
 
     A long test that starts last would leave the other cores idle.
     """
     for item in items:
-        if any(value == "rtl" or (isinstance(value, tuple) and value[:1] == ("rtl",)) for value in _values(item)):
+        names = [value[0] if isinstance(value, tuple) and value else value for value in _values(item)]
+        if any(isinstance(name, str) and name in SIMULATED for name in names):
             item.add_marker("simulator")
     benches = [item for item in items if _is_bench(item.nodeid)]
     items[:] = [*reversed(benches), *(item for item in items if not _is_bench(item.nodeid))]

@@ -21,6 +21,7 @@ def shown(text: str) -> list[str]:
     return [line for line in text.splitlines() if line[0] not in "@-["]
 
 
+@pytest.mark.simulator
 @pytest.mark.parametrize(("bench", "code"), [(FIFO, 0), (FAILING, 1)], ids=["passes", "fails"])
 def test_waveform_of_a_run(bench: Bench, code: int, tmp_path: Path, monkeypatch, capsys):
     """A bench that fails leaves its waveform, too, because it is needed most."""

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROW = {"name": "qkv", "memory": "ideal", "tile": 16, "m": 1, "k": 896, "n": 1152, "cycles": 100, "cycles_in_a_row": 9.5}
 
 
+@pytest.mark.simulator
 def test_cycles_of_layers():
     """The layers of README at tile 16 in ideal memory, without the lm_head, which takes as long as all others."""
     with (run := Bench(AcceleratorConfig(), "ideal")).device:
@@ -30,6 +31,7 @@ def test_cycles_of_layers():
     assert better == [], "fewer cycles than docs/figures.json says: run python -m sw.bench --update"
 
 
+@pytest.mark.simulator
 @pytest.mark.full
 @pytest.mark.timeout(7200)
 def test_cycles_of_everything():

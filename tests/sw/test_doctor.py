@@ -29,6 +29,8 @@ from tests.sw.fixtures.fake_board import (
     SimulatedWindow,
 )
 
+pytestmark = pytest.mark.simulator
+
 CONFIG = make_config(tile=4, ports=1, max_k=1024, max_tokens=5)
 WIDER = make_config(tile=8, ports=2, port_width=64, activation_bits=12, zero_point="fixed", max_k=1024)
 CHECKS = [

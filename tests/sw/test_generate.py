@@ -319,6 +319,7 @@ def test_failure_is_no_interrupt(model):
         answer(model, FakeDecoder([1] * 9, fails=4, error=UserError))
 
 
+@pytest.mark.simulator
 def test_text_and_table(model):
     """Text first, then the figures; progress on stderr only."""
     status, out, err = command(

@@ -126,6 +126,7 @@ def test_genai_builder(model, device, capsys):
         assert totals["cycles"] == totals["bus_use"] == totals["cycles_per_second"] == 0
 
 
+@pytest.mark.simulator
 def test_table():
     status, out, err = command(SYMMETRIC, "--device", "rtl", "--tile", "8", "--tokens", "1", "--limit", "3")
     assert status == 0
@@ -161,6 +162,7 @@ def test_json_alone_on_stdout():
     assert "error" not in err
 
 
+@pytest.mark.simulator
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_every_memory(memory, capsys):
     """The same results from all of them, M 1 and more."""
@@ -171,6 +173,7 @@ def test_every_memory(memory, capsys):
         assert values["totals"]["exact"] == values["totals"]["layers"] == 11
 
 
+@pytest.mark.simulator
 def test_difference_is_found(monkeypatch, capsys):
     """One wrong bit in one result: status 1."""
     plain = layers.reference_linear
@@ -360,6 +363,7 @@ def check_smollm2(values, count):
         assert predicted <= row["cycles"] <= 1.03 * predicted + 300
 
 
+@pytest.mark.simulator
 def test_smollm2(smollm2, capsys):
     """The first block of a real model, with the activations that a prompt gives it."""
     status, values = document(capsys, smollm2, "--device", "rtl", "--limit", 7)
@@ -369,6 +373,7 @@ def test_smollm2(smollm2, capsys):
     assert projections == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+@pytest.mark.simulator
 @pytest.mark.full
 @pytest.mark.parametrize("tokens", [1, 16])
 def test_smollm2_complete(smollm2, capsys, tokens):
@@ -403,6 +408,7 @@ def test_interrupt_during_a_long_layer(monkeypatch):
     assert time.monotonic() - start < 20
 
 
+@pytest.mark.simulator
 def test_interrupt(smollm2):
     """Ctrl-C in the middle: quiet, quick, status 130."""
     # A test run in the background of a shell inherits SIGINT ignored.

@@ -99,6 +99,7 @@ def test_definition(device, max_tokens, bos, exported, text, capsys):
     assert (values["config"] is None) == (device == "onnxruntime")
 
 
+@pytest.mark.simulator
 def test_several_devices(model, text, capsys):
     """A row each, compared with the first; the RTL's results are the reference's."""
     options = ("--tile", 8, "--max-tokens", 16, "--windows", 1, "--length", 12, "--memory", "ideal")

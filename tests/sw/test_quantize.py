@@ -177,6 +177,7 @@ def test_autoawq_and_back(source, texts, tmp_path, capsys):
     assert row["perplexity"] == pytest.approx(report["perplexity"]["awq"], rel=1e-5)
 
 
+@pytest.mark.simulator
 @pytest.mark.parametrize("form", ["onnx", "autoawq"])
 def test_on_the_rtl(form, source, texts, tmp_path, capsys, monkeypatch):
     """Every layer of the result is exact on the generated hardware, and so are the tokens that it makes."""

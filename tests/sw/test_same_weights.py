@@ -41,6 +41,7 @@ def test_same_text(name, kind, capsys):
     assert document["text"] == expected["text"]
 
 
+@pytest.mark.simulator
 def test_same_text_in_hardware(capsys):
     expected = EXPECTED["chat"]
     document = generate(capsys, "autoawq", "--device", "rtl", "--prompt", expected["prompt"])

@@ -50,15 +50,18 @@ def compare(path, prompts, count: int) -> None:
         assert 0 < error < 1e-2, prompt
 
 
+@pytest.mark.simulator
 def test_smollm2_starts_like_onnxruntime(smollm2):
     compare(smollm2, PROMPTS[:1], 3)
 
 
+@pytest.mark.simulator
 @pytest.mark.full
 def test_smollm2_continues_like_onnxruntime(smollm2):
     compare(smollm2, PROMPTS, 32)
 
 
+@pytest.mark.simulator
 @pytest.mark.full
 def test_qwen_shape():
     """One token of 24 blocks and an int8 head: it is exact, close to onnxruntime, and needs little memory."""
@@ -69,6 +72,7 @@ def test_qwen_shape():
     assert max(figures["peak_bytes"].values()) < 2.5e9
 
 
+@pytest.mark.simulator
 def test_memory():
     """Memory of SmolLM2's whole process on the RTL."""
     logits, usages, peak = measure("smollm2", "rtl", 1)

@@ -12,6 +12,8 @@ from sw.devices import make_config
 from sw.devices.base import LinearJob, result_bytes
 from sw.devices.rtl import RtlDevice
 
+pytestmark = pytest.mark.simulator
+
 CONFIGS = {
     "tile4": dict(tile=4, ports=1, max_k=1024, max_tokens=5),
     "tile8": dict(tile=8, ports=2, port_width=64, activation_bits=12, zero_point="fixed", max_k=1024),

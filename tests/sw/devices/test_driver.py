@@ -28,6 +28,8 @@ from sw.devices.library import build_library
 from sw.devices.rtl import RtlDevice
 from tests.sw.fixtures.linears import TIMEOUT, free_jobs, make_job, random_activations, random_linear, run_exactly
 
+pytestmark = pytest.mark.simulator
+
 INTERRUPT = next(1 << field.low for field in FIELDS if field.name == "interrupt")
 """The flag in a descriptor's first word."""
 CONFIG = make_config(tile=8, ports=2, port_width=64, activation_bits=12, zero_point="fixed", max_k=1024)

@@ -36,6 +36,8 @@ from tests.sw.fixtures.linears import (
 )
 from tests.sw.fixtures.linears import same_bits as equal
 
+pytestmark = pytest.mark.simulator
+
 CONFIG = make_config(tile=4, ports=1, max_k=1024, max_tokens=5)
 
 

@@ -18,6 +18,8 @@ from sw.devices.pack import prepare
 from sw.devices.rtl import RtlDevice
 from tests.sw.fixtures.linears import TIMEOUT, free_jobs, make_job, random_activations, random_linear, run_exactly
 
+pytestmark = pytest.mark.simulator
+
 CONFIG = make_config(tile=8, ports=2, port_width=64, activation_bits=12, zero_point="fixed", max_k=1024)
 
 

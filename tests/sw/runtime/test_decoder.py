@@ -118,6 +118,7 @@ def test_prefill(gguf_model, monkeypatch):
         assert np.array_equal(decoder.forward(IDS[8:10]), expected)
 
 
+@pytest.mark.simulator
 def test_devices_agree(gguf_model):
     """The simulated RTL gives the reference's logits bit for bit, and says what it took."""
     logits, usages = [], []
