@@ -265,7 +265,7 @@ class _Decoder:
             raise UserError(f"{self.file.path}: {what} is {list(shape)}, and config.json asks for {list(expected)}")
 
     def _absent(self, what: str, why: str = "") -> UserError:
-        return UserError(f"{self.file.path} has no {what} that can be told by its name or role{why}")
+        return UserError(f"{self.file.path} has no {what} that can be identified by its name or role{why}")
 
     def _refuse(self, module: str, problem: str) -> NoReturn:
         raise UserError(f"{self.file.path}: layer {module}: {problem}")

@@ -8,7 +8,7 @@ import pytest
 from sw.export.resolve import resolve_model
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def smollm2(tmp_path_factory):
     """SmolLM2 as ONNX, exported into a cache of its own."""
     cache = tmp_path_factory.mktemp("cache")

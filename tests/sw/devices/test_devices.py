@@ -255,8 +255,9 @@ def test_timeout(device, monkeypatch):
     rng = np.random.default_rng(9)
     linear, x = layer(device, rng, 400, 1000, 64, name="/model/q_proj"), random_activations(rng, 5, 1000)
     job = make_job(device, linear, x)
-    # Fewer than any hardware takes for the batch, so a simulation looks at the clock before it is done.
-    monkeypatch.setattr(library, "CYCLES_AT_ONCE", 1_000)
+    if device.name == "rtl":
+        # Fewer cycles than the batch takes on any hardware, so the simulation checks the time before it is done.
+        monkeypatch.setattr(library, "CYCLES_AT_ONCE", 1_000)
     ticket = device.submit([job] * 15)
     message = (
         rf"^device {device.name}: batch {ticket} took longer than 0.001 s,"
