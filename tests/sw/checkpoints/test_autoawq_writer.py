@@ -378,7 +378,7 @@ def test_an_operator_in_the_way(tmp_path):
     target.input[0] = "odd"
     model.graph.node.insert(list(model.graph.node).index(target), made)
     onnx.save(model, path)
-    expected = "has no known form of model.layers.1.mlp that can be told by its name or role: Tanh odd_one: where "
+    expected = "has no known form of model.layers.1.mlp that can be identified by its name or role: Tanh odd_one: where "
     refused(path, tmp_path, expected + "the product of activated gate and up is expected")
 
 
