@@ -378,8 +378,8 @@ def test_an_operator_in_the_way(tmp_path):
     target.input[0] = "odd"
     model.graph.node.insert(list(model.graph.node).index(target), made)
     onnx.save(model, path)
-    expected = "has no known form of model.layers.1.mlp that can be identified by its name or role: Tanh odd_one: where "
-    refused(path, tmp_path, expected + "the product of activated gate and up is expected")
+    expected = "has no known form of model.layers.1.mlp that can be identified by its name or role: Tanh odd_one: "
+    refused(path, tmp_path, expected + "where the product of activated gate and up is expected")
 
 
 def refused(path: Path, folder: Path, message: str) -> None:
