@@ -48,6 +48,19 @@ def extremes() -> np.ndarray:
     return np.concatenate([bits, bits | np.uint32(1 << 31)])
 
 
+def pairs_of_extremes() -> tuple[np.ndarray, np.ndarray]:
+    """Every pair of extremes: uint32."""
+    a, b = np.meshgrid(extremes(), extremes())
+    return a.ravel(), b.ravel()
+
+
+def mostly_distant(random: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random bits, of which most pairs have distant exponents; every eighth second operand is extreme: uint32."""
+    a, b = random.integers(0, 1 << 32, (2, count), dtype=np.uint32)
+    b[::8] = random.choice(extremes(), len(b[::8]))
+    return a, b
+
+
 def floats(bits: ArrayLike) -> np.ndarray:
     """uint32 bits as float32."""
     return np.asarray(bits, np.uint32).view(np.float32)

@@ -5,7 +5,7 @@ from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
-from hw.spec.numerics.float32 import EXPONENT_FIELD_BITS, EXPONENT_SPECIAL, FRACTION_BITS
+from hw.spec.numerics.float32 import EXPONENT_FIELD_BITS, EXPONENT_SPECIAL, FRACTION_BITS, NAN_FRACTION
 
 FLOAT = data.StructLayout({"fraction": FRACTION_BITS, "exponent": EXPONENT_FIELD_BITS, "sign": 1})
 """IEEE 754 binary32."""
@@ -89,7 +89,7 @@ class FloatRound(wiring.Component):
         with m.If(about.nan | about.infinite | (large & ~about.zero)):
             m.d.comb += [
                 result.exponent.eq(EXPONENT_SPECIAL),
-                result.fraction.eq(Mux(about.nan, 1 << (FRACTION_BITS - 1), 0)),
+                result.fraction.eq(Mux(about.nan, NAN_FRACTION, 0)),
             ]
         with m.Elif(about.zero | small):
             m.d.comb += Cat(result.fraction, result.exponent).eq(Const(0, FRACTION_BITS + EXPONENT_FIELD_BITS))

@@ -3,11 +3,10 @@
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal
 from amaranth.lib import data
-from amaranth.lib.wiring import In, Out
 
-from hw.rtl.common.block import Block
-from hw.rtl.common.float32 import FLOAT, FloatRound, is_infinite, is_nan, is_zero
+from hw.rtl.common.float32 import FLOAT, is_infinite, is_nan, is_zero
 from hw.rtl.vector.leading_zeros import leading_zeros
+from hw.rtl.vector.operator import FloatOperator
 from hw.spec.numerics.float32 import EXPONENT_FIELD_BITS, FRACTION_BITS, SIGNIFICAND_BITS
 
 _GUARD_BITS = 2
@@ -18,44 +17,20 @@ _SUM_BITS = 1 + SIGNIFICAND_BITS + _GUARD_BITS + 1
 """A carry, the significand, and what is below it."""
 
 
-class FloatAdder(Block):
+class FloatAdder(FloatOperator):
     """``a + b``, bit for bit :func:`hw.spec.numerics.float32.add`. Invert a sign for the difference.
 
-    The operand of the larger magnitude is found first, so the sum of the significands is never negative. Registers move
-    only for valid operands. Throughput 1 per cycle.
-
-    Members
-    -------
-    valid : there are operands
-    a, b : float32
-    result : float32, ``latency`` cycles later
+    The operand of the larger magnitude is found first, so the sum of the significands is never negative. An exponent is
+    a biased field, minus the leading zeros, and the carry of rounding. Members: see :class:`FloatOperator`.
     """
 
-    def __init__(self):
-        # A biased field, minus the leading zeros, and the carry of rounding.
-        self.round = FloatRound(EXPONENT_FIELD_BITS + 2)
-        super().__init__({"valid": In(1), "a": In(FLOAT), "b": In(FLOAT), "result": Out(FLOAT)})
+    stages = 6
+    """Comparison, order, alignment, sum, leading zeros, shift."""
 
-    @property
-    def latency(self) -> int:
-        """Cycles from the operands to ``result``: comparison, order, alignment, sum, leading zeros, shift, rounding."""
-        return 6 + self.round.latency
-
-    def properties(self) -> dict[str, int]:
-        """See :class:`hw.rtl.common.block.Block`."""
-        return {"latency": self.latency}
-
-    def elaborate(self, platform) -> Module:
-        m = Module()
-        m.submodules.round = self.round
-        # One bit per stage: the stage's input is valid.
-        moves = Cat(self.valid, moving := Signal(self.latency - 1))
-        m.d.sync += moving.eq(moves)
+    def _compute(self, m: Module, moves) -> None:
         ordered = self._order(m, moves[1], self._compare(m, moves[0]))
         total = self._add(m, moves[3], self._align(m, moves[2], ordered))
         self._normalise(m, moves[5], self._count(m, moves[4], total))
-        m.d.comb += [self.round.moves.eq(moves[6:]), self.result.eq(self.round.result)]
-        return m
 
     def _register(self, m: Module, move, name: str, **values):
         """A structure of registers that take the values if the stage moves. Each value is (shape, value)."""
@@ -167,9 +142,4 @@ class FloatAdder(Block):
                 Cat(s.sign, (s.exponent + 1 - s.zeros)[: EXPONENT_FIELD_BITS + 2], s.zero, s.infinite, s.nan),
             ),
         )
-        m.d.comb += [
-            self.round.about.eq(register.about),
-            self.round.fraction.eq(register.fraction),
-            self.round.half.eq(register.half),
-            self.round.rest.eq(register.rest),
-        ]
+        self._give(m, register.about, register.fraction, register.half, register.rest)

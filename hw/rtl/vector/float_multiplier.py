@@ -2,56 +2,32 @@
 """The product of two float32."""
 
 from amaranth.hdl import Cat, Const, Module, Signal
-from amaranth.lib.wiring import In, Out
 
-from hw.rtl.common.block import Block
-from hw.rtl.common.float32 import FLOAT, FloatRound, is_infinite, is_nan, is_zero
-from hw.spec.numerics.float32 import EXPONENT_BIAS, EXPONENT_FIELD_BITS, FRACTION_BITS, SIGNIFICAND_BITS
+from hw.rtl.common.float32 import is_infinite, is_nan, is_zero
+from hw.rtl.vector.operator import FloatOperator
+from hw.spec.numerics.float32 import EXPONENT_BIAS, FRACTION_BITS, SIGNIFICAND_BITS
 
 _LOW_BITS = 17
 """Unsigned bits that a multiplier of 27 x 18 signed bits takes at a time."""
 
 
-class FloatMultiplier(Block):
+class FloatMultiplier(FloatOperator):
     """``a * b``, bit for bit :func:`hw.spec.numerics.float32.mul`.
 
-    Two multipliers of 27 x 18 bits. Registers move only for valid operands. Throughput 1 per cycle.
-
-    Members
-    -------
-    valid : there are operands
-    a, b : float32
-    result : float32, ``latency`` cycles later
+    Two multipliers of 27 x 18 bits. An exponent is two biased fields minus one bias, and the carries of normalisation
+    and of rounding. Members: see :class:`FloatOperator`.
     """
 
-    def __init__(self):
-        # Two biased fields minus one bias, and the carries of normalisation and of rounding.
-        self.round = FloatRound(EXPONENT_FIELD_BITS + 2)
-        super().__init__({"valid": In(1), "a": In(FLOAT), "b": In(FLOAT), "result": Out(FLOAT)})
+    stages = 4
+    """Operands, two products, their sum, normalisation."""
 
-    @property
-    def latency(self) -> int:
-        """Cycles from the operands to ``result``: operands, two products, their sum, normalisation, rounding."""
-        return 4 + self.round.latency
-
-    def properties(self) -> dict[str, int]:
-        """See :class:`hw.rtl.common.block.Block`."""
-        return {"latency": self.latency}
-
-    def elaborate(self, platform) -> Module:
-        m = Module()
-        m.submodules.round = self.round
-        # One bit per stage: the stage's input is valid.
-        moves = Cat(self.valid, moving := Signal(self.latency - 1))
-        m.d.sync += moving.eq(moves)
+    def _compute(self, m: Module, moves) -> None:
         about = self._operands(m, moves[0])
         for stage in (1, 2):
             before, about = about, Signal(self.round.about_layout, name=f"about_{stage}", reset_less=True)
             with m.If(moves[stage]):
                 m.d.sync += about.eq(before)
         self._normalise(m, moves[3], about, self._multiply(m, moves))
-        m.d.comb += [self.round.moves.eq(moves[4:]), self.result.eq(self.round.result)]
-        return m
 
     def _operands(self, m: Module, move):
         """Sign, exponent and special cases."""
@@ -97,9 +73,4 @@ class FloatMultiplier(Block):
                 half.eq(product.bit_select(cut - 1 + large, 1)),
                 rest.eq(product[: cut - 1].any() | (large & product[cut - 1])),
             ]
-        m.d.comb += [
-            self.round.about.eq(given),
-            self.round.fraction.eq(fraction),
-            self.round.half.eq(half),
-            self.round.rest.eq(rest),
-        ]
+        self._give(m, given, fraction, half, rest)

@@ -26,7 +26,8 @@ EXPONENT_BIAS = (1 << (EXPONENT_FIELD_BITS - 1)) - 1
 EXPONENT_MIN, EXPONENT_MAX = 1 - EXPONENT_BIAS, EXPONENT_BIAS
 """Exponents of normal numbers."""
 
-NAN = np.uint32(EXPONENT_SPECIAL << FRACTION_BITS | 1 << (FRACTION_BITS - 1)).view(np.float32)
+NAN_FRACTION = 1 << (FRACTION_BITS - 1)
+NAN = np.uint32(EXPONENT_SPECIAL << FRACTION_BITS | NAN_FRACTION).view(np.float32)
 """The one NaN that operators produce: 0x7FC00000."""
 SMALLEST = np.float32(2.0**EXPONENT_MIN)
 """The smallest normal number."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from hw.spec.numerics.float32 import mul
 from sim.bench.dut import check_pipeline
-from sim.bench.floats import extremes, floats, near, tie_products, tiny_products
+from sim.bench.floats import floats, mostly_distant, near, pairs_of_extremes, tie_products, tiny_products
 from sim.bench.streams import rng
 
 
@@ -17,17 +17,13 @@ async def _check(dut, a, b, gaps=0.0):
 @cocotb.test()
 async def test_extremes(dut):
     """Every pair of extremes."""
-    a, b = np.meshgrid(extremes(), extremes())
-    await _check(dut, a.ravel(), b.ravel())
+    await _check(dut, *pairs_of_extremes())
 
 
 @cocotb.test()
 @cocotb.parametrize(gaps=[0.0, 0.5])
 async def test_random(dut, gaps):
-    """Random bits, of which most pairs have distant exponents, and one operand that is extreme."""
-    a, b = rng().integers(0, 1 << 32, (2, 8000), dtype=np.uint32)
-    b[::8] = rng(1).choice(extremes(), 1000)
-    await _check(dut, a, b, gaps)
+    await _check(dut, *mostly_distant(rng(), 8000), gaps)
 
 
 @cocotb.test()
