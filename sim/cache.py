@@ -6,10 +6,10 @@ import fcntl
 import hashlib
 import importlib.metadata
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-__all__ = ["BUILD", "ROOT", "digest", "generator_digest", "locked", "scratch"]
+__all__ = ["BUILD", "ROOT", "cached", "digest", "generator_digest", "locked", "scratch"]
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "sim"
@@ -32,6 +32,16 @@ def scratch(out: Path) -> Path:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     return directory
+
+
+def cached(out: Path, make: Callable[[Path], object]) -> Path:
+    """The directory `out`. If it does not exist, `make` fills an empty one, which is renamed when it is complete."""
+    with locked(out):
+        if not out.exists():
+            partial = scratch(out)
+            make(partial)
+            partial.rename(out)
+    return out
 
 
 @contextlib.contextmanager

@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hw.spec.config import option
 from sim.benches import Bench
-from sim.cache import BUILD, ROOT, digest, generator_digest, locked, scratch
+from sim.cache import BUILD, ROOT, cached, digest, generator_digest, locked
 from sim.shared_objects import link_objects, runtime_objects
 
 __all__ = ["SIMULATORS", "Result", "SetupError", "check_path", "manifest", "require", "run_bench", "settings", "stop"]
@@ -138,16 +139,16 @@ def _generate(bench: Bench, log: Path, result: Result) -> tuple[Path, Path | Non
     """Verilog and manifest of the bench's block, from the cache if neither hw/ nor the options have changed."""
     if bench.verilog is not None:
         return bench.verilog.resolve(), None
-    options = [part for name, value in bench.params.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    options = [part for name, value in bench.params.items() for part in (option(name), str(value))]
     key = digest(bench.top, options, generator_digest())
     out = BUILD / "verilog" / f"{bench.top}-{key}"
-    with locked(out):
-        if not out.exists():
-            result.log = log
-            partial = scratch(out)
-            command = [sys.executable, "-m", "hw.build", "--top", bench.top, *options, "--out", str(partial)]
-            _execute(command, log, "hw.build", cwd=ROOT, timeout=300)
-            partial.rename(out)
+
+    def make(partial: Path) -> None:
+        result.log = log
+        command = [sys.executable, "-m", "hw.build", "--top", bench.top, *options, "--out", str(partial)]
+        _execute(command, log, "hw.build", cwd=ROOT, timeout=300)
+
+    cached(out, make)
     return out / "gristmill.v", out / "manifest.json"
 
 
@@ -161,13 +162,12 @@ def _build(bench: Bench, simulator: str, verilog: Path, log: Path, result: Resul
         arguments = [TIMESCALE, _verilator_args(bench), VERILATOR_MAKE_ARGS, WAIVERS.read_bytes()]
     key = digest(simulator, version, importlib.metadata.version("cocotb"), sys.prefix, arguments, verilog.read_bytes())
     out = BUILD / "built" / f"{bench.top}-{simulator}-{key}"
-    with locked(out):
-        if not out.exists():
-            result.log = log
-            partial = scratch(out)
-            _simulator(bench, simulator, verilog, partial, log, f"{simulator} build", 900, compile_only=True).run()
-            partial.rename(out)
-    return out
+
+    def make(partial: Path) -> None:
+        result.log = log
+        _simulator(bench, simulator, verilog, partial, log, f"{simulator} build", 900, compile_only=True).run()
+
+    return cached(out, make)
 
 
 def _simulate(

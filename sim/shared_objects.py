@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from sim.cache import BUILD, locked, scratch
+from sim.cache import BUILD, cached
 
 __all__ = ["RUNTIME", "link_objects", "runtime_objects"]
 
@@ -25,15 +25,13 @@ def runtime_objects(key: str, folder: Path, compile_into: Callable[[tuple[str, .
     folder : a build's folder, with its makefile
     compile_into : makes these targets in that folder
     """
-    out = BUILD / "runtime" / key
-    with locked(out):
-        if not out.exists():
-            compile_into(RUNTIME)
-            partial = scratch(out)
-            for name in RUNTIME:
-                os.link(folder / name, partial / name)
-            partial.rename(out)
-    return out
+
+    def make(partial: Path) -> None:
+        compile_into(RUNTIME)
+        for name in RUNTIME:
+            os.link(folder / name, partial / name)
+
+    return cached(BUILD / "runtime" / key, make)
 
 
 def link_objects(objects: Path, folder: Path) -> None:

