@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 
-from hw.flows.blocks import BLOCKS
+from hw.flows.blocks import BLOCKS, check_block
 from hw.flows.command_line import add_config_options, config_of, exit_code
 from hw.flows.levels import Depth, measure_depth
 from hw.flows.synthesis import RESOURCES, synthesise
@@ -20,8 +20,6 @@ from hw.spec.parts import BOARDS, TARGETS, Part, Target
 
 _DESCRIPTION = "How much of a board's part an accelerator takes, or how deep its logic is."
 _NOTE = "yosys's mapping, an estimate: not placed, not routed, no Vivado"
-
-
 _LEVELS_NOTE = "levels of yosys's mapping: LUT 1, CARRY4 0.12, MUXF 0.3, LUT memory 1.2; not placed, no Vivado"
 
 
@@ -29,8 +27,7 @@ def _target(board: str, block: str) -> Target:
     """The family of the board's part. Raises ConfigError if the board or the block does not exist."""
     if board not in BOARDS:
         raise ConfigError(f"board is one of {', '.join(BOARDS)}, not {board!r}")
-    if block not in BLOCKS:
-        raise ConfigError(f"block is one of {', '.join(BLOCKS)}, not {block!r}")
+    check_block(block)
     target = TARGETS[BOARDS[board].target]
     assert target is not None
     return target
@@ -123,7 +120,7 @@ def levels_table(config: AcceleratorConfig, board: str, depth: Depth) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m hw.resources",
-        description="How much of a board's part an accelerator takes, or how deep its logic is.",
+        description=_DESCRIPTION,
     )
     add_config_options(parser)
     parser.add_argument("--board", default="kv260", help=f"one of {', '.join(BOARDS)} (default: kv260)")

@@ -37,7 +37,7 @@ from hw.rtl.memory.weight_fetch import WeightFetch
 from hw.rtl.memory.write_manager import WriteManager
 from hw.rtl.vector.float_adder import FloatAdder
 from hw.rtl.vector.float_multiplier import FloatMultiplier
-from hw.spec.config import AcceleratorConfig
+from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.manifest import Field, Port
 from hw.spec.memory.geometry import StreamLayout
 
@@ -74,6 +74,12 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "selftest": selftest,
     "walker": lambda config: Walker(config, TOKEN_LOOPS),
 }
+
+
+def check_block(block: str) -> None:
+    """Raises ConfigError if there is no such block."""
+    if block not in BLOCKS:
+        raise ConfigError(f"block is one of {', '.join(BLOCKS)}, not {block!r}")
 
 
 def _fields(shape) -> dict[str, Field]:

@@ -6,7 +6,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from hw.flows.blocks import BLOCKS, describe_ports, describe_properties
+from hw.flows.blocks import BLOCKS, check_block, describe_ports, describe_properties
 from hw.flows.lower import to_verilog
 from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.manifest import Manifest
@@ -29,8 +29,7 @@ def generate(config: AcceleratorConfig, block: str = "accelerator", target: str 
     ConfigError : the block or the target does not exist
     hw.flows.lower.LowerError : yosys failed
     """
-    if block not in BLOCKS:
-        raise ConfigError(f"block is one of {', '.join(BLOCKS)}, not {block!r}")
+    check_block(block)
     if target not in TARGETS:
         raise ConfigError(f"target is one of {', '.join(TARGETS)}, not {target!r}")
     component = BLOCKS[block](config)

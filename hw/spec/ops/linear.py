@@ -3,6 +3,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -147,27 +148,9 @@ class Linear(Op):
             return True
         return tokens > 1 and FLOAT_BYTES * n > fields["result_pitch"]
 
-    def from_layer(
-        self,
-        layer: LayerLayout,
-        tokens: int,
-        *,
-        activations: int,
-        weights: int,
-        results: int,
-        reuse: bool = False,
-        interrupt: bool = False,
-    ) -> Descriptor:
+    def from_layer(self, layer: LayerLayout, tokens: int, **places: Any) -> Descriptor:
         """See :meth:`Descriptor.from_layer`."""
-        return Descriptor.from_layer(
-            layer,
-            tokens,
-            activations=activations,
-            weights=weights,
-            results=results,
-            reuse=reuse,
-            interrupt=interrupt,
-        )
+        return Descriptor.from_layer(layer, tokens, **places)
 
     def compute(self, config: AcceleratorConfig, weights: Weights, activations: Activations) -> np.ndarray:
         """See :func:`hw.spec.numerics.linear`."""
