@@ -7,7 +7,7 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 from sim import harness
-from sim.device import build as device_build
+from sw.devices import library
 
 SIMULATED = ("rtl", "kv260")
 """Devices that a test simulates: the board of a test is the simulated device behind files of a driver."""
@@ -37,7 +37,7 @@ def _is_bench(nodeid: str) -> bool:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """A test without the mark must not build a simulator: `make test-quick` runs it."""
+    """A test without the mark must neither build a simulator nor use one that is there: `make test-quick` runs it."""
     with pytest.MonkeyPatch.context() as patch:
         if not item.get_closest_marker("simulator"):
 
@@ -45,7 +45,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
                 pytest.fail("this test builds a simulator; mark it with pytest.mark.simulator")
 
             patch.setattr(harness, "_build", refuse)
-            patch.setattr(device_build, "_compile", refuse)
+            patch.setattr(library, "_start_builder", refuse)
         return (yield)
 
 

@@ -70,14 +70,7 @@ def build_library(config: AcceleratorConfig) -> tuple[Path, Path]:
     """
     options = [f"{option(name)}={value}" for name, value in config.to_dict().items()]
     problem = ""
-    with subprocess.Popen(
-        [sys.executable, "-m", "sim.device", *options],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-    ) as process:
+    with _start_builder(options) as process:
         assert process.stdout is not None and process.stderr is not None
         try:
             for line in process.stderr:
@@ -94,6 +87,18 @@ def build_library(config: AcceleratorConfig) -> tuple[Path, Path]:
         raise UserError(f"the simulated device could not be built: {problem or f'status {process.returncode}'}")
     places = json.loads(answer)
     return Path(places["library"]), Path(places["manifest"])
+
+
+def _start_builder(options: list[str]) -> subprocess.Popen[str]:
+    """The builder in a process of its own: sw imports nothing of sim."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "sim.device", *options],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
 
 
 class SimulatedPlatform:
