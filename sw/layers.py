@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m sw.layers``: every quantised linear layer of a model through a device once, with real activations.
+"""``python -m sw.layers``: runs every quantized linear layer of a model on a device once, with real activations.
 
 Every layer is compared twice. `exact`: all results equal those of hw.spec.numerics bit for bit, computed from the
 model's integers without packing. `relative_error`: max|y - y_ort| / max|y_ort| over the layer's M x N results, where
-y_ort is what onnxruntime computes in float32 from the same activations. They are those of the last M of the
-prompt's first 32 tokens (or first M). A model's first token, where its attention rests, is no typical input: a few
-outliers set its exponent, and with 16-bit activations some value projections of SmolLM2 then differ by 0.3 %. Its
-8-bit head, which 4-bit hardware runs as two planes with scales of 12 bits, differs by 0.13 %. A model that reads no
-token ids is fed noise instead of a prompt.
+y_ort is what onnxruntime computes in float32 from the same activations. The activations are those of the last M of the
+prompt's first 32 tokens (or of the first M, if M is larger). A model's first token, which attracts most attention, is
+no typical input: a few outliers set its exponent, and with 16-bit activations some value projections of SmolLM2 then
+differ by 0.3 %. The 8-bit head of SmolLM2, which 4-bit hardware runs as two planes with scales of 12 bits, differs by
+0.13 %. A model that reads no token ids gets noise instead of a prompt.
 """
 
 import time
@@ -43,7 +43,7 @@ PROMPT = (
 )
 TOKENS = 16
 CONTEXT = 32
-"""Tokens of the prompt that onnxruntime computes, if M asks for no more; small test models have no longer context."""
+"""Tokens of the prompt that onnxruntime computes if M is not larger; small test models have no longer context."""
 IN_FLIGHT = 2
 """Layers that the device holds at once: one runs while the next is packed and checked."""
 TIMEOUT = 3600.0
@@ -51,14 +51,14 @@ TIMEOUT = 3600.0
 
 
 def prompt_ids(model: Path, prompt: str) -> tuple[list[int], str]:
-    """Token ids of a prompt and where they are from: the tokenizer.json beside the model, or else the bytes of UTF-8.
+    """Token ids of a prompt and their source: the tokenizer.json beside the model, or else the bytes of UTF-8.
 
-    Bytes are ids that every model has, so a model without its tokenizer can be run as well.
+    Every model has the ids 0 to 255, so a model without its tokenizer can run as well.
     """
     path = text_directory(model) / "tokenizer.json"
     if not path.is_file():
         return list(prompt.encode()), "bytes"
-    # A model without its tokenizer needs no package for one.
+    # A model without its tokenizer does not need the tokenizers package.
     from sw.text.folder import read_tokenizer
 
     return read_tokenizer(path).encode(prompt).ids, "tokenizer"
@@ -66,7 +66,7 @@ def prompt_ids(model: Path, prompt: str) -> tuple[list[int], str]:
 
 @dataclass(frozen=True, eq=False)
 class _Running:
-    """A layer that was submitted. expected: float32 [M, N], what the device must answer."""
+    """A layer that was submitted. expected: float32 [M, N], the results that the device must return."""
 
     work: Captured
     completions: Future[list[Completion]]
@@ -75,9 +75,9 @@ class _Running:
 
 
 def run_layers(device: Device, works: Iterator[Captured], tokens: int) -> Iterator[LayerResult]:
-    """Runs layers on the device on the last `tokens` tokens and compares. At most IN_FLIGHT are held."""
+    """Runs layers on the device for the last `tokens` tokens and compares. It holds at most IN_FLIGHT layers."""
     running: deque[_Running] = deque()
-    # A simulation works while somebody waits for it, and meanwhile this thread has the next layer to look after.
+    # A simulation advances only while a thread calls wait(); meanwhile this thread prepares the next layer.
     waiter = ThreadPoolExecutor(1, "sw.layers")
     try:
         for work in works:
@@ -87,7 +87,7 @@ def run_layers(device: Device, works: Iterator[Captured], tokens: int) -> Iterat
         while running:
             yield _finish(device, running.popleft())
     finally:
-        # Not after an interrupt: closing the device is what ends the waiting then.
+        # Do not wait here: after an interrupt only closing the device ends the waiter's call of wait().
         waiter.shutdown(wait=False, cancel_futures=True)
 
 
@@ -103,7 +103,7 @@ def _start(device: Device, waiter: ThreadPoolExecutor, work: Captured, tokens: i
     device.write(buffers[1], padded)
     job = LinearJob(layer.name, layout, len(x), *buffers)
     completions = waiter.submit(lambda: device.wait(device.submit([job]), TIMEOUT))
-    # While the device works.
+    # The reference is computed while the device works.
     try:
         expected = reference_linear(config, weights, quantise_activations(config, padded))
     except NumericsError as error:
@@ -132,7 +132,7 @@ def _finish(device: Device, running: _Running) -> LayerResult:
         beats=completion.beats,
         bus_use=completion.beats / completion.cycles if completion.cycles else 0.0,
         exact=bool(np.array_equal(y.view(np.uint32), running.expected.view(np.uint32))),
-        # JSON knows no infinity, which a result that overflowed float32 would give.
+        # JSON has no infinity, and the error is infinite if a result overflows float32.
         max_abs_error=float(np.nan_to_num(error)),
         relative_error=float(np.nan_to_num(error / max(np.abs(wanted).max(), np.finfo(np.float32).tiny))),
         device_seconds=completion.seconds,
@@ -140,12 +140,14 @@ def _finish(device: Device, running: _Running) -> LayerResult:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m sw.layers", description="A model's linear layers through a device, checked.")
+    parser = Parser(
+        prog="python -m sw.layers", description="Run a model's linear layers on a device, and check the results."
+    )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add_device_options(parser, "reference (numpy), rtl (the simulated Verilog) or kv260 (the board)")
     parser.add_argument("--tokens", type=int, metavar="M", help=f"tokens to compute (default: {TOKENS})")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N layers")
-    parser.add_argument("--prompt", metavar="TEXT", help="whose activations to use (default: a text in sw.layers)")
+    parser.add_argument("--prompt", metavar="TEXT", help="text whose activations to use (default: one in sw.layers)")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of the table")
     add_hardware_options(parser)
     return parser
@@ -157,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     check_positive(options.limit, "--limit")
     check_positive(options.tokens, "--tokens")
-    # Before the model is read, as far as the model does not decide.
+    # Check before reading the model, unless the limit depends on the model.
     devices = chosen_devices(options, [options.device])
     most = devices.known.max_tokens
     if options.tokens and options.tokens > most:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m sw.quantize``: a float model as one with AWQ's weights, on a processor alone.
+"""``python -m sw.quantize``: quantizes the weights of a float model by AWQ on a processor, without a GPU.
 
     python -m sw.quantize SRC --out DIR [--bits 4 --group-size 64] [--calibration FILE] [--perplexity FILE]
 
-SRC is a Hugging Face folder with float weights, a GGUF file (what it stores quantised is made float again), smollm2, or
-a float ONNX export of a decoder. AWQ (activation-aware weight quantisation, Lin et al. 2023, arXiv 2306.00978) looks
-for scales and ranges that keep the outputs of the layers on a calibration text; see sw.awq.search and sw.awq.clipping.
-DIR gets model.onnx with MatMulNBits layers, or an AutoAWQ GEMM folder; the source's text files; and the report,
-quantize.json.
+SRC is a Hugging Face folder with float weights, a GGUF file (its quantized tensors are converted to float), smollm2, or
+a float ONNX export of a decoder. AWQ (activation-aware weight quantization, Lin et al. 2023, arXiv 2306.00978) searches
+scales and ranges that keep the outputs of the layers on a calibration text; see sw.awq.search and sw.awq.clipping.
+The command writes into DIR: model.onnx with MatMulNBits layers, or an AutoAWQ GEMM folder; the source's text files; and
+the report, quantize.json.
 """
 
 import pydoc_data.topics
@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sw.awq.quantiser import FLOAT, METHODS, Result, Texts, quantise
+from sw.awq.quantizer import FLOAT, METHODS, Result, Texts, quantize
 from sw.awq.rounding import ZERO_POINTS, Form
 from sw.awq.sizes import compare
 from sw.checkpoints.autoawq_writer import write_autoawq_folder
@@ -32,7 +32,7 @@ from sw.console.output import print_json
 from sw.console.quantize_report import Report, print_table, write_json
 from sw.export.floats import float_model
 from sw.graph.file import OnnxFile
-from sw.graph.rewrite import write_quantised
+from sw.graph.rewrite import write_quantized
 from sw.model.lm_head import HEAD_MODES
 from sw.perplexity import LENGTH, WINDOWS
 from sw.runtime import Decoder
@@ -46,9 +46,9 @@ GROUP_SIZES = (32, 64, 128)
 FORMATS = ("onnx", "autoawq")
 CALIBRATION_WINDOWS = 16
 BUILT_IN = "pydoc_data.topics"
-"""The calibration text without --calibration: every CPython carries it, 700 kB of English about Python."""
+"""The calibration text without --calibration: a file of every CPython, 700 kB of English about Python."""
 HELD_OUT = 4
-"""Without --perplexity, one of so many windows of the calibration text is kept for evaluation."""
+"""Without --perplexity, one in HELD_OUT windows of the calibration text is kept for evaluation."""
 TEXT_FILES = (
     "tokenizer.json",
     "config.json",
@@ -58,12 +58,12 @@ TEXT_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
-"""What sw.text.folder reads beside a model."""
+"""The files that sw.text.folder reads beside a model."""
 
 
 @dataclass(frozen=True)
 class _Sources:
-    """The texts, and their names for the report. evaluation: None if some of the other is to be held out."""
+    """The texts, and their names for the report. evaluation: None if part of the calibration text is held out."""
 
     calibration: str
     evaluation: str | None
@@ -72,7 +72,9 @@ class _Sources:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m sw.quantize", description="AWQ: a float decoder with 3-, 4- or 8-bit weights.")
+    parser = Parser(
+        prog="python -m sw.quantize", description="Quantize a float decoder to 3-, 4- or 8-bit weights by AWQ."
+    )
     parser.add_argument(
         "source", metavar="SRC", help="a folder with a float checkpoint, a GGUF file, smollm2, or a float ONNX export"
     )
@@ -86,7 +88,9 @@ def _parser() -> Parser:
     parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=64, help="(default: 64)")
     parser.add_argument("--zero-point", choices=ZERO_POINTS, default=ZERO_POINTS[0], help="(default: integer)")
     parser.add_argument("--lm-head", choices=HEAD_MODES, default=HEAD_MODES[0], help="(default: int8)")
-    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="of DIR (default: onnx)")
+    parser.add_argument(
+        "--format", choices=FORMATS, default=FORMATS[0], help="form of the written model (default: onnx)"
+    )
     calibration = parser.add_argument_group("calibration")
     calibration.add_argument("--calibration", metavar="FILE", help=f"UTF-8; - is stdin (default: {BUILT_IN})")
     calibration.add_argument(
@@ -94,13 +98,13 @@ def _parser() -> Parser:
         type=int,
         default=CALIBRATION_WINDOWS,
         metavar="N",
-        help=f"of up to 512 tokens, spread over the text (default: {CALIBRATION_WINDOWS})",
+        help=f"number of windows of up to 512 tokens, spread over the text (default: {CALIBRATION_WINDOWS})",
     )
     evaluation = parser.add_argument_group("evaluation", "as in python -m sw.perplexity")
     evaluation.add_argument(
         "--perplexity",
         metavar="FILE",
-        help="another text (default: a part of the calibration text that is then not calibrated on)",
+        help="another text (default: a part of the calibration text, which calibration then does not use)",
     )
     evaluation.add_argument("--windows", type=int, default=WINDOWS, metavar="N", help=f"(default: {WINDOWS})")
     evaluation.add_argument("--length", type=int, metavar="L", help=f"tokens of a window (default: {LENGTH})")
@@ -124,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model = float_model(options.source, scratch / "float", _counter(status, "exporting layer {done} of {total}"))
         folder = open_text(model)
         texts = _texts(options, folder, sources, model)
-        result = quantise(
+        result = quantize(
             OnnxFile(model),
             form,
             texts,
@@ -134,9 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             int8_head=options.lm_head == "int8",
             progress=_time_left(status),
         )
-        metadata = {"quantiser": f"gristmill {methods[0]}, {form.bits} bits, groups of {form.group_size}"}
+        metadata = {"quantizer": f"gristmill {methods[0]}, {form.bits} bits, groups of {form.group_size}"}
         made = scratch / "onnx"
-        path = write_quantised(
+        path = write_quantized(
             model, made, result.layers, result.updates, metadata, _counter(status, "writing layer {done} of {total}")
         )
         for name in TEXT_FILES:
@@ -171,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _methods(options: Namespace) -> list[str]:
-    """--method, and what does not go together."""
+    """The values of --method. Raises UserError for options that contradict each other."""
     methods = options.method.split(",")
     for name in methods:
         if name not in METHODS:
@@ -190,16 +194,16 @@ def _methods(options: Namespace) -> list[str]:
 
 
 def _free(out: Path) -> Path:
-    """The directory to be written. Raises UserError if there is something in it: this is no place to mix models."""
+    """The directory to be written. Raises UserError if it is not empty, so that files of two models never mix."""
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} exists and is not empty")
     return out
 
 
 def _sources(options: Namespace) -> _Sources:
-    """The texts. Raises UserError if they are one and the same."""
+    """The texts. Raises UserError if both are the same file."""
     calibration, evaluation = options.calibration, options.perplexity
-    same = f"--perplexity {evaluation} is the text that is calibrated on: name another, or none"
+    same = f"--perplexity {evaluation} is the calibration text: name another, or none"
     if calibration is not None and calibration == evaluation:
         raise UserError(same)
     text = "\n".join(pydoc_data.topics.topics.values()) if calibration is None else read_text(calibration)
@@ -207,7 +211,7 @@ def _sources(options: Namespace) -> _Sources:
     if not text.strip():
         raise UserError(f"{name} is empty: there is nothing to calibrate on")
     if evaluation is None:
-        return _Sources(text, None, name, f"{name}, a part that was not calibrated on")
+        return _Sources(text, None, name, f"{name}, a part that calibration did not use")
     other = read_text(evaluation)
     if other == text:
         raise UserError(same)
@@ -215,13 +219,13 @@ def _sources(options: Namespace) -> _Sources:
 
 
 def _texts(options: Namespace, folder: TextFolder, sources: _Sources, model: Path) -> Texts:
-    """The windows. Raises UserError for texts that are too short for one."""
+    """Calibration and evaluation windows. Raises UserError for a text that is too short for one window."""
     ids, beginning = encode(folder.tokenizer, sources.calibration, False), folder.beginning()
     limits = decoder_limits(model, folder.context)
     context = limits.context - len(beginning)
     length = options.length or min(LENGTH, context)
     if length > context:
-        raise UserError(f"--length is at most what the model was made for ({context:,} tokens), not {length:,}")
+        raise UserError(f"--length is at most the model's own context ({context:,} tokens), not {length:,}")
     size = min(LENGTH, context)
     windows = [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
     held = 0 if sources.evaluation is not None else min(options.windows, max(1, len(windows) // HELD_OUT))
@@ -229,7 +233,7 @@ def _texts(options: Namespace, folder: TextFolder, sources: _Sources, model: Pat
         need = size if sources.evaluation is not None else 2 * size
         raise UserError(f"{sources.calibration_name} has {len(ids):,} tokens, and calibration needs {need:,} or more")
     if sources.evaluation is None:
-        # A window behind the other: of another length too, none has a token that is calibrated on.
+        # The held-out windows are adjacent, so they can be cut again to another length without any calibration token.
         rest = [token for window in windows[-held:] for token in window]
         windows = windows[:-held]
     else:
@@ -245,14 +249,14 @@ def _texts(options: Namespace, folder: TextFolder, sources: _Sources, model: Pat
 
 
 def _compared(result: Result, methods: Sequence[str]) -> list[Score]:
-    """The scores of what was compared on the way."""
+    """The scores that were computed during quantization."""
     return [
         Score(name, len(result.nll[name]), float(result.nll[name].sum())) for name in (FLOAT, *reversed(methods[1:]))
     ]
 
 
 def _score(status: StatusLine, path: Path, method: str, texts: Texts) -> Score:
-    """That of the model that was written, in onnxruntime."""
+    """The score of the written model, in onnxruntime."""
     longest = max(map(len, texts.evaluation)) + len(texts.beginning)
     with Decoder(path, None, context=longest) as decoder:
         count = _counter(status, "scoring window {done} of {total}")
@@ -266,7 +270,7 @@ def _counter(status: StatusLine, form: str) -> Callable[[int, int], None]:
 
 
 def _time_left(status: StatusLine) -> Callable[[float, str], None]:
-    """Shows the part that is done, and how long the rest takes at the pace until now."""
+    """Shows the part that is done, and the time that the rest takes at the same speed."""
     start = time.monotonic()
 
     def show(done: float, name: str) -> None:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint of a real model's exact shape with random weights, where the real one cannot be had.
+"""A checkpoint of a real model's exact shape with random weights, where the real one could not be obtained.
 
     python -m sw.synthetic --out DIR [--float [--dtype BF16|F16|F32]] [--seed N]
 
-makes the shape of Qwen/Qwen2.5-0.5B-Instruct-AWQ, an AutoAWQ GEMM checkpoint, or with --float that of the model it is
-made of, Qwen/Qwen2.5-0.5B-Instruct. Every tensor has the real one's name, type and layout; the weights are such that
-activations neither explode nor vanish. What it says is noise: it is for measuring, not for reading. Its tokenizer
-knows the 256 bytes and three special tokens, whose numbers are the real ones.
+writes a checkpoint with the shape of Qwen/Qwen2.5-0.5B-Instruct-AWQ, which is in AutoAWQ's GEMM format, or with --float
+the shape of its float model, Qwen/Qwen2.5-0.5B-Instruct. Every tensor has the real one's name, type and layout. The
+weights are chosen so that activations neither overflow nor vanish. The model's text is noise; it serves for
+measurements only. Its tokenizer has the 256 bytes and three special tokens, whose ids are the real ones.
 """
 
 import json
@@ -64,7 +64,7 @@ SPREAD = ((1 << 2 * BITS) - 1) ** 0.5 / 12**0.5
 EMBEDDING_SCALE = 0.1
 BIAS_SCALE = 0.25
 ATTENTION_SCALE = 0.25
-"""Of what attention adds: it averages over tokens, and what they share would soon drown what tells them apart."""
+"""Scale of attention's output. Attention averages over tokens; a larger scale would make all tokens nearly equal."""
 ROWS_AT_ONCE = 8192
 
 
@@ -95,8 +95,8 @@ def write_float(
 ) -> None:
     """Writes a float checkpoint into `folder`, complete or not at all.
 
-    config: as for write_autoawq, but what it says about quantisation and torch_dtype is left out and replaced. dtype:
-    BF16, F16 or F32, of all tensors. shards, progress and errors: as for write_autoawq.
+    config: as for write_autoawq, but its quantization_config is left out and its torch_dtype is replaced. dtype:
+    BF16, F16 or F32, for all tensors. shards, progress and errors: as for write_autoawq.
     """
     values = {key: value for key, value in config.items() if key != "quantization_config"}
     values["torch_dtype"] = TORCH_DTYPES[dtype]
@@ -115,7 +115,7 @@ def write_autoawq(
     """Writes an AutoAWQ GEMM checkpoint into `folder`, complete or not at all.
 
     config: its config.json, a Llama or Qwen2 model's, with quantization_config and plain whole numbers; eos_token_id is
-    bos_token_id + 2. dtype: F16, BF16 or F32, of everything but the integers and scales. shards: number of files.
+    bos_token_id + 2. dtype: F16, BF16 or F32, for all tensors but integers and scales. shards: number of files.
     progress: as for write_qwen2_awq. Raises UserError if the folder cannot be written.
     """
     _write(folder, config, seed, dtype, shards, progress)
@@ -154,8 +154,8 @@ def _tensors(config: Mapping[str, Any], dtype: str, rng: np.random.Generator) ->
     hidden, ffn, heads = (config[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
     head = config.get("head_dim") or hidden // heads
     q_size, kv_size = heads * head, config["num_key_value_heads"] * head
-    quantisation = config.get("quantization_config")
-    group = 0 if quantisation is None else quantisation["group_size"]
+    quantization = config.get("quantization_config")
+    group = 0 if quantization is None else quantization["group_size"]
     biased = config["model_type"] == "qwen2"
 
     def normal(name: str, shape: tuple[int, ...], mean: float, scale: float) -> NewTensor:
@@ -168,7 +168,7 @@ def _tensors(config: Mapping[str, Any], dtype: str, rng: np.random.Generator) ->
         return NewTensor(name, dtype, shape, parts)
 
     def linear(name: str, k: int, n: int, bias: bool = False, scale: float = 1.0) -> Iterator[NewTensor]:
-        if quantisation is None:
+        if quantization is None:
             yield normal(f"{name}.weight", (n, k), 0, scale / k**0.5)
             if bias:
                 yield normal(f"{name}.bias", (n,), 0, BIAS_SCALE)
@@ -179,7 +179,7 @@ def _tensors(config: Mapping[str, Any], dtype: str, rng: np.random.Generator) ->
             yield rng.integers(0, 1 << 32, (k, n // 8), np.uint32)
 
         def zero_points() -> Iterator[np.ndarray]:
-            # 7 and 8 evenly: were weights not zero in the mean, the mean of the activations would explode.
+            # 7 and 8 in equal numbers: if the mean of the weights is not zero, the mean of the activations overflows.
             yield pack_words(rng.integers(MIDDLE - 1, MIDDLE + 1, (n, groups)).astype(np.uint8))
 
         def scales() -> Iterator[np.ndarray]:
@@ -219,7 +219,7 @@ def encode(values: np.ndarray, dtype: str) -> np.ndarray:
 def _write_text_files(folder: Path, config: Mapping[str, Any]) -> None:
     bos, eos = config["bos_token_id"], config["eos_token_id"]
     special = {"<|endoftext|>": bos, "<|im_start|>": bos + 1, "<|im_end|>": eos}
-    # GPT-2's order of the bytes, which is that of the characters that stand for them.
+    # GPT-2's order of the bytes is the order of the characters that stand for them.
     vocab = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -244,14 +244,14 @@ def main() -> None:
     """The command line."""
     parser = Parser(prog="python -m sw.synthetic", description="Qwen2.5-0.5B-Instruct's shape, random weights")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--float", action="store_true", help="not quantised (default: AutoAWQ GEMM)")
-    parser.add_argument("--dtype", choices=TORCH_DTYPES, help="of the floats, with --float (default: BF16)")
+    parser.add_argument("--float", action="store_true", help="not quantized (default: AutoAWQ GEMM)")
+    parser.add_argument("--dtype", choices=TORCH_DTYPES, help="type of the weights, with --float (default: BF16)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     options = parser.parse_args()
     if options.seed < 0:
         raise UserError(f"--seed is 0 or more, not {options.seed}")
     if options.dtype and not options.float:
-        raise UserError(f"--dtype {options.dtype} needs --float: the other checkpoint has the real one's types")
+        raise UserError(f"--dtype {options.dtype} needs --float: the AutoAWQ checkpoint has the real one's types")
     with StatusLine() as status:
 
         def show(done: int, total: int) -> None:

@@ -81,7 +81,7 @@ class AcceleratorConfig:
     Parameters
     ----------
     tile : rows (along K) and columns (along N) of the systolic array: 4, 8, 16 or 32
-    weight_bits : bits of a quantised weight ``q``, 2 to 8
+    weight_bits : bits of a quantized weight ``q``, 2 to 8
     activation_bits : bits of an activation mantissa ``X``, 8 to 16
     zero_point : ``"integer"`` (unsigned, ``weight_bits``) or ``"fixed"`` (signed 16 bits, 11 of them fraction)
     ports : weight ports, 1, 2 or 4
@@ -164,7 +164,7 @@ class AcceleratorConfig:
 
     @property
     def weight_max(self) -> int:
-        """Largest quantised weight."""
+        """Largest quantized weight."""
         return (1 << self.weight_bits) - 1
 
     @property

@@ -315,7 +315,7 @@ class AcceleratorDriver:
 
         Regions of weights have the least possible stride, the driver's stride, or one in between. Blocks of activations
         and results start shortly before a 4 KiB boundary, results do not start at a multiple of 1 KiB, and rows of
-        results may have gaps. With `aligned` all this is omitted. `x` may have values that cannot be quantised.
+        results may have gaps. With `aligned` all this is omitted. `x` may have values that cannot be quantized.
         """
         random = self._random
         if reuse is not None:

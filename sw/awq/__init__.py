@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activation-aware weight quantisation of a float decoder graph: see sw.quantize."""
+"""Activation-aware weight quantization of a float decoder graph: see sw.quantize."""

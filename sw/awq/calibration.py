@@ -3,7 +3,7 @@
 
 The graph is cut at its linear layers (sw.ort.cut). onnxruntime computes the stages between them: one stage for all
 windows, then the next stage. So only one stage's tensors are in memory, for a model of any depth, and the inputs of a
-layer can be computed with earlier layers that are quantised already.
+layer can be computed with earlier layers that are quantized already.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

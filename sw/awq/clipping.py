@@ -3,7 +3,7 @@
 
 This is AWQ's second search: weights beyond a range are clipped to its ends, which makes the steps of the others finer.
 Here the two ends are shrunk independently, and the measure is the squared error of the layer's real output. With
-dW = quantised - float weights and G = X^T X / tokens of its inputs, the error of row n of the weights is exactly
+dW = quantized - float weights and G = X^T X / tokens of its inputs, the error of row n of the weights is exactly
 
     dW[n] G dW[n]^T
 The part of it that depends on group g is, with d = dW[n, g],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's bytes before and after quantisation; the same tensors are counted on both sides.
+"""A model's bytes before and after quantization; the same tensors are counted on both sides.
 
 Before: the weights of the float model with 16 bits each, like published checkpoints, independent of their type here.
 After: the written weights, with scales, zero points and both copies of a table that is stored twice. A table that two
@@ -28,7 +28,7 @@ PAPER = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of the weights. before: in float16. after: quantised, as written."""
+    """Bytes of the weights. before: in float16. after: quantized, as written."""
 
     before: int
     after: int
@@ -40,12 +40,12 @@ class Sizes:
 
     def line(self) -> str:
         """Both sizes as text."""
-        sides = f"{self.before / 1e6:,.2f} MB in float16, {self.after / 1e6:,.2f} MB quantised"
+        sides = f"{self.before / 1e6:,.2f} MB in float16, {self.after / 1e6:,.2f} MB quantized"
         return f"{sides}: {self.smaller:.2f} % smaller"
 
 
 def compare(before: Path, after: Path) -> Sizes:
-    """The sizes of a float ONNX file and of its quantised form: an ONNX file or an AutoAWQ folder.
+    """The sizes of a float ONNX file and of its quantized form: an ONNX file or an AutoAWQ folder.
 
     Raises UserError if a file is missing or damaged, or if the float one has no weights.
     """

@@ -35,15 +35,15 @@ class AwqFormat:
 
 def awq_format(config: Settings) -> AwqFormat:
     """The format of a folder. Raises UserError if it is not AutoAWQ GEMM with 4 bits. config: its config.json."""
-    settings = quantisation(config)
+    settings = quantization(config)
     folder = config.path.parent
     if settings is None:
-        hint = "python -m sw.quantize quantises float checkpoints"
-        raise UserError(f"{folder} is not quantised: its config.json has no quantization_config ({hint})")
+        hint = "python -m sw.quantize quantizes float checkpoints"
+        raise UserError(f"{folder} is not quantized: its config.json has no quantization_config ({hint})")
     method = settings.get("quant_method")
     if not isinstance(method, str) or method.lower() != "awq":
-        hint = "of quantised checkpoints only AutoAWQ GEMM is read; python -m sw.quantize quantises the float model"
-        raise UserError(f"{folder} is quantised by {str(method)[:80]!r}, which is not supported ({hint})")
+        hint = "of quantized checkpoints only AutoAWQ GEMM is read; python -m sw.quantize quantizes the float model"
+        raise UserError(f"{folder} is quantized by {str(method)[:80]!r}, which is not supported ({hint})")
     # AutoAWQ writes the version in upper or lower case; in transformers a missing version means gemm.
     version = settings.get("version") or "gemm"
     if not isinstance(version, str) or version.lower() != "gemm":
@@ -60,8 +60,8 @@ def awq_format(config: Settings) -> AwqFormat:
     return AwqFormat(size, zero_point)
 
 
-def quantisation(config: Settings) -> Settings | None:
-    """A folder's settings of quantised layers, with the key names of config.json's quantization_config.
+def quantization(config: Settings) -> Settings | None:
+    """A folder's settings of quantized layers, with the key names of config.json's quantization_config.
 
     config: the folder's config.json. Older programs write a separate file: AutoAWQ quant_config.json, AutoGPTQ
     quantize_config.json. None if there are no settings. Raises UserError if such a file contradicts config.json.
@@ -87,9 +87,9 @@ def quantisation(config: Settings) -> Settings | None:
 
 
 def read_linear(checkpoint: Checkpoint, name: str, form: AwqFormat | None) -> Linear:
-    """The layer of the tensors `name`.qweight and so on, or of `name`.weight if it is not quantised.
+    """The layer of the tensors `name`.qweight and so on, or of `name`.weight if it is not quantized.
 
-    form: None for a checkpoint without quantised layers. A single group over all of K becomes several groups with the
+    form: None for a checkpoint without quantized layers. A single group over all of K becomes several groups with the
     same scale and zero point, because ONNX's group sizes are powers of two. Raises UserError for missing tensors and
     for shapes that do not match.
     """

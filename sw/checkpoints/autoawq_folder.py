@@ -30,7 +30,7 @@ def write_config(
     """Writes config.json.
 
     settings: config.json of the ONNX model. tied: whether the head is the embedding. biased: whether q, k and v have
-    biases. floats: modules that are not quantised. tables: the entry of sw.checkpoints.integer_tables for each integer
+    biases. floats: modules that are not quantized. tables: the entry of sw.checkpoints.integer_tables for each integer
     table.
     """
     family = str(settings.get("model_type"))

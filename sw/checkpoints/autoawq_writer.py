@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a quantised ONNX decoder as an AutoAWQ GEMM checkpoint: the inverse of sw.awq_export, and as exact.
+"""Writes a quantized ONNX decoder as an AutoAWQ GEMM checkpoint: the inverse of sw.awq_export, and as exact.
 
 The graph's layers, norms and biases are found by what they do, whatever their names (see sw.graph.match). The shape is
 that of config.json beside the graph. The folder gets model.safetensors, config.json, the tokenizer's files and, for
@@ -31,7 +31,7 @@ from sw.graph.matmul_nbits import unpack_bits
 from sw.graph.nodes import attributes, name_of
 from sw.model.decoder import PROJECTIONS
 from sw.model.linear import QuantizedLinear
-from sw.model.lm_head import Table, narrowest_exact, quantise_int8
+from sw.model.lm_head import Table, narrowest_exact, quantize_int8
 from sw.model.parts import Block, Decoder, Embedding, Mismatch, Norm, Projection
 
 HEAD_MODULE = "lm_head"
@@ -84,7 +84,7 @@ def write_autoawq_folder(model: Path, out: Path, progress: Progress | None = Non
 class _Decoder:
     """The graph's weights under Hugging Face's names. Members for the layers read so far:
 
-    group_size: that of all quantised layers. floats: modules that are not quantised. tables: integer tables. tied:
+    group_size: that of all quantized layers. floats: modules that are not quantized. tables: integer tables. tied:
     whether the head is the embedding.
     """
 
@@ -166,14 +166,14 @@ class _Decoder:
         layer = read_linear(self.file, part)
         self._expect(module, (layer.n, layer.k), shape)
         if isinstance(layer, QuantizedLinear):
-            yield from self._quantised(module, part, layer)
+            yield from self._quantized(module, part, layer)
             return
         self.floats.append(module)
         yield _float_tensor(f"{module}.weight", layer.weight)
         if layer.bias is not None:
             yield _float_tensor(f"{module}.bias", layer.bias)
 
-    def _quantised(self, module: str, part: Projection, layer: QuantizedLinear) -> Iterator[NewTensor]:
+    def _quantized(self, module: str, part: Projection, layer: QuantizedLinear) -> Iterator[NewTensor]:
         n, k, group = layer.n, layer.k, layer.group_size
         if layer.bits != BITS:
             self._refuse(module, f"its weights have {layer.bits} bits, and AutoAWQ GEMM holds {BITS}")
@@ -213,7 +213,7 @@ class _Decoder:
         layout = attributes(node)
         bits, group = layout.get("bits", 4), layout.get("block_size", 128)
         if any(node.input[3:]) or values.dtype != np.uint8 or bits not in (BITS, HEAD_BITS):
-            self._refuse(node.name, "a quantised embedding is uint8 without zero points of its own")
+            self._refuse(node.name, "a quantized embedding is uint8 without zero points of its own")
         scales = self._constant(node.input[2], node.name).astype(np.float32).reshape(len(values), -1)
         q = unpack_bits(values.reshape(len(values), -1), bits)[:, : self.config.hidden_size]
         zero_points = np.full(scales.shape, 1 << (bits - 1), np.uint8)
@@ -279,7 +279,7 @@ def _is_int8_of(head: QuantizedLinear, table: Table) -> bool:
     """Whether a reader would make this head from the embedding itself (see sw.model.lm_head)."""
     if isinstance(table, QuantizedLinear) or table.shape != head.q.shape:
         return False
-    made = quantise_int8(table)
+    made = quantize_int8(table)
     same = (made.bits, made.group_size) == (head.bits, head.group_size) and head.has_integer_zero_points
     pairs = ((made.q, head.q), (made.scales, head.scales), (made.zero_points, head.zero_points))
     return same and all(np.array_equal(a, b) for a, b in pairs)

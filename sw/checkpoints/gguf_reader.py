@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GGUF files: metadata, float tensors, and quantised linear layers without any loss.
+"""GGUF files: metadata, float tensors, and quantized linear layers without any loss.
 
 Block formats (ggml, 32 weights a block along K, little endian):
     Q4_0  d:f16 qs[16]         w = d * (q - 8)
@@ -20,7 +20,7 @@ from sw.common.errors import UserError, one_line
 from sw.model.linear import FloatLinear, QuantizedLinear
 
 BLOCK = 32
-QUANTISED = ("Q4_0", "Q4_1", "Q8_0")
+QUANTIZED = ("Q4_0", "Q4_1", "Q8_0")
 FLOATS = ("F32", "F16", "BF16")
 
 
@@ -28,12 +28,12 @@ class GgufFile:
     """A GGUF model, memory-mapped. Of a model in several files, any part may be given.
 
     path: the first part. Metadata is read from the first part.
-    dequantise: all layers and tables are returned as floats, including K-quants.
+    dequantize: all layers and tables are returned as floats, including K-quants.
     Raises UserError if a file is missing, truncated, big-endian or not GGUF, and if parts do not match.
     """
 
-    def __init__(self, path: Path, *, dequantise: bool = False):
-        self._dequantise = dequantise
+    def __init__(self, path: Path, *, dequantize: bool = False):
+        self._dequantize = dequantize
         if not Path(path).is_file():
             raise UserError(f"no such file: {path}")
         parts = gguf_parts(Path(path))
@@ -114,7 +114,7 @@ class GgufFile:
         return value
 
     def float_tensor(self, name: str) -> np.ndarray:
-        """Any tensor that the gguf package can dequantise, as float32 [N, K] or [N]."""
+        """Any tensor that the gguf package can dequantize, as float32 [N, K] or [N]."""
         tensor = self._tensor(name)
         try:
             values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
@@ -127,35 +127,35 @@ class GgufFile:
     def linear(self, name: str) -> QuantizedLinear | FloatLinear:
         """The linear layer of the tensors `name`.weight and, if present, `name`.bias, without loss.
 
-        Raises UserError for block formats not listed above (K-quants, for example), unless they are dequantised.
+        Raises UserError for block formats not listed above (K-quants, for example), unless they are dequantized.
         """
         tensor = self._tensor(f"{name}.weight")
         kind = tensor.tensor_type.name
         bias = self.float_tensor(f"{name}.bias") if f"{name}.bias" in self else None
-        if kind in FLOATS or self._dequantise:
+        if kind in FLOATS or self._dequantize:
             return FloatLinear(name, self.float_tensor(tensor.name), bias)
-        if kind not in QUANTISED:
-            known = ", ".join(QUANTISED + FLOATS)
+        if kind not in QUANTIZED:
+            known = ", ".join(QUANTIZED + FLOATS)
             hint = "python -m sw.quantize makes a model of it that can be run"
             raise UserError(f"{self.path}: tensor {tensor.name} is {kind}; linear layers may be {known} ({hint})")
-        return self._quantised(name, tensor, bias)
+        return self._quantized(name, tensor, bias)
 
     def table(self, name: str) -> QuantizedLinear | np.ndarray:
-        """The rows of tensor `name`.weight, one for each token, without loss: a quantised layer, float16 or float32.
+        """The rows of tensor `name`.weight, one for each token, without loss: a quantized layer, float16 or float32.
 
         Other block formats (K-quants, for example) become float32.
         """
         tensor = self._tensor(f"{name}.weight")
         kind = tensor.tensor_type.name
-        if kind in QUANTISED and not self._dequantise:
-            return self._quantised(name, tensor)
+        if kind in QUANTIZED and not self._dequantize:
+            return self._quantized(name, tensor)
         if kind != "F16":
             return self.float_tensor(tensor.name)
         if not is_finite(tensor.data):
             raise UserError(f"{self.path}: tensor {tensor.name} holds values that are not finite")
         return np.asarray(tensor.data)
 
-    def _quantised(self, name: str, tensor: "gguf.ReaderTensor", bias: np.ndarray | None = None) -> QuantizedLinear:
+    def _quantized(self, name: str, tensor: "gguf.ReaderTensor", bias: np.ndarray | None = None) -> QuantizedLinear:
         q, scales, zero_points, bits = decode_blocks(np.asarray(tensor.data), tensor.tensor_type.name)
         return QuantizedLinear(name, q, scales, zero_points, BLOCK, bits, bias)
 

@@ -98,7 +98,7 @@ def _steps(values: np.ndarray, scales: np.ndarray, group: int) -> np.ndarray:
 def _float_rows(table: QuantizedLinear, dtype: type[np.floating]) -> Iterator[np.ndarray]:
     with np.errstate(over="ignore"):
         for rows in slices(table.n):
-            yield table.dequantise(rows).astype(dtype)
+            yield table.dequantize(rows).astype(dtype)
 
 
 def _is_lossless(table: QuantizedLinear, dtype: type[np.floating]) -> bool:

@@ -16,7 +16,7 @@ def export_parser(prog: str, description: str, source: str) -> Parser:
         "--lm-head",
         choices=HEAD_MODES,
         default=HEAD_MODES[0],
-        help="a float output layer is quantised to int8 or stays float; one that is quantised stays as it is"
+        help="a float output layer is quantized to int8 or stays float; one that is quantized stays as it is"
         " (default: %(default)s)",
     )
     return parser

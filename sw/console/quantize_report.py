@@ -11,7 +11,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from sw.awq.quantiser import FLOAT, LayerReport
+from sw.awq.quantizer import FLOAT, LayerReport
 from sw.awq.rounding import Form
 from sw.awq.sizes import Sizes
 from sw.console.output import stdout_console

@@ -2,7 +2,7 @@
 """An AutoAWQ GEMM checkpoint (Llama or Qwen2 family) as a decoder ONNX graph with its tokenizer.
 
 SRC_DIR holds config.json, tokenizer.json and *.safetensors. DIR gets model.onnx, model.onnx.data, tokenizer.json and
-config.json (shapes, stop tokens, chat template). The weights of quantised layers (see sw.checkpoints.autoawq) and of
+config.json (shapes, stop tokens, chat template). The weights of quantized layers (see sw.checkpoints.autoawq) and of
 the embedding are exact. The head becomes int8 (see sw.model.lm_head); if its original integers are in the folder (see
 sw.checkpoints.integer_tables), it gets them.
 """
@@ -42,7 +42,7 @@ def export_awq(source: Path, out: Path, *, lm_head: str = "int8", progress: Prog
 def checkpoint_source(folder: Path, settings: Settings, form: AwqFormat | None) -> DecoderSource:
     """The decoder and text of a Hugging Face folder; its layers are read later.
 
-    settings: its config.json. form: the format of its quantised layers; None if there must be none.
+    settings: its config.json. form: the format of its quantized layers; None if there must be none.
     Raises UserError like export_awq.
     """
     config = decoder_config(settings)

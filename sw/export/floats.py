@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any model as a float ONNX decoder graph, which the quantiser calibrates on and rewrites.
+"""Any model as a float ONNX decoder graph, which the quantizer calibrates on and rewrites.
 
 A GGUF file of any block format, and a Hugging Face folder with float weights (safetensors; Llama and Qwen2 families),
 become our own exporter's graph with FusedMatMul layers in float32, with its text files beside it. A tied head
@@ -8,7 +8,7 @@ multiplies with the embedding's table, which is stored once. A float ONNX export
 
 from pathlib import Path
 
-from sw.checkpoints.autoawq import quantisation
+from sw.checkpoints.autoawq import quantization
 from sw.checkpoints.gguf_reader import GgufFile
 from sw.checkpoints.huggingface import read_settings
 from sw.common.errors import UserError
@@ -23,7 +23,7 @@ from sw.graph.file import OnnxFile
 from sw.graph.linears import UNSUPPORTED
 from sw.model.source import DecoderSource
 
-QUANTISED = ("MatMulNBits", "GatherBlockQuantized", *UNSUPPORTED)
+QUANTIZED = ("MatMulNBits", "GatherBlockQuantized", *UNSUPPORTED)
 
 
 def float_model(source: str | Path, work: Path, progress: Progress | None = None) -> Path:
@@ -32,13 +32,13 @@ def float_model(source: str | Path, work: Path, progress: Progress | None = None
     source: a float ONNX file or a folder with one, a .gguf file, a folder with a float checkpoint, or the name of a
     packaged model (see sw.export.resolve). progress: called with the layers that are done and all layers. The export
     reads and writes one layer at a time; the largest object in memory is the embedding in float32.
-    Raises UserError if the source is none of these, is damaged, or is quantised already (GGUF may be quantised).
+    Raises UserError if the source is none of these, is damaged, or is quantized already (GGUF may be quantized).
     """
     path = find_model(source, floats=True)
     if path.is_dir():
         decoder = _checkpoint(path)
     elif file_kind(path) is Kind.GGUF:
-        decoder = gguf_source(GgufFile(path, dequantise=True))
+        decoder = gguf_source(GgufFile(path, dequantize=True))
     else:
         _expect_float(OnnxFile(path))
         return path
@@ -48,14 +48,14 @@ def float_model(source: str | Path, work: Path, progress: Progress | None = None
 
 def _checkpoint(folder: Path) -> DecoderSource:
     settings = read_settings(folder / "config.json", required=True)
-    found = quantisation(settings)
+    found = quantization(settings)
     if found is not None:
-        raise UserError(f"{folder} is quantised already: {found.path.name} says {str(found.get('quant_method'))[:80]}")
+        raise UserError(f"{folder} is quantized already: {found.path.name} says {str(found.get('quant_method'))[:80]}")
     return checkpoint_source(folder, settings, None)
 
 
 def _expect_float(file: OnnxFile) -> None:
     for node in file.graph.node:
-        if node.op_type in QUANTISED or dequantize_linear.matches(file, node):
-            kind = node.op_type if node.op_type in QUANTISED else "DequantizeLinear"
-            raise UserError(f"{file.path} is quantised already: {node.name or node.output[0]} has {kind} weights")
+        if node.op_type in QUANTIZED or dequantize_linear.matches(file, node):
+            kind = node.op_type if node.op_type in QUANTIZED else "DequantizeLinear"
+            raise UserError(f"{file.path} is quantized already: {node.name or node.output[0]} has {kind} weights")

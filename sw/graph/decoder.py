@@ -5,9 +5,9 @@ Inputs and outputs carry the names that onnxruntime-genai and optimum use:
     input_ids int64 [batch, sequence], attention_mask int64 [batch, total_sequence] (1 = attend),
     past_key_values.{i}.key and .value float32 [batch, kv_heads, past_sequence, head_size]
     -> logits float32 [batch, sequence, vocab], present.{i}.key and .value
-Quantised layers become MatMulNBits nodes named /model/layers.{i}/self_attn/q_proj/MatMulNBits and so on, with
+Quantized layers become MatMulNBits nodes named /model/layers.{i}/self_attn/q_proj/MatMulNBits and so on, with
 accuracy_level 0 (float32 arithmetic); their biases are separate Add nodes. The head is /lm_head/MatMulNBits. A
-quantised embedding is a GatherBlockQuantized node that shares its table with a tied head.
+quantized embedding is a GatherBlockQuantized node that shares its table with a tied head.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads DequantizeLinear(weights) -> [Cast, Transpose ->] MatMul or Gemm as quantised linear layers.
+"""Reads DequantizeLinear(weights) -> [Cast, Transpose ->] MatMul or Gemm as quantized linear layers.
 
 The weights are int4, uint4, int8 or uint8, [K, N] or, before a Transpose or Gemm's transB, [N, K]. Scales and zero
 points (absent: 0) are blocked along K (opset 21: axis, block_size), one per output row, or one for all.
@@ -22,7 +22,7 @@ BIAS = 2
 
 
 def matches(file: OnnxFile, node: onnx.NodeProto) -> bool:
-    """Whether the node is a MatMul or Gemm whose second operand is a dequantised constant."""
+    """Whether the node is a MatMul or Gemm whose second operand is a dequantized constant."""
     if node.op_type not in ("MatMul", "Gemm") or node.domain not in STANDARD:
         return False
     source, _ = _dequantize_node(file, node)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every quantised linear layer of an ONNX file, and the weights of matched parts.
+"""Every quantized linear layer of an ONNX file, and the weights of matched parts.
 
 MatMulNBits (com.microsoft)   2, 4 or 8 bits, all forms of scales and zero points: see sw.graph.matmul_nbits
 DequantizeLinear (4 or 8 bits) -> [Cast, Transpose ->] MatMul or Gemm: see sw.graph.dequantize_linear
@@ -23,7 +23,7 @@ from sw.model.linear import FloatLinear, QuantizedLinear
 from sw.model.lm_head import Linear
 from sw.model.parts import Block, Norm, Projection
 
-# Quantised products that this importer does not read, named when a model holds nothing else.
+# Quantized products that this importer does not read, named when a model holds nothing else.
 UNSUPPORTED = ("MatMulBnb4", "MatMulFpQ4", "MatMulInteger", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm", "QMoE")
 
 
@@ -37,7 +37,7 @@ class _Site:
 
 
 class Linears(Sequence[QuantizedLinear]):
-    """The quantised linear layers of a model in graph order. Weights are read at every access and not kept.
+    """The quantized linear layers of a model in graph order. Weights are read at every access and not kept.
 
     file: the ONNX file.
     """
@@ -81,7 +81,7 @@ class Linears(Sequence[QuantizedLinear]):
 
 
 def find_linears(model_path: Path | str) -> Linears:
-    """The quantised linear layers of an ONNX file. Names are the nodes' names, made unique.
+    """The quantized linear layers of an ONNX file. Names are the nodes' names, made unique.
 
     Raises UserError if the file is damaged, if no such layer is in it, or if a layer's tensors do not fit its
     attributes (the latter, like missing external data, may also surface when the layer is accessed).
@@ -100,7 +100,7 @@ def find_linears(model_path: Path | str) -> Linears:
     if not sites:
         others = sorted({node.op_type for node in file.graph.node if node.op_type in UNSUPPORTED})
         hint = f" (it has {', '.join(others)}, which are not supported)" if others else ""
-        raise UserError(f"{file.path} has no quantised linear layers{hint}")
+        raise UserError(f"{file.path} has no quantized linear layers{hint}")
     for site in sites:
         if matmul_nbits.matches(site.node):
             matmul_nbits.check(file, site.node, site.name)
@@ -131,12 +131,12 @@ def read_linear(file: OnnxFile, part: Projection) -> Linear:
     """
     node = file.producers[part.product]
     rows = slice(part.first_row, part.first_row + part.n)
-    if part.quantised:
+    if part.quantized:
         read = matmul_nbits.read if matmul_nbits.matches(node) else dequantize_linear.read
         layer = _with_separate_bias(file, read(file, node, part.name))
         return layer if part.is_whole else layer.with_rows(rows)
     form = float_form(file, node)
-    assert form is not None, "what is not quantised is float"
+    assert form is not None, "what is not quantized is float"
     weight = constant(file, node.input[1], part.name).astype(np.float32, copy=False)
     weight = np.ascontiguousarray((weight if form[2] else weight.T)[rows])
     bias = file.constant(part.bias, part.name).astype(np.float32).reshape(-1)[rows] if part.bias else None

@@ -38,7 +38,7 @@ def match_decoder(file: OnnxFile) -> Decoder | Mismatch:
     """The decoder that a graph computes, or why it is not of this shape. Reads no weights.
 
     Where a block's attention alone is made of other operators, the decoder is returned, with the reason in that block.
-    Raises UserError if the attributes of a quantised layer are damaged.
+    Raises UserError if the attributes of a quantized layer are damaged.
     """
     try:
         return _Walk(file).decoder()

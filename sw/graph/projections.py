@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every linear layer of an ONNX graph, quantised or float, without its weights: see linears and float_linears."""
+"""Every linear layer of an ONNX graph, quantized or float, without its weights: see linears and float_linears."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +15,7 @@ from sw.model.parts import Mismatch, Norm, Projection
 
 
 def find_projections(file: OnnxFile) -> Iterator[Projection]:
-    """The layers in the graph's order. Raises UserError if a quantised one's attributes or shapes do not fit."""
+    """The layers in the graph's order. Raises UserError if a quantized one's attributes or shapes do not fit."""
     for node in file.graph.node:
         found = _shape(file, node)
         if found is not None:
@@ -23,7 +23,7 @@ def find_projections(file: OnnxFile) -> Iterator[Projection]:
 
 
 def _shape(file: OnnxFile, node: onnx.NodeProto) -> tuple[int, int, int | None, bool] | None:
-    """(N, K, the node's input with a bias if it may have one, whether it is quantised) of a linear layer."""
+    """(N, K, the node's input with a bias if it may have one, whether it is quantized) of a linear layer."""
     gemm_bias = dequantize_linear.BIAS if node.op_type == "Gemm" else None
     if matmul_nbits.matches(node):
         return *matmul_nbits.shape(file, node, name_of(node)), matmul_nbits.BIAS, True
@@ -33,12 +33,12 @@ def _shape(file: OnnxFile, node: onnx.NodeProto) -> tuple[int, int, int | None, 
     return None if form is None else (form[0], form[1], gemm_bias, False)
 
 
-def _projection(file: OnnxFile, node: onnx.NodeProto, n: int, k: int, place: int | None, quantised: bool) -> Projection:
+def _projection(file: OnnxFile, node: onnx.NodeProto, n: int, k: int, place: int | None, quantized: bool) -> Projection:
     product = output = node.output[0]
     bias = read(node, place) if place is not None else ""
     if not bias and (found := separate_bias(file, product, n)):
         bias, output = found[0], found[1].output[0]
-    return Projection(name_of(node), node.input[0], product, output, k, n, 0, n, bias, quantised)
+    return Projection(name_of(node), node.input[0], product, output, k, n, 0, n, bias, quantized)
 
 
 class NotThisShape(Exception):
@@ -56,7 +56,7 @@ class Layers:
     -------
     file: the graph. projections: in its order. norms: by their output. by_input: norms by what they normalise, uncast.
 
-    Raises NotThisShape if a node has too few inputs, and UserError if a quantised layer is damaged.
+    Raises NotThisShape if a node has too few inputs, and UserError if a quantized layer is damaged.
     """
 
     def __init__(self, file: OnnxFile):

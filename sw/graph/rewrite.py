@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a float ONNX graph again with quantised linear layers, and leaves everything else of it as it is.
+"""Writes a float ONNX graph again with quantized linear layers, and leaves everything else of it as it is.
 
 A MatMul, Gemm or FusedMatMul becomes a MatMulNBits node (com.microsoft, accuracy_level 0) in its place, with its
 activations, output and bias. /model/layers.0/mlp/up_proj/MatMul is called .../up_proj/MatMulNBits then, as our own
@@ -45,7 +45,7 @@ BIAS = 2
 Progress = Callable[[int, int], None]
 
 
-def write_quantised(
+def write_quantized(
     source: Path,
     out: Path,
     layers: Mapping[str, Callable[[], QuantizedLinear]],
@@ -58,7 +58,7 @@ def write_quantised(
     """Writes model.onnx and model.onnx.data into directory `out`, complete or not at all; returns the former's path.
 
     source: the float ONNX file. layers: name of a node (of its first output, if it has none) -> a function that returns
-    its quantised layer; called once, in the graph's order. Of a layer q, scales and zero points are written; what the
+    its quantized layer; called once, in the graph's order. Of a layer q, scales and zero points are written; what the
     graph adds to the product stays its bias. Layers of 3 bits are stored in fields of 4.
     updates: name of an initializer, or of a tensor that a node makes of constants -> its new value, of the same shape.
     metadata: properties of the ONNX model, added to those it has. progress: called with steps done, and steps in all:
@@ -115,7 +115,7 @@ class _Rewriter(GraphBuilder):
         """A MatMulNBits node in place of a float one."""
         weight = self._weight(node)
         if (layer.n, layer.k) != (weight.n, weight.k):
-            self._refuse(node, f"its weight is {[weight.n, weight.k]}, and the quantised layer {[layer.n, layer.k]}")
+            self._refuse(node, f"its weight is {[weight.n, weight.k]}, and the quantized layer {[layer.n, layer.k]}")
         if layer.bits == 3:
             layer = replace(layer, bits=4)
         path, _, last = name_of(node).rpartition("/")

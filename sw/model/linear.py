@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One quantised linear layer, independent of the format of its file."""
+"""One quantized linear layer, independent of the format of its file."""
 
 from dataclasses import dataclass, replace
 
@@ -90,7 +90,7 @@ class QuantizedLinear:
         """Whether the zero points are stored as integers (float ones may still have integer values)."""
         return self.zero_points.dtype == np.uint8
 
-    def dequantise(self, rows: slice = slice(None)) -> np.ndarray:
+    def dequantize(self, rows: slice = slice(None)) -> np.ndarray:
         """The weights as float32 [N, K], or those of some rows."""
         group = np.arange(self.k) // self.group_size
         steps = self.q[rows].astype(np.float32) - self.zero_points[rows].astype(np.float32)[:, group]
@@ -103,7 +103,7 @@ class QuantizedLinear:
         """
         x = x.astype(np.float64)
         # In slices: the head of a model with 150,000 tokens would take a gigabyte in float64.
-        y = np.concatenate([x @ self.dequantise(rows).astype(np.float64).T for rows in slices(self.n)], axis=1)
+        y = np.concatenate([x @ self.dequantize(rows).astype(np.float64).T for rows in slices(self.n)], axis=1)
         return y + self.bias if self.bias is not None and self.bias_in_node else y
 
     def with_rows(self, order: np.ndarray | slice) -> "QuantizedLinear":
@@ -114,7 +114,7 @@ class QuantizedLinear:
 
 @dataclass(frozen=True, eq=False)
 class FloatLinear:
-    """A linear layer that is not quantised: weight float32 [N, K], bias float32 [N] or None."""
+    """A linear layer that is not quantized: weight float32 [N, K], bias float32 [N] or None."""
 
     name: str
     weight: np.ndarray

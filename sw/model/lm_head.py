@@ -13,7 +13,7 @@ from sw.common.errors import UserError
 from sw.model.linear import FloatLinear, QuantizedLinear
 
 HEAD_MODES = ("int8", "float")
-"""int8: a float head is quantised. float: it stays float. A head that is quantised in the file is never changed."""
+"""int8: a float head is quantized. float: it stays float. A head that is quantized in the file is never changed."""
 
 Linear = QuantizedLinear | FloatLinear
 Table = np.ndarray | QuantizedLinear
@@ -26,10 +26,10 @@ def head_layer(embedding: Table, head: Table | None, mode: str) -> Linear:
         return table
     if mode == "float":
         return FloatLinear("lm_head", table.astype(np.float32, copy=False))
-    return quantise_int8(table)
+    return quantize_int8(table)
 
 
-def quantise_int8(weight: np.ndarray, name: str = "lm_head") -> QuantizedLinear:
+def quantize_int8(weight: np.ndarray, name: str = "lm_head") -> QuantizedLinear:
     """A float16 or float32 [N, K] matrix in 8 bits, symmetric: q = 128 + rint(w / s), s = max|w| / 127 of a group.
 
     The group size is 128 if K is a multiple of 128, else 64 if K is a multiple of 64, else 32. No weight changes by

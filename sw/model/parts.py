@@ -50,7 +50,7 @@ class Projection:
     first_row: of these rows among the node's.
     rows: out_features of the node.
     bias: constant of the node's rows that the node or an Add after it adds; or "".
-    quantised: whether the weights are integers with scales.
+    quantized: whether the weights are integers with scales.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Projection:
     first_row: int = 0
     rows: int = 0
     bias: str = ""
-    quantised: bool = False
+    quantized: bool = False
 
     @property
     def is_whole(self) -> bool:

@@ -22,7 +22,7 @@ from sw.runtime.placement import Batch, place
 from sw.runtime.usage import Usage
 
 BLOCK = 64
-"""Tokens of one call where no hardware says how many."""
+"""Most tokens of one call without hardware, which would set the limit."""
 Progress = Callable[[int, int, str], None]
 
 
@@ -32,15 +32,15 @@ class Decoder:
     Parameters
     ----------
     path: the ONNX file. Its inputs are input_ids, and attention_mask, position_ids and a KV cache where it has them.
-    device: computes every quantised linear layer; None: onnxruntime computes them as well, in float32.
+    device: computes every quantized linear layer; None: onnxruntime computes them as well, in float32.
     context: tokens that the cache holds.
-    progress: called with (layers done, of all, name) while weights are packed into the device's memory.
+    progress: called with (layers done, layers in all, name) while weights are packed into the device's memory.
 
     Members
     -------
     block: most tokens of one call.
-    context, length: tokens that the cache can hold, and does.
-    usage: sums since it was opened.
+    context, length: tokens that the cache can hold, and tokens that it holds.
+    usage: sums since the decoder was opened.
 
     Raises UserError for graphs that are no decoder, and for layers that the device cannot run.
     """
@@ -55,7 +55,7 @@ class Decoder:
         self.context, self.length = context, 0
         self.usage = Usage()
         self._inputs = {item.name: tensor_type(item) for item in file.inputs}
-        # Cutting the graph takes care that only the logits asked for are computed where a device has the head.
+        # If a device computes the head, cutting the graph ensures that only the requested logits are computed.
         self._fixed = {
             item.name: OrtValue.ortvalue_from_numpy(
                 all_logits(len(item.type.tensor_type.shape.dim)).astype(DTYPES[self._inputs[item.name]])
@@ -66,13 +66,13 @@ class Decoder:
         self._logits = logits_name(file)
         self._cache = KvCache(file, context)
         self._check_inputs()
-        # (tokens, last token alone) -> tensors that such a call always has in the same place.
+        # (tokens, last token alone) -> tensors that have the same place in every such call.
         self._places: dict[tuple[int, bool], dict[str, OrtValue]] = {}
         stages = cut(file, linears.nodes if linears else [], [self._logits, *self._cache.outputs])
         constants = Constants(file, stages)
         types = dict(self._inputs)
         self._steps: list[tuple[StageSession | None, Batch | None]] = []
-        # After so many stages the cache is complete.
+        # The number of stages after which the cache is complete.
         self._cache_steps = done = 0
         for stage in stages:
             session = open_stage(file, stage, constants, types) if stage.nodes else None
@@ -94,15 +94,15 @@ class Decoder:
                 progress(done, len(linears), linears.names[index])
             layers.append(place(device, linears[index]))
             done += 1
-        # Nobody else reads the logits, so what nobody asked for need not be computed.
+        # Only the caller reads the logits, so those that it did not request need not be computed.
         heads = frozenset(layer.name for layer in layers if layer.output_name == self._logits)
         return Batch(device, layers, heads, frozenset(stage.outputs)), done
 
     def forward(self, ids: Sequence[int], every: bool = False) -> np.ndarray:
         """The logits after each of 1 to `block` more tokens if `every`, else after the last: float32 [M or 1, vocab].
 
-        Raises UserError if they are too many for one call or for the context, or if a layer's activations are not
-        finite. After an exception the cache is that of before.
+        Raises UserError if the tokens are too many for one call or for the context, or if a layer's activations are not
+        finite. An exception leaves the cache as it was before the call.
         """
         values = self._run(ids, every, len(self._steps))
         start = time.perf_counter()
@@ -113,13 +113,13 @@ class Decoder:
         return logits
 
     def prefill(self, ids: Sequence[int]) -> None:
-        """Appends 1 to `block` tokens whose logits nobody wants: computes what the cache needs, which is neither the
-        head nor what is behind the last block's keys and values. Raises UserError as `forward`.
+        """Appends 1 to `block` tokens without computing logits: computes only what the cache needs, so neither the head
+        nor anything after the last block's keys and values. Raises UserError as `forward`.
         """
         self._run(ids, False, self._cache_steps)
 
     def _run(self, ids: Sequence[int], every: bool, steps: int) -> dict[str, OrtValue]:
-        """All tensors after the first stages, as many as `steps`, with the batches between them."""
+        """Runs the first `steps` stages and the batches between them; returns all tensors."""
         tokens, total = len(ids), self.length + len(ids)
         if not 1 <= tokens <= self.block:
             raise UserError(f"a call takes 1 to {self.block} tokens, not {tokens}")
@@ -141,12 +141,12 @@ class Decoder:
         return values
 
     def reset(self) -> None:
-        """Forgets all tokens."""
+        """Empties the cache."""
         self._cache.reset()
         self.length = 0
 
     def close(self) -> None:
-        """Gives sessions and buffers of the host back; what is in the device's memory goes with the device."""
+        """Frees sessions and buffers of the host. Closing the device frees the buffers in its memory."""
         self._steps.clear()
         self._places.clear()
 

@@ -203,7 +203,7 @@ def test_no_limit(copied, monkeypatch, capsys):
     configure(copied, max_position_embeddings=None)
     monkeypatch.setattr(decoder_setup, "rotary_table", lambda node: "")
     arguments = ["--model", str(copied), "--prompt", "Hi", "--device", "onnxruntime"]
-    with pytest.raises(UserError, match=r"--context is at most what the model was made for \(1,048,576 tokens\)"):
+    with pytest.raises(UserError, match=r"--context is at most the model's own context \(1,048,576 tokens\)"):
         generate.main([*arguments, "--context", str(10**15)])
 
     def no_memory(*_, context, **__):
@@ -375,7 +375,7 @@ BAD = {
     "no context": (["--prompt", "a", "--context", "-3"], "--context is 1 or more, not -3"),
     "long context": (
         ["--prompt", "a", "--context", "33"],
-        r"--context is at most what the model was made for \(32 tokens\), not 33",
+        r"--context is at most the model's own context \(32 tokens\), not 33",
     ),
     "long prompt": (
         ["--prompt", "a" * 50],
@@ -447,14 +447,14 @@ def test_bad_input_of_the_command(model):
     assert err == "error: the prompt has 101 tokens, more than the model's context holds (32)\n"
 
 
-def test_model_without_quantised_layers(copied):
+def test_model_without_quantized_layers(copied):
     """A device has nothing to do with it."""
     graph = onnx.load(copied)
     for node in graph.graph.node:
         if node.op_type == "MatMulNBits":
             node.domain = "elsewhere"
     onnx.save(graph, copied)
-    with pytest.raises(UserError, match="has no quantised linear layers"):
+    with pytest.raises(UserError, match="has no quantized linear layers"):
         generate.main(["--model", str(copied), "--prompt", "Hi", "--device", "reference"])
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quantiser's command line on small decoders: what it writes, what it reports, and what it refuses."""
+"""The quantizer's command line on small decoders: what it writes, what it reports, and what it refuses."""
 
 import json
 import math
@@ -14,9 +14,10 @@ import numpy as np
 import onnx
 import pytest
 
-from sw import generate, perplexity, quantize
+from sw import generate, perplexity
 from sw import layers as sw_layers
-from sw.awq.quantiser import LayerReport, quantise
+from sw import quantize as sw_quantize
+from sw.awq.quantizer import LayerReport, quantize
 from sw.awq.rounding import Form, nearest
 from sw.awq.sizes import Sizes
 from sw.common.errors import UserError
@@ -63,7 +64,7 @@ def texts(tmp_path_factory):
 
 def run(capsys, source, out, *options) -> dict:
     """The command in this process: its JSON."""
-    assert quantize.main([str(source), "--out", str(out), *SMALL, *map(str, options), "--json"]) == 0
+    assert sw_quantize.main([str(source), "--out", str(out), *SMALL, *map(str, options), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -215,9 +216,9 @@ def test_held_out(source, tmp_path, monkeypatch, capsys):
 
     def spy(file, form, texts, *arguments, **options):
         seen.append(texts)
-        return quantise(file, form, texts, *arguments, **options)
+        return quantize(file, form, texts, *arguments, **options)
 
-    monkeypatch.setattr(quantize, "quantise", spy)
+    monkeypatch.setattr(sw_quantize, "quantize", spy)
     (tmp_path / "text").write_text(TEXT)
     options = ("--calibration", tmp_path / "text", "--length", CONTEXT, "--calibration-windows", 1000)
     report = run(capsys, source, tmp_path / "out", *options)
@@ -227,13 +228,13 @@ def test_held_out(source, tmp_path, monkeypatch, capsys):
     assert (texts.calibration, texts.evaluation) == (whole[:-3], whole[-3:])
     assert report["calibration"]["tokens"] == len(whole[:-3]) * CONTEXT
     assert report["evaluation"]["windows"] == [CONTEXT] * 3
-    assert report["evaluation"]["text"].endswith("a part that was not calibrated on")
+    assert report["evaluation"]["text"].endswith("a part that calibration did not use")
 
 
 def test_table(source, texts, tmp_path, capsys):
-    assert quantize.main([str(source), "--out", str(tmp_path / "out"), *SMALL, *texts]) == 0
+    assert sw_quantize.main([str(source), "--out", str(tmp_path / "out"), *SMALL, *texts]) == 0
     output = capsys.readouterr()
-    for words in ("layers.0.self_attn.q_proj", "round to nearest", "MB quantised", "lm_head int8 in all"):
+    for words in ("layers.0.self_attn.q_proj", "round to nearest", "MB quantized", "lm_head int8 in all"):
         assert words in output.out
     assert "calibrating: " in output.err and "min left" in output.err
 
@@ -244,7 +245,7 @@ def test_onnx_source(texts, tmp_path, capsys):
     text_files = float_model(tmp_path / "m.gguf", tmp_path / "export").parent
     folder = tmp_path / "optimum"
     folder.mkdir()
-    shutil.copyfile(ROOT / "tests/sw/fixtures/data/optimum_qwen2_unquantised.onnx", folder / "model.onnx")
+    shutil.copyfile(ROOT / "tests/sw/fixtures/data/optimum_qwen2_unquantized.onnx", folder / "model.onnx")
     shutil.copyfile(text_files / "tokenizer.json", folder / "tokenizer.json")
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     report = run(capsys, folder, tmp_path / "out", *texts)
@@ -263,19 +264,19 @@ def test_nothing_is_left(source, texts, tmp_path, monkeypatch):
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    for name in ("quantise", "write_json"):
+    for name in ("quantize", "write_json"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(quantize, name, lambda *_, **__: stop())
-            quantize.main([str(source), "--out", str(tmp_path / "a" / "out"), *SMALL, *texts])
+            patch.setattr(sw_quantize, name, lambda *_, **__: stop())
+            sw_quantize.main([str(source), "--out", str(tmp_path / "a" / "out"), *SMALL, *texts])
         assert list(tmp_path.iterdir()) == []
 
 
 BAD = {
     "no source": (["nowhere"], "no such model: nowhere .*"),
     "damaged": (["damaged.gguf"], "damaged.gguf is not a complete GGUF file .*"),
-    "quantised onnx": (["quantised"], "quantised/model.onnx is quantised already: .* has MatMulNBits weights"),
-    "quantised folder": (["autoawq"], "autoawq is quantised already: .*awq"),
-    "not empty": (["m.gguf", "--out", "quantised"], "quantised exists and is not empty"),
+    "quantized onnx": (["quantized"], "quantized/model.onnx is quantized already: .* has MatMulNBits weights"),
+    "quantized folder": (["autoawq"], "autoawq is quantized already: .*awq"),
+    "not empty": (["m.gguf", "--out", "quantized"], "quantized exists and is not empty"),
     "a file": (["m.gguf", "--out", "text"], "text exists and is not a directory"),
     "group": (["m.gguf", "--group-size", "48"], r"argument --group-size: invalid choice: 48 .*"),
     "bits": (["m.gguf", "--bits", "2"], r"argument --bits: invalid choice: 2 .*"),
@@ -297,17 +298,17 @@ BAD = {
     "no UTF-8": (["m.gguf", "--perplexity", "latin"], "latin is not UTF-8"),
     "same text": (
         ["m.gguf", "--calibration", "text", "--perplexity", "text"],
-        "--perplexity text is the text that is calibrated on: name another, or none",
+        "--perplexity text is the calibration text: name another, or none",
     ),
     "same content": (
         ["m.gguf", "--calibration", "text", "--perplexity", "copy"],
-        "--perplexity copy is the text that is calibrated on: .*",
+        "--perplexity copy is the calibration text: .*",
     ),
-    "both stdin": (["m.gguf", "--calibration", "-", "--perplexity", "-"], "--perplexity - is the text .*"),
+    "both stdin": (["m.gguf", "--calibration", "-", "--perplexity", "-"], "--perplexity - is the calibration text.*"),
     "windows": (["m.gguf", "--windows", "0"], "--windows is 1 or more, not 0"),
     "calibration windows": (["m.gguf", "--calibration-windows", "0"], "--calibration-windows is 1 or more, not 0"),
     "length": (["m.gguf", "--length", "1"], "--length is 2 or more, not 1: .*"),
-    "long": (["m.gguf", "--length", "33"], r"--length is at most what the model was made for \(32 tokens\), not 33"),
+    "long": (["m.gguf", "--length", "33"], r"--length is at most the model's own context \(32 tokens\), not 33"),
     "no layers": (["empty_graph"], ".* has no float linear layers .*"),
     "no tokenizer": (["mute.onnx"], ".* has no tokenizer.json, .*"),
 }
@@ -319,7 +320,7 @@ def workshop(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     write_gguf(folder / "m.gguf")
     (folder / "damaged.gguf").write_bytes((folder / "m.gguf").read_bytes()[:5000])
-    quantised = export_gguf(folder / "m.gguf", folder / "quantised")
+    quantized = export_gguf(folder / "m.gguf", folder / "quantized")
     make_checkpoint(folder / "autoawq")
     for name, text in {"text": TEXT, "copy": TEXT, "empty": " \n", "short": "a b c", "letter": "a"}.items():
         (folder / name).write_text(text)
@@ -331,9 +332,9 @@ def workshop(tmp_path_factory):
     graph = onnx.helper.make_graph([identity], "g", items[:1], items[1:])
     (folder / "empty_graph").mkdir()
     onnx.save(onnx.helper.make_model(graph), folder / "empty_graph" / "model.onnx")
-    shutil.copyfile(quantised.parent / "tokenizer.json", folder / "empty_graph" / "tokenizer.json")
+    shutil.copyfile(quantized.parent / "tokenizer.json", folder / "empty_graph" / "tokenizer.json")
     (folder / "alone").mkdir()
-    shutil.copyfile(ROOT / "tests/sw/fixtures/data/optimum_qwen2_unquantised.onnx", folder / "mute.onnx")
+    shutil.copyfile(ROOT / "tests/sw/fixtures/data/optimum_qwen2_unquantized.onnx", folder / "mute.onnx")
     return folder
 
 
@@ -342,7 +343,7 @@ def test_bad_input(arguments, message, workshop, monkeypatch, capsys):
     monkeypatch.chdir(workshop)
     before = sorted(workshop.iterdir())
     with pytest.raises(UserError) as refused:
-        quantize.main([*arguments, *([] if "--out" in arguments else ["--out", "out"])])
+        sw_quantize.main([*arguments, *([] if "--out" in arguments else ["--out", "out"])])
     assert re.fullmatch(message, str(refused.value)), str(refused.value)
     assert "\n" not in str(refused.value)
     assert capsys.readouterr().out == ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real shapes through the quantiser: AWQ's quality on SmolLM2, and the memory for Qwen2.5-0.5B's shape."""
+"""Real shapes through the quantizer: AWQ's quality on SmolLM2, and the memory for Qwen2.5-0.5B's shape."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
 """It runs in a separate process, because a peak is that of the whole life of a process; in KiB."""
 
 
-def quantise(*arguments: object) -> tuple[dict, int]:
+def quantize(*arguments: object) -> tuple[dict, int]:
     """The command's report, and its largest resident memory in bytes."""
     command = [sys.executable, "-c", PEAK, *map(str, arguments), "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -38,7 +38,7 @@ def test_smollm2(tmp_path):
     """On a text that is not the calibration text, AWQ recovers more than half of the loss of rounding to nearest, in
     less than 3 GB. An export to AutoAWQ and back keeps every q, zero point and scale.
     """
-    report, peak = quantise("smollm2", "--out", tmp_path / "onnx")
+    report, peak = quantize("smollm2", "--out", tmp_path / "onnx")
     assert report["recovered"] > 0.5
     assert peak < 3e9
     assert len(report["layers"]) == 210 and all(layer["fold"] for layer in report["layers"])
@@ -55,7 +55,7 @@ def test_smollm2(tmp_path):
 def test_qwen_shape(tmp_path):
     """24 blocks of Qwen2.5-0.5B's shape, random weights: memory holds a block and the head, not the whole model."""
     write_float(tmp_path / "float", QWEN2_5_0_5B)
-    report, peak = quantise(
+    report, peak = quantize(
         tmp_path / "float", "--out", tmp_path / "out", "--calibration-windows", 4, "--windows", 1, "--method", "awq"
     )
     assert peak < 4e9

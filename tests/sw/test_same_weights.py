@@ -50,10 +50,10 @@ def test_same_text_in_hardware(capsys):
 
 def test_same_weights():
     """The layers hold the same integers and scales; equal text alone would not show this."""
-    dequantised = {}
+    dequantized = {}
     for name in FORMATS:
         linears = find_linears(resolve_model(FOLDER / name))
-        weights = [layer.dequantise() for layer in linears if not layer.name.startswith("/lm_head")]
-        dequantised[name] = np.concatenate([np.sort(w, axis=None) for w in weights if len(w) == 96])
+        weights = [layer.dequantize() for layer in linears if not layer.name.startswith("/lm_head")]
+        dequantized[name] = np.concatenate([np.sort(w, axis=None) for w in weights if len(w) == 96])
     for name in FORMATS[1:]:
-        assert np.array_equal(dequantised[name], dequantised[FORMATS[0]])
+        assert np.array_equal(dequantized[name], dequantized[FORMATS[0]])

@@ -85,8 +85,8 @@ def test_qwen2_complete(tmp_path):
 def test_float_shape_is_qwen2s():
     """The same parameters as plain weights: 988 MB in BF16."""
     tensors = {tensor.name: tensor for tensor in _tensors(QWEN2_5_0_5B_FLOAT, "BF16", np.random.default_rng(0))}
-    quantised = [tensor.name for tensor in _tensors(QWEN2_5_0_5B, "F16", np.random.default_rng(0))]
-    plain = [name for name in quantised if not name.endswith(("qzeros", "scales"))]
+    quantized = [tensor.name for tensor in _tensors(QWEN2_5_0_5B, "F16", np.random.default_rng(0))]
+    plain = [name for name in quantized if not name.endswith(("qzeros", "scales"))]
     assert list(tensors) == [name.replace(".qweight", ".weight") for name in plain]
     assert sum(tensor.size for tensor in tensors.values()) == 2 * 494_032_768
     assert tensors["model.layers.23.mlp.down_proj.weight"].shape == (896, 4864)
@@ -113,5 +113,5 @@ def test_float_checkpoint(dtype, name, tmp_path):
 def test_dtype_needs_float(tmp_path):
     bad = run_cli("sw.synthetic", "--out", str(tmp_path / "a"), "--dtype", "F16")
     assert (bad.returncode, bad.stdout) == (2, "")
-    assert bad.stderr == "error: --dtype F16 needs --float: the other checkpoint has the real one's types\n"
+    assert bad.stderr == "error: --dtype F16 needs --float: the AutoAWQ checkpoint has the real one's types\n"
     assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hw.spec.config import SCALE_BITS, AcceleratorConfig
-from hw.spec.numerics.block_float import BLOCK, BlockFloat, quantise
+from hw.spec.numerics.block_float import BLOCK, BlockFloat, quantize
 from hw.spec.numerics.float32 import add, mul
 from hw.spec.numerics.functions import UNIT_BITS, exp
 from hw.spec.numerics.linear import quantise_activations, to_float32
@@ -43,12 +43,12 @@ def cache_keys(keys: np.ndarray, centre: np.ndarray, key_bits: int) -> BlockFloa
 
     The difference is rounded to float32. ``key_bits`` is 8 or 16. Raises NumericsError if a difference is not finite.
     """
-    return quantise(add(keys, -centre), key_bits, spread=key_spread(key_bits))
+    return quantize(add(keys, -centre), key_bits, spread=key_spread(key_bits))
 
 
 def cache_values(values: np.ndarray) -> BlockFloat:
     """Values, float32 [..., D], as the cache holds them. Raises NumericsError if one is not finite."""
-    return quantise(values, VALUE_BITS)
+    return quantize(values, VALUE_BITS)
 
 
 def scores(
@@ -114,7 +114,7 @@ def _chunk(config: AcceleratorConfig, p: np.ndarray, values: BlockFloat) -> np.n
     columns = []
     for group in range(values.exponents.shape[-1]):
         scaled = to_float32(p, values.exponents[:, group] - UNIT_BITS)
-        activations = quantise(scaled, config.activation_bits, block=CHUNK)
+        activations = quantize(scaled, config.activation_bits, block=CHUNK)
         total = _product(activations.mantissas, values.mantissas[:, group * BLOCK : (group + 1) * BLOCK])
         columns.append(to_float32(total, activations.exponents))
     return np.concatenate(columns, axis=-1)

@@ -39,7 +39,7 @@ class BlockFloat(NamedTuple):
         )
 
 
-def quantise(x: np.ndarray, bits: int, block: int = BLOCK, spread: int | None = None) -> BlockFloat:
+def quantize(x: np.ndarray, bits: int, block: int = BLOCK, spread: int | None = None) -> BlockFloat:
     """Round float32 ``x`` [..., N] to mantissas of ``bits`` bits, in groups of ``block`` along N.
 
     The last group may be shorter. Subnormal numbers count as zero. With ``spread``, an exponent below the largest one

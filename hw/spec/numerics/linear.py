@@ -34,7 +34,7 @@ class Weights(NamedTuple):
     """A layer's weights as integers: ``w[n, k] = (q * 2**f - z) * sm * 2**(E - 15 - f)``."""
 
     q: np.ndarray
-    """uint8 [N, K]: quantised weights."""
+    """uint8 [N, K]: quantized weights."""
     zero_points: np.ndarray
     """int64 [N, G]: zero points, in units of ``2**-f``."""
     scale_mantissas: np.ndarray
@@ -89,7 +89,7 @@ def quantise_activations(config: AcceleratorConfig, x: np.ndarray) -> Activation
     return Activations(np.rint(np.ldexp(x, -exponents[:, None])).astype(np.int64), exponents)
 
 
-def quantise_scales(scales: np.ndarray, bits: int = SCALE_BITS) -> tuple[np.ndarray, np.ndarray]:
+def quantize_scales(scales: np.ndarray, bits: int = SCALE_BITS) -> tuple[np.ndarray, np.ndarray]:
     """Scale mantissas (int64 [N, G]) and row exponents (int64 [N]) of float scales [N, G]; either sign is legal.
 
     A scale becomes ``sm * 2**(E - 15)`` with ``sm`` of at most ``bits`` bits, its sign included. ``E[n]`` is the
@@ -112,7 +112,7 @@ def quantise_scales(scales: np.ndarray, bits: int = SCALE_BITS) -> tuple[np.ndar
     return np.rint(np.ldexp(scales, SCALE_BITS - 1 - exponents[:, None])).astype(np.int64), exponents
 
 
-def quantise_zero_points(config: AcceleratorConfig, zero_points: np.ndarray) -> np.ndarray:
+def quantize_zero_points(config: AcceleratorConfig, zero_points: np.ndarray) -> np.ndarray:
     """Zero points [N, G] as int64 in units of ``2**-f``. Integers are kept exactly; fixed ones round half to even.
 
     Raises
@@ -125,7 +125,7 @@ def quantise_zero_points(config: AcceleratorConfig, zero_points: np.ndarray) -> 
 
 
 def round_zero_points(config: AcceleratorConfig, zero_points: np.ndarray) -> np.ndarray:
-    """Zero points as int64 in units of ``2**-f``, of any size. Raises NumericsError like ``quantise_zero_points``."""
+    """Zero points as int64 in units of ``2**-f``, of any size. Raises NumericsError like ``quantize_zero_points``."""
     exact = np.asarray(zero_points, np.float64) * (1 << config.fraction_bits)
     rounded = np.rint(exact)
     if config.zero_point == "integer" and (rounded != exact).any():

@@ -10,7 +10,7 @@ needs no change.
 import numpy as np
 
 from hw.spec.config import SCALE_BITS, AcceleratorConfig
-from hw.spec.numerics.linear import NumericsError, Weights, check_zero_points, quantise_scales, round_zero_points
+from hw.spec.numerics.linear import NumericsError, Weights, check_zero_points, quantize_scales, round_zero_points
 
 
 def plane_count(config: AcceleratorConfig, bits: int) -> int:
@@ -33,7 +33,7 @@ def plane_zero_points(config: AcceleratorConfig, bits: int, zero_points: np.ndar
 
     Raises
     ------
-    NumericsError : see ``plane_count`` and :func:`hw.spec.numerics.linear.quantise_zero_points`
+    NumericsError : see ``plane_count`` and :func:`hw.spec.numerics.linear.quantize_zero_points`
     """
     whole = round_zero_points(config, zero_points)
     if plane_count(config, bits) == 1:
@@ -56,14 +56,14 @@ def quantise_weights(
 
     Raises
     ------
-    NumericsError : see ``plane_zero_points`` and :func:`hw.spec.numerics.linear.quantise_scales`
+    NumericsError : see ``plane_zero_points`` and :func:`hw.spec.numerics.linear.quantize_scales`
     """
     zeros = plane_zero_points(config, bits, zero_points)
     if len(zeros) == 1:
-        mantissas, exponents = quantise_scales(scales)
+        mantissas, exponents = quantize_scales(scales)
         return [Weights(q, zeros[0], mantissas, exponents)]
     width = config.weight_bits
-    mantissas, exponents = quantise_scales(scales, SCALE_BITS - width)
+    mantissas, exponents = quantize_scales(scales, SCALE_BITS - width)
     return [
         Weights(q >> np.uint8(width), zeros[0], mantissas << width, exponents),
         Weights(q & np.uint8(config.weight_max), zeros[1], mantissas, exponents),

@@ -11,12 +11,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sw.awq.calibration import walk
 from sw.awq.graph import group_sites
-from sw.awq.quantiser import Texts, quantise
+from sw.awq.quantizer import Texts, quantize
 from sw.awq.rounding import Form
 from sw.common.errors import UserError
 from sw.graph.file import OnnxFile
 from sw.graph.float_linears import find_sites
-from sw.graph.rewrite import write_quantised
+from sw.graph.rewrite import write_quantized
 
 HIDDEN, INNER, VOCAB = 32, 48, 64
 IDS = np.random.default_rng(2).integers(0, VOCAB, 40).tolist()
@@ -126,19 +126,19 @@ def test_other_products(attributes, tmp_path):
 
 
 def test_whole(tmp_path):
-    """Layers that add their bias themselves, quantised to 8 bits and written: the logits change very little.
+    """Layers that add their bias themselves, quantized to 8 bits and written: the logits change very little.
 
     down's scale is in up's rows and in up's bias.
     """
     path = write(tmp_path / "m.onnx")
-    result = quantise(OnnxFile(path), Form(8, 32), Texts([IDS[:20], IDS[20:]]), tmp_path, int8_head=True)
+    result = quantize(OnnxFile(path), Form(8, 32), Texts([IDS[:20], IDS[20:]]), tmp_path, int8_head=True)
     assert [report.fold for report in result.reports] == ["gamma", "gamma", "up"]
     assert set(result.updates) == {"gamma", "up_bias"}
     assert result.reports[2].ratio > 0
-    written = write_quantised(path, tmp_path / "out", result.layers, result.updates, {})
+    written = write_quantized(path, tmp_path / "out", result.layers, result.updates, {})
     before, after = logits(path), logits(written)
     assert 0 < np.abs(after - before).max() < 1e-2 * np.abs(before).max()
-    no_update = write_quantised(path, tmp_path / "other", result.layers, {}, {})
+    no_update = write_quantized(path, tmp_path / "other", result.layers, {}, {})
     assert np.abs(logits(no_update) - before).max() > 0.1 * np.abs(before).max()
 
 
@@ -159,10 +159,10 @@ def test_walk_computes_the_graph(tmp_path):
 def test_refused(tmp_path):
     path = write(tmp_path / "m.onnx", cache=False)
     with pytest.raises(UserError, match="has no KV cache: export it with past_key_values as inputs"):
-        quantise(OnnxFile(path), Form(), Texts([IDS]), tmp_path)
+        quantize(OnnxFile(path), Form(), Texts([IDS]), tmp_path)
     tensors = onnx.load(write(tmp_path / "m.onnx"))
     (gate,) = (item for item in tensors.graph.initializer if item.name == "gate")
     gate.CopyFrom(numpy_helper.from_array(arrays()["gate"] * np.float32(np.inf), "gate"))
     onnx.save(tensors, tmp_path / "m.onnx")
     with pytest.raises(UserError, match="layer gate: a weight is not finite"):
-        quantise(OnnxFile(tmp_path / "m.onnx"), Form(), Texts([IDS]), tmp_path)
+        quantize(OnnxFile(tmp_path / "m.onnx"), Form(), Texts([IDS]), tmp_path)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The head of a quantised model: Q8_0 is recovered from its floats; other tables get sw.model.lm_head's int8."""
+"""The head of a quantized model: Q8_0 is recovered from its floats; other tables get sw.model.lm_head's int8."""
 
 import gguf
 import numpy as np
 import pytest
 
-from sw.awq.int8_head import quantise_head
+from sw.awq.int8_head import quantize_head
 from sw.checkpoints.gguf_reader import decode_blocks
 from sw.common.arrays import ROWS_AT_ONCE
 from sw.common.errors import UserError
-from sw.model.lm_head import quantise_int8
+from sw.model.lm_head import quantize_int8
 
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
 
@@ -21,7 +21,7 @@ def test_q8_0_is_recovered():
     weight[5, 32:64] = 0
     blocks = gguf.quants.quantize(weight.astype(np.float32), Q8_0)
     q, scales, zero_points, _ = decode_blocks(blocks, "Q8_0")
-    layer = quantise_head(gguf.quants.dequantize(blocks, Q8_0), "head")
+    layer = quantize_head(gguf.quants.dequantize(blocks, Q8_0), "head")
     assert (layer.name, layer.bits, layer.group_size) == ("head", 8, 32)
     assert np.array_equal(layer.q, q)
     assert np.array_equal(layer.scales, scales)
@@ -35,7 +35,7 @@ def test_other_tables_are_int8(k):
     values = gguf.quants.dequantize(gguf.quants.quantize(rng.standard_normal((50, 128)).astype(np.float32), Q8_0), Q8_0)
     values = np.ascontiguousarray(values[:, :k])
     values[49, 3] *= np.float32(1.001)
-    layer, expected = quantise_head(values), quantise_int8(values)
+    layer, expected = quantize_head(values), quantize_int8(values)
     assert layer.group_size == expected.group_size
     assert np.array_equal(layer.q, expected.q)
     assert np.array_equal(layer.scales, expected.scales)
@@ -46,4 +46,4 @@ def test_not_finite():
         weight = np.ones((4, 64), np.float32)
         weight[3, 63] = value
         with pytest.raises(UserError, match="layer lm_head: a weight is not finite"):
-            quantise_head(weight)
+            quantize_head(weight)

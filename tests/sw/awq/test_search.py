@@ -8,7 +8,7 @@ import pytest
 
 from sw.awq.clipping import clip
 from sw.awq.folding import Fold
-from sw.awq.quantiser import gather, search
+from sw.awq.quantizer import gather, search
 from sw.awq.rounding import ZERO_POINTS, Form, Rounded, nearest
 from sw.awq.search import RATIOS, Statistics, output_error, scaled_gram, search_scale
 
@@ -71,7 +71,7 @@ def test_scales_are_float16(form):
             assert np.array_equal(whole, np.rint(whole)) and whole.min() >= 0 and made.zero_points.max() <= form.top
             layer = made.layer("x")
             assert layer.zero_points.dtype == (np.uint8 if form.zero_point == "integer" else np.float32)
-            assert np.array_equal(layer.dequantise(), made.values())
+            assert np.array_equal(layer.dequantize(), made.values())
 
 
 def test_divided_rows():

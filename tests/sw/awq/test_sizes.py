@@ -10,7 +10,7 @@ from sw.awq.sizes import PAPER, PAPER_SMALLER, Sizes, compare, float16_bytes, wr
 from sw.checkpoints.autoawq_writer import write_autoawq_folder
 from sw.common.errors import UserError
 from sw.synthetic import QWEN2_5_0_5B, _tensors
-from tests.sw.checkpoints.test_autoawq_writer import quantised
+from tests.sw.checkpoints.test_autoawq_writer import quantized
 from tests.sw.fixtures.checkpoints import QWEN2, awq_config, read_tensors
 from tests.sw.fixtures.float_twins import DATA, float_twin
 
@@ -21,7 +21,7 @@ TABLE = 264 * 64
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_small_model(tied, tmp_path):
-    path = quantised(tmp_path, awq_config(QWEN2, tie_word_embeddings=tied), dtype="F16")
+    path = quantized(tmp_path, awq_config(QWEN2, tie_word_embeddings=tied), dtype="F16")
     before = tmp_path / "graph" / "model.onnx"
     floats = sum(values.size for values in read_tensors(tmp_path / "float").values())
     assert float16_bytes(before) == 2 * floats == 2 * (LINEAR_WEIGHTS + VECTORS + (1 if tied else 2) * TABLE)
@@ -42,19 +42,19 @@ def test_small_model(tied, tmp_path):
 
 
 def test_words():
-    assert Sizes(988_065_536, 344_750_000).line() == "988.07 MB in float16, 344.75 MB quantised: 65.11 % smaller"
+    assert Sizes(988_065_536, 344_750_000).line() == "988.07 MB in float16, 344.75 MB quantized: 65.11 % smaller"
     assert str(PAPER_SMALLER) in PAPER
 
 
 def test_the_papers_figure():
     """988 MB and 443.81 MiB are the sizes of the float16 file and of an AutoAWQ file of groups of 64, with headers."""
-    quantisation = QWEN2_5_0_5B["quantization_config"] | {"group_size": 64}
+    quantization = QWEN2_5_0_5B["quantization_config"] | {"group_size": 64}
     float_config = {key: value for key, value in QWEN2_5_0_5B.items() if key != "quantization_config"}
 
     def size(config) -> int:
         return sum(tensor.size for tensor in _tensors(config, "F16", None))  # pyright: ignore[reportArgumentType]
 
-    before, after = size(float_config), size(QWEN2_5_0_5B | {"quantization_config": quantisation})
+    before, after = size(float_config), size(QWEN2_5_0_5B | {"quantization_config": quantization})
     assert round(before / 1e6) == 988
     header = 70_000
     assert after / 2**20 < 443.81 < (after + header) / 2**20

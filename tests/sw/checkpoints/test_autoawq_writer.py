@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
-from sw.awq.int8_head import quantise_head
+from sw.awq.int8_head import quantize_head
 from sw.checkpoints.autoawq_writer import write_autoawq_folder
 from sw.checkpoints.huggingface import decoder_config, read_settings
 from sw.common.errors import UserError
@@ -23,7 +23,7 @@ from sw.export.gguf import export_gguf
 from sw.export.resolve import resolve_model
 from sw.graph.linears import find_linears
 from sw.model.linear import QuantizedLinear
-from sw.model.lm_head import quantise_int8
+from sw.model.lm_head import quantize_int8
 from sw.synthetic import write_float
 from sw.text.folder import TextFolder
 from tests.sw.export.test_gguf import write_gguf
@@ -42,7 +42,7 @@ from tests.sw.fixtures.checkpoints import (
     slow_linear,
     step,
 )
-from tests.sw.fixtures.float_twins import FOREIGN, float_twin, logits, products, quantise_all, round_to_nearest
+from tests.sw.fixtures.float_twins import FOREIGN, float_twin, logits, products, quantize_all, round_to_nearest
 from tests.sw.graph.test_rewrite import HEAD, rewritten
 
 DATA = Path(__file__).parents[1] / "fixtures" / "data"
@@ -51,11 +51,11 @@ NORM = "model.layers.1.post_attention_layernorm.weight"
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 
 
-def quantised(folder: Path, config=QWEN2, head=quantise_int8, **options) -> Path:
-    """A decoder in the quantiser's form: random 4-bit layers, an int8 head, a norm that is not exact in float16."""
+def quantized(folder: Path, config=QWEN2, head=quantize_int8, **options) -> Path:
+    """A decoder in the quantizer's form: random 4-bit layers, an int8 head, a norm that is not exact in float16."""
     write_float(folder / "float", config, seed=5, **options)
     source = float_model(folder / "float", folder / "graph")
-    layers = quantise_all(source)
+    layers = quantize_all(source)
     if head is None:
         del layers[HEAD]
     else:
@@ -90,7 +90,7 @@ def same(path: Path, other: Path) -> None:
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_round_trip(family, tied, dtype, tmp_path):
     config = awq_config(family, tie_word_embeddings=tied, head_dim=None if tied else 32)
-    path = quantised(tmp_path, config, dtype=dtype)
+    path = quantized(tmp_path, config, dtype=dtype)
     done = []
     write_autoawq_folder(path, tmp_path / "awq", lambda *counts: done.append(counts))
     assert done == sorted(done)
@@ -162,11 +162,11 @@ def test_gguf_tables(table, tied, tmp_path):
 
 
 def test_q8_0_of_a_gguf_is_kept(tmp_path):
-    """GGUF -> float -> quantised -> AutoAWQ -> ONNX: at the end the table has the blocks of the GGUF file."""
+    """GGUF -> float -> quantized -> AutoAWQ -> ONNX: at the end the table has the blocks of the GGUF file."""
     write_gguf(tmp_path / "m.gguf", table="Q8_0")
     source = float_model(tmp_path / "m.gguf", tmp_path / "float")
-    layers = quantise_all(source)
-    layers[HEAD] = quantise_head(products(source)[HEAD])
+    layers = quantize_all(source)
+    layers[HEAD] = quantize_head(products(source)[HEAD])
     path = rewritten(source, tmp_path / "onnx", layers)
     for name in ("config.json", "tokenizer.json"):
         shutil.copyfile(source.with_name(name), path.with_name(name))
@@ -181,7 +181,7 @@ def test_q8_0_of_a_gguf_is_kept(tmp_path):
 
 def test_files(tmp_path):
     """The files have the keys that transformers reads, and the text settings are unchanged."""
-    path = quantised(tmp_path)
+    path = quantized(tmp_path)
     write_autoawq_folder(path, tmp_path / "awq")
     names = ["config.json", "generation_config.json", "model.embed_tokens.weight.scales.npy"]
     names += ["model.safetensors", "tokenizer.json", "tokenizer_config.json"]
@@ -218,7 +218,7 @@ def test_rotary_scaling(place, tmp_path):
     """Llama 3.1's factors are in the graph's tables, and config.json has their description."""
     config = awq_config(LLAMA, head_dim=32, rope_theta=100.0, rope_scaling={"rope_type": "llama3", **LLAMA3})
     if place == "float":
-        path = quantised(tmp_path, config)
+        path = quantized(tmp_path, config)
     else:
         make_checkpoint(tmp_path / "in", config)
         path = export_awq(tmp_path / "in", tmp_path / "onnx")
@@ -233,9 +233,9 @@ def test_rotary_scaling(place, tmp_path):
 
 def test_layers_that_stay_float(tmp_path):
     """They are named in modules_to_not_convert; a float head that is tied stays tied."""
-    path = quantised(tmp_path, head=None)
+    path = quantized(tmp_path, head=None)
     source = tmp_path / "graph" / "model.onnx"
-    layers = {name: layer for name, layer in quantise_all(source).items() if "v_proj" not in name and name != HEAD}
+    layers = {name: layer for name, layer in quantize_all(source).items() if "v_proj" not in name and name != HEAD}
     path = rewritten(source, tmp_path / "onnx", layers)
     write_autoawq_folder(path, tmp_path / "awq")
     config = json.loads((tmp_path / "awq" / "config.json").read_text())
@@ -248,7 +248,7 @@ def test_layers_that_stay_float(tmp_path):
 
 def test_scales_are_part_of_the_checkpoint(tmp_path):
     """A change of the scales changes the name of the export in the cache."""
-    write_autoawq_folder(quantised(tmp_path), tmp_path / "awq")
+    write_autoawq_folder(quantized(tmp_path), tmp_path / "awq")
     first = resolve_model_in(tmp_path, tmp_path / "awq")
     assert resolve_model_in(tmp_path, tmp_path / "awq") == first
     os.utime(tmp_path / "awq" / "model.embed_tokens.weight.scales.npy", ns=(0, 0))
@@ -258,7 +258,7 @@ def test_scales_are_part_of_the_checkpoint(tmp_path):
 def test_biases_of_a_llama(tmp_path):
     """transformers loads them if config.json says so; for Qwen2 it always does."""
     for family, biased in ((QWEN2, True), (LLAMA, False)):
-        path = quantised(tmp_path / family["model_type"], family)
+        path = quantized(tmp_path / family["model_type"], family)
         config = json.loads(path.with_name("config.json").read_text())
         path.with_name("config.json").write_text(json.dumps(config | {"model_type": "llama"}))
         write_autoawq_folder(path, tmp_path / "awq")
@@ -268,8 +268,8 @@ def test_biases_of_a_llama(tmp_path):
 
 
 def test_head_of_four_bits(tmp_path):
-    """It is a quantised layer like the others, and the embedding, which was tied to it, becomes a float table."""
-    path = quantised(tmp_path, head=lambda weight: round_to_nearest(weight, "head"))
+    """It is a quantized layer like the others, and the embedding, which was tied to it, becomes a float table."""
+    path = quantized(tmp_path, head=lambda weight: round_to_nearest(weight, "head"))
     write_autoawq_folder(path, tmp_path / "awq")
     tensors = read_tensors(tmp_path / "awq")
     assert {"model.embed_tokens.weight", "lm_head.qweight", "lm_head.qzeros", "lm_head.scales"} <= set(tensors)
@@ -297,13 +297,13 @@ def test_same_weights(tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_a_foreign_graph(tied, tmp_path):
-    """optimum's float graph, quantised: its names are Hugging Face's, and config.json has all other settings."""
-    source = DATA / "optimum_qwen2_unquantised.onnx"
+    """optimum's float graph, quantized: its names are Hugging Face's, and config.json has all other settings."""
+    source = DATA / "optimum_qwen2_unquantized.onnx"
     if not tied:
         source = float_twin(DATA / "optimum_qwen2.onnx", tmp_path / "float.onnx")
-    layers = quantise_all(source)
+    layers = quantize_all(source)
     head = list(layers)[-1]
-    layers[head] = quantise_int8(products(source)[head])
+    layers[head] = quantize_int8(products(source)[head])
     path = rewritten(source, tmp_path / "onnx", layers)
     beside(path, intermediate_size=64 if tied else 96, tie_word_embeddings=tied)
     write_autoawq_folder(path, tmp_path / "awq")
@@ -326,9 +326,9 @@ def beside(path: Path, **changes) -> None:
 def test_layers_without_names(name, tmp_path):
     """torch.onnx keeps the names of norms and embeddings; the layers are found by their roles."""
     source = float_twin(DATA / f"{name}.onnx", tmp_path / "float.onnx")
-    layers = quantise_all(source)
+    layers = quantize_all(source)
     head = list(layers)[-1]
-    layers[head] = quantise_int8(products(source)[head])
+    layers[head] = quantize_int8(products(source)[head])
     path = rewritten(source, tmp_path / "onnx", layers)
     llama = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
     beside(path, **(llama if "llama" in name else {}))
@@ -356,7 +356,7 @@ UNKNOWN = {
 @pytest.mark.parametrize(("key", "message"), UNKNOWN.values(), ids=UNKNOWN)
 def test_what_the_format_cannot_say(key, message, tmp_path):
     """Readers would compute something else."""
-    path = quantised(tmp_path)
+    path = quantized(tmp_path)
     if key == "num_hidden_layers":
         config = json.loads(path.with_name("config.json").read_text())
         path.with_name("config.json").write_text(json.dumps(config | {key: 1}))
@@ -371,7 +371,7 @@ def test_what_the_format_cannot_say(key, message, tmp_path):
 
 def test_an_operator_in_the_way(tmp_path):
     """It is named: a layer is not taken for what it is called."""
-    path = quantised(tmp_path)
+    path = quantized(tmp_path)
     model = onnx.load(path, load_external_data=False)
     (target,) = (node for node in model.graph.node if node.name == "/model/layers.1/mlp/down_proj/MatMulNBits")
     made = onnx.helper.make_node("Tanh", [target.input[0]], ["odd"], name="odd_one")
@@ -394,7 +394,7 @@ def refused(path: Path, folder: Path, message: str) -> None:
 
 @pytest.fixture(scope="module")
 def graph(tmp_path_factory) -> Path:
-    """A float graph whose layers the tests quantise in forms that AutoAWQ does not support."""
+    """A float graph whose layers the tests quantize in forms that AutoAWQ does not support."""
     folder = tmp_path_factory.mktemp("graph")
     write_float(folder / "in", QWEN2, seed=5)
     return float_model(folder / "in", folder / "out")
@@ -440,7 +440,7 @@ FORMS = {
 
 @pytest.mark.parametrize(("name", "change", "message"), FORMS.values(), ids=FORMS)
 def test_unsupported_forms(name, change, message, graph, tmp_path):
-    layers = {key: value for key, value in quantise_all(graph).items() if key != HEAD or name == HEAD}
+    layers = {key: value for key, value in quantize_all(graph).items() if key != HEAD or name == HEAD}
     layers[name] = change(layers[name])
     path = rewritten(graph, tmp_path / "onnx", layers)
     for file in ("config.json", "tokenizer.json"):
@@ -449,7 +449,7 @@ def test_unsupported_forms(name, change, message, graph, tmp_path):
 
 
 def test_other_damage(graph, tmp_path):
-    path = rewritten(graph, tmp_path / "onnx", quantise_all(graph))
+    path = rewritten(graph, tmp_path / "onnx", quantize_all(graph))
     refused(path, tmp_path, "config.json cannot be read")
     config = json.loads(graph.with_name("config.json").read_text())
     path.with_name("config.json").write_text(json.dumps(config))
@@ -468,7 +468,7 @@ def test_other_damage(graph, tmp_path):
     ):
         path.with_name("config.json").write_text(json.dumps(config | changes))
         refused(path, tmp_path, message)
-    refused(graph, tmp_path, "has no quantised linear layers")
+    refused(graph, tmp_path, "has no quantized linear layers")
     path.with_name("config.json").write_text(json.dumps(config))
     data = path.with_name("model.onnx.data")
     data.write_bytes(data.read_bytes()[:-5000])

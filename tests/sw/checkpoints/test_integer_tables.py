@@ -15,7 +15,7 @@ from sw.checkpoints.integer_tables import float_table, integer_table, write_scal
 from sw.common.arrays import ROWS_AT_ONCE
 from sw.common.errors import UserError
 from sw.model.linear import QuantizedLinear
-from sw.model.lm_head import quantise_int8
+from sw.model.lm_head import quantize_int8
 
 NAME = "lm_head.weight"
 
@@ -24,7 +24,7 @@ def random_table(spread: float, k: int = 96, rows: int = 300) -> QuantizedLinear
     """int8 in groups of 32 or 64, scales over e^-spread to e^spread."""
     rng = np.random.default_rng(1)
     weight = rng.standard_normal((rows, k)) * np.exp(rng.uniform(-spread, spread, (rows, 1)))
-    return quantise_int8(weight.astype(np.float32))
+    return quantize_int8(weight.astype(np.float32))
 
 
 def there_and_back(table: QuantizedLinear, folder: Path) -> tuple[QuantizedLinear, str]:

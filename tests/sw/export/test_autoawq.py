@@ -99,7 +99,7 @@ def test_logits(dtype, shards, family, tied, tmp_path):
     path = export_awq(tmp_path / "in", tmp_path / "out")
     linears = find_linears(path)
     assert (len(linears), linears.names[-1], linears[-1].bits) == (7 * LAYERS + 1, "/lm_head/MatMulNBits", 8)
-    with_head = decoder_logits(tmp_path / "in", tensors, linears[-1].dequantise())
+    with_head = decoder_logits(tmp_path / "in", tensors, linears[-1].dequantize())
     logits = onnx_logits(path)
     assert relative_error(logits, with_head) < 1e-5
     assert 1e-4 < relative_error(logits, expected) < 2e-2
@@ -124,7 +124,7 @@ def test_embedding_is_exact(dtype, stored, tmp_path):
     assert np.array_equal(np.asarray(values)[0], tensors["model.embed_tokens.weight"][IDS])
 
 
-def test_layers_that_are_not_quantised(tmp_path):
+def test_layers_that_are_not_quantized(tmp_path):
     """The layers in modules_to_not_convert have a float weight, and stay float."""
     config = awq_config(quantization={"modules_to_not_convert": ["o_proj", "layers.1.mlp"]})
     tensors = make_checkpoint(tmp_path / "in", config)
@@ -141,8 +141,8 @@ def test_layers_that_are_not_quantised(tmp_path):
     assert relative_error(onnx_logits(path), decoder_logits(tmp_path / "in", tensors)) < 1e-5
 
 
-def test_quantised_head(tmp_path):
-    """AutoAWQ does not quantise the head; a head that another tool has quantised is not changed."""
+def test_quantized_head(tmp_path):
+    """AutoAWQ does not quantize the head; a head that another tool has quantized is not changed."""
     config = awq_config(tie_word_embeddings=False)
     tensors = make_checkpoint(tmp_path / "in", config)
     del tensors["lm_head.weight"]
@@ -259,7 +259,7 @@ def test_text_settings(tmp_path):
 
 ROTARY = {"rope_type": "llama3", **LLAMA3}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "float": ({"quantization_config": None}, "is not quantised: its config.json has no quantization_config"),
+    "float": ({"quantization_config": None}, "is not quantized: its config.json has no quantization_config"),
     "object": ({"quantization_config": [4]}, "quantization_config is an object, not [4]"),
     "architecture": ({"model_type": "gemma"}, "model_type 'gemma' is not supported (llama, qwen2 are)"),
     "no architecture": ({"model_type": ["qwen2"]}, "is not supported (llama, qwen2 are)"),
@@ -294,8 +294,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "stops": ({"eos_token_id": [1, -1]}, "eos_token_id is a token id or a list of them"),
 }
 REFUSED_FORMATS: dict[str, tuple[dict[str, Any], str]] = {
-    "method": ({"quant_method": "gptq"}, "is quantised by 'gptq', which is not supported (of quantised"),
-    "no method": ({"quant_method": None}, "is quantised by 'None', which is not supported"),
+    "method": ({"quant_method": "gptq"}, "is quantized by 'gptq', which is not supported (of quantized"),
+    "no method": ({"quant_method": None}, "is quantized by 'None', which is not supported"),
     "version": ({"version": "gemv"}, "is AutoAWQ's version 'gemv', and only GEMM is read"),
     "marlin": ({"version": "marlin"}, "is AutoAWQ's version 'marlin', and only GEMM is read"),
     "exllama": ({"version": "exllama"}, "is AutoAWQ's version 'exllama', and only GEMM is read"),

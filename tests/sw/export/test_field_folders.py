@@ -104,7 +104,7 @@ def test_transformers_js(exported, tmp_path, capsys):
     assert answer(folder, capsys)["ids"] == expected
     assert answer(folder / "onnx" / "model_q4.onnx", capsys)["ids"] == expected
     assert layers.main([str(folder), "--device", "reference", "--tile", "4", "--limit", "2"]) == 0
-    # The float graph is named model.onnx, and the quantiser must take it.
+    # The float graph is named model.onnx, and the quantizer must take it.
     (folder / "onnx" / "model.onnx").write_bytes(b"\x08")
     (folder / "onnx" / "model_fp16.onnx").write_bytes(b"\x08")
     assert find_model(folder).name == "model_q4.onnx"
@@ -147,7 +147,7 @@ def test_older_autoawq(tmp_path):
     (tmp_path / "old" / "quant_config.json").write_text(json.dumps(OLD))
     old, new = (resolve_model(tmp_path / name).with_name("model.onnx.data") for name in ("old", "new"))
     assert old.read_bytes() == new.read_bytes()
-    with pytest.raises(UserError, match=r"is quantised already: quant_config\.json says awq"):
+    with pytest.raises(UserError, match=r"is quantized already: quant_config\.json says awq"):
         float_model(tmp_path / "old", tmp_path / "work")
     (tmp_path / "new" / "quant_config.json").write_text(json.dumps(OLD | {"q_group_size": 64}))
     with pytest.raises(UserError, match=r"group_size is 32 in config\.json and 64 in quant_config\.json"):
@@ -161,7 +161,7 @@ def test_gptq(older, tmp_path):
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     if older:
         (tmp_path / "m" / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 128}))
-    with pytest.raises(UserError, match="is quantised by 'gptq', which is not supported"):
+    with pytest.raises(UserError, match="is quantized by 'gptq', which is not supported"):
         resolve_model(tmp_path / "m")
 
 

@@ -111,9 +111,9 @@ def test_gguf(family, kind, table, tied, tmp_path):
     assert float16_bytes(path) == 2 * sum(values.size for values in tensors.values())
 
 
-def test_gguf_is_dequantised_on_demand(tmp_path):
+def test_gguf_is_dequantized_on_demand(tmp_path):
     tensors = write_gguf(tmp_path / "m.gguf", kind="Q4_0", table="Q8_0")
-    model = GgufFile(tmp_path / "m.gguf", dequantise=True)
+    model = GgufFile(tmp_path / "m.gguf", dequantize=True)
     table = model.table("token_embd")
     assert isinstance(table, np.ndarray)
     assert np.array_equal(table, tensors["token_embd.weight"])
@@ -157,14 +157,14 @@ def _add_tensor(path: Path, name: str, values: np.ndarray) -> None:
 
 
 def test_float_onnx_is_used_unchanged(tmp_path):
-    source = DATA / "optimum_qwen2_unquantised.onnx"
+    source = DATA / "optimum_qwen2_unquantized.onnx"
     assert float_model(source, tmp_path / "out") == source
     shutil.copyfile(source, tmp_path / "model.onnx")
     assert float_model(str(tmp_path), tmp_path / "out") == tmp_path / "model.onnx"
     assert [item.name for item in tmp_path.iterdir()] == ["model.onnx"]
 
 
-QUANTISED = {
+QUANTIZED = {
     "torch_qwen2_opset18.onnx": "has MatMulNBits weights",
     "torch_qwen2_opset21.onnx": "has DequantizeLinear weights",
     "genai_qwen2_tied.onnx": "has GatherBlockQuantized weights",
@@ -173,9 +173,9 @@ QUANTISED = {
 }
 
 
-@pytest.mark.parametrize(("name", "message"), QUANTISED.items())
-def test_quantised_already(name, message, tmp_path):
-    with pytest.raises(UserError, match=f"is quantised already: .*{message}"):
+@pytest.mark.parametrize(("name", "message"), QUANTIZED.items())
+def test_quantized_already(name, message, tmp_path):
+    with pytest.raises(UserError, match=f"is quantized already: .*{message}"):
         float_model(DATA / name, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -208,12 +208,12 @@ def test_refused(tmp_path):
     data = (source / "model.safetensors").read_bytes()
     (source / "model.safetensors").write_bytes(data[:-100])
     refused(source, "model.safetensors is damaged")
-    # Quantised tensors with a config.json that does not declare them.
+    # Quantized tensors with a config.json that does not declare them.
     make_checkpoint(tmp_path / "awq")
     (tmp_path / "awq" / "config.json").write_text(json.dumps({**QWEN2, "quantization_config": None}))
     refused(tmp_path / "awq", r"has no tensor model\.layers\.0\.self_attn\.q_proj\.weight")
     for text, message in (
-        (json.dumps({**QWEN2, "quantization_config": {"quant_method": "gptq"}}), "is quantised already: .* says gptq"),
+        (json.dumps({**QWEN2, "quantization_config": {"quant_method": "gptq"}}), "is quantized already: .* says gptq"),
         (json.dumps({**QWEN2, "quantization_config": 4}), "quantization_config is an object, not 4"),
         (json.dumps({**QWEN2, "quantization_config": None, "model_type": "gemma"}), "model_type 'gemma'"),
         ("{", r"config\.json is not JSON"),

@@ -35,7 +35,7 @@ TOKENS = [*BYTES, "ab", "<|im_start|>", "<|im_end|>"]
 def write_gguf(
     path: Path, family="llama", kind="Q4_1", tied=True, pre="smollm", changes=None, table="F32", tokenizer="gpt2"
 ) -> dict[str, np.ndarray]:
-    """A small model with random weights; returns its tensors as gguf itself dequantises them.
+    """A small model with random weights; returns its tensors as gguf itself dequantizes them.
 
     kind: format of the linear layers. table: format of the embedding and, if it is not tied, of the head.
     """
@@ -145,7 +145,7 @@ def test_logits(family, kind, tied, tmp_path):
 @pytest.mark.parametrize("table", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
 @pytest.mark.parametrize("mode", ["int8", "float"])
 def test_heads(table, tied, mode, tmp_path):
-    """The head for each kind of table, and what embedding and head share; quantised weights do not change."""
+    """The head for each kind of table, and what embedding and head share; quantized weights do not change."""
     source = tmp_path / "m.gguf"
     tensors = write_gguf(source, tied=tied, kind="Q8_0", table=table)
     path = export_gguf(source, tmp_path / "out", lm_head=mode)
@@ -153,9 +153,9 @@ def test_heads(table, tied, mode, tmp_path):
     nodes = {node.name: node for node in model.graph.node}
     types = {tensor.name: onnx.helper.tensor_dtype_to_string(tensor.data_type) for tensor in model.graph.initializer}
     linears = find_linears(path)
-    quantised = table.startswith("Q")
+    quantized = table.startswith("Q")
     heads = [name for name in nodes if name.startswith("/lm_head")]
-    assert heads == ["/lm_head/MatMulNBits" if quantised or mode == "int8" else "/lm_head/FusedMatMul"]
+    assert heads == ["/lm_head/MatMulNBits" if quantized or mode == "int8" else "/lm_head/FusedMatMul"]
     (head,) = (nodes[name] for name in heads)
     assert list(head.output) == ["logits"]
 
@@ -163,7 +163,7 @@ def test_heads(table, tied, mode, tmp_path):
         return {name for node in nodes.values() if node.name.startswith(prefix) for name in node.input if name in types}
 
     shared = inputs("/lm_head") & inputs("/model/embed_tokens")
-    if not tied or table == "Q4_1" or (not quantised and mode == "int8"):
+    if not tied or table == "Q4_1" or (not quantized and mode == "int8"):
         assert shared == set()
     else:
         assert shared == inputs("/lm_head")
@@ -177,8 +177,8 @@ def test_heads(table, tied, mode, tmp_path):
     if head.op_type == "MatMulNBits":
         layer = linears[-1]
         assert (linears.names[-1], layer.output_name) == ("/lm_head/MatMulNBits", "logits")
-        assert (layer.bits, layer.group_size) == ((4 if "4" in table else 8), 32 if quantised else 64)
-        weights = layer.dequantise()
+        assert (layer.bits, layer.group_size) == ((4 if "4" in table else 8), 32 if quantized else 64)
+        weights = layer.dequantize()
         if table in ("Q8_0", "Q4_0"):
             assert np.array_equal(weights, tensors["token_embd.weight" if tied else "output.weight"])
     # The embedding's output has exactly the values of the file.
@@ -197,7 +197,7 @@ def test_weights_are_exact(kind):
     rng = np.random.default_rng(1)
     data = gguf.quants.quantize(rng.standard_normal((8, 96)).astype(np.float32), TYPES[kind])
     q, scales, zero_points, bits = decode_blocks(data, kind)
-    weights = QuantizedLinear("w", q, scales, zero_points, 32, bits).dequantise()
+    weights = QuantizedLinear("w", q, scales, zero_points, 32, bits).dequantize()
     expected = gguf.quants.dequantize(data, TYPES[kind])
     # The float zero point of Q4_1 is rounded once, to 24 bits.
     tolerance = 3e-6 if kind == "Q4_1" else 0
@@ -212,7 +212,7 @@ def test_flat_q4_1_block(value):
     block[0, 2:4] = np.frombuffer(np.float16(value).tobytes(), np.uint8)
     block[0, 4:] = 0xA7
     q, scales, zero_points, bits = decode_blocks(block, "Q4_1")
-    weights = QuantizedLinear("w", q, scales, zero_points, 32, bits).dequantise()
+    weights = QuantizedLinear("w", q, scales, zero_points, 32, bits).dequantize()
     assert np.array_equal(weights, np.full((1, 32), np.float32(np.float16(value))))
 
 

@@ -74,10 +74,10 @@ def test_smollm2_weights_are_the_files(smollm2):
     linears = find_linears(smollm2)
     down = linears[linears.names.index("/model/layers.29/mlp/down_proj/MatMulNBits")]
     expected = source.float_tensor("blk.29.ffn_down.weight")
-    assert np.abs(down.dequantise() - expected).max() < 1e-6 * np.abs(expected).max()
+    assert np.abs(down.dequantize() - expected).max() < 1e-6 * np.abs(expected).max()
     # Embedding and head are one table in Q8_0, which int8 holds exactly.
     some = slice(None, None, 16)
-    assert np.array_equal(linears[-1].dequantise(some), source.float_tensor("token_embd.weight")[some])
+    assert np.array_equal(linears[-1].dequantize(some), source.float_tensor("token_embd.weight")[some])
     assert smollm2.with_name("model.onnx.data").stat().st_size < 116e6
 
 
@@ -202,9 +202,9 @@ def test_folders_that_are_not_autoawq(tmp_path, cache):
     for quantization, message in (
         (
             None,
-            r"in is not quantised: .* no quantization_config \(python -m sw\.quantize quantises float checkpoints\)$",
+            r"in is not quantized: .* no quantization_config \(python -m sw\.quantize quantizes float checkpoints\)$",
         ),
-        ({"quant_method": "gptq"}, "is quantised by .gptq., which is not supported"),
+        ({"quant_method": "gptq"}, "is quantized by .gptq., which is not supported"),
     ):
         (source / "config.json").write_text(json.dumps({**QWEN2, "quantization_config": quantization}))
         with pytest.raises(UserError, match=message):

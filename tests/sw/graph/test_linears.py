@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every form of quantised linear layer, read by sw.graph.linears and compared with what onnxruntime computes."""
+"""Every form of quantized linear layer, read by sw.graph.linears and compared with what onnxruntime computes."""
 
 from pathlib import Path
 from typing import Any
@@ -343,7 +343,7 @@ def test_truncated_file(share, tmp_path):
 
 def test_no_layers(tmp_path):
     path = save(make_model([helper.make_node("MatMulInteger", ["x", "x"], ["y"])], {}), tmp_path)
-    with pytest.raises(UserError, match=r"no quantised linear layers \(it has MatMulInteger"):
+    with pytest.raises(UserError, match=r"no quantized linear layers \(it has MatMulInteger"):
         find_linears(path)
     with pytest.raises(UserError, match="no such file"):
         find_linears(tmp_path / "absent.onnx")

@@ -31,7 +31,7 @@ from tests.sw.fixtures.numpy_decoder import NumpyDecoder
 IDS = [3 + 7 * i for i in range(12)]
 """What `logits` runs a graph over."""
 GENAI = ["genai_qwen2_symmetric", "genai_qwen2_asymmetric", "genai_qwen2_qdq", "genai_qwen2_tied"]
-NAMED = ["optimum_qwen2", "optimum_qwen2_float16", "optimum_qwen2_unquantised"]
+NAMED = ["optimum_qwen2", "optimum_qwen2_float16", "optimum_qwen2_unquantized"]
 NAMELESS = ["torch_llama_opset20", "torch_qwen2_opset18", "torch_qwen2_opset21", "torch_qwen2_opset23"]
 NAMELESS += ["transformers_qwen2"]
 
@@ -120,7 +120,7 @@ def test_tied_builder():
 @pytest.mark.parametrize("family", [QWEN2, LLAMA], ids=["qwen2", "llama"])
 @pytest.mark.parametrize("export", ["awq", "float"])
 def test_our_exports(export, family, tied, tmp_path):
-    """Quantised and float: they compute what their parts say, of the shape that config.json says."""
+    """Quantized and float: they compute what their parts say, of the shape that config.json says."""
     config = awq_config(family, tie_word_embeddings=tied)
     if export == "awq":
         make_checkpoint(tmp_path / "in", config)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Float graphs with quantised layers put in: the layers come back exactly, and nothing else changes."""
+"""Float graphs with quantized layers put in: the layers come back exactly, and nothing else changes."""
 
 import json
 from collections.abc import Callable
@@ -13,14 +13,14 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from sw.awq.int8_head import quantise_head
+from sw.awq.int8_head import quantize_head
 from sw.checkpoints.huggingface import decoder_config, read_settings
 from sw.common.errors import UserError
 from sw.export.floats import float_model
 from sw.graph.linears import find_linears
-from sw.graph.rewrite import write_quantised
+from sw.graph.rewrite import write_quantized
 from sw.model.linear import QuantizedLinear
-from sw.model.lm_head import quantise_int8
+from sw.model.lm_head import quantize_int8
 from sw.synthetic import write_float
 from tests.sw.export.test_gguf import write_gguf
 from tests.sw.fixtures.checkpoints import (
@@ -33,14 +33,14 @@ from tests.sw.fixtures.checkpoints import (
     relative_error,
     step,
 )
-from tests.sw.fixtures.float_twins import FOREIGN, float_graph, logits, products, quantise_all, round_to_nearest
+from tests.sw.fixtures.float_twins import FOREIGN, float_graph, logits, products, quantize_all, round_to_nearest
 
 HEAD = "/lm_head/FusedMatMul"
 
 
 def rewritten(source: Path, out: Path, layers: dict[str, QuantizedLinear], updates=None, **options) -> Path:
     functions = {name: partial(lambda layer: layer, layer) for name, layer in layers.items()}
-    return write_quantised(source, out, functions, updates or {}, {"exporter": "test"}, **options)
+    return write_quantized(source, out, functions, updates or {}, {"exporter": "test"}, **options)
 
 
 def same_layers(path: Path, layers: dict[str, QuantizedLinear]) -> list[str]:
@@ -67,11 +67,11 @@ def tiny(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 def test_own_graph(dtype, tied, tmp_path):
-    """Names, layers, logits of the decoder with the quantised weights, and what has become of the float ones."""
+    """Names, layers, logits of the decoder with the quantized weights, and what has become of the float ones."""
     write_float(tmp_path / "in", awq_config(tie_word_embeddings=tied), seed=5, dtype=dtype)
     source = float_model(tmp_path / "in", tmp_path / "float")
-    layers = quantise_all(source)
-    layers[HEAD] = quantise_int8(products(source)[HEAD])
+    layers = quantize_all(source)
+    layers[HEAD] = quantize_int8(products(source)[HEAD])
     done = []
     path = rewritten(source, tmp_path / "out", layers, progress=lambda *counts: done.append(counts))
     names = same_layers(path, layers)
@@ -88,12 +88,12 @@ def test_own_graph(dtype, tied, tmp_path):
     values = read_tensors(tmp_path / "in")
     for name, layer in layers.items():
         module = name.strip("/").replace("/", ".").removesuffix(".FusedMatMul")
-        values[f"{module}.weight"] = layer.dequantise()
+        values[f"{module}.weight"] = layer.dequantize()
     if tied:
         assert "GatherBlockQuantized" in kinds
         assert "model.embed_tokens.weight" not in tensors
         assert "model.embed_tokens.qweight" in tensors
-        values["model.embed_tokens.weight"] = layers[HEAD].dequantise()
+        values["model.embed_tokens.weight"] = layers[HEAD].dequantize()
     else:
         expected = TensorProto.FLOAT16 if dtype == "F16" else TensorProto.FLOAT
         assert tensors["model.embed_tokens.weight"] == expected
@@ -108,7 +108,7 @@ def test_own_graph(dtype, tied, tmp_path):
 def test_every_exporter(name, tmp_path):
     """A float graph of every exporter: exact layers, and the logits of the same graph with these weights in floats."""
     source = float_graph(name, tmp_path)
-    layers = quantise_all(source)
+    layers = quantize_all(source)
     assert len(layers) in (9, 11, 15)
     path = rewritten(source, tmp_path / "out", layers)
     same_layers(path, layers)
@@ -117,17 +117,17 @@ def test_every_exporter(name, tmp_path):
     model = onnx.load(source)
     nodes = {node.name: node for node in model.graph.node}
     for label, layer in layers.items():
-        weight = layer.dequantise().T.astype(types[label])
+        weight = layer.dequantize().T.astype(types[label])
         tensor = numpy_helper.from_array(np.ascontiguousarray(weight), f"{label}.other")
         model.graph.initializer.append(tensor)
         nodes[label].input[1] = tensor.name
-    onnx.save(model, tmp_path / "dequantised.onnx")
-    found, expected = logits(path), logits(tmp_path / "dequantised.onnx")
+    onnx.save(model, tmp_path / "dequantized.onnx")
+    found, expected = logits(path), logits(tmp_path / "dequantized.onnx")
     assert relative_error(found, expected) < (5e-3 if half else 1e-5)
     assert relative_error(found, logits(source)) > (5e-3 if half else 1e-4)
 
 
-@pytest.mark.parametrize("name", ["optimum_qwen2_unquantised", "torch_llama_opset20"])
+@pytest.mark.parametrize("name", ["optimum_qwen2_unquantized", "torch_llama_opset20"])
 def test_transposed_table_is_shared(name, tmp_path):
     """A head that multiplies with the transposed embedding: one int8 table afterwards, and no float one."""
     source = float_graph(name, tmp_path)
@@ -137,7 +137,7 @@ def test_transposed_table_is_shared(name, tmp_path):
     model = onnx.load(source)
     if name.startswith("torch"):
         assert any(node.op_type == "Transpose" and "lm_head" in node.input[0] for node in model.graph.node)
-    layers = {head: quantise_int8(weights[head])}
+    layers = {head: quantize_int8(weights[head])}
     path = rewritten(source, tmp_path / "out", layers)
     same_layers(path, layers)
     written = onnx.load(path, load_external_data=False)
@@ -160,10 +160,10 @@ def _read(model: onnx.ModelProto) -> set[str]:
 
 
 def test_q8_0_of_a_gguf_survives(tmp_path):
-    """From the file's blocks through floats to the quantised graph, embedding and head."""
+    """From the file's blocks through floats to the quantized graph, embedding and head."""
     write_gguf(tmp_path / "m.gguf", table="Q8_0", kind="Q4_0")
     source = float_model(tmp_path / "m.gguf", tmp_path / "float")
-    layers = {HEAD: quantise_head(products(source)[HEAD])}
+    layers = {HEAD: quantize_head(products(source)[HEAD])}
     path = rewritten(source, tmp_path / "out", layers)
     same_layers(path, layers)
     assert layers[HEAD].group_size == 32
@@ -177,7 +177,7 @@ def test_q8_0_of_a_gguf_survives(tmp_path):
         lambda weight: round_to_nearest(weight, "head", 32),
         lambda weight: replace(round_to_nearest(weight, "head", 64), zero_points=np.full((264, 1), 8, np.uint8)),
         lambda weight: round_to_nearest(weight, "head", 32, 8),
-        lambda weight: replace(quantise_int8(weight), zero_points=np.full((264, 1), 127, np.uint8)),
+        lambda weight: replace(quantize_int8(weight), zero_points=np.full((264, 1), 127, np.uint8)),
     ],
     ids=["4 bits", "4 bits without zero points", "8 bits with zero points", "8 bits with others in the middle"],
 )
@@ -243,7 +243,7 @@ def test_layers_come_one_by_one(tiny, tmp_path):
         return round_to_nearest(weights[name], name)
 
     functions = {name: partial(make, name) for name in reversed(weights)}
-    write_quantised(tiny, tmp_path / "out", functions, {}, {})
+    write_quantized(tiny, tmp_path / "out", functions, {}, {})
     assert order == list(weights)
     assert sizes[-1] > 0
     assert sizes == sorted(sizes)
@@ -254,7 +254,7 @@ def test_updates(tiny, tmp_path):
     gamma = rng.uniform(0.5, 2, 64)
     bias = rng.standard_normal(64).astype(np.float32)
     names = ("model.layers.0.input_layernorm.weight", "model.layers.0.self_attn.q_proj.bias")
-    layers = quantise_all(tiny)
+    layers = quantize_all(tiny)
     path = rewritten(tiny, tmp_path / "out", layers, dict(zip(names, (gamma, bias))))
     found = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
     assert np.array_equal(found[names[0]], gamma.astype(np.float32))
@@ -315,7 +315,7 @@ def test_an_interrupted_layer_leaves_nothing(tiny, tmp_path):
 
     functions = dict.fromkeys(products(tiny), interrupt)
     with pytest.raises(KeyboardInterrupt):
-        write_quantised(tiny, tmp_path / "new" / "out", functions, {}, {})
+        write_quantized(tiny, tmp_path / "new" / "out", functions, {}, {})
     assert not list(tmp_path.iterdir())
 
 
@@ -323,7 +323,7 @@ def test_generates_from_the_result(tiny, tmp_path):
     """The whole way: text in, text out, on the exact reference device."""
     from sw.generate import main
 
-    path = rewritten(tiny, tmp_path / "out", {**quantise_all(tiny), HEAD: quantise_int8(products(tiny)[HEAD])})
+    path = rewritten(tiny, tmp_path / "out", {**quantize_all(tiny), HEAD: quantize_int8(products(tiny)[HEAD])})
     for name in ("config.json", "tokenizer.json"):
         path.with_name(name).write_bytes(tiny.with_name(name).read_bytes())
     assert json.loads(path.with_name("config.json").read_text())["num_hidden_layers"] == 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kind of node that is a linear layer, quantised in a graph of its own; and nodes that only look like one."""
+"""Every kind of node that is a linear layer, quantized in a graph of its own; and nodes that only look like one."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sw.common.errors import UserError
 from sw.graph.linears import find_linears
-from sw.model.lm_head import quantise_int8
+from sw.model.lm_head import quantize_int8
 from tests.sw.fixtures.checkpoints import relative_error
 from tests.sw.fixtures.float_twins import round_to_nearest
 from tests.sw.graph.test_rewrite import refused, rewritten, same_layers
@@ -88,7 +88,7 @@ def test_operators(nodes, tensors, rank, tmp_path):
     name = nodes[-1].name or "y"
     path = rewritten(source, tmp_path / "out", {name: layer})
     x = np.random.default_rng(9).standard_normal([2] * (rank - 1) + [32]).astype(np.float32)
-    expected = x @ layer.dequantise().T + tensors.get("b", 0)
+    expected = x @ layer.dequantize().T + tensors.get("b", 0)
     assert relative_error(run(path, x), expected) < 1e-5
     model = onnx.load(path)
     assert len(model.graph.node) == (2 if "b" in tensors else 1)
@@ -108,7 +108,7 @@ def test_half_precision(tmp_path):
     same_layers(path, {"p": layer})
     x = np.random.default_rng(9).standard_normal((1, 5, 32)).astype(np.float16)
     assert run(path, x).dtype == np.float16
-    assert relative_error(run(path, x).astype(np.float64), x @ layer.dequantise().T.astype(np.float64)) < 5e-3
+    assert relative_error(run(path, x).astype(np.float64), x @ layer.dequantize().T.astype(np.float64)) < 5e-3
     scales = layer.scales.copy()
     scales[3, 0] = 0.1
     with pytest.raises(UserError, match=r"p: a scale is 0\.100000001, which float16 does not hold exactly"):
@@ -148,7 +148,7 @@ def test_what_others_read_stays(tmp_path):
     path = rewritten(source, tmp_path / "out", {"p": layer}, {"scale": gamma / 4})
     x = np.random.default_rng(9).standard_normal((3, 32)).astype(np.float32)
     # The Identity's own value is another now; whoever reads gamma itself sees the old one.
-    expected = (x / 2) @ layer.dequantise().T + 2 * WEIGHT.sum() + (2 * x).sum()
+    expected = (x / 2) @ layer.dequantize().T + 2 * WEIGHT.sum() + (2 * x).sum()
     assert relative_error(run(path, x), expected) < 1e-5
     assert "Transpose" not in [node.op_type for node in onnx.load(path).graph.node]
 
@@ -163,7 +163,7 @@ NOT_LINEAR: dict[str, tuple[onnx.NodeProto, str]] = {
     "double": (product("MatMul", "d"), r"layer p: its weight is DOUBLE \[32, 24\], not a FLOAT"),
     "other": (product("MatMul", name="q"), "has no MatMul, Gemm or FusedMatMul named p"),
     "no product": (helper.make_node("Add", ["x", "w"], ["y"], name="p"), "has no MatMul, Gemm or FusedMatMul named p"),
-    "shape": (product("MatMul", "t"), r"layer p: its weight is \[32, 24\], and the quantised layer \[24, 32\]"),
+    "shape": (product("MatMul", "t"), r"layer p: its weight is \[32, 24\], and the quantized layer \[24, 32\]"),
 }
 
 
@@ -292,12 +292,12 @@ def test_only_rows_of_the_weight_are_shared(dtype, by_rows, tmp_path):
     model = onnx.load(source)
     model.graph.input[0].CopyFrom(helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", "sequence"]))
     onnx.save(model, source)
-    layer = quantise_int8(weight if by_rows else np.ascontiguousarray(weight.T))
+    layer = quantize_int8(weight if by_rows else np.ascontiguousarray(weight.T))
     path = rewritten(source, tmp_path / "out", {"p": layer})
     kinds = [node.op_type for node in onnx.load(path).graph.node]
     assert ("GatherBlockQuantized" in kinds) == by_rows
     ids = np.array([[3, 31, 0]])
     (found,) = onnxruntime.InferenceSession(path).run(["y"], {"ids": ids})
     assert np.asarray(found).dtype == dtype
-    expected = weight.astype(np.float64)[ids] @ layer.dequantise().T
+    expected = weight.astype(np.float64)[ids] @ layer.dequantize().T
     assert relative_error(np.asarray(found), expected) < (1e-5 if dtype == np.float32 else 2e-3)

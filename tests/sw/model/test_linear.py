@@ -46,7 +46,7 @@ def test_rows_in_another_order():
     layer = QuantizedLinear(**fields())
     order = np.random.default_rng(4).permutation(N)
     moved = layer.with_rows(order)
-    assert np.array_equal(moved.dequantise(), layer.dequantise()[order])
+    assert np.array_equal(moved.dequantize(), layer.dequantize()[order])
     assert moved.bias is not None
     assert layer.bias is not None
     assert np.array_equal(moved.bias, layer.bias[order])

@@ -69,7 +69,7 @@ def test_fixture(name):
     rough = "float16" in name
     with Decoder(path, None, context=CONTEXT) as decoder:
         assert relative(in_blocks(decoder), expected) < (1e-2 if rough else 2e-5)
-    if "unquantised" in name:
+    if "unquantized" in name:
         return
     with open_device("reference", hardware("integer")) as device:
         decoder = Decoder(path, device, context=CONTEXT)

@@ -19,7 +19,7 @@ from hw.spec.numerics.attention import (
     scores,
     weighted_values,
 )
-from hw.spec.numerics.block_float import quantise
+from hw.spec.numerics.block_float import quantize
 from hw.spec.numerics.functions import ONE, exp
 from hw.spec.numerics.linear import quantise_activations
 from hw.spec.numerics.planes import plane_count
@@ -89,7 +89,7 @@ def test_centre_is_subtracted():
     expected = [
         [exact.add(a, b ^ 1 << 31) for a, b in zip(row, bits(centre).tolist())] for row in bits(k + centre).tolist()
     ]
-    assert np.array_equal(keys.mantissas, quantise(floats(expected), 8, spread=10).mantissas)
+    assert np.array_equal(keys.mantissas, quantize(floats(expected), 8, spread=10).mantissas)
 
 
 def test_probabilities():

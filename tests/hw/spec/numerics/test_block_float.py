@@ -7,7 +7,7 @@ from math import frexp
 import numpy as np
 import pytest
 
-from hw.spec.numerics.block_float import BLOCK, quantise
+from hw.spec.numerics.block_float import BLOCK, quantize
 from hw.spec.numerics.linear import EXPONENT_MAX, EXPONENT_MIN, NumericsError
 from sim.bench.floats import floats
 from tests.hw.spec.numerics.exact import array
@@ -34,7 +34,7 @@ def sample(random: np.random.Generator, spread: int) -> np.ndarray:
 @pytest.mark.parametrize("spread", [5, 120])
 def test_against_fractions(bits: int, spread: int):
     x = sample(np.random.default_rng(bits + spread), spread)
-    result = quantise(x, bits)
+    result = quantize(x, bits)
     assert result.mantissas.shape == (40, 80)
     assert result.exponents.shape == (40, 3)
     for row, vector in enumerate(x.tolist()):
@@ -47,7 +47,7 @@ def test_against_fractions(bits: int, spread: int):
 @pytest.mark.parametrize("bits", [8, 16])
 def test_error_and_tightness(bits: int):
     x = sample(np.random.default_rng(1), 30)
-    result = quantise(x, bits)
+    result = quantize(x, bits)
     error = np.abs(result.to_float() - x)
     unit = np.ldexp(1.0, result.exponents).repeat(32, axis=1)[:, :80]
     assert (error <= unit / 2).all()
@@ -64,7 +64,7 @@ def test_the_largest_never_wraps(bits: int, sign: int):
     for factor in (1, 2.0**90, 2.0**-90):
         x = np.zeros((3, 32), np.float32)
         x[:, 5] = np.float32(sign * factor) * array(half - 0.5 - 2.0**-7, half - 0.5, half - 0.25)
-        result = quantise(x, bits)
+        result = quantize(x, bits)
         base = int(np.log2(factor))
         assert result.mantissas[:, 5].tolist() == [sign * (half - 1), sign * half // 2, sign * half // 2]
         assert result.exponents[:, 0].tolist() == [base, base + 1, base + 1]
@@ -72,7 +72,7 @@ def test_the_largest_never_wraps(bits: int, sign: int):
 
 def test_ties_are_even():
     x = array([100, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 3])
-    assert quantise(x, 8).mantissas.tolist() == [[100, 0, 2, 2, 0, -2, -2, 3]]
+    assert quantize(x, 8).mantissas.tolist() == [[100, 0, 2, 2, 0, -2, -2, 3]]
 
 
 def test_the_ends_of_float32():
@@ -82,7 +82,7 @@ def test_the_ends_of_float32():
     x[2] = 2.0**-126
     x[3] = -floats(np.uint32(0x7F7FFFFF))
     for bits, smallest in ((8, 4), (16, 4)):
-        result = quantise(x, bits)
+        result = quantize(x, bits)
         assert result.exponents[:3, 0].tolist() == [EXPONENT_MIN] * 3
         assert result.mantissas[:3, 0].tolist() == [0, 0, smallest]
         assert result.mantissas[3, 0] == -(1 << (bits - 2))
@@ -92,7 +92,7 @@ def test_the_ends_of_float32():
 def test_spread():
     """Exponents of one vector are raised to the largest minus the spread, and the mantissas fit them."""
     x = sample(np.random.default_rng(2), 20)
-    free, limited = quantise(x, 8), quantise(x, 8, spread=3)
+    free, limited = quantize(x, 8), quantize(x, 8, spread=3)
     top = free.exponents.max(axis=1, keepdims=True)
     assert ((top - free.exponents) > 3).any()
     assert (limited.exponents == np.maximum(free.exponents, top - 3)).all()
@@ -105,4 +105,4 @@ def test_refuses_what_is_not_finite(bad: float):
     x = np.zeros((2, 40), np.float32)
     x[1, 35] = bad
     with pytest.raises(NumericsError, match=r"element \(1, 35\)"):
-        quantise(x, 8)
+        quantize(x, 8)

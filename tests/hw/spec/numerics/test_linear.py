@@ -15,8 +15,8 @@ from hw.spec.numerics.linear import (
     group_sums,
     linear,
     quantise_activations,
-    quantise_scales,
-    quantise_zero_points,
+    quantize_scales,
+    quantize_zero_points,
     to_float32,
 )
 
@@ -149,7 +149,7 @@ def test_scales():
     scales[1] = [32767 / 32768, -32767 / 32768, 0, 0.25]
     scales[2] = [32767.5 / 32768, 0, 0, 0]
     scales[3] = 0
-    mantissas, exponents = quantise_scales(scales)
+    mantissas, exponents = quantize_scales(scales)
     for n, row in enumerate(scales.tolist()):
         exponent, largest = int(exponents[n]), Fraction(max(map(abs, row)))
         assert mantissas[n].tolist() == [rounded(Fraction(s) * power(15 - exponent)) for s in row]
@@ -162,10 +162,10 @@ def test_scales():
 
 
 def test_zero_points():
-    assert quantise_zero_points(CONFIG, np.array([[0, 8, 15.0]])).tolist() == [[0, 8, 15]]
+    assert quantize_zero_points(CONFIG, np.array([[0, 8, 15.0]])).tolist() == [[0, 8, 15]]
     values = [0, 8.5, -8.25, 15.99951171875, 1 / 4096, 3 / 4096, -1 / 4096, -16]
     expected = [rounded(Fraction(v) * 2048) for v in values]
-    assert quantise_zero_points(FIXED, np.array([values])).tolist() == [expected]
+    assert quantize_zero_points(FIXED, np.array([values])).tolist() == [expected]
 
 
 def test_float32():
@@ -208,17 +208,17 @@ def test_float32_flushes_to_a_zero_of_the_same_sign():
             r"exponent of token 1 is 186, .* -128 to 127",
         ),
         (lambda: quantise_activations(CONFIG, np.array([[2.0**-200]])), r"exponent of token 0 is -214, .* -128 to 127"),
-        (lambda: quantise_scales(np.array([[1, np.inf]])), r"scales are finite numbers, not inf \(row 0, group 1\)"),
-        (lambda: quantise_scales(np.array([[1.0], [2.0**130]])), r"exponent of row 1 is 131, .* -128 to 127"),
-        (lambda: quantise_scales(np.array([[2.0**-140]])), r"exponent of row 0 is -139, .* -128 to 127"),
+        (lambda: quantize_scales(np.array([[1, np.inf]])), r"scales are finite numbers, not inf \(row 0, group 1\)"),
+        (lambda: quantize_scales(np.array([[1.0], [2.0**130]])), r"exponent of row 1 is 131, .* -128 to 127"),
+        (lambda: quantize_scales(np.array([[2.0**-140]])), r"exponent of row 0 is -139, .* -128 to 127"),
         (
-            lambda: quantise_zero_points(CONFIG, np.array([[7.5]])),
+            lambda: quantize_zero_points(CONFIG, np.array([[7.5]])),
             r'^zero point 7.5 has a fraction: .* zero_point="fixed"',
         ),
-        (lambda: quantise_zero_points(CONFIG, np.array([[16]])), r"zero point 16 is outside the field's 0 to 15"),
-        (lambda: quantise_zero_points(CONFIG, np.array([[-1]])), r"zero point -1 is outside the field's 0 to 15"),
-        (lambda: quantise_zero_points(FIXED, np.array([[16]])), r"zero point 16 is outside the field's -16 to 15.9995"),
-        (lambda: quantise_zero_points(FIXED, np.array([[np.nan]])), r"zero point nan is outside every field"),
+        (lambda: quantize_zero_points(CONFIG, np.array([[16]])), r"zero point 16 is outside the field's 0 to 15"),
+        (lambda: quantize_zero_points(CONFIG, np.array([[-1]])), r"zero point -1 is outside the field's 0 to 15"),
+        (lambda: quantize_zero_points(FIXED, np.array([[16]])), r"zero point 16 is outside the field's -16 to 15.9995"),
+        (lambda: quantize_zero_points(FIXED, np.array([[np.nan]])), r"zero point nan is outside every field"),
     ],
 )
 def test_refusal_names_rule_and_value(call, message: str):

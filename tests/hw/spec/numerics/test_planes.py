@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from hw.spec.config import AcceleratorConfig
-from hw.spec.numerics.linear import Activations, NumericsError, Weights, accumulate, quantise_scales
+from hw.spec.numerics.linear import Activations, NumericsError, Weights, accumulate, quantize_scales
 from hw.spec.numerics.planes import plane_count, plane_zero_points, quantise_weights
 
 N, GROUPS, SIZE, TOKENS = 9, 3, 32, 4
@@ -44,7 +44,7 @@ def test_sum_of_planes_is_the_layer(width, bits, zero_point):
         assert plane.q.max() <= hardware.weight_max
         assert np.abs(plane.scale_mantissas).max() < 1 << 15
         assert np.array_equal(plane.exponents, planes[0].exponents)
-    mantissas, exponents = quantise_scales(scales, 16 - width)
+    mantissas, exponents = quantize_scales(scales, 16 - width)
     assert np.abs(mantissas).max() < 1 << (15 - width) and np.array_equal(exponents, planes[0].exponents)
     fixed = np.rint(zeros * 2**hardware.fraction_bits).astype(np.int64)
     steps = (q.astype(np.int64) << hardware.fraction_bits) - np.repeat(fixed, SIZE, axis=1)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantises the linear layers of a float decoder graph, block after block.
+"""Quantizes the linear layers of a float decoder graph, block after block.
 
-Each layer is calibrated with inputs that earlier, already quantised layers compute from the text, so these are the
+Each layer is calibrated with inputs that earlier, already quantized layers compute from the text, so these are the
 inputs of the final model. Besides the calibration text, other windows go through the same blocks, with the weights of
 the models to compare: float, rounded to nearest, or AWQ. Memory holds the weights of one block and the scales of all
-blocks; quantised weights are in files.
+blocks; quantized weights are in files.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from sw.awq.calibration import Step, walk
 from sw.awq.clipping import clip
 from sw.awq.folding import Fold, find_fold
 from sw.awq.graph import Group
-from sw.awq.int8_head import quantise_head
+from sw.awq.int8_head import quantize_head
 from sw.awq.rounding import Form, Rounded, nearest
 from sw.awq.search import Scale, Statistics, output_error, scaled_gram, search_scale
 from sw.awq.threads import THREADS, threaded
@@ -62,7 +62,7 @@ class LayerReport:
     -------
     name, k, n: the layer in the graph.
     error_rtn, error: mean squared error of its output on the calibration text relative to the output's mean square:
-        for rounding to nearest without scales, and for the quantised weights.
+        for rounding to nearest without scales, and for the quantized weights.
     ratio: exponent of the scale, 0 if there is none.
     fold: constant or layer that absorbs the scale; None if there is none.
     """
@@ -78,11 +78,11 @@ class LayerReport:
 
 @dataclass
 class Result:
-    """A quantised model.
+    """A quantized model.
 
     Members
     -------
-    layers: name of a node -> function that returns its layer, for sw.graph.rewrite.write_quantised.
+    layers: name of a node -> function that returns its layer, for sw.graph.rewrite.write_quantized.
     updates: name of a constant -> its new value.
     reports: results for all layers but the head, in the graph's order.
     nll: FLOAT or a method -> -ln p of every scored token, float64.
@@ -94,7 +94,7 @@ class Result:
     nll: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def quantise(
+def quantize(
     file: OnnxFile,
     form: Form,
     texts: Texts,
@@ -105,7 +105,7 @@ def quantise(
     int8_head: bool = True,
     progress: Progress = lambda done, name: None,
 ) -> Result:
-    """Quantises every float linear layer of a decoder.
+    """Quantizes every float linear layer of a decoder.
 
     method: one of METHODS. compare: further models (FLOAT or METHODS) to score on texts.evaluation; all have the same
     head. scratch: directory for files that the result's functions read. int8_head: the head becomes int8 (see
@@ -113,10 +113,10 @@ def quantise(
     Raises UserError for graphs that are not decoders or have no float linear layers, and for values that are not
     finite.
     """
-    return _Quantiser(file, form, texts, scratch, method, compare, int8_head).run(progress)
+    return _Quantizer(file, form, texts, scratch, method, compare, int8_head).run(progress)
 
 
-class _Quantiser:
+class _Quantizer:
     def __init__(
         self,
         file: OnnxFile,
@@ -157,7 +157,7 @@ class _Quantiser:
                     self._score(step, group)
                     continue
                 progress(done / total, group.sites[0].name)
-                self._quantise(step, group)
+                self._quantize(step, group)
                 done += sum(costs[site.name] for site in group.sites)
         progress(1.0, "")
         self.result.layers = {site.name: partial(self._layer, site) for site in self.body}
@@ -166,8 +166,8 @@ class _Quantiser:
         self.result.reports.sort(key=lambda report: self._order[report.name])
         return self.result
 
-    def _quantise(self, step: Step, group: Group) -> None:
-        """Quantises one group of layers, and computes their products for all windows."""
+    def _quantize(self, step: Step, group: Group) -> None:
+        """Quantizes one group of layers, and computes their products for all windows."""
         weights = [site.weight(self.file) for site in group.sites]
         statistics = gather(step.inputs(group)[: len(self.texts.calibration)])
         plain = [nearest(weight, self.form) for weight in weights]
@@ -226,13 +226,13 @@ class _Quantiser:
         return self._rounded[site.name].layer(site.name)
 
     def _head(self, site: FloatSite) -> QuantizedLinear:
-        return quantise_head(site.weight(self.file), site.name)
+        return quantize_head(site.weight(self.file), site.name)
 
     def _score(self, step: Step, group: Group) -> None:
         """Computes -ln p of the evaluation windows for every model in `compare`."""
         site = group.sites[0]
         head: Linear = self._head(site) if self.int8_head else FloatLinear(site.name, site.weight(self.file))
-        weight = head.dequantise() if isinstance(head, QuantizedLinear) else head.weight
+        weight = head.dequantize() if isinstance(head, QuantizedLinear) else head.weight
         bias = self.file.constant(site.bias, site.name).astype(np.float32).reshape(-1) if site.bias else np.float32(0)
         xs = step.inputs(group)[len(self.texts.calibration) :]
         count = len(self.texts.evaluation)
