@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Software: models in, layers through a device, text out. Needs numpy and hw.spec; never Amaranth."""
+"""Software: reads models, runs linear layers on a device, writes text. Needs numpy and hw.spec; never Amaranth."""
 
 import os
 

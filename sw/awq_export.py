@@ -3,7 +3,7 @@
 
     python -m sw.awq_export SRC_DIR --out DIR [--lm-head int8|float]
 
-What DIR gets is said in sw.export.autoawq.
+sw.export.autoawq lists the files that are written into DIR.
 """
 
 from sw.common.errors import run_cli

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m sw.bench``: simulated cycles of real layers and of whole models, and how fast the tools are.
+"""``python -m sw.bench``: simulated cycles of real layers and of whole models, and the speed of the tools.
 
-Cycles are exact and the same on every machine; seconds and cycles per second are this machine's. Useful bytes are those
-of weights, scales, zero points and row exponents without any padding; the port limit is that all ports carry such bytes
-in every cycle.
+Cycles are exact and the same on every machine; seconds and cycles per second depend on the machine. Useful bytes are
+weights, scales, zero points and row exponents without any padding. At the port limit all ports carry useful bytes in
+every cycle.
 """
 
 import argparse
@@ -46,11 +46,11 @@ MEMORIES = ("ideal", "kv260-2400", "kv260-2133")
 GEMM = (64, 768, 3072)
 """M, K and N of the tiled matrix multiplication of arXiv 2503.16731, which runs on a KV260, too."""
 GEMM_HZ = 100e6
-"""That design's clock."""
+"""Clock of the design in that paper."""
 ROW = 8
 """Layers that are measured in a row."""
 LONG = 1_000_000
-"""Beats of a layer that is measured alone only: nothing about it is left to see in a row."""
+"""A layer of at least this many beats is measured alone only: several in a row would show nothing more."""
 TIMEOUT = 1800.0
 
 
@@ -65,7 +65,7 @@ class Shape:
 
 
 class Bench:
-    """A device with room for layers of random bytes: what they are decides nothing about cycles.
+    """A device with memory for layers of random bytes. Cycles do not depend on the values.
 
     memory: preset of the memory model.
     """
@@ -79,19 +79,19 @@ class Bench:
         self.device.write(self._activations, x)
 
     def job(self, name: str, layout: LayerLayout, tokens: int) -> LinearJob:
-        """A layer in the device's memory."""
+        """Allocates a layer in the device's memory."""
         weights = self.device.alloc(weight_bytes(layout))
         self.device.write(weights, self._rng.integers(0, 256, weights.size, np.uint8))
         results = self.device.alloc(result_bytes(layout, tokens))
         return LinearJob(name, layout, tokens, weights, self._activations, results)
 
     def free(self, job: LinearJob) -> None:
-        """Gives its memory back."""
+        """Frees the job's memory."""
         self.device.free(job.weights)
         self.device.free(job.results)
 
     def run(self, jobs: Sequence[LinearJob]) -> tuple[list[Completion], dict[str, int]]:
-        """Completions, and what the performance counters counted."""
+        """Runs jobs; returns completions and the increase of each performance counter."""
         before = self.device.counters()
         completions = self.device.wait(self.device.submit(jobs), TIMEOUT)
         after = self.device.counters()
@@ -106,7 +106,7 @@ def useful_bytes(layout: LayerLayout) -> int:
 
 
 def measure_layer(bench: Bench, shape: Shape) -> dict:
-    """A layer alone, several in a row, and several in a row that share their activations."""
+    """Measures a layer alone, several in a row, and several in a row that share their activations."""
     config = bench.device.config
     layout = fit_layer(config, shape.k, shape.n, 128)
     job = bench.job(shape.name, layout, shape.tokens)
@@ -116,7 +116,7 @@ def measure_layer(bench: Bench, shape: Shape) -> dict:
     if layout.beats < LONG:
         for name, following in (("in_a_row", job), ("sharing", shared)):
             completions, _ = bench.run([job] + [following] * (ROW - 1))
-            # Those in the middle: the first has its start-up, and the last need not make room for others.
+            # Only those in the middle: the first includes the start-up, and no layer follows the last.
             inner = completions[2:-1]
             row[name] = sum(completion.cycles for completion in inner) / len(inner)
     bench.free(job)
@@ -143,7 +143,7 @@ def measure_layer(bench: Bench, shape: Shape) -> dict:
 
 
 def measure_gemm(memory: str, tile: int) -> dict:
-    """GEMM as one layer, int4 weights times activations of 16 bits; GFLOPS are 2 M K N per second at GEMM_HZ."""
+    """Measures GEMM as one layer, int4 weights times 16-bit activations; GFLOPS are 2 M K N per second at GEMM_HZ."""
     tokens, k, n = GEMM
     with (bench := Bench(AcceleratorConfig(tile=tile, max_tokens=tokens, max_k=1024), memory)).device:
         (alone,), _ = bench.run([bench.job("gemm", fit_layer(bench.device.config, k, n, 128), tokens)])
@@ -159,7 +159,7 @@ def measure_gemm(memory: str, tile: int) -> dict:
 
 
 def measure_token(bench: Bench) -> dict:
-    """All linear layers of one token of Qwen2.5-0.5B, one behind the other; every layer has weights of its own."""
+    """Measures all linear layers of one token of Qwen2.5-0.5B in sequence; every layer has weights of its own."""
     config = bench.device.config
     jobs = [
         bench.job(f"{name} {index}", fit_layer(config, k, n, 128), 1)
@@ -173,7 +173,7 @@ def measure_token(bench: Bench) -> dict:
     cycles = sum(completion.cycles for completion in completions)
     useful = sum(useful_bytes(job.layout) for job in jobs)
     rate = useful / cycles
-    # Somewhere in memory streams meet less than elsewhere.
+    # Conflicts between streams depend on the addresses.
     limit = max(bench.device.platform.memory_limit(seed) for seed in range(1, 9))
     return {
         "memory": bench.memory,
@@ -189,7 +189,7 @@ def measure_token(bench: Bench) -> dict:
 
 
 def time_builds() -> dict[str, float]:
-    """Seconds of hw.build at tile 16 and 32."""
+    """Measures the seconds of hw.build at tile 16 and 32."""
     figures = {}
     for tile in (16, 32):
         with tempfile.TemporaryDirectory() as folder:
@@ -205,7 +205,7 @@ def time_builds() -> dict[str, float]:
 
 
 def time_packing() -> dict[str, float]:
-    """Seconds of packing 0.36 G weights, those of Qwen2.5-0.5B's 24 layers."""
+    """Measures the seconds of packing 0.36 G weights, as many as Qwen2.5-0.5B's 24 layers have."""
     config = AcceleratorConfig()
     rng = np.random.default_rng(1)
     seconds = 0.0
@@ -221,7 +221,7 @@ def time_packing() -> dict[str, float]:
 
 
 def shapes(tile: int) -> Iterable[Shape]:
-    """What is measured on an array."""
+    """The layers that are measured on an array."""
     if tile == 16:
         yield from (Shape(name, 1, *shape) for name, shape in QWEN.items())
         yield Shape("lm_head", 1, *HEAD)
@@ -232,7 +232,7 @@ def shapes(tile: int) -> Iterable[Shape]:
 
 
 def measure_layers(status: Console) -> list[dict]:
-    """Single layers on every array and memory."""
+    """Measures single layers on every array and memory."""
     rows = []
     for tile, memories in ((16, MEMORIES), (32, MEMORIES[:1])):
         for memory in memories:
@@ -243,7 +243,7 @@ def measure_layers(status: Console) -> list[dict]:
 
 
 def measure_gemms(status: Console) -> list[dict]:
-    """GEMM on both arrays, and on the memory of a board that it was measured on."""
+    """Measures GEMM on both arrays, in ideal memory and in the memory of the paper's board."""
     rows = []
     for tile in (16, 32):
         for memory in MEMORIES[:2]:
@@ -253,7 +253,7 @@ def measure_gemms(status: Console) -> list[dict]:
 
 
 def measure_tokens(status: Console) -> list[dict]:
-    """A token on every memory."""
+    """Measures a token on every memory."""
     rows = []
     for memory in MEMORIES:
         status.print(f"simulating a token, memory {memory} ...")
@@ -269,7 +269,7 @@ def measure_decoders(status: Console) -> dict:
 
 
 def measure_tools(status: Console) -> dict:
-    """How long the tools take."""
+    """Measures the seconds that the tools take."""
     status.print("timing the tools ...")
     return {**time_builds(), **time_packing()}
 
@@ -281,7 +281,7 @@ PARTS: dict[str, Callable[[Console], Any]] = {
     "decoders": measure_decoders,
     "tools": measure_tools,
 }
-"""What the benchmarks measure, by name, in order."""
+"""The benchmarks' parts by name, in order."""
 
 
 def _parts(text: str) -> list[str]:
@@ -299,9 +299,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     against = parser.add_mutually_exclusive_group()
     against.add_argument(
-        "--check", action="store_true", help="fail if simulated cycles are more than docs/figures.json says"
+        "--check", action="store_true", help="fail if a count of simulated cycles is above that in docs/figures.json"
     )
-    against.add_argument("--update", action="store_true", help="write what was measured into docs/figures.json")
+    against.add_argument("--update", action="store_true", help="write the measured figures into docs/figures.json")
     return parser
 
 
@@ -325,7 +325,7 @@ def main() -> int:
 
 
 def update(report: dict) -> None:
-    """Writes the parts that are quoted into docs/figures.json."""
+    """Writes the parts that the pages quote into docs/figures.json."""
     sections = load()
     for name in report:
         if name in sections:
@@ -335,7 +335,7 @@ def update(report: dict) -> None:
 
 
 def check(report: dict) -> bool:
-    """Whether no count of simulated cycles is more than docs/figures.json says; prints what differs."""
+    """Whether no count of simulated cycles is above that in docs/figures.json; prints the differences."""
     worse, better = compare(load(), report)
     for line in worse:
         print(f"error: {line}", file=sys.stderr)

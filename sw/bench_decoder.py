@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole models under the benchmarks: cycles and host time of a token, peak memory, and whether devices agree.
+"""Benchmarks of whole models: cycles and host time of a token, peak memory, and whether devices agree.
 
     python -m sw.bench_decoder MODEL DEVICE OUT.npz [--tokens N]
 
-is what `sw.bench` starts for every device, as peak memory is that of a process: it computes a short prompt and N tokens
-one by one, and saves all logits and the figures.
+`sw.bench` starts this command once for every device, because peak memory is measured per process. The command computes
+a short prompt and N tokens one by one, and saves all logits and the figures.
 """
 
 import argparse
@@ -51,10 +51,10 @@ CAPABILITIES = {"queue_depth": QUEUE_DEPTH, "completions": COMPLETIONS}
 
 
 class InstantPlatform:
-    """Registers without an accelerator: whatever is pushed is complete at once, and nothing is computed.
+    """Registers without an accelerator: each pushed descriptor is complete at once, and nothing is computed.
 
-    With it a decoder takes what the host takes for a token beside a board, which uses no processor time. Implements
-    sw.devices.platform.Platform.
+    A decoder on it takes the host's time of a token. A board uses no processor time, so the host's time beside a board
+    is the same. Implements sw.devices.platform.Platform.
     """
 
     def __init__(self, config: AcceleratorConfig):
@@ -99,7 +99,7 @@ class InstantPlatform:
 
 
 class InstantDevice(AcceleratorDevice):
-    """The driver on such a platform."""
+    """The driver on an InstantPlatform."""
 
     name = INSTANT
 
@@ -131,15 +131,15 @@ def run(model: str, name: str, out: Path, tokens: int) -> None:
 
 
 def peak_memory() -> int:
-    """Bytes that this process has held at most, file mappings included. getrusage would count its parent's, too."""
+    """Most bytes that this process has held, file mappings included. getrusage would count its parent's, too."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return 1024 * int(line.split()[1])
-    raise UserError("this system does not say how much memory a process takes (/proc/self/status)")
+    raise UserError("this system does not report the memory of a process (/proc/self/status)")
 
 
 def measure(model: str, name: str, tokens: int) -> tuple[np.ndarray, list[Usage], int]:
-    """Logits, what each token took, and the peak memory in bytes, of a process of its own."""
+    """Runs a model in a process of its own; returns logits, figures of each token, and peak memory in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.npz"
         command = [sys.executable, "-m", "sw.bench_decoder", model, name, str(out), "--tokens", str(tokens)]
@@ -154,7 +154,7 @@ def measure(model: str, name: str, tokens: int) -> tuple[np.ndarray, list[Usage]
 def measure_host() -> list[dict]:
     """Host milliseconds of a token of SmolLM2, medians: beside a board that answers at once, and beside a simulation.
 
-    The simulation runs on the same processor and fills its caches with its own.
+    The simulation runs on the same processor and displaces the host's data from its caches.
     """
     rows = []
     for name, tokens in ((INSTANT, HOST_TOKENS), ("rtl", HOST_TOKENS // 8)):

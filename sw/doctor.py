@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m sw.doctor``: what is wrong with this board, one line each, and how to fix it."""
+"""``python -m sw.doctor``: checks this board; prints one line for each check, with a fix for each fault."""
 
 import json
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def line(finding: Finding) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: 0 if all is well, 1 if something is wrong or the self-test could not be run."""
-    parser = Parser(prog="python -m sw.doctor", description="Check this board, and say how to fix what is wrong.")
+    parser = Parser(prog="python -m sw.doctor", description="Check this board, and print a fix for each fault.")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of the lines")
     parser.add_argument(
         "--clock-mhz",

@@ -19,7 +19,7 @@ from sw.pages.tables import TABLES
 
 
 def pages(root: Path = ROOT) -> list[Path]:
-    """Every page that may quote a figure. docs/README.md is hw.docs' and has none."""
+    """Every page that may quote a figure. hw.docs writes docs/README.md, which has none."""
     return [root / "README.md", *(path for path in sorted((root / "docs").glob("*.md")) if "README" not in path.name)]
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m sw.generate``: a model answers a prompt, its linear layers on a device, the rest in onnxruntime.
+"""``python -m sw.generate``: a model answers a prompt. Its linear layers run on a device, the rest in onnxruntime.
 
     python -m sw.generate --prompt "What is the capital of France?" --max-new-tokens 8 --device rtl
 
-The text streams to stdout; afterwards a table of cycles and tokens/s (see sw.console.generate_report), or with --json
-one document instead of both. What the devices compute is the same bit for bit, so the text does not depend on them;
+The text streams to stdout, and a table of cycles and tokens/s follows (see sw.console.generate_report); --json prints
+one document instead of both. The devices' results are equal bit for bit, so the text does not depend on the device.
 ``--device onnxruntime`` runs the same graph without the accelerator's arithmetic, for comparison.
 """
 
@@ -34,7 +34,7 @@ MODEL = "smollm2"
 NEW_TOKENS = 128
 _T = TypeVar("_T")
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
+"""Exit status after Ctrl-C: 128 + SIGINT, as in shells."""
 
 
 def generate(
@@ -51,8 +51,8 @@ def generate(
     """Answers a prompt of 1 to decoder.context tokens with at most max_new_tokens more; decoder's cache is empty.
 
     choose: float32 [vocab] logits to a token id, sw.text.sampling.Sampler for example. show: called with each piece of
-    text as it comes. read, made: called with the number of prompt tokens read, of new tokens made.
-    An interrupt (Ctrl-C) is no error: what there is by then is returned. Raises UserError as the decoder does.
+    text as soon as it is known. read: called with the number of prompt tokens read. made: called with the number of new
+    tokens. After an interrupt (Ctrl-C) the function returns the answer so far. Raises UserError as the decoder does.
     """
     answer, stream = Answer(list(prompt_ids)), folder.stream()
 
@@ -109,10 +109,16 @@ def _parser() -> Parser:
     parser.add_argument("--system", metavar="TEXT", help="a system message before the prompt")
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
     parser.add_argument("--max-new-tokens", type=int, default=NEW_TOKENS, metavar="N", help=f"(default: {NEW_TOKENS})")
-    parser.add_argument("--context", type=int, metavar="N", help="tokens of the cache (default: what is needed)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument("--context", type=int, metavar="N", help="tokens of the cache (default: as many as needed)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw among the likeliest tokens with this probability in all (default: 1)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random draws (default: 0)")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of text and table")
     names = f"reference (numpy), rtl (the simulated Verilog), kv260 (the board), or {ONNXRUNTIME} (no accelerator)"
     add_device_options(parser, names, "rtl")
@@ -141,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = decoder_config(model.path, devices.names, devices.hardware)
 
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal that is not for UTF-8 shows question marks instead of ending the program.
+        # A terminal without UTF-8 shows question marks; an encoding error would end the program.
         sys.stdout.reconfigure(errors="replace")
     with (
         StatusLine() as status,
@@ -167,8 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _answer(
     options: Namespace, decoder: Decoder, folder: TextFolder, ids: list[int], choose: Sampler, status: StatusLine
 ) -> Answer:
-    """generate, with text on stdout and progress on stderr."""
-    # Where the text is shown, on a terminal or in the same file, the text itself is the progress.
+    """Calls generate, with text on stdout and progress on stderr."""
+    # Where stderr goes to the same terminal or file as the text, the text itself shows the progress.
     counts = options.json or not (sys.stdout.isatty() or stderr_is_stdout())
 
     def show(text: str) -> None:
@@ -202,7 +208,7 @@ def _prompt(options: Namespace) -> str:
 def _context(options: Namespace, limit: int, length: int) -> int:
     """Tokens of the cache. Raises UserError if the prompt does not fit or the model has no such context."""
     if options.context and options.context > limit:
-        raise UserError(f"--context is at most what the model was made for ({limit:,} tokens), not {options.context:,}")
+        raise UserError(f"--context is at most the model's own context ({limit:,} tokens), not {options.context:,}")
     context = options.context or min(length + options.max_new_tokens, limit)
     if length > context:
         whose = "--context" if options.context else "the model's context"

@@ -3,7 +3,7 @@
 
     python -m sw.gguf_export SRC.gguf --out DIR [--lm-head int8|float]
 
-What DIR gets is said in sw.export.gguf.
+sw.export.gguf lists the files that are written into DIR.
 """
 
 from sw.common.errors import run_cli

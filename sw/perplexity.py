@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m sw.perplexity``: how well a model predicts a text, on a device or several.
+"""``python -m sw.perplexity``: measures how well a model predicts a text, on one or several devices.
 
     python -m sw.perplexity smollm2 --text FILE --device onnxruntime,reference
 
-The text is tokenised as one sequence and cut into windows of L tokens that do not overlap, N of them. Each is scored
-with an empty cache: -ln of the probability that the model gives to its tokens 2 to L after those before them, from
-float64 log-softmax. Perplexity is exp(the mean over all tokens scored in all windows). What the tokenizer puts in front
-of every text (BOS, mostly) is read before each window as well, and scores nothing.
+The text is tokenised as one sequence and cut into N windows of L tokens that do not overlap. Each window starts with an
+empty cache. The score of each of its tokens 2 to L is -ln of the probability that the model gives to the token after
+those before it, from float64 log-softmax. Perplexity is exp(the mean over all scored tokens of all windows). Tokens
+that the tokenizer puts in front of every text (mostly BOS) are read before each window as well, and are not scored.
 """
 
 import sys
@@ -29,11 +29,11 @@ from sw.text.scoring import cut_windows
 WINDOWS = 8
 LENGTH = 512
 MAX_TOKENS = 64
-"""Of the hardware: the longer the blocks, the sooner the result, which does not depend on them."""
+"""max_tokens of the hardware: longer blocks take less time, and the result does not depend on them."""
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m sw.perplexity", description="How well a model predicts a text.")
+    parser = Parser(prog="python -m sw.perplexity", description="Measure how well a model predicts a text.")
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8; - is stdin")
     parser.add_argument("--windows", type=int, default=WINDOWS, metavar="N", help=f"(default: {WINDOWS})")
@@ -81,10 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _length(options: Namespace, context: int, before: int) -> int:
-    """Tokens of a window. Raises UserError for more than the model was made for."""
+    """Tokens of a window. Raises UserError if they exceed the model's context."""
     most = context - before
     if options.length and options.length > most:
-        raise UserError(f"--length is at most what the model was made for ({most:,} tokens), not {options.length:,}")
+        raise UserError(f"--length is at most the model's own context ({most:,} tokens), not {options.length:,}")
     return options.length or min(LENGTH, most)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hardware that a model's layers need."""
+"""Chooses the hardware that a model's layers need."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,16 +11,16 @@ from sw.devices import make_config, pack
 from sw.graph.linears import Linears
 
 ONNXRUNTIME = "onnxruntime"
-"""The device option that means none: the whole model in onnxruntime."""
+"""The value of --device that means no device: the whole model runs in onnxruntime."""
 AUTO = ("weight_bits", "zero_point", "max_k")
-"""Fields of AcceleratorConfig that may be left to the model."""
+"""Fields of AcceleratorConfig that may be chosen from the model."""
 NATIVE_BITS = 4
-"""Layers of more bits do not make the hardware wider: they run as two planes of half their width."""
+"""Weights of more bits do not need wider hardware: they run as two planes of half their width."""
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What decides whether a layer fits the hardware, without its weights. zero_points: the extreme ones."""
+    """The properties of a layer that decide whether it fits the hardware. zero_points: the least and the greatest."""
 
     name: str
     k: int
@@ -32,7 +32,7 @@ class LayerShape:
 
 
 def layer_shapes(linears: Linears) -> list[LayerShape]:
-    """Reads every layer once, keeps none."""
+    """Reads every layer once; keeps no weights."""
     shapes = []
     for layer in linears:
         zeros = layer.zero_points
@@ -44,7 +44,7 @@ def layer_shapes(linears: Linears) -> list[LayerShape]:
 
 
 def choose_config(shapes: Sequence[LayerShape], options: dict[str, int | str]) -> AcceleratorConfig:
-    """The hardware for these layers: options (fields of AcceleratorConfig), where "auto" is the least that does.
+    """The hardware for these layers: options are fields of AcceleratorConfig; "auto" means the least sufficient value.
 
     Raises UserError if that hardware does not exist or a layer does not fit it.
     """
@@ -55,7 +55,7 @@ def choose_config(shapes: Sequence[LayerShape], options: dict[str, int | str]) -
     auto_k = options.get("max_k") == "auto"
     config = make_config(**{name: value for name, value in options.items() if name != "max_k" or not auto_k})
     if auto_k:
-        # The default where it is enough, so that most models run on the same hardware, which is built once.
+        # Prefer the default where it is enough, so that most models run on the same hardware, which is built once.
         config = replace(config, max_k=max(pack.needed_max_k(config, shape) for shape in shapes))
     for shape in shapes:
         pack.plan_layer(config, shape)
@@ -63,6 +63,6 @@ def choose_config(shapes: Sequence[LayerShape], options: dict[str, int | str]) -
 
 
 def _least_weight_bits(bits: Sequence[int]) -> int:
-    """A model's layers are of few bits and stream at full density; its head may have twice as many."""
+    """The least weight_bits: layers have few bits and stream at full density; the head may have twice as many bits."""
     native = [value for value in bits if value <= NATIVE_BITS]
     return max(2, *native, -(-max(bits) // 2)) if native else max(bits)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's linear layers in a device's memory, and the batches that run those between two stages."""
+"""Places a model's linear layers in a device's memory, and runs the layers between two stages as a batch."""
 
 import time
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from sw.ort.stages import float_array
 from sw.runtime.usage import Usage
 
 TIMEOUT = 3600.0
-"""Seconds that a batch may take. Simulated, 16 tokens of a head of 150,000 rows take minutes."""
+"""Seconds that a batch may take. In simulation, 16 tokens of a head of 150,000 rows take minutes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +28,8 @@ class Placed:
 
     Members
     -------
-    name, input_name, output_name: of the model's layer.
-    k: the true in_features. planes: see sw.devices.pack.PreparedLayer.
+    name, input_name, output_name: names of the model's layer, its input tensor and its output tensor.
+    k: in_features without padding. planes: see sw.devices.pack.PreparedLayer.
     bias: float32 [N] that its ONNX node adds, or None.
     """
 
@@ -44,7 +44,7 @@ class Placed:
 
 
 def place(device: Device, linear: QuantizedLinear) -> Placed:
-    """Packs a layer and writes its weights. Raises UserError if the hardware cannot run it, or has no room."""
+    """Packs a layer and writes its weights. Raises UserError if the hardware cannot run it or its memory is full."""
     prepared = pack.prepare(device.config, linear)
     weights = device.alloc(weight_bytes(prepared.layout))
     device.write(weights, image(prepared.layout, prepared.beats))
@@ -61,10 +61,10 @@ def place(device: Device, linear: QuantizedLinear) -> Placed:
 
 
 class Batch:
-    """The layers that follow one stage: submitted together, and one behind the other where they share activations.
+    """The layers that follow one stage: one submission, in which layers that share activations are adjacent.
 
-    last_only: layers of which a caller may want the last token alone, the head. made: tensors that the stage before
-    makes, in a place of our choice.
+    last_only: layers for which a caller may request the last token alone (the head). made: tensors that the stage
+    before makes; they can be written to a place that the batch chooses.
     """
 
     def __init__(self, device: Device, layers: Sequence[Placed], last_only: frozenset[str], made: frozenset[str]):
@@ -73,7 +73,7 @@ class Batch:
         self._groups: list[tuple[Buffer, list[tuple[Placed, Buffer]]]] = []
 
         def operands(layer: Placed) -> tuple:
-            """What layers that share activations have in common: the tensor's rows, and how they lie in memory."""
+            """The key that layers with shared activations have in common: the tensor, and its layout in memory."""
             shape = layer.planes, layer.layout.k, layer.layout.group_size
             return layer.input_name, layer.name in last_only, *shape
 
@@ -87,10 +87,10 @@ class Batch:
     def run(
         self, tokens: int, last: bool, values: dict[str, OrtValue], places: dict[str, OrtValue], usage: Usage
     ) -> None:
-        """From the activations in `values` to the results in it.
+        """Computes results from the activations in `values`, and adds them to `values`.
 
-        last: compute the last token alone where `last_only` allows it. places: gets the tensors that calls with the
-        same `tokens` and `last` always have in the same place.
+        last: compute the last token alone where `last_only` allows it. places: receives the tensors that have the same
+        place in all calls with the same `tokens` and `last`.
         """
         start = time.perf_counter()
         run = self._runs.get((tokens, last))
@@ -131,12 +131,12 @@ class Batch:
 
 
 class _Run:
-    """A batch for one number of tokens: what is copied before and after, and what need not be.
+    """A batch for one number of tokens, with the tensors that are copied before and after it.
 
     Members
     -------
     batch: as the device prepared it.
-    fixed: tensors that are always in the same place.
+    fixed: tensors that have the same place in every call.
     """
 
     batch: PreparedBatch
@@ -149,7 +149,7 @@ class _Run:
     def add_input(self, layer: Placed, value: np.ndarray, view: np.ndarray, direct: bool) -> None:
         """value: the activations of this call. view: [M, planes, padded K] in the device's memory.
 
-        direct: whether the tensor may lie there from now on.
+        direct: whether later calls may place the tensor there without a copy.
         """
         rows, planes, padded = view.shape
         view[:, :, layer.k :] = 0
@@ -161,7 +161,7 @@ class _Run:
             self._before.append((layer.input_name, view[:, :, : layer.k]))
 
     def add_output(self, layer: Placed, shape: Sequence[int], dtype: np.dtype, view: np.ndarray) -> None:
-        """shape, dtype: of the tensor. view: [M, N] in the device's memory."""
+        """shape, dtype: shape and element type of the tensor. view: [M, N] in the device's memory."""
         if dtype == np.float32 and view.flags.c_contiguous:
             rows = view
         else:
@@ -171,14 +171,14 @@ class _Run:
         self.fixed[layer.output_name] = OrtValue.ortvalue_from_numpy(rows.reshape(shape))
 
     def take(self, values: dict[str, OrtValue]) -> None:
-        """Puts activations where the device reads them, if they are not there already."""
+        """Copies activations to where the device reads them, if they are not there already."""
         for name, view in self._before:
             rows, _, k = view.shape
             view[:] = float_array(values[name]).reshape(-1, 1, k)[-rows:]
 
     def give(self) -> None:
-        """Makes results what the graph expects."""
-        # What is too large for float16 becomes infinite, as in onnxruntime; a layer that gets it refuses it by name.
+        """Converts results to the tensors that the graph expects."""
+        # A value too large for float16 becomes infinite, as in onnxruntime; the layer that reads it raises an error.
         with np.errstate(over="ignore"):
             for rows, view, bias in self._after:
                 if bias is None:

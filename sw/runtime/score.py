@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well a decoder predicts a text: -ln of the probability of each token, window by window."""
+"""Scores how well a decoder predicts a text: -ln of the probability of each token, window by window."""
 
 import math
 import time
@@ -12,7 +12,7 @@ from sw.runtime.decoder import Decoder
 from sw.text.scoring import negative_log_likelihood
 
 MOST = 700.0
-"""float64 holds e to this power, and not to many more."""
+"""float64 holds e to this power; the limit is at 709.8."""
 
 
 @dataclass
@@ -21,9 +21,9 @@ class Score:
 
     Members
     -------
-    tokens: scored.
+    tokens: number of scored tokens.
     nll: sum of -ln p over them.
-    cycles: of the device's linear layers, 0 without hardware.
+    cycles: cycles of the device's linear layers, 0 without hardware.
     seconds: wall time.
     """
 
@@ -40,21 +40,21 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp(mean), infinity where float64 has no room for it."""
+        """exp(mean), or infinity if float64 cannot hold it."""
         return math.exp(self.mean) if self.mean < MOST else math.inf
 
 
 def score_window(decoder: Decoder, beginning: Sequence[int], window: Sequence[int]) -> np.ndarray:
-    """-ln p of a window's tokens 2 to L, float64 [L - 1]. beginning: tokens to be read before it."""
+    """-ln p of a window's tokens 2 to L, float64 [L - 1]. beginning: tokens that are read before the window."""
     decoder.reset()
-    # The last token predicts nothing that is scored.
+    # The token after the last one is not scored.
     ids = [*beginning, *window[:-1]]
     targets = np.array(window[1:])
     parts = []
     for start in range(0, len(ids), decoder.block):
         block = ids[start : start + decoder.block]
         logits = decoder.forward(block, every=True)
-        # Row i predicts token i + 1 of all; the first target is the window's second token.
+        # Row i predicts token i + 1 of the sequence; the first target is the window's second token.
         first = start - len(beginning)
         rows = logits[max(0, -first) :]
         if len(rows):
@@ -70,7 +70,7 @@ def score(
     windows: Sequence[Sequence[int]],
     scored: Callable[[int, Score], None] = lambda done, score: None,
 ) -> Score:
-    """The score over windows of at least 2 tokens each. scored: called with windows done and the score until then."""
+    """The score over windows of at least 2 tokens each. scored: called with windows done and the score so far."""
     result, start = Score(device), time.perf_counter()
     for done, window in enumerate(windows, 1):
         values = score_window(decoder, beginning, window)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A language model made ready to run: what sw.generate and sw.perplexity share."""
+"""Prepares a language model to run; sw.generate and sw.perplexity share this module."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,30 +19,30 @@ from sw.runtime.hardware import ONNXRUNTIME, choose_config, layer_shapes
 from sw.text.folder import TextFolder, open_text
 
 LONGEST = 1 << 20
-"""Tokens: more than models know what to do with, fewer than what overflows something."""
+"""Tokens: more than any model's context, and few enough that no size computed from it overflows."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a decoder's graph allows.
+    """The limits of a decoder's graph.
 
     Members
     -------
-    context: most tokens of one sequence; LONGEST if nothing says.
-    vocabulary: token ids are below it, None if the graph does not say.
+    context: most tokens of one sequence; LONGEST if neither graph nor files state it.
+    vocabulary: token ids are below it; None if the graph does not state it.
     """
 
     context: int
     vocabulary: int | None
 
     def check(self, ids: Sequence[int]) -> None:
-        """Raises UserError for a token that the model does not know; not every operator does."""
+        """Raises UserError for a token id outside the vocabulary, because not every operator does."""
         if self.vocabulary is not None and ids and max(ids) >= self.vocabulary:
             raise UserError(f"the tokenizer made token {max(ids)}, and the model knows {self.vocabulary:,} tokens")
 
 
 def decoder_limits(model: Path, context: int | None) -> Limits:
-    """The limits of a language model. context: what the files beside it say, see sw.text.folder.
+    """The limits of a language model. context: the limit from the files beside it, see sw.text.folder.
 
     Raises UserError for models that read no token ids.
     """
@@ -59,13 +59,13 @@ def decoder_limits(model: Path, context: int | None) -> Limits:
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A model that a user named, as its command needs it before hardware is chosen.
+    """A model that a user named, with what its command needs before hardware is chosen.
 
     Members
     -------
-    path: of the ONNX file.
+    path: path of the ONNX file.
     text: tokenizer and chat template.
-    limits: what its graph allows.
+    limits: limits of its graph.
     """
 
     path: Path
@@ -74,7 +74,7 @@ class LanguageModel:
 
 
 def read_model(name: str) -> LanguageModel:
-    """A language model by what a user called it; a checkpoint is exported first, see sw.export.resolve.
+    """Reads a language model by the user's name for it; a checkpoint is exported first, see sw.export.resolve.
 
     Raises UserError as `resolve_model`, `open_text` and `decoder_limits` do.
     """
@@ -84,9 +84,9 @@ def read_model(name: str) -> LanguageModel:
 
 
 def decoder_config(model: Path, devices: Sequence[str], hardware: dict[str, int | str]) -> AcceleratorConfig | None:
-    """The hardware for a model's layers, see sw.runtime.hardware.choose_config; None if no device has any.
+    """The hardware for a model's layers, see sw.runtime.hardware.choose_config; None if no device needs hardware.
 
-    Raises UserError as that does.
+    Raises UserError as choose_config does.
     """
     if set(devices) == {ONNXRUNTIME}:
         return None
@@ -99,7 +99,8 @@ def open_decoder(
 ) -> Iterator[Decoder]:
     """A decoder on a device by name, both closed afterwards.
 
-    memory: preset for rtl. config: of the hardware; not needed by onnxruntime. context: tokens that the cache holds.
+    memory: preset for rtl. config: config of the hardware; onnxruntime does not need it. context: tokens that the cache
+    holds.
     Raises UserError as sw.devices.open_device and the decoder do.
     """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a decoder's time goes."""
+"""Counts the time that a decoder spends in its parts."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -10,12 +10,13 @@ class Usage:
 
     Members
     -------
-    tokens: computed.
-    cycles: of the device, from the start of each batch of layers to its last result; 0 without hardware.
-    beats: of weight streams.
-    device: wall seconds that were the hardware's own: simulating it, or waiting for its interrupt.
-    onnxruntime, conversion, driver: wall seconds of the host: in its sessions; padding, copying, biases and other
-        types; submitting and waiting, less the device's own.
+    tokens: number of computed tokens.
+    cycles: cycles of the device, from the start of each batch of layers to its last result; 0 without hardware.
+    beats: beats of the weight streams.
+    device: wall seconds of the hardware: simulating it, or waiting for its interrupt.
+    onnxruntime: wall seconds of the host in onnxruntime's sessions.
+    conversion: wall seconds of the host for padding, copying, biases and type conversion.
+    driver: wall seconds of the host for submitting and waiting, less those of the device.
     """
 
     tokens: int = 0
@@ -28,19 +29,19 @@ class Usage:
 
     @property
     def host(self) -> float:
-        """Seconds of all but the device."""
+        """Wall seconds of everything but the device."""
         return self.onnxruntime + self.conversion + self.driver
 
     def add(self, other: "Usage") -> None:
-        """Adds another's sums."""
+        """Adds the sums of another Usage."""
         for item in fields(Usage):
             setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
 
     def copy(self) -> "Usage":
-        """The sums of now."""
+        """A copy of the current sums."""
         return replace(self)
 
     def since(self, before: "Usage") -> "Usage":
-        """What was added since a copy was made."""
+        """The sums less those of an earlier copy."""
         names = [item.name for item in fields(Usage)]
         return Usage(**{name: getattr(self, name) - getattr(before, name) for name in names})

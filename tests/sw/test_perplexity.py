@@ -193,7 +193,7 @@ BAD = {
     "length": (["--text", "text", "--length", "1"], "--length is 2 or more, not 1: a window's first token .*"),
     "long": (
         ["--text", "text", "--length", "33"],
-        r"--length is at most what the model was made for \(32 tokens\), not 33",
+        r"--length is at most the model's own context \(32 tokens\), not 33",
     ),
     "device": (["--text", "text", "--device", "reference,fpga"], "no device is named fpga; there are .*, onnxruntime"),
     "empty device": (["--text", "text", "--device", "reference,"], "no device is named ; there are .*"),
