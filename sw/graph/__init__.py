@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX files: read, understood, written and rewritten."""
+"""Reads, matches, writes and rewrites ONNX files."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""onnxruntime's attention with a KV cache and its rotation, as nodes of an ONNX graph: their tensors by name.
+"""Matches onnxruntime's attention with a KV cache, and its rotation, in an ONNX graph; names their tensors.
 
 GroupQueryAttention (com.microsoft) appends keys and values to the cache in place, and may rotate queries and keys.
 RotaryEmbedding (com.microsoft, and opset 23) rotates them before it.
@@ -30,17 +30,17 @@ UNUSUAL = {
 UNUSUAL_INPUTS = ("attention_bias", "head_sink", "k_scale", "v_scale", "query_seqlens")
 NORM_EPSILON = 1e-6
 PLAIN = ("Add", "Reshape", "Transpose", "Concat", "Identity", "Cast", "Squeeze", "Unsqueeze")
-"""What may be between v's product and the cache, in attention that is not one node."""
+"""Operators that may be between v's product and the cache, in attention that is not one node."""
 ROTATION = (*PLAIN, "Mul", "Neg", "Slice", "Split", "Sub", "RotaryEmbedding")
-"""The same for k."""
+"""Operators that may be between k's product and the cache."""
 CORES = {"Attention": (1, 2), "MultiHeadAttention": (1, 2), "GroupQueryAttention": (1, 2), "Softmax": ()}
-"""What attention is known by -> its inputs that are keys and values, which it may rotate and cache itself."""
+"""Operator that identifies attention -> its inputs that are keys and values, which it may rotate and cache itself."""
 KEY, VALUE = 1, 2
 
 
 class GroupQueryAttention(NamedTuple):
-    """The inputs of such a node, in its order; "" for those that it has not. query: of all heads together; q, k and v
-    together where key and value are "".
+    """The inputs of a GroupQueryAttention node, in its order; "" for absent ones. query: queries of all heads, or q, k
+    and v of all heads in one tensor if key and value are "".
     """
 
     query: str = ""
@@ -63,7 +63,7 @@ class GroupQueryAttention(NamedTuple):
 
     @property
     def appended(self) -> dict[str, int]:
-        """What the cache held before -> the node's output with the same and more."""
+        """Cache tensor before the node -> index of the node's output that holds the old and the new rows."""
         return {self.past_key: 1, self.past_value: 2}
 
 
@@ -103,7 +103,7 @@ def rotary_table(node: onnx.NodeProto) -> str:
 
 
 def appended(file: OnnxFile, past: str) -> Iterator[tuple[str, onnx.NodeProto]]:
-    """(tensor that holds a cache tensor and more, the node that makes it), by any operator that appends to caches."""
+    """Pairs (tensor that holds a cache tensor and new rows, the node that makes it), for each operator that appends."""
     for node in file.consumers.get(past, []):
         attention = group_query_attention(node)
         if attention is not None:
@@ -120,7 +120,7 @@ def appended(file: OnnxFile, past: str) -> Iterator[tuple[str, onnx.NodeProto]]:
 
 @dataclass(frozen=True)
 class Heads:
-    """Queries or keys on their way to the attention. norm, rotary: what they pass outside of its node, and in it."""
+    """Queries or keys of the attention. norm, rotary: their norm and rotation, before the attention's node or in it."""
 
     layer: Projection
     norm: HeadNorm | None = None
@@ -130,7 +130,7 @@ class Heads:
 def match_attention(
     layers: Layers, part: str, norm: Norm, o: Projection
 ) -> tuple[Heads, Heads, Projection, Attention | Mismatch]:
-    """q, k, v and the attention between a norm and o_proj. part: of the decoder, layers.0.self_attn.
+    """q, k, v and the attention between a norm and o_proj. part: name of the decoder's part, as layers.0.self_attn.
 
     Attention by other operators than GroupQueryAttention is a Mismatch, as long as q, k and v are certain. Raises
     NotThisShape if they are not.
@@ -191,7 +191,7 @@ def _grouped(
 
 
 def _heads(layers: Layers, part: str, tensor: str) -> Heads:
-    """What makes an attention's queries or keys: a layer, a norm of every head and a rotation, the latter optional."""
+    """The layer, norm of every head and rotation that make queries or keys; norm and rotation may be absent."""
     file = layers.file
     node = file.producers.get(tensor)
     rotation = None if node is None else rotary_embedding(node)
@@ -210,7 +210,7 @@ def _heads(layers: Layers, part: str, tensor: str) -> Heads:
 def _in_node(
     file: OnnxFile, node: onnx.NodeProto, tensors: GroupQueryAttention, q: Heads, k: Heads
 ) -> tuple[Heads, Heads]:
-    """Queries and keys with what the attention's node does to them."""
+    """Queries and keys, with the norm and rotation that the attention's node applies."""
     values = attributes(node)
     if values.get("do_rotary", 0):
         interleaved = bool(values.get("rotary_interleaved", 0))
@@ -227,7 +227,7 @@ def _in_node(
 
 
 def _unusual(node: onnx.NodeProto, tensors: GroupQueryAttention, q: Heads, k: Heads) -> str:
-    """What of a node is more than causal attention over everything before, in words; or ""."""
+    """Text about the first property of a node that plain causal attention over all tokens does not have; or ""."""
     values = attributes(node)
     for name, plain in UNUSUAL.items():
         if values.get(name, plain[0]) not in plain:
@@ -240,7 +240,7 @@ def _unusual(node: onnx.NodeProto, tensors: GroupQueryAttention, q: Heads, k: He
 
 
 def _of_operators(layers: Layers, part: str, norm: Norm, o: Projection) -> tuple[Heads, Heads, Projection, Mismatch]:
-    """v and k go into the cache, v as it is and k rotated, and q does not: what is not certain is not guessed at."""
+    """Attention of several operators. v and the rotated k go into the cache, q does not; all else is a mismatch."""
     group = [layer for layer in layers.projections if layers.uncast(layer.input) == layers.uncast(norm.output)]
     if len(group) != 3:
         problem = f"{len(group)} linear layers read the norm's {norm.output}, not q, k and v"
@@ -265,7 +265,7 @@ def _of_operators(layers: Layers, part: str, norm: Norm, o: Projection) -> tuple
 
 
 def _core(file: OnnxFile, tensor: str, sources: set[str]) -> tuple[onnx.NodeProto | None, set[str]]:
-    """The node that attention is known by, going back from its output; and which of the sources are reached."""
+    """Goes back from attention's output: the node that identifies attention, and which of the sources are reached."""
     core, reached, left, passed = None, set(), [tensor], set()
     while left:
         name = left.pop(0)
@@ -282,7 +282,7 @@ def _core(file: OnnxFile, tensor: str, sources: set[str]) -> tuple[onnx.NodeProt
 
 
 def _is_cached(file: OnnxFile, product: str, operators: Sequence[str], inputs: Sequence[int]) -> bool:
-    """Whether a product gets into the cache by nothing but such operators, or into such an input of an attention."""
+    """Whether a product reaches the cache, or one of these inputs of an attention, through these operators alone."""
     outputs = {item.name for item in file.graph.output}
     left, seen = [product], set()
     while left:
@@ -300,7 +300,7 @@ def _is_cached(file: OnnxFile, product: str, operators: Sequence[str], inputs: S
 
 
 def _reshaped(file: OnnxFile, tensor: str) -> str:
-    """The tensor that another one is in another shape."""
+    """The tensor of which this one is a reshaped form."""
     node = file.producers.get(tensor)
     return node.input[0] if node is not None and node.op_type == "Reshape" else tensor
 

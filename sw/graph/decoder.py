@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Llama or Qwen2 decoder as an ONNX graph for onnxruntime, whatever file its weights came from.
+"""Writes a Llama or Qwen2 decoder as an ONNX graph for onnxruntime, from weights of any source.
 
 Inputs and outputs carry the names that onnxruntime-genai and optimum use:
     input_ids int64 [batch, sequence], attention_mask int64 [batch, total_sequence] (1 = attend),
@@ -40,8 +40,8 @@ def write_decoder(
 
     embedding: float16 or float32 [vocab, hidden], or a QuantizedLinear without zero points of its own (all in the
     middle of the range). layers: consumed one by one. head: None ties the head to the embedding. lm_head: one of
-    sw.model.lm_head.HEAD_MODES. progress: called with the number of layers that are written, and of all; the head is
-    one.
+    sw.model.lm_head.HEAD_MODES. progress: called with the number of layers written, and of all layers, including the
+    head.
     Raises UserError where weights and config disagree.
     """
     expect_shape("embedding", _shape(embedding), (config.vocab_size, config.hidden_size))
@@ -67,7 +67,7 @@ def write_decoder(
 
 
 class _DecoderGraph:
-    """The nodes of one decoder. `residual` and `branch` are the two tensors that the next norm adds up."""
+    """The nodes of one decoder. `residual` and `branch` are the two tensors that the next norm adds."""
 
     def __init__(self, writer: OnnxWriter, config: DecoderConfig):
         self.writer = writer
@@ -85,7 +85,7 @@ class _DecoderGraph:
         w.tensor("cos_cache", cos)
         w.tensor("sin_cache", sin)
         one = w.tensor("one", np.array([1], np.int64))
-        # GroupQueryAttention wants the index of the last token of every sequence, and the padded length.
+        # GroupQueryAttention needs the index of the last token of every sequence, and the padded length.
         path = "/model/attention_mask"
         total = w.node(f"{path}/ReduceSum", "ReduceSum", [mask, one], keepdims=0)
         last = w.node(f"{path}/Sub", "Sub", [total, one])
@@ -96,11 +96,11 @@ class _DecoderGraph:
         self.residual = self.embed("/model/embed_tokens", embedding, ids, shared)
 
     def embed(self, path: str, embedding: Table, ids: str, shared: bool) -> str:
-        """The rows of the embedding that the ids name. `table` keeps its tensors, for a head that shares it."""
+        """The embedding's rows for these ids. `table` keeps its tensors, for a head that shares it."""
         w = self.writer
         tensor = tensor_name(path)
         if not isinstance(embedding, QuantizedLinear):
-            # onnxruntime multiplies float32 matrices only.
+            # onnxruntime multiplies only float32 matrices.
             values = embedding.astype(np.float32, copy=False) if shared else narrowest_exact(embedding)
             self.table = [w.tensor(f"{tensor}.weight", values)]
             rows = w.node(f"{path}/Gather", "Gather", [*self.table, ids])
@@ -155,7 +155,7 @@ class _DecoderGraph:
         )
 
     def norm(self, name: str, weight: np.ndarray) -> str:
-        """Adds branch to residual (but for the first norm, which has no branch) and normalises the sum."""
+        """Adds branch to residual (except before the first norm, which has no branch) and normalises the sum."""
         w, c = self.writer, self.config
         expect_shape(name, weight.shape, (c.hidden_size,))
         gamma = w.tensor(f"{tensor_name(name)}.weight", weight.astype(np.float32))
@@ -206,7 +206,7 @@ def matmul_node(
 
 
 def can_gather(table: QuantizedLinear) -> bool:
-    """Whether GatherBlockQuantized reads what MatMulNBits reads: whole groups, zero points in the middle."""
+    """Whether GatherBlockQuantized can read this table for MatMulNBits: whole groups, zero points in the middle."""
     return not table.k % table.group_size and _has_default_zero_points(table)
 
 
@@ -215,10 +215,10 @@ def gather_rows(
 ) -> str:
     """Adds the nodes that gather, as floats, the rows of a table whose tensors are `weights`.
 
-    tensor: how the names of more tensors begin. ids: of two axes. Returns the tensor [.., .., K].
+    tensor: prefix for the names of new tensors. ids: a tensor of two axes. Returns the tensor [.., .., K].
     """
-    # MatMulNBits wants its weights as [N, groups, bytes], GatherBlockQuantized as many axes in the scales. They,
-    # and the rows, are reshaped: of a reshaped table onnxruntime would make a copy.
+    # MatMulNBits needs weights [N, groups, bytes]; GatherBlockQuantized needs as many axes in the scales. The scales
+    # and the gathered rows are reshaped, because onnxruntime would copy a reshaped table.
     axes = w.tensor(f"{tensor}.scales_shape", np.array([table.n, table.groups, 1]))
     scales = w.node(f"{path}/Reshape", "Reshape", [weights[1], axes])
     layout = {"gather_axis": 0, "quantize_axis": 2, "block_size": table.group_size, "bits": table.bits}
@@ -231,11 +231,11 @@ def gather_rows(
 def layer_tensors(
     w: GraphBuilder, path: str, tensor: str, layer: QuantizedLinear, dtype: type[np.floating] = np.float32
 ) -> list[str]:
-    """Writes what MatMulNBits reads: weights, scales and, where they are not the default, zero points.
+    """Writes the inputs of MatMulNBits: weights, scales and, where they are not the default, zero points.
 
-    path: what errors call the layer. tensor: how the tensors' names begin. dtype: of the layer's activations, and so of
-    scales and float zero points; float16 must hold them exactly. Returns the tensors' names. Raises UserError for what
-    MatMulNBits has no form for.
+    path: name of the layer in errors. tensor: prefix of the tensors' names. dtype: type of the layer's activations, and
+    so of scales and float zero points; float16 must hold them exactly. Returns the tensors' names. Raises UserError for
+    a layer that MatMulNBits cannot hold.
     """
     if layer.bits not in (2, 4, 8):
         raise UserError(f"{path}: MatMulNBits stores 2, 4 or 8 bits, not {layer.bits}")

@@ -2,7 +2,7 @@
 """Reads DequantizeLinear(weights) -> [Cast, Transpose ->] MatMul or Gemm as quantized linear layers.
 
 The weights are int4, uint4, int8 or uint8, [K, N] or, before a Transpose or Gemm's transB, [N, K]. Scales and zero
-points (absent: 0) are blocked along K (opset 21: axis, block_size), one per output row, or one for all.
+points (absent: 0) are per block along K (opset 21: axis, block_size), per output row, or one for the whole matrix.
 Signed weights become unsigned: q and zero point are both raised by half the range.
 """
 
@@ -30,7 +30,7 @@ def matches(file: OnnxFile, node: onnx.NodeProto) -> bool:
 
 
 def shape(file: OnnxFile, node: onnx.NodeProto, name: str) -> tuple[int, int]:
-    """(N, K). Raises UserError if the weights are no matrix."""
+    """(N, K). Raises UserError if the weights are not a matrix."""
     source, transposed = _dequantize_node(file, node)
     assert source is not None, "shape() is called for nodes that match"
     sizes = file.shape(source.input[0], name)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where an ONNX file's external data lies, also when the folder holds links into a Hugging Face cache.
+"""Finds an ONNX file's external data, also in a folder with links into a Hugging Face cache.
 
-ONNX wants external data beside the model or below its folder: anything else could make a model read any file of its
-user. The Hugging Face cache (huggingface_hub, docs "Understand caching") breaks that rule in a known way:
+ONNX requires external data beside the model or below its folder; otherwise a model could read any file of its
+user. The Hugging Face cache (huggingface_hub, docs "Understand caching") breaks this rule in a known way:
 snapshots/REVISION/ holds links to ../../blobs/HASH, so a model and its data lie in one folder of blobs under other
-names. Such links are followed, and no others.
+names. This module follows such links, and no others.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,23 +21,23 @@ LOCATION = "location"
 def place_external_data(path: Path, model: onnx.ModelProto) -> Path:
     """The folder that the locations of the model's external data are relative to; locations are rewritten if needed.
 
-    path: the ONNX file. model: what it holds; changed only if its data lies behind links into a Hugging Face cache.
+    path: the ONNX file. model: its content; changed only if links lead to its data in a Hugging Face cache.
     Raises UserError for a location that is absolute or goes up, and for a link that leads out of the model's folder
-    and its cache. A file that does not exist is no error here: its reader names the layer.
+    and its cache. A missing file is no error here: the code that reads it reports the layer.
     """
     folder = path.absolute().parent
     real = folder.resolve()
     cache = _hub_cache(folder)
     tensors = list(_external_tensors(model.graph))
     linked = False
-    # One tensor for each file is enough.
+    # One tensor of each file is enough.
     for location, tensor in {_location(tensor): tensor for tensor in tensors}.items():
         what = f"{path}: tensor {tensor.name}: external data file {location}"
         name = below_the_folder(location, what)
         try:
             target = (folder / name).resolve()
         except (OSError, RuntimeError, ValueError):
-            # A loop of links, or a name that no file can have: the reader of the tensor says so.
+            # A loop of links, or a name that no file can have: the code that reads the tensor reports it.
             continue
         if not target.is_relative_to(real):
             if cache is None or not target.is_relative_to(cache / "blobs"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An ONNX file whose tensors are read only when asked for, with every way of being damaged reported as a UserError."""
+"""An ONNX file whose tensors are read on request. Every kind of damage is reported as a UserError."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ from sw.graph.external_data import place_external_data
 
 GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 MAX_DEPTH = 32
-"""Nodes that a constant may pass."""
+"""Operators whose output is a constant if their inputs are."""
 
 
 class OnnxFile:
@@ -22,12 +22,12 @@ class OnnxFile:
     Members
     -------
     path, model, graph: the file and its protocol buffers.
-    data_folder: what the locations of external data are relative to, see sw.graph.external_data.
+    data_folder: the folder of the locations of external data, see sw.graph.external_data.
     producers: tensor name -> the node that makes it.
     consumers: tensor name -> the nodes that read it.
     branching: the nodes with subgraphs (If, Loop), whose nodes may read tensors too.
 
-    Raises UserError if the file is missing, truncated or no ONNX model.
+    Raises UserError if the file is missing, truncated or not an ONNX model.
     """
 
     def __init__(self, path: Path | str):
@@ -40,7 +40,7 @@ class OnnxFile:
             raise UserError(f"{self.path} is not a complete ONNX file ({one_line(error)})") from error
         self.data_folder = place_external_data(self.path, self.model)
         self.graph = self.model.graph
-        # A file cut between two fields parses: what is missing then is the graph's end.
+        # A file that is cut between two fields still parses; then the end of the graph is missing.
         if not self.graph.node or not self.graph.output:
             raise UserError(f"{self.path} is not a complete ONNX file (its graph has no nodes or no outputs)")
         self._initializers = {tensor.name: tensor for tensor in self.graph.initializer}
@@ -55,12 +55,12 @@ class OnnxFile:
 
     @property
     def inputs(self) -> list[onnx.ValueInfoProto]:
-        """The graph's inputs that whoever runs it has to feed: those that are no initializers."""
+        """The graph's inputs that are no initializers; the caller must feed them."""
         initializers = {tensor.name for tensor in self.graph.initializer}
         return [item for item in self.graph.input if item.name not in initializers]
 
     def is_constant(self, name: str, depth: int = 0) -> bool:
-        """Whether `constant(name)` would find a tensor. depth: nodes followed already; a damaged graph may go round."""
+        """Whether `constant(name)` finds a tensor. depth: nodes followed so far; a damaged graph may have a cycle."""
         node = self.producers.get(name)
         if name in self._initializers:
             return True
@@ -74,7 +74,7 @@ class OnnxFile:
     def constant(self, name: str, layer: str) -> np.ndarray:
         """The value of a constant tensor: an initializer, a Constant node, or Identity, Reshape or Cast of one.
 
-        Elements keep their type (4-bit ones come as the ml_dtypes of the onnx package). Raises UserError, with the
+        Elements keep their type (4-bit elements have the ml_dtypes of the onnx package). Raises UserError, with the
         layer's name, if the tensor is not constant or its data is missing or too short.
         """
         if name in self._initializers:
@@ -89,7 +89,7 @@ class OnnxFile:
         try:
             if node.op_type == "Reshape":
                 shape = [int(size) for size in self.constant(node.input[1], layer)]
-                # ONNX: a zero copies the size of the input's axis.
+                # In ONNX a zero copies the size of the input's axis.
                 return values.reshape([size or values.shape[i] for i, size in enumerate(shape)])
             if node.op_type == "Cast":
                 return values.astype(helper.tensor_dtype_to_np_dtype(helper.get_node_attr_value(node, "to")))
@@ -127,32 +127,32 @@ class OnnxFile:
 
 
 def tensor_type(item: onnx.ValueInfoProto) -> str:
-    """The type of a graph's input or output in onnxruntime's words: "tensor(float)"."""
+    """The type of a graph's input or output in onnxruntime's notation, as "tensor(float)"."""
     return f"tensor({onnx.TensorProto.DataType.Name(item.type.tensor_type.elem_type).lower()})"
 
 
 def tensor_shape(item: onnx.ValueInfoProto) -> list[int | str]:
-    """The sizes of a graph's input or output; symbolic ones by name, "" where nothing is known."""
+    """The sizes of a graph's input or output: a name for a symbolic size, "" for an unknown one."""
     sizes = item.type.tensor_type.shape.dim
     return [size.dim_value if size.HasField("dim_value") else size.dim_param for size in sizes]
 
 
 def expect_names(file: OnnxFile) -> None:
-    """Raises UserError if a name in the graph is no text, as damage leaves it: protobuf hands it out as bytes."""
+    """Raises UserError if a name in the graph is not text, which is damage: protobuf returns it as bytes."""
     graph = file.graph
     names = [name for node in graph.node for name in (node.name, node.op_type, *node.input, *node.output)]
     names += [item.name for items in (graph.initializer, graph.input, graph.output) for item in items]
     names += [text for item in file.model.metadata_props for text in (item.key, item.value)]
     if not all(isinstance(name, str) for name in names) or not all(node.output for node in graph.node):
-        raise UserError(f"{file.path} is damaged: a name in its graph is no text, or a node has no output")
+        raise UserError(f"{file.path} is damaged: a name in its graph is not text, or a node has no output")
 
 
 def names_read(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
-    """The tensors that nodes read, those of their subgraphs (If, Loop) included; some more than once."""
+    """The tensors that nodes and their subgraphs (If, Loop) read; some appear more than once."""
     for node in nodes:
         yield from node.input
         for attribute in node.attribute:
             for graph in [attribute.g, *attribute.graphs]:
                 yield from names_read(graph.node)
-                # A branch may hand on a tensor of the graph around it.
+                # A branch may return a tensor of the graph around it.
                 yield from (output.name for output in graph.output)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every float linear layer of an ONNX graph.
+"""Finds every float linear layer of an ONNX graph.
 
 A linear layer is a node whose second input is a constant float matrix and whose first is not:
     MatMul                       weight [K, N]
     Gemm                         weight [K, N], or [N, K] with transB; its third input is a bias
-    FusedMatMul (com.microsoft)  the same without a bias
-The matrix may be reached through Identity, Cast, Reshape and Transpose of an initializer, as torch writes a tied head.
+    FusedMatMul (com.microsoft)  weight [K, N], or [N, K] with transB; no bias
+The matrix may be an initializer that passes Identity, Cast, Reshape and Transpose, as in torch's tied heads.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from sw.graph.nodes import CONTRIB, STANDARD, attributes, before_logits, name_of
 
 FLOATS = (np.float32, np.float16)
 LEAST = 16
-"""Rows and columns of a layer: products of rotary tables with positions have fewer."""
+"""Least rows and columns of a layer: products of rotary tables with positions have fewer."""
 BIAS = 2
 """Gemm's input."""
 
@@ -31,10 +31,10 @@ class FloatSite:
 
     Members
     -------
-    name: the node's, made unique. node: of the graph.
+    name: the node's name, made unique. node: the graph's node.
     n, k: out_features, in_features.
     transposed: the constant that the node reads is [N, K], not [K, N].
-    bias: name of the constant that is added to the product, by the node or by an Add that nobody else feeds; or "".
+    bias: name of the constant that is added to the product, by the node or by an Add that alone reads it; or "".
     is_head: whether the product is the model's logits.
     """
 
@@ -76,7 +76,7 @@ def find_sites(file: OnnxFile) -> list[FloatSite]:
 
 
 def constant(file: OnnxFile, name: str, layer: str) -> np.ndarray:
-    """The value of a constant tensor, as OnnxFile.constant, and through Transpose as well."""
+    """The value of a constant tensor, as OnnxFile.constant, but also of a transposed one."""
     node = file.producers.get(name)
     if node is not None and node.op_type == "Transpose" and not file.is_constant(name):
         values = constant(file, node.input[0], layer)
@@ -105,7 +105,7 @@ def constant_shape(file: OnnxFile, name: str) -> tuple[int, ...]:
 
 
 def _dtype(file: OnnxFile, name: str) -> np.dtype | None:
-    """Of an initializer or Constant; that of what a Cast makes."""
+    """The element type of an initializer or Constant, or that of a Cast's result."""
     node = file.producers.get(name)
     if node is None:
         kind = next((item.data_type for item in file.graph.initializer if item.name == name), 0)
@@ -119,7 +119,7 @@ def _dtype(file: OnnxFile, name: str) -> np.dtype | None:
 
 
 def float_form(file: OnnxFile, node: onnx.NodeProto) -> tuple[int, int, bool] | None:
-    """(N, K, whether the constant is [N, K]), or None where the node is no float linear layer."""
+    """(N, K, whether the constant is [N, K]), or None if the node is not a float linear layer."""
     contrib = node.op_type == "FusedMatMul" and node.domain == CONTRIB
     if not contrib and not (node.op_type in ("MatMul", "Gemm") and node.domain in STANDARD):
         return None

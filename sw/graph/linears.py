@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every quantized linear layer of an ONNX file, and the weights of matched parts.
+"""Reads every quantized linear layer of an ONNX file, and the weights of matched parts.
 
 MatMulNBits (com.microsoft)   2, 4 or 8 bits, all forms of scales and zero points: see sw.graph.matmul_nbits
 DequantizeLinear (4 or 8 bits) -> [Cast, Transpose ->] MatMul or Gemm: see sw.graph.dequantize_linear
@@ -37,7 +37,7 @@ class _Site:
 
 
 class Linears(Sequence[QuantizedLinear]):
-    """The quantized linear layers of a model in graph order. Weights are read at every access and not kept.
+    """The quantized linear layers of a model in graph order. Every access reads the weights; they are not kept.
 
     file: the ONNX file.
     """
@@ -83,8 +83,8 @@ class Linears(Sequence[QuantizedLinear]):
 def find_linears(model_path: Path | str) -> Linears:
     """The quantized linear layers of an ONNX file. Names are the nodes' names, made unique.
 
-    Raises UserError if the file is damaged, if no such layer is in it, or if a layer's tensors do not fit its
-    attributes (the latter, like missing external data, may also surface when the layer is accessed).
+    Raises UserError if the file is damaged, if it has no such layer, or if a layer's tensors do not fit its attributes.
+    The latter, and missing external data, may be reported only when the layer is accessed.
     """
     file = OnnxFile(model_path)
     sites: list[_Site] = []
@@ -117,7 +117,7 @@ def _unique(name: str, taken: set[str]) -> str:
 
 
 def _with_separate_bias(file: OnnxFile, layer: QuantizedLinear) -> QuantizedLinear:
-    """Adds the bias of an Add node that is the product's only reader."""
+    """The layer with the bias of an Add node that is the product's only reader."""
     found = None if layer.bias is not None else separate_bias(file, layer.output_name, layer.n)
     if found is None:
         return layer

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One matcher from an ONNX file to the parts of a decoder (sw.model.parts), by what the nodes compute, not their names.
+"""Matches an ONNX file with the parts of a decoder (sw.model.parts). It uses the nodes' operators, not their names.
 
-It follows the residual stream from the embedding to the head: each node that adds to the stream ends attention or mlp,
-and the linear layer before it is o_proj or down_proj. From there it goes back to the norm that reads the stream. All
-that may be in a decoder is listed in sw.model.parts; whatever else is in the way is named.
+The matcher follows the residual stream from the embedding to the head. Each node that adds to the stream ends attention
+or mlp, and the linear layer before it is o_proj or down_proj. From there the matcher goes back to the norm that reads
+the stream. sw.model.parts lists all possible parts of a decoder; a mismatch names the first node that is none of them.
 
-Matched are our exports, those of onnxruntime-genai's builder, and, but for their attention, those of torch, optimum and
-transformers.
+The matcher supports our exports, those of onnxruntime-genai's builder, and, except for their attention, those of torch,
+optimum and transformers.
 """
 
 import onnx
@@ -30,14 +30,14 @@ from sw.model.parts import Block, Decoder, Embedding, Mismatch, Norm, Projection
 
 GATHERS = ("Gather", "GatherBlockQuantized")
 CHOICES = (*SAME_VALUES, "Gather", "GatherND", "Slice")
-"""What may choose the tokens whose logits are wanted, between the last norm and the head."""
+"""Operators that may select the tokens whose logits are computed, between the last norm and the head."""
 SILU = "silu"
 
 
 def match_decoder(file: OnnxFile) -> Decoder | Mismatch:
-    """The decoder that a graph computes, or why it is not of this shape. Reads no weights.
+    """The decoder that a graph computes, or the reason why it does not match. Reads no weights.
 
-    Where a block's attention alone is made of other operators, the decoder is returned, with the reason in that block.
+    If only a block's attention consists of other operators, the result is a decoder with the reason in that block.
     Raises UserError if the attributes of a quantized layer are damaged.
     """
     try:
@@ -47,7 +47,7 @@ def match_decoder(file: OnnxFile) -> Decoder | Mismatch:
 
 
 class _Walk:
-    """One pass over a graph. `_ahead` are the nodes that have not been passed yet, the next one last."""
+    """One pass over a graph. `_ahead`: the nodes that are still ahead, the next one last."""
 
     def __init__(self, file: OnnxFile):
         self.file = file
@@ -75,7 +75,7 @@ class _Walk:
             problem = f"{len(nodes)} nodes choose rows of a constant table by {TOKEN_IDS}, not one"
             raise NotThisShape(Mismatch(part, problem))
         node, output = nodes[0], nodes[0].output[0]
-        # A table of float16 is cast, and GatherBlockQuantized's rows may be reshaped.
+        # A Cast may follow a float16 table, and a Reshape may follow GatherBlockQuantized.
         while len(following := self.layers.readers(output)) == 1 and following[0].op_type in SAME_VALUES:
             output = following[0].output[0]
         return Embedding(name_of(node), node.op_type, node.input[0], TOKEN_IDS, output)
@@ -88,9 +88,9 @@ class _Walk:
         return found[0]
 
     def _chosen_from(self, tensor: str) -> list[str]:
-        """A tensor, and those that its rows were chosen from."""
+        """A tensor, and the tensors that its rows were selected from."""
         found = [tensor]
-        # As many steps as there are nodes: a damaged graph may have circles.
+        # The number of nodes limits the steps, because a damaged graph may have cycles.
         for _ in self.file.graph.node:
             node = self.file.producers.get(found[-1])
             if node is None or node.op_type not in CHOICES:
@@ -143,7 +143,7 @@ class _Walk:
         raise NotThisShape(Mismatch(part, f"no node adds to the residual {stream}"))
 
     def _may_add(self, node: onnx.NodeProto, stream: str) -> bool:
-        """Whether an Add is part of the residual stream, or is where one should be."""
+        """Whether an Add is part of the residual stream, or is where the stream's next Add is expected."""
         if any(self.file.is_constant(name) for name in node.input):
             return False
         return any(self.layers.uncast(name) == stream or self.layers.makes(name) for name in node.input)
@@ -183,7 +183,7 @@ class _Walk:
         return gate, up
 
     def _silu_of(self, name: str) -> str | None:
-        """The tensor whose SiLU another one is."""
+        """The tensor x if the named tensor is SiLU(x)."""
         node = self.file.producers.get(name)
         if node is None:
             return None

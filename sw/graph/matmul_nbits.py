@@ -22,12 +22,12 @@ B, SCALES, ZERO_POINTS, G_IDX, BIAS = 1, 2, 3, 4, 5
 
 
 def matches(node: onnx.NodeProto) -> bool:
-    """Whether the node is one."""
+    """Whether the node is a MatMulNBits."""
     return node.op_type == "MatMulNBits" and node.domain == CONTRIB
 
 
 def check(file: OnnxFile, node: onnx.NodeProto, name: str) -> None:
-    """Raises UserError if attributes and shapes disagree; reads no weights."""
+    """Raises UserError if attributes and shapes contradict each other; reads no weights."""
     n, k, bits, block = _attributes(file, node, name)
     groups = -(-k // block)
     _expect(file, node, name, B, n * groups * (block * bits // 8))
@@ -42,7 +42,7 @@ def check(file: OnnxFile, node: onnx.NodeProto, name: str) -> None:
 
 
 def shape(file: OnnxFile, node: onnx.NodeProto, name: str) -> tuple[int, int]:
-    """(N, K). Raises UserError if the attributes are not those of a layer."""
+    """(N, K). Raises UserError if the attributes do not define a layer."""
     n, k, _, _ = _attributes(file, node, name)
     return n, k
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every part of a graph is recognised by: a node's attributes, and who else reads a tensor."""
+"""Functions that the matchers share: a node's attributes and names, and the readers of a tensor."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from sw.graph.file import OnnxFile
 CONTRIB = "com.microsoft"
 STANDARD = ("", "ai.onnx")
 SHAPES = ("Shape", "Size")
-"""Operators that do not look at values."""
+"""Operators that read a tensor's shape, but not its values."""
 SAME_VALUES = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 LEAST_INPUTS = {
     **dict.fromkeys(
@@ -23,9 +23,9 @@ LEAST_INPUTS = {
     **dict.fromkeys(["DequantizeLinear", "SimplifiedLayerNormalization", "RMSNormalization"], 2),
     **dict.fromkeys(["MatMulNBits", "GatherBlockQuantized", "SkipSimplifiedLayerNormalization"], 3),
 }
-"""Operators that parts of a decoder consist of -> inputs that none of them can be without."""
+"""Operator of a decoder's parts -> number of inputs that it must have."""
 TOKEN_IDS, LOGITS = "input_ids", "logits"
-"""A decoder's input and output in every exporter that names them."""
+"""Names of a decoder's input and output, in every exporter that names them."""
 
 
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:
@@ -34,22 +34,22 @@ def attributes(node: onnx.NodeProto) -> dict[str, Any]:
 
 
 def name_of(node: onnx.NodeProto) -> str:
-    """A node's name; of its first output, if it has none."""
+    """A node's name, or that of its first output if it has none."""
     return node.name or node.output[0]
 
 
 def read(node: onnx.NodeProto, index: int) -> str:
-    """A node's input, or "" where it has none there."""
+    """A node's input by index, or "" if it is absent."""
     return node.input[index] if len(node.input) > index else ""
 
 
 def made(node: onnx.NodeProto, index: int) -> str:
-    """A node's output, or "" where it has none there."""
+    """A node's output by index, or "" if it is absent."""
     return node.output[index] if len(node.output) > index else ""
 
 
 def incomplete(file: OnnxFile) -> onnx.NodeProto | None:
-    """The first node with fewer inputs than its operator needs, as damage leaves it."""
+    """The first node with fewer inputs than its operator needs, which is damage; or None."""
     return next((node for node in file.graph.node if len(node.input) < LEAST_INPUTS.get(node.op_type, 0)), None)
 
 
@@ -59,7 +59,7 @@ def is_output(file: OnnxFile, name: str) -> bool:
 
 
 def readers(file: OnnxFile, name: str) -> list[onnx.NodeProto]:
-    """The nodes that read a tensor, those whose subgraphs do included."""
+    """The nodes that read a tensor, including those whose subgraphs read it."""
     return [*file.consumers.get(name, []), *(node for node in file.branching if name in _inner(node))]
 
 
@@ -76,13 +76,13 @@ def separate_bias(file: OnnxFile, product: str, n: int) -> tuple[str, onnx.NodeP
 
 
 def logits_name(file: OnnxFile) -> str:
-    """The output with the logits: by name, or else the first."""
+    """The output with the logits: the one with that name, or else the first."""
     outputs = [item.name for item in file.graph.output]
     return LOGITS if LOGITS in outputs else outputs[0]
 
 
 def before_logits(file: OnnxFile) -> set[str]:
-    """The logits, and the tensors that become them by a bias, a cast or another shape."""
+    """The logits, and the tensors that become the logits by a bias, a cast or a reshape."""
     names = {logits_name(file)}
     for node in reversed(file.graph.node):
         if node.op_type in (*SAME_VALUES, "Add") and names.intersection(node.output):
@@ -92,7 +92,7 @@ def before_logits(file: OnnxFile) -> set[str]:
 
 
 def _inner(node: onnx.NodeProto) -> set[str]:
-    """Every tensor that a node's subgraphs read, their own included."""
+    """Every tensor that a node's subgraphs read, including tensors of the subgraphs themselves."""
     found: set[str] = set()
     for attribute in node.attribute:
         for graph in [attribute.g, *attribute.graphs]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Root mean square norms in an ONNX graph, as one node or as the operators that exporters write.
+"""Finds root mean square norms in an ONNX graph, as one node or as the operators that exporters write.
 
 SimplifiedLayerNormalization             x, weight
-SkipSimplifiedLayerNormalization         x, y, weight: normalises x + y, which its fourth output is (com.microsoft)
+SkipSimplifiedLayerNormalization         x, y, weight: normalises x + y, its fourth output is x + y (com.microsoft)
 RMSNormalization                         x, weight (opset 23)
 Mul(weight, Mul(x, 1 / Sqrt(Add(ReduceMean(Pow(x, 2)), epsilon)))), 1 / by Reciprocal or Div, casts in between
 """
@@ -25,9 +25,9 @@ FUSED = {
 }
 """Operator -> its input with the weight that scales every channel of its first output."""
 EPSILON = {"SimplifiedLayerNormalization": 1e-5, "SkipSimplifiedLayerNormalization": 1e-12, "RMSNormalization": 1e-5}
-"""Operator -> its epsilon, where it has no such attribute."""
+"""Operator -> its epsilon if the node has no such attribute."""
 SKIP_BIAS, SUM = 3, 3
-"""Input and output of SkipSimplifiedLayerNormalization: added before the norm as well; what was normalised."""
+"""Indices of SkipSimplifiedLayerNormalization's bias input (added before the norm) and of its output with the sum."""
 
 
 def weight_of(node: onnx.NodeProto) -> str:
@@ -65,7 +65,7 @@ def _fused(file: OnnxFile, node: onnx.NodeProto) -> Norm | None:
 
 
 def _of_operators(file: OnnxFile, node: onnx.NodeProto) -> Norm | None:
-    """A norm whose last operator the node is."""
+    """The norm of several operators whose last one is the node; or None."""
     split = _constant_and_other(file, node) if node.op_type == "Mul" else None
     if split is None:
         return None
@@ -73,7 +73,7 @@ def _of_operators(file: OnnxFile, node: onnx.NodeProto) -> Norm | None:
     product = _producer(file, scaled)
     if product is None or product.op_type not in ("Mul", "Div") or len(product.input) != 2:
         return None
-    # x may be cast to float32 for the norm: then everything within it reads the cast.
+    # x may be cast to float32 for the norm; then all operators of the norm read the cast.
     for x, factor in (tuple(product.input), tuple(product.input)[::-1]):
         epsilon = _epsilon(file, factor, x, product.op_type == "Div")
         if epsilon is not None and (product.op_type == "Mul" or x == product.input[0]):
@@ -85,7 +85,7 @@ def _of_operators(file: OnnxFile, node: onnx.NodeProto) -> Norm | None:
 
 
 def _epsilon(file: OnnxFile, factor: str, x: str, is_root: bool) -> float | None:
-    """The epsilon of a tensor that is 1 / sqrt(mean(x^2) + epsilon), or the root alone if `is_root`."""
+    """The epsilon of a tensor 1 / sqrt(mean(x^2) + epsilon), or of a tensor sqrt(mean(x^2) + epsilon) if `is_root`."""
     root = file.producers.get(factor)
     if not is_root:
         if root is None or root.op_type not in ("Reciprocal", "Div"):
@@ -123,13 +123,13 @@ def _constant_and_other(file: OnnxFile, node: onnx.NodeProto) -> tuple[str, str]
 
 
 def _producer(file: OnnxFile, name: str) -> onnx.NodeProto | None:
-    """The node that makes a tensor, or what a cast casts."""
+    """The node that makes a tensor; if it is a Cast, the node that makes its input."""
     node = file.producers.get(name)
     return file.producers.get(node.input[0]) if node is not None and node.op_type == "Cast" else node
 
 
 def _scalar(file: OnnxFile, name: str) -> float:
-    """A constant of one element; else NaN, which equals nothing."""
+    """The value of a constant of one element; NaN, which equals no number, for any other tensor."""
     if not file.is_constant(name) or np.prod(file.shape(name, name)) != 1:
         return math.nan
     return float(np.asarray(file.constant(name, name)).reshape(-1)[0].astype(np.float64))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every linear layer of an ONNX graph, quantized or float, without its weights: see linears and float_linears."""
+"""Finds every linear layer of an ONNX graph, quantized or float, without its weights: see linears and float_linears."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +15,7 @@ from sw.model.parts import Mismatch, Norm, Projection
 
 
 def find_projections(file: OnnxFile) -> Iterator[Projection]:
-    """The layers in the graph's order. Raises UserError if a quantized one's attributes or shapes do not fit."""
+    """The layers in the graph's order. Raises UserError if attributes and shapes of a quantized layer do not fit."""
     for node in file.graph.node:
         found = _shape(file, node)
         if found is not None:
@@ -42,7 +42,7 @@ def _projection(file: OnnxFile, node: onnx.NodeProto, n: int, k: int, place: int
 
 
 class NotThisShape(Exception):
-    """Raised while a graph is matched. mismatch: why it does not match."""
+    """Raised if a graph does not match. mismatch: the reason."""
 
     def __init__(self, mismatch: Mismatch):
         super().__init__(str(mismatch))
@@ -50,11 +50,12 @@ class NotThisShape(Exception):
 
 
 class Layers:
-    """What the parts of a decoder are matched with. Casts between parts are passed over, by `uncast`.
+    """A graph's layers and norms, with which the parts of a decoder are matched. `uncast` skips casts between parts.
 
     Members
     -------
-    file: the graph. projections: in its order. norms: by their output. by_input: norms by what they normalise, uncast.
+    file: the graph. projections: linear layers in the graph's order. norms: norms by their output. by_input: norms by
+    the tensor that they normalise, uncast.
 
     Raises NotThisShape if a node has too few inputs, and UserError if a quantized layer is damaged.
     """
@@ -71,8 +72,8 @@ class Layers:
         self._by_output = {layer.output: layer for layer in self.projections}
 
     def uncast(self, tensor: str) -> str:
-        """The tensor that another one is in another element type, or itself."""
-        # As many steps as there can be: a damaged graph may have circles.
+        """The tensor whose cast this tensor is, or the tensor itself."""
+        # The number of steps is limited, because a damaged graph may have cycles.
         for _ in self.file.graph.node:
             node = self.file.producers.get(tensor)
             if node is None or node.op_type not in ("Cast", "Identity"):
@@ -81,9 +82,9 @@ class Layers:
         return tensor
 
     def rows(self, tensor: str, part: str) -> Projection:
-        """The linear layer that makes a tensor; or its rows, where Split hands on some of them.
+        """The linear layer that makes a tensor; or some of its rows, if the tensor is an output of Split.
 
-        part: of the decoder. Raises NotThisShape if something else makes the tensor.
+        part: name of the decoder's part. Raises NotThisShape if something else makes the tensor.
         """
         tensor = self.uncast(tensor)
         found = self._by_output.get(tensor)
@@ -104,7 +105,7 @@ class Layers:
         return self.uncast(tensor) in self._by_output
 
     def readers(self, tensor: str) -> list[onnx.NodeProto]:
-        """The nodes that read a tensor's values, those that read a cast of it included."""
+        """The nodes that read a tensor or a cast of it."""
         found, left, seen = [], [tensor], set()
         while left:
             name = left.pop()
@@ -117,7 +118,7 @@ class Layers:
         return found
 
     def expect_input(self, layers: dict[str, Projection], tensor: str) -> None:
-        """Raises NotThisShape unless these layers, by their part of the decoder, and no other nodes read a tensor.
+        """Raises NotThisShape unless exactly these layers (by their part of the decoder) read a tensor.
 
         No two of them may be the same rows.
         """
@@ -136,7 +137,7 @@ class Layers:
                 raise self.blame(part, f"it reads the norm's {tensor} too", node)
 
     def wrong(self, part: str, problem: str, tensor: str) -> NotThisShape:
-        """An exception that names what makes a tensor."""
+        """An exception that names the node that makes a tensor."""
         node = self.file.producers.get(tensor)
         if node is not None:
             return self.blame(part, problem, node)
@@ -149,7 +150,7 @@ class Layers:
         return NotThisShape(Mismatch(part, problem, node.op_type, name_of(node)))
 
     def _split_sizes(self, node: onnx.NodeProto, n: int) -> list[int]:
-        """How many rows every output of a Split has; empty if that is not known."""
+        """The number of rows of every output of a Split; empty if it is not known."""
         values = attributes(node)
         count = len(node.output)
         if values.get("axis", 0) not in (-1, 2):

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a float ONNX graph again with quantized linear layers, and leaves everything else of it as it is.
+"""Rewrites a float ONNX graph with quantized linear layers, and leaves the rest of the graph as it is.
 
 A MatMul, Gemm or FusedMatMul becomes a MatMulNBits node (com.microsoft, accuracy_level 0) in its place, with its
-activations, output and bias. /model/layers.0/mlp/up_proj/MatMul is called .../up_proj/MatMulNBits then, as our own
-exporters call it; names of other forms stay. Whatever only the float weights needed is left out.
+activations, output and bias. The node /model/layers.0/mlp/up_proj/MatMul is renamed to .../up_proj/MatMulNBits, as in
+our own exporters; names of other forms stay. Nodes that only the float weights needed are left out.
 
-Where an int8 head and the embedding are one table (tied), they stay one: the embedding's Gather becomes the
-GatherBlockQuantized of sw.graph.decoder. Any other table that is only gathered from is stored as float16 if that is
-exact. Tensors go from file to file piece by piece: the memory is that of the largest layer, or of such a table.
+If an int8 head and the embedding share a table (tied), the new ones share one as well: the embedding's Gather becomes
+the GatherBlockQuantized of sw.graph.decoder. Any other table that only Gather nodes read is stored as float16 if that
+is exact. Tensors are copied piece by piece, so the memory needed is that of the largest layer or of such a table.
 """
 
 from collections import Counter
@@ -36,7 +36,7 @@ PLAIN: dict[str, dict[str, float]] = {
     "Gemm": {"alpha": 1.0, "beta": 1.0, "transA": 0},
     "FusedMatMul": {"alpha": 1.0, "transA": 0, "transBatchA": 0, "transBatchB": 0},
 }
-"""Operator -> the attributes, and their defaults, that would make it more than a linear layer."""
+"""Operator -> attributes and their defaults; with other values the node is more than a linear layer."""
 FLOATS: dict[int, type[np.floating]] = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
 TIED_BITS = 8
 BIAS = 2
@@ -57,12 +57,12 @@ def write_quantized(
 ) -> Path:
     """Writes model.onnx and model.onnx.data into directory `out`, complete or not at all; returns the former's path.
 
-    source: the float ONNX file. layers: name of a node (of its first output, if it has none) -> a function that returns
-    its quantized layer; called once, in the graph's order. Of a layer q, scales and zero points are written; what the
-    graph adds to the product stays its bias. Layers of 3 bits are stored in fields of 4.
+    source: the float ONNX file. layers: name of a node (or of its first output, if it has none) -> a function that
+    returns its quantized layer; called once, in the graph's order. The layer's q, scales and zero points are written;
+    the bias is the one that the graph adds to the product. Layers of 3 bits are stored in fields of 4.
     updates: name of an initializer, or of a tensor that a node makes of constants -> its new value, of the same shape.
-    metadata: properties of the ONNX model, added to those it has. progress: called with steps done, and steps in all:
-    one for each layer and one for the rest. share_tied: whether a tied int8 head and the embedding become one table.
+    metadata: new properties of the ONNX model; those it has are kept. progress: called with steps done, and steps in
+    all: one for each layer and one for the rest. share_tied: whether a tied int8 head and the embedding share a table.
     Raises UserError for names that the graph does not have, shapes that differ, nodes that are more than a linear
     layer, scales that a float16 graph cannot hold, damaged files and a directory that cannot be written.
     """
@@ -87,8 +87,8 @@ def write_quantized(
 
 
 class _Weight(NamedTuple):
-    """A layer's float weight. base: the constant it comes of. by_rows: whether that is [N, K]. dtype: of what the node
-    reads.
+    """A layer's float weight. base: the constant from which it is made. by_rows: whether that is [N, K]. dtype: element
+    type of the node's input.
     """
 
     base: str
@@ -99,7 +99,7 @@ class _Weight(NamedTuple):
 
 
 class _Rewriter(GraphBuilder):
-    """The graph on its way. The nodes that are added replace one of the source's."""
+    """The graph during its conversion. The added nodes replace nodes of the source."""
 
     def __init__(self, file: OnnxFile, data: TensorData, share_tied: bool):
         super().__init__(data)
@@ -108,11 +108,11 @@ class _Rewriter(GraphBuilder):
         self._share_tied = share_tied
         self._sources = {tensor.name: tensor for tensor in file.graph.initializer}
         self._names = {name for node in self.nodes for name in (*node.input, *node.output)} | set(self._sources)
-        # By the first output of the node that they replace: no two nodes have the same.
+        # The key is the first output of the replaced node, which is unique.
         self._instead: dict[str, list[onnx.NodeProto]] = {}
 
     def replace(self, node: onnx.NodeProto, layer: QuantizedLinear) -> None:
-        """A MatMulNBits node in place of a float one."""
+        """Puts a MatMulNBits node in place of a float one."""
         weight = self._weight(node)
         if (layer.n, layer.k) != (weight.n, weight.k):
             self._refuse(node, f"its weight is {[weight.n, weight.k]}, and the quantized layer {[layer.n, layer.k]}")
@@ -137,7 +137,7 @@ class _Rewriter(GraphBuilder):
             self._close(gather)
 
     def finish(self, updates: Mapping[str, np.ndarray]) -> None:
-        """Writes whatever else the new graph needs."""
+        """Writes the other tensors of the new graph."""
         constants = [node for node in self.nodes if set(node.output) & set(updates)]
         for name in (name for node in constants for name in node.output):
             self._instead[name] = []
@@ -172,7 +172,7 @@ class _Rewriter(GraphBuilder):
             if values.get(name, value) != value:
                 self._refuse(node, f"{node.op_type} with {name} {values[name]} is more than a linear layer")
         transposed, dtype, name = bool(values.get("transB", 0)), 0, node.input[1]
-        # As many steps as there can be: a damaged graph may have circles.
+        # The number of steps is limited, because a damaged graph may have cycles.
         for _ in range(len(self.nodes) + 1):
             source = self.file.producers.get(name)
             if name in self._sources or source is None or source.op_type not in ("Transpose", "Cast", "Identity"):
@@ -182,7 +182,7 @@ class _Rewriter(GraphBuilder):
             dtype = dtype or values.get("to", 0)
             name = source.input[0]
         else:
-            self._refuse(node, "its weight comes from a circle of nodes")
+            self._refuse(node, "its weight comes from a cycle of nodes")
         if not (name in self._sources or self.file.is_constant(name)):
             self._refuse(node, "its weight is not a constant")
         shape = self.file.shape(name, name_of(node))
@@ -197,7 +197,7 @@ class _Rewriter(GraphBuilder):
         return _Weight(name, transposed, n, k, FLOATS[dtype])
 
     def _tied_gathers(self, weight: _Weight, layer: QuantizedLinear) -> list[onnx.NodeProto]:
-        """The Gather nodes of the embedding that an int8 head shares its table with, if that can stay one."""
+        """The embedding's Gather nodes that share a table with an int8 head, if they can share the quantized one."""
         source = self._sources.get(weight.base)
         if source is None or not self._share_tied or layer.bits != TIED_BITS or not can_gather(layer):
             return []
@@ -209,7 +209,7 @@ class _Rewriter(GraphBuilder):
 
     @staticmethod
     def _gathers(table: str, nodes: Iterable[onnx.NodeProto]) -> list[onnx.NodeProto]:
-        """Which nodes gather rows of a table."""
+        """The nodes that gather rows of a table."""
         return [
             node
             for node in nodes
@@ -219,7 +219,7 @@ class _Rewriter(GraphBuilder):
         ]
 
     def _without_unused(self) -> tuple[list[onnx.NodeProto], set[str]]:
-        """The new graph's nodes, and the tensors of the old one that nobody makes or reads any more."""
+        """The new graph's nodes, and the tensors of the old graph that no node makes or reads any more."""
         nodes = [new for node in self.nodes for new in self._instead.get(node.output[0], [node])]
         reads = Counter(names_read(nodes))
         outputs = {item.name for item in self.file.graph.output}
@@ -256,7 +256,7 @@ class _Rewriter(GraphBuilder):
         return self._data.store(name, converted)
 
     def _narrow(self, tensor: TensorProto, nodes: list[onnx.NodeProto]) -> TensorProto | None:
-        """A table as float16, if that is exact and it is only gathered from; casts then follow in `nodes`."""
+        """The table as float16, if that is exact and only Gather nodes read it; `nodes` then get casts after them."""
         size = 4 * int(np.prod(tensor.dims))
         if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) != 2 or size <= INLINE_BYTES:
             return None
@@ -276,7 +276,7 @@ class _Rewriter(GraphBuilder):
         return self._data.store(tensor.name, values)
 
     def _close(self, node: onnx.NodeProto) -> None:
-        """Puts the nodes made since the last time in the place of `node`."""
+        """Puts the nodes that were made since the last call in the place of `node`."""
         self._instead[node.output[0]], self._made = self._made, []
 
     def _unique(self, name: str) -> str:

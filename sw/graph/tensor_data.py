@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tensors of an ONNX graph that is being written: large ones go to one external data file, at once.
+"""Writes the tensors of an ONNX graph: large tensors go directly to one external data file.
 
-What another graph holds is copied piece by piece, in whatever element type, without being understood.
+Tensors of another graph are copied piece by piece as bytes, whatever their element type.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from onnx import TensorProto, external_data_helper, helper
 from sw.common.errors import UserError, one_line
 from sw.graph.external_data import LOCATION, below_the_folder
 
-# onnxruntime maps external data at page boundaries where it can.
+# onnxruntime can map external data into memory if it begins at a page boundary.
 ALIGNMENT = 4096
 INLINE_BYTES = 1024
 PIECE = 1 << 24
@@ -22,7 +22,7 @@ PIECE = 1 << 24
 class TensorData:
     """The file `path`, opened for writing. Use as a context manager.
 
-    folder: where the external data of tensors to be copied is; by default beside the file.
+    folder: folder of the external data of tensors to be copied; by default that of the file.
     """
 
     def __init__(self, path: Path, folder: Path | None = None):
@@ -37,7 +37,7 @@ class TensorData:
         self._file.close()
 
     def store(self, name: str, values: np.ndarray) -> TensorProto:
-        """A new tensor; up to 1 KiB its values stay inside."""
+        """A new tensor. Values of up to 1 KiB are stored in the graph itself."""
         # ascontiguousarray would make a scalar one-dimensional.
         values = np.asarray(values, order="C")
         tensor = TensorProto(name=name, dims=values.shape, data_type=helper.np_dtype_to_tensor_dtype(values.dtype))
@@ -50,7 +50,7 @@ class TensorData:
         return tensor
 
     def copy(self, tensor: TensorProto) -> TensorProto:
-        """A tensor of the other graph. Raises UserError if its data is missing, too short or outside its folder."""
+        """Copies a tensor of the other graph. Raises UserError if its data is missing, short or outside its folder."""
         copied = TensorProto()
         copied.CopyFrom(tensor)
         if external_data_helper.uses_external_data(tensor):

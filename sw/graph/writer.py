@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes an ONNX graph node by node, its large tensors straight to an external data file."""
+"""Writes an ONNX graph node by node, and its large tensors directly to an external data file."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +14,12 @@ from sw.graph.tensor_data import TensorData
 
 
 def tensor_name(path: str) -> str:
-    """How the names of a module's tensors begin: /model/layers.0/mlp gives model.layers.0.mlp."""
+    """The prefix of the names of a module's tensors: /model/layers.0/mlp gives model.layers.0.mlp."""
     return path.strip("/").replace("/", ".")
 
 
 class GraphBuilder:
-    """Collects nodes and tensors. data: gets the large tensors at once."""
+    """Collects nodes and tensors. data: receives large tensors immediately."""
 
     def __init__(self, data: TensorData):
         self._data = data
@@ -47,13 +47,13 @@ class GraphBuilder:
         return outputs[0]
 
     def _unique(self, name: str) -> str:
-        """A name for a new tensor: by default the one that is wanted."""
+        """A name for a new tensor: by default the requested one."""
         return name
 
 
 class OnnxWriter(GraphBuilder):
-    """Builds a graph; `save` writes model.onnx. Tensors above 1 KiB go to model.onnx.data at once, so that a model of
-    any size is written in the memory of one tensor. Use as a context manager.
+    """Builds a graph; `save` writes model.onnx. Tensors above 1 KiB are written to model.onnx.data immediately, so that
+    a model of any size needs the memory of one tensor. Use as a context manager.
     """
 
     def __init__(self, directory: Path, graph_name: str):

@@ -198,7 +198,7 @@ def test_damaged_graphs(tmp_path):
         return change
 
     cases = [
-        (damaged(circle), layers, "layer p: its weight comes from a circle of nodes"),
+        (damaged(circle), layers, "layer p: its weight comes from a cycle of nodes"),
         (
             damaged(lambda graph: setattr(graph.initializer[0], "data_type", 111)),
             layers,
@@ -208,7 +208,7 @@ def test_damaged_graphs(tmp_path):
         (
             damaged(lambda graph: graph.node[0].output.pop()),
             {},
-            "is damaged: a name in its graph is no text, or a node",
+            "is damaged: a name in its graph is not text, or a node",
         ),
         (damaged(external("offset", "1x")), {}, "tensor w does not say where its external data is"),
         (damaged(external("length", "-")), {}, "tensor w does not say where its external data is"),
