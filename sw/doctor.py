@@ -21,7 +21,7 @@ def well(findings: Sequence[Finding]) -> bool:
 def line(finding: Finding) -> str:
     """A finding for a terminal."""
     text = f"{finding.status:<12}{finding.check:<16}{finding.text}"
-    return f"{text} -> {finding.mend}" if finding.mend else text
+    return f"{text} -> {finding.fix}" if finding.fix else text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from sw.common.errors import one_line
 from sw.devices.base import DeviceError
 from sw.devices.host import Host
 from sw.devices.kv260 import FIRMWARE, LOAD, KV260Device, board_manifest
-from sw.devices.udmabuf import MEND as BUFFER_MEND
+from sw.devices.udmabuf import MEND as BUFFER_FIX
 from sw.devices.udmabuf import BusyError, DmaBuffer, find_buffer, problem
 from sw.devices.uio import Uio, find_uio
 
@@ -36,12 +36,12 @@ COPY = f"copy the app folder of this bitstream to {FIRMWARE}, then {LOAD}"
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor. status: OK, WRONG or UNKNOWN; mend: how to fix it, or empty if there is nothing to do."""
+    """One line of the doctor. status: OK, WRONG or UNKNOWN; fix: how to fix the fault, or empty."""
 
     check: str
     status: str
     text: str
-    mend: str = ""
+    fix: str = ""
 
 
 def examine(host: Host, clock_hz: float = FABRIC_HZ) -> Iterator[Finding]:
@@ -154,8 +154,8 @@ def registers(host: Host) -> Finding:
     try:
         place = find_uio(host, UIO_NAME)
         if place is None:
-            mend = f"sudo modprobe uio_pdrv_genirq of_id=generic-uio; then {LOAD}"
-            return Finding(check, WRONG, f"there is no UIO device named {UIO_NAME}", mend)
+            fix = f"sudo modprobe uio_pdrv_genirq of_id=generic-uio; then {LOAD}"
+            return Finding(check, WRONG, f"there is no UIO device named {UIO_NAME}", fix)
         if place.address != CONTROL_ADDRESS or place.size < WINDOW_BYTES:
             text = f"{place.device} has {place.size:#x} bytes at {place.address:#x} instead of {CONTROL_ADDRESS:#x}"
             return Finding(check, WRONG, text, COPY)
@@ -179,7 +179,7 @@ def buffer(host: Host) -> Finding:
     try:
         place = find_buffer(host, BUFFER_NAME)
         if place is None:
-            return Finding(check, WRONG, f"there is no u-dma-buf named {BUFFER_NAME}", BUFFER_MEND)
+            return Finding(check, WRONG, f"there is no u-dma-buf named {BUFFER_NAME}", BUFFER_FIX)
         if text := problem(place):
             return Finding(check, WRONG, text, "correct its node in the overlay and load the app again")
         with suppress(BusyError):
@@ -192,8 +192,8 @@ def buffer(host: Host) -> Finding:
     if place.size < BUFFER_BYTES:
         # If there were too little contiguous memory, there would be no buffer at all: so the overlay requests less.
         text = f"it has {place.size:,} bytes instead of {BUFFER_BYTES:,}: large models do not fit"
-        mend = f"the loaded overlay has another size than <{BUFFER_BYTES:#x}>: {COPY}"
-        return Finding(check, WRONG, text, mend)
+        fix = f"the loaded overlay has another size than <{BUFFER_BYTES:#x}>: {COPY}"
+        return Finding(check, WRONG, text, fix)
     return Finding(check, OK, f"{place.size:,} bytes at {place.address:#x}")
 
 
@@ -264,8 +264,8 @@ def fabric_clock(host: Host, hz: float, wanted: float) -> Finding:
         return Finding(check, OK, text)
     believed = host.read(FABRIC_CLOCK)
     said = f" (the kernel says {int(believed) / 1e6:.1f})" if believed and believed.isdigit() else ""
-    mend = f"the overlay must set it: {LOAD}, and look for xlnx,fclk in dmesg"
-    return Finding(check, WRONG, f"{text}{said}, instead of {wanted / 1e6:.1f}", mend)
+    fix = f"the overlay must set it: {LOAD}, and look for xlnx,fclk in dmesg"
+    return Finding(check, WRONG, f"{text}{said}, instead of {wanted / 1e6:.1f}", fix)
 
 
 DEVICE_CHECKS = ("interrupt", "self-test", "memory rate")
@@ -282,8 +282,8 @@ def device_checks(host: Host, hz: float) -> Iterator[Finding]:
     with device:
         for check, run in zip(DEVICE_CHECKS, (interrupt_check, result_check, stream_check)):
             try:
-                text, mend = run(device, hz)
-                yield Finding(check, WRONG if mend else OK, text, mend)
+                text, fix = run(device, hz)
+                yield Finding(check, WRONG if fix else OK, text, fix)
             except DeviceError as error:
                 yield Finding(
                     check, WRONG, one_line(error), "the ports' address map, or the clock: see the lines above"

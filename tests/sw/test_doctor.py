@@ -80,7 +80,7 @@ def test_a_board_without_faults(fake, monkeypatch, capsys):
     answer = json.loads(text)
     assert status == 0 and answer["well"] is True
     assert [item["check"] for item in answer["checks"]] == CHECKS
-    assert all(item["status"] == OK and not item["mend"] for item in answer["checks"])
+    assert all(item["status"] == OK and not item["fix"] for item in answer["checks"])
     # The board is free again.
     KV260Device(host=fake).close()
 
@@ -97,7 +97,7 @@ def test_slow_memory(tmp_path):
         findings = list(examine(fake))
     (finding,) = [item for item in findings if item.status == WRONG]
     assert finding.check == "memory rate"
-    assert "% of the ports' bandwidth" in finding.text and "other traffic" in finding.mend
+    assert "% of the ports' bandwidth" in finding.text and "other traffic" in finding.fix
 
 
 def hardware(name, value, word=0):
@@ -166,7 +166,7 @@ ALSO = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_injected_faults(fault, fake, monkeypatch, capsys):
     """The line names the fault and its fix, no other check is wrong, and no line is missing."""
-    plant, check, text, mend = FAULTS[fault]
+    plant, check, text, fix = FAULTS[fault]
     plant(fake)
     status, out = run(fake, monkeypatch, capsys, "--json")
     answer = json.loads(out)
@@ -174,7 +174,7 @@ def test_injected_faults(fault, fake, monkeypatch, capsys):
     assert status == 1 and answer["well"] is False
     assert sorted(findings) == sorted(CHECKS) and len(answer["checks"]) == len(CHECKS)
     assert findings[check]["status"] == WRONG, findings[check]
-    assert text in findings[check]["text"] and mend in findings[check]["mend"], findings[check]
+    assert text in findings[check]["text"] and fix in findings[check]["fix"], findings[check]
     wrong = {name for name, item in findings.items() if item["status"] == WRONG}
     assert wrong == {check} | ALSO.get(fault, set()), [findings[name] for name in wrong]
     for item in findings.values():

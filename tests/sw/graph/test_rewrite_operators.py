@@ -218,7 +218,7 @@ def test_damaged_graphs(tmp_path):
         source.write_bytes(model.SerializeToString())
         refused(source, tmp_path / "out", message, chosen)
     source.write_bytes(good.replace(b"\x0a\x01x", b"\x0a\x01\xff"))
-    refused(source, tmp_path / "out", "is damaged: a name in its graph is no text", layers)
+    refused(source, tmp_path / "out", "is damaged: a name in its graph is not text", layers)
 
 
 def test_wrong_updates(tmp_path):
