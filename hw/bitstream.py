@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m hw.bitstream --board ulx3s``: a self-testing core as a bitstream, with open tools from PyPI alone.
+"""``python -m hw.bitstream --board ulx3s``: builds the bitstream of a self-testing core with open tools from PyPI.
 
-Exit codes: 0 done; 1 a tool failed, or the clock is not met; 2 something is missing, or an option is wrong.
+Exit codes: 0 done; 1 a tool failed, or the clock is not met; 2 a tool is missing, or an option is wrong.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from hw.spec.presets import SELFTEST_BOARDS, preset
 
 NAME = "gristmill"
 CLOCK_HZ = 115_000_000
-"""Of the core; docs/ulx3s.md has what placements reach."""
+"""Clock of the core; docs/ulx3s.md lists the clocks that placements reach."""
 SEEDS = 6
 """Placements tried before the command gives up. nextpnr gives the same result for the same seed."""
 _PAUSE_SECONDS = 0.5
@@ -40,7 +40,7 @@ def board_config(tile: int) -> AcceleratorConfig:
 
     Raises
     ------
-    ConfigError : a tile that the board has no design for
+    ConfigError : the board has no design for this tile
     """
     if tile not in _DESIGNS:
         raise ConfigError(f"the self-test's tile is {' or '.join(map(str, _DESIGNS))}, not {tile}")
@@ -48,7 +48,7 @@ def board_config(tile: int) -> AcceleratorConfig:
 
 
 def find_tools() -> dict[str, str]:
-    """Path of each program by its name; those beside this Python come first.
+    """Path of each program by its name; programs in the folder of this Python take precedence.
 
     Raises
     ------
@@ -72,7 +72,7 @@ def _run(command: list[str], step: str, work: Path) -> None:
 
 def _elaborate(config: AcceleratorConfig, clock_hz: int, work: Path) -> float:
     """Write netlist, script and constraints for the tools; returns the frequency that the PLL makes, in Hz."""
-    # Here, so that a missing package is told in one line.
+    # Import here, so that find_tools can report a missing package in one line.
     from hw.boards.uart import uart_divisor
     from hw.boards.ulx3s import BAUD, Ulx3sTop, platform, pll_for
 
@@ -90,7 +90,7 @@ def _elaborate(config: AcceleratorConfig, clock_hz: int, work: Path) -> float:
 
 
 def _place(tools: dict[str, str], seed: int, work: Path) -> Path:
-    """Place and route; returns the report. A missed clock is no failure here."""
+    """Place and route; returns the report. A missed clock is not an error here."""
     report = work / f"report-{seed}.json"
     part = ["--85k", "--package", "CABGA381", "--speed", "6"]
     files = ["--json", f"{NAME}.json", "--lpf", f"{NAME}.lpf", "--textcfg", f"{NAME}-{seed}.config"]
@@ -100,7 +100,7 @@ def _place(tools: dict[str, str], seed: int, work: Path) -> Path:
 
 
 def _fresh(out: Path) -> Path:
-    """Remove what an earlier run left, so that a failed run leaves nothing that looks like a result."""
+    """Remove the files of an earlier run, so that a failed run leaves nothing that looks like a result."""
     for name in (f"{NAME}.bit", "summary.json", "timing.rpt"):
         (out / name).unlink(missing_ok=True)
     work = out / "work"
@@ -112,7 +112,7 @@ def _fresh(out: Path) -> Path:
 def bitstream(tile: int, out: Path, clock_hz: int = CLOCK_HZ, seed: int = 1, seeds: int = SEEDS) -> dict:
     """Build the ULX3S' bitstream; returns the summary, which is also ``out/summary.json``.
 
-    Placements with the seeds from ``seed`` up are tried until one meets the clock. Files in ``out``:
+    Placements are tried with the seeds ``seed``, ``seed + 1`` and so on until one meets the clock. Files in ``out``:
     ``gristmill.bit``, ``summary.json``, ``timing.rpt`` (nextpnr's log, with the slowest paths), and ``work/``. A
     design that misses its clock leaves ``timing.rpt`` of its best placement and ``work/`` alone.
 
@@ -120,7 +120,7 @@ def bitstream(tile: int, out: Path, clock_hz: int = CLOCK_HZ, seed: int = 1, see
     ------
     ToolError : a tool is missing or failed
     TimingError : no placement meets the clock; the message names the slowest path of the best
-    ConfigError : the tile or the clock is none that the board has
+    ConfigError : the board does not support the tile or the clock
     """
     config = board_config(tile)
     tools = find_tools()
@@ -159,7 +159,7 @@ def bitstream(tile: int, out: Path, clock_hz: int = CLOCK_HZ, seed: int = 1, see
 
 
 def _screen(summary: dict, out: Path) -> str:
-    """A few lines about what was made."""
+    """A few lines about the result."""
     clock, config = summary["timing"], summary["config"]
     rows = [
         ("design", f"core at tile {config['tile']}, {config['activation_bits']}-bit activations, {summary['part']}"),
@@ -178,7 +178,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m hw.bitstream", description="Build a self-testing core for an open board.")
     parser.add_argument("--board", choices=tuple(SELFTEST_BOARDS), default="ulx3s")
     parser.add_argument("--tile", type=int, default=4, help="array size, 4 or 8 (default: 4)")
-    parser.add_argument("--clock-mhz", type=float, default=CLOCK_HZ / 1e6, help="of the core (default: %(default)g)")
+    parser.add_argument(
+        "--clock-mhz", type=float, default=CLOCK_HZ / 1e6, help="clock of the core (default: %(default)g)"
+    )
     parser.add_argument("--seed", type=int, default=1, help="first placement seed (default: 1)")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="placements to try (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("build/ulx3s"), metavar="DIR", help="folder to write to")

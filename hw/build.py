@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m hw.build``: Verilog and manifest of one accelerator."""
+"""``python -m hw.build``: generates Verilog and manifest of one accelerator."""
 
 import argparse
 from pathlib import Path

@@ -72,12 +72,12 @@ def _register_rows() -> Iterator[tuple[str, ...]]:
 
 
 def register_table() -> str:
-    """Every register, its fields below it."""
+    """A table of every register, each followed by its fields."""
     return _table(("offset", "name", "access", "after reset", "meaning"), _register_rows())
 
 
 def error_table() -> str:
-    """Every error code."""
+    """A table of every error code."""
     rows = ((str(code.value), code.name, ERROR_TEXTS[code]) for code in registers.ErrorCode)
     return _table(("code", "name", "meaning"), rows)
 
@@ -91,7 +91,7 @@ def _label(name: str, width: int) -> str:
 
 
 def descriptor_diagram(fields: Sequence[DescriptorField]) -> str:
-    """A descriptor's words, two characters a bit, the highest bit on the left; reserved words at its end as one."""
+    """A diagram of a descriptor's words, two characters per bit, highest bit left. Reserved end words are one."""
     used = max(field.low + field.width for field in fields)
     words = -(-used // _WORD)
     inside = 2 * _WORD - 1
@@ -107,7 +107,7 @@ def descriptor_diagram(fields: Sequence[DescriptorField]) -> str:
 
 
 def _cells(fields: Sequence[DescriptorField], word: int) -> Iterator[tuple[int, str]]:
-    """(width, text) of a word's parts from bit 0 up; the text is empty where bits are reserved."""
+    """(width, text) of a word's parts in order from bit 0; the text is empty for reserved bits."""
     bit, end = _WORD * word, _WORD * (word + 1)
     for field in fields:
         low, high = max(field.low, bit), min(field.low + field.width, end)
@@ -122,7 +122,7 @@ def _cells(fields: Sequence[DescriptorField], word: int) -> Iterator[tuple[int, 
 
 
 def descriptor_table(fields: Sequence[DescriptorField]) -> str:
-    """Every field of a descriptor."""
+    """A table of every field of a descriptor."""
 
     def place(low: int, width: int) -> str:
         first, last = low // _WORD, (low + width - 1) // _WORD
@@ -135,7 +135,7 @@ def descriptor_table(fields: Sequence[DescriptorField]) -> str:
 
 
 def example() -> str:
-    """A descriptor in numbers."""
+    """The words of an example descriptor, in hexadecimal."""
     layer = LayerLayout(AcceleratorConfig(), k=896, n=1150, group_size=128)
     descriptor = Descriptor.from_layer(
         layer, 2, activations=0x1000_0000, results=0x1001_0000, weights=0x2000_0000, interrupt=True
@@ -149,7 +149,7 @@ def example() -> str:
 
 
 def _signals(prefix: str, signature: AxiSignature, symbols: dict[str, str]) -> list[tuple[str, ...]]:
-    """A row for each channel: what the manager drives, and what the subordinate drives."""
+    """A row for each channel: the signals that the manager drives, and those that the subordinate drives."""
     rows = []
     for channel, member in signature.members.items():
         forward = [
@@ -166,7 +166,7 @@ def _payload(member) -> Iterable:
 
 
 def port_table() -> str:
-    """Every signal of the AXI ports."""
+    """A table of every signal of the AXI ports."""
     rows = _signals("s_axi_ctrl", lite_signature(CONTROL_ADDRESS_BITS), {})
     for half in (read_signature(128), write_signature(128)):
         rows += _signals("m_axi_hp0", half, _SYMBOLIC)

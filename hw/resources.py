@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m hw.resources``: how much of a board's part an accelerator takes, by yosys's estimate.
+"""``python -m hw.resources``: estimates with yosys the resources of a board's part that an accelerator uses.
 
-``--levels`` measures its logic depth instead: how many lookup tables are between its registers.
+``--levels`` measures its logic depth instead: the number of lookup tables between its registers.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from hw.spec.cli import Parser, run_cli
 from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.parts import BOARDS, TARGETS, Part, Target
 
-_DESCRIPTION = "How much of a board's part an accelerator takes, or how deep its logic is."
+_DESCRIPTION = "Estimate the resources of a board's part that an accelerator uses, or its logic depth."
 _NOTE = "yosys's mapping, an estimate: not placed, not routed, no Vivado"
 _LEVELS_NOTE = "levels of yosys's mapping: LUT 1, CARRY4 0.12, MUXF 0.3, LUT memory 1.2; not placed, no Vivado"
 
@@ -46,7 +46,7 @@ def measure(config: AcceleratorConfig, board: str, block: str = "accelerator") -
 
 
 def measure_levels(config: AcceleratorConfig, board: str, block: str = "accelerator") -> Depth:
-    """Logic depth of ``block``; see :func:`hw.flows.levels.measure_depth`. Raises what :func:`measure` does."""
+    """Logic depth of ``block``; see :func:`hw.flows.levels.measure_depth`. Raises as :func:`measure` does."""
     target = _target(board, block)
     return measure_depth(BLOCKS[block](config), target)
 
@@ -57,12 +57,12 @@ def total(blocks: Mapping[str, Counter]) -> dict[str, float]:
 
 
 def percentages(counts: Mapping[str, float], part: Part) -> dict[str, float]:
-    """Of what the part has, by resource, for those that it counts."""
+    """Percentages of the part's resources that are used, for each resource that the part counts."""
     return {name: 100 * counts[name] / limit for name, limit in part.resources.items()}
 
 
 def document(config: AcceleratorConfig, board: str, block: str, blocks: Mapping[str, Counter]) -> dict:
-    """What ``--json`` prints."""
+    """The document that ``--json`` prints."""
     part, sums = BOARDS[board], total(blocks)
     return {
         "board": board,
@@ -79,7 +79,7 @@ def document(config: AcceleratorConfig, board: str, block: str, blocks: Mapping[
 
 
 def text_table(config: AcceleratorConfig, board: str, blocks: Mapping[str, Counter]) -> str:
-    """Blocks by falling LUTs, their sum, what the part has, and percentages."""
+    """A table of the blocks in falling order of LUTs, with their sum, the part's resources, and percentages."""
     part, sums = BOARDS[board], total(blocks)
     share = percentages(sums, part)
     rows = [
@@ -100,13 +100,13 @@ def text_table(config: AcceleratorConfig, board: str, blocks: Mapping[str, Count
 
 
 def levels_document(config: AcceleratorConfig, board: str, block: str, depth: Depth) -> dict:
-    """What ``--levels --json`` prints."""
+    """The document that ``--levels --json`` prints."""
     head = {"board": board, "part": BOARDS[board].name, "method": _LEVELS_NOTE, "block": block}
     return {**head, "config": config.to_dict(), **depth.to_dict()}
 
 
 def levels_table(config: AcceleratorConfig, board: str, depth: Depth) -> str:
-    """Depth of each block, how many bits end paths of which depth, and the deepest paths: start, way, end."""
+    """Tables of each block's depth, of the number of end points by depth, and of the deepest paths."""
     lines = [f"tile {config.tile} on {board}: {_LEVELS_NOTE}", "", f"{'block':24}{'deepest':>8}"]
     lines += [f"{name:24}{levels:8.2f}" for name, levels in sorted(depth.blocks.items(), key=lambda i: (-i[1], i[0]))]
     lines += [f"{'all':24}{depth.levels:8.2f}", "", f"{'levels':24}{'bits':>8}"]
@@ -124,8 +124,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_config_options(parser)
     parser.add_argument("--board", default="kv260", help=f"one of {', '.join(BOARDS)} (default: kv260)")
-    parser.add_argument("--top", default="accelerator", help="this block alone (default: the accelerator)")
-    parser.add_argument("--levels", action="store_true", help="logic depth instead: per block, and the deepest paths")
+    parser.add_argument("--top", default="accelerator", help="measure this block alone (default: the accelerator)")
+    parser.add_argument("--levels", action="store_true", help="print logic depth per block, and the deepest paths")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
 

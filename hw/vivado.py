@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m hw.vivado``: the KV260's bitstream, or the accelerator as an IP-XACT core, by Vivado in batch mode.
+"""``python -m hw.vivado``: builds the KV260's bitstream, or packages the accelerator as an IP-XACT core, with Vivado.
 
-Exit codes: 0 done; 1 Vivado failed, or the design misses its clock; 2 something is missing or an option is wrong.
+Exit codes: 0 done; 1 Vivado failed, or the design misses its clock; 2 a tool is missing or an option is wrong.
 """
 
 import argparse
@@ -31,7 +31,7 @@ PART = BOARDS["kv260"]
 BOARD_PARTS = "xilinx.com:kv260_som:part0:*"
 """Pattern of the board part; its version is 1.3 or 1.4 with most versions of Vivado, and 2.0 with 2026.1."""
 OLDEST, NEWEST = (2023, 1), (2026, 1)
-"""Versions of Vivado that the scripts are written for. None was run."""
+"""Versions of Vivado that the scripts are written for. The scripts were run with none of them."""
 BITSTREAM_STEPS = ("project", "implement", "export")
 """Scripts of a bitstream, in order."""
 _STEP_HOURS = 8
@@ -42,11 +42,11 @@ _INSTALL = (
 
 
 def find_tools(names: tuple[str, ...]) -> None:
-    """Check that the tools are on PATH and that Vivado's version is one of those meant.
+    """Check that the tools are on PATH and that Vivado's version is supported.
 
     Raises
     ------
-    ToolError : a tool is missing, or Vivado is older than OLDEST; a newer one than NEWEST is only told on stderr
+    ToolError : a tool is missing, or Vivado is older than OLDEST; for one newer than NEWEST stderr gets a warning only
     """
     missing = [name for name in names if not shutil.which(name)]
     if missing:
@@ -63,13 +63,13 @@ def find_tools(names: tuple[str, ...]) -> None:
         raise ToolError(f"Vivado {version[0]}.{version[1]} is too old: {_INSTALL}", 2)
     if version > NEWEST:
         print(
-            f"warning: Vivado {version[0]}.{version[1]} is newer than what the scripts were written for",
+            f"warning: Vivado {version[0]}.{version[1]} is newer than the versions that the scripts were written for",
             file=sys.stderr,
         )
 
 
 def prepare(config: AcceleratorConfig, folder: Path, module: str) -> tuple[Manifest, list[Path]]:
-    """Generate the accelerator, with the part's own DSPs, and the module around it; returns manifest and Verilog files.
+    """Generate the accelerator with the part's DSP slices, and its wrapper; returns manifest and Verilog files.
 
     Raises
     ------
@@ -128,7 +128,7 @@ def _vivado(step: str, folder: Path, environment: dict[str, str]) -> None:
 
 
 def _fresh(out: Path) -> None:
-    """Remove what an earlier run left, so that a failed run leaves nothing that looks like a result."""
+    """Remove the files of an earlier run, so that a failed run leaves nothing that looks like a result."""
     for name in ("work", "reports", "out", "logs"):
         shutil.rmtree(out / name, ignore_errors=True)
         (out / name).mkdir(parents=True)
@@ -234,7 +234,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m hw.vivado", description="Build the KV260's bitstream, or package the accelerator.")
     parser.add_argument("product", choices=("bitstream", "ip"))
     add_config_options(parser)
-    parser.add_argument("--clock-mhz", type=float, default=FABRIC_HZ / 1e6, help="of the fabric (default: %(default)g)")
+    parser.add_argument(
+        "--clock-mhz", type=float, default=FABRIC_HZ / 1e6, help="clock of the fabric (default: %(default)g)"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that Vivado may start")
     parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="default: build/kv260 or build/ip")
     return parser

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logic depth: how many lookup tables are between registers, and the deepest paths by name.
+"""Logic depth: the number of lookup tables between registers, and the deepest paths by name.
 
-The mapping is ``synth_xilinx -family xcup -flatten`` as it stands: the whole design at once, with ABC9. It is the
-pessimistic one of those that yosys offers, because ABC9 saves area on all paths but the slowest. At tile 16 plain ABC,
-which :mod:`hw.flows.synthesis` runs to count, finds about 2 levels less.
+The mapping is that of ``synth_xilinx -family xcup -flatten``: the whole design at once, with ABC9. Among yosys's
+mappings this is the pessimistic one, because ABC9 saves area on all paths but the slowest. At tile 16 plain ABC, with
+which :mod:`hw.flows.synthesis` counts resources, finds about 2 levels less.
 """
 
 import math
@@ -25,7 +25,7 @@ synth_xilinx -family xcup -flatten -noiopad -noclkbuf -uram -top top
 write_json {MAPPED}
 """
 _NUMBER = re.compile(r"\$\d+$|(?<=_)\d+(?![a-z])|(?<=\[)\d+(?=\])")
-"""What distinguishes equal blocks, elements of an array and bits of a signal."""
+"""The number in a name that distinguishes equal blocks, elements of an array or bits of a signal."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class DeepPath:
 
     Attributes
     ----------
-    levels : its depth
+    levels : depth of the path
     start, end : the registers, or the memory or slice and its pin, or a port
-    through : what it passes, in order: the cell's kind, and the name in the source of the net behind it if it has one
+    through : the cells on the path, in order: the cell's kind, and the source name of its output net if that has one
     """
 
     levels: float
@@ -47,13 +47,13 @@ class DeepPath:
 
 @dataclass
 class Depth:
-    """What :func:`measure_netlist` finds.
+    """The result of :func:`measure_netlist`.
 
     Attributes
     ----------
-    levels : of the deepest path
-    end_points : how many bits end a path
-    histogram : end points by levels, rounded up
+    levels : depth of the deepest path
+    end_points : number of bits that end a path
+    histogram : number of end points by levels, rounded up
     blocks : the deepest path that ends in each block
     worst : the deepest paths, no two between registers that differ by a number only, deepest first
     """
@@ -70,18 +70,18 @@ class Depth:
 
 
 def measure_depth(component: wiring.Component, target: Target, *, timeout: float = 3600) -> Depth:
-    """Map a component with yosys, flat, and find its deepest paths; see :func:`measure_netlist`.
+    """Map a component with yosys as one flat module, and find its deepest paths; see :func:`measure_netlist`.
 
     Raises
     ------
-    LowerError : yosys failed, took longer than ``timeout`` seconds, or used a cell that is not known here
+    LowerError : yosys failed, took longer than ``timeout`` seconds, or used a cell whose depth is not known
     """
     module = run_mapping(to_rtlil(component, "top", target), _PASSES, timeout)["top"]
     return measure_netlist(module, container_names(component, target))
 
 
 def measure_netlist(module: Mapping, containers: Collection[str] = (), worst: int = 10) -> Depth:
-    """The deepest paths of a flat module.
+    """Find the deepest paths of a flat module.
 
     A LUT or an inverter counts 1, a CARRY4 0.12, a MUXF7 or MUXF8 0.3, the asynchronous read of a LUT memory 1.2. Paths
     start at inputs and at the outputs of registers, RAMs, DSP slices and SRLs, and end at outputs and at these cells'
@@ -90,8 +90,8 @@ def measure_netlist(module: Mapping, containers: Collection[str] = (), worst: in
     Parameters
     ----------
     module : a module of yosys's JSON netlist; nets with the attribute :data:`REGISTER` give registers their names
-    containers : instances that are no blocks but hold blocks
-    worst : how many paths to list
+    containers : instances that are not blocks but contain blocks
+    worst : number of paths to list
 
     Raises
     ------
@@ -114,7 +114,7 @@ def measure_netlist(module: Mapping, containers: Collection[str] = (), worst: in
 
 
 def _arrivals(netlist: Netlist) -> tuple[dict[int, float], dict[int, tuple[int, str]]]:
-    """Levels by net, and of each the net and the cell before it on its deepest path."""
+    """Levels by net, and for each net the net and the cell before it on its deepest path."""
     arrival: dict[int, float] = {}
     before: dict[int, tuple[int, str]] = {}
     waiting = Counter(netlist.waiting)
@@ -145,7 +145,7 @@ def _trace(netlist: Netlist, before: Mapping[int, tuple[int, str]], net: int, en
 
 
 def _block(name: str, containers: Collection[str]) -> str:
-    """The block that a register is in: the first part of its name that is no container, without a number."""
+    """The block that contains a register: the first part of its name that is not a container, without a number."""
     parts = name.split(".")[:-1]
     while parts and parts[0] in containers:
         parts.pop(0)

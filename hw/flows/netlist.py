@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A mapped netlist as yosys's ``write_json`` gives it: which net reaches which through a cell, and where paths end."""
+"""A mapped netlist from yosys's ``write_json``: the arcs from net to net through cells, and the bits that end paths."""
 
 import re
 from collections import Counter
@@ -16,7 +16,7 @@ _CARRIES = ("CARRY4", "CARRY8")
 _MEMORY = re.compile(r"RAM\d+(X|M)\d*[SD]?\d*")
 _MEMORY_LEVELS = 1.2
 LEVELS = {**dict.fromkeys(_LUTS, 1.0), **dict.fromkeys(_CARRIES, 0.12), **dict.fromkeys(("MUXF7", "MUXF8"), 0.3)}
-"""What a path gains in each kind of cell: about its delay, in units of that of a LUT and the route to it. The
+"""Levels of each kind of cell: approximately its delay, in units of the delay of a LUT and the route to it. The
 asynchronous read of a LUT memory counts 1.2."""
 
 _CLOCK_PINS = {
@@ -24,7 +24,7 @@ _CLOCK_PINS = {
     **dict.fromkeys(("SRL16E", "SRLC32E", "DSP48E2", "URAM288"), ("CLK",)),
     **dict.fromkeys(("RAMB18E2", "RAMB36E2"), ("CLKARDCLK", "CLKBWRCLK")),
 }
-"""Cells at which paths start and end, and their clocks, which are no data."""
+"""Cells at which paths start and end, and their clock pins, which carry no data."""
 _CONSTANTS = ("GND", "VCC", "$scopeinfo")
 _NOT_SOURCE = re.compile(r"^\$|\$(auto|abc|techmap|flatten|procdff|procmux)\$")
 
@@ -46,7 +46,7 @@ class End:
 
 
 def _bits(cell: Mapping, port: str) -> list[int]:
-    """Nets of a port; constants, which are strings, are left out."""
+    """Nets of a port, without constants, which are strings."""
     return [bit for bit in cell["connections"].get(port, ()) if isinstance(bit, int)]
 
 
@@ -55,7 +55,7 @@ def _ports(cell: Mapping, direction: str) -> list[str]:
 
 
 def _carry_arcs(cell: Mapping) -> Iterator[tuple[int, int]]:
-    """A bit of a carry chain depends on those below it; a sum does not depend on its own DI."""
+    """Arcs of a carry chain. A bit depends on the bits below it; a sum does not depend on its own DI."""
     pins = cell["connections"]
     before = _bits(cell, "CI") + _bits(cell, "CYINIT") + _bits(cell, "CI_TOP")
     for index, (select, data) in enumerate(zip(pins["S"], pins["DI"], strict=True)):
@@ -77,7 +77,7 @@ def _address(cell: Mapping, output: str) -> list[str]:
 
 
 def _write_pins(cell: Mapping) -> list[str]:
-    """Data, enable and address of the write port, whose address is that of the last read port."""
+    """Data, enable and address pins of the write port, which shares the address pins of the last read port."""
     inputs = _ports(cell, "input")
     addresses = [name for name in inputs if name.startswith("ADDR")]
     written = [max(addresses)] if addresses else [name for name in inputs if re.fullmatch(r"A\d*", name)]
@@ -101,7 +101,7 @@ class Netlist:
     Attributes
     ----------
     arcs : by net, the nets that it reaches through a cell, with the cell's name
-    waiting : by net, how many arcs lead to it
+    waiting : by net, the number of arcs that lead to it
     ends : every bit at which paths end
 
     Raises
@@ -132,11 +132,11 @@ class Netlist:
                 self.arcs.setdefault(source, []).append((target, name))
                 self.waiting[target] += 1
         else:
-            raise LowerError(f"yosys mapped something to {kind}, whose depth is not known here")
+            raise LowerError(f"yosys mapped a cell to {kind}, whose depth is not known")
         self.ends += [End(bit, name, pin) for pin in pins for bit in _bits(cell, pin)]
 
     def _net_names(self) -> dict[int, str]:
-        """A name of the source for each net that has one: of a register its own, of others the innermost."""
+        """The source name of each net that has one: a register's own name, or else the innermost name."""
         best: dict[int, tuple[tuple, str]] = {}
         for name, net in self._nets.items():
             if net.get("hide_name") or _NOT_SOURCE.search(name):
@@ -149,11 +149,11 @@ class Netlist:
         return {bit: name for bit, (_, name) in best.items()}
 
     def kind(self, cell: str) -> str:
-        """The primitive that a cell is."""
+        """The primitive of a cell."""
         return self._cells[cell]["type"]
 
     def levels(self, cell: str) -> float:
-        """What a path gains in a cell that it passes."""
+        """The levels of a cell."""
         return LEVELS.get(self.kind(cell), _MEMORY_LEVELS)
 
     def net_name(self, net: int) -> str:
@@ -169,7 +169,7 @@ class Netlist:
             return next((self._names[bit] for bit in _bits(cell, "Q") if bit in self._names), end.cell)
         if not _NOT_SOURCE.search(end.cell):
             return f"{end.cell}.{end.pin}"
-        # What yosys inferred: the name of a net at it.
+        # The cell's name is from yosys, so use the source name of one of its nets.
         ports = _ports(cell, "output") + _ports(cell, "input")
         near = next((self._names[bit] for port in ports for bit in _bits(cell, port) if bit in self._names), "")
         return f"{near} ({cell['type']}.{end.pin})"

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the command lines share: options and reports."""
+"""Options and reports that the command lines share."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks' figures as tables."""
+"""Prints the benchmarks' figures as tables."""
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -19,7 +19,7 @@ def _starved(row: dict) -> list[str]:
 
 
 def print_tables(report: dict) -> None:
-    """The parts that were measured."""
+    """Prints a table for each measured part."""
     console = stdout_console(WIDTH_WITHOUT_TERMINAL)
     for name, figures in report.items():
         _PRINT[name](console, figures)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an answer took, as a table for people and as JSON for programs.
+"""The cost of an answer, as a table for people and as JSON for programs.
 
 Cycles are those of the linear layers alone, from a layer's start to its last result in memory; tokens/s of the linear
-layers is FABRIC_HZ / cycles per token. The roofline is FABRIC_HZ / beats of the weight stream per decoded token: every
-port delivers weights in every cycle. Host time is wall time of this machine.
+layers is FABRIC_HZ / cycles per token. The roofline is FABRIC_HZ / beats of the weight stream per decoded token, the
+speed if every port delivers weights in every cycle. Host time is wall time of this machine.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -29,13 +29,13 @@ STOPS = {
 
 @dataclass
 class Phase(Usage):
-    """Reading the prompt, or computing the tokens after it. seconds: wall time all in all."""
+    """One phase of an answer: reading the prompt, or computing the tokens after it. seconds: total wall time."""
 
     seconds: float = 0.0
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of the linear layers alone at FABRIC_HZ; None without cycles."""
+        """Tokens/s of the linear layers alone at FABRIC_HZ; None without cycles."""
         return FABRIC_HZ * self.tokens / self.cycles if self.cycles else None
 
     def per_token(self, total: float) -> float | None:
@@ -50,14 +50,14 @@ class Phase(Usage):
 
 @dataclass
 class Answer:
-    """An answer, complete or as far as it came.
+    """An answer, complete or interrupted.
 
     Members
     -------
     ids: the new tokens, without the stop token.
-    text: of ids, as it was shown.
+    text: text of ids, as it was shown.
     stop: one of STOPS.
-    prefill, decode: what the prompt took, and the further tokens; only calls of the model that were finished.
+    prefill, decode: figures of the prompt, and of the tokens after it; only finished calls of the model count.
     """
 
     prompt_ids: list[int]
@@ -70,7 +70,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Report:
-    """An answer and how it came about.
+    """An answer, and the settings that produced it.
 
     Members
     -------
@@ -100,7 +100,7 @@ class Report:
 
     @property
     def reached(self) -> float | None:
-        """The part of the roofline that decoding reached; None without cycles."""
+        """The fraction of the roofline that decoding reached; None without cycles."""
         rate = self.answer.decode.tokens_per_second
         return rate / self.roofline if rate and self.roofline else None
 
@@ -129,7 +129,7 @@ class Report:
 
 
 def print_table(report: Report) -> None:
-    """Prompt and decoding side by side on stdout, and what there is to say about the figures."""
+    """Prints prompt and decoding side by side on stdout, with a summary of the hardware and the figures."""
     console = stdout_console()
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
@@ -183,7 +183,7 @@ def _summary(report: Report) -> str:
     if total:
         speed = total / (answer.prefill.device + answer.decode.device) / 1e6
         lines.append(f"cycles are simulated, memory {report.memory}; {speed:.2f} million a second")
-        # While it runs, the processor's caches forget the host's work.
+        # The simulation displaces the host's data from the processor's caches.
         lines.append("host times are beside the simulation; make bench has those beside hardware that answers at once")
     elif config:
         lines.append(f"device {report.device} has no hardware, so no cycles")

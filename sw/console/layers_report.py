@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sw.layers found, as a table for people and as JSON for programs."""
+"""The results of sw.layers, as a table for people and as JSON for programs."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,16 +15,16 @@ from sw.console.output import stdout_console
 
 @dataclass(frozen=True)
 class LayerResult:
-    """One layer's run.
+    """The results of one layer.
 
     Members
     -------
-    name, m, k, n, group_size, weight_bits: the model's layer and the tokens computed.
-    cycles: that the layer alone takes from an idle accelerator, simulated; 0 without hardware.
-    beats: of its weight stream.
+    name, m, k, n, group_size, weight_bits: the model's layer, and the number m of computed tokens.
+    cycles: simulated cycles of the layer alone on an idle accelerator; 0 without hardware.
+    beats: beats of its weight stream.
     bus_use: beats / cycles.
     exact: every result equals the reference's, bit for bit.
-    max_abs_error, relative_error: against onnxruntime; see sw.layers.
+    max_abs_error, relative_error: errors against onnxruntime; see sw.layers.
     device_seconds: processor time of the device.
     """
 
@@ -43,7 +43,7 @@ class LayerResult:
     device_seconds: float
 
     def to_dict(self) -> dict:
-        """The JSON form: all but device_seconds."""
+        """The JSON form: all members except device_seconds."""
         values = asdict(self)
         del values["device_seconds"]
         return values
@@ -51,7 +51,7 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class Report:
-    """All layers.
+    """The results of all layers.
 
     Members
     -------
@@ -103,7 +103,7 @@ class Report:
 
 
 def print_table(report: Report) -> None:
-    """A row per layer and a line of totals on stdout."""
+    """Prints a row per layer and a line of totals on stdout."""
     console = stdout_console()
     totals = report.totals()
     rows = [_row(name, layer) for name, layer in zip(_short([layer.name for layer in report.layers]), report.layers)]
@@ -114,7 +114,7 @@ def print_table(report: Report) -> None:
     table = Table(show_footer=True, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column(titles[0], footer[0], overflow="fold")
     for index in range(1, len(titles)):
-        # On a narrow terminal the names are folded and the numbers stay whole.
+        # On a narrow terminal the names are wrapped, and the numbers are not.
         width = max(len(row[index]) for row in (*rows, footer))
         table.add_column(titles[index], footer[index], justify="right", min_width=width)
     for row, layer in zip(rows, report.layers):
@@ -162,7 +162,7 @@ def _share(value: float) -> str:
 
 
 def _short(names: Sequence[str]) -> list[str]:
-    """The names without the path parts that all begin or end with."""
+    """The names without the path parts at their begin and end that all have in common."""
     if len(names) < 2:
         return list(names)
     parts = [name.split("/") for name in names]
@@ -172,5 +172,5 @@ def _short(names: Sequence[str]) -> list[str]:
 
 
 def _common(lists: Sequence[Sequence[str]]) -> int:
-    """How many first elements all lists share."""
+    """The number of first elements that all lists share."""
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*lists)))

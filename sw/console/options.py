@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the command lines that run a model on a device share: device and hardware options."""
+"""Device and hardware options, which the command lines that run a model on a device share."""
 
 import argparse
 from argparse import Namespace
@@ -21,7 +21,7 @@ MODEL_HELP = "an ONNX or GGUF file, a folder with an ONNX file or an AutoAWQ che
 
 
 def add_device_options(parser: Parser, names: str, default: str | None = None) -> None:
-    """Adds --device and --memory. names: help on the former's values. default: None makes it a must."""
+    """Adds --device and --memory. names: help on the values of --device. default: None makes --device mandatory."""
     text = names if default is None else f"{names} (default: {default})"
     parser.add_argument("--device", required=default is None, default=default, help=text)
     parser.add_argument(
@@ -30,8 +30,8 @@ def add_device_options(parser: Parser, names: str, default: str | None = None) -
 
 
 def add_hardware_options(parser: Parser, **defaults: int) -> None:
-    """Adds an option for every field of AcceleratorConfig. defaults: where they are not the field's own."""
-    hardware = parser.add_argument_group("hardware", "options of python -m hw.build; auto is what the model needs")
+    """Adds an option for every field of AcceleratorConfig. defaults: values that replace the field's own default."""
+    hardware = parser.add_argument_group("hardware", "options of python -m hw.build; auto chooses what the model needs")
     for item in fields(AcceleratorConfig):
         auto = item.name in AUTO
         kind = str if item.name == "zero_point" else _number_or_auto if auto else int
@@ -41,7 +41,7 @@ def add_hardware_options(parser: Parser, **defaults: int) -> None:
 
 
 class _Given(argparse.Action):
-    """Stores an option, and that it was given: hardware that exists already has its own defaults."""
+    """Stores an option, and the fact that it was given, because hardware that exists already has its own defaults."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: Namespace, values: Any, option_string: str | None = None
@@ -59,14 +59,14 @@ def _number_or_auto(text: str) -> int | str:
 
 @dataclass(frozen=True)
 class Devices:
-    """What the options of a command line say about devices.
+    """The values of a command line's device options.
 
     Members
     -------
-    names: of the devices.
+    names: names of the devices.
     memory: preset of the simulated memory, for sw.devices.open_device.
     hardware: fields of AcceleratorConfig, for sw.runtime.hardware.choose_config.
-    known: the hardware as far as no model decides it.
+    known: config of the hardware, without the fields that depend on the model.
     """
 
     names: Sequence[str]
@@ -81,9 +81,9 @@ class Devices:
 
 
 def chosen_devices(options: Namespace, names: Sequence[str], others: Sequence[str] = ()) -> Devices:
-    """What the options of `add_device_options` and `add_hardware_options` say, before a model is read.
+    """The values of the options of `add_device_options` and `add_hardware_options`, before a model is read.
 
-    names: of --device, one or several. others: what it may name besides devices.
+    names: values of --device, one or several. others: values that are allowed besides devices.
     Raises UserError as `check_devices` and `hardware_options` do.
     """
     memory = check_devices(names, options.memory, others)
@@ -93,8 +93,8 @@ def chosen_devices(options: Namespace, names: Sequence[str], others: Sequence[st
 def check_devices(names: Sequence[str], memory: str | None, others: Sequence[str] = ()) -> str:
     """Checks --device, one or several, and --memory; returns the memory preset to open devices with.
 
-    others: what --device may name besides devices. Raises UserError for an unknown device or preset, and for a memory
-    without a device that has one.
+    others: values of --device that are allowed besides devices. Raises UserError for an unknown device or preset, and
+    for --memory without a simulated device.
     """
     for name in names:
         if name not in others:
@@ -110,10 +110,11 @@ def check_devices(names: Sequence[str], memory: str | None, others: Sequence[str
 
 
 def hardware_options(options: Namespace) -> tuple[dict[str, int | str], AcceleratorConfig]:
-    """The values of `add_hardware_options`, for choose_config, and the hardware as far as no model decides it.
+    """The values of `add_hardware_options` for choose_config, and the hardware without fields that depend on the model.
 
-    With --device kv260 that is the board's, for the other devices too, and options that were given must be its own.
-    Raises UserError for values that no hardware has, or this board's does not, before a model is read.
+    With --device kv260 the hardware is the board's, for the other devices too, and each given option must equal the
+    board's value. Raises UserError for impossible values, or for values that differ from the board's, before a model is
+    read.
     """
     values = {item.name: getattr(options, item.name) for item in fields(AcceleratorConfig)}
     if "kv260" in options.device.split(","):

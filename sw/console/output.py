@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How every report gets to stdout: a table for people, or one JSON document for programs."""
+"""Prints a report on stdout: a table for people, or one JSON document for programs."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ WIDTH_WITHOUT_TERMINAL = 120
 
 
 class Report(Protocol):
-    """What a command found."""
+    """The results of a command."""
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -19,10 +19,10 @@ class Report(Protocol):
 
 
 def print_json(report: Report) -> None:
-    """One document on stdout."""
+    """Prints one JSON document on stdout."""
     print(json.dumps(report.to_dict(), indent=2))
 
 
 def stdout_console(width: int = WIDTH_WITHOUT_TERMINAL) -> Console:
-    """Prints tables on stdout, as wide as the terminal. width: characters of a line without a terminal."""
+    """A console that prints on stdout, as wide as the terminal. width: characters of a line without a terminal."""
     return Console(width=None if sys.stdout.isatty() else width)

@@ -22,7 +22,7 @@ class Report:
     -------
     text: name of the file.
     memory: preset of the simulated memory, None for other devices.
-    config: None if no device was among them.
+    config: None if no score is of a device.
     windows: tokens of each window.
     """
 
@@ -34,11 +34,11 @@ class Report:
     scores: Sequence[Score]
 
     def difference(self, score: Score) -> float:
-        """The score's perplexity against the first one's: their ratio less 1."""
+        """The ratio of the score's perplexity to that of the first score, less 1."""
         return math.expm1(min(score.mean - self.scores[0].mean, MOST))
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form. A perplexity beyond float64 is null: JSON knows no infinity."""
+        """The JSON form. A perplexity beyond float64 is null, because JSON has no infinity."""
         return {
             "model": self.model,
             "text": self.text,
@@ -62,7 +62,7 @@ class Report:
 
 
 def print_table(report: Report) -> None:
-    """A row per device on stdout."""
+    """Prints a row per device on stdout."""
     console = stdout_console()
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("device")

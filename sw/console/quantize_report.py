@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sw.quantize did, as a table for people, as JSON for programs, and as the quantize.json beside the model."""
+"""The results of sw.quantize, as a table for people, as JSON for programs, and as the file quantize.json."""
 
 import json
 import math
@@ -22,14 +22,15 @@ NAMES = {FLOAT: "float", "rtn": "round to nearest", "awq": "AWQ"}
 
 @dataclass(frozen=True)
 class Report:
-    """One run.
+    """The results of one run.
 
     Members
     -------
-    source, out: as given. format: of `out`. method: of what is in `out`. lm_head: one of sw.model.lm_head.HEAD_MODES.
-    calibration, evaluation: names of the texts. calibration_tokens: that were run. windows: tokens of each one scored.
+    source, out: paths as given. format: format of `out`. method: method by which `out` was quantized.
+    lm_head: one of sw.model.lm_head.HEAD_MODES. calibration, evaluation: names of the texts.
+    calibration_tokens: number of tokens used for calibration. windows: tokens of each scored window.
     scores: perplexities, the float model's first and that of `out` last. All have the same lm_head.
-    layers: in the graph's order. seconds: wall time.
+    layers: reports of the layers in the graph's order. seconds: wall time.
     """
 
     source: str
@@ -48,7 +49,7 @@ class Report:
     seconds: float
 
     def recovered(self) -> float | None:
-        """The part of the perplexity lost by rounding to nearest that AWQ wins back; None if they were not compared."""
+        """The fraction of rounding to nearest's loss of perplexity that AWQ recovers; None without a comparison."""
         found = {score.device: score.perplexity for score in self.scores}
         if not {FLOAT, "rtn", "awq"} <= set(found):
             return None
@@ -56,12 +57,12 @@ class Report:
         return (found["rtn"] - found["awq"]) / lost if lost > 0 and math.isfinite(lost) else None
 
     def error_ratio(self) -> float:
-        """Geometric mean over all layers of their error relative to rounding to nearest."""
+        """Geometric mean over all layers of the error relative to rounding to nearest."""
         ratios = [layer.error / layer.error_rtn for layer in self.layers if layer.error_rtn > 0 and layer.error > 0]
         return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form. A perplexity beyond float64 is null: JSON knows no infinity."""
+        """The JSON form. A perplexity beyond float64 is null, because JSON has no infinity."""
         return {
             "source": self.source,
             "out": self.out,
@@ -82,12 +83,12 @@ class Report:
 
 
 def write_json(report: Report, path: Path) -> None:
-    """The JSON document as a file."""
+    """Writes the JSON document to a file."""
     path.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def print_table(report: Report) -> None:
-    """A row for each group of layers that share a scale, the perplexities and sizes on stdout."""
+    """Prints a row for each group of layers that share a scale, the perplexities and the sizes on stdout."""
     console = stdout_console()
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("layer", overflow="fold")
@@ -125,7 +126,7 @@ def _lines(report: Report) -> list[str]:
         f"calibrated on {report.calibration}: {report.calibration_tokens:,} tokens",
     ]
     if recovered is not None:
-        lines.insert(0, f"AWQ wins back {100 * recovered:.1f} % of the perplexity that rounding to nearest loses")
+        lines.insert(0, f"AWQ recovers {100 * recovered:.1f} % of the perplexity that rounding to nearest loses")
     fields = ", stored in 4" if form.bits == 3 else ""
     return [
         *lines,
@@ -138,7 +139,7 @@ def _lines(report: Report) -> list[str]:
 
 
 def _short(name: str) -> str:
-    """A layer's or constant's name without what is the same in all."""
+    """A layer's or constant's name without the parts that all names share."""
     parts = [part for part in name.replace("/", ".").split(".") if part]
     drop = ("model", "weight", "MatMul", "FusedMatMul", "Gemm")
     return ".".join(part for part in parts if part not in drop) or name
