@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all tests share: which of them build a simulator, and how they are spread over the cores."""
+"""Settings for all tests: which of them build a simulator, and how they are distributed to the cores."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from sim import harness
 from sw.devices import library
 
 SIMULATED = ("rtl", "kv260")
-"""Devices that a test simulates: the board of a test is the simulated device behind files of a driver."""
+"""Devices that a test simulates: the fake board of a test connects a driver's files to the simulated device."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -37,7 +37,7 @@ def _is_bench(nodeid: str) -> bool:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """A test without the mark must neither build a simulator nor use one that is there: `make test-quick` runs it."""
+    """A test without the mark must neither build a simulator nor use a built one, because `make test-quick` runs it."""
     with pytest.MonkeyPatch.context() as patch:
         if not item.get_closest_marker("simulator"):
 
@@ -51,7 +51,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log) -> LoadScopeScheduling:
-    """A worker takes a whole file, because fixtures of a module are expensive; each bench goes alone."""
+    """A worker takes a whole file, because fixtures of a module are expensive; each bench is distributed alone."""
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:

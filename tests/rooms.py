@@ -79,16 +79,16 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "sw.board": ("hw.spec", "numpy"),
     "sw.console": ("hw.spec", "rich"),
 }
-"""Package -> what it imports besides the standard library and its own tree. The longest matching name counts."""
+"""Package -> its imports besides the standard library and its own tree. The longest matching name counts."""
 
 
 def covers(prefix: str, module: str) -> bool:
-    """Whether a module is a package or something in it."""
+    """Whether a module is a package or is in the package."""
     return module == prefix or module.startswith(prefix + ".")
 
 
 def room(module: str) -> str:
-    """The room that a module of one of the trees is in."""
+    """The room of a module of one of the trees."""
     return max((name for name in ORDER[module.split(".")[0]] if covers(name, module)), key=len)
 
 
@@ -103,7 +103,7 @@ def modules(root: Path = ROOT) -> dict[str, Path]:
 
 
 def imports(source: str, module: str, is_package: bool = False) -> Iterator[tuple[int, str]]:
-    """Line and dotted name of everything that a module imports, inside functions too."""
+    """Line and dotted name of each import of a module, inside functions too."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -123,12 +123,12 @@ def imports(source: str, module: str, is_package: bool = False) -> Iterator[tupl
 
 
 def source_imports() -> dict[str, list[tuple[int, str]]]:
-    """What every module of the trees imports."""
+    """The imports of every module of the trees."""
     return {name: list(imports(path.read_text(), name, path.name == "__init__.py")) for name, path in modules().items()}
 
 
 def main() -> None:
-    """Every room with its number of modules and the rooms that it imports; an arrow back would be marked."""
+    """Prints every room with its number of modules and the rooms that it imports; a forbidden import is marked."""
     found = source_imports()
     sizes = Counter(room(name) for name, path in modules().items() if path.name != "__init__.py")
     arrows: dict[str, set[str]] = {name: set() for order in ORDER.values() for name in order}

@@ -30,6 +30,6 @@ def test_one_layer(device: str, last: str, capsys):
     load("one_layer").main(["--device", device])
     first, second = capsys.readouterr().out.splitlines()
     error = re.fullmatch(r"y is float32 \[2, 1152\], relative error (\S+) against the float32 product", first)
-    # The weights' scales have 16 bits and the activations 16: about four digits are right.
+    # The weights' scales and the activations have 16 bits, so about four digits are right.
     assert error and 0 < float(error[1]) < 2e-4
     assert re.fullmatch(last, second)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The house rules: who may import whom, no cycles, small rooms, no long files, a licence line in every file.
+"""The rules of the source: allowed imports, no cycles, small rooms, no long files, a licence line in every file.
 
-A board runs sw with numpy and onnxruntime only, and a reader finds the hardware's contract in hw.spec only. Both hold
-as long as these tests do. The order of the rooms is in `tests/rooms.py`.
+A board runs sw with numpy and onnxruntime only, and the hardware's contract is in hw.spec only. These tests ensure
+both. The order of the rooms is in `tests/rooms.py`.
 """
 
 import ast
@@ -34,7 +34,7 @@ def forbidden(module: str, names: Iterable[tuple[int, str]]) -> list[str]:
 
 
 def targets(module: str, edges: Mapping[str, Iterable[tuple[int, str]]]) -> set[str]:
-    """Which of the given modules one of them imports."""
+    """Those of the given modules that a module imports."""
     names = {name if name in edges else name.rpartition(".")[0] for _, name in edges[module]}
     return {name for name in names if name in edges and name != module}
 
@@ -58,7 +58,7 @@ def cycle(edges: Mapping[str, Iterable[tuple[int, str]]]) -> list[str]:
 
 
 def packages_behind(module: str, edges: Mapping[str, Iterable[tuple[int, str]]]) -> set[str]:
-    """Third-party packages that a module needs, with everything that it imports."""
+    """Third-party packages that a module and all its imports need."""
     seen, new = set(), {module}
     while new:
         seen |= new
@@ -68,7 +68,7 @@ def packages_behind(module: str, edges: Mapping[str, Iterable[tuple[int, str]]])
 
 
 def is_command(source: str) -> bool:
-    """Whether a module has a main and calls it when it is run."""
+    """Whether a module has a main function and calls it when it runs as a program."""
     body = ast.parse(source).body
     has_main = any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in body)
     return has_main and any(
@@ -83,7 +83,7 @@ def crowded(paths: Iterable[Path]) -> dict[Path, int]:
 
 
 def sources() -> list[Path]:
-    """Every source file that a person wrote."""
+    """Every source file that is not generated."""
     suffixes = {".py", ".v", ".vlt", ".cpp", ".cc", ".h", ".hpp", ".sh", ".tcl", ".xdc", ".lpf", ".toml"}
     files = [
         p

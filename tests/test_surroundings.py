@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Closed pipes, full disks, odd paths: one line or silence, and an exit status that tells the truth."""
+"""Closed pipes, full disks and odd paths: at most one line of output, and a correct exit status."""
 
 import ast
 import errno
@@ -23,7 +23,7 @@ from sw.export.resolve import cache_directory
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "tests/sw/fixtures/data/genai_qwen2_symmetric.onnx"
 LIMIT = 1 << 12
-"""Bytes of a file, where a test stands for a full disk."""
+"""Limit of a file's size in bytes, by which a test simulates a full disk."""
 ODD = "a 'b\"c;$d"
 FULL_DISK = "error: cannot write to standard output: No space left on device\n"
 
@@ -41,7 +41,7 @@ def commands() -> list[str]:
 
 @pytest.fixture
 def ends(tmp_path):
-    """Files to write to by name: a pipe that nobody reads, a full disk, nothing."""
+    """Outputs by name: a pipe without a reader, a full disk, no file."""
     reader, closed = os.pipe()
     os.close(reader)
     full = os.open("/dev/full", os.O_WRONLY)
@@ -51,7 +51,7 @@ def ends(tmp_path):
 
 
 def python(*arguments: str, unbuffered: bool = False, **options) -> subprocess.CompletedProcess[str]:
-    """Runs Python from the project's root, and captures what is not redirected."""
+    """Runs Python in the project's root, and captures the streams that are not redirected."""
     environment = {name: text for name, text in os.environ.items() if name != "PYTHONUNBUFFERED"}
     environment |= {"PYTHONUNBUFFERED": "1"} if unbuffered else {}
     environment |= options.pop("env", {})
@@ -87,7 +87,7 @@ def test_every_command_is_run_by_run_cli():
 
 @pytest.mark.parametrize("command", [name for name in commands() if name != "sim.device"])
 def test_help(command, ends):
-    """What argparse prints is no exception."""
+    """The rules apply to argparse's output too."""
     closed = python("-m", command, "--help", stdout=ends["closed"])
     assert (closed.returncode, closed.stderr) == (0, "")
     full = python("-m", command, "--help", stdout=ends["full"])
@@ -96,7 +96,7 @@ def test_help(command, ends):
 
 @pytest.mark.parametrize("command", commands())
 def test_error(command, ends):
-    """A wrong option on a closed or full stderr: nothing on stdout, and the status remains."""
+    """A wrong option with a closed or full stderr prints nothing on stdout, and the status stays the same."""
     for end in ends.values():
         done = python("-m", command, "--no-such-option", stderr=end)
         assert (done.returncode, done.stdout) == (2, "")
@@ -112,7 +112,7 @@ WORK = {
 
 @pytest.mark.parametrize("words", WORK.values(), ids=WORK.keys())
 def test_work(words, ends, tmp_path):
-    """Commands at work, with each stream in turn."""
+    """Commands that do their work, with each stream in turn closed or full."""
     words = words.replace("OUT", str(tmp_path / "out")).split()
     plain = python(*words)
     assert plain.returncode == 0 and plain.stdout
@@ -134,7 +134,7 @@ def test_work(words, ends, tmp_path):
 
 @pytest.mark.parametrize("unbuffered", [False, True])
 def test_long_output(ends, unbuffered):
-    """More than any buffer: the command ends, and its context managers are left in order."""
+    """With an output larger than any buffer the command ends, and its context managers exit."""
     loop = "try:\n    while True: print('x' * 1000)\nfinally:\n    print('left', file=sys.stderr)"
     closed = python(*program(loop), stdout=ends["closed"], unbuffered=unbuffered)
     assert (closed.returncode, closed.stderr) == (0, "left\n")
@@ -143,7 +143,7 @@ def test_long_output(ends, unbuffered):
 
 
 def test_own_status(ends):
-    """What the command found stays its status if only the output was lost to a closed pipe."""
+    """The command's own status stays the same if a closed pipe loses only its output."""
     assert python(*program("print('bad')\nreturn 1"), stdout=ends["closed"]).returncode == 1
     assert python(*program("print('bad')\nreturn 1"), stdout=ends["full"]).returncode == 2
     wrong = python(*program("print('text')\nraise UserError('wrong')"), stdout=ends["closed"])
@@ -152,13 +152,13 @@ def test_own_status(ends):
 
 
 def test_nothing_swallows_it(ends):
-    """Neither except Exception nor except OSError between a print and run_cli makes a success of a full disk."""
+    """An except Exception or except OSError between a print and run_cli does not hide a full disk."""
     body = "try:\n    print('x', flush=True)\nexcept OSError: return 0\nexcept Exception: return 0\nreturn 0"
     assert python(*program(body), stdout=ends["full"]).returncode == 2
 
 
 def test_progress_is_lost_alone(ends):
-    """A run whose progress nobody reads goes on."""
+    """A run continues if its progress has no reader."""
     body = "for i in range(3): print('step', i, file=sys.stderr, flush=True)\nprint('done')"
     for end in ends.values():
         done = python(*program(body), stderr=end)
@@ -166,7 +166,7 @@ def test_progress_is_lost_alone(ends):
 
 
 def test_closed_from_the_start(tmp_path):
-    """Files that are opened later do not get the numbers, and the text, of closed streams."""
+    """Files that are opened later do not get the descriptor numbers, and so the text, of closed streams."""
     body = f"f = open({str(tmp_path / 'data')!r}, 'w')\nprint('to stdout')\nprint('to stderr', file=sys.stderr)\n"
     body += "status = os.system('echo from a child && echo error >&2')\nf.write(f'data {status}')\nf.close()"
     words = [sys.executable, *program(body)]
@@ -176,7 +176,7 @@ def test_closed_from_the_start(tmp_path):
 
 
 def test_slow_reader():
-    """A pipe that another program made non-blocking: the writer waits."""
+    """If another program made the pipe non-blocking, the writer waits."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     size = 1 << 20
@@ -191,7 +191,7 @@ def test_slow_reader():
     ("encoding", "written"), [("utf-8", "é ─ \udcff?"), ("latin-1", "é ? ÿ?"), ("ascii", "? ? \udcff?")]
 )
 def test_encodings(encoding, written):
-    """What the terminal cannot show is a question mark, and the bytes of a path stay what they are."""
+    """Characters that the terminal cannot show become question marks, and the bytes of a path stay the same."""
     env = {"PYTHONIOENCODING": encoding}
     text = r"print('\xe9 \u2500 \udcff\ud800')"
     done = subprocess.run(
@@ -227,7 +227,7 @@ def limit_files() -> None:
 
 
 def test_generator_on_a_full_disk(tmp_path):
-    """Neither half a file nor a traceback."""
+    """A full disk leaves neither half a file nor a traceback."""
     words = ("-m", "hw.build", "--tile", "4", "--top", "drain", "--out", str(tmp_path))
     done = python(*words, preexec_fn=limit_files)
     assert done.returncode == 2 and done.stdout == ""
@@ -238,7 +238,7 @@ def test_generator_on_a_full_disk(tmp_path):
 
 @pytest.mark.parametrize("where", ["middle", "module"])
 def test_yosys_on_a_full_disk(monkeypatch, where):
-    """yosys ends with status 0 when it could not write everything."""
+    """A full disk is detected although yosys ends with status 0."""
     plain = lower.run_yosys
 
     def cut(script, timeout):
@@ -259,7 +259,7 @@ def test_yosys_on_a_full_disk(monkeypatch, where):
 
 @pytest.mark.parametrize("name", ["t mp", ODD, b"caf\xe9\xff".decode(errors="surrogateescape")])
 def test_odd_folders(tmp_path, name):
-    """--out and TMPDIR with what yosys has no quotes for; the Verilog is the same."""
+    """--out and TMPDIR contain characters that yosys cannot quote; the Verilog is the same."""
     words = ("-m", "hw.build", "--tile", "4", "--top", "fork", "--out")
     assert python(*words, str(tmp_path / "plain")).returncode == 0
     folder = tmp_path / name
@@ -273,7 +273,7 @@ def test_odd_folders(tmp_path, name):
 
 
 def test_numpy_on_a_full_disk(tmp_path):
-    """numpy says how many numbers it could not write, and not why."""
+    """numpy's message states how much it wrote, but no reason; so the error asks whether the disk is full."""
     line = "cannot write to .*: 5 requested and 3 written; is the disk full\\?"
     with pytest.raises(UserError, match=line), atomic_directory(tmp_path / "out"):
         raise OSError("5 requested and 3 written")
@@ -290,7 +290,7 @@ def test_no_home(monkeypatch):
 
 
 def test_sim_run_refuses_a_tile(capsys):
-    """By itself, and before anything runs."""
+    """sim.run checks the option itself, before anything runs."""
     assert sim_run.main(["--tile", "7"]) == 2
     assert capsys.readouterr() == ("", "error: tile is one of 4, 8, 16, 32, not 7\n")
     with pytest.raises(SetupError):

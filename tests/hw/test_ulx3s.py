@@ -209,7 +209,7 @@ def test_number_of_results(results: int, outcome: str, monkeypatch: pytest.Monke
 
 
 def _report(**changes) -> dict:
-    """A report in nextpnr's format, reduced to the parts that are read."""
+    """A report in nextpnr's format, reduced to the parts that the command reads."""
     steps = [
         {"type": "clk-to-q", "delay": 0.5, "from": {"cell": "a"}, "to": {"cell": "a"}},
         {"type": "routing", "delay": 3.0, "from": {"cell": "a"}, "to": {"cell": "b"}},

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Simulated cycles are those of docs/figures.json: nothing becomes slower, and no page stays behind, unseen."""
+"""Simulated cycles equal those of docs/figures.json: a slower design and an outdated page are both detected."""
 
 import json
 import re
@@ -22,7 +22,7 @@ ROW = {"name": "qkv", "memory": "ideal", "tile": 16, "m": 1, "k": 896, "n": 1152
 
 @pytest.mark.simulator
 def test_cycles_of_layers():
-    """The layers of README at tile 16 in ideal memory, without the lm_head, which takes as long as all others."""
+    """README's layers at tile 16 in ideal memory, without the lm_head, whose simulation takes as long as all others."""
     with (run := Bench(AcceleratorConfig(), "ideal")).device:
         rows = [measure_layer(run, shape) for shape in shapes(16) if shape.name != "lm_head"]
     assert len(rows) >= 6
@@ -54,7 +54,7 @@ def test_compare():
 
 
 def test_compare_knows_every_count_of_the_file():
-    """Layers alone and in a row, tokens, the GEMM and the whole runtime; seconds and speeds of machines are none."""
+    """Counts are those of layers alone and in a row, tokens, the GEMM and the whole runtime; seconds are not counts."""
     sections = load()
     report = {name: json.loads(json.dumps(sections[name]["figures"])) for name in ("layers", "gemm", "tokens")}
     report["decoders"] = json.loads(json.dumps(sections["decoders"]["figures"]))
@@ -71,7 +71,7 @@ def test_compare_knows_every_count_of_the_file():
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rows: list[dict], *options: str) -> int:
-    """sw.bench on a file that says ROW, with made-up measurements."""
+    """Runs sw.bench on a file that holds ROW, with invented measurements."""
     path = tmp_path / "figures.json"
     save({"layers": {"command": "", "config": "", "figures": [ROW]}}, path)
     monkeypatch.setattr(bench, "PARTS", {"layers": lambda status: rows, "tools": lambda status: {"seconds": 1.0}})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: the same text from every device, streamed whole, with honest figures, and every refusal a line."""
+"""The command line: every device gives the same text, figures are correct, and every refusal is one line."""
 
 import json
 import re
@@ -53,7 +53,7 @@ def copied(model, tmp_path):
 
 
 def run(capsys, model, *arguments):
-    """The command line in this process, without a device unless it names one: its JSON."""
+    """Runs the command line in this process, without a device unless one is given; returns its JSON."""
     options = list(map(str, arguments))
     if "--device" not in options:
         options += ["--device", "onnxruntime"]
@@ -77,7 +77,7 @@ def configure(model, **values):
 
 
 def greedy(model, prompt_ids, count):
-    """The likeliest tokens by plain onnxruntime, all of the sequence at once for each."""
+    """The likeliest tokens by plain onnxruntime, which computes the whole sequence again for each token."""
     session = onnxruntime.InferenceSession(model)
     ids = list(prompt_ids)
     for _ in range(count):
@@ -88,7 +88,7 @@ def greedy(model, prompt_ids, count):
 
 @pytest.mark.parametrize("device", ["onnxruntime", "reference", "rtl"])
 def test_greedy(device, model, capsys):
-    """The same tokens as onnxruntime's, whatever computes the linear layers, the prompt in several blocks or not."""
+    """The tokens equal onnxruntime's on every device, with the prompt in one block or several."""
     values = run(capsys, model, "--device", device, "--tile", 8, "--max-new-tokens", 12)
     assert tuple(values) == KEYS
     folder = TextFolder(model.parent)
@@ -101,7 +101,7 @@ def test_greedy(device, model, capsys):
     assert values["context"] == PROMPT_IDS + 12
     prefill, decode, roofline = values["prefill"], values["decode"], values["roofline"]
     assert set(prefill) == set(decode) == PHASE_KEYS
-    # The prompt gives the first new token, and the last one is not computed any further.
+    # The prompt gives the first new token, and the last new token is not computed.
     assert (prefill["tokens"], decode["tokens"]) == (PROMPT_IDS, 11)
     for phase in (prefill, decode):
         parts = [phase[name] for name in ("device", "onnxruntime", "conversion", "driver")]
@@ -127,7 +127,7 @@ def test_greedy(device, model, capsys):
 
 
 def test_blocks(model, capsys):
-    """However many tokens the hardware takes at once."""
+    """The text is the same for every max_tokens of the hardware."""
     expected = run(capsys, model, "--max-new-tokens", 5)["ids"]
     for tokens in (1, 4, PROMPT_IDS, 16):
         values = run(capsys, model, "--device", "reference", "--max-tokens", tokens, "--max-new-tokens", 5)
@@ -136,7 +136,7 @@ def test_blocks(model, capsys):
 
 
 def test_prompts(model, capsys):
-    """Template, system message, no template: what the model gets is in prompt_ids."""
+    """Template, system message, no template: prompt_ids shows the model's input."""
     tokenizer = TextFolder(model.parent).tokenizer
 
     def text(*options):
@@ -150,7 +150,7 @@ def test_prompts(model, capsys):
 
 @pytest.mark.parametrize("option", ["--prompt", "--prompt-file"])
 def test_stdin(option, model):
-    """All of it but the last line break."""
+    """The prompt is the whole input without the last line break."""
     arguments = ("--model", model, option, "-", "--device", "onnxruntime", "--max-new-tokens", 1, "--json")
     status, out, _ = command(*arguments, stdin="é\n日\n\n".encode())
     assert status == 0
@@ -167,7 +167,7 @@ def test_prompt_file(model, tmp_path, capsys):
 
 
 def test_stop_token(copied, capsys):
-    """It ends the text and is not part of it."""
+    """The stop token ends the text and is not part of it."""
     ids = run(capsys, copied, "--max-new-tokens", 8)["ids"]
     stop = next(token for token in ids if ids.index(token) >= 2)
     for value in (stop, [999, stop]):
@@ -182,16 +182,16 @@ def test_stop_token(copied, capsys):
 
 
 def test_context(model, capsys):
-    """One token more than the cache takes: the last one is not read again."""
+    """The answer may have one token more than the cache holds, because the last one is not computed."""
     for context, new in ((PROMPT_IDS, 1), (PROMPT_IDS + 3, 4), (CONTEXT, CONTEXT - PROMPT_IDS + 1)):
         values = run(capsys, model, "--context", context, "--max-new-tokens", 100)
         assert (len(values["ids"]), values["stop"], values["context"]) == (new, "context", context)
-    # The model's own, where nobody names another.
+    # The model's own context is the default.
     assert run(capsys, model, "--max-new-tokens", 100)["context"] == CONTEXT
 
 
 def test_context_of_the_graph(copied, capsys):
-    """A rotary table has its end, whatever config.json says or does not."""
+    """The length of a rotary table limits the context, whatever config.json contains."""
     for value in (None, 10 * CONTEXT):
         configure(copied, max_position_embeddings=value)
         values = run(capsys, copied, "--max-new-tokens", 100)
@@ -199,7 +199,7 @@ def test_context_of_the_graph(copied, capsys):
 
 
 def test_no_limit(copied, monkeypatch, capsys):
-    """No number of tokens that somebody asks for is more than the machine can refuse."""
+    """A number of tokens that exceeds the machine's memory gives one line."""
     configure(copied, max_position_embeddings=None)
     monkeypatch.setattr(decoder_setup, "rotary_table", lambda node: "")
     arguments = ["--model", str(copied), "--prompt", "Hi", "--device", "onnxruntime"]
@@ -216,7 +216,7 @@ def test_no_limit(copied, monkeypatch, capsys):
 
 
 def test_unknown_token(copied):
-    """A tokenizer of another model."""
+    """A token of another model's tokenizer is refused."""
     tokenizer = Tokenizer.from_file(str(copied.parent / "tokenizer.json"))
     tokenizer.add_special_tokens(["<more>"])
     tokenizer.save(str(copied.parent / "tokenizer.json"))
@@ -225,7 +225,7 @@ def test_unknown_token(copied):
 
 
 def test_sampling(model, capsys):
-    """Reproducible, and as greedy as it is told to be."""
+    """Sampling is reproducible, and greedy if temperature or top_p require it."""
 
     def ids(*options):
         return run(capsys, model, "--max-new-tokens", 15, *options)["ids"]
@@ -250,7 +250,7 @@ class FakeDecoder:
 
     def forward(self, ids, every=False):
         assert not every and 1 <= len(ids) <= self.block
-        # What an interrupted call has done so far must not be counted.
+        # The work of an interrupted call must not be counted.
         self.usage.cycles += 100 * len(ids)
         self.usage.beats += 80
         self.usage.driver += 0.25
@@ -266,14 +266,14 @@ class FakeDecoder:
 
 
 def answer(model, decoder, count=50, **callbacks):
-    """generate() of a prompt of 10 tokens."""
+    """The answer of generate() to a prompt of 10 tokens."""
     folder = TextFolder(model.parent)
     prompt = [*range(65, 75)]
     return generate.generate(decoder, folder, prompt, count, lambda logits: int(logits.argmax()), **callbacks)
 
 
 def test_streaming(model):
-    """Characters appear whole, as soon as their last byte is there, and nothing is lost."""
+    """Each character appears whole as soon as its last byte is known, and nothing is lost."""
     tokenizer = TextFolder(model.parent).tokenizer
     text = "né 日😀!"
     tokens = [*tokenizer.encode(text).ids, 258]
@@ -285,7 +285,7 @@ def test_streaming(model):
     assert read == [0, 4, 8, 10]
     assert made == [*range(1, len(tokens))]
     assert decoder.calls == [[65, 66, 67, 68], [69, 70, 71, 72], [73, 74], *([token] for token in tokens[:-1])]
-    # Ends in the middle of a character: the rest comes as what it is.
+    # The answer ends in the middle of a character: its bytes are shown as a replacement character.
     euro = tokenizer.encode("a€").ids
     shown.clear()
     assert answer(model, FakeDecoder(euro), 3, show=shown.append).text == "a\ufffd"
@@ -293,7 +293,7 @@ def test_streaming(model):
 
 
 def test_figures(model):
-    """Sums of the calls of each phase, and what is derived from them."""
+    """Figures are sums over the calls of each phase, and values derived from them."""
     result = answer(model, FakeDecoder([1] * 9), 9)
     prefill, decode = result.prefill, result.decode
     assert (prefill.tokens, prefill.cycles, prefill.beats, prefill.driver) == (10, 1000, 240, 0.75)
@@ -304,7 +304,7 @@ def test_figures(model):
 
 @pytest.mark.parametrize("call", range(6))
 def test_interrupted_anywhere(call, model):
-    """Only calls that were finished count."""
+    """Only finished calls count."""
     result = answer(model, FakeDecoder([1] * 9, fails=call))
     assert result.stop == "interrupted"
     assert result.prefill.tokens == [0, 4, 8, 10, 10, 10][call]
@@ -321,7 +321,7 @@ def test_failure_is_no_interrupt(model):
 
 @pytest.mark.simulator
 def test_text_and_table(model):
-    """Text first, then the figures; progress on stderr only."""
+    """The text comes first and then the figures; progress is on stderr only."""
     status, out, err = command(
         *("--model", model, "--prompt", PROMPT, "--device", "rtl", "--tile", 8, "--max-new-tokens", 6),
         *("--memory", "ideal"),
@@ -353,7 +353,7 @@ def test_text_and_table(model):
 
 
 def test_table_without_hardware(model, capsys):
-    """No row pretends to be measured."""
+    """The table has no row that needs hardware."""
     for device in ("reference", "onnxruntime"):
         arguments = ["--model", str(model), "--prompt", "Hi", "--device", device, "--max-new-tokens", "3"]
         assert generate.main(arguments) == 0
@@ -419,7 +419,7 @@ BAD = {
 
 @pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD)
 def test_bad_input(arguments, message, model, tmp_path, monkeypatch, capsys):
-    """One line, before any device is opened."""
+    """The error is one line, and no device is opened before it."""
     tokenizer = (model.parent / "tokenizer.json").read_bytes()
     for name in ("mute", "other", "half"):
         (tmp_path / name).mkdir()
@@ -448,7 +448,7 @@ def test_bad_input_of_the_command(model):
 
 
 def test_model_without_quantized_layers(copied):
-    """A device has nothing to do with it."""
+    """A device refuses it, because it would have no layer to run."""
     graph = onnx.load(copied)
     for node in graph.graph.node:
         if node.op_type == "MatMulNBits":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""sw.generate as a process: interrupted, terminated, with its output closed or not for every character."""
+"""sw.generate as a process: interrupted, terminated, with a closed output, with an output that lacks characters."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def model(tmp_path_factory):
     return export_gguf(path / "m.gguf", path / "out")
 
 
-# Runs the command line with a decoder that takes half a second a token.
+# Runs the command line with a decoder that takes half a second per token.
 SLOW = (
     "import signal, sys, time; import sw.generate as g; from sw.common.errors import run_cli\n"
     "from sw.runtime import Decoder\n"
@@ -40,7 +40,7 @@ SLOW = (
 
 
 def interrupted(model, number, *options, more="", again=False):
-    """Sends a signal when the third new token is there: (status, stdout, stderr, seconds until it ended)."""
+    """Sends a signal at the third new token; returns (status, stdout, stderr, seconds until the process ended)."""
     arguments = ["--model", model, "--prompt", "Hi", "--device", "reference", "--max-new-tokens", "25", *options]
     line = [sys.executable, "-c", SLOW.format(more=more), *map(str, arguments)]
     with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -60,7 +60,7 @@ def interrupted(model, number, *options, more="", again=False):
 
 
 def test_interrupt(model):
-    """Ctrl-C: what there is so far, with its figures."""
+    """After Ctrl-C the command prints the answer so far, with its figures."""
     status, out, err, seconds = interrupted(model, signal.SIGINT)
     assert (status, "Traceback" in err) == (130, False)
     assert seconds < 15
@@ -79,7 +79,7 @@ def test_interrupt_json(model):
 
 
 def test_second_interrupt(model):
-    """Ends at once, whatever is under way."""
+    """A second interrupt ends the process immediately."""
     more = "g.print_table = lambda report: time.sleep(60)"
     status, _, err, seconds = interrupted(model, signal.SIGINT, more=more, again=True)
     assert status == 130
@@ -104,11 +104,11 @@ def test_closed_pipe(model):
 
 
 def test_one_pipe(model):
-    """With 2>&1 the text is in one piece; in pipes of their own stderr has the progress."""
+    """With 2>&1 no progress is within the text; with separate pipes stderr has the progress."""
     line = [sys.executable, "-m", "sw.generate", "--model", str(model), "--prompt", "Hi", "--device", "onnxruntime"]
 
     def run(stderr, *options):
-        """(stdout, stderr), the former with the latter in it if they are one."""
+        """(stdout, stderr); stdout contains both if they are one pipe."""
         done = subprocess.run(
             [*line, "--max-new-tokens", "20", *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, timeout=100
         )
@@ -122,7 +122,7 @@ def test_one_pipe(model):
     assert f"tokens\n{text}\n" in together and "new tokens " not in together
     alone, progress = run(subprocess.PIPE)
     assert alone.startswith(f"{text}\n") and progress.count("new tokens ") == 10
-    # A document is printed when everything is done.
+    # A JSON document is printed at the end.
     together, _ = run(subprocess.STDOUT, "--json")
     assert "new tokens 20 of 20\n{" in together
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: a model's layers through a device, exact, close to onnxruntime, and every refusal on one line."""
+"""The command line: a model's layers on a device are exact and close to onnxruntime, and every refusal is one line."""
 
 import json
 import os
@@ -142,7 +142,7 @@ def test_table():
 
 
 def test_noise_is_named(tmp_path, capsys):
-    """A graph without token ids is fed noise, whatever is beside it, and cannot be fed a prompt."""
+    """A graph without token ids gets noise, whatever files are beside it, and refuses a prompt."""
     path = float_model(tmp_path / "model.onnx")
     status, values = document(capsys, path, "--device", "reference", "--tokens", 3)
     assert (status, values["prompt_source"], values["tokens"]) == (0, "noise", 3)
@@ -165,7 +165,7 @@ def test_json_alone_on_stdout():
 @pytest.mark.simulator
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_every_memory(memory, capsys):
-    """The same results from all of them, M 1 and more."""
+    """The results are the same with every memory, for M 1 and more."""
     for tokens in (1, 16):
         options = ("--device", "rtl", "--tile", 8, "--memory", memory, "--tokens", tokens)
         status, values = document(capsys, SYMMETRIC, *options)
@@ -175,7 +175,7 @@ def test_every_memory(memory, capsys):
 
 @pytest.mark.simulator
 def test_difference_is_found(monkeypatch, capsys):
-    """One wrong bit in one result: status 1."""
+    """One wrong bit in one result gives status 1."""
     plain = layers.reference_linear
 
     def wrong(config, weights, activations):
@@ -235,7 +235,7 @@ def test_prompt(smollm2, tmp_path):
     from_tokenizer, source = prompt_ids(smollm2, "The capital of France is")
     assert (source, len(from_tokenizer)) == ("tokenizer", 5)
     assert prompt_ids(tmp_path / "model.onnx", "Hé") == ([72, 195, 169], "bytes")
-    # Long enough for the most tokens that any hardware has.
+    # Long enough for the greatest max_tokens of any hardware.
     assert len(prompt_ids(smollm2, PROMPT)[0]) >= 64
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer\.json cannot be read"):
@@ -250,7 +250,7 @@ def test_short_names():
 
 
 def test_memory_is_given_back(monkeypatch):
-    """Two layers at a time, whatever the model."""
+    """The device holds at most two layers at a time, for every model."""
     held = []
     plain = Arena.alloc
 
@@ -306,7 +306,7 @@ BAD = {
 
 @pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD)
 def test_bad_input(arguments, message, tmp_path, monkeypatch, capsys):
-    """One line, before anything is built; nothing is left behind."""
+    """The error is one line, and comes before anything is built; no file is left."""
     whole = Path(SYMMETRIC).read_bytes()
     (tmp_path / "truncated.onnx").write_bytes(whole[: len(whole) // 2])
     model = onnx.load(SYMMETRIC)
@@ -355,7 +355,7 @@ def check_smollm2(values, count):
     assert all(row["exact"] for row in rows)
     # The scales of an 8-bit layer on this hardware have 12 bits.
     assert all(row["relative_error"] < (2e-3 if row["weight_bits"] == 8 else 1e-3) for row in rows)
-    # As predicted for ideal memory; what the real one takes longer is its latency.
+    # The prediction for ideal memory; the real memory adds its latency.
     config = AcceleratorConfig.from_dict(values["config"])
     for row in rows:
         planes = 2 if row["weight_bits"] > config.weight_bits else 1
@@ -386,7 +386,7 @@ def test_smollm2_complete(smollm2, capsys, tokens):
 
 
 def test_interrupt_during_a_long_layer(monkeypatch):
-    """Nobody waits for a layer that takes minutes: closing the device ends it."""
+    """An interrupt does not wait for a layer that takes minutes: closing the device ends it."""
     closed = threading.Event()
 
     def wait(device, ticket, timeout):
@@ -410,7 +410,7 @@ def test_interrupt_during_a_long_layer(monkeypatch):
 
 @pytest.mark.simulator
 def test_interrupt(smollm2):
-    """Ctrl-C in the middle: quiet, quick, status 130."""
+    """Ctrl-C in the middle of a run ends it quickly, without a message, with status 130."""
     # A test run in the background of a shell inherits SIGINT ignored.
     script = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Perplexity by its definition, against the same computed from whole windows at once, on every device."""
+"""Perplexity on every device equals its definition, computed from each whole window in one call."""
 
 import json
 import math
@@ -58,13 +58,13 @@ def text(tmp_path):
 
 
 def run(capsys, model, text, *arguments):
-    """The command line in this process: its JSON."""
+    """Runs the command line in this process; returns its JSON."""
     assert perplexity.main([str(model), "--text", str(text), *map(str, arguments), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
 def plain_nll(model, windows, beginning=()):
-    """-ln p of the tokens 2 to L of every window, by plain onnxruntime and each window in one call."""
+    """-ln p of the tokens 2 to L of every window, by plain onnxruntime with each window in one call."""
     session = onnxruntime.InferenceSession(model)
     values = []
     for window in windows:
@@ -80,7 +80,7 @@ def plain_nll(model, windows, beginning=()):
 
 @pytest.mark.parametrize(("device", "max_tokens"), [("onnxruntime", 64), ("reference", 64), ("reference", 5)])
 def test_definition(device, max_tokens, bos, exported, text, capsys):
-    """Four windows of 21 tokens, whatever blocks they are computed in."""
+    """Four windows of 21 tokens give the same score in blocks of any length."""
     model = exported[bos]
     options = ("--device", device, "--windows", 4, "--length", 21, "--max-tokens", max_tokens)
     values = run(capsys, model, text, *options)
@@ -93,7 +93,7 @@ def test_definition(device, max_tokens, bos, exported, text, capsys):
     (row,) = values["rows"]
     assert tuple(row) == ROW_KEYS
     assert (row["device"], row["tokens"], row["relative_difference"]) == (device, 80, 0)
-    # 16-bit activations against float32.
+    # The device has 16-bit activations, onnxruntime float32.
     assert row["mean_nll"] == pytest.approx(math.fsum(expected) / 80, rel=1e-5 if device == "onnxruntime" else 1e-3)
     assert row["perplexity"] == pytest.approx(math.exp(row["mean_nll"]))
     assert (values["config"] is None) == (device == "onnxruntime")
@@ -101,7 +101,7 @@ def test_definition(device, max_tokens, bos, exported, text, capsys):
 
 @pytest.mark.simulator
 def test_several_devices(model, text, capsys):
-    """A row each, compared with the first; the RTL's results are the reference's."""
+    """Each device has a row, compared with the first; the RTL's results equal the reference's."""
     options = ("--tile", 8, "--max-tokens", 16, "--windows", 1, "--length", 12, "--memory", "ideal")
     values = run(capsys, model, text, "--device", "onnxruntime,reference,rtl", *options)
     first, reference, rtl = values["rows"]
@@ -116,7 +116,7 @@ def test_several_devices(model, text, capsys):
 
 
 def test_default_hardware(model, text, capsys):
-    """Blocks as long as hardware can have them, windows no longer than the model's context, BOS included."""
+    """Blocks have the greatest length of any hardware, and windows with BOS are no longer than the model's context."""
     values = run(capsys, model, text, "--device", "reference", "--windows", 2)
     assert values["config"]["max_tokens"] == 64
     assert values["windows"] == [CONTEXT] * 2
@@ -128,7 +128,7 @@ def test_default_length_with_bos(exported, text, capsys):
 
 
 def test_short_text(model, text):
-    """What is there is used, and said."""
+    """A text that is too short for all windows is used as far as possible, and a line reports it."""
     arguments = [sys.executable, "-W", "error", "-m", "sw.perplexity", str(model), "--text", "-"]
     arguments += ["--device", "onnxruntime", "--length", "20"]
 

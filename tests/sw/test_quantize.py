@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quantizer's command line on small decoders: what it writes, what it reports, and what it refuses."""
+"""The quantizer's command line on small decoders: its files, its reports and its refusals."""
 
 import json
 import math
@@ -63,7 +63,7 @@ def texts(tmp_path_factory):
 
 
 def run(capsys, source, out, *options) -> dict:
-    """The command in this process: its JSON."""
+    """Runs the command in this process; returns its JSON."""
     assert sw_quantize.main([str(source), "--out", str(out), *SMALL, *map(str, options), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
@@ -73,7 +73,7 @@ def layers(path: Path) -> dict:
 
 
 def assert_equal(found: dict, expected: dict) -> None:
-    """The same layers, integer for integer."""
+    """Checks that the layers are the same, integer for integer."""
     assert found.keys() == expected.keys()
     for name, layer in expected.items():
         for field in ("q", "scales", "zero_points"):
@@ -81,7 +81,7 @@ def assert_equal(found: dict, expected: dict) -> None:
 
 
 def test_result(source, texts, tmp_path, capsys):
-    """A whole folder whose perplexity sw.perplexity and the reference device find as well."""
+    """The written folder is complete, and sw.perplexity and the reference device find the reported perplexity."""
     report = run(capsys, source, tmp_path / "out", *texts)
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files == ["config.json", "model.onnx", "model.onnx.data", "quantize.json", "tokenizer.json"]
@@ -109,7 +109,7 @@ def test_result(source, texts, tmp_path, capsys):
 
 
 def test_compared_is_what_would_be_written(source, texts, tmp_path, capsys):
-    """What was computed on the way, layer by layer, is the perplexity of the model that the other order writes."""
+    """The perplexity of the second method, computed layer by layer, equals that of the model it writes as the first."""
     first = run(capsys, source, tmp_path / "first", *texts, "--method", "awq,rtn")
     second = run(capsys, source, tmp_path / "second", *texts, "--method", "rtn")
     assert list(first["perplexity"]) == ["float", "rtn", "awq"] and list(second["perplexity"]) == ["float", "rtn"]
@@ -118,7 +118,7 @@ def test_compared_is_what_would_be_written(source, texts, tmp_path, capsys):
     third = run(capsys, source, tmp_path / "third", *texts, "--method", "rtn,awq")
     assert list(third["perplexity"]) == ["float", "awq", "rtn"]
     assert third["perplexity"]["rtn"] == second["perplexity"]["rtn"]
-    # But for rounding folded scales to float16.
+    # They differ only by the rounding of folded scales to float16.
     assert third["perplexity"]["awq"] == pytest.approx(first["perplexity"]["awq"], rel=1e-3)
     assert [layer["error_rtn"] for layer in second["layers"]] == [layer["error"] for layer in second["layers"]]
     assert not any(layer["fold"] for layer in second["layers"])
@@ -137,7 +137,7 @@ def test_nearest_rounds_the_float_weights(source, texts, tmp_path, capsys):
     ("bits", "group", "kind"), [(3, 32, "integer"), (8, 64, "integer"), (4, 128, "fixed"), (3, 64, "fixed")]
 )
 def test_forms(bits, group, kind, source, texts, tmp_path, capsys):
-    """Widths, groups that do not divide K (96 of 64, 64 of 128), and float zero points."""
+    """Every width, groups that do not divide K (96 by 64, 64 by 128), and float zero points."""
     options = ("--bits", bits, "--group-size", group, "--zero-point", kind)
     report = run(capsys, source, tmp_path / "out", *texts, *options)
     assert (report["bits"], report["group_size"], report["zero_point"]) == (bits, group, kind)
@@ -181,7 +181,7 @@ def test_autoawq_and_back(source, texts, tmp_path, capsys):
 @pytest.mark.simulator
 @pytest.mark.parametrize("form", ["onnx", "autoawq"])
 def test_on_the_rtl(form, source, texts, tmp_path, capsys, monkeypatch):
-    """Every layer of the result is exact on the generated hardware, and so are the tokens that it makes."""
+    """Every layer of the result is exact on the generated hardware, and so are the model's tokens."""
     monkeypatch.setenv("GRISTMILL_CACHE", str(tmp_path / "cache"))
     out = str(tmp_path / "out")
     run(capsys, source, out, *texts, "--format", form)
@@ -202,7 +202,7 @@ def test_on_the_rtl(form, source, texts, tmp_path, capsys, monkeypatch):
     [((10, 14, 11), 0.75), ((10, 14, 15), -0.25), ((10, 10, 11), None), ((10, 9, 9), None), ((10, 14, None), None)],
 )
 def test_recovered(perplexities, recovered):
-    """What AWQ wins back of what rounding to nearest loses; nothing to win back is no figure."""
+    """The fraction of rounding to nearest's loss that AWQ recovers; without a loss there is no figure."""
     scores = [Score(name, 1, math.log(value)) for name, value in zip(("float", "rtn", "awq"), perplexities) if value]
     sizes, layer = Sizes(100, 25), LayerReport("x", 64, 32, 0.02, 0.01)
     report = Report("a", "b", Form(), "awq", "int8", "onnx", "c", 1, "d", [2], scores, sizes, [layer], 1.0)
@@ -211,7 +211,7 @@ def test_recovered(perplexities, recovered):
 
 
 def test_held_out(source, tmp_path, monkeypatch, capsys):
-    """Without a second text the end of the first, which calibration does not see."""
+    """Without a second text the evaluation uses the end of the first, which calibration does not use."""
     seen = []
 
     def spy(file, form, texts, *arguments, **options):
@@ -259,7 +259,7 @@ def test_onnx_source(texts, tmp_path, capsys):
 
 
 def test_nothing_is_left(source, texts, tmp_path, monkeypatch):
-    """Whatever stops it, at the end even, leaves no file behind."""
+    """A failure at any point, even at the end, leaves no file."""
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
@@ -316,7 +316,7 @@ BAD = {
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
-    """A folder with all that is wrong, and a model that is not."""
+    """A folder with every wrong input, and a good model."""
     folder = tmp_path_factory.mktemp("bad")
     write_gguf(folder / "m.gguf")
     (folder / "damaged.gguf").write_bytes((folder / "m.gguf").read_bytes()[:5000])
@@ -351,7 +351,7 @@ def test_bad_input(arguments, message, workshop, monkeypatch, capsys):
 
 
 def test_exit_status(tmp_path):
-    """As a process: one line, status 2, no traceback."""
+    """A wrong option gives one line, status 2 and no traceback in a process."""
     command = [sys.executable, "-m", "sw.quantize", "nowhere", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")

@@ -68,7 +68,7 @@ def test_encode_rounds_to_the_nearest():
 
 @pytest.mark.full
 def test_qwen2_complete(tmp_path):
-    """The whole shape: made and exported within 2 GB, and onnxruntime runs it."""
+    """The whole shape is written and exported within 2 GB, and onnxruntime runs it."""
     for module, arguments in (
         ("sw.synthetic", ["--out", str(tmp_path / "in")]),
         ("sw.awq_export", [str(tmp_path / "in"), "--out", str(tmp_path / "out")]),
@@ -95,7 +95,7 @@ def test_float_shape_is_qwen2s():
 
 @pytest.mark.parametrize(("dtype", "name"), [("BF16", "bfloat16"), ("F16", "float16"), ("F32", "float32")])
 def test_float_checkpoint(dtype, name, tmp_path):
-    """Weights of a size that neither grows nor shrinks what goes through, and a config.json that says what they are."""
+    """The weights neither amplify nor attenuate the activations, and config.json describes them."""
     write_float(tmp_path / "a", QWEN2, seed=5, dtype=dtype)
     write_float(tmp_path / "b", QWEN2, seed=5, dtype=dtype, shards=3)
     one, two = read_tensors(tmp_path / "a"), read_tensors(tmp_path / "b")

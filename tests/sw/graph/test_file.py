@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Constants of a damaged graph: each kind of damage is one line, and nothing goes round for ever."""
+"""Constants of a damaged graph: each kind of damage gives one line, and no search runs for ever."""
 
 import numpy as np
 import onnx
@@ -23,7 +23,7 @@ def node(op: str, inputs: list[str], output: str, **attributes) -> onnx.NodeProt
     return helper.make_node(op, inputs, [output], **attributes)
 
 
-def test_a_circle_is_no_constant(tmp_path):
+def test_a_cycle_is_no_constant(tmp_path):
     file = graph(tmp_path, [node("Identity", ["b"], "a"), node("Identity", ["a"], "b"), node("Relu", ["a"], "y")])
     assert not file.is_constant("a")
     with pytest.raises(UserError, match="layer l: a is not a constant of the model"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every form of quantized linear layer, read by sw.graph.linears and compared with what onnxruntime computes."""
+"""Every form of quantized linear layer: sw.graph.linears reads it, and onnxruntime's results are the reference."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def save(model: onnx.ModelProto, folder: Path) -> Path:
 
 
 def run(path: Path, x: np.ndarray, name="y") -> np.ndarray:
-    """onnxruntime's answer with float32 arithmetic, independent of sw.ort.capture."""
+    """onnxruntime's results with float32 arithmetic, independent of sw.ort.capture."""
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -134,7 +134,7 @@ def test_matmul_nbits_float16(tmp_path):
 
 
 def test_matmul_nbits_merged_axes(tmp_path):
-    """onnxruntime's own kernel wants B with three axes; other writers merge the last two."""
+    """onnxruntime's own kernel needs B with three axes; other writers merge the last two."""
     (expected,) = find_linears(save(nbits_model(zero_points="packed"), tmp_path))
     (layer,) = find_linears(save(nbits_model(zero_points="packed", merged=True), tmp_path))
     assert np.array_equal(layer.q, expected.q)
@@ -153,7 +153,7 @@ def test_matmul_nbits_group_index(tmp_path):
 
 
 def test_constants_through_nodes(tmp_path):
-    """Weights from a Constant node and through Reshape, as with an embedding that shares them."""
+    """Weights from a Constant node that pass a Reshape, as those that an embedding shares."""
     model = nbits_model()
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     model.graph.node[0].input[1] = "B3"
@@ -171,7 +171,7 @@ def test_constants_through_nodes(tmp_path):
 def dequantize_model(
     kind, blocked=True, transposed=False, gemm=False, zero_points=True, block=32, axis=None
 ) -> onnx.ModelProto:
-    """DequantizeLinear -> [Transpose ->] MatMul or Gemm. transposed: weights [N, K], turned by a node or by Gemm."""
+    """DequantizeLinear -> [Transpose ->] MatMul or Gemm. transposed: weights are [N, K], with a Transpose or transB."""
     rng = np.random.default_rng(len(kind) + blocked + 2 * transposed)
     low, high = {"int4": (-8, 8), "uint4": (0, 16), "int8": (-128, 128), "uint8": (0, 256)}[kind]
     dtype = {"int4": ml_dtypes.int4, "uint4": ml_dtypes.uint4}.get(kind, np.dtype(kind))
@@ -234,7 +234,7 @@ def test_dequantize_linear_per_tensor(zero_points, tmp_path):
 
 
 def test_dequantize_linear_float16_through_cast(tmp_path):
-    """Scales in half precision, the product in single precision."""
+    """The scales are in half precision, and the product is in single precision."""
     model = dequantize_model("int4")
     for tensor in model.graph.initializer:
         if tensor.name == "s":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The matcher: what it finds computes what the graph computes, and what is in its way it names."""
+"""The matcher: the found parts compute the same as the graph, and a mismatch names the node that does not fit."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +29,7 @@ from tests.sw.fixtures.float_twins import DATA, logits
 from tests.sw.fixtures.numpy_decoder import NumpyDecoder
 
 IDS = [3 + 7 * i for i in range(12)]
-"""What `logits` runs a graph over."""
+"""The token ids with which `logits` runs a graph."""
 GENAI = ["genai_qwen2_symmetric", "genai_qwen2_asymmetric", "genai_qwen2_qdq", "genai_qwen2_tied"]
 NAMED = ["optimum_qwen2", "optimum_qwen2_float16", "optimum_qwen2_unquantized"]
 NAMELESS = ["torch_llama_opset20", "torch_qwen2_opset18", "torch_qwen2_opset21", "torch_qwen2_opset23"]
@@ -94,7 +94,7 @@ def test_forms_of_the_builder(form, tmp_path):
 
 
 def test_norms_inside_the_attention(tmp_path):
-    """GroupQueryAttention of onnxruntime 1.31 has inputs for them, and no kernel on the CPU."""
+    """GroupQueryAttention of onnxruntime 1.31 has inputs for these norms, but no kernel on the CPU."""
     decoder = matched(builder_graph(tmp_path / "model.onnx", Form(head_norms="attention")))
     norms = [(block.q_norm, block.k_norm) for block in decoder.blocks]
     assert [q.weight for q, _ in norms if q] == [f"/model/layers.{i}/attn.q_norm.weight" for i in range(2)]
@@ -120,7 +120,7 @@ def test_tied_builder():
 @pytest.mark.parametrize("family", [QWEN2, LLAMA], ids=["qwen2", "llama"])
 @pytest.mark.parametrize("export", ["awq", "float"])
 def test_our_exports(export, family, tied, tmp_path):
-    """Quantized and float: they compute what their parts say, of the shape that config.json says."""
+    """Quantized and float exports compute the same as their parts, and have the shape in config.json."""
     config = awq_config(family, tie_word_embeddings=tied)
     if export == "awq":
         make_checkpoint(tmp_path / "in", config)
@@ -137,7 +137,7 @@ def test_our_exports(export, family, tied, tmp_path):
 
 
 def test_one_model_of_two_checkpoints(tmp_path):
-    """GGUF and AutoAWQ become one type by way of a DecoderSource: part by part the same decoder."""
+    """GGUF and AutoAWQ files of one model become a DecoderSource each, with equal parts."""
     folder = DATA / "same_weights"
     awq = matched(export_awq(folder / "autoawq", tmp_path / "a"))
     gguf = matched(export_gguf(folder / "model.gguf", tmp_path / "g"))
@@ -148,7 +148,7 @@ def test_one_model_of_two_checkpoints(tmp_path):
 
 @pytest.mark.parametrize("kind", ["autoawq", "gguf", "genai"])
 def test_weights_are_those_of_the_checkpoint(kind, tmp_path):
-    """A matched block has the weights of the DecoderSource that its graph was made of, bit for bit.
+    """A matched block has the weights of the DecoderSource from which its graph was made, bit for bit.
 
     The builder of onnxruntime-genai packed q, k and v, and read the same weights.
     """
@@ -191,7 +191,7 @@ def test_a_real_model(smollm2):
 
 @pytest.mark.parametrize("name", NAMED)
 def test_parts_are_what_names_say(name):
-    """Attention of other operators: everything around it is known, and the attention is named."""
+    """Attention of other operators: all parts around it are matched, and the reason names the attention."""
     decoder = matched(DATA / f"{name}.onnx")
     for index, block in enumerate(decoder.blocks):
         for module, layer in block.projections.items():
@@ -205,7 +205,7 @@ def test_parts_are_what_names_say(name):
 
 @pytest.mark.parametrize("name", NAMELESS)
 def test_parts_without_names(name):
-    """torch.onnx keeps the order of the code, and the names of biases and norms."""
+    """torch.onnx keeps the order of the layers in the code, and the names of biases and norms."""
     decoder = matched(DATA / f"{name}.onnx")
     made = [output for node in onnx.load(DATA / f"{name}.onnx").graph.node for output in node.output]
     places = [made.index(layer.product) for block in decoder.blocks for layer in block.projections.values()]
@@ -227,7 +227,7 @@ Nodes = Callable[[str], onnx.NodeProto]
 
 
 def changed(change: Callable[[onnx.GraphProto, Nodes], None], path: Path, form: Form = FORMS["apart"]) -> Path:
-    """A builder's graph after `change`, which gets its graph and its nodes by name."""
+    """A builder's graph after `change`, a function that is called with the graph and its nodes by name."""
     model = onnx.load(builder_graph(path, form))
     nodes = {node.name: node for node in model.graph.node}
     change(model.graph, lambda name: nodes[f"/model/layers.1/{name}"])
@@ -240,7 +240,7 @@ def _remove(name: str):
 
 
 def _between(operator: str, name: str, place: int):
-    """Another operator before an input of a node."""
+    """Inserts another operator before an input of a node."""
 
     def change(graph: onnx.GraphProto, node: Nodes) -> None:
         target = node(name)
@@ -363,7 +363,7 @@ UNUSUAL = {
 
 @pytest.mark.parametrize(("change", "expected"), UNUSUAL.values(), ids=UNUSUAL)
 def test_unusual_attention(change, expected, tmp_path):
-    """The layers around it are known, and one line says what is in the way."""
+    """The layers around the attention are matched, and one line gives the reason."""
     decoder = matched(changed(change, tmp_path / "model.onnx"))
     assert [str(item) for item in decoder.in_the_way] == [f"layers.1.self_attn: {expected}"]
     assert decoder.shape is None
@@ -386,7 +386,7 @@ def test_different_rotations(tmp_path):
     ids=["gate and up", "k and v"],
 )
 def test_roles_are_what_layers_do(change, part, layer, tmp_path):
-    """Not what their nodes are called: optimum's nodes with their outputs swapped."""
+    """The names of nodes do not count: optimum's nodes have their outputs swapped here."""
     model = onnx.load(DATA / "optimum_qwen2.onnx")
     nodes = {node.name: node for node in model.graph.node}
     a, b = (nodes[f"/model/layers.1/{name}/MatMul_Q4"] for name in change)
@@ -398,7 +398,7 @@ def test_roles_are_what_layers_do(change, part, layer, tmp_path):
 
 @pytest.mark.parametrize(("name", "role"), [("q_proj", "q and k"), ("up_proj", "no up")])
 def test_uncertain_roles(name, role, tmp_path):
-    """q in place of k, whose sizes differ; gate in place of up."""
+    """q is in place of k, and their sizes differ; or gate is in place of up."""
     model = onnx.load(DATA / "optimum_qwen2.onnx")
     nodes = {node.name: node for node in model.graph.node}
     room = "mlp" if role == "no up" else "self_attn"
@@ -417,7 +417,7 @@ def test_uncertain_roles(name, role, tmp_path):
 
 
 def test_norm_of_other_operators_is_no_norm(tmp_path):
-    """torch's norm with another exponent is not taken for one."""
+    """torch's norm with another exponent is not matched as a norm."""
     model = onnx.load(DATA / "torch_qwen2_opset18.onnx")
     power = next(node for node in model.graph.node if node.op_type == "Pow")
     model.graph.initializer.append(numpy_helper.from_array(np.array(3, np.float32), "three"))
@@ -428,7 +428,7 @@ def test_norm_of_other_operators_is_no_norm(tmp_path):
 
 
 def _damage(model: onnx.ModelProto, pick: Callable[[int], int]) -> None:
-    """One random change to a node. pick: a number below another one."""
+    """Makes one random change to a node. pick: returns a random number below its argument."""
     nodes = model.graph.node
     node = nodes[pick(len(nodes))]
     tensors = [name for other in nodes for name in other.output]
@@ -449,7 +449,7 @@ def _damage(model: onnx.ModelProto, pick: Callable[[int], int]) -> None:
 
 @pytest.mark.parametrize("name", ["builder", "optimum_qwen2", "torch_qwen2_opset23", "genai_qwen2_qdq"])
 def test_any_damage_has_a_reason(name, tmp_path):
-    """Whatever a graph looks like, it is matched or told why not, in one line."""
+    """Each damaged graph either matches or gives a reason of one line."""
     path = tmp_path / "model.onnx"
     if name == "builder":
         builder_graph(path, FORMS["head norms"])

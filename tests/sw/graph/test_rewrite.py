@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Float graphs with quantized layers put in: the layers come back exactly, and nothing else changes."""
+"""Float graphs after a rewrite with quantized layers: the layers are read back exactly, and nothing else changes."""
 
 import json
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def rewritten(source: Path, out: Path, layers: dict[str, QuantizedLinear], updat
 
 
 def same_layers(path: Path, layers: dict[str, QuantizedLinear]) -> list[str]:
-    """The names under which the file has exactly these layers, in this order."""
+    """Checks that the file has exactly these layers, in this order; returns their names."""
     linears = find_linears(path)
     assert len(linears) == len(layers)
     for found, layer in zip(linears, layers.values()):
@@ -67,7 +67,7 @@ def tiny(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 def test_own_graph(dtype, tied, tmp_path):
-    """Names, layers, logits of the decoder with the quantized weights, and what has become of the float ones."""
+    """Names, layers and logits are those of the decoder with the quantized weights; the float weights are gone."""
     write_float(tmp_path / "in", awq_config(tie_word_embeddings=tied), seed=5, dtype=dtype)
     source = float_model(tmp_path / "in", tmp_path / "float")
     layers = quantize_all(source)
@@ -106,7 +106,7 @@ def test_own_graph(dtype, tied, tmp_path):
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_every_exporter(name, tmp_path):
-    """A float graph of every exporter: exact layers, and the logits of the same graph with these weights in floats."""
+    """Every exporter's float graph gets exact layers, and the logits of the same graph with these weights as floats."""
     source = float_graph(name, tmp_path)
     layers = quantize_all(source)
     assert len(layers) in (9, 11, 15)
@@ -129,7 +129,7 @@ def test_every_exporter(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["optimum_qwen2_unquantized", "torch_llama_opset20"])
 def test_transposed_table_is_shared(name, tmp_path):
-    """A head that multiplies with the transposed embedding: one int8 table afterwards, and no float one."""
+    """If a head multiplies by the transposed embedding, the result has one int8 table and no float table."""
     source = float_graph(name, tmp_path)
     weights = products(source)
     head = list(weights)[-1]
@@ -144,12 +144,12 @@ def test_transposed_table_is_shared(name, tmp_path):
     shapes = [list(tensor.dims) for tensor in written.graph.initializer]
     assert [263, 64] not in shapes
     assert [263, 1, 64] in shapes
-    # Nothing is left that transposes the table.
+    # No node transposes the table any more.
     assert all(item in _read(written) for node in written.graph.node[:3] for item in node.output)
     apart = rewritten(source, tmp_path / "apart", layers, share_tied=False)
     same_layers(apart, layers)
     shapes = {tuple(tensor.dims): tensor.data_type for tensor in onnx.load(apart).graph.initializer}
-    # Multiples of 1/32: float16 holds them.
+    # Multiples of 1/32 are exact in float16.
     assert shapes[263, 64] == TensorProto.FLOAT16
     assert relative_error(logits(apart), logits(source)) < 2e-2
     assert 1e-4 < relative_error(logits(path), logits(apart)) < 0.1
@@ -160,14 +160,14 @@ def _read(model: onnx.ModelProto) -> set[str]:
 
 
 def test_q8_0_of_a_gguf_survives(tmp_path):
-    """From the file's blocks through floats to the quantized graph, embedding and head."""
+    """The file's blocks become floats and then the quantized graph, with embedding and head; no value changes."""
     write_gguf(tmp_path / "m.gguf", table="Q8_0", kind="Q4_0")
     source = float_model(tmp_path / "m.gguf", tmp_path / "float")
     layers = {HEAD: quantize_head(products(source)[HEAD])}
     path = rewritten(source, tmp_path / "out", layers)
     same_layers(path, layers)
     assert layers[HEAD].group_size == 32
-    # No weight has moved at all, so neither have the logits, but for the order of additions.
+    # No weight has changed, so the logits are equal except for the order of additions.
     assert relative_error(logits(path), logits(source)) < 1e-6
 
 
@@ -182,7 +182,7 @@ def test_q8_0_of_a_gguf_survives(tmp_path):
     ids=["4 bits", "4 bits without zero points", "8 bits with zero points", "8 bits with others in the middle"],
 )
 def test_tied_head_that_cannot_be_shared(head, tiny, tmp_path):
-    """The embedding keeps its floats, exactly."""
+    """The embedding keeps its exact float values."""
     layer = head(products(tiny)[HEAD])
     path = rewritten(tiny, tmp_path / "out", {HEAD: layer})
     same_layers(path, {HEAD: layer})
@@ -217,12 +217,12 @@ def test_forms(kind, tiny, tmp_path):
     same_layers(path, {name: layer})
     node = next(node for node in onnx.load(path).graph.node if node.op_type == "MatMulNBits")
     assert len(node.input) == (3 if kind == "middle" else 4)
-    # The other layers stay floats.
+    # The other layers stay float.
     assert len(products(path)) == 14
 
 
 def test_three_bits(tiny, tmp_path):
-    """Stored in fields of four, the zero points of three bits with them."""
+    """Weights and zero points of three bits are stored in fields of four."""
     name = "/model/layers.0/mlp/up_proj/FusedMatMul"
     layer = round_to_nearest(products(tiny)[name], "x", 32, 3)
     middle = replace(layer, zero_points=np.full_like(layer.zero_points, 4))
@@ -232,7 +232,7 @@ def test_three_bits(tiny, tmp_path):
 
 
 def test_layers_come_one_by_one(tiny, tmp_path):
-    """Each is asked for once, in the graph's order, and not before the one before is written."""
+    """Each layer is requested once, in the graph's order, and only after the previous one is written."""
     weights = products(tiny)
     order: list[str] = []
     sizes: list[int] = []
@@ -268,7 +268,7 @@ def test_updates(tiny, tmp_path):
 
 
 def refused(source: Path, out: Path, message: str, layers: dict[str, QuantizedLinear], updates=None) -> None:
-    """One line, and nothing left behind."""
+    """The error is one line, and no file is left."""
     before = sorted(item.name for item in out.parent.iterdir())
     with pytest.raises(UserError, match=message) as error:
         rewritten(source, out, layers, updates)
@@ -320,7 +320,7 @@ def test_an_interrupted_layer_leaves_nothing(tiny, tmp_path):
 
 
 def test_generates_from_the_result(tiny, tmp_path):
-    """The whole way: text in, text out, on the exact reference device."""
+    """A rewritten model answers a prompt on the exact reference device."""
     from sw.generate import main
 
     path = rewritten(tiny, tmp_path / "out", {**quantize_all(tiny), HEAD: quantize_int8(products(tiny)[HEAD])})

@@ -80,7 +80,7 @@ def run(path: Path, x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("nodes", "tensors", "rank"), OPERATORS.values(), ids=OPERATORS)
 def test_operators(nodes, tensors, rank, tmp_path):
-    """What each kind of node computes, with the bias it had; the float weights and what led to them are gone."""
+    """Each kind of node computes the same, with its bias; the float weights and the nodes that made them are gone."""
     source = graph(
         nodes, {name: np.ascontiguousarray(value) for name, value in tensors.items()}, tmp_path / "g.onnx", rank
     )
@@ -101,7 +101,7 @@ def test_operators(nodes, tensors, rank, tmp_path):
 
 
 def test_half_precision(tmp_path):
-    """float16 activations: scales are float16 as well, and must be exactly that."""
+    """With float16 activations the scales are float16 as well, and must be exact in it."""
     source = graph([product("MatMul")], {"w": WEIGHT.T.astype(np.float16)}, tmp_path / "g.onnx", 3, TensorProto.FLOAT16)
     layer = round_to_nearest(WEIGHT, "x")
     path = rewritten(source, tmp_path / "out", {"p": layer})
@@ -116,7 +116,7 @@ def test_half_precision(tmp_path):
 
 
 def test_what_others_read_stays(tmp_path):
-    """A weight that another node, a branch or the outside reads as well; and a tensor made of constants."""
+    """A weight stays if another node, a branch or the graph's output reads it; so does a tensor made of constants."""
     branch = helper.make_graph(
         [helper.make_node("Add", ["v", "v"], ["t"])],
         "t",
@@ -147,7 +147,7 @@ def test_what_others_read_stays(tmp_path):
     layer = round_to_nearest(WEIGHT, "x")
     path = rewritten(source, tmp_path / "out", {"p": layer}, {"scale": gamma / 4})
     x = np.random.default_rng(9).standard_normal((3, 32)).astype(np.float32)
-    # The Identity's own value is another now; whoever reads gamma itself sees the old one.
+    # The Identity's value has changed; nodes that read gamma itself still get the old one.
     expected = (x / 2) @ layer.dequantize().T + 2 * WEIGHT.sum() + (2 * x).sum()
     assert relative_error(run(path, x), expected) < 1e-5
     assert "Transpose" not in [node.op_type for node in onnx.load(path).graph.node]
@@ -175,7 +175,7 @@ def test_not_a_linear_layer(node, message, tmp_path):
 
 
 def test_damaged_graphs(tmp_path):
-    """What a wrong byte makes of a graph that still parses."""
+    """A wrong byte in a graph that still parses gives one line."""
     source = graph([product("MatMul")], {"w": np.ascontiguousarray(WEIGHT.T)}, tmp_path / "g.onnx")
     good = source.read_bytes()
     layers = {"p": round_to_nearest(WEIGHT, "x")}
@@ -185,7 +185,7 @@ def test_damaged_graphs(tmp_path):
         change(model.graph)
         return model
 
-    def circle(graph) -> None:
+    def cycle(graph) -> None:
         del graph.initializer[:]
         graph.node.append(helper.make_node("Identity", ["w"], ["w"]))
 
@@ -198,7 +198,7 @@ def test_damaged_graphs(tmp_path):
         return change
 
     cases = [
-        (damaged(circle), layers, "layer p: its weight comes from a cycle of nodes"),
+        (damaged(cycle), layers, "layer p: its weight comes from a cycle of nodes"),
         (
             damaged(lambda graph: setattr(graph.initializer[0], "data_type", 111)),
             layers,
@@ -234,7 +234,7 @@ def test_wrong_updates(tmp_path):
 
 
 def test_tensors_inside_nodes(tmp_path):
-    """External data of a Constant, and of a branch's initializer, comes along."""
+    """External data of a Constant and of a branch's initializer is copied too."""
     w, big = np.ascontiguousarray(WEIGHT.T), np.arange(3000, dtype=np.float32)
     values = np.arange(24, dtype=np.float32)
     branches = []
@@ -279,7 +279,7 @@ def test_tensors_inside_nodes(tmp_path):
 @pytest.mark.parametrize("by_rows", [True, False])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_only_rows_of_the_weight_are_shared(dtype, by_rows, tmp_path):
-    """A square table whose columns are the tokens is not the embedding's."""
+    """A square table whose columns are the tokens is not shared with the embedding."""
     steps = np.random.default_rng(4).integers(-127, 128, (32, 32))
     np.fill_diagonal(steps, 127)
     weight = (steps / 64).astype(dtype)

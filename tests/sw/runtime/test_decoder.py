@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hybrid execution: the tokens of a graph cut at its layers are those of the whole graph, whatever made the graph."""
+"""Hybrid execution: a graph that is cut at its layers gives the tokens of the whole graph, for every exporter."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from sw.runtime import Decoder
 from tests.sw.export.test_gguf import write_gguf
 
 DATA = Path(__file__).parents[1] / "fixtures" / "data"
-# One for each way in which graphs differ: cache in place or not, biases inside or outside of the nodes, shared tables.
+# One for each difference of graphs: cache in place or not, biases inside or outside of the nodes, shared tables.
 FIXTURES = sorted(path.relative_to(DATA).with_suffix("").as_posix() for path in DATA.rglob("*.onnx"))
 IDS = [int(value) for value in np.random.default_rng(1).integers(0, 256, 24)]
 CONTEXT = 32
@@ -41,7 +41,7 @@ def hardware(zero_point="fixed", **changes) -> AcceleratorConfig:
 
 
 def whole_graph(path: Path, ids=IDS) -> np.ndarray:
-    """Logits of all tokens at once, by the model as it is: float32 [M, vocab]."""
+    """Logits of all tokens in one call of the unchanged model: float32 [M, vocab]."""
     file = OnnxFile(path)
     session = exact_session(file, file.model)
     logits = session.run([session.get_outputs()[0].name], build_feeds(file, session, ids))[0]
@@ -49,7 +49,7 @@ def whole_graph(path: Path, ids=IDS) -> np.ndarray:
 
 
 def in_blocks(decoder: Decoder, sizes=(8, 1, 1, 5, 8, 1), every=True) -> np.ndarray:
-    """Logits of the same tokens, some at a time."""
+    """Logits of the same tokens, computed in blocks."""
     parts, start = [], 0
     for size in sizes:
         parts.append(decoder.forward(IDS[start : start + size], every))
@@ -63,7 +63,7 @@ def relative(values: np.ndarray, expected: np.ndarray) -> float:
 
 @pytest.mark.parametrize("name", FIXTURES)
 def test_fixture(name):
-    """Every exporter's graph: without a device it computes what the whole graph does, with one nearly that."""
+    """Every exporter's graph gives the whole graph's logits without a device, and nearly the same with one."""
     path = DATA / f"{name}.onnx"
     expected = whole_graph(path)
     rough = "float16" in name
@@ -78,7 +78,7 @@ def test_fixture(name):
 
 
 def test_logits(gguf_model):
-    """All of them, and the last alone, are the same; again after a reset; and the head is not computed for the rest."""
+    """All logits and the last alone are the same, also after a reset; the head is not computed for other tokens."""
     expected = whole_graph(gguf_model)
     with open_device("reference", hardware()) as device:
         decoder = Decoder(gguf_model, device, context=CONTEXT)
@@ -94,7 +94,7 @@ def test_logits(gguf_model):
 
 
 def test_prefill(gguf_model, monkeypatch):
-    """Tokens without logits leave the cache as forward does, without the head and most of the last block."""
+    """prefill leaves the same cache as forward, without computing the head and most of the last block."""
     with open_device("reference", hardware()) as device:
         decoder, jobs = Decoder(gguf_model, device, context=CONTEXT), []
         decoder.forward(IDS[:8])
@@ -120,7 +120,7 @@ def test_prefill(gguf_model, monkeypatch):
 
 @pytest.mark.simulator
 def test_devices_agree(gguf_model):
-    """The simulated RTL gives the reference's logits bit for bit, and says what it took."""
+    """The simulated RTL gives the reference's logits bit for bit, and counts its cycles."""
     logits, usages = [], []
     for name in ("reference", "rtl"):
         with open_device(name, hardware(), memory="hostile") as device:
@@ -143,12 +143,12 @@ def test_usage_of_one_call(gguf_model):
         decoder.forward(IDS[3:7])
         after = decoder.usage.since(before)
         assert (before.tokens, after.tokens) == (3, 4)
-        # One token more or less changes no weight stream.
+        # The number of tokens does not change the weight stream.
         assert after.beats == before.beats
 
 
 def test_layers_that_share_activations_are_one_batch(gguf_model, monkeypatch):
-    """q, k, v, and gate, up: fetched once. Every token submits the same batches, four a block and one for the head."""
+    """q, k, v share one fetch, and gate, up another. Every token submits four batches per block and one for the head."""
     with open_device("reference", hardware()) as device:
         decoder, batches = Decoder(gguf_model, device, context=CONTEXT), []
         submit = device.submit
@@ -174,21 +174,21 @@ def test_progress(gguf_model):
 
 
 def test_cache_in_place(gguf_model):
-    """GroupQueryAttention's cache never moves; that of other attention is handed on."""
+    """GroupQueryAttention's cache never moves; other attention returns a new cache, which is passed on."""
     file = OnnxFile(gguf_model)
     cache = KvCache(file, 10)
     assert cache.in_place and not cache.feed()
     assert cache.inputs[:2] == ["past_key_values.0.key", "past_key_values.0.value"]
     assert cache.outputs[:2] == ["present.0.key", "present.0.value"]
     assert {value.shape()[2] for value in cache.fixed.values()} == {10}
-    # Somebody else reads it.
+    # Another node reads it.
     file.graph.node.append(onnx.helper.make_node("Identity", ["past_key_values.0.key"], ["copy"]))
     file.consumers["past_key_values.0.key"].append(file.graph.node[-1])
     assert not KvCache(file, 10).in_place
 
 
 def test_failures_keep_the_cache(gguf_model, monkeypatch):
-    """After one, the same tokens may be tried again."""
+    """After a failure the same tokens can be computed again."""
     with ReferenceDevice(hardware()) as device:
         decoder = Decoder(gguf_model, device, context=CONTEXT)
         decoder.forward(IDS[:8])
@@ -211,7 +211,7 @@ def test_failures_keep_the_cache(gguf_model, monkeypatch):
 
 
 def test_activations_that_are_not_finite(gguf_model, tmp_path):
-    """They are refused with the name of the layer that would have had them."""
+    """They are refused, and the error names the layer that reads them."""
     model = onnx.load(gguf_model)
     norm = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("1.input_layernorm.weight"))
     norm.CopyFrom(onnx.numpy_helper.from_array(np.full(64, np.nan, np.float32), norm.name))
@@ -274,7 +274,7 @@ def test_graphs_that_are_no_decoder(gguf_model, tmp_path, change, message):
 
 
 def cache_graph(nodes, inputs, outputs) -> OnnxFile:
-    """A file with such a graph, as far as the cache looks at it."""
+    """A file with the parts of a graph that the cache reads."""
     make = onnx.helper.make_tensor_value_info
     file = OnnxFile.__new__(OnnxFile)
     file.path, file.graph = Path("m"), onnx.GraphProto()
@@ -289,7 +289,7 @@ def cache_graph(nodes, inputs, outputs) -> OnnxFile:
 
 
 def test_cache_pairs():
-    """By what appends to them, else by order."""
+    """Inputs and outputs are paired by the node that appends, or else by their order."""
     make = onnx.helper.make_node
     nodes = [make("Concat", ["k0", "new"], ["b"], axis=2), make("Concat", ["v0", "new"], ["a"], axis=2)]
     assert pair_names(cache_graph(nodes, ["k0", "v0"], ["a", "b"])) == [("k0", "b"), ("v0", "a")]

@@ -26,7 +26,7 @@ def shape(k=64, bits=4, group_size=32, name="layer", zero_points=(0.0, 15.0)):
 
 
 def test_auto_weight_bits():
-    """Of the layers of at most 4 bits, and enough for the others as two planes; else those of all."""
+    """The bits of the layers of at most 4 bits, if the others fit as two planes; or else the bits of all layers."""
 
     def chosen(*bits):
         return choose_config([shape(bits=value, zero_points=(0.0,)) for value in bits], AUTO).weight_bits
@@ -40,7 +40,7 @@ def test_auto_weight_bits():
 
 
 def test_auto_max_k():
-    """The default where it is enough, else what the longest layer takes, its padding and planes included."""
+    """The default if it is enough, or else the longest layer's K with its padding and planes."""
 
     def chosen(*shapes, **options):
         config = choose_config(shapes, AUTO | options)
@@ -51,12 +51,12 @@ def test_auto_max_k():
     assert chosen(shape(), shape(LONG, group_size=128), shape(576)) == LONG
     assert chosen(shape(DEFAULT + 1)) == DEFAULT + 32
     assert chosen(shape(DEFAULT // 2 + 1, bits=8), shape()) == DEFAULT + 2 * 32
-    # One group over all of K is split, at most into the longest that the accumulators hold.
+    # One group over all of K is split into groups that the accumulators can hold.
     assert DEFAULT < chosen(shape(9000, group_size=9000)) <= 9000 + 128
     assert chosen(shape(MAX_K, group_size=128)) == MAX_K
     for tile in (4, 8, 16, 32):
         assert chosen(shape(LONG + 7), tile=tile) == LONG + 32
-    # What was asked for stays.
+    # A given value stays.
     assert chosen(shape(LONG), max_k=MAX_K) == MAX_K
 
 
@@ -100,7 +100,7 @@ def cache(tmp_path_factory, monkeypatch):
 
 
 def run(capsys, main, *arguments):
-    """A command line in this process: its JSON."""
+    """Runs a command line in this process; returns its JSON."""
     assert main([*arguments, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
@@ -111,7 +111,7 @@ SMALL = ("--tile", "4", "--ports", "1", "--max-tokens", "5")
 
 @pytest.mark.parametrize("device", ["reference", "rtl"])
 def test_long_layers(device, long_model, capsys):
-    """Every layer of a block is exact and takes the cycles that it should; nobody has to ask for longer hardware."""
+    """Every layer of a block is exact and takes the expected cycles, without an option for longer hardware."""
     values = run(capsys, layers.main, long_model, "--device", device, *SMALL, "--limit", "7")
     assert values["config"]["max_k"] == LONG
     rows = values["layers"]
@@ -124,7 +124,7 @@ def test_long_layers(device, long_model, capsys):
 
 
 def test_long_model_answers(long_model, capsys):
-    """The same tokens as with enough hardware asked for."""
+    """The tokens are the same as with an option for longer hardware."""
     options = (
         "--model",
         long_model,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers between two stages: whatever lies between a tensor and the device's memory changes no bit."""
+"""Layers between two stages: copies and conversions between a tensor and the device's memory change no bit."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ def named(linear, source, target, bias=None):
 class Calls:
     """Calls a batch as the decoder does.
 
-    places: tensors that calls of one kind always have in the same place, by kind.
+    places: tensors that have the same place in all calls of one kind, by kind.
     """
 
     def __init__(self, device, linears, heads=(), made=("x",)):
@@ -38,16 +38,16 @@ class Calls:
         self.places: dict[tuple[int, bool], dict[str, OrtValue]] = {}
 
     def run(self, x, last=False) -> dict[str, np.ndarray]:
-        """Results, by name, from the activations x [1, M, K], wherever they lie."""
+        """Results by name from the activations x [1, M, K], in any place."""
         tokens = x.shape[1]
         places = self.places.setdefault((tokens, last), {})
         values = places | {"x": OrtValue.ortvalue_from_numpy(x)}
         if "x" in places:
-            # As a session does that was told to write there.
+            # A session that is told to write there does the same.
             places["x"].numpy()[:] = x
             values["x"] = places["x"]
         self.batch.run(tokens, last, values, places, Usage())
-        # Copies: such an array does not keep its tensor alive.
+        # Copies, because such an array does not keep its tensor alive.
         return {name: value.numpy().copy() for name, value in values.items()}
 
 
@@ -57,7 +57,7 @@ class Calls:
 @pytest.mark.parametrize("k", [64, 76], ids=["whole groups", "padding"])
 @pytest.mark.parametrize("bias", [False, True], ids=["product", "bias"])
 def test_results(device, bias, k, bits, tokens, dtype):
-    """Padding, planes, float16 and biases, in every combination, twice with the same buffers."""
+    """Results are right with padding, planes, float16 and biases, in every combination, twice with the same buffers."""
     rng = np.random.default_rng(1)
     added = rng.standard_normal(33).astype(np.float32) if bias else None
     linear = named(random_linear(rng, 33, k, 32, bits=bits), "x", "y", added)
@@ -71,15 +71,15 @@ def test_results(device, bias, k, bits, tokens, dtype):
         assert y.shape == (1, tokens, 33) and y.dtype == dtype
         with np.errstate(over="ignore"):
             assert np.array_equal(y[0], wanted.astype(dtype))
-        # Only what a session can write as the device reads it, and that without any copy.
+        # Only tensors that a session can write in the device's layout, and those without any copy.
         assert ("x" in calls.places[tokens, False]) == (k == 64 and bits == 4 and dtype == np.float32)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_dirty_memory(device, bits):
-    """What was in the device's memory before does not get into the padding."""
+    """Earlier contents of the device's memory do not get into the padding."""
     rng = np.random.default_rng(2)
-    # As bytes of float32 that is not a number.
+    # These bytes are a float32 that is not a number.
     device.memory.memory[: 1 << 20] = 255
     linear = named(random_linear(rng, 16, 76, 32, bits=bits), "x", "y")
     x = random_activations(rng, 2, 76)
@@ -87,7 +87,7 @@ def test_dirty_memory(device, bits):
 
 
 def test_tensor_that_no_stage_makes(device):
-    """The graph's inputs and other layers' results come from wherever they are, every time."""
+    """The graph's inputs and other layers' results may be in another place in every call."""
     rng = np.random.default_rng(3)
     linear = named(random_linear(rng, 16, 64, 32), "x", "y")
     calls = Calls(device, [linear], made=())
@@ -98,7 +98,7 @@ def test_tensor_that_no_stage_makes(device):
 
 
 def test_groups_of_one_input(device, monkeypatch):
-    """One batch; activations are shared by layers that read them in the same way, and only by those."""
+    """In one batch, only layers that read activations in the same layout share them."""
     rng = np.random.default_rng(4)
     shapes = [("a", 4, 32), ("b", 8, 32), ("c", 4, 32), ("d", 4, 64)]
     linears = [named(random_linear(rng, 20, 128, group, bits=bits), "x", name) for name, bits, group in shapes]
@@ -116,7 +116,7 @@ def test_groups_of_one_input(device, monkeypatch):
 
 
 def test_head(device):
-    """Of a head only the last token may be wanted, and of layers beside it all."""
+    """The caller may request only the last token of a head, and all tokens of the other layers."""
     rng = np.random.default_rng(5)
     linears = [named(random_linear(rng, 20, 64, 32), "x", name) for name in ("logits", "other")]
     calls = Calls(device, linears, heads=["logits"])
