@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the generator's command lines share: the options of a config, and the exit codes of errors."""
+"""The options of a config and the exit codes of errors, which the generator's command lines share."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ from hw.spec.config import RULES, AcceleratorConfig, ConfigError, option
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """An option for every parameter of the config."""
+    """Adds an option for every parameter of the config."""
     for item in fields(AcceleratorConfig):
         rule = RULES[item.name]
         parser.add_argument(
@@ -27,7 +27,7 @@ def config_of(options: Namespace) -> AcceleratorConfig:
 
 
 def exit_code(run: Callable[[], int]) -> int:
-    """What ``run`` returns; after an error the error's exit code, with its message as one line on stderr.
+    """Calls ``run`` and returns its result; after an error returns its exit code and prints one line on stderr.
 
     Errors are those of the config and of the flows, and of the file system.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can go wrong between a config and a bitstream."""
+"""Errors of the steps between a config and a bitstream."""
 
 
 class FlowError(Exception):

@@ -61,7 +61,7 @@ def examine(host: Host, clock_hz: float = FABRIC_HZ) -> Iterator[Finding]:
         yield Finding("manifest", OK, f"config {manifest.config.digest[:16]}, tile {manifest.config.tile}")
     except DeviceError as error:
         yield note(Finding("manifest", WRONG, str(error)))
-    names = ("nobody else", "identification", "version", "configuration", "fabric clock")
+    names = ("exclusive use", "identification", "version", "configuration", "fabric clock")
     if "app" in wrong or "registers" in wrong:
         yield from _skipped(names, wrong[0])
         yield from _skipped(DEVICE_CHECKS, wrong[0])

@@ -72,7 +72,7 @@ class _Layer:
             self._device.free(buffer)
 
     def differences(self) -> str:
-        """How the results differ from the numpy definition, or an empty text."""
+        """A text about the differences between the results and the numpy definition; empty if they are equal."""
         found = read_results(self._device, self.job)
         differ = np.argwhere(found.view(np.uint32) != self.expected.view(np.uint32))
         if not len(differ):

@@ -241,7 +241,7 @@ class _Decoder:
         return name
 
     def _check_rotary(self) -> None:
-        """config.json describes what the graph's tables do: nobody would see it later."""
+        """Checks the graph's rotary tables against config.json; no later step would detect a difference."""
         blocks = () if isinstance(self._parts, Mismatch) else self._parts.blocks
         found = [(block.rotary.cos, block.rotary.sin) for block in blocks if block.rotary]
         expected_tables = self.config.rotary_cache()

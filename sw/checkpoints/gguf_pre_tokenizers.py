@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How byte-level BPE tokenizers of GGUF files split text into words: the values of tokenizer.ggml.pre.
+"""The patterns with which byte-level BPE tokenizers of GGUF files split text, by the value of tokenizer.ggml.pre.
 
 Source: src/llama-vocab.cpp of llama.cpp. A text is split by each pattern in turn. Both the matches of a pattern and the
 text between two matches are pieces for the next pattern.

@@ -28,11 +28,11 @@ def print_tables(report: dict) -> None:
 def _print_layers(console: Console, rows: list[dict]) -> None:
     console.print(_cycles([row for row in rows if row["memory"] == "ideal"]))
     console.print(
-        "Cycles are simulated: from the push of a descriptor to the moment when its results are in memory, the layer"
-        " alone on an idle accelerator. beats: of the weight stream, and of the activations if all ports carry them;"
-        " bound: max(all beats, M x slices x output tiles). In a row: the mean over such layers back to back; sharing:"
-        " the same when all have the activations of the first. lm_head: int8 as two planes of 4 bits, so K is doubled."
-        " small: N 128.\n"
+        "Cycles are simulated, from the push of a descriptor until its results are in memory, for the layer"
+        " alone on an idle accelerator. beats: those of the weight stream, and of the activations if all ports carry"
+        " them; bound: max(all beats, M x slices x output tiles). In a row: the mean over such layers back to back;"
+        " sharing: the same mean if all use the activations of the first. lm_head: int8 as two planes of 4 bits, so K"
+        " is doubled. small: N 128.\n"
     )
     console.print(_bandwidth([row for row in rows if row["m"] == 1 and row["tile"] == 16]))
     console.print(
@@ -141,7 +141,7 @@ def _bandwidth(rows: list[dict]) -> Table:
 
 def _tokens(rows: list[dict]) -> Table:
     numbers = (
-        *("cycles", "useful bytes", "of ports", "memory limit, B/cycle", "of that", "tokens/s"),
+        *("cycles", "useful bytes", "of ports", "memory limit, B/cycle", "of the limit", "tokens/s"),
         *("starved: weights", "activations", "output", "M cycles/cpu-s"),
     )
     table = _table("One token of Qwen2.5-0.5B: 24 layers and lm_head, tile 16, M 1", ("memory",), numbers)

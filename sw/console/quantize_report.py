@@ -92,7 +92,7 @@ def print_table(report: Report) -> None:
     console = stdout_console()
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("layer", overflow="fold")
-    for title in ("K", "N", "ratio", "scale folded into", "error, nearest", f"error, {report.method}", "of that"):
+    for title in ("K", "N", "ratio", "scale folded into", "error, nearest", f"error, {report.method}", "relative"):
         table.add_column(title, justify="left" if title.startswith("scale") else "right")
     for layer in report.layers:
         table.add_row(

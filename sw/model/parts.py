@@ -12,14 +12,14 @@ from sw.model.decoder import PROJECTIONS, DecoderShape
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Why a graph, or the attention of a block, is not of the shape that the types here describe.
+    """The reason why a graph, or the attention of a block, does not match the types here.
 
     Members
     -------
-    part: of the decoder, as Hugging Face names its modules: layers.0.self_attn.q_proj.
-    operator, node: what is in the way: an operator, and the name of its node (of its first output, if it has none);
-        both empty if something is missing.
-    problem: in words.
+    part: name of the decoder's part, as Hugging Face names its modules: layers.0.self_attn.q_proj.
+    operator, node: the operator that does not fit, and the name of its node (or of the node's first output, if it has
+        none); both empty if a part is missing.
+    problem: a text about the problem.
     """
 
     part: str
@@ -29,7 +29,7 @@ class Mismatch:
 
     @property
     def what(self) -> str:
-        """What is in the way."""
+        """The problem, with the node that has it."""
         return f"{self.operator} {self.node}: {self.problem}" if self.operator else self.problem
 
     def __str__(self) -> str:
@@ -42,12 +42,12 @@ class Projection:
 
     Members
     -------
-    name: of its node, or of the node's first output if it has none.
+    name: name of its node, or of the node's first output if it has none.
     input: the activations, [..., k].
-    product: the node's first output, with all rows. No two layers have the same.
-    output: the tensor that others read, [..., n] or wider: the product with its bias.
+    product: the node's first output, with all rows; unique.
+    output: the tensor that other nodes read, [..., n] or wider: the product with its bias.
     k, n: in_features, and out_features of these rows.
-    first_row: of these rows among the node's.
+    first_row: index of the first of these rows among the node's rows.
     rows: out_features of the node.
     bias: constant of the node's rows that the node or an Add after it adds; or "".
     quantized: whether the weights are integers with scales.
@@ -76,9 +76,9 @@ class Norm:
 
     Members
     -------
-    input: x. A node that adds two tensors first (SkipSimplifiedLayerNormalization) may keep the sum to itself: then "".
-    added: the two tensors of such a node, else empty.
-    weight: the constant. node: of the last operator.
+    input: x, or "" if a node that adds two tensors first (SkipSimplifiedLayerNormalization) does not output the sum.
+    added: the two tensors that the node adds first; empty if it adds none.
+    weight: the constant. node: name of the last operator's node.
     """
 
     input: str
@@ -104,7 +104,7 @@ class Rotary:
     Members
     -------
     cos, sin: tensors, [positions, size / 2].
-    size: elements of a head that are rotated, the first of it; 0 if the tables do not say.
+    size: number of a head's first elements that are rotated; 0 if the tables do not define it.
     interleaved: element 2i is rotated against 2i + 1, not i against i + size / 2.
     position_ids: tensor; "" if the attention counts positions itself.
     in_attention: whether the attention's node rotates.
@@ -124,10 +124,10 @@ class Attention:
 
     Members
     -------
-    node: its name. output: tensor [..., heads * head_size].
-    scale: of a score. softcap: scores become softcap * tanh(score / softcap); 0: they stay.
-    window: positions that a token looks back at, itself included; None: all.
-    past_key, ... sin_cache: the node's tensors of these names in onnxruntime; "" for those that it has not.
+    node: the node's name. output: tensor [..., heads * head_size].
+    scale: factor of a score. softcap: scores become softcap * tanh(score / softcap); 0: they do not change.
+    window: number of positions that a token attends to, itself included; None: all.
+    past_key, ... sin_cache: the node's tensors of these names in onnxruntime; "" for absent ones.
     """
 
     node: str
@@ -148,18 +148,18 @@ class Attention:
 
 @dataclass(frozen=True)
 class Block:
-    """One layer of a decoder: x + attention(norm(x)), and of that y + mlp(norm(y)).
+    """One layer of a decoder: y = x + attention(norm(x)), then y + mlp(norm(y)).
 
-    What has weights is called as in sw.model.decoder.DecoderLayer, which holds the weights themselves.
+    Parts with weights have the same names as in sw.model.decoder.DecoderLayer, which holds the weights themselves.
 
     Members
     -------
     q_proj, k_proj, v_proj: rows of one layer or three. Their biases are part of them.
-    q_norm, k_norm: of every head, where there are such.
-    rotary: None if there is none, or if the attention is not understood.
-    attention: a Mismatch where the graph computes it by other operators; the layers around it are known all the same.
-    gate_proj, up_proj: rows of one layer or two. activation: of gate, "silu".
-    middle, end: the tensors after attention and after mlp; "" if the next norm's node keeps them to itself.
+    q_norm, k_norm: norms of every head, or None.
+    rotary: None if there is none, or if the attention does not match.
+    attention: a Mismatch if the graph computes it by other operators; the layers around it are matched all the same.
+    gate_proj, up_proj: rows of one layer or two. activation: activation of gate, "silu".
+    middle, end: the tensors after attention and after mlp; "" if the next norm's node does not output them.
     """
 
     input_norm: Norm
@@ -187,11 +187,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Embedding:
-    """The rows that token ids choose.
+    """The table lookup that selects a row for each token id.
 
     Members
     -------
-    node: Gather or GatherBlockQuantized, as `operator` says. table: the constant that the node reads.
+    node: name of the Gather or GatherBlockQuantized node; `operator` is its type. table: the constant that it reads.
     ids: the graph's input. output: tensor [..., hidden_size].
     """
 
@@ -208,7 +208,7 @@ class Decoder:
 
     Members
     -------
-    head: its input is `final_norm.output`, or tokens chosen from it. logits: the graph's output.
+    head: its input is `final_norm.output`, or tokens selected from it. logits: the graph's output.
     """
 
     embedding: Embedding
@@ -218,13 +218,13 @@ class Decoder:
     logits: str
 
     @property
-    def in_the_way(self) -> list[Mismatch]:
-        """What keeps the blocks from being understood as a whole; empty if everything is."""
+    def mismatches(self) -> list[Mismatch]:
+        """The blocks' mismatches; empty if every block matches as a whole."""
         return [block.attention for block in self.blocks if isinstance(block.attention, Mismatch)]
 
     @property
     def shape(self) -> DecoderShape | None:
-        """The sizes; None if a block's attention is not understood, or blocks differ."""
+        """The sizes; None if a block's attention does not match, or if blocks differ."""
         shapes = {_shape(self, block) for block in self.blocks}
         return shapes.pop() if len(shapes) == 1 else None
 

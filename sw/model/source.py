@@ -13,7 +13,7 @@ from sw.model.lm_head import Table
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TextSettings:
-    """How a model's text is read and written.
+    """A model's tokenizer, special tokens and chat template.
 
     tokenizer_json: the tokenizer, as the package tokenizers writes it. bos_id, stop_ids: tokens that begin a text and
     tokens that end an answer. bos_token, eos_token: values of these variables in a chat template. chat_template: the

@@ -38,7 +38,7 @@ class Limits:
     def check(self, ids: Sequence[int]) -> None:
         """Raises UserError for a token id outside the vocabulary, because not every operator does."""
         if self.vocabulary is not None and ids and max(ids) >= self.vocabulary:
-            raise UserError(f"the tokenizer made token {max(ids)}, and the model knows {self.vocabulary:,} tokens")
+            raise UserError(f"the tokenizer made token {max(ids)}, and the model's vocabulary has {self.vocabulary:,}")
 
 
 def decoder_limits(model: Path, context: int | None) -> Limits:

@@ -20,7 +20,7 @@ def negative_log_likelihood(logits: np.ndarray, targets: np.ndarray) -> np.ndarr
     Raises UserError if logits are not finite, or if a target is not below vocab.
     """
     if targets.max() >= logits.shape[1]:
-        raise UserError(f"the text has token {targets.max()}, and the model knows {logits.shape[1]} tokens")
+        raise UserError(f"the text has token {targets.max()}, and the model's vocabulary has {logits.shape[1]}")
     if not np.isfinite(logits).all():
         raise UserError("the model's logits are not finite (NaN or infinity)")
     steps = logits.astype(np.float64)

@@ -40,7 +40,7 @@ CHECKS = [
     "buffer",
     "memory clock",
     "manifest",
-    "nobody else",
+    "exclusive use",
     "identification",
     "version",
     "configuration",
@@ -188,7 +188,7 @@ def test_in_use(fake, monkeypatch, capsys):
         status, text = run(fake, monkeypatch, capsys)
         assert not fake.commands
     assert status == 1
-    assert "nobody else     another process uses the accelerator; fuser -v /dev/udmabuf-gristmill" in text
+    assert "exclusive use   another process uses the accelerator; fuser -v /dev/udmabuf-gristmill" in text
     assert "cannot tell self-test" in text
 
 

@@ -220,7 +220,7 @@ def test_unknown_token(copied):
     tokenizer = Tokenizer.from_file(str(copied.parent / "tokenizer.json"))
     tokenizer.add_special_tokens(["<more>"])
     tokenizer.save(str(copied.parent / "tokenizer.json"))
-    with pytest.raises(UserError, match="the tokenizer made token 259, and the model knows 259 tokens"):
+    with pytest.raises(UserError, match="the tokenizer made token 259, and the model's vocabulary has 259"):
         generate.main(["--model", str(copied), "--prompt", "a<more>", "--device", "reference"])
 
 

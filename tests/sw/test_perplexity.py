@@ -168,7 +168,7 @@ def test_negative_log_likelihood():
     for value in (np.nan, np.inf, -np.inf):
         with pytest.raises(UserError, match="the model's logits are not finite"):
             negative_log_likelihood(np.array([[value, 1]], np.float32), np.array([1]))
-    with pytest.raises(UserError, match="the text has token 2, and the model knows 2 tokens"):
+    with pytest.raises(UserError, match="the text has token 2, and the model's vocabulary has 2"):
         negative_log_likelihood(extreme, np.array([2]))
 
 

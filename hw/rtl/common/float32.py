@@ -27,7 +27,7 @@ def is_nan(number) -> Value:
 
 
 def special(exponent_bits: int) -> data.StructLayout:
-    """What is known about a result besides its fraction.
+    """The layout of a result's properties besides its fraction.
 
     ``exponent`` is biased and signed, of any width. ``zero``, ``infinite`` and ``nan`` replace the number; the last one
     that is set decides.

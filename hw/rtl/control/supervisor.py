@@ -19,9 +19,9 @@ class Supervisor(wiring.Component):
     reset : software requests a reset
     quiet : no bus transfer is under way
     accepted, complete : a descriptor entered the queue; a descriptor's results are in memory
-    halt : for the datapath: move no data, except to finish bus transfers under way
-    clear : reset the datapath and clear the error; a few cycles
-    resetting : from the command to the end of the reset
+    halt : the datapath must move no data, except to finish bus transfers under way
+    clear : reset the datapath and clear the error; high for a few cycles
+    resetting : high from the command to the end of the reset
     running : descriptors are queued or in flight
     """
 

@@ -63,7 +63,7 @@ class Column(wiring.Component):
     Members
     -------
     index : the column's own number, a constant
-    psum : from the array, in the cycle of ``group_in``
+    psum : sum from the array, in the cycle of ``group_in``
     group_in, group_out : control of the group accumulator
     zero_point : z of this group, in the cycle of ``group_in``
     scale : sm of this group, ``scale_delay`` cycles after ``group_in``
@@ -180,10 +180,10 @@ class Columns(Block):
 
     Members
     -------
-    psums : from the array, column c one cycle after column c - 1
+    psums : sums from the array, column c one cycle after column c - 1
     group, ring : control for column 0, as in :class:`Column`
-    zero_points : of all columns, in the cycle of ``group``
-    scales : of all columns, in the cycle of ``group``
+    zero_points : zero points of all columns, in the cycle of ``group``
+    scales : scales of all columns, in the cycle of ``group``
     drain, drained : the drain chain's two ends, ``drain_latency`` cycles apart
     """
 

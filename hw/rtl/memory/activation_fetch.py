@@ -103,8 +103,8 @@ class ActivationFetch(Block):
         whole, block = chunk_beats(self.config), self.blocks.payload
         beat_bits = (self.config.port_width // 8 - 1).bit_length()
         page_bits, row_bits = (CHUNK_BYTES - 1).bit_length(), (self.row_beats - 1).bit_length()
-        # The chunk on offer, what is left of the block behind it, and whether that is nothing: registers, as in
-        # hw.rtl.memory.burst_cutter, so that a port's answer decides about nothing that is computed.
+        # The offered chunk, the length of the block after it, and whether this length is 0 are registers, as in
+        # hw.rtl.memory.burst_cutter, so that no computation depends on a port's answer.
         address, beats, last = Signal(ADDRESS_BITS), Signal(range(whole + 1)), Signal()
         left, to_end = Signal.like(block.beats), Signal(range(whole + 1))
         taken, load, may = Signal(), Signal(), Signal()

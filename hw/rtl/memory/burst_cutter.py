@@ -75,7 +75,7 @@ class BurstCutter(Block):
         # A burst ends at a multiple of ``longest`` beats, which divides 4 KiB. The first burst of a region may start
         # between two multiples; all others start at a multiple.
         room = longest - region.address[beat_bits : beat_bits + index_bits]
-        # Behind a region's last burst nobody looks at what is left.
+        # After a region's last burst the remaining length is not read.
         fits, following_fits = Signal(), Signal()
         m.d.comb += [
             fits.eq(region.beats <= room),

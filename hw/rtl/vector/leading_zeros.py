@@ -5,7 +5,7 @@ from amaranth.hdl import Cat, Const, Mux, Value
 
 
 def leading_zeros(value: Value) -> Value:
-    """How many bits at the top of ``value`` are 0, for a value that is not 0; otherwise without meaning.
+    """The number of 0 bits above the highest 1 of ``value``; undefined if ``value`` is 0.
 
     ``ceil(log2(bits))`` bits. Pairs of halves are joined in a tree, so the depth is one multiplexer per power of two,
     and synthesis joins two of them in a LUT.

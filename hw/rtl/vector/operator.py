@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the operators with two float32 operands share."""
+"""The base of the operators with two float32 operands."""
 
 from typing import ClassVar
 

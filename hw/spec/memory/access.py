@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the accelerator uses its memory ports: sizes for the RTL and for the performance model."""
+"""Sizes of the accesses on the memory ports, for the RTL and for the performance model."""
 
 BURST_BOUNDARY = 4096
 """No AXI burst crosses a multiple of this number of bytes (Arm IHI 0022)."""

@@ -33,7 +33,7 @@ def key_spread(key_bits: int) -> int:
     """The largest difference between exponents of one key for which a scale mantissa holds each power of two exactly.
 
     The largest power of two in a scale mantissa is ``2**(SCALE_BITS - 2)``, and each plane after the first takes
-    ``PLANE_BITS`` of that: 10 for keys of 8 bits, 2 for 16 bits.
+    ``PLANE_BITS`` of this exponent: 10 remain for keys of 8 bits, 2 for 16 bits.
     """
     return SCALE_BITS - 2 - (key_bits - PLANE_BITS)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first error: which of several errors in one cycle is kept, and that later errors change nothing."""
+"""The first error: the most serious of several errors in one cycle is kept, and later errors change nothing."""
 
 import cocotb
 import numpy as np
@@ -54,7 +54,7 @@ async def _compare(dut, rst, faults, refused) -> None:
 
 @cocotb.test()
 async def every_pair(dut):
-    """Of any two errors in one cycle, the more serious one is kept, with its address."""
+    """If two errors occur in one cycle, the more serious one is kept, with its address."""
     random, rst, refused = rng(1), [], []
     faults = {code: [] for code in SERIOUS_FIRST}
     for one in SERIOUS_FIRST:

@@ -50,7 +50,7 @@ class _Watcher:
         self.offered: list[tuple[int, int]] = []
         """Address and beats of every burst that has been offered on AW."""
         self.taken = 0
-        """How many of them have been taken."""
+        """Number of offered bursts that have been taken."""
         self.sent = 0
         """Bursts whose last beat has been taken."""
         self.acknowledged = 0

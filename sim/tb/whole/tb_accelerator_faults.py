@@ -420,7 +420,7 @@ async def interrupt(dut):
 
 @cocotb.test()
 async def first_one_counts(dut):
-    """Of several faults, the first one is kept. Of many faults with resets in between, each one is detected."""
+    """The first of several faults is kept. If there are resets between many faults, each fault is detected."""
     driver = await AcceleratorDriver.create(dut, pauses(), BASE)
     for name in rng(8).permutation(list(_REFUSED)).tolist():
         layer = fit(64, config().tile, 32)

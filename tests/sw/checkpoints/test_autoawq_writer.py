@@ -369,7 +369,7 @@ def test_what_the_format_cannot_say(key, message, tmp_path):
     refused(path, tmp_path, message)
 
 
-def test_an_operator_in_the_way(tmp_path):
+def test_an_operator_that_does_not_fit(tmp_path):
     """It is named: a layer is not taken for what it is called."""
     path = quantized(tmp_path)
     model = onnx.load(path, load_external_data=False)

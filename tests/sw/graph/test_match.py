@@ -51,7 +51,7 @@ def reason(path: Path) -> str:
 def computes_the_same(path: Path, table: np.ndarray) -> Decoder:
     """The parts alone give onnxruntime's logits."""
     file, decoder = OnnxFile(path), matched(path)
-    assert decoder.in_the_way == []
+    assert decoder.mismatches == []
     expected = logits(path).reshape(len(IDS), -1)
     found = NumpyDecoder(file, decoder).logits(table, IDS)
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
@@ -200,7 +200,7 @@ def test_parts_are_what_names_say(name):
     assert decoder.final_norm.weight == "model.norm.weight"
     assert decoder.shape is None
     expected = "layers.1.self_attn: Softmax /model/layers.1/self_attn/Softmax: attention by operators that are not "
-    assert str(decoder.in_the_way[1]) == expected + "GroupQueryAttention"
+    assert str(decoder.mismatches[1]) == expected + "GroupQueryAttention"
 
 
 @pytest.mark.parametrize("name", NAMELESS)
@@ -215,7 +215,7 @@ def test_parts_without_names(name):
         for module, layer in list(block.projections.items())[:3]:
             assert layer.bias == "" if "llama" in name else layer.bias.endswith(f"layers.{index}.{module}.bias")
     operator = "Attention" if "opset23" in name else "Softmax"
-    assert [item.operator for item in decoder.in_the_way] == [operator] * 2
+    assert [item.operator for item in decoder.mismatches] == [operator] * 2
 
 
 def test_joined_layers_need_one_attention_node():
@@ -365,7 +365,7 @@ UNUSUAL = {
 def test_unusual_attention(change, expected, tmp_path):
     """The layers around the attention are matched, and one line gives the reason."""
     decoder = matched(changed(change, tmp_path / "model.onnx"))
-    assert [str(item) for item in decoder.in_the_way] == [f"layers.1.self_attn: {expected}"]
+    assert [str(item) for item in decoder.mismatches] == [f"layers.1.self_attn: {expected}"]
     assert decoder.shape is None
 
 
@@ -374,7 +374,7 @@ def test_different_rotations(tmp_path):
         node("attn/k_rotary/RotaryEmbedding").attribute[0].i ^= 1
 
     decoder = matched(changed(change, tmp_path / "model.onnx", FORMS["rotary apart"]))
-    assert [item.problem for item in decoder.in_the_way] == ["queries and keys are rotated differently"]
+    assert [item.problem for item in decoder.mismatches] == ["queries and keys are rotated differently"]
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def test_usage_of_one_call(gguf_model):
 
 
 def test_layers_that_share_activations_are_one_batch(gguf_model, monkeypatch):
-    """q, k, v share one fetch, and gate, up another. Every token submits four batches per block and one for the head."""
+    """q, k, v share one fetch, and gate, up another. A token submits four batches per block and one for the head."""
     with open_device("reference", hardware()) as device:
         decoder, batches = Decoder(gguf_model, device, context=CONTEXT), []
         submit = device.submit
