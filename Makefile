@@ -85,8 +85,8 @@ demo: $(STAMP)  ## Generate the accelerator; a real language model answers PROMP
 test: $(STAMP)  ## Run every test that needs no board, simulations included
 	@$(RUN) -m $(PYTEST) -m "not full"
 
-test-quick: $(STAMP)  ## Run the tests that build no simulator
-	@$(RUN) -m $(PYTEST) -m "not full and not simulator"
+test-quick: $(STAMP)  ## Run the tests that build no simulator and take no seconds
+	@$(RUN) -m $(PYTEST) -m "not full and not simulator and not slow"
 
 test-full: $(STAMP)  ## The same as test with the long sweeps
 	@$(RUN) -m $(PYTEST)

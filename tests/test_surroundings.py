@@ -20,6 +20,8 @@ from sim.harness import SetupError
 from sw.common.atomic import atomic_directory
 from sw.export.resolve import cache_directory
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "tests/sw/fixtures/data/genai_qwen2_symmetric.onnx"
 LIMIT = 1 << 12

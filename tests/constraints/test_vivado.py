@@ -23,6 +23,8 @@ from hw.spec.control.registers import WINDOW_BYTES
 from hw.spec.manifest import Manifest
 from tests.constraints.recorder import complaints, make_overlay, run_script
 
+pytestmark = pytest.mark.slow
+
 SMALL: dict[str, Any] = {"tile": 4, "max_tokens": 2, "max_k": 256, "max_group_size": 32}
 
 

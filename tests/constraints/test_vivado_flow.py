@@ -16,6 +16,8 @@ from hw.spec.config import AcceleratorConfig
 from hw.spec.manifest import Manifest
 from tests.constraints.recorder import Record, install_tools, overlay_complaints
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = ["--tile", "4", "--max-tokens", "2", "--max-k", "256", "--max-group-size", "32"]
 PRODUCTS = ["gristmill", "gristmill.bit", "gristmill.hwh", "gristmill.xsa", "summary.json"]
 FACTS = {"setup_slack_ns": "0.1", "setup_from": "a", "setup_to": "b", "hold_slack_ns": "0.01", "hold_from": "c",

@@ -45,6 +45,7 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_same_bytes_in_another_process(core: Path, tmp_path: Path):
     assert run(*SMALL, "--out", str(tmp_path), seed="4711").returncode == 0
     for name in ("gristmill.v", "manifest.json"):
@@ -77,6 +78,7 @@ ys.run_pass("proc; check -assert", design)
 """
 
 
+@pytest.mark.slow
 def test_yosys_reads_it(core: Path):
     done = subprocess.run(
         [sys.executable, "-c", YOSYS, str(core / "gristmill.v"), TOP],
@@ -114,6 +116,7 @@ def test_generic_verilog_has_no_primitives(core: Path):
     assert "DSP48" not in text and "(*" not in text
 
 
+@pytest.mark.slow
 def test_target_has_its_primitives(tmp_path: Path):
     """The array is in DSP slices, and memories have attributes for their kind; the manifest is the same."""
     for target in ("generic", "ultrascaleplus"):
@@ -237,6 +240,7 @@ def test_full_disk_leaves_no_part_of_a_file(core: Path, tmp_path: Path, monkeypa
     assert (out / "gristmill.v").read_text().endswith("endmodule\n")
 
 
+@pytest.mark.slow
 def test_interrupt_leaves_nothing(tmp_path: Path):
     out = tmp_path / "out"
     process = subprocess.Popen(

@@ -13,6 +13,8 @@ from hw import resources
 from hw.flows.levels import measure_netlist
 from hw.flows.lower import LowerError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = ("--tile", "4", "--ports", "1", "--port-width", "64", "--max-tokens", "2", "--max-k", "1024")
 CLOCK = 1

@@ -20,6 +20,8 @@ from hw.rtl.common.ram import buffer_attributes
 from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.parts import BOARDS, TARGETS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 XCUP = TARGETS["ultrascaleplus"]
 SMALL = AcceleratorConfig(tile=4, ports=1, port_width=64, max_tokens=2, max_k=1024)

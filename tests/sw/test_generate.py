@@ -458,6 +458,7 @@ def test_model_without_quantized_layers(copied):
         generate.main(["--model", str(copied), "--prompt", "Hi", "--device", "reference"])
 
 
+@pytest.mark.slow
 def test_smollm2(smollm2, capsys):
     """A real model's answer."""
     question = ("--prompt", "What is the capital of France?")

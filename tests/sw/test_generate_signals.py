@@ -15,6 +15,8 @@ from sw.export.gguf import export_gguf
 from sw.text.folder import TextFolder
 from tests.sw.export.test_gguf import write_gguf
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -218,6 +218,7 @@ def test_bad_input(arguments, message, model, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_smollm2(smollm2, tmp_path, capsys):
     """A real model on real text: plausible, and the accelerator's arithmetic costs next to nothing."""
     path = tmp_path / "text"

@@ -35,6 +35,7 @@ def prompt(smollm2, tokenizer):
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
+@pytest.mark.slow
 def test_smollm2_answers(smollm2, tokenizer, prompt):
     config = json.loads((smollm2.parent / "config.json").read_text())
     session = onnxruntime.InferenceSession(smollm2)
@@ -54,6 +55,7 @@ def test_smollm2_answers(smollm2, tokenizer, prompt):
     assert tokenizer.decode(answer) == "The capital of France is Paris."
 
 
+@pytest.mark.slow
 def test_smollm2_layers(smollm2, prompt):
     linears = find_linears(smollm2)
     assert len(linears) == 211
@@ -68,6 +70,7 @@ def test_smollm2_layers(smollm2, prompt):
     assert worst < 1e-5
 
 
+@pytest.mark.slow
 def test_smollm2_weights_are_the_files(smollm2):
     """Every weight of a layer without reordered rows equals the value that the gguf package reads."""
     source = GgufFile(packaged_gguf("smollm2"))
@@ -81,6 +84,7 @@ def test_smollm2_weights_are_the_files(smollm2):
     assert smollm2.with_name("model.onnx.data").stat().st_size < 116e6
 
 
+@pytest.mark.slow
 def test_smollm2_tokenizer(tokenizer):
     """The expected ids are llama.cpp's for the same text and file."""
     text = "Hello world 1234 it's   fine\n\n\tx=3.14; naïve café 日本語 😀 don't I'LL 50%"
@@ -135,6 +139,7 @@ def test_smollm2_tokenizer(tokenizer):
         assert tokenizer.decode(tokenizer.encode(sample).ids, skip_special_tokens=False) == sample
 
 
+@pytest.mark.slow
 def test_exported_once(smollm2, monkeypatch):
     monkeypatch.setenv("GRISTMILL_CACHE", str(smollm2.parent.parent))
     monkeypatch.setattr("sw.export.gguf.export_gguf", lambda *_, **__: pytest.fail("exported again"))
@@ -218,6 +223,7 @@ def test_folders_that_are_not_autoawq(tmp_path, cache):
     assert not cache.exists()
 
 
+@pytest.mark.slow
 def test_gguf_file(smollm2, cache, capsys):
     """The package's own file, given by its path; a long export shows its progress."""
     source = packaged_gguf("smollm2")

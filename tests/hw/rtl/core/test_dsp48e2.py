@@ -29,6 +29,8 @@ from hw.rtl.core.pe import WORD, DspProcessingElement, ProcessingElement
 from hw.spec.config import AcceleratorConfig
 from hw.spec.parts import TARGETS
 
+pytestmark = pytest.mark.slow
+
 XCUP = TARGETS["ultrascaleplus"]
 SMALL = AcceleratorConfig(tile=4, ports=1, port_width=64, max_tokens=2, max_k=1024)
 CONFIGS = {

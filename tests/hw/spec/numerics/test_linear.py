@@ -168,6 +168,7 @@ def test_zero_points():
     assert quantize_zero_points(FIXED, np.array([values])).tolist() == [expected]
 
 
+@pytest.mark.slow
 def test_float32():
     """Every alignment with ties and their neighbours, near both ends of the range and in the middle."""
     random = np.random.default_rng(4)
