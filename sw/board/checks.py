@@ -16,7 +16,7 @@ from sw.common.errors import one_line
 from sw.devices.base import DeviceError
 from sw.devices.host import Host
 from sw.devices.kv260 import FIRMWARE, LOAD, KV260Device, board_manifest
-from sw.devices.udmabuf import MEND as BUFFER_FIX
+from sw.devices.udmabuf import FIX as BUFFER_FIX
 from sw.devices.udmabuf import BusyError, DmaBuffer, find_buffer, problem
 from sw.devices.uio import Uio, find_uio
 

@@ -44,12 +44,12 @@ class Host:
         except OSError:
             return None
 
-    def open(self, name: str, flags: int, mend: str) -> int:
-        """A file descriptor, which the caller closes. mend: what to do if the file is missing. Raises DeviceError."""
+    def open(self, name: str, flags: int, fix: str) -> int:
+        """A file descriptor, which the caller closes. fix: what to do if the file is missing. Raises DeviceError."""
         try:
             return self._open(self.path(name), flags | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise DeviceError(f"{name} is not there: {mend}") from None
+            raise DeviceError(f"{name} is not there: {fix}") from None
         except PermissionError:
             raise DeviceError(f"{name}: permission denied; run it with sudo, or: sudo chmod a+rw {name}") from None
         except OSError as error:

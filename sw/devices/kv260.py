@@ -20,7 +20,7 @@ from sw.devices.arena import Arena
 from sw.devices.base import Buffer, Completion, DeviceError, LinearJob, PreparedBatch, result_bytes
 from sw.devices.driver import AcceleratorDevice
 from sw.devices.host import Host
-from sw.devices.udmabuf import MEND, DmaBuffer, find_buffer
+from sw.devices.udmabuf import FIX, DmaBuffer, find_buffer
 from sw.devices.uio import Uio, find_uio
 
 FIRMWARE = f"/lib/firmware/xilinx/{APP_NAME}"
@@ -81,7 +81,7 @@ class KV260Platform:
     def __init__(self, host: Host, registers: str = "uio"):
         place = find_buffer(host, BUFFER_NAME)
         if place is None:
-            raise DeviceError(f"there is no buffer {BUFFER_NAME}: {MEND}")
+            raise DeviceError(f"there is no buffer {BUFFER_NAME}: {FIX}")
         self.buffer = DmaBuffer(host, place)
         self.memory = Arena(self.buffer.memory, place.address)
         self.uio: Uio | None = None

@@ -32,7 +32,7 @@ MOST = 1 << 32
 """Maximum size of a buffer in bytes, because offsets in commands have 32 bits."""
 BOTH, FROM_DEVICE = 0, 2
 """Directions. Cleaning uses BOTH: with FROM_DEVICE, kernels before 5.19 invalidate instead."""
-MEND = (
+FIX = (
     "load the app and the module: sudo modprobe u-dma-buf; if dmesg says that the allocation failed, raise cma= on the"
     " kernel's command line"
 )
@@ -113,7 +113,7 @@ class DmaBuffer:
             raise
 
     def _open(self, name: str, flags: int) -> int:
-        self._fds.append(self._host.open(name, flags, MEND))
+        self._fds.append(self._host.open(name, flags, FIX))
         return self._fds[-1]
 
     def clean_commands(self, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
