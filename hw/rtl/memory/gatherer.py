@@ -124,7 +124,7 @@ class Gatherer(Block):
         """Walks the results of one layer after another: columns, tokens, output tiles, chunks."""
         tile, results = self.config.tile, self.results
         job, new = Signal(gather_layout(self.config)), self.job.payload
-        active, load, step = Signal(), Signal(), Signal()
+        active, fresh, step = Signal(), Signal(), Signal()
         last_token, last_column = Signal(range(self.config.max_tokens)), Signal(range(tile))
         transfer, token = Signal(range(tile // self.lanes)), Signal.like(last_token)
         tile_index, tiles_left, last_tile = Signal(range(PIECE_FLOATS // tile)), Signal.like(job.out_tiles), Signal()
@@ -142,7 +142,8 @@ class Gatherer(Block):
         columns_end, tile_end, chunk_end, job_end = Signal(), Signal(), Signal(), Signal()
         m.d.comb += [
             self.job.ready.eq(~active | (step & job_end)),
-            load.eq(self.job.valid & self.job.ready),
+            # Whether the next output tile is the first one of a new job.
+            fresh.eq(~active | last_tile),
             results.ready.eq(active & chunks.i.ready),
             step.eq(results.valid & results.ready),
             # The last column of this output tile. A pair without its second column is a transfer, too.
@@ -171,31 +172,28 @@ class Gatherer(Block):
         with m.If(step & tile_end):
             m.d.sync += [
                 token.eq(0),
-                token_ends.eq(one_token),
                 row.eq(self._first_row(half ^ chunk_end)),
                 tile_index.eq(Mux(chunk_end, 0, tile_index + 1)),
-                tiles_left.eq(tiles_left - 1),
-                last_tile.eq(tiles_left == 2),
-                final.eq(next_final),
-                single.eq(next_final == 0),
             ]
         with m.If(step & chunk_end):
             m.d.sync += [half.eq(~half), job.address.eq(job.address + PIECE_BYTES)]
-        with m.If(load):
+        # Without a job these registers may have any value, so no path to them starts at the job's valid.
+        with m.If(~active | (step & tile_end)):
             m.d.sync += [
-                active.eq(1),
+                token_ends.eq(Mux(fresh, new.tokens == 1, one_token)),
+                tiles_left.eq(Mux(fresh, new.out_tiles, tiles_left - 1)),
+                last_tile.eq(Mux(fresh, new.out_tiles == 1, tiles_left == 2)),
+                final.eq(Mux(fresh, first_final, next_final)),
+                single.eq(Mux(fresh, first_final == 0, next_final == 0)),
+            ]
+        with m.If(self.job.ready):
+            m.d.sync += [
+                active.eq(self.job.valid),
                 job.eq(new),
                 last_token.eq(new.tokens - 1),
                 one_token.eq(new.tokens == 1),
-                token_ends.eq(new.tokens == 1),
                 last_column.eq(new.last_columns - 1),
-                final.eq(first_final),
-                single.eq(first_final == 0),
-                tiles_left.eq(new.out_tiles),
-                last_tile.eq(new.out_tiles == 1),
             ]
-        with m.Elif(step & job_end):
-            m.d.sync += active.eq(0)
 
     def _write(self, m: Module, memory: Memory, step: Value, row: Value, transfer: Value) -> None:
         """Stores one transfer of results, number ``transfer`` of its row, in its part of a word."""
