@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The input of the weight stream: it separates headers from bodies, and joins beats of a body to words."""
 
-from amaranth.hdl import Cat, Module, Signal
+from amaranth.hdl import Cat, Module, Mux, Signal
 from amaranth.lib import data, stream
 from amaranth.lib.wiring import In, Out
 
@@ -50,28 +50,33 @@ class WeightSplitter(Block):
             ),
             taken.eq(self.beats.valid & self.beats.ready),
         ]
-        last = Signal()
-        finish = Signal()
-        m.d.comb += [finish.eq(taken & last & in_body & last_tile), self.command.ready.eq(~active | finish)]
-        with m.If(taken):
+        last, fresh, to_body = Signal(), Signal(), Signal()
+        m.d.comb += [
+            # What follows: the first header of a new command, the body of this tile, or else the next tile's header.
+            fresh.eq(~active | (in_body & last_tile)),
+            to_body.eq(active & ~in_body),
+            self.command.ready.eq(~active | (taken & last & in_body & last_tile)),
+        ]
+        # ``taken`` only enables these registers, because it is known last. Without a command they may have any value.
+        with m.If(~active | taken):
             m.d.sync += [left.eq(left - 1), last.eq(left == 2)]
-            with m.If(last & ~in_body):
-                m.d.sync += [in_body.eq(1), left.eq(body_beats), last.eq(body_beats == 1)]
-            with m.Elif(last):
-                m.d.sync += [in_body.eq(0), left.eq(header_beats), last.eq(header_beats == 1)]
-                m.d.sync += [tiles_left.eq(tiles_left - 1), last_tile.eq(tiles_left == 2)]
-        with m.If(finish):
-            m.d.sync += active.eq(0)
-        with m.If(self.command.valid & self.command.ready):
+            with m.If(~active | last):
+                header = Mux(fresh, command.header_beats, header_beats)
+                m.d.sync += [
+                    in_body.eq(to_body),
+                    left.eq(Mux(to_body, body_beats, header)),
+                    last.eq(Mux(to_body, body_beats == 1, header == 1)),
+                ]
+        with m.If(~active | (taken & last & in_body)):
             m.d.sync += [
-                active.eq(1),
-                in_body.eq(0),
-                left.eq(command.header_beats),
-                last.eq(command.header_beats == 1),
+                tiles_left.eq(Mux(fresh, command.out_tiles, tiles_left - 1)),
+                last_tile.eq(Mux(fresh, command.out_tiles == 1, tiles_left == 2)),
+            ]
+        with m.If(self.command.ready):
+            m.d.sync += [
+                active.eq(self.command.valid),
                 header_beats.eq(command.header_beats),
                 body_beats.eq(command.body_words * per_word),
-                tiles_left.eq(command.out_tiles),
-                last_tile.eq(command.out_tiles == 1),
             ]
         return m
 

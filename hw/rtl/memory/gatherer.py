@@ -124,24 +124,32 @@ class Gatherer(Block):
         """Walks the results of one layer after another: columns, tokens, output tiles, chunks."""
         tile, results = self.config.tile, self.results
         job, new = Signal(gather_layout(self.config)), self.job.payload
-        active, load, step = Signal(), Signal(), Signal()
+        active, fresh, step = Signal(), Signal(), Signal()
         last_token, last_column = Signal(range(self.config.max_tokens)), Signal(range(tile))
         transfer, token = Signal(range(tile // self.lanes)), Signal.like(last_token)
         tile_index, tiles_left, last_tile = Signal(range(PIECE_FLOATS // tile)), Signal.like(job.out_tiles), Signal()
         half, row = Signal(), Signal(range(self._HALVES * self.config.max_tokens))
         column = Signal(range(tile))
-        # The last transfer of an output tile's token: a register, because long paths start at the comparison with it.
+        # The last transfer of an output tile's token.
         final, lane_bits = Signal.like(transfer), (self.lanes - 1).bit_length()
+        first_final = (new.last_columns - 1 | Mux(new.out_tiles == 1, 0, tile - 1)) >> lane_bits
+        next_final = Mux(tiles_left == 2, last_column, tile - 1) >> lane_bits
+        # Long paths start at the ends of columns and tokens, so these are compared a cycle before: whether a token's
+        # first transfer is next, whether that is its only one, and whether the next one is its last if it is not the
+        # first. Then whether this token is the last, and whether it is the only one.
+        first, single, ends = Signal(init=1), Signal(), Signal()
+        token_ends, one_token = Signal(), Signal()
         columns_end, tile_end, chunk_end, job_end = Signal(), Signal(), Signal(), Signal()
         m.d.comb += [
             self.job.ready.eq(~active | (step & job_end)),
-            load.eq(self.job.valid & self.job.ready),
+            # Whether the next output tile is the first one of a new job.
+            fresh.eq(~active | last_tile),
             results.ready.eq(active & chunks.i.ready),
             step.eq(results.valid & results.ready),
             # The last column of this output tile. A pair without its second column is a transfer, too.
             column.eq(last_column | Mux(last_tile, 0, tile - 1)),
-            columns_end.eq(transfer == final),
-            tile_end.eq(columns_end & (token == last_token)),
+            columns_end.eq(Mux(first, single, ends)),
+            tile_end.eq(columns_end & token_ends),
             chunk_end.eq(tile_end & (last_tile | tile_index.all())),
             job_end.eq(tile_end & last_tile),
             chunks.i.valid.eq(step & chunk_end),
@@ -154,32 +162,38 @@ class Gatherer(Block):
         ]
         self._write(m, memory, step, row, Cat(transfer, tile_index))
         with m.If(step):
-            m.d.sync += transfer.eq(Mux(columns_end, 0, transfer + 1))
+            m.d.sync += [
+                transfer.eq(Mux(columns_end, 0, transfer + 1)),
+                first.eq(columns_end),
+                ends.eq(transfer + 1 == final),
+            ]
         with m.If(step & columns_end):
-            m.d.sync += [token.eq(token + 1), row.eq(row + 1)]
+            m.d.sync += [token.eq(token + 1), row.eq(row + 1), token_ends.eq(token + 1 == last_token)]
         with m.If(step & tile_end):
             m.d.sync += [
                 token.eq(0),
                 row.eq(self._first_row(half ^ chunk_end)),
                 tile_index.eq(Mux(chunk_end, 0, tile_index + 1)),
-                tiles_left.eq(tiles_left - 1),
-                last_tile.eq(tiles_left == 2),
-                final.eq(Mux(tiles_left == 2, last_column, tile - 1) >> lane_bits),
             ]
         with m.If(step & chunk_end):
             m.d.sync += [half.eq(~half), job.address.eq(job.address + PIECE_BYTES)]
-        with m.If(load):
+        # Without a job these registers may have any value, so no path to them starts at the job's valid.
+        with m.If(~active | (step & tile_end)):
             m.d.sync += [
-                active.eq(1),
+                token_ends.eq(Mux(fresh, new.tokens == 1, one_token)),
+                tiles_left.eq(Mux(fresh, new.out_tiles, tiles_left - 1)),
+                last_tile.eq(Mux(fresh, new.out_tiles == 1, tiles_left == 2)),
+                final.eq(Mux(fresh, first_final, next_final)),
+                single.eq(Mux(fresh, first_final == 0, next_final == 0)),
+            ]
+        with m.If(self.job.ready):
+            m.d.sync += [
+                active.eq(self.job.valid),
                 job.eq(new),
                 last_token.eq(new.tokens - 1),
+                one_token.eq(new.tokens == 1),
                 last_column.eq(new.last_columns - 1),
-                final.eq((new.last_columns - 1 | Mux(new.out_tiles == 1, 0, tile - 1)) >> lane_bits),
-                tiles_left.eq(new.out_tiles),
-                last_tile.eq(new.out_tiles == 1),
             ]
-        with m.Elif(step & job_end):
-            m.d.sync += active.eq(0)
 
     def _write(self, m: Module, memory: Memory, step: Value, row: Value, transfer: Value) -> None:
         """Stores one transfer of results, number ``transfer`` of its row, in its part of a word."""
