@@ -30,7 +30,7 @@ def selftest_vectors(config: AcceleratorConfig, seed: int = _SEED) -> Vectors:
     ------
     ConfigError : the config drains several results at a time (tile 32), or its ``max_k`` is less than a group
     """
-    if config.drain_lanes > 1:
+    if config.lanes > 1:
         raise ConfigError(f"the self-test takes results one by one, so tile is at most 16, not {config.tile}")
     tokens, n = config.max_tokens, 3 * config.tile - 1
     layer = fit_layer(config, min(_GROUPS * _GROUP_SIZE, config.max_k // _GROUP_SIZE * _GROUP_SIZE), n, _GROUP_SIZE)

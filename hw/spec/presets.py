@@ -20,7 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "two_ports": dict(tile=8, zero_point="fixed", ports=2, port_width=32, max_tokens=6, max_k=1024),
     # The figures in the documentation are for these two.
     "tile16": dict(tile=16, ports=4, port_width=128, max_tokens=16, max_k=1024),
-    "tile32": dict(tile=32, ports=4, port_width=128, max_tokens=16, max_k=1024),
+    "tile32": dict(tile=32, ports=4, port_width=128, max_tokens=16, max_k=1024, lanes=2),
     # The designs of `make bitstream BOARD=ulx3s`: one slice in a beat, limits for the self-test's small layer.
     "ulx3s4": dict(tile=4, activation_bits=8, ports=1, port_width=64, max_tokens=4, max_k=128, max_group_size=32),
     "ulx3s8": dict(tile=8, activation_bits=8, ports=2, port_width=128, max_tokens=4, max_k=128, max_group_size=32),

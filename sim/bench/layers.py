@@ -147,7 +147,7 @@ def results(job: Job) -> list[tuple[list[int], int, int]]:
     """The expected results: (float32 bits of the existing lanes, keep, last) of every transfer."""
     config, layer = job.layer.config, job.layer
     y = linear(config, job.weights, job.activations).view(np.uint32)
-    width, transfers = config.drain_lanes, []
+    width, transfers = config.lanes, []
     for first in range(0, layer.n, config.tile):
         for token in range(job.tokens):
             for column in range(first, min(first + config.tile, layer.n), width):
@@ -163,5 +163,5 @@ def result_count(jobs: Sequence[Job]) -> int:
     for item in jobs:
         config, n = item.layer.config, item.layer.n
         whole, rest = divmod(n, config.tile)
-        total += item.tokens * (whole * config.tile // config.drain_lanes + -(-rest // config.drain_lanes))
+        total += item.tokens * (whole * config.tile // config.lanes + -(-rest // config.lanes))
     return total

@@ -53,7 +53,7 @@ def test_vectors_agree_with_the_numerics(tile: int):
 
 def test_vectors_refuse_two_lanes():
     with pytest.raises(ConfigError, match="tile is at most 16, not 32"):
-        selftest_vectors(AcceleratorConfig(tile=32))
+        selftest_vectors(AcceleratorConfig(tile=32, lanes=2))
 
 
 def test_simulated_design_is_the_board_s():

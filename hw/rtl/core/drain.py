@@ -18,14 +18,14 @@ from hw.spec.memory.geometry import StreamLayout
 
 def result_payload(config: AcceleratorConfig) -> data.StructLayout:
     """One transfer of results: float32 bits of neighbouring columns, which of them are valid, and the layer's end."""
-    lanes = config.drain_lanes
+    lanes = config.lanes
     return data.StructLayout({"values": data.ArrayLayout(FLOAT_BITS, lanes), "keep": lanes, "last": 1})
 
 
 class Drain(Block):
     """Sends slots along the drain chain and converts the collected sums.
 
-    For each output tile and each token it collects the columns in ascending order, ``drain_lanes`` at a time. Columns
+    For each output tile and each token it collects the columns in ascending order, ``lanes`` at a time. Columns
     beyond N are omitted. A slot is only sent when the output FIFO has room for it.
 
     Members
@@ -39,12 +39,12 @@ class Drain(Block):
     bank_release : the activations of an earlier command are no longer needed
     results : float32, token by token within each output tile
 
-    Throughput ``drain_lanes`` results per cycle.
+    Throughput ``lanes`` results per cycle.
     """
 
     def __init__(self, config: AcceleratorConfig, chain_latency: int):
         self.config, self.chain_latency = config, chain_latency
-        self.lanes = config.drain_lanes
+        self.lanes = config.lanes
         self.converters = [FloatOut(config) for _ in range(self.lanes)]
         super().__init__(
             {

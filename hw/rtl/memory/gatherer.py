@@ -83,7 +83,7 @@ class Gatherer(Block):
 
     def __init__(self, config: AcceleratorConfig):
         self.config = config
-        self.width, self.lanes = config.port_width, config.drain_lanes
+        self.width, self.lanes = config.port_width, config.lanes
         # A word holds at least one transfer of results, and is one beat or several.
         self.word_floats = max(self.width // FLOAT_BITS, self.lanes)
         self.piece_words = PIECE_FLOATS // self.word_floats

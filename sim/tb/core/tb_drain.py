@@ -40,7 +40,7 @@ class _Layer:
 
     def transfers(self):
         """(values, keep, last) in order."""
-        c, width = config(), config().drain_lanes
+        c, width = config(), config().lanes
         exponents = self.token_exponents[:, None] + self.rows.reshape(1, -1) - 15 - c.fraction_bits
         y = to_float32(self.sums, exponents).view(np.uint32)
         out = []
@@ -148,7 +148,7 @@ class _Bench:
         """A slot as the columns return it."""
         if set(bits) - {"0", "1"}:
             return 0
-        fields, width = payload("slot"), config().drain_lanes
+        fields, width = payload("slot"), config().lanes
         slot = {name: int(values[0]) for name, values in fields.unpack([int(bits, 2)]).items() if name != "values"}
         entry = self.ring[slot["address"]]
         first = slot["columns"] * width

@@ -41,7 +41,7 @@ class _Layer:
 
     def transfers(self, random: np.random.Generator) -> list[int]:
         """The core's output. Columns that do not exist have random values."""
-        lanes, tile, (m, n) = config().drain_lanes, config().tile, self.results.shape
+        lanes, tile, (m, n) = config().lanes, config().tile, self.results.shape
         values, keep = [], []
         for first in range(0, n, tile):
             columns = min(tile, n - first)
@@ -148,7 +148,7 @@ async def bursts(dut):
 async def full_throughput(dut):
     """Results never wait, also between tokens, tiles, chunks and layers. The beats of a chunk have no gaps."""
     random, most = rng(1), config().max_tokens
-    lanes, width = config().drain_lanes, config().port_width
+    lanes, width = config().lanes, config().port_width
     shapes = [(most, 2 * PIECE), (most, PIECE), (most, PIECE), (most, PIECE - 1), (most, 3 * PIECE)]
     bench = _Bench(dut, [_layer(random, *shape) for shape in shapes])
     monitor = Monitor(dut, ("results", "pieces", "beats"))
@@ -181,7 +181,7 @@ async def valid_does_not_wait_for_ready(dut):
     bench.send()
     await until(dut.clk, lambda: dut.pieces_valid.value and dut.beats_valid.value, "a piece and a beat", cycles=100)
     await cycle(dut.clk, 600)
-    assert bench.results.transfers == len(bench.layers[0].transfers(rng(0))) + PIECE // config().drain_lanes
+    assert bench.results.transfers == len(bench.layers[0].transfers(rng(0))) + PIECE // config().lanes
     ready[1] = True
     await until(dut.clk, lambda: bench.beats.transfers > 0, "a beat without its piece taken", cycles=100)
     ready[0] = True
