@@ -156,8 +156,8 @@ class DescriptorCheck(Block):
         with m.If(done):
             m.d.sync += [self.work.valid.eq(0), idle.eq(1)]
         opcode_wrong, misaligned = self._rules(m, descriptor, ~idle)
-        shape_wrong = self._shape(m, descriptor, ~idle)
-        # These are registers of the stage before the last, so the last stage has only the priority below.
+        shape_wrong = self._shape(m, descriptor, ~idle).any()
+        # These are registers of the stage before the last, so the last stage has only an OR and the priority below.
         m.d.comb += good.eq(~(opcode_wrong | misaligned | shape_wrong))
         with m.If(stage[-1]):
             m.d.sync += self.work.valid.eq(good)
@@ -185,8 +185,11 @@ class DescriptorCheck(Block):
         m.d.comb += [work[name].eq(descriptor[name]) for name in (*LINEAR.alignments, "interrupt")]
         return opcode_wrong, misaligned
 
-    def _shape(self, m: Module, descriptor, busy) -> Signal:
-        """Checks that every count is within its bounds, and that derived counts have the right values."""
+    def _shape(self, m: Module, descriptor, busy) -> Value:
+        """Whether a count is out of its bounds, reuse is not possible, or a derived count has a wrong value.
+
+        This has a register for each of the comparisons, because the comparisons alone fill a stage.
+        """
         work = self.work.payload
         # Derived values are only as wide as their largest legal value: a count out of range is refused in any case.
         counts, outside = {}, []
@@ -204,14 +207,15 @@ class DescriptorCheck(Block):
         for derived in derived_counts(self.config):
             values[derived.name] = register(derived.name, derived.width, derived.of(values))
         other = register("before_differs", 1, self._differs_from_before(m, values))
-        wrong = [compare(values, descriptor) for compare in comparisons(self.config)]
+        wrong = [Cat(*outside).any(), descriptor.reuse & other]
+        wrong += [compare(values, descriptor) for compare in comparisons(self.config)]
         m.d.comb += [
             work.weight_beats.eq(values["weight_beats"]),
             work.activation_beats.eq(values["activation_beats"]),
             work.command.reuse.eq(descriptor.reuse),
             *(work.command[name].eq(values[name]) for name, _ in work.command.shape() if name != "reuse"),
         ]
-        return register("shape_wrong", 1, Cat(*outside, *wrong, descriptor.reuse & other).any())
+        return register("shape_wrong", len(wrong), Cat(*wrong))
 
     def _differs_from_before(self, m: Module, values: Mapping[str, Value]) -> Value:
         """Whether there is no previous descriptor, or it had activations of another shape."""
