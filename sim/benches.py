@@ -62,26 +62,38 @@ class Bench:
 _SMALL, _WIDE, _NARROW, _FIXED = (PRESETS[name] for name in ("small", "wide", "narrow", "fixed"))
 _TWO_PORTS, _TILE_16, _TILE_32 = (PRESETS[name] for name in ("two_ports", "tile16", "tile32"))
 _ULX3S, _ULX3S_8 = (dict(target="ecp5", **PRESETS[name]) for name in ("ulx3s4", "ulx3s8"))
+# As many lanes as columns, and the most lanes.
+_LANES_4, _LANES_8 = dict(_SMALL, lanes=4), dict(_TILE_32, lanes=8)
 
 # Every value of every parameter occurs here, also in combinations that the quick list does not have.
 _SWEEP = [
     dict(tile=4, ports=1, port_width=64, max_k=64, max_group_size=32, max_tokens=3),
     dict(tile=8, ports=4, port_width=128, max_k=32, max_group_size=256, max_tokens=1),
     dict(
-        tile=4, weight_bits=3, activation_bits=9, ports=2, port_width=32, max_tokens=64, max_k=896, max_group_size=128
+        tile=4,
+        weight_bits=3,
+        activation_bits=9,
+        ports=2,
+        port_width=32,
+        max_tokens=64,
+        max_k=896,
+        max_group_size=128,
+        lanes=2,
     ),
     dict(tile=4, weight_bits=8, activation_bits=16, zero_point="fixed", ports=1, port_width=32, max_tokens=2),
-    dict(tile=4, weight_bits=5, activation_bits=10, ports=4, port_width=64, max_tokens=7, max_k=4096),
+    dict(tile=4, weight_bits=5, activation_bits=10, ports=4, port_width=64, max_tokens=7, max_k=4096, lanes=4),
     dict(tile=8, weight_bits=4, activation_bits=16, ports=4, port_width=128, max_tokens=32, max_k=32768),
-    dict(tile=8, weight_bits=6, activation_bits=11, zero_point="fixed", ports=4, port_width=32, max_tokens=1),
-    dict(tile=8, weight_bits=2, activation_bits=13, ports=1, port_width=128, max_tokens=64, max_k=1024),
+    dict(tile=8, weight_bits=6, activation_bits=11, zero_point="fixed", ports=4, port_width=32, max_tokens=1, lanes=8),
+    dict(tile=8, weight_bits=2, activation_bits=13, ports=1, port_width=128, max_tokens=64, max_k=1024, lanes=4),
     dict(tile=16, weight_bits=4, activation_bits=16, zero_point="fixed", ports=4, port_width=128, max_tokens=16),
-    dict(tile=16, weight_bits=8, activation_bits=8, ports=2, port_width=64, max_tokens=5),
+    dict(tile=16, weight_bits=8, activation_bits=8, ports=2, port_width=64, max_tokens=5, lanes=8),
     dict(tile=16, weight_bits=5, activation_bits=14, ports=4, port_width=128, max_tokens=1, max_group_size=256),
-    dict(tile=16, weight_bits=3, activation_bits=12, ports=2, port_width=128, max_tokens=64, max_k=2048),
-    dict(tile=32, weight_bits=4, activation_bits=16, zero_point="fixed", ports=4, port_width=128, max_tokens=64),
+    dict(tile=16, weight_bits=3, activation_bits=12, ports=2, port_width=128, max_tokens=64, max_k=2048, lanes=2),
+    dict(
+        tile=32, weight_bits=4, activation_bits=16, zero_point="fixed", ports=4, port_width=128, max_tokens=64, lanes=8
+    ),
     dict(tile=32, weight_bits=8, activation_bits=15, ports=4, port_width=32, max_tokens=3, max_k=1024),
-    dict(tile=32, weight_bits=7, activation_bits=16, ports=4, port_width=128, max_tokens=17, max_k=2048),
+    dict(tile=32, weight_bits=7, activation_bits=16, ports=4, port_width=128, max_tokens=17, max_k=2048, lanes=4),
 ]
 
 
@@ -104,13 +116,14 @@ BENCHES: list[Bench] = [
     *(_bench("activation_unit", params) for params in (_SMALL, _NARROW, _TILE_32)),
     *(_bench(block, _SMALL) for block in ("burst_cutter", "read_manager", "weight_fetch", "dispatcher")),
     _bench("weight_fetch", _TILE_16),
-    *(_bench("gatherer", params) for params in (_SMALL, _TILE_32)),
+    *(_bench("gatherer", params) for params in (_SMALL, _LANES_8)),
     _bench("write_manager", _SMALL),
     _bench("register_bank", _SMALL),
     *(_bench(block, _SMALL) for block in ("float_adder", "float_multiplier")),
     *(_bench("descriptor_check", params) for params in (_SMALL, _WIDE, _TILE_16)),
     _bench("sequencer", _WIDE),
-    *(_bench(block, _TILE_32) for block in ("header", "drain")),
+    _bench("header", _TILE_32),
+    _bench("drain", _LANES_8),
     _bench("core", _SMALL),
     _bench("core", _WIDE),
     _bench("core", _NARROW),
@@ -127,7 +140,10 @@ BENCHES: list[Bench] = [
     *(_bench("accelerator", params, tb="accelerator_faults") for params in (_SMALL, _TWO_PORTS)),
     *(_bench("read_manager", params, full=True) for params in (_NARROW, _TILE_16)),
     *(_bench("write_manager", params, full=True) for params in (_NARROW, _TILE_16)),
-    *(_bench("gatherer", params, full=True) for params in (_NARROW, _TILE_16, dict(_TILE_32, port_width=32))),
+    *(_bench("gatherer", params, full=True) for params in (_NARROW, _LANES_4, _TILE_16, dict(_TILE_32, port_width=32))),
+    _bench("selftest", dict(_ULX3S, lanes=4), full=True),
+    *(_bench("drain", params, full=True) for params in (_LANES_4, _FIXED, _TILE_16)),
+    *(_bench("core", params, tb="core_speed", full=True) for params in (dict(_TILE_16, lanes=4), _LANES_8)),
     *(_bench("core", params, full=True, long=True) for params in _SWEEP),
     *(
         _bench("accelerator", params, tb=tb, full=True, long=True)

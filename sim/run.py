@@ -22,8 +22,9 @@ def select(
     """The benches that match the options.
 
     `words` is a filter on names like pytest's: substrings joined with ``and``, ``or`` and ``not``; ``or`` has the
-    lowest precedence. `tile` replaces the array size of every bench that has one; benches for a part have a board's
-    size, which does not change. Raises SetupError if the tile is not valid or no bench matches.
+    lowest precedence. `tile` replaces the array size of every bench that has one, with this size's default of `lanes`;
+    benches for a part have a board's size, which does not change. Raises SetupError if the tile is not valid or no
+    bench matches.
     """
     chosen = [bench for bench in benches if full or not bench.full]
     if tile is not None:
@@ -32,13 +33,18 @@ def select(
         except ConfigError as error:
             raise SetupError(str(error)) from None
         free = [bench for bench in chosen if "tile" in bench.params and "target" not in bench.params]
-        chosen = [replace(b, params={**b.params, "tile": tile}) if b in free else b for b in chosen]
+        chosen = [_with_tile(bench, tile) if bench in free else bench for bench in chosen]
         chosen = list({bench.name: bench for bench in chosen}.values())
     if words:
         chosen = [bench for bench in chosen if _matches(bench.name, words)]
     if not chosen:
         raise SetupError(f"No bench matches -k {words!r}" if words else "There is no bench to run")
     return chosen
+
+
+def _with_tile(bench: Bench, tile: int) -> Bench:
+    params = {name: value for name, value in bench.params.items() if name != "lanes"}
+    return replace(bench, params={**params, "tile": tile})
 
 
 def _matches(name: str, words: str) -> bool:

@@ -31,6 +31,7 @@ from sw.bench_decoder import measure_host, measure_qwen
 from sw.common.command_line import Parser
 from sw.common.errors import UserError, run_cli
 from sw.console.bench_report import print_tables
+from sw.devices import make_config
 from sw.devices.base import Completion, LinearJob, result_bytes
 from sw.devices.rtl import RtlDevice
 from sw.pages.regressions import compare
@@ -145,7 +146,7 @@ def measure_layer(bench: Bench, shape: Shape) -> dict:
 def measure_gemm(memory: str, tile: int) -> dict:
     """Measures GEMM as one layer, int4 weights times 16-bit activations; GFLOPS are 2 M K N per second at GEMM_HZ."""
     tokens, k, n = GEMM
-    with (bench := Bench(AcceleratorConfig(tile=tile, max_tokens=tokens, max_k=1024), memory)).device:
+    with (bench := Bench(make_config(tile=tile, max_tokens=tokens, max_k=1024), memory)).device:
         (alone,), _ = bench.run([bench.job("gemm", fit_layer(bench.device.config, k, n, 128), tokens)])
     return {
         "memory": memory,
@@ -237,7 +238,7 @@ def measure_layers(status: Console) -> list[dict]:
     for tile, memories in ((16, MEMORIES), (32, MEMORIES[:1])):
         for memory in memories:
             status.print(f"simulating layers, tile {tile}, memory {memory} ...")
-            with (bench := Bench(AcceleratorConfig(tile=tile), memory)).device:
+            with (bench := Bench(make_config(tile=tile), memory)).device:
                 rows += [measure_layer(bench, shape) for shape in shapes(tile)]
     return rows
 

@@ -9,21 +9,23 @@ from dataclasses import fields
 
 from hw.flows.errors import FlowError
 from hw.spec.cli import INTERRUPTED
-from hw.spec.config import RULES, AcceleratorConfig, ConfigError, option
+from hw.spec.config import DEFAULT_LANES_TEXT, RULES, AcceleratorConfig, ConfigError, option
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """Adds an option for every parameter of the config."""
     for item in fields(AcceleratorConfig):
-        rule = RULES[item.name]
-        parser.add_argument(
-            option(item.name), type=type(item.default), default=item.default, help=f"{rule.text}: {rule}"
-        )
+        rule, default = RULES[item.name], item.default
+        text = f"{rule.text}: {rule}"
+        if item.name == "lanes":
+            # It depends on the tile.
+            default, text = None, f"{text} (default: {DEFAULT_LANES_TEXT})"
+        parser.add_argument(option(item.name), type=type(item.default), default=default, help=text)
 
 
 def config_of(options: Namespace) -> AcceleratorConfig:
     """The config that the options of :func:`add_config_options` describe. Raises ConfigError."""
-    return AcceleratorConfig(**{name: getattr(options, name) for name in RULES})
+    return AcceleratorConfig.from_options({name: getattr(options, name) for name in RULES})
 
 
 def exit_code(run: Callable[[], int]) -> int:

@@ -8,9 +8,11 @@ from amaranth.lib import wiring
 
 from hw.boards.selftest import SelfTest, Vectors
 from hw.rtl.core.core import Core
-from hw.spec.config import EXPONENT_BITS, FIXED_ZERO_POINT_BITS, FLOAT_BITS, AcceleratorConfig, ConfigError
+from hw.rtl.core.drain import result_payload
+from hw.spec.config import EXPONENT_BITS, FIXED_ZERO_POINT_BITS, AcceleratorConfig
 from hw.spec.memory.geometry import fit_layer
 from hw.spec.memory.packing import pack
+from hw.spec.memory.transfers import result_transfers
 from hw.spec.numerics.linear import Activations, Weights, linear
 from hw.spec.ops.command import LayerCommand
 
@@ -28,10 +30,8 @@ def selftest_vectors(config: AcceleratorConfig, seed: int = _SEED) -> Vectors:
 
     Raises
     ------
-    ConfigError : the config drains several results at a time (tile 32), or its ``max_k`` is less than a group
+    ConfigError : the config's ``max_k`` is less than a group
     """
-    if config.drain_lanes > 1:
-        raise ConfigError(f"the self-test takes results one by one, so tile is at most 16, not {config.tile}")
     tokens, n = config.max_tokens, 3 * config.tile - 1
     layer = fit_layer(config, min(_GROUPS * _GROUP_SIZE, config.max_k // _GROUP_SIZE * _GROUP_SIZE), n, _GROUP_SIZE)
     random = np.random.default_rng(seed)
@@ -70,16 +70,12 @@ def _activation_payloads(config: AcceleratorConfig, activations: Activations) ->
 
 
 def _result_payloads(config: AcceleratorConfig, y: np.ndarray) -> tuple[int, ...]:
-    """Output tile by output tile, token by token: float32 bits, ``keep`` of the only lane, ``last`` of the layer."""
-    bits, keep = y.view(np.uint32), 1 << FLOAT_BITS
-    tokens, n = y.shape
-    payloads = [
-        keep | int(bits[token, column])
-        for first in range(0, n, config.tile)
-        for token in range(tokens)
-        for column in range(first, min(first + config.tile, n))
-    ]
-    payloads[-1] |= 1 << (FLOAT_BITS + 1)
+    """The transfers of :mod:`hw.spec.memory.transfers` in order; values of lanes without a column are 0."""
+    bits, layout = y.view(np.uint32), result_payload(config)
+    payloads = []
+    for transfer in result_transfers(config, *y.shape):
+        values = bits[transfer.token, transfer.columns.start : transfer.columns.stop].tolist()
+        payloads.append(layout.const({"values": values, **transfer.fields}).as_bits())
     return tuple(payloads)
 
 

@@ -41,13 +41,13 @@ def tile_cycles(layer: LayerLayout, tokens: int) -> int:
     until the first has left.
     """
     array = layer.slices * max(tokens, layer.stream.words_per_slice)
-    drain = tokens * layer.config.tile // layer.config.drain_lanes
+    drain = tokens * layer.config.tile // layer.config.lanes
     return max(layer.tile_beats, layer.header_cycles, array, drain)
 
 
 def core_cycles(layer: LayerLayout, tokens: int) -> int:
     """Cycles from the command to the last result of an idle core that never waits for its streams."""
-    config, words, lanes = layer.config, layer.stream.words_per_slice, layer.config.drain_lanes
+    config, words, lanes = layer.config, layer.stream.words_per_slice, layer.config.lanes
     first_words = words * layer.stream.beats_per_word
     first_slice = command_cycles(config) + max(layer.header_beats + first_words, tokens)
     one_tile = layer.slices * max(tokens, words)
@@ -84,7 +84,7 @@ def activation_cycles(config: AcceleratorConfig, tokens: int, slices: int) -> tu
 def layer_cycles(layer: LayerLayout, tokens: int) -> int:
     """Cycles from the push of a descriptor to its completion, on an idle accelerator."""
     config, stream, latencies = layer.config, layer.stream, Latencies(layer.config)
-    words, lanes, tiles = stream.words_per_slice, config.drain_lanes, layer.out_tiles
+    words, lanes, tiles = stream.words_per_slice, config.lanes, layer.out_tiles
     rows_done, ports_free = activation_cycles(config, tokens, layer.slices)
     first_slice = rows_done + latencies.activation_unit - _COUNTED_TWICE + tokens
     one_slice = max(tokens, words)

@@ -12,15 +12,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     "wide": dict(
         tile=4, weight_bits=2, activation_bits=8, ports=4, port_width=128, max_tokens=1, max_k=1024, max_group_size=256
     ),
-    # Several beats in a word.
-    "narrow": dict(tile=16, weight_bits=8, ports=1, port_width=32, max_tokens=3, max_k=1024),
-    # The widest sums, and weights that do not fill a byte.
-    "fixed": dict(tile=8, weight_bits=7, zero_point="fixed", ports=2, port_width=128, max_tokens=9, max_k=2048),
+    # Several beats in a word, and transfers of results that are longer than a beat.
+    "narrow": dict(tile=16, weight_bits=8, ports=1, port_width=32, max_tokens=3, max_k=1024, lanes=4),
+    # The widest sums, weights that do not fill a byte, and pairs of results.
+    "fixed": dict(
+        tile=8, weight_bits=7, zero_point="fixed", ports=2, port_width=128, max_tokens=9, max_k=2048, lanes=2
+    ),
     # Two ports, the fewest that take turns, and a row of activations in several beats.
     "two_ports": dict(tile=8, zero_point="fixed", ports=2, port_width=32, max_tokens=6, max_k=1024),
     # The figures in the documentation are for these two.
     "tile16": dict(tile=16, ports=4, port_width=128, max_tokens=16, max_k=1024),
-    "tile32": dict(tile=32, ports=4, port_width=128, max_tokens=16, max_k=1024),
+    "tile32": dict(tile=32, ports=4, port_width=128, max_tokens=16, max_k=1024, lanes=2),
     # The designs of `make bitstream BOARD=ulx3s`: one slice in a beat, limits for the self-test's small layer.
     "ulx3s4": dict(tile=4, activation_bits=8, ports=1, port_width=64, max_tokens=4, max_k=128, max_group_size=32),
     "ulx3s8": dict(tile=8, activation_bits=8, ports=2, port_width=128, max_tokens=4, max_k=128, max_group_size=32),

@@ -88,10 +88,10 @@ class CoreDriver:
         values = [int(v) for v in got["values"]]
         position = 0
         for number, item in enumerate(jobs):
-            for expected, keep, last in results(item):
+            for expected, transfer in results(item):
                 where = f"layer {number} (M {item.tokens}, K {item.layer.k}, N {item.layer.n}), transfer {position}"
                 seen = [values[position] >> (32 * lane) & 0xFFFFFFFF for lane in range(len(expected))]
                 assert seen == expected, f"{where}: {list(map(hex, seen))}, not {list(map(hex, expected))}"
-                marks = int(got["keep"][position]), int(got["last"][position])
-                assert marks == (keep, last), f"{where}: keep and last are {marks}, not {(keep, last)}"
+                fields = {name: int(got[name][position]) for name in transfer.fields}
+                assert fields == transfer.fields, f"{where}: {fields}, not {transfer.fields}"
                 position += 1

@@ -9,6 +9,7 @@ import numpy as np
 from hw.spec.config import FIXED_ZERO_POINT_BITS, AcceleratorConfig, ConfigError
 from hw.spec.memory.geometry import LayerLayout, fit_layer
 from hw.spec.memory.packing import pack
+from hw.spec.memory.transfers import Transfer, result_transfers
 from hw.spec.numerics.linear import Activations, Weights, linear
 from hw.spec.ops.command import LayerCommand
 from sim.bench.packing import Layout
@@ -143,25 +144,13 @@ def activation_payloads(job: Job, fields: Layout) -> list[int]:
     return fields.pack(mantissas=mantissas, exponent=exponents)
 
 
-def results(job: Job) -> list[tuple[list[int], int, int]]:
-    """The expected results: (float32 bits of the existing lanes, keep, last) of every transfer."""
-    config, layer = job.layer.config, job.layer
-    y = linear(config, job.weights, job.activations).view(np.uint32)
-    width, transfers = config.drain_lanes, []
-    for first in range(0, layer.n, config.tile):
-        for token in range(job.tokens):
-            for column in range(first, min(first + config.tile, layer.n), width):
-                values = y[token, column : min(column + width, layer.n)].tolist()
-                transfers.append((values, (1 << len(values)) - 1, 0))
-    transfers[-1] = (*transfers[-1][:2], 1)
-    return transfers
+def results(job: Job) -> list[tuple[list[int], Transfer]]:
+    """The expected results: (float32 bits of the existing lanes, the other fields) of every transfer."""
+    y = linear(job.layer.config, job.weights, job.activations).view(np.uint32)
+    transfers = result_transfers(job.layer.config, job.tokens, job.layer.n)
+    return [(y[item.token, item.columns.start : item.columns.stop].tolist(), item) for item in transfers]
 
 
 def result_count(jobs: Sequence[Job]) -> int:
     """Number of transfers of results of several jobs."""
-    total = 0
-    for item in jobs:
-        config, n = item.layer.config, item.layer.n
-        whole, rest = divmod(n, config.tile)
-        total += item.tokens * (whole * config.tile // config.drain_lanes + -(-rest // config.drain_lanes))
-    return total
+    return sum(len(result_transfers(item.layer.config, item.tokens, item.layer.n)) for item in jobs)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from hw.spec.config import RULES, AcceleratorConfig, option
+from hw.spec.config import DEFAULT_LANES_TEXT, RULES, AcceleratorConfig, option
 from sw.common.command_line import Parser
 from sw.common.errors import UserError
 from sw.devices import check_device, make_config
@@ -36,7 +36,11 @@ def add_hardware_options(parser: Parser, **defaults: int) -> None:
         auto = item.name in AUTO
         kind = str if item.name == "zero_point" else _number_or_auto if auto else int
         default = "auto" if auto else defaults.get(item.name, item.default)
-        text = f"{RULES[item.name].text} (default: {default})"
+        shown = default
+        if item.name == "lanes":
+            # It depends on the tile.
+            default, shown = None, DEFAULT_LANES_TEXT
+        text = f"{RULES[item.name].text} (default: {shown})"
         hardware.add_argument(option(item.name), type=kind, default=default, action=_Given, help=text)
 
 
@@ -116,7 +120,8 @@ def hardware_options(options: Namespace) -> tuple[dict[str, int | str], Accelera
     board's value. Raises UserError for impossible values, or for values that differ from the board's, before a model is
     read.
     """
-    values = {item.name: getattr(options, item.name) for item in fields(AcceleratorConfig)}
+    names = (item.name for item in fields(AcceleratorConfig))
+    values = {name: value for name in names if (value := getattr(options, name)) is not None}
     if "kv260" in options.device.split(","):
         config, given = board_config(), getattr(options, "given", frozenset())
         check_config(config, {name: value for name, value in values.items() if name in given and value != "auto"})

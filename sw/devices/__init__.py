@@ -18,9 +18,12 @@ def check_device(name: str) -> None:
 
 
 def make_config(**options: int | str) -> AcceleratorConfig:
-    """An AcceleratorConfig from its fields by name. Raises UserError for invalid names and values."""
+    """An AcceleratorConfig from its fields by name, with AcceleratorConfig.from_options.
+
+    Raises UserError for invalid names and values.
+    """
     try:
-        return AcceleratorConfig.from_dict({**AcceleratorConfig().to_dict(), **options})
+        return AcceleratorConfig.from_options(options)
     except ConfigError as error:
         raise UserError(str(error)) from None
 

@@ -168,6 +168,6 @@ def test_documented_figures_are_within_the_limits(tile: int, limits: dict[str, i
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("tile", [4, 8, 16, 32])
 def test_documented_figures_are_measured(tile: int):
-    config = AcceleratorConfig(tile=tile)
+    config = AcceleratorConfig.from_options({"tile": tile})
     found = resources.document(config, "kv260", "accelerator", resources.measure(config, "kv260"))
     assert documented(tile) == {name: found[name] for name in ("total", "blocks")}

@@ -51,7 +51,6 @@ class Share:
 
 def shares(config: AcceleratorConfig) -> tuple[Share, ...]:
     """The share of each unit."""
-    counts = ("tokens", "out_tiles", "last_columns")
 
     def always(work: data.View) -> Value:
         return Const(1)
@@ -72,15 +71,10 @@ def shares(config: AcceleratorConfig) -> tuple[Share, ...]:
         ),
         Share(
             "jobs",
-            gather_layout(config),
+            gather_layout(),
             _JOBS_AHEAD,
             always,
-            lambda work: {
-                **{name: work.command[name] for name in counts},
-                "address": work.results,
-                "pitch": work.result_pitch,
-                "interrupt": work.interrupt,
-            },
+            lambda work: {"address": work.results, "pitch": work.result_pitch, "interrupt": work.interrupt},
         ),
         Share(
             "regions",

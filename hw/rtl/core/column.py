@@ -37,7 +37,7 @@ def ring_control(config: AcceleratorConfig) -> data.StructLayout:
 
 def drain_slot(config: AcceleratorConfig) -> data.StructLayout:
     """One slot on the drain chain: the columns to collect, their address in the ring, and the collected values."""
-    lanes = config.drain_lanes
+    lanes = config.lanes
     return data.StructLayout(
         {
             "columns": range(max(2, config.tile // lanes)),
@@ -165,7 +165,7 @@ class Column(wiring.Component):
             write.en.eq(self.ring_in.write),
             drain.addr.eq(self.drain_in.address),
         ]
-        lanes = config.drain_lanes
+        lanes = config.lanes
         slot = Signal.like(self.drain_in, name="drain_hop", reset_less=True)
         m.d.sync += slot.eq(self.drain_in)
         lane_bits = lanes.bit_length() - 1

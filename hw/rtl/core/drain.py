@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The drain: collects finished sums from the columns and converts them to a stream of float32."""
 
-from amaranth.hdl import Array, Const, Module, Mux, Signal, Value, signed
+from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, Value, signed
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -13,19 +13,44 @@ from hw.rtl.core.activation_buffer import BANKS
 from hw.rtl.core.column import drain_slot, ring_depth
 from hw.rtl.core.float_out import FloatOut
 from hw.spec.config import EXPONENT_BITS, FLOAT_BITS, SCALE_BITS, AcceleratorConfig
+from hw.spec.memory.access import PIECE_FLOATS
 from hw.spec.memory.geometry import StreamLayout
 
 
+def place_layout(config: AcceleratorConfig) -> data.StructLayout:
+    """The place of a transfer of results in its layer, which users of the results need not count.
+
+    A piece is 256 neighbouring columns of a token, or the rest of its row.
+
+    token : the row
+    column : the first column of the transfer, counted from the beginning of its piece in transfers
+    chunk_end : the last transfer of this piece of all tokens
+    last : the last transfer of the layer
+    """
+    return data.StructLayout(
+        {
+            "token": range(config.max_tokens),
+            "column": range(PIECE_FLOATS // config.lanes),
+            "chunk_end": 1,
+            "last": 1,
+        }
+    )
+
+
 def result_payload(config: AcceleratorConfig) -> data.StructLayout:
-    """One transfer of results: float32 bits of neighbouring columns, which of them are valid, and the layer's end."""
-    lanes = config.drain_lanes
-    return data.StructLayout({"values": data.ArrayLayout(FLOAT_BITS, lanes), "keep": lanes, "last": 1})
+    """One transfer of results: float32 bits of neighbouring columns, which of them are valid, and its place.
+
+    The valid ones come first. The values of the others are undefined.
+    """
+    lanes, place = config.lanes, place_layout(config)
+    values = {"values": data.ArrayLayout(FLOAT_BITS, lanes), "keep": lanes}
+    return data.StructLayout({**values, **{name: field.shape for name, field in place}})
 
 
 class Drain(Block):
     """Sends slots along the drain chain and converts the collected sums.
 
-    For each output tile and each token it collects the columns in ascending order, ``drain_lanes`` at a time. Columns
+    For each output tile and each token it collects the columns in ascending order, ``lanes`` at a time. Columns
     beyond N are omitted. A slot is only sent when the output FIFO has room for it.
 
     Members
@@ -39,12 +64,12 @@ class Drain(Block):
     bank_release : the activations of an earlier command are no longer needed
     results : float32, token by token within each output tile
 
-    Throughput ``drain_lanes`` results per cycle.
+    Throughput ``lanes`` results per cycle.
     """
 
     def __init__(self, config: AcceleratorConfig, chain_latency: int):
         self.config, self.chain_latency = config, chain_latency
-        self.lanes = config.drain_lanes
+        self.lanes = config.lanes
         self.converters = [FloatOut(config) for _ in range(self.lanes)]
         super().__init__(
             {
@@ -94,58 +119,100 @@ class Drain(Block):
         wiring.connect(m, wiring.flipped(self.command), walker.command)
         m.submodules.tiles = tiles = Credits(ring_depth(config))
         m.submodules.fifo = fifo = CreditFifo(result_payload(config), self.fifo_depth)
-        columns, keep = self._columns(m, walker)
-        step = Signal()
-        tile_ends = step & walker.tile_end
+        at, step = self._count(m, walker), Signal()
+        exists, ends = self._exists(m, walker, at)
         m.d.comb += [
             step.eq(walker.active & tiles.enough & fifo.room),
             walker.step.eq(step),
             tiles.add.eq(self.tile_done),
-            tiles.take.eq(tile_ends),
-            # Its first column exists if any does.
-            fifo.claim.eq(step & keep[0]),
-            self.exponents.ready.eq(tile_ends),
+            tiles.take.eq(step & walker.tile_end),
+            fifo.claim.eq(step & exists),
+            self.exponents.ready.eq(step & walker.tile_end),
             self.ring_release.eq(step & walker.last.columns),
             # The first release comes with the first command: it marks the second bank of the buffer as free, too.
             self.bank_release.eq(walker.command.valid & walker.command.ready & ~walker.command.payload.reuse),
         ]
-        self._send(m, walker, step, columns)
-        exponents = self._exponents(m, walker, step, columns)
-        last_columns = ((walker.current.last_columns - 1) >> (self.lanes.bit_length() - 1)) == columns
-        last = walker.last.tile & walker.last.token & last_columns
-        self._convert(m, fifo, Mux(step, keep, 0), last, exponents)
+        self._send(m, walker, at)
+        keep, place = self._place(m, walker, at, step & exists, ends)
+        self._convert(m, fifo, keep, place, self._exponents(m, walker, at))
         return m
 
-    def _columns(self, m: Module, walker: Walker) -> tuple[Signal, Signal]:
-        """The columns that the slot collects, and which of them exist."""
-        columns = Signal(self.slot.columns.shape())
+    def _count(self, m: Module, walker: Walker) -> data.View:
+        """The next slot: its columns, its token, and its output tile, counted from the beginning of a piece."""
+        config = self.config
+        layout = {
+            "columns": self.slot.columns.shape(),
+            "token": range(config.max_tokens),
+            "tile": range(PIECE_FLOATS // config.tile),
+        }
+        at = Signal(data.StructLayout(layout), name="at")
         with m.If(walker.step):
-            m.d.sync += columns.eq(Mux(walker.last.columns, 0, columns + 1))
-        keep = Signal(self.lanes)
-        for lane in range(self.lanes):
-            exists = columns * self.lanes + lane < walker.current.last_columns
-            m.d.comb += keep[lane].eq(~walker.last.tile | exists)
-        return columns, keep
+            m.d.sync += at.columns.eq(Mux(walker.last.columns, 0, at.columns + 1))
+        with m.If(walker.step & walker.last.columns):
+            m.d.sync += at.token.eq(Mux(walker.last.token, 0, at.token + 1))
+        with m.If(walker.step & walker.tile_end):
+            m.d.sync += at.tile.eq(Mux(walker.last.tile, 0, at.tile + 1))
+        return at
 
-    def _send(self, m: Module, walker: Walker, step: Signal, columns: Signal) -> None:
+    def _exists(self, m: Module, walker: Walker, at: data.View) -> tuple[Signal, data.View]:
+        """Whether the next slot has columns of the layer, which is a register; and how the last of these slots ends.
+
+        ``row``: it is the last one of its token in the last output tile, and its last column is in ``lane``.
+        """
+        lane_bits = self.lanes.bit_length() - 1
+        final, exists = Signal(range(self.config.tile)), Signal(init=1)
+        ends = Signal(data.StructLayout({"row": 1, "lane": lane_bits}), name="ends")
+        with m.If(walker.command.valid & walker.command.ready):
+            m.d.sync += final.eq(walker.command.payload.last_columns - 1)
+        m.d.comb += [
+            ends.row.eq(walker.last.tile & (at.columns == final[lane_bits:])),
+            ends.lane.eq(final[:lane_bits]),
+        ]
+        with m.If(walker.step):
+            m.d.sync += exists.eq(walker.last.columns | (exists & ~ends.row))
+        return exists, ends
+
+    def _send(self, m: Module, walker: Walker, at: data.View) -> None:
         address = Signal(range(ring_depth(self.config)))
-        with m.If(step & walker.last.columns):
+        with m.If(walker.step & walker.last.columns):
             m.d.sync += address.eq(address + 1)
-        m.d.sync += [self.slot.columns.eq(columns), self.slot.address.eq(address)]
+        m.d.sync += [self.slot.columns.eq(at.columns), self.slot.address.eq(address)]
 
-    def _exponents(self, m: Module, walker: Walker, step: Signal, columns: Signal) -> list[Signal]:
+    def _place(
+        self, m: Module, walker: Walker, at: data.View, sent: Value, ends: data.View
+    ) -> tuple[Signal, data.View]:
+        """Which lanes have a column, and the place of the transfer; both one cycle late, so that paths are short."""
+        valid, keep = Signal(), Signal(self.lanes)
+        slot, last_token, piece_end = Signal.like(at, name="sent_at"), Signal(), Signal()
+        row = Signal.like(ends, name="sent_ends")
+        m.d.sync += [
+            valid.eq(sent),
+            slot.eq(at),
+            row.eq(ends),
+            last_token.eq(walker.last.token),
+            piece_end.eq(ends.row | (walker.last.columns & at.tile.all())),
+        ]
+        place = Signal(place_layout(self.config), name="place")
+        columns_bits = (self.config.tile // self.lanes).bit_length() - 1
+        m.d.comb += [
+            *(keep[lane].eq(valid & (~row.row | (lane <= row.lane))) for lane in range(self.lanes)),
+            place.token.eq(slot.token),
+            place.column.eq(Cat(slot.columns[:columns_bits], slot.tile)),
+            place.chunk_end.eq(last_token & piece_end),
+            place.last.eq(last_token & row.row),
+        ]
+        return keep, place
+
+    def _exponents(self, m: Module, walker: Walker, at: data.View) -> list[Signal]:
         """``E[n] - 15 + e[m] - f`` of each lane, in the cycle in which the slot comes back."""
         config = self.config
-        token = Signal(range(config.max_tokens))
-        with m.If(step & walker.last.columns):
-            m.d.sync += token.eq(Mux(walker.last.token, 0, token + 1))
-        m.d.comb += self.token_exponent_address.eq(token + Mux(walker.bank, config.max_tokens, 0))
+        m.d.comb += self.token_exponent_address.eq(at.token + Mux(walker.bank, config.max_tokens, 0))
         rows = data.View(data.ArrayLayout(signed(EXPONENT_BITS), config.tile), self.exponents.payload)
         offset = SCALE_BITS - 1 + config.fraction_bits
         token_exponent = delay(m, self.token_exponent, 1, name="token_exponent")
         exponents = []
         for lane in range(self.lanes):
-            row = Array(rows[index] for index in range(lane, config.tile, self.lanes))[columns]
+            row = Array(rows[index] for index in range(lane, config.tile, self.lanes))[at.columns]
             chosen = Signal(signed(EXPONENT_BITS), name=f"row_exponent_{lane}", reset_less=True)
             total = Signal(signed(config.exponent_sum_bits), name=f"exponent_{lane}", reset_less=True)
             m.d.sync += [chosen.eq(row), total.eq(chosen + token_exponent - offset)]
@@ -153,8 +220,9 @@ class Drain(Block):
             exponents.append(delay(m, total, self.chain_latency - 1, name=f"exponent_{lane}"))
         return exponents
 
-    def _convert(self, m: Module, fifo: CreditFifo, keep: Value, last: Value, exponents: list[Signal]) -> None:
-        back = delay(m, keep, 1 + self.chain_latency, name="keep", reset=True)
+    def _convert(self, m: Module, fifo: CreditFifo, keep: Value, place: data.View, exponents: list[Signal]) -> None:
+        """Converts the collected sums; ``keep`` and ``place`` are as old as the slot at the chain's input."""
+        back = delay(m, keep, self.chain_latency, name="keep", reset=True)
         for lane, (exponent, float_out) in enumerate(zip(exponents, self.converters, strict=True)):
             m.submodules[f"float_out_{lane}"] = float_out
             m.d.comb += [
@@ -164,9 +232,11 @@ class Drain(Block):
                 fifo.i.payload.values[lane].eq(float_out.result),
             ]
         kept = delay(m, back, self.converters[0].latency, name="kept", reset=True)
+        ends = delay(m, place, self.latency - 1, name="place")
         m.d.comb += [
             fifo.i.payload.keep.eq(kept),
-            fifo.i.payload.last.eq(delay(m, last, self.latency, name="last")),
-            fifo.i.valid.eq(kept.any()),
+            *(fifo.i.payload[name].eq(ends[name]) for name, _ in place.shape()),
+            # Its first column exists if any does.
+            fifo.i.valid.eq(kept[0]),
         ]
         wiring.connect(m, fifo.o, wiring.flipped(self.results))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gatherer: collects results on chip, so that they are written to memory in few long bursts."""
 
-from amaranth.hdl import Cat, Module, Mux, Signal, Value, unsigned
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -15,26 +15,16 @@ from hw.rtl.memory.write_manager import PIECE_BYTES, last_beat, piece_layout
 from hw.spec.config import FLOAT_BITS, AcceleratorConfig
 from hw.spec.control.descriptor import FIELD_WIDTHS
 from hw.spec.memory.access import PIECE_FLOATS
-from hw.spec.ops.command import command_fields
 
 PITCH_BITS = FIELD_WIDTHS["result_pitch"]
 
 
-def gather_layout(config: AcceleratorConfig) -> data.StructLayout:
+def gather_layout() -> data.StructLayout:
     """The place of one layer's results: row m starts at ``address + m * pitch``.
 
-    tokens, out_tiles, last_columns : as in the core's command
     interrupt : passed on with the last piece
     """
-    counts = command_fields(config)
-    return data.StructLayout(
-        {
-            **{name: unsigned(counts[name]) for name in ("tokens", "out_tiles", "last_columns")},
-            "address": unsigned(ADDRESS_BITS),
-            "pitch": unsigned(PITCH_BITS),
-            "interrupt": 1,
-        }
-    )
+    return data.StructLayout({"address": unsigned(ADDRESS_BITS), "pitch": unsigned(PITCH_BITS), "interrupt": 1})
 
 
 def chunk_layout(config: AcceleratorConfig) -> data.StructLayout:
@@ -51,16 +41,26 @@ def chunk_layout(config: AcceleratorConfig) -> data.StructLayout:
     )
 
 
+def _last_lane(keep: Value) -> Value:
+    """Index of the last lane that is valid, if the valid ones come first and the first one is valid."""
+    if len(keep) == 1:
+        return Const(0, 0)
+    half = len(keep) // 2
+    low, high = _last_lane(keep[:half]), _last_lane(keep[half:])
+    return Cat(Mux(keep[half], high, low), keep[half])
+
+
 class Gatherer(Block):
     """Converts output tiles, in which a token has few columns, to pieces of up to 256 columns, token by token.
 
-    A chunk is 256 columns of all tokens, or the rest of the layer. Chunks fill the two halves of a buffer in turn;
+    A chunk is 256 columns of all tokens, or the rest of the layer. The results say where they belong and where a chunk
+    and a layer end (:func:`hw.rtl.core.drain.place_layout`). Chunks fill the two halves of a buffer in turn;
     while one chunk is sent, the next one is gathered, from the same layer or from the next one.
 
     Members
     -------
     job : the place of a layer's results
-    results : from the core: for each output tile, for each token, its columns
+    results : from the core, chunk by chunk; a token's columns ascending, and a chunk's last column last
     pieces : for each chunk, for each token, the place of its floats
     beats : the floats of the pieces, ``port_width`` bits a beat; every piece starts with a new beat, and data after its
         last float is undefined
@@ -83,13 +83,13 @@ class Gatherer(Block):
 
     def __init__(self, config: AcceleratorConfig):
         self.config = config
-        self.width, self.lanes = config.port_width, config.drain_lanes
+        self.width, self.lanes = config.port_width, config.lanes
         # A word holds at least one transfer of results, and is one beat or several.
         self.word_floats = max(self.width // FLOAT_BITS, self.lanes)
         self.piece_words = PIECE_FLOATS // self.word_floats
         super().__init__(
             {
-                "job": In(stream.Signature(gather_layout(config))),
+                "job": In(stream.Signature(gather_layout())),
                 "results": In(stream.Signature(result_payload(config))),
                 "pieces": Out(stream.Signature(piece_layout())),
                 "beats": Out(stream.Signature(self.width)),
@@ -121,83 +121,34 @@ class Gatherer(Block):
         return Mux(half, self.config.max_tokens, 0)
 
     def _gather(self, m: Module, memory: Memory, chunks: StreamFifo) -> None:
-        """Walks the results of one layer after another: columns, tokens, output tiles, chunks."""
-        tile, results = self.config.tile, self.results
-        job, new = Signal(gather_layout(self.config)), self.job.payload
-        active, fresh, step = Signal(), Signal(), Signal()
-        last_token, last_column = Signal(range(self.config.max_tokens)), Signal(range(tile))
-        transfer, token = Signal(range(tile // self.lanes)), Signal.like(last_token)
-        tile_index, tiles_left, last_tile = Signal(range(PIECE_FLOATS // tile)), Signal.like(job.out_tiles), Signal()
+        """Stores every transfer at its place, and passes a chunk on after its last transfer."""
+        job = Signal(gather_layout())
+        results, active, step = self.results.payload, Signal(), Signal()
         half, row = Signal(), Signal(range(self._HALVES * self.config.max_tokens))
-        column = Signal(range(tile))
-        # The last transfer of an output tile's token.
-        final, lane_bits = Signal.like(transfer), (self.lanes - 1).bit_length()
-        first_final = (new.last_columns - 1 | Mux(new.out_tiles == 1, 0, tile - 1)) >> lane_bits
-        next_final = Mux(tiles_left == 2, last_column, tile - 1) >> lane_bits
-        # Long paths start at the ends of columns and tokens, so these are compared a cycle before: whether a token's
-        # first transfer is next, whether that is its only one, and whether the next one is its last if it is not the
-        # first. Then whether this token is the last, and whether it is the only one.
-        first, single, ends = Signal(init=1), Signal(), Signal()
-        token_ends, one_token = Signal(), Signal()
-        columns_end, tile_end, chunk_end, job_end = Signal(), Signal(), Signal(), Signal()
+        chunk_end, job_end = step & results.chunk_end, step & results.last
         m.d.comb += [
-            self.job.ready.eq(~active | (step & job_end)),
-            # Whether the next output tile is the first one of a new job.
-            fresh.eq(~active | last_tile),
-            results.ready.eq(active & chunks.i.ready),
-            step.eq(results.valid & results.ready),
-            # The last column of this output tile. A pair without its second column is a transfer, too.
-            column.eq(last_column | Mux(last_tile, 0, tile - 1)),
-            columns_end.eq(Mux(first, single, ends)),
-            tile_end.eq(columns_end & token_ends),
-            chunk_end.eq(tile_end & (last_tile | tile_index.all())),
-            job_end.eq(tile_end & last_tile),
-            chunks.i.valid.eq(step & chunk_end),
+            self.job.ready.eq(~active | job_end),
+            self.results.ready.eq(active & chunks.i.ready),
+            step.eq(self.results.valid & self.results.ready),
+            row.eq(results.token + self._first_row(half)),
+            chunks.i.valid.eq(chunk_end),
             chunks.i.payload.address.eq(job.address),
             chunks.i.payload.pitch.eq(job.pitch),
-            chunks.i.payload.last_token.eq(last_token),
-            chunks.i.payload.last_float.eq(Cat(column, tile_index)),
-            chunks.i.payload.last.eq(last_tile),
+            chunks.i.payload.last_token.eq(results.token),
+            chunks.i.payload.last_float.eq(Cat(_last_lane(results.keep), results.column)),
+            chunks.i.payload.last.eq(results.last),
             chunks.i.payload.interrupt.eq(job.interrupt),
         ]
-        self._write(m, memory, step, row, Cat(transfer, tile_index))
-        with m.If(step):
-            m.d.sync += [
-                transfer.eq(Mux(columns_end, 0, transfer + 1)),
-                first.eq(columns_end),
-                ends.eq(transfer + 1 == final),
-            ]
-        with m.If(step & columns_end):
-            m.d.sync += [token.eq(token + 1), row.eq(row + 1), token_ends.eq(token + 1 == last_token)]
-        with m.If(step & tile_end):
-            m.d.sync += [
-                token.eq(0),
-                row.eq(self._first_row(half ^ chunk_end)),
-                tile_index.eq(Mux(chunk_end, 0, tile_index + 1)),
-            ]
-        with m.If(step & chunk_end):
+        self._write(m, memory, step, row)
+        with m.If(chunk_end):
             m.d.sync += [half.eq(~half), job.address.eq(job.address + PIECE_BYTES)]
-        # Without a job these registers may have any value, so no path to them starts at the job's valid.
-        with m.If(~active | (step & tile_end)):
-            m.d.sync += [
-                token_ends.eq(Mux(fresh, new.tokens == 1, one_token)),
-                tiles_left.eq(Mux(fresh, new.out_tiles, tiles_left - 1)),
-                last_tile.eq(Mux(fresh, new.out_tiles == 1, tiles_left == 2)),
-                final.eq(Mux(fresh, first_final, next_final)),
-                single.eq(Mux(fresh, first_final == 0, next_final == 0)),
-            ]
+        # Without a job these fields may have any value, so no path to them starts at the job's valid.
         with m.If(self.job.ready):
-            m.d.sync += [
-                active.eq(self.job.valid),
-                job.eq(new),
-                last_token.eq(new.tokens - 1),
-                one_token.eq(new.tokens == 1),
-                last_column.eq(new.last_columns - 1),
-            ]
+            m.d.sync += [active.eq(self.job.valid), job.eq(self.job.payload)]
 
-    def _write(self, m: Module, memory: Memory, step: Value, row: Value, transfer: Value) -> None:
-        """Stores one transfer of results, number ``transfer`` of its row, in its part of a word."""
-        write = memory.write_port(granularity=1)
+    def _write(self, m: Module, memory: Memory, step: Value, row: Value) -> None:
+        """Stores one transfer of results in its part of a word of the row."""
+        write, transfer = memory.write_port(granularity=1), self.results.payload.column
         part_bits = (self.word_floats // self.lanes - 1).bit_length()
         part = transfer[:part_bits]
         m.d.comb += write.addr.eq(Cat(transfer[part_bits:], row))

@@ -11,6 +11,7 @@ from cocotb.triggers import ClockCycles, FallingEdge, First, RisingEdge
 from hw.spec.config import AcceleratorConfig
 from hw.spec.cycles import core_cycles
 from hw.spec.memory.geometry import fit_layer
+from hw.spec.memory.transfers import result_transfers
 from sim.bench import streams
 from sim.harness import settings
 
@@ -73,7 +74,7 @@ async def begin(dut: Any) -> tuple[int, int]:
     c = config()
     tokens, layer = c.max_tokens, fit_layer(c, 128, 3 * c.tile - 1, 32)
     await streams.start(dut)
-    return tokens * layer.n, core_cycles(layer, tokens)
+    return len(result_transfers(c, tokens, layer.n)), core_cycles(layer, tokens)
 
 
 def lights(dut: Any) -> tuple[int, int, int]:

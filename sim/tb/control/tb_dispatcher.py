@@ -48,8 +48,7 @@ class _Work(NamedTuple):
             return None if command.reuse else {"address": self.activations, "beats": self.activation_beats}
         if unit == "regions":
             return {"address": self.weights, "stride": self.weights_stride, "beats": self.weight_beats}
-        counts = {name: getattr(command, name) for name in ("tokens", "out_tiles", "last_columns")}
-        return {**counts, "address": self.results, "pitch": self.result_pitch, "interrupt": self.interrupt}
+        return {"address": self.results, "pitch": self.result_pitch, "interrupt": self.interrupt}
 
 
 def _works(count: int, reuse: float = 0.4) -> list[_Work]:

@@ -51,7 +51,7 @@ class _Run:
             first = steps[-self.tokens][0]
             for token in range(self.tokens):
                 readable = next(t for t, *place in reversed(steps) if place[3] == token) + RING_DELAY + 1
-                for columns in range(self.c.tile // self.c.drain_lanes):
+                for columns in range(self.c.tile // self.c.lanes):
                     drain_free = max(drain_free, readable, first)
                     drains.append((drain_free, tile, token, columns))
                     drain_free += 1
@@ -98,7 +98,7 @@ class _Run:
 
     def check(self, record):
         """Checks every drained sum and its slot."""
-        c, width = self.c, self.c.drain_lanes
+        c, width = self.c, self.c.lanes
         expected = accumulate(c, self.weights, self.activations)
         cycles = [t + latency("drain_latency") for t, *_ in self.drains]
         seen = payload("drained").unpack(record.raw("drained", cycles), values=width)

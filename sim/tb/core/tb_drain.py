@@ -6,6 +6,7 @@ import numpy as np
 from cocotb.triggers import FallingEdge, RisingEdge
 
 from hw.spec.config import EXPONENT_BITS
+from hw.spec.memory.transfers import result_transfers
 from hw.spec.numerics.linear import to_float32
 from hw.spec.ops.command import LayerCommand
 from sim.bench.dut import begin, config, latency, payload
@@ -39,18 +40,12 @@ class _Layer:
         self.token_exponents = token_exponents
 
     def transfers(self):
-        """(values, keep, last) in order."""
-        c, width = config(), config().drain_lanes
+        """(values, the other fields) in order."""
+        c = config()
         exponents = self.token_exponents[:, None] + self.rows.reshape(1, -1) - 15 - c.fraction_bits
         y = to_float32(self.sums, exponents).view(np.uint32)
-        out = []
-        for first in range(0, self.n, c.tile):
-            for token in range(self.tokens):
-                for column in range(first, min(first + c.tile, self.n), width):
-                    values = y[token, column : min(column + width, self.n)].tolist()
-                    out.append([values, (1 << len(values)) - 1, 0])
-        out[-1][2] = 1
-        return out
+        transfers = result_transfers(c, self.tokens, self.n)
+        return [(y[item.token, item.columns.start : item.columns.stop].tolist(), item.fields) for item in transfers]
 
 
 class _Bench:
@@ -108,10 +103,11 @@ class _Bench:
             assert idle < 40 * (len(wanted) + 400), f"{len(self.results.received)} of {len(wanted)} results"
         await cycle(dut.clk, 20)
         got = payload("results").unpack(self.results.received)
-        for i, (values, keep, last) in enumerate(wanted):
+        for i, (values, fields) in enumerate(wanted):
             seen = [int(got["values"][i]) >> (32 * lane) & 0xFFFFFFFF for lane in range(len(values))]
             assert seen == values, f"transfer {i}: {list(map(hex, seen))}, not {list(map(hex, values))}"
-            assert (int(got["keep"][i]), int(got["last"][i])) == (keep, last), f"transfer {i}"
+            found = {name: int(got[name][i]) for name in fields}
+            assert found == fields, f"transfer {i}: {found}, not {fields}"
         assert len(got["keep"]) == len(wanted)
         assert self.banks == len(self.fresh), f"{self.banks} banks released for {len(self.fresh)} commands"
         return monitor
@@ -148,7 +144,7 @@ class _Bench:
         """A slot as the columns return it."""
         if set(bits) - {"0", "1"}:
             return 0
-        fields, width = payload("slot"), config().drain_lanes
+        fields, width = payload("slot"), config().lanes
         slot = {name: int(values[0]) for name, values in fields.unpack([int(bits, 2)]).items() if name != "values"}
         entry = self.ring[slot["address"]]
         first = slot["columns"] * width

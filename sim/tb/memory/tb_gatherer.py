@@ -8,7 +8,7 @@ import cocotb
 import numpy as np
 
 from hw.spec.control.descriptor import ADDRESS_LIMIT, result_pitch
-from hw.spec.ops.command import command_fields
+from hw.spec.memory.transfers import result_transfers
 from sim.bench.dut import begin, config, latency, payload
 from sim.bench.monitor import Monitor, consecutive
 from sim.bench.streams import Stall, StreamSink, StreamSource, bursty, cycle, never, randomly, rng, until
@@ -32,30 +32,17 @@ class _Layer:
         return [self.results[:, first : first + PIECE] for first in range(0, self.results.shape[1], PIECE)]
 
     def job(self) -> list[int]:
-        m, n = self.results.shape
-        tile = config().tile
-        fields = dict(tokens=m, out_tiles=-(-n // tile), last_columns=(n - 1) % tile + 1)
-        assert all(value < 1 << command_fields(config())[name] for name, value in fields.items())
-        fields |= dict(address=self.address, pitch=self.pitch, interrupt=self.interrupt)
+        fields = dict(address=self.address, pitch=self.pitch, interrupt=self.interrupt)
         return payload("job").pack(**{name: [value] for name, value in fields.items()})
 
     def transfers(self, random: np.random.Generator) -> list[int]:
         """The core's output. Columns that do not exist have random values."""
-        lanes, tile, (m, n) = config().drain_lanes, config().tile, self.results.shape
-        values, keep = [], []
-        for first in range(0, n, tile):
-            columns = min(tile, n - first)
-            transfers = -(-columns // lanes)
-            part = random.integers(0, 1 << 32, (m, transfers * lanes), np.uint32)
-            part[:, :columns] = self.results[:, first : first + columns]
-            values.append(part.reshape(-1, lanes))
-            exists = np.arange(transfers * lanes).reshape(-1, lanes) < columns
-            keep.append(np.tile((exists << np.arange(lanes)).sum(1), m))
-        last = np.zeros(sum(map(len, keep)), np.int64)
-        last[-1] = 1
-        return payload("results").pack(
-            values=np.concatenate(values).view(np.int32).astype(np.int64), keep=np.concatenate(keep), last=last
-        )
+        transfers = result_transfers(config(), *self.results.shape)
+        values = random.integers(0, 1 << 32, (len(transfers), config().lanes), np.uint32)
+        for row, item in zip(values, transfers, strict=True):
+            row[: len(item.columns)] = self.results[item.token, item.columns.start : item.columns.stop]
+        fields = {name: [item.fields[name] for item in transfers] for name in transfers[0].fields}
+        return payload("results").pack(values=values.view(np.int32).astype(np.int64), **fields)
 
     def pieces(self) -> list[tuple[dict[str, int], np.ndarray]]:
         """The fields and floats of every piece, in order."""
@@ -148,7 +135,7 @@ async def bursts(dut):
 async def full_throughput(dut):
     """Results never wait, also between tokens, tiles, chunks and layers. The beats of a chunk have no gaps."""
     random, most = rng(1), config().max_tokens
-    lanes, width = config().drain_lanes, config().port_width
+    lanes, width = config().lanes, config().port_width
     shapes = [(most, 2 * PIECE), (most, PIECE), (most, PIECE), (most, PIECE - 1), (most, 3 * PIECE)]
     bench = _Bench(dut, [_layer(random, *shape) for shape in shapes])
     monitor = Monitor(dut, ("results", "pieces", "beats"))
@@ -181,7 +168,7 @@ async def valid_does_not_wait_for_ready(dut):
     bench.send()
     await until(dut.clk, lambda: dut.pieces_valid.value and dut.beats_valid.value, "a piece and a beat", cycles=100)
     await cycle(dut.clk, 600)
-    assert bench.results.transfers == len(bench.layers[0].transfers(rng(0))) + PIECE // config().drain_lanes
+    assert bench.results.transfers == len(bench.layers[0].transfers(rng(0))) + PIECE // config().lanes
     ready[1] = True
     await until(dut.clk, lambda: bench.beats.transfers > 0, "a beat without its piece taken", cycles=100)
     ready[0] = True

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hw.spec.config import MAX_N, RULES, AcceleratorConfig, ConfigError, Limit, choices, signed_bits
+from hw.spec.config import MAX_N, RULES, AcceleratorConfig, ConfigError, Limit, choices, default_lanes, signed_bits
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -29,6 +29,8 @@ ROOT = Path(__file__).resolve().parents[3]
         (dict(ports=True), r"^ports is one of 1, 2, 4, not True$"),
         (dict(port_width=256), r"^port_width is one of 32, 64, 128, not 256$"),
         (dict(max_group_size=48), r"^max_group_size is one of 32, 64, 128, 256, not 48$"),
+        (dict(lanes=3), r"^lanes is one of 1, 2, 4, 8, not 3$"),
+        (dict(tile=4, lanes=8), r"^lanes is at most the tile \(4\), not 8$"),
         (dict(max_tokens=0), r"^max_tokens is a whole number from 1 to 64, not 0$"),
         (dict(max_tokens=65), r"^max_tokens is a whole number from 1 to 64, not 65$"),
         (dict(max_tokens=True), r"^max_tokens is a whole number from 1 to 64, not True$"),
@@ -119,6 +121,18 @@ def test_dictionary_round_trip():
         AcceleratorConfig.from_dict({**config.to_dict(), "colour": "red"})
 
 
+def test_options_have_the_tile_s_lanes():
+    """What is not given has its default; and ``lanes`` grows with the tile."""
+    assert AcceleratorConfig.from_options({}) == AcceleratorConfig()
+    for tile in choices("tile"):
+        config = AcceleratorConfig(tile=tile, lanes=max(1, tile // 16))
+        assert AcceleratorConfig.from_options({"tile": tile, "lanes": None}) == config
+        assert default_lanes(tile) == config.lanes
+    assert AcceleratorConfig.from_options({"tile": 32, "lanes": 8}) == AcceleratorConfig(tile=32, lanes=8)
+    with pytest.raises(ConfigError, match=r"not .*colour"):
+        AcceleratorConfig.from_options({"colour": "red"})
+
+
 def test_digest_differs_between_configs():
     digests = {AcceleratorConfig(tile=tile, ports=ports).digest for tile in (4, 8, 16, 32) for ports in (1, 2, 4)}
     assert len(digests) == 12
@@ -134,6 +148,7 @@ def test_readme_and_makefile_name_the_choices():
     assert f"| activations | {RULES['activation_bits']} bits, " in readme
     ports = f"| memory ports | {RULES['ports']}, of {RULES['port_width']} bits |"
     assert ports in readme
+    assert f"| results per cycle | {RULES['lanes']}, at most the tile |" in readme
     tokens, k = RULES["max_tokens"], RULES["max_k"]
     assert isinstance(tokens, Limit) and isinstance(k, Limit)
     assert f"| one layer | up to {tokens.high} tokens, K up to {k.high:,}, N up to {MAX_N:,} |" in readme

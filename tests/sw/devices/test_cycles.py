@@ -20,10 +20,11 @@ CONFIGS = {
     "tile16": dict(tile=16),
 }
 FULL = {
-    "narrow": dict(tile=8, ports=2, port_width=32, max_k=1024),
+    "narrow": dict(tile=8, ports=2, port_width=32, max_k=1024, lanes=8),
+    "lanes": dict(tile=16, max_k=1024, lanes=4),
     "tile32": dict(tile=32, zero_point="fixed"),
-    # Two results a cycle leave the array, and the port takes one.
-    "slow_writes": dict(tile=32, ports=4, port_width=32, max_k=1024),
+    # Eight results per cycle leave the array, and the port takes one.
+    "slow_writes": dict(tile=32, ports=4, port_width=32, max_k=1024, lanes=8),
 }
 CASES = [*CONFIGS, *(pytest.param(name, marks=pytest.mark.full) for name in FULL)]
 # K, N, group_size

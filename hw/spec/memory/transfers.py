@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order in which a layer's results leave the array: output tile by output tile, token by token, columns ascending.
+
+A transfer has up to ``lanes`` neighbouring columns. Its fields besides the values are those of
+:func:`hw.rtl.core.drain.result_payload`.
+"""
+
+from typing import NamedTuple
+
+from hw.spec.config import AcceleratorConfig
+from hw.spec.memory.access import PIECE_FLOATS
+
+
+class Transfer(NamedTuple):
+    """One transfer of results.
+
+    Attributes
+    ----------
+    token : the row
+    columns : the columns, counted from the beginning of the row
+    column : the first column, counted from the beginning of its piece of 256 columns in transfers
+    keep : bit i is set if lane i has a column
+    chunk_end : 1 for the last transfer of a piece of all tokens
+    last : 1 for the last transfer of the layer
+    """
+
+    token: int
+    columns: range
+    column: int
+    keep: int
+    chunk_end: int
+    last: int
+
+    @property
+    def fields(self) -> dict[str, int]:
+        """The fields of the payload besides the values."""
+        names = ("keep", "token", "column", "chunk_end", "last")
+        return {name: getattr(self, name) for name in names}
+
+
+def result_transfers(config: AcceleratorConfig, tokens: int, n: int) -> list[Transfer]:
+    """All transfers of a layer with M = ``tokens`` and ``n`` results a token, in order."""
+    transfers = []
+    for tile in range(0, n, config.tile):
+        for token in range(tokens):
+            for first in range(tile, min(tile + config.tile, n), config.lanes):
+                columns = range(first, min(first + config.lanes, n))
+                final, last = token == tokens - 1, columns.stop == n
+                transfers.append(
+                    Transfer(
+                        token,
+                        columns,
+                        first % PIECE_FLOATS // config.lanes,
+                        (1 << len(columns)) - 1,
+                        int(final and (last or columns.stop % PIECE_FLOATS == 0)),
+                        int(final and last),
+                    )
+                )
+    return transfers
