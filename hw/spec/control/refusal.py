@@ -17,7 +17,7 @@ def parse(words: Sequence[int], fields: Sequence[DescriptorField]) -> tuple[dict
 
 
 def refusal(config: AcceleratorConfig, words: Sequence[int], before: Sequence[int] | None = None) -> ErrorCode:
-    """Why the descriptor is refused, or ErrorCode.NONE. before: the words of the last linear layer that was accepted."""
+    """Why the descriptor is refused, or ErrorCode.NONE. before: the words of the last linear layer before it."""
     op = op_of(config, words)
     if op is None:
         return ErrorCode.OPCODE

@@ -22,8 +22,8 @@ BANK_SPAN = 128 * 1024
 ADDRESS_BITS = 40
 """Address bits of the memory ports, as in a Zynq UltraScale+."""
 ADDRESS_LIMIT = DATA_ALIGNMENT << 32
-"""Addresses in a descriptor are below this limit (512 GiB): a field of 32 bits in units of DATA_ALIGNMENT. No region that
-starts below it can reach the end of the address space."""
+"""Addresses in a descriptor are below this limit (512 GiB): a field has 32 bits, in units of DATA_ALIGNMENT. No region
+that starts below it can reach the end of the address space."""
 
 
 def result_pitch(n: int) -> int:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -75,16 +75,16 @@ class DescriptorField:
         return value // self.unit << self.low
 
 
-def units(count: int, what: str) -> str:
+def units(count: int, what: str, more: str = "") -> str:
     """The text for a field with a unit."""
-    return f"{what}, in units of {count:,} bytes"
+    return f"{what}, in units of {count:,} bytes" + (f"; {more}" if more else "")
 
 
 OPCODE_BITS = 8
 COMMON_FIELDS: tuple[DescriptorField, ...] = (
     DescriptorField("interrupt", 9, 1, "completion sets interrupt_pending.done"),
     DescriptorField(
-        "wait", 10, 2, "0: start at once; 1: wait until all earlier results are in memory; 2: fetch no weights before"
+        "wait", 10, 2, "0: start at once; 1: read only weights until all earlier results are in memory; 2: read nothing"
     ),
     DescriptorField("tokens", 24, 8, "M"),
     DescriptorField("out_features", 64, 19, "N"),
@@ -133,7 +133,9 @@ class State:
     activations: Activations | None = None
     """Those of the last linear layer, for ``reuse``."""
     r: np.ndarray | None = None
-    """float32 [M] of the last descriptor with ``squares``, for ``scale``."""
+    """float32 [tokens], for ``scale``: each token's value is that of the last descriptor with ``squares`` and with this
+    token.
+    """
 
 
 class Op(ABC):
@@ -185,7 +187,7 @@ class Op(ABC):
 
 
 def float_rows(memory: Memory, address: int, pitch: int, rows: int, columns: int) -> np.ndarray:
-    """Rows of float32 numbers in memory, which are ``pitch`` bytes apart: float32 [rows, columns], the memory itself."""
+    """Rows of float32 numbers in memory, ``pitch`` bytes apart: float32 [rows, columns], the memory itself."""
     size = pitch * (rows - 1) + FLOAT_BYTES * columns
     whole = memory.view(address, size).view(np.float32)
     return np.lib.stride_tricks.as_strided(whole, (rows, columns), (pitch, FLOAT_BYTES))

@@ -5,8 +5,8 @@ Each part is optional. In order, with the definitions of :mod:`hw.spec.numerics`
 
 1. ``scale``: each token is multiplied by its r, which an earlier descriptor with ``squares`` computed;
 2. ``add``: a row of memory is added, one for each token (a residual), or the same for all of them (a bias);
-3. ``rotary``: the pairs of neighbouring columns of the first heads are rotated; or ``silu``: a pair of columns, gate and
-   up, becomes one column;
+3. ``rotary``: the pairs of neighbouring columns of the first heads are rotated; or ``silu``: a pair of columns, gate
+   and up, becomes one column;
 4. the results are written, unless ``quiet``;
 5. ``second``: the results times one row (the weight of the norm that follows) are written too; or ``pieces``: maximum
    and argmax of every 256 columns are written;
@@ -54,7 +54,8 @@ EPILOGUE_FIELDS: tuple[DescriptorField, ...] = (
     DescriptorField("rotary_heads", 276, 12, "rotary: number of heads, from the first column on; else 0"),
     DescriptorField("addend", 288, 32, units(_UNIT, "add: address of the rows"), _UNIT),
     DescriptorField(
-        "addend_pitch", 320, PITCH_BITS, units(_UNIT, "add: from one row to the next; 0: all tokens have one row"), _UNIT
+        "addend_pitch", 320, PITCH_BITS, units(_UNIT, "add: from one row to the next", "0: all tokens have one row"),
+        _UNIT,
     ),
     DescriptorField("second_pitch", 338, 14, units(_UNIT, "second, pieces: from one row to the next"), _UNIT),
     DescriptorField("factor", 352, 32, units(_UNIT, "second: address of the row that all tokens have"), _UNIT),
@@ -63,7 +64,7 @@ EPILOGUE_FIELDS: tuple[DescriptorField, ...] = (
         "table", 416, 32, units(_UNIT, "rotary: address of the rows cos, sin of pair 0, of pair 1, ..."), _UNIT
     ),
     DescriptorField(
-        "table_pitch", 448, PITCH_BITS, units(_UNIT, "rotary: from one row to the next; 0: all tokens have one row"),
+        "table_pitch", 448, PITCH_BITS, units(_UNIT, "rotary: from one row to the next", "0: all tokens have one row"),
         _UNIT,
     ),
     DescriptorField("eps", 480, 32, "squares: r = 1 / sqrt(mean of the squares + eps), the bits of a float32"),
@@ -75,9 +76,9 @@ ABSENT_FIELDS = tuple(field for field in EPILOGUE_FIELDS if field.name != "resul
 
 @dataclass(frozen=True, kw_only=True)
 class EpilogueWords(DescriptorWords):
-    """The epilogue of a descriptor; the attributes are those of :data:`EPILOGUE_FIELDS`. Addresses and pitches in bytes.
+    """The epilogue of a descriptor; the attributes are those of :data:`EPILOGUE_FIELDS`.
 
-    The default is no epilogue.
+    Addresses and pitches in bytes. The default is no epilogue.
     """
 
     scale: int = 0
@@ -172,10 +173,13 @@ class Outputs(NamedTuple):
 def apply_epilogue(
     descriptor: Mapping[str, int], values: np.ndarray, operands: Operands, r: np.ndarray | None = None
 ) -> Outputs:
-    """The epilogue of results ``values``, float32 [M, N], bit for bit; see the module. r: of earlier descriptors, [M]."""
+    """The epilogue of results ``values``, float32 [M, N], bit for bit; see the module.
+
+    r: float32 [M or more], of earlier descriptors.
+    """
     d = descriptor
     if d["scale"]:
-        assert r is not None, "an earlier descriptor computes r"
+        assert r is not None and len(r) >= len(values), "an earlier descriptor computes r"
         values = mul(values, r[: len(values), None])
     if operands.addend is not None:
         values = add(values, operands.addend)
@@ -218,7 +222,9 @@ def write_outputs(descriptor: Mapping[str, int], values: np.ndarray, memory: Mem
         place = float_rows(memory, d["second_results"], d["second_pitch"], *outputs.second.shape)
         place[:] = outputs.second.view(np.float32)
     if outputs.r is not None:
-        state.r = outputs.r
+        # The r of other tokens stays.
+        before = outputs.r[:0] if state.r is None else state.r[tokens:]
+        state.r = np.concatenate([outputs.r, before])
 
 
 def _rows(wanted: int, memory: Memory, address: int, pitch: int, tokens: int, columns: int) -> np.ndarray | None:

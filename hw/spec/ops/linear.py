@@ -63,7 +63,7 @@ FIELDS: tuple[DescriptorField, ...] = in_order(
 
 @dataclass(frozen=True, kw_only=True)
 class Descriptor(EpilogueWords):
-    """The descriptor of one linear layer; the attributes are those of :data:`FIELDS`. Addresses and pitches in bytes."""
+    """The descriptor of one linear layer, with the attributes of :data:`FIELDS`; addresses and pitches in bytes."""
 
     op_fields = FIELDS
 

@@ -32,7 +32,7 @@ FIELDS: tuple[DescriptorField, ...] = in_order(
             "source_pitch",
             224,
             PITCH_BITS,
-            units(DATA_ALIGNMENT, "from one row to the next; 0: all tokens have one row"),
+            units(DATA_ALIGNMENT, "from one row to the next", "0: all tokens have one row"),
             DATA_ALIGNMENT,
         ),
     ),
