@@ -49,7 +49,7 @@ def _pitch(name: str, size: int, tokens: int, random: np.random.Generator) -> in
         # It has no effect.
         return _any(name, random)
     least = -(-size // DATA_ALIGNMENT)
-    return int(random.choice([least, least + 1, random.integers(least, 1 << FIELD[name].width)])) * DATA_ALIGNMENT
+    return int(random.choice([least, least + 1, int(random.integers(least, 1 << FIELD[name].width))])) * DATA_ALIGNMENT
 
 
 def _epilogue(config: AcceleratorConfig, n: int, tokens: int, random: np.random.Generator) -> dict[str, int]:

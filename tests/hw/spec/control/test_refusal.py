@@ -13,13 +13,13 @@ from hw.spec.control.refusal import refusal
 from hw.spec.control.registers import ErrorCode
 from hw.spec.memory.geometry import LayerLayout
 from hw.spec.ops import LINEAR, VECTOR
-from hw.spec.presets import PRESETS
+from hw.spec.presets import preset
 from sim.bench.descriptors import cases, random_linear, random_vector
 from sim.bench.layers import random_layer
 
 NONE, OPCODE, SHAPE = ErrorCode.NONE, ErrorCode.OPCODE, ErrorCode.SHAPE
 CONFIGS = {
-    f"{name} {operators}": AcceleratorConfig(**PRESETS[name] | {"operators": operators})
+    f"{name} {operators}": replace(preset(name), operators=operators)
     for name in ("small", "wide", "tile16")
     for operators in ("linear", "decoder")
 }
@@ -27,8 +27,9 @@ EVERY_CONFIG = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 LINEAR_ONLY, DECODER = CONFIGS["tile16 linear"], CONFIGS["tile16 decoder"]
 
 
-def linear(config: AcceleratorConfig = LINEAR_ONLY, **fields: int) -> Descriptor:
-    layer = LayerLayout(config, 256, 40, 128)
+def linear(**fields: int) -> Descriptor:
+    """A layer for either of the two configs."""
+    layer = LayerLayout(LINEAR_ONLY, 256, 40, 128)
     return replace(Descriptor.from_layer(layer, 2, activations=0, weights=0), **fields)
 
 
@@ -63,7 +64,7 @@ def test_valid_ones(config: AcceleratorConfig):
 def test_pitches_of_one_token_have_no_effect():
     parts = dict(add=1, rotary=1, head=16, rotary_heads=1, second=1)
     pitches = dict(result_pitch=128, addend_pitch=128, second_pitch=0, table_pitch=0)
-    assert code(linear(DECODER, tokens=1, **parts, **pitches), DECODER) == NONE
+    assert code(linear(tokens=1, **parts, **pitches), DECODER) == NONE
     assert code(vector(tokens=1, source_pitch=128, **parts, **pitches), DECODER) == NONE
 
 

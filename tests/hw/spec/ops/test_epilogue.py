@@ -218,7 +218,7 @@ def test_special_values():
     write_outputs(d, values, memory, state)
     assert memory.view(RESULTS, 64).view(np.uint32).tolist() == expected[0]
     assert memory.view(SECOND, 64).view(np.uint32).tolist() == expected[1]
-    assert state.r is not None and state.r.view(np.uint32).tolist() == [expected[2].view(np.uint32)]
+    assert state.r is not None and state.r.view(np.uint32).tolist() == np.array([expected[2]]).view(np.uint32).tolist()
 
 
 def test_units():

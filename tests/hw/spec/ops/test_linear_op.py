@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from hw.spec.config import AcceleratorConfig
 from hw.spec.control.descriptor import Descriptor, weight_bytes
 from hw.spec.control.refusal import parse
 from hw.spec.memory.geometry import LayerLayout, fit_layer
@@ -14,10 +15,10 @@ from hw.spec.numerics.float32 import add, mul
 from hw.spec.numerics.linear import Activations, NumericsError, Weights, linear, quantise_activations
 from hw.spec.ops import LINEAR
 from hw.spec.ops.base import State
-from hw.spec.presets import PRESETS, AcceleratorConfig
+from hw.spec.presets import preset
 
 ACTIVATIONS, RESULTS, ADDEND, WEIGHTS = 0x1000, 0x8000, 0x10000, 0x20000
-CONFIGS = [AcceleratorConfig(**PRESETS[name] | {"operators": "decoder"}) for name in ("small", "two_ports", "fixed")]
+CONFIGS = [replace(preset(name), operators="decoder") for name in ("small", "two_ports", "fixed")]
 EVERY_CONFIG = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"tile {config.tile}")
 
 

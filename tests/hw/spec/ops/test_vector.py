@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operation VECTOR: its rows, and what it shares with linear layers; RMSNorm and a residual as descriptors."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -11,9 +13,9 @@ from hw.spec.numerics.vector import rms_norm
 from hw.spec.ops import LINEAR, VECTOR, op_of
 from hw.spec.ops.base import State
 from hw.spec.ops.epilogue import float_bits
-from hw.spec.presets import PRESETS, AcceleratorConfig
+from hw.spec.presets import preset
 
-CONFIG = AcceleratorConfig(**PRESETS["small"] | {"operators": "decoder"})
+CONFIG = replace(preset("small"), operators="decoder")
 SOURCE, RESULTS, SECOND, FACTOR, ADDEND = 0x1000, 0x8000, 0x10000, 0x18000, 0x20000
 
 
@@ -91,7 +93,7 @@ def test_norm_in_two_steps():
 
 def test_only_hardware_with_the_vector_unit_has_it():
     words = VectorDescriptor(tokens=1, out_features=1, activations=0, source_pitch=0).to_words()
-    linear = AcceleratorConfig(**PRESETS["small"])
+    linear = preset("small")
     assert words[0] & 0xFF == Opcode.VECTOR
     assert op_of(CONFIG, words) is VECTOR and op_of(linear, words) is None
     assert VECTOR.fields_of(CONFIG) == VECTOR.fields and LINEAR.fields_of(CONFIG) == LINEAR.fields
