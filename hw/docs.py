@@ -32,7 +32,9 @@ from hw.spec.control.descriptor import (
 )
 from hw.spec.control.registers import ERROR_TEXTS, REGISTERS, WINDOW_BYTES, Access, Register
 from hw.spec.memory.geometry import LayerLayout
-from hw.spec.ops import OPS
+from hw.spec.numerics.vector import PIECE
+from hw.spec.ops import OPS, Op
+from hw.spec.ops.epilogue import EPILOGUE_FIELDS, HEAD_UNIT, MAX_HEAD
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "README.md"
 TEMPLATE = PAGE.with_name("README.in.md")
@@ -134,6 +136,13 @@ def descriptor_table(fields: Sequence[DescriptorField]) -> str:
     return _table(("field", "place", "meaning"), rows)
 
 
+def operation(op: Op) -> str:
+    """The section of an operation: its diagram, and the fields that are not those of the epilogue."""
+    own = [field for field in op.fields if field not in EPILOGUE_FIELDS]
+    heading = f"### Opcode {op.opcode:d}: {op.title}"
+    return f"{heading}\n\n```\n{descriptor_diagram(op.fields)}\n```\n\n{descriptor_table(own)}"
+
+
 def example() -> str:
     """The words of an example descriptor, in hexadecimal."""
     layer = LayerLayout(AcceleratorConfig(), k=896, n=1150, group_size=128)
@@ -181,8 +190,8 @@ def page() -> str:
     values = {
         "registers": register_table(),
         "errors": error_table(),
-        "diagram": "\n\n".join(descriptor_diagram(op.fields) for op in OPS.values()),
-        "fields": "\n\n".join(descriptor_table(op.fields) for op in OPS.values()),
+        "operations": "\n\n".join(operation(op) for op in OPS.values()),
+        "epilogue": descriptor_table(EPILOGUE_FIELDS),
         "example": example(),
         "ports": port_table(),
         "address_bits": ADDRESS_BITS,
@@ -193,11 +202,14 @@ def page() -> str:
         "descriptor_words": DESCRIPTOR_WORDS,
         "identification": f"{registers.IDENTIFICATION:#x}",
         "version": registers.VERSION,
+        "head_unit": HEAD_UNIT,
+        "max_head": MAX_HEAD,
         "max_n": f"{MAX_N:,}",
+        "piece": PIECE,
         "queue_depth": registers.QUEUE_DEPTH,
         "completions": registers.COMPLETIONS,
         "timeout": f"{registers.DEFAULT_TIMEOUT:,}",
-        "weight_alignment": WEIGHT_ALIGNMENT,
+        "weight_alignment": f"{WEIGHT_ALIGNMENT:,}",
         "window_bytes": f"{WINDOW_BYTES:#x}",
         **{f"at_{register.name}": f"{register.offset:#05x}" for register in REGISTERS},
     }

@@ -61,6 +61,7 @@ class Bench:
 
 _SMALL, _WIDE, _NARROW, _FIXED = (PRESETS[name] for name in ("small", "wide", "narrow", "fixed"))
 _TWO_PORTS, _TILE_16, _TILE_32 = (PRESETS[name] for name in ("two_ports", "tile16", "tile32"))
+_DECODER = dict(_TILE_16, operators="decoder")
 _ULX3S, _ULX3S_8 = (dict(target="ecp5", **PRESETS[name]) for name in ("ulx3s4", "ulx3s8"))
 # As many lanes as columns, and the most lanes.
 _LANES_4, _LANES_8 = dict(_SMALL, lanes=4), dict(_TILE_32, lanes=8)
@@ -120,7 +121,7 @@ BENCHES: list[Bench] = [
     _bench("write_manager", _SMALL),
     _bench("register_bank", _SMALL),
     *(_bench(block, _SMALL) for block in ("float_adder", "float_multiplier")),
-    *(_bench("descriptor_check", params) for params in (_SMALL, _WIDE, _TILE_16)),
+    *(_bench("descriptor_check", params) for params in (_SMALL, dict(_WIDE, operators="decoder"), _DECODER)),
     _bench("sequencer", _WIDE),
     _bench("header", _TILE_32),
     _bench("drain", _LANES_8),

@@ -34,7 +34,7 @@ def add_hardware_options(parser: Parser, **defaults: int) -> None:
     hardware = parser.add_argument_group("hardware", "options of python -m hw.build; auto chooses what the model needs")
     for item in fields(AcceleratorConfig):
         auto = item.name in AUTO
-        kind = str if item.name == "zero_point" else _number_or_auto if auto else int
+        kind = _number_or_auto if auto and isinstance(item.default, int) else type(item.default)
         default = "auto" if auto else defaults.get(item.name, item.default)
         shown = default
         if item.name == "lanes":

@@ -3,11 +3,10 @@
 
 from collections.abc import Iterator, Sequence
 
-from hw.spec.config import AcceleratorConfig
+from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.control.descriptor import DESCRIPTOR_WORDS, Descriptor
 from hw.spec.control.refusal import refusal
 from hw.spec.control.registers import ERROR_TEXTS, EVENTS, IDENTIFICATION, VERSION, ErrorCode, config_digest, offset
-from hw.spec.ops import LINEAR
 from sw.devices.base import Buffer, Completion, DeviceError, LinearJob, PreparedBatch
 from sw.devices.batches import BatchDevice
 from sw.devices.platform import Platform, Registers, mask
@@ -54,11 +53,14 @@ class AcceleratorDevice(BatchDevice):
         return {name: self.registers.read(name) for name in EVENTS}
 
     def encode(self, jobs: Sequence[LinearJob]) -> tuple[list[list[int]], list[int]]:
-        """See BatchDevice: the descriptors' words, and each one's beats."""
+        """See BatchDevice: the descriptors' words, and each one's beats.
+
+        Raises DeviceError if an address is beyond what a descriptor holds, or weights are too large for it.
+        """
         # One interrupt for a batch. A batch that is longer than the queue needs one for each job, because its last
         # descriptor is pushed only after earlier ones are complete.
         often, last = len(jobs) > self._capabilities["queue_depth"], len(jobs) - 1
-        words = [descriptor(job, often or index == last).to_words() for index, job in enumerate(jobs)]
+        words = [_words(job, often or index == last) for index, job in enumerate(jobs)]
         return words, [job.layout.beats for job in jobs]
 
     def run(self, batch: PreparedBatch) -> Iterator[Completion | None]:
@@ -199,7 +201,7 @@ class _Watch:
 
 def descriptor(job: LinearJob, interrupt: bool = True) -> Descriptor:
     """The descriptor of a job. interrupt: whether its completion raises the interrupt."""
-    return LINEAR.from_layer(
+    return Descriptor.from_layer(
         job.layout,
         job.tokens,
         activations=job.activations.address,
@@ -208,3 +210,10 @@ def descriptor(job: LinearJob, interrupt: bool = True) -> Descriptor:
         reuse=job.reuse,
         interrupt=interrupt,
     )
+
+
+def _words(job: LinearJob, interrupt: bool) -> list[int]:
+    try:
+        return descriptor(job, interrupt).to_words()
+    except ConfigError as error:
+        raise DeviceError(f"layer {job.name}: {error}") from None

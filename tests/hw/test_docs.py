@@ -12,6 +12,7 @@ from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.control.descriptor import DESCRIPTOR_WORDS, FIELDS
 from hw.spec.control.registers import REGISTERS, ErrorCode
 from hw.spec.memory.geometry import LayerLayout, ceil_div
+from hw.spec.ops import OPS, Op
 
 FOLDER = docs.PAGE.parent
 
@@ -51,7 +52,8 @@ def test_everything_is_listed():
         row = next(line for line in page.splitlines() if f"**{register.name}**" in line)
         assert f"{register.offset:#05x}" in row and register.access.value in row and register.text in row
     fields = [field for register in REGISTERS for field in register.fields]
-    for name, text in ((field.name, field.text) for field in [*fields, *FIELDS]):
+    parts = [field for op in OPS.values() for field in op.fields]
+    for name, text in ((field.name, field.text) for field in [*fields, *parts]):
         assert name in page and text in page, name
     for code in ErrorCode:
         assert re.search(rf"^\| {code.value} \| {code.name} \|", page, re.MULTILINE)
@@ -78,26 +80,36 @@ def test_registers_in_the_text_exist():
         assert not field or register.field(field)
 
 
-def test_diagram_has_every_bit():
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.opcode.name)
+def test_diagram_has_every_bit(op: Op):
     """Each bit takes two characters: the borders in the diagram are at the borders of the fields."""
-    lines = [line[7:-1] for line in docs.descriptor_diagram(FIELDS).splitlines() if line.rstrip().endswith("|")]
-    edges = {field.low for field in FIELDS} | {field.low + field.width for field in FIELDS}
-    for word, line in enumerate(lines[:-1]):
+    lines = [line[7:-1] for line in docs.descriptor_diagram(op.fields).splitlines() if line.rstrip().endswith("|")]
+    edges = {field.low for field in op.fields} | {field.low + field.width for field in op.fields}
+    assert len(lines) == DESCRIPTOR_WORDS
+    for word, line in enumerate(lines):
         assert len(line) == 63
         found = {32 * word + 31 - position // 2 for position in range(63) if line[position] == "|"}
         assert found == {edge for edge in edges if 32 * word < edge < 32 * word + 32}
-    assert len(lines) - 1 + 4 == DESCRIPTOR_WORDS
+
+
+def test_diagram_of_a_shorter_descriptor():
+    """The reserved words at the end are one line."""
+    fields = [field for field in FIELDS if field.low < 96]
+    lines = [line for line in docs.descriptor_diagram(fields).splitlines() if line.rstrip().endswith("|")]
+    assert len(lines) == 4 and lines[-1].split() == ["3-15", "|", "|"]
 
 
 def test_words_of_the_example():
     words = [int(word, 16) for line in docs.example().splitlines() for word in line.split(":")[1].split()]
     assert len(words) == DESCRIPTOR_WORDS
-    assert words[0] == 2 << 16 | 1 << 9 | 1
+    assert words[0] == 2 << 24 | 1 << 9 | 1
     assert words[2] == 1150
     # 72 output tiles of 5 + 112 beats of 16 bytes a port.
     assert words[3] == 112 << 16 | 5
-    assert words[10] >= 72 * 117 * 16 and words[10] % 4096 == 0
-    assert words[11] == ceil_div(4 * 1150, 64) * 64
+    assert words[4:7] == [0x1000_0000 // 128, 0x1001_0000 // 128, 0x2000_0000 // 4096]
+    assert words[7] >= 72 * 117 * 16 / 4096
+    assert words[8] == ceil_div(4 * 1150, 128)
+    assert not any(words[9:])
 
 
 @pytest.mark.parametrize("tile", [4, 8, 16, 32])

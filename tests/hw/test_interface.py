@@ -2,7 +2,6 @@
 """The register map as SVD and as C header: valid, complete, and equal to hw.spec."""
 
 import subprocess
-from dataclasses import asdict
 from pathlib import Path
 
 import cmsis_svd
@@ -12,20 +11,47 @@ from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]  # compile
 from hw.interface.c_header import c_header
 from hw.interface.svd import svd
 from hw.spec.config import AcceleratorConfig
-from hw.spec.control.descriptor import DESCRIPTOR_WORDS, FIELD_WIDTHS, Descriptor
+from hw.spec.control.descriptor import (
+    DATA_ALIGNMENT,
+    DESCRIPTOR_WORDS,
+    WEIGHT_ALIGNMENT,
+    Descriptor,
+    Opcode,
+    VectorDescriptor,
+    Wait,
+)
 from hw.spec.control.registers import REGISTERS, Access, ErrorCode
 from hw.spec.memory.geometry import LayerLayout
+from sim.bench.descriptors import AnyDescriptor, op_of
 
 SCHEMA = Path(str(cmsis_svd.__file__)).parent / "schemas" / "CMSIS-SVD_1_3_10.xsd"
 COMPILERS = (("gcc", "c", "-std=c99"), ("g++", "c++", "-std=c++11"))
-EXAMPLE = Descriptor.from_layer(
-    LayerLayout(AcceleratorConfig(), k=896, n=1150, group_size=128),
-    2,
-    activations=0x21_1000_0080,
-    results=0x32_1001_0000,
-    weights=0x13_2000_0000,
-    reuse=True,
-    interrupt=True,
+EPILOGUE: dict[str, int] = dict(
+    scale=1, add=1, rotary=1, quiet=1, second=1, squares=1, head=64, rotary_heads=0x9A5, result_pitch=0x12_3480,
+    addend=0x7B_1000_0080, addend_pitch=0x100_0080, second_pitch=0x10_0080, factor=0x45_6789_0100,
+    second_results=0x12_3456_7880, table=0x1_0000_0000, table_pitch=0x1FF_FF80, eps=0x3586_37BD,
+)  # fmt: skip
+EXAMPLES: tuple[AnyDescriptor, ...] = (
+    Descriptor.from_layer(
+        LayerLayout(AcceleratorConfig(), k=896, n=1150, group_size=128),
+        2,
+        activations=0x21_1000_0080,
+        results=0x32_1001_0000,
+        weights=0x13_2000_0000,
+        reuse=True,
+        interrupt=True,
+        wait=Wait.WEIGHTS,
+        **EPILOGUE,
+    ),
+    VectorDescriptor(
+        tokens=200,
+        out_features=1 << 18,
+        activations=0x21_1000_0080,
+        source_pitch=0x100_0080,
+        results=0x32_1001_0000,
+        wait=Wait.ACTIVATIONS,
+        **EPILOGUE,
+    ),
 )
 
 
@@ -81,7 +107,9 @@ def test_svd_fields_resets_and_errors(tree):
 def expressions() -> dict[str, int]:
     """C expressions and their expected values."""
     values: dict[str, int] = {f"GRISTMILL_ERROR_{code.name}": code for code in ErrorCode}
+    values |= {f"GRISTMILL_OPCODE_{opcode.name}": opcode for opcode in Opcode}
     values["GRISTMILL_DESCRIPTOR_WORDS"] = DESCRIPTOR_WORDS
+    values |= {"GRISTMILL_WEIGHT_UNIT": WEIGHT_ALIGNMENT, "GRISTMILL_DATA_UNIT": DATA_ALIGNMENT}
     for register in REGISTERS:
         name = register.name.upper()
         values[f"GRISTMILL_REG_{name}"] = register.offset
@@ -115,19 +143,22 @@ def test_header_compiles_and_has_the_values(compiler: tuple[str, str, str], tmp_
     assert dict(zip(expected, run(tmp_path, compiler, lines), strict=True)) == expected
 
 
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: op_of(example).opcode.name)
 @pytest.mark.parametrize("compiler", COMPILERS, ids=["C99", "C++11"])
-def test_header_packs_a_descriptor(compiler: tuple[str, str, str], tmp_path: Path):
-    """The result equals Descriptor.to_words; a value that is too large is refused, and nothing is written."""
-    too_large = {name: 1 << width for name, width in FIELD_WIDTHS.items() if width not in (8, 16, 32, 64)}
-    assert set(too_large) == {"reuse", "interrupt", "result_pitch"}
-    lines = ["struct gristmill_descriptor d;", "uint32_t words[GRISTMILL_DESCRIPTOR_WORDS];", "unsigned index;"]
-    lines += [f"d.{name} = {int(value)}u;" for name, value in asdict(EXAMPLE).items() if value < 1 << 32]
-    lines += [f"d.{name} = {value}ull;" for name, value in asdict(EXAMPLE).items() if value >= 1 << 32]
-    lines += ['printf("%d\\n", gristmill_pack(&d, words));']
-    for name, value in too_large.items():
-        lines += [f"d.{name} = {value}u;", 'printf("%d\\n", gristmill_pack(&d, words));']
-        lines += [f"d.{name} = {int(getattr(EXAMPLE, name))}u;"]
+def test_header_packs_a_descriptor(compiler: tuple[str, str, str], example: AnyDescriptor, tmp_path: Path):
+    """The result equals to_words; a value that is too large is refused, and nothing is written."""
+    name = op_of(example).opcode.name.lower()
+    fields = [field for field in example.op_fields if field.name != "opcode"]
+    values = {field.name: getattr(example, field.name) // field.unit for field in fields}
+    too_large = {field.name: 1 << field.width for field in fields if field.width not in (8, 16, 32)}
+    assert {"interrupt", "result_pitch", "head", "scale"} <= set(too_large)
+    call = 'printf("%d\\n", gristmill_pack_' + f"{name}(&d, words));"
+    lines = [f"struct gristmill_{name} d;", "uint32_t words[GRISTMILL_DESCRIPTOR_WORDS];", "unsigned index;"]
+    lines += [f"d.{field} = {value}u;" for field, value in values.items()]
+    lines += [call]
+    for field, value in too_large.items():
+        lines += [f"d.{field} = {value}u;", call, f"d.{field} = {values[field]}u;"]
     lines += ["for (index = 0; index < GRISTMILL_DESCRIPTOR_WORDS; index++)"]
     lines += ['    printf("%lu\\n", (unsigned long)words[index]);']
     found = run(tmp_path, compiler, lines)
-    assert found == [0, *[-1] * len(too_large), *EXAMPLE.to_words()]
+    assert found == [0, *[-1] * len(too_large), *example.to_words()]

@@ -8,32 +8,28 @@ import cocotb
 from cocotb.triggers import RisingEdge
 
 from hw.spec.config import MAX_N
-from hw.spec.control.descriptor import ADDRESS_LIMIT, DESCRIPTOR_WORDS, FIELDS, Descriptor, activation_beats
+from hw.spec.control.descriptor import Descriptor, activation_beats
 from hw.spec.control.refusal import refusal
 from hw.spec.control.registers import ErrorCode
 from hw.spec.memory.geometry import LayerLayout
-from hw.spec.ops.command import LayerCommand
+from hw.spec.ops.command import LayerCommand, command_fields
+from sim.bench.descriptors import (
+    AnyDescriptor,
+    cases,
+    fields_of,
+    mutations,
+    random_linear,
+    random_vector,
+)
 from sim.bench.dut import begin, config, latency, payload
 from sim.bench.layers import random_layer
 from sim.bench.streams import Stall, StreamSink, StreamSource, cycle, never, randomly, rng, until
 
+HAS_VECTOR = config().has_vector_unit
+
 
 def _number(words: list[int]) -> int:
     return sum(word << 32 * index for index, word in enumerate(words))
-
-
-def _descriptor(layer: LayerLayout, random, reuse: Descriptor | None = None) -> Descriptor:
-    tokens = int(random.integers(1, config().max_tokens, endpoint=True)) if reuse is None else reuse.tokens
-    pages = random.integers(0, ADDRESS_LIMIT >> 12, 3)
-    return Descriptor.from_layer(
-        layer,
-        tokens,
-        activations=int(pages[0]) << 12 | int(random.integers(32)) << 7,
-        weights=int(pages[1]) << 12,
-        results=int(pages[2]) << 12 | int(random.integers(32)) << 7,
-        reuse=reuse is not None,
-        interrupt=bool(random.integers(2)),
-    )
 
 
 def _limits() -> list[LayerLayout]:
@@ -50,41 +46,92 @@ def _limits() -> list[LayerLayout]:
     ]
 
 
+def _columns(random) -> int:
+    """A number of columns for VECTOR."""
+    return int(random.integers(1, random.choice([40, 1000, MAX_N]), endpoint=True))
+
+
+def _expected(descriptor: AnyDescriptor, layer: LayerLayout | None) -> dict[str, int]:
+    """The fields of ``work`` that matter for this operation; those of the command have the prefix ``command.``."""
+    c, interesting = config(), payload("work").fields
+    values = {field.name: getattr(descriptor, field.name) for field in fields_of(c, descriptor)}
+    found = {name: value for name, value in values.items() if name in interesting}
+    if isinstance(descriptor, Descriptor):
+        assert layer is not None
+        found |= {"weight_beats": layer.beats, "activation_beats": activation_beats(c, descriptor.tokens, layer.slices)}
+        counts = LayerCommand.from_layer(layer, descriptor.tokens, bool(descriptor.reuse)).__dict__
+    else:
+        columns = descriptor.out_features
+        counts = {
+            "tokens": descriptor.tokens,
+            "out_tiles": -(-columns // c.tile),
+            "last_columns": (columns - 1) % c.tile + 1,
+        }
+    if HAS_VECTOR:
+        found["vector"] = int(layer is None)
+    return found | {f"command.{name}": int(value) for name, value in counts.items()}
+
+
 class _Bench:
     def __init__(self, dut: Any, stall: Stall = never):
         self.dut = dut
         self.source = StreamSource(dut, "descriptors", dut.clk, stall)
         self.work = StreamSink(dut, "work", dut.clk, stall)
 
-    async def accept(self, layer: LayerLayout, descriptor: Descriptor) -> None:
+    async def accept(self, descriptor: AnyDescriptor, layer: LayerLayout | None = None) -> None:
+        """A valid descriptor; `layer` is that of a linear layer."""
         self.source.send(_number(descriptor.to_words()))
         (raw,) = await self.work.take(1, cycles=200)
         fields = {name: int(values[0]) for name, values in payload("work").unpack([raw]).items()}
-        expected = {
-            name: getattr(descriptor, name)
-            for name in ("activations", "results", "weights", "weights_stride", "result_pitch", "interrupt")
-        }
-        expected["weight_beats"] = layer.beats
-        expected["activation_beats"] = activation_beats(config(), descriptor.tokens, layer.slices)
-        expected["command"] = LayerCommand.from_layer(layer, descriptor.tokens, bool(descriptor.reuse)).to_int(config())
-        assert fields == expected
+        command = fields.pop("command")
+        for name, width in command_fields(config()).items():
+            fields[f"command.{name}"], command = command & ((1 << width) - 1), command >> width
+        expected = _expected(descriptor, layer)
+        assert {name: fields[name] for name in expected} == expected
+
+    async def outcome(self, words: list[int]) -> ErrorCode:
+        """Send one descriptor, and find out whether it is refused."""
+        self.source.send(_number(words))
+        edge = RisingEdge(self.dut.clk)
+        for _ in range(20):
+            await edge
+            if int(self.dut.error.value) or self.work.received:
+                break
+        code = ErrorCode(int(self.dut.error.value))
+        assert len(self.work.received) == (code == ErrorCode.NONE), f"{len(self.work.received)} passed, error {code}"
+        self.work.received.clear()
+        return code
+
+    async def reset(self) -> "_Bench":
+        """Reset the block; returns the bench for what follows."""
+        self.dut.rst.value = 1
+        self.source._queue.clear()
+        self.source._task.cancel()
+        self.work._task.cancel()
+        await cycle(self.dut.clk, 2)
+        bench = _Bench(self.dut)
+        self.dut.rst.value = 0
+        await cycle(self.dut.clk, 2)
+        return bench
 
 
 async def _accept_many(dut: Any, stall: Stall) -> None:
     random, bench = rng(1), _Bench(dut, stall)
     await begin(dut)
     for layer in [*_limits(), *(random_layer(config(), random, max_k=config().max_k, max_tiles=40) for _ in range(20))]:
-        descriptor = _descriptor(layer, random)
+        descriptor = random_linear(layer, random)
         assert refusal(config(), descriptor.to_words()) == ErrorCode.NONE
-        await bench.accept(layer, descriptor)
+        await bench.accept(descriptor, layer)
+        for _ in range(int(random.integers(3)) if HAS_VECTOR else 0):
+            await bench.accept(random_vector(config(), random, _columns(random)))
         if random.integers(2):
-            await bench.accept(layer, _descriptor(layer, random, reuse=descriptor))
+            await bench.accept(random_linear(layer, random, reuse=descriptor), layer)
     assert int(dut.error.value) == ErrorCode.NONE
 
 
 @cocotb.test()
 async def good_ones(dut):
-    """Random and extreme layers, with and without reuse: the work equals that of hw.spec."""
+    """Random and extreme descriptors, with and without reuse: the work equals that of hw.spec."""
     await _accept_many(dut, never)
 
 
@@ -99,70 +146,75 @@ async def time(dut):
     """The latency is the one that the block states."""
     random, bench = rng(1), _Bench(dut)
     await begin(dut)
-    bench.source.send(_number(_descriptor(_limits()[0], random).to_words()))
+    bench.source.send(_number(random_linear(_limits()[0], random).to_words()))
     await until(dut.clk, lambda: bench.source.transfers == 1, "the descriptor", cycles=50)
     # The source records a transfer one edge after it happens.
     assert await until(dut.clk, lambda: bool(int(dut.work_valid.value)), "work", cycles=50) == latency() - 1
 
 
-def _mutations(descriptor: Descriptor, random) -> list[list[int]]:
-    """Descriptors that are wrong in one place, or nearly wrong."""
-    words = []
-    for field in FIELDS:
-        value, top = getattr(descriptor, field.name), (1 << field.width) - 1
-        steps = {0, 1, top, value + 1, value - 1, value ^ (1 << int(random.integers(field.width)))}
-        words += [replace(descriptor, **{field.name: step}).to_words() for step in steps if 0 <= step <= top]
-    used = {bit for field in FIELDS for bit in range(field.low, field.low + field.width)}
-    for bit in set(range(32 * DESCRIPTOR_WORDS)) - used:
-        whole = descriptor.to_words()
-        whole[bit // 32] |= 1 << bit % 32
-        words.append(whole)
-    c = config()
-    words += [
-        replace(descriptor, tokens=c.max_tokens + 1).to_words(),
-        replace(descriptor, out_features=MAX_N + 1).to_words(),
-        replace(descriptor, activations=ADDRESS_LIMIT - 128).to_words(),
-        replace(descriptor, activations=ADDRESS_LIMIT).to_words(),
-        replace(descriptor, results=ADDRESS_LIMIT, weights=ADDRESS_LIMIT).to_words(),
-        replace(descriptor, weights_stride=descriptor.weights_stride - 4096).to_words(),
-        replace(descriptor, tokens=1, result_pitch=0).to_words(),
-        [0] * DESCRIPTOR_WORDS,
-        [0xFFFF_FFFF] * DESCRIPTOR_WORDS,
-    ]
-    return words
-
-
 @cocotb.test()
 async def bad_ones(dut):
     """Every field one away from its valid value, at its limits, and with a bit flipped; every reserved bit."""
-    random, bench = rng(1), _Bench(dut)
+    random, bench, codes = rng(1), _Bench(dut), set()
     await begin(dut)
-    edge, codes = RisingEdge(dut.clk), set()
-    for layer in [*_limits(), random_layer(config(), random)]:
-        descriptor = _descriptor(layer, random)
-        for words in _mutations(descriptor, random):
+    descriptors: list[AnyDescriptor] = [random_linear(layer, random) for layer in _limits()]
+    descriptors += [random_linear(random_layer(config(), random), random) for _ in range(3)]
+    # Hardware without the vector unit refuses them.
+    descriptors += [random_vector(config(), random, n) for n in (1, 512, MAX_N)]
+    for descriptor in descriptors:
+        good = descriptor.to_words()
+        for words in mutations(config(), descriptor, random):
             expected = refusal(config(), words)
             codes.add(expected)
-            bench.source.send(_number(words))
-            for _ in range(20):
-                await edge
-                if int(dut.error.value) or bench.work.received:
-                    break
-            got = int(dut.error.value), len(bench.work.received)
-            shown = [f"{word:#x}" for word in words]
-            assert got == (expected, int(expected == ErrorCode.NONE)), f"{got}, not {expected.name}: {shown}"
-            bench.work.received.clear()
+            got = await bench.outcome(words)
+            assert got == expected, f"{got.name}, not {expected.name}: {[f'{word:#x}' for word in words]}"
             # After an invalid descriptor, the block ignores all others until the reset.
             if expected:
-                bench.source.send(_number(descriptor.to_words()))
+                bench.source.send(_number(good))
                 await cycle(dut.clk, 12)
                 assert int(dut.error.value) == expected and not bench.work.received
-            dut.rst.value = 1
-            bench.source._queue.clear()
-            bench.source._task.cancel()
-            bench.work._task.cancel()
-            await cycle(dut.clk, 2)
-            bench = _Bench(dut)
-            dut.rst.value = 0
-            await cycle(dut.clk, 2)
-    assert codes == {ErrorCode.NONE, ErrorCode.OPCODE, ErrorCode.SHAPE, ErrorCode.ALIGNMENT}
+            bench = await bench.reset()
+    assert codes == {ErrorCode.NONE, ErrorCode.OPCODE, ErrorCode.SHAPE}
+
+
+@cocotb.test()
+async def rules(dut):
+    """One step on either side of every rule of the epilogue."""
+    bench = _Bench(dut)
+    await begin(dut)
+    for case, good, bad in cases(config()):
+        assert await bench.outcome(good.to_words()) == ErrorCode.NONE, case
+        assert await bench.outcome(bad.to_words()) == ErrorCode.SHAPE, case
+        bench = await bench.reset()
+
+
+@cocotb.test()
+async def reuse(dut):
+    """The activations of the previous linear layer may be used again, also if other operations are in between."""
+    c, random, bench = config(), rng(3), _Bench(dut)
+    await begin(dut)
+    layer = random_layer(c, random)
+    first = random_linear(layer, random)
+    again = random_linear(layer, random, reuse=first)
+    other = replace(again, tokens=first.tokens % c.max_tokens + 1)
+    between = [random_vector(c, random, 512).to_words()] if HAS_VECTOR else []
+    if c.max_tokens > 1:
+        # All pitches are large enough for several tokens.
+        again, other = (
+            replace(each, **dict.fromkeys(("result_pitch", *_pitches()), 4 * 4096)) for each in (again, other)
+        )
+    for before, last, code in (
+        ([], again, ErrorCode.SHAPE),
+        (between, again, ErrorCode.SHAPE),
+        ([first.to_words()], again, ErrorCode.NONE),
+        ([first.to_words(), *between], again, ErrorCode.NONE),
+        ([first.to_words(), *between], other, ErrorCode.SHAPE if c.max_tokens > 1 else ErrorCode.NONE),
+    ):
+        for words in before:
+            assert await bench.outcome(words) == ErrorCode.NONE
+        assert await bench.outcome(last.to_words()) == code
+        bench = await bench.reset()
+
+
+def _pitches() -> list[str]:
+    return ["second_pitch", "addend_pitch", "table_pitch"] if HAS_VECTOR else []

@@ -13,7 +13,7 @@ STOPPING = (*BUS, ErrorCode.UNDERRUN)
 """After these errors no descriptor that is under way completes."""
 SERIOUS_FIRST = (*STOPPING, ErrorCode.NON_FINITE, ErrorCode.EXPONENT)
 """A driver may rely on this order: a bus error hides a data error, and both hide a refused descriptor."""
-REFUSALS = (ErrorCode.OPCODE, ErrorCode.SHAPE, ErrorCode.ALIGNMENT)
+REFUSALS = (ErrorCode.OPCODE, ErrorCode.SHAPE)
 ADDRESS_BITS = 40
 
 

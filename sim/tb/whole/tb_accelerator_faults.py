@@ -9,9 +9,10 @@ import numpy as np
 from cocotb.triggers import RisingEdge
 from cocotbext.axi import AxiResp
 
-from hw.spec.control.descriptor import ADDRESS_LIMIT, FIELDS
+from hw.spec.control.descriptor import ADDRESS_LIMIT, DESCRIPTOR_WORDS, Opcode
 from hw.spec.control.refusal import refusal
 from hw.spec.control.registers import BY_NAME, DEFAULT_TIMEOUT, ErrorCode
+from hw.spec.ops import LINEAR
 from sim.bench.accelerator_driver import MEMORY, AcceleratorDriver, fit, pauses
 from sim.bench.dut import config
 from sim.bench.streams import cycle, randomly, read, rng, until
@@ -50,24 +51,24 @@ async def _stops(driver):
 
 
 def _words(descriptor, **fields):
-    """A descriptor's words with some fields replaced; ``flip`` are the bits of the descriptor to flip."""
+    """A descriptor's words with some fields replaced."""
     whole = sum(word << 32 * index for index, word in enumerate(descriptor.to_words()))
-    whole ^= fields.pop("flip", 0)
-    for field in FIELDS:
+    for field in LINEAR.fields:
         if field.name in fields:
-            whole &= ~(((1 << field.width) - 1) << field.low)
-            whole |= fields[field.name] << field.low
-    return [whole >> 32 * index & 0xFFFF_FFFF for index in range(16)]
+            whole ^= field.put(field.get(whole)) ^ field.put(fields[field.name])
+    return [whole >> 32 * index & 0xFFFF_FFFF for index in range(DESCRIPTOR_WORDS)]
 
 
 _REFUSED = {
-    "opcode": (dict(opcode=2), ErrorCode.OPCODE),
-    "reserved": (dict(flip=1 << 500), ErrorCode.OPCODE),
+    "opcode": (dict(opcode=255), ErrorCode.OPCODE),
+    # This hardware has no vector unit.
+    "vector": (dict(opcode=Opcode.VECTOR), ErrorCode.OPCODE),
+    "epilogue": (dict(eps=1), ErrorCode.OPCODE),
     "tokens": (dict(tokens=0), ErrorCode.SHAPE),
     "body": (dict(body_words=0x7FFF), ErrorCode.SHAPE),
     "reuse": (dict(reuse=1), ErrorCode.SHAPE),
-    "activations": (dict(activations=BASE + 32), ErrorCode.ALIGNMENT),
-    "weights": (dict(weights=ADDRESS_LIMIT), ErrorCode.ALIGNMENT),
+    "stride": (dict(weights_stride=0), ErrorCode.SHAPE),
+    "wait": (dict(wait=3), ErrorCode.SHAPE),
 }
 
 

@@ -13,9 +13,11 @@ from hw.spec.control.registers import (
     BY_NAME,
     COMPLETIONS,
     DEFAULT_TIMEOUT,
+    ERROR_TEXTS,
     IDENTIFICATION,
     QUEUE_DEPTH,
     VERSION,
+    ErrorCode,
     config_digest,
 )
 from hw.spec.control.registers import offset as at
@@ -249,21 +251,36 @@ def test_descriptor_window():
 @pytest.mark.parametrize("culprit", range(3))
 def test_refused_descriptor(culprit):
     """The accelerator does not say which descriptor it refused, but the driver does."""
-    # The memory extends beyond the largest address of a descriptor.
-    platform = FakePlatform(base=ADDRESS_LIMIT - 128 * PAGE)
+    platform = FakePlatform()
     with FakeDevice(CONFIG, platform) as device:
         jobs = some_jobs(device, 3)
         jobs[1] = replace(jobs[1], reuse=True)
-        while (results := device.alloc(jobs[0].results.size)).address < ADDRESS_LIMIT:
-            pass
-        bad = [*jobs]
-        bad[culprit] = replace(jobs[culprit], results=results)
-        text = "an address or a pitch in the descriptor is not aligned, or too high"
-        with pytest.raises(DeviceError, match=f"^layer {bad[culprit].name}: {text}$"):
+        bad = device.prepare(jobs)
+        words, _ = bad.code
+        # One beat more in the header.
+        words[culprit][3] += 1
+        text = ERROR_TEXTS[ErrorCode.SHAPE]
+        with pytest.raises(DeviceError, match=f"^layer {jobs[culprit].name}: {text}$"):
             device.wait(device.submit(bad), TIMEOUT)
         # It was reset, and the fault has no effect on the next batch.
         assert not platform.error and not platform.queue
         assert len(device.wait(device.submit(jobs), TIMEOUT)) == 3
+
+
+def test_address_that_no_descriptor_holds():
+    """The batch is refused before the accelerator gets any of it."""
+    # The memory extends beyond the largest address of a descriptor.
+    platform = FakePlatform(base=ADDRESS_LIMIT - 128 * PAGE)
+    with FakeDevice(CONFIG, platform) as device:
+        jobs = some_jobs(device, 2)
+        while (results := device.alloc(jobs[0].results.size)).address < ADDRESS_LIMIT:
+            pass
+        bad = [jobs[0], replace(jobs[1], results=results)]
+        text = f"descriptor field results is at least 0 and less than {ADDRESS_LIMIT}, not {results.address}"
+        with pytest.raises(DeviceError, match=f"^layer layer 1: {text}$"):
+            device.submit(bad)
+        assert not platform.pushed
+        assert len(device.wait(device.submit(jobs), TIMEOUT)) == 2
 
 
 def test_unknown_error_code():

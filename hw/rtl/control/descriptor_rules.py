@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The values that the check of a descriptor computes from its fields, and the comparisons that find a wrong descriptor.
+
+Functions get all values by name: the fields of the descriptor, addresses and pitches in bytes, and the derived values.
+A field that the hardware does not have is 0.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from amaranth.hdl import Cat, Const, Mux, Value
+
+from hw.spec.config import FLOAT_BITS, MAX_N, AcceleratorConfig
+from hw.spec.control.descriptor import DATA_ALIGNMENT, FLOAT_BYTES, VALUE_BITS, WEIGHT_ALIGNMENT, Opcode
+from hw.spec.memory.geometry import StreamLayout
+from hw.spec.numerics.vector import PIECE
+from hw.spec.ops import LINEAR
+from hw.spec.ops.command import command_fields
+from hw.spec.ops.epilogue import HEAD_UNIT, MAX_HEAD, PIECE_BYTES
+
+Comparison = Callable[[Mapping[str, Value]], Value]
+"""The function from all values to whether the descriptor is wrong."""
+_ROW_UNIT_BITS = (MAX_N * FLOAT_BYTES // DATA_ALIGNMENT).bit_length()
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A value that is computed from a descriptor's fields and from earlier derived values; it gets a register."""
+
+    name: str
+    width: int
+    of: Callable[[Mapping[str, Value]], Value]
+
+
+def derived_values(config: AcceleratorConfig) -> tuple[Derived, ...]:
+    """Derived values in the order of their dependencies; there are at most two registers in a row."""
+    return (*_derived_counts(config), *(_derived_epilogue() if config.has_vector_unit else ()))
+
+
+def _derived_counts(config: AcceleratorConfig) -> tuple[Derived, ...]:
+    """Derived values of a linear layer and of its results."""
+    layout, bounds, widths = StreamLayout(config), LINEAR.bounds(config), command_fields(config)
+    tile, most = config.tile, {name: high for name, (_, high) in bounds.items()}
+    slice_bits = (most["groups"] * most["group_slices"]).bit_length()
+    tile_beat_bits = (most["header_beats"] + most["body_words"] * layout.beats_per_word).bit_length()
+    beats_per_slice = tile * FLOAT_BITS // config.port_width
+    activation_bits = most["tokens"].bit_length() + slice_bits + beats_per_slice.bit_length()
+    return (
+        Derived("slices", slice_bits, lambda v: v["groups"] * v["group_slices"]),
+        Derived("tile_beats", tile_beat_bits, lambda v: v["header_beats"] + v["body_words"] * layout.beats_per_word),
+        Derived("out_tiles", widths["out_tiles"], lambda v: (v["out_features"] + (tile - 1)) >> tile.bit_length() - 1),
+        Derived("last_columns", widths["last_columns"], lambda v: ((v["out_features"] - 1) & (tile - 1)) + 1),
+        Derived("header_wrong", 1, lambda v: _header_wrong(layout, v["header_beats"], v["groups"])),
+        Derived("columns", MAX_N.bit_length(), lambda v: Mux(v["silu"], v["out_features"] >> 1, v["out_features"])),
+        Derived("result_units", _ROW_UNIT_BITS, lambda v: _row_units(v["columns"])),
+        Derived("weight_beats", widths["out_tiles"] + tile_beat_bits, lambda v: v["out_tiles"] * v["tile_beats"]),
+        Derived("activation_beats", activation_bits, lambda v: v["tokens"] * v["slices"] * beats_per_slice),
+        Derived("body_wrong", 1, lambda v: _body_wrong(layout, v["body_words"], v["slices"])),
+    )
+
+
+def _derived_epilogue() -> tuple[Derived, ...]:
+    """The same for the epilogue, with the values of :func:`_derived_counts`."""
+    pieces_in_unit = PIECE * (DATA_ALIGNMENT // PIECE_BYTES)
+
+    def second(v: Mapping[str, Value]) -> Value:
+        return Mux(v["second"], _row_units(v["columns"]), Mux(v["pieces"], _ceil_div(v["columns"], pieces_in_unit), 0))
+
+    return (
+        Derived("heads", VALUE_BITS["head"] + VALUE_BITS["rotary_heads"], lambda v: v["head"] * v["rotary_heads"]),
+        Derived("operand_units", _ROW_UNIT_BITS, lambda v: _row_units(v["out_features"])),
+        Derived("second_units", _ROW_UNIT_BITS, second),
+    )
+
+
+def comparisons(config: AcceleratorConfig) -> dict[Opcode, tuple[Comparison, ...]]:
+    """Faults of one operation; see its ``shape_is_wrong``."""
+    beats_in_unit = WEIGHT_ALIGNMENT // (config.port_width // 8)
+    linear: tuple[Comparison, ...] = (
+        lambda v: v["slices"] > config.max_k // config.tile,
+        lambda v: v["header_wrong"],
+        lambda v: v["body_wrong"],
+        # This also limits a region to less than 4 GiB.
+        lambda v: _more_than(v["weight_beats"], _units(v["weights_stride"], WEIGHT_ALIGNMENT), beats_in_unit),
+        lambda v: v["reuse"] & v["before_differs"],
+    )
+    vector: tuple[Comparison, ...] = (lambda v: v["several"] & _pitch_wrong(v["source_pitch"], v["operand_units"]),)
+    return {Opcode.LINEAR: linear, Opcode.VECTOR: vector}
+
+
+def epilogue_comparisons(config: AcceleratorConfig) -> tuple[Comparison, ...]:
+    """Faults of the epilogue of any operation; see :func:`hw.spec.ops.epilogue.epilogue_is_wrong`.
+
+    Without the vector unit only the first one is possible.
+    """
+    always: tuple[Comparison, ...] = (
+        lambda v: v["several"] & ~v["quiet"] & (v["result_units"] > _units(v["result_pitch"])),
+    )
+    if not config.has_vector_unit:
+        return always
+    return (
+        *always,
+        lambda v: (v["rotary"] & v["silu"]) | (v["second"] & v["pieces"]),
+        lambda v: v["quiet"] & ~(v["second"] | v["pieces"]),
+        lambda v: v["silu"] & v["out_features"][0],
+        lambda v: v["rotary"] != (v["heads"] != 0),
+        lambda v: ~v["rotary"] & ((v["head"] != 0) | (v["rotary_heads"] != 0)),
+        lambda v: v["head"][: (HEAD_UNIT - 1).bit_length()].any() | (v["head"] > MAX_HEAD),
+        lambda v: v["heads"] > v["out_features"],
+        lambda v: v["several"] & (v["second_units"] > _units(v["second_pitch"])),
+        lambda v: v["several"] & v["add"] & _pitch_wrong(v["addend_pitch"], v["operand_units"]),
+        lambda v: v["several"] & _pitch_wrong(v["table_pitch"], _row_units(v["head"])),
+    )
+
+
+# Pitches are multiples of a unit, so comparisons in units have fewer bits, which makes them faster.
+
+
+def _units(value: Value, unit: int = DATA_ALIGNMENT) -> Value:
+    """A number of bytes in units, which it is a multiple of."""
+    return value[unit.bit_length() - 1 :]
+
+
+def _ceil_div(value: Value, divisor: int) -> Value:
+    """The quotient by a power of two, rounded up."""
+    return (value + (divisor - 1)) >> divisor.bit_length() - 1
+
+
+def _row_units(columns: Value) -> Value:
+    """A row of this number of columns, in units of pitches, rounded up."""
+    return _ceil_div(columns, DATA_ALIGNMENT // FLOAT_BYTES)
+
+
+def _more_than(value: Value, limit: Value, factor: int) -> Value:
+    """Whether a value is more than ``limit * factor``; the factor is a power of two."""
+    low = factor.bit_length() - 1
+    return Cat(value[:low].any(), value[low:]) > Cat(Const(0), limit)
+
+
+def _pitch_wrong(pitch: Value, row_units: Value) -> Value:
+    """Whether rows overlap, and the pitch does not mean that there is only one."""
+    return (pitch != 0) & (row_units > _units(pitch))
+
+
+def _header_wrong(layout: StreamLayout, beats, groups):
+    """Whether a header with this number of groups does not end in the last one of ``beats``."""
+    units, room = layout.exponents_units + groups * layout.record_units, beats * layout.beat_units
+    return (units > room) | (units + layout.beat_units <= room)
+
+
+def _body_wrong(layout: StreamLayout, words, slices):
+    """Whether a body with this number of slices does not end in the last one of ``words``."""
+    per_word = layout.slices_per_word
+    if per_word == 1:
+        return words != slices * layout.words_per_slice
+    # A word has several slices; the last word may be partly filled.
+    return (words * per_word < slices) | (words * per_word >= slices + per_word)
