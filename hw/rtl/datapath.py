@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The datapath: everything between the descriptor queue and the memory ports."""
 
-from amaranth.hdl import Cat, Module, Signal
+from amaranth.hdl import Cat, Module, Signal, unsigned
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from hw.rtl.common.block import Block
 from hw.rtl.common.fifo import StreamFifo
-from hw.rtl.control.descriptor_check import ERROR_BITS, DescriptorCheck, descriptor_layout
+from hw.rtl.control.descriptor_check import DESCRIPTOR_BITS, ERROR_BITS, DescriptorCheck
 from hw.rtl.control.dispatcher import Dispatcher
 from hw.rtl.control.faults import fault_layout
 from hw.rtl.control.performance import event_layout
@@ -57,7 +57,7 @@ class Datapath(Block):
         self.config = config
         super().__init__(
             {
-                "descriptors": In(stream.Signature(descriptor_layout())),
+                "descriptors": In(stream.Signature(DESCRIPTOR_BITS)),
                 "reads": Out(read_signature(config.port_width)).array(config.ports),
                 "write": Out(write_signature(config.port_width)),
                 "halt": In(1),
@@ -76,7 +76,7 @@ class Datapath(Block):
     def elaborate(self, platform) -> Module:
         m = Module()
         config = self.config
-        m.submodules.queue = queue = StreamFifo(descriptor_layout(), QUEUE_DEPTH)
+        m.submodules.queue = queue = StreamFifo(unsigned(DESCRIPTOR_BITS), QUEUE_DEPTH)
         m.submodules.check = check = DescriptorCheck(config)
         m.submodules.dispatcher = dispatcher = Dispatcher(config)
         m.submodules.unit = unit = ActivationUnit(config)

@@ -25,6 +25,10 @@ MAX_SUM_BITS = 64
 """Widest accumulator: numpy's int64 is the definition of the numerics."""
 
 
+OPERATORS = ("decoder", "linear")
+"""Kinds of hardware: with the vector unit, and without."""
+
+
 class ConfigError(ValueError):
     """A value outside the supported range, or not supported by this configuration. The message names rule and value."""
 
@@ -80,6 +84,7 @@ class AcceleratorConfig:
 
     Parameters
     ----------
+    operators : ``"decoder"`` with the vector unit, ``"linear"`` without
     tile : rows (along K) and columns (along N) of the systolic array: 4, 8, 16 or 32
     weight_bits : bits of a quantised weight ``q``, 2 to 8
     activation_bits : bits of an activation mantissa ``X``, 8 to 16
@@ -95,6 +100,10 @@ class AcceleratorConfig:
     ConfigError : a value outside its rule; the message names the rule and the value
     """
 
+    operators: str = _parameter(
+        "linear",
+        Choice("the operations of the hardware: linear layers only, or also the operators between them", OPERATORS),
+    )
     tile: int = _parameter(16, Choice("rows and columns of the systolic array", (4, 8, 16, 32)))
     weight_bits: int = _parameter(4, Choice("bits of a weight", tuple(range(2, 9))))
     activation_bits: int = _parameter(16, Choice("bits of an activation mantissa", tuple(range(8, 17))))
@@ -122,6 +131,11 @@ class AcceleratorConfig:
                 f"the sum over max_k={self.max_k} takes {self.sum_bits} bits, and the numerics are defined in"
                 f" {MAX_SUM_BITS}: lower max_k, weight_bits or activation_bits"
             )
+
+    @property
+    def has_vector_unit(self) -> bool:
+        """Whether the hardware has the operators between linear layers: the epilogues, and the opcode VECTOR."""
+        return self.operators == "decoder"
 
     # Formats
 

@@ -4,7 +4,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from amaranth.hdl import Cat, Module, Signal, Value, unsigned
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, stream
 from amaranth.lib.wiring import In, Out
 
@@ -13,49 +13,67 @@ from hw.rtl.common.walker import command_layout
 from hw.rtl.memory.activation_fetch import max_activation_beats
 from hw.rtl.memory.burst_cutter import BEAT_COUNT_BITS
 from hw.spec.config import FLOAT_BITS, MAX_N, AcceleratorConfig
-from hw.spec.control.descriptor import ADDRESS_BITS, ADDRESS_LIMIT, DESCRIPTOR_WORDS, FIELD_WIDTHS, FIELDS, FLOAT_BYTES
+from hw.spec.control.descriptor import DESCRIPTOR_WORDS, FIELDS, FLOAT_BYTES, VALUE_BITS
 from hw.spec.control.registers import ErrorCode
 from hw.spec.memory.geometry import StreamLayout
-from hw.spec.ops import LINEAR, OPS
+from hw.spec.numerics.vector import PIECE
+from hw.spec.ops import LINEAR, OPS, VECTOR, Op
+from hw.spec.ops.base import OPCODE_BITS
 from hw.spec.ops.command import command_fields
+from hw.spec.ops.epilogue import EPILOGUE_FIELDS, HEAD_UNIT, MAX_HEAD, PIECE_BYTES
 
 ERROR_BITS = 4
 """Width of an error code."""
+DESCRIPTOR_BITS = 32 * DESCRIPTOR_WORDS
 
 
-def descriptor_layout() -> data.FlexibleLayout:
-    """The layout of a descriptor in the window."""
-    return data.FlexibleLayout(
-        32 * DESCRIPTOR_WORDS, {field.name: data.Field(unsigned(field.width), field.low) for field in FIELDS}
-    )
+def operations(config: AcceleratorConfig) -> list[Op]:
+    """The operations of this hardware."""
+    return [op for op in OPS.values() if op.exists(config)]
 
 
-def reserved_bits() -> list[int]:
-    """Bits of a descriptor that are in no field."""
-    used = {bit for field in FIELDS for bit in range(field.low, field.low + field.width)}
-    return [bit for bit in range(32 * DESCRIPTOR_WORDS) if bit not in used]
+def epilogue_fields(config: AcceleratorConfig) -> list[str]:
+    """The epilogue's fields that this hardware has."""
+    return [field.name for field in LINEAR.fields_of(config) if field in EPILOGUE_FIELDS]
+
+
+def field_values(config: AcceleratorConfig, raw: Value) -> dict[str, Value]:
+    """The values of all fields of a descriptor; addresses and pitches in bytes. A field that is absent here is 0."""
+    present = {field for op in operations(config) for field in op.fields_of(config)}
+    values: dict[str, Value] = {field.name: Const(0) for field in FIELDS}
+    for field in present:
+        values[field.name] = Cat(Const(0, field.unit.bit_length() - 1), raw[field.low : field.low + field.width])
+    return values
+
+
+def reserved_bits(config: AcceleratorConfig, op: Op) -> list[int]:
+    """Bits of a descriptor that are in no field of an operation."""
+    used = {bit for field in op.fields_of(config) for bit in range(field.low, field.low + field.width)}
+    return [bit for bit in range(DESCRIPTOR_BITS) if bit not in used]
 
 
 def work_layout(config: AcceleratorConfig) -> data.StructLayout:
-    """A checked descriptor: the core's command, and addresses and lengths of the operands."""
+    """A checked descriptor: the core's command, addresses and lengths of the operands, and the epilogue.
+
+    vector : the operation is VECTOR; only with a vector unit
+    """
+    names = ["interrupt", "activations", "results", "weights", "weights_stride", *epilogue_fields(config)]
+    if config.has_vector_unit:
+        names += ["source_pitch"]
     return data.StructLayout(
         {
             "command": command_layout(config),
-            "interrupt": 1,
-            "activations": unsigned(ADDRESS_BITS),
+            **{name: unsigned(VALUE_BITS[name]) for name in names},
             "activation_beats": unsigned(max_activation_beats(config).bit_length()),
-            "results": unsigned(ADDRESS_BITS),
-            "result_pitch": unsigned(FIELD_WIDTHS["result_pitch"]),
-            "weights": unsigned(ADDRESS_BITS),
-            "weights_stride": unsigned(FIELD_WIDTHS["weights_stride"]),
             "weight_beats": unsigned(BEAT_COUNT_BITS),
+            **({"vector": 1} if config.has_vector_unit else {}),
         }
     )
 
 
 @dataclass(frozen=True)
 class Derived:
-    """A value that is computed from a descriptor's counts and from earlier derived values; it gets a register."""
+    """A value that is computed from a descriptor's fields and from earlier derived values; it gets a register."""
 
     name: str
     width: int
@@ -76,24 +94,75 @@ def derived_counts(config: AcceleratorConfig) -> tuple[Derived, ...]:
         Derived("out_tiles", widths["out_tiles"], lambda v: (v["out_features"] + (tile - 1)) >> tile.bit_length() - 1),
         Derived("last_columns", widths["last_columns"], lambda v: ((v["out_features"] - 1) & (tile - 1)) + 1),
         Derived("header_wrong", 1, lambda v: _header_wrong(layout, v["header_beats"], v["groups"])),
-        Derived("row_bytes", (MAX_N * FLOAT_BYTES).bit_length(), lambda v: v["out_features"] * FLOAT_BYTES),
+        Derived("columns", MAX_N.bit_length(), lambda v: Mux(v["silu"], v["out_features"] >> 1, v["out_features"])),
         Derived("weight_beats", widths["out_tiles"] + tile_beat_bits, lambda v: v["out_tiles"] * v["tile_beats"]),
         Derived("activation_beats", activation_bits, lambda v: v["tokens"] * v["slices"] * beats_per_slice),
         Derived("body_wrong", 1, lambda v: _body_wrong(layout, v["body_words"], v["slices"])),
     )
 
 
-def comparisons(config: AcceleratorConfig) -> tuple[Callable, ...]:
-    """Faults of a descriptor ``d`` with derived values ``v``; see :meth:`Linear.shape_is_wrong`."""
+def derived_epilogue() -> tuple[Derived, ...]:
+    """The same for the epilogue, with the values of :func:`derived_counts`."""
+    row_bits = (MAX_N * FLOAT_BYTES).bit_length()
+    return (
+        Derived("heads", VALUE_BITS["head"] + VALUE_BITS["rotary_heads"], lambda v: v["head"] * v["rotary_heads"]),
+        Derived(
+            "second_bytes",
+            row_bits,
+            lambda v: Mux(
+                v["second"],
+                v["columns"] * FLOAT_BYTES,
+                Mux(v["pieces"], (v["columns"] + (PIECE - 1) >> (PIECE - 1).bit_length()) * PIECE_BYTES, 0),
+            ),
+        ),
+    )
+
+
+Comparison = Callable[[Mapping[str, Value]], Value]
+
+
+def linear_comparisons(config: AcceleratorConfig) -> tuple[Comparison, ...]:
+    """Faults of a linear layer's fields and derived values; see :meth:`Linear.shape_is_wrong`."""
     port_bytes_bits = (config.port_width // 8).bit_length() - 1
     return (
-        lambda v, d: v["slices"] > config.max_k // config.tile,
-        lambda v, d: v["header_wrong"],
-        lambda v, d: v["body_wrong"],
+        lambda v: v["slices"] > config.max_k // config.tile,
+        lambda v: v["header_wrong"],
+        lambda v: v["body_wrong"],
         # This also limits a region to less than 4 GiB.
-        lambda v, d: (v["weight_beats"] << port_bytes_bits) > d.weights_stride,
-        lambda v, d: (d.tokens > 1) & (v["row_bytes"] > d.result_pitch),
+        lambda v: (v["weight_beats"] << port_bytes_bits) > v["weights_stride"],
+        lambda v: v["reuse"] & v["before_differs"],
     )
+
+
+def vector_comparisons() -> tuple[Comparison, ...]:
+    """Faults of the fields of VECTOR; see :meth:`Vector.shape_is_wrong`."""
+    return (lambda v: v["several"] & _pitch_wrong(v["source_pitch"], v["out_features"]),)
+
+
+def result_comparisons() -> tuple[Comparison, ...]:
+    """Faults of the place of the results; a part of :func:`epilogue_is_wrong` that all hardware has."""
+    return (lambda v: v["several"] & ~v["quiet"] & (v["columns"] * FLOAT_BYTES > v["result_pitch"]),)
+
+
+def epilogue_comparisons() -> tuple[Comparison, ...]:
+    """The other faults of an epilogue; see :func:`hw.spec.ops.epilogue.epilogue_is_wrong`."""
+    return (
+        lambda v: (v["rotary"] & v["silu"]) | (v["second"] & v["pieces"]),
+        lambda v: v["quiet"] & ~(v["second"] | v["pieces"]),
+        lambda v: v["silu"] & v["out_features"][0],
+        lambda v: v["rotary"] != (v["heads"] != 0),
+        lambda v: ~v["rotary"] & ((v["head"] != 0) | (v["rotary_heads"] != 0)),
+        lambda v: v["head"][: (HEAD_UNIT - 1).bit_length()].any() | (v["head"] > MAX_HEAD),
+        lambda v: v["heads"] > v["out_features"],
+        lambda v: v["several"] & (v["second_bytes"] > v["second_pitch"]),
+        lambda v: v["several"] & v["add"] & _pitch_wrong(v["addend_pitch"], v["out_features"]),
+        lambda v: v["several"] & _pitch_wrong(v["table_pitch"], v["head"]),
+    )
+
+
+def _pitch_wrong(pitch: Value, columns: Value) -> Value:
+    """Whether rows overlap, and the pitch does not mean that there is only one."""
+    return (pitch != 0) & (columns * FLOAT_BYTES > pitch)
 
 
 def _header_wrong(layout: StreamLayout, beats, groups):
@@ -133,7 +202,7 @@ class DescriptorCheck(Block):
         self.config = config
         super().__init__(
             {
-                "descriptors": In(stream.Signature(descriptor_layout())),
+                "descriptors": In(stream.Signature(DESCRIPTOR_BITS)),
                 "work": Out(stream.Signature(work_layout(config))),
                 "error": Out(ERROR_BITS),
             }
@@ -145,7 +214,7 @@ class DescriptorCheck(Block):
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        descriptor = Signal(descriptor_layout())
+        descriptor = Signal(DESCRIPTOR_BITS)
         stage = Signal(self.latency - 1)
         idle, take, good = Signal(init=1), Signal(), Signal()
         done = self.work.valid & self.work.ready
@@ -155,68 +224,73 @@ class DescriptorCheck(Block):
             m.d.sync += [descriptor.eq(self.descriptors.payload), idle.eq(0)]
         with m.If(done):
             m.d.sync += [self.work.valid.eq(0), idle.eq(1)]
-        opcode_wrong, misaligned = self._rules(m, descriptor, ~idle)
-        shape_wrong = self._shape(m, descriptor, ~idle)
-        # These are registers of the stage before the last, so the last stage has only the priority below.
-        m.d.comb += good.eq(~(opcode_wrong | misaligned | shape_wrong))
+        opcode_wrong = self._register(m, ~idle, "opcode_wrong", self._unknown(descriptor))
+        shape_wrong = self._shape(m, descriptor, ~idle).any()
+        # These are registers of the stage before the last, so the last stage has only a small OR and the priority below.
+        m.d.comb += good.eq(~(opcode_wrong | shape_wrong))
         with m.If(stage[-1]):
             m.d.sync += self.work.valid.eq(good)
             with m.If(opcode_wrong):
                 m.d.sync += self.error.eq(ErrorCode.OPCODE)
             with m.Elif(shape_wrong):
                 m.d.sync += self.error.eq(ErrorCode.SHAPE)
-            with m.Elif(misaligned):
-                m.d.sync += self.error.eq(ErrorCode.ALIGNMENT)
         return m
 
-    def _rules(self, m: Module, descriptor, busy) -> tuple[Signal, Signal]:
-        """Checks opcode and alignment, which needs no arithmetic."""
-        opcode_wrong, misaligned = Signal(), Signal()
-        raw = descriptor.as_value()
-        unknown = [
-            Cat(descriptor.opcode != opcode for opcode in OPS).all(),
-            Cat(raw[bit] for bit in reserved_bits()).any(),
-        ]
-        bad = [descriptor[name][: alignment.bit_length() - 1].any() for name, alignment in LINEAR.alignments.items()]
-        bad += [descriptor[name] >= ADDRESS_LIMIT for name in LINEAR.addresses]
+    def _register(self, m: Module, busy: Value, name: str, value: Value, width: int = 1) -> Signal:
+        """A register for a value of the descriptor in this block."""
+        signal = Signal(width, name=name)
         with m.If(busy):
-            m.d.sync += [opcode_wrong.eq(Cat(unknown).any()), misaligned.eq(Cat(bad).any())]
-        work = self.work.payload
-        m.d.comb += [work[name].eq(descriptor[name]) for name in (*LINEAR.alignments, "interrupt")]
-        return opcode_wrong, misaligned
+            m.d.sync += signal.eq(value)
+        return signal
 
-    def _shape(self, m: Module, descriptor, busy) -> Signal:
-        """Checks that every count is within its bounds, and that derived counts have the right values."""
-        work = self.work.payload
-        # Derived values are only as wide as their largest legal value: a count out of range is refused in any case.
-        counts, outside = {}, []
-        for name, (low, high) in LINEAR.bounds(self.config).items():
-            counts[name] = descriptor[name][: high.bit_length()]
-            outside += [descriptor[name] < low, descriptor[name] > high]
+    def _is(self, descriptor: Value, op: Op) -> Value:
+        """Whether the descriptor has the opcode of an operation."""
+        return descriptor[:OPCODE_BITS] == op.opcode
 
-        def register(name: str, width: int, value) -> Signal:
-            signal = Signal(width, name=name)
-            with m.If(busy):
-                m.d.sync += signal.eq(value)
-            return signal
-
-        values = dict(counts)
-        for derived in derived_counts(self.config):
-            values[derived.name] = register(derived.name, derived.width, derived.of(values))
-        other = register("before_differs", 1, self._differs_from_before(m, values))
-        wrong = [compare(values, descriptor) for compare in comparisons(self.config)]
-        m.d.comb += [
-            work.weight_beats.eq(values["weight_beats"]),
-            work.activation_beats.eq(values["activation_beats"]),
-            work.command.reuse.eq(descriptor.reuse),
-            *(work.command[name].eq(values[name]) for name, _ in work.command.shape() if name != "reuse"),
+    def _unknown(self, descriptor: Value) -> Value:
+        """Whether this hardware does not have the opcode, or a reserved bit is set. This needs no arithmetic."""
+        good = [
+            self._is(descriptor, op) & ~Cat(descriptor[bit] for bit in reserved_bits(self.config, op)).any()
+            for op in operations(self.config)
         ]
-        return register("shape_wrong", 1, Cat(*outside, *wrong, descriptor.reuse & other).any())
+        return ~Cat(good).any()
 
-    def _differs_from_before(self, m: Module, values: Mapping[str, Value]) -> Value:
-        """Whether there is no previous descriptor, or it had activations of another shape."""
+    def _shape(self, m: Module, descriptor: Value, busy: Value) -> Value:
+        """Whether a count is out of its bounds, reuse is not possible, or a derived count has a wrong value.
+
+        This has a register for each of the comparisons, because the comparisons alone fill a stage.
+        """
+        config, work = self.config, self.work.payload
+        fields = field_values(config, descriptor)
+        # Derived values are only as wide as their largest legal value: a count out of range is refused in any case.
+        values = fields | {name: fields[name][: high.bit_length()] for name, (_, high) in LINEAR.bounds(config).items()}
+        values["several"] = values["tokens"] > 1
+        for derived in (*derived_counts(config), *(derived_epilogue() if config.has_vector_unit else ())):
+            values[derived.name] = self._register(m, busy, derived.name, derived.of(values), derived.width)
+        values["before_differs"] = self._register(
+            m, busy, "before_differs", self._differs_from_before(m, descriptor, values)
+        )
+        wrong, rules = [], {LINEAR: linear_comparisons(config), VECTOR: vector_comparisons()}
+        for op in operations(config):
+            outside = [
+                Cat(fields[name] < low, fields[name] > high).any() for name, (low, high) in op.bounds(config).items()
+            ]
+            found = [Cat(outside).any(), *(compare(values) for compare in rules[op])]
+            wrong += [self._is(descriptor, op) & fault for fault in found]
+        more = epilogue_comparisons() if config.has_vector_unit else ()
+        wrong += [compare(values) for compare in (*result_comparisons(), *more)]
+        m.d.comb += [
+            *(work[name].eq(values[name]) for name, _ in work.shape() if name not in ("command", "vector")),
+            *(work.command[name].eq(values[name]) for name, _ in work.command.shape()),
+        ]
+        if config.has_vector_unit:
+            m.d.comb += work.vector.eq(self._is(descriptor, VECTOR))
+        return self._register(m, busy, "shape_wrong", Cat(wrong), len(wrong))
+
+    def _differs_from_before(self, m: Module, descriptor: Value, values: Mapping[str, Value]) -> Value:
+        """Whether there is no previous linear layer, or it had activations of another shape."""
         shape = Cat(values[name] for name in LINEAR.activation_shape)
         before, exists = Signal(len(shape)), Signal()
-        with m.If(self.work.valid & self.work.ready):
+        with m.If(self.work.valid & self.work.ready & self._is(descriptor, LINEAR)):
             m.d.sync += [before.eq(shape), exists.eq(1)]
         return ~exists | (shape != before)

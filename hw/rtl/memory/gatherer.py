@@ -13,11 +13,9 @@ from hw.rtl.core.drain import result_payload
 from hw.rtl.memory.axi import ADDRESS_BITS
 from hw.rtl.memory.write_manager import PIECE_BYTES, last_beat, piece_layout
 from hw.spec.config import FLOAT_BITS, AcceleratorConfig
-from hw.spec.control.descriptor import FIELD_WIDTHS
+from hw.spec.control.descriptor import PITCH_BITS
 from hw.spec.memory.access import PIECE_FLOATS
 from hw.spec.ops.command import command_fields
-
-PITCH_BITS = FIELD_WIDTHS["result_pitch"]
 
 
 def gather_layout(config: AcceleratorConfig) -> data.StructLayout:

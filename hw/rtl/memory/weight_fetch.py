@@ -10,9 +10,7 @@ from hw.rtl.common.fifo import Counter
 from hw.rtl.memory.axi import ADDRESS_BITS
 from hw.rtl.memory.burst_cutter import BEAT_COUNT_BITS, BurstCutter, burst_layout, max_burst_beats
 from hw.spec.config import AcceleratorConfig
-from hw.spec.control.descriptor import FIELD_WIDTHS
-
-STRIDE_BITS = FIELD_WIDTHS["weights_stride"]
+from hw.spec.control.descriptor import STRIDE_BITS
 
 
 def weights_layout() -> data.StructLayout:

@@ -19,8 +19,9 @@ from hw.spec.memory.operands import (
     weights_stride,
 )
 from hw.spec.ops import OPS
-from hw.spec.ops.base import DESCRIPTOR_WORDS, DescriptorField, Opcode
+from hw.spec.ops.base import DESCRIPTOR_WORDS, DescriptorField, Opcode, Wait
 from hw.spec.ops.linear import Descriptor
+from hw.spec.ops.vector import VectorDescriptor
 
 __all__ = [
     "ADDRESS_BITS",
@@ -29,12 +30,16 @@ __all__ = [
     "DATA_ALIGNMENT",
     "DESCRIPTOR_WORDS",
     "FIELDS",
-    "FIELD_WIDTHS",
     "FLOAT_BYTES",
+    "PITCH_BITS",
+    "STRIDE_BITS",
+    "VALUE_BITS",
     "WEIGHT_ALIGNMENT",
     "Descriptor",
     "DescriptorField",
     "Opcode",
+    "VectorDescriptor",
+    "Wait",
     "activation_beats",
     "region_bytes",
     "result_pitch",
@@ -46,4 +51,9 @@ FIELDS: tuple[DescriptorField, ...] = tuple(
     sorted({field.name: field for op in OPS.values() for field in op.fields}.values(), key=lambda field: field.low)
 )
 """The fields of all opcodes, in the order of their bits. All other bits are reserved and 0."""
-FIELD_WIDTHS = {field.name: field.width for field in FIELDS}
+VALUE_BITS = {field.name: (field.limit - 1).bit_length() for field in FIELDS}
+"""Width of each field's values; addresses and pitches in bytes."""
+PITCH_BITS = VALUE_BITS["result_pitch"]
+"""Width of a pitch in bytes."""
+STRIDE_BITS = VALUE_BITS["weights_stride"]
+"""Width of the stride of weights in bytes."""

@@ -13,7 +13,7 @@ from hw.spec.control.descriptor import DESCRIPTOR_WORDS
 
 IDENTIFICATION = int.from_bytes(b"GRST", "big")
 """The value of the first register."""
-VERSION = 1
+VERSION = 2
 """Version of the registers and the descriptor: hardware of another version needs another driver."""
 QUEUE_DEPTH = 16
 """Depth of the descriptor queue."""
@@ -31,21 +31,19 @@ class ErrorCode(enum.IntEnum):
     NONE = 0
     OPCODE = 1
     SHAPE = 2
-    ALIGNMENT = 3
-    NON_FINITE = 4
-    EXPONENT = 5
-    READ_BUS = 6
-    WRITE_BUS = 7
-    READ_TIMEOUT = 8
-    WRITE_TIMEOUT = 9
-    UNDERRUN = 10
+    NON_FINITE = 3
+    EXPONENT = 4
+    READ_BUS = 5
+    WRITE_BUS = 6
+    READ_TIMEOUT = 7
+    WRITE_TIMEOUT = 8
+    UNDERRUN = 9
 
 
 ERROR_TEXTS = {
     ErrorCode.NONE: "no error",
-    ErrorCode.OPCODE: "the descriptor's opcode is unknown, or a reserved bit of it is set",
+    ErrorCode.OPCODE: "the hardware does not have the descriptor's opcode, or a reserved bit is set",
     ErrorCode.SHAPE: "the descriptor's shape is impossible on this hardware, or contradicts itself",
-    ErrorCode.ALIGNMENT: "an address or a pitch in the descriptor is not aligned, or too high",
     ErrorCode.NON_FINITE: "an activation is infinite or not a number",
     ErrorCode.EXPONENT: "a token's exponent does not fit its 8 bits",
     ErrorCode.READ_BUS: "memory answered a read with SLVERR or DECERR",

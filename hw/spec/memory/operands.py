@@ -21,8 +21,9 @@ BANK_SPAN = 128 * 1024
 """Bytes until 64-bit DDR4 memory uses the same bank again: 16 banks with rows of 8 KiB."""
 ADDRESS_BITS = 40
 """Address bits of the memory ports, as in a Zynq UltraScale+."""
-ADDRESS_LIMIT = (1 << ADDRESS_BITS) - (1 << 34)
-"""Addresses in a descriptor are below this limit, so that no region can reach the end of the address space."""
+ADDRESS_LIMIT = DATA_ALIGNMENT << 32
+"""Addresses in a descriptor are below this limit (512 GiB): a field of 32 bits in units of DATA_ALIGNMENT. No region that
+starts below it can reach the end of the address space."""
 
 
 def result_pitch(n: int) -> int:

@@ -1,8 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """One object per opcode. The hardware's check, the driver, the reference and the documentation use these objects."""
 
-from hw.spec.ops.base import Op, Opcode
-from hw.spec.ops.linear import LINEAR
+from collections.abc import Sequence
 
-OPS: dict[Opcode, Op] = {op.opcode: op for op in (LINEAR,)}
-"""Every opcode of the accelerator."""
+from hw.spec.config import AcceleratorConfig
+from hw.spec.ops.base import OPCODE_BITS, Op, Opcode
+from hw.spec.ops.linear import LINEAR
+from hw.spec.ops.vector import VECTOR
+
+__all__ = ["LINEAR", "OPS", "VECTOR", "Op", "Opcode", "op_of"]
+
+OPS: dict[Opcode, Op] = {op.opcode: op for op in (LINEAR, VECTOR)}
+"""Every opcode."""
+
+
+def op_of(config: AcceleratorConfig, words: Sequence[int]) -> Op | None:
+    """The operation of a descriptor; None if the hardware does not have it."""
+    op = OPS.get(words[0] & ((1 << OPCODE_BITS) - 1))  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return op if op and op.exists(config) else None

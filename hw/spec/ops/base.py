@@ -3,40 +3,103 @@
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from itertools import chain
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 from hw.spec.config import AcceleratorConfig, ConfigError
+from hw.spec.memory.operands import FLOAT_BYTES
+from hw.spec.numerics.linear import Activations
 
 DESCRIPTOR_WORDS = 16
 """32-bit words of a descriptor."""
 
 
 class Opcode(enum.IntEnum):
-    """The operation of a descriptor. There is room for further operations."""
+    """The operation of a descriptor."""
 
     LINEAR = 1
+    VECTOR = 2
+
+
+class Wait(enum.IntEnum):
+    """The condition for the start of a descriptor."""
+
+    NOTHING = 0
+    """It starts at once."""
+    ACTIVATIONS = 1
+    """Its reads, except those of its weights, start when the results of all earlier descriptors are in memory."""
+    WEIGHTS = 2
+    """Its reads of weights wait for this, too."""
 
 
 @dataclass(frozen=True)
 class DescriptorField:
-    """Bits ``low`` to ``low + width - 1`` of the descriptor; bit 0 is the lowest of word 0."""
+    """Bits ``low`` to ``low + width - 1`` of the descriptor; bit 0 is the lowest of word 0.
+
+    Attributes
+    ----------
+    unit : the field holds ``value / unit``. Addresses and pitches are values in bytes; because of the unit no address
+        in a descriptor can be misaligned, and each of them fits into one word
+    """
 
     name: str
     low: int
     width: int
     text: str
+    unit: int = 1
+
+    @property
+    def limit(self) -> int:
+        """All values are below it."""
+        return self.unit << self.width
+
+    def get(self, whole: int) -> int:
+        """The field's value in a descriptor, given as one number."""
+        return (whole >> self.low & ((1 << self.width) - 1)) * self.unit
+
+    def put(self, value: int) -> int:
+        """A descriptor, as one number, in which only this field is set.
+
+        Raises
+        ------
+        ConfigError : the value does not fit the field, or is not a multiple of its unit
+        """
+        if value % self.unit:
+            raise ConfigError(f"descriptor field {self.name} is a multiple of {self.unit}, not {value}")
+        if not 0 <= value < self.limit:
+            raise ConfigError(f"descriptor field {self.name} is at least 0 and less than {self.limit}, not {value}")
+        return value // self.unit << self.low
+
+
+def units(count: int, what: str) -> str:
+    """The text for a field with a unit."""
+    return f"{what}, in units of {count:,} bytes"
 
 
 OPCODE_BITS = 8
+COMMON_FIELDS: tuple[DescriptorField, ...] = (
+    DescriptorField("interrupt", 9, 1, "completion sets interrupt_pending.done"),
+    DescriptorField(
+        "wait", 10, 2, "0: start at once; 1: wait until all earlier results are in memory; 2: fetch no weights before"
+    ),
+    DescriptorField("tokens", 24, 8, "M"),
+    DescriptorField("out_features", 64, 19, "N"),
+)
+"""Fields of every descriptor, after the opcode."""
 
 
 def opcode_field(opcode: Opcode, title: str) -> DescriptorField:
     """The lowest bits of every descriptor."""
     return DescriptorField("opcode", 0, OPCODE_BITS, f"{opcode}: {title}")
+
+
+def in_order(*groups: Iterable[DescriptorField]) -> tuple[DescriptorField, ...]:
+    """Fields in the order of their bits."""
+    return tuple(sorted(chain(*groups), key=lambda field: field.low))
 
 
 class DescriptorWords:
@@ -49,15 +112,28 @@ class DescriptorWords:
 
         Raises
         ------
-        ConfigError : a value does not fit its field
+        ConfigError : a value does not fit its field, or is not a multiple of the field's unit
         """
-        whole = 0
-        for field in self.op_fields:
-            value = getattr(self, field.name)
-            if not 0 <= value < 1 << field.width:
-                raise ConfigError(f"descriptor field {field.name} holds {field.width} bits, not {value}")
-            whole |= value << field.low
+        whole = sum(field.put(getattr(self, field.name)) for field in self.op_fields)
         return [whole >> 32 * index & 0xFFFF_FFFF for index in range(DESCRIPTOR_WORDS)]
+
+
+class Memory(Protocol):
+    """The memory of an accelerator, by addresses in bytes."""
+
+    def view(self, address: int, size: int) -> np.ndarray:
+        """The bytes themselves: uint8 [size]. Writing to them writes to the memory."""
+        ...
+
+
+@dataclass
+class State:
+    """The values that an accelerator keeps from one descriptor to the next."""
+
+    activations: Activations | None = None
+    """Those of the last linear layer, for ``reuse``."""
+    r: np.ndarray | None = None
+    """float32 [M] of the last descriptor with ``squares``, for ``scale``."""
 
 
 class Op(ABC):
@@ -68,15 +144,19 @@ class Op(ABC):
     opcode : its number
     title : its name in the documentation
     fields : the fields of its descriptor, in the order of their bits; all other bits are 0
-    addresses : fields that are addresses; all of them are below ADDRESS_LIMIT
-    alignments : alignment in bytes of addresses and pitches, by field
     """
 
     opcode: ClassVar[Opcode]
     title: ClassVar[str]
     fields: ClassVar[tuple[DescriptorField, ...]]
-    addresses: ClassVar[tuple[str, ...]]
-    alignments: ClassVar[Mapping[str, int]]
+
+    def exists(self, config: AcceleratorConfig) -> bool:
+        """Whether hardware of this config has the operation."""
+        return True
+
+    def fields_of(self, config: AcceleratorConfig) -> tuple[DescriptorField, ...]:
+        """The fields that hardware of this config has; all other bits are 0."""
+        return self.fields
 
     @abstractmethod
     def bounds(self, config: AcceleratorConfig) -> dict[str, tuple[int, int]]:
@@ -86,16 +166,26 @@ class Op(ABC):
     def shape_is_wrong(
         self, config: AcceleratorConfig, fields: Mapping[str, int], before: Mapping[str, int] | None
     ) -> bool:
-        """Whether the descriptor is impossible or contradicts itself. before: the fields of the last accepted one."""
+        """Whether the descriptor is impossible or contradicts itself. before: the fields of the last accepted one with
+        activations on chip, if there is one.
+        """
 
     @abstractmethod
-    def from_layer(self, layer: Any, tokens: int, **places: Any) -> DescriptorWords:
-        """The descriptor of a layer with operands at these places. Raises ConfigError for impossible layers."""
+    def execute(self, config: AcceleratorConfig, fields: Mapping[str, int], memory: Memory, state: State) -> None:
+        """Reads the operands of an accepted descriptor, computes, and writes all outputs, bit for bit.
 
-    @abstractmethod
-    def compute(self, config: AcceleratorConfig, weights: Any, activations: Any) -> np.ndarray:
-        """The results, bit for bit: float32 [M, N]."""
+        Raises
+        ------
+        NumericsError : activations that are not finite, or out of range
+        """
 
-    @abstractmethod
-    def cycles(self, layer: Any, tokens: int) -> int:
-        """Predicted cycles from the push to the completion, on an idle accelerator with ideal memory."""
+    def outside_bounds(self, config: AcceleratorConfig, fields: Mapping[str, int]) -> bool:
+        """Whether a count is not within its bounds."""
+        return any(not low <= fields[name] <= high for name, (low, high) in self.bounds(config).items())
+
+
+def float_rows(memory: Memory, address: int, pitch: int, rows: int, columns: int) -> np.ndarray:
+    """Rows of float32 numbers in memory, which are ``pitch`` bytes apart: float32 [rows, columns], the memory itself."""
+    size = pitch * (rows - 1) + FLOAT_BYTES * columns
+    whole = memory.view(address, size).view(np.float32)
+    return np.lib.stride_tricks.as_strided(whole, (rows, columns), (pitch, FLOAT_BYTES))

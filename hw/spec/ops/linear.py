@@ -1,47 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The linear layer: ``y[m, n] = sum_k x[m, k] * w[n, k]``."""
+"""The linear layer: ``y[m, n] = sum_k x[m, k] * w[n, k]``, then the epilogue."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from hw.spec.config import MAX_N, AcceleratorConfig
 from hw.spec.cycles import layer_cycles
 from hw.spec.memory.geometry import LayerLayout, StreamLayout, ceil_div
-from hw.spec.memory.operands import DATA_ALIGNMENT, FLOAT_BYTES, WEIGHT_ALIGNMENT, result_pitch, weights_stride
-from hw.spec.numerics.linear import Activations, Weights, linear
-from hw.spec.ops.base import DescriptorField, DescriptorWords, Op, Opcode, opcode_field
+from hw.spec.memory.operands import (
+    DATA_ALIGNMENT,
+    FLOAT_BYTES,
+    WEIGHT_ALIGNMENT,
+    result_pitch,
+    weights_stride,
+)
+from hw.spec.memory.packing import unpack, unstripe
+from hw.spec.numerics.linear import Activations, Weights, linear, quantise_activations
+from hw.spec.ops.base import (
+    COMMON_FIELDS,
+    DescriptorField,
+    Memory,
+    Op,
+    Opcode,
+    State,
+    Wait,
+    float_rows,
+    in_order,
+    opcode_field,
+    units,
+)
 from hw.spec.ops.command import LayerCommand, max_header_beats
+from hw.spec.ops.epilogue import ABSENT_FIELDS, EPILOGUE_FIELDS, EpilogueWords, epilogue_is_wrong, write_outputs
 
 _TITLE = "linear layer"
-_DATA, _PAGES = f"a multiple of {DATA_ALIGNMENT}", f"a multiple of {WEIGHT_ALIGNMENT}"
-FIELDS: tuple[DescriptorField, ...] = (
-    opcode_field(Opcode.LINEAR, _TITLE),
-    DescriptorField("reuse", 8, 1, "use the activations of the previous descriptor, which have the same shape"),
-    DescriptorField("interrupt", 9, 1, "completion sets interrupt_pending.done"),
-    DescriptorField("tokens", 16, 16, "M"),
-    DescriptorField("groups", 32, 16, "groups along K"),
-    DescriptorField("group_slices", 48, 16, "group size / tile"),
-    DescriptorField("out_features", 64, 32, "N"),
-    DescriptorField("header_beats", 96, 16, "beats of an output tile's header"),
-    DescriptorField("body_words", 112, 16, "words of an output tile's body"),
-    DescriptorField("activations", 128, 64, f"address, {_DATA}"),
-    DescriptorField("results", 192, 64, f"address, {_DATA}"),
-    DescriptorField("weights", 256, 64, f"address of port 0's region, {_PAGES}"),
-    DescriptorField(
-        "weights_stride", 320, 32, f"bytes from one port's region to the next, a multiple of {WEIGHT_ALIGNMENT}"
+FIELDS: tuple[DescriptorField, ...] = in_order(
+    (opcode_field(Opcode.LINEAR, _TITLE),),
+    COMMON_FIELDS,
+    (
+        DescriptorField(
+            "reuse", 8, 1, "use the activations of the previous linear layer, which have the same shape, again"
+        ),
+        DescriptorField("groups", 32, 16, "groups along K"),
+        DescriptorField("group_slices", 48, 16, "group size / tile"),
+        DescriptorField("header_beats", 96, 16, "beats of an output tile's header"),
+        DescriptorField("body_words", 112, 16, "words of an output tile's body"),
+        DescriptorField("activations", 128, 32, units(DATA_ALIGNMENT, "address"), DATA_ALIGNMENT),
+        DescriptorField("results", 160, 32, units(DATA_ALIGNMENT, "address"), DATA_ALIGNMENT),
+        DescriptorField("weights", 192, 27, units(WEIGHT_ALIGNMENT, "address of port 0's region"), WEIGHT_ALIGNMENT),
+        DescriptorField(
+            "weights_stride",
+            224,
+            20,
+            units(WEIGHT_ALIGNMENT, "from one port's region to the next"),
+            WEIGHT_ALIGNMENT,
+        ),
     ),
-    DescriptorField(
-        "result_pitch", 352, 24, f"bytes from one row of results to the next, a multiple of {DATA_ALIGNMENT}"
-    ),
+    EPILOGUE_FIELDS,
 )
 
 
-@dataclass(frozen=True)
-class Descriptor(DescriptorWords):
-    """The descriptor of one linear layer; the attributes are those of :data:`FIELDS`."""
+@dataclass(frozen=True, kw_only=True)
+class Descriptor(EpilogueWords):
+    """The descriptor of one linear layer; the attributes are those of :data:`FIELDS`. Addresses and pitches in bytes."""
 
     op_fields = FIELDS
 
@@ -55,9 +77,9 @@ class Descriptor(DescriptorWords):
     results: int
     weights: int
     weights_stride: int
-    result_pitch: int
     reuse: int = 0
     interrupt: int = 0
+    wait: int = Wait.NOTHING
     opcode: int = Opcode.LINEAR
 
     @classmethod
@@ -68,18 +90,23 @@ class Descriptor(DescriptorWords):
         *,
         activations: int,
         weights: int,
-        results: int,
+        results: int = 0,
         reuse: bool = False,
         interrupt: bool = False,
+        wait: Wait = Wait.NOTHING,
+        **epilogue: int,
     ) -> "Descriptor":
-        """The descriptor of ``layer`` for ``tokens`` tokens, with the stride of :func:`weights_stride` and the pitch of
-        :func:`result_pitch`.
+        """The descriptor of ``layer`` for ``tokens`` tokens, with the stride of :func:`weights_stride`.
+
+        epilogue: fields of :class:`EpilogueWords`; the pitch of the results is that of :func:`result_pitch` for as many
+        columns as they have, unless it is given.
 
         Raises
         ------
         ConfigError : more tokens than the config holds, or fewer than 1
         """
         command = LayerCommand.from_layer(layer, tokens, reuse)
+        pitch = result_pitch(layer.n >> epilogue.get("silu", 0))
         return cls(
             tokens=command.tokens,
             groups=command.groups,
@@ -91,9 +118,10 @@ class Descriptor(DescriptorWords):
             results=results,
             weights=weights,
             weights_stride=weights_stride(layer),
-            result_pitch=result_pitch(layer.n),
             reuse=int(reuse),
             interrupt=int(interrupt),
+            wait=wait,
+            **{"result_pitch": pitch} | epilogue,
         )
 
 
@@ -103,21 +131,19 @@ class Linear(Op):
     opcode = Opcode.LINEAR
     title = _TITLE
     fields = FIELDS
-    addresses = ("activations", "results", "weights")
-    alignments = {
-        "activations": DATA_ALIGNMENT,
-        "results": DATA_ALIGNMENT,
-        "result_pitch": DATA_ALIGNMENT,
-        "weights": WEIGHT_ALIGNMENT,
-        "weights_stride": WEIGHT_ALIGNMENT,
-    }
     activation_shape = ("tokens", "groups", "group_slices")
     """Fields that determine the number of activations and the order of their use."""
+
+    def fields_of(self, config: AcceleratorConfig) -> tuple[DescriptorField, ...]:
+        """See :class:`Op`. Without the vector unit there is no epilogue."""
+        absent = () if config.has_vector_unit else ABSENT_FIELDS
+        return tuple(field for field in self.fields if field not in absent)
 
     def bounds(self, config: AcceleratorConfig) -> dict[str, tuple[int, int]]:
         """See :class:`Op`."""
         stream, max_slices = StreamLayout(config), config.max_k // config.tile
         return {
+            "wait": (Wait.NOTHING, Wait.WEIGHTS),
             "tokens": (1, config.max_tokens),
             "groups": (1, max_slices),
             "group_slices": (stream.min_group_slices, config.max_group_size // config.tile),
@@ -130,9 +156,9 @@ class Linear(Op):
         self, config: AcceleratorConfig, fields: Mapping[str, int], before: Mapping[str, int] | None
     ) -> bool:
         """See :class:`Op`."""
-        if any(not low <= fields[name] <= high for name, (low, high) in self.bounds(config).items()):
+        if self.outside_bounds(config, fields):
             return True
-        stream, tokens, n = StreamLayout(config), fields["tokens"], fields["out_features"]
+        stream, n = StreamLayout(config), fields["out_features"]
         slices = fields["groups"] * fields["group_slices"]
         if slices > config.max_k // config.tile:
             return True
@@ -144,16 +170,36 @@ class Linear(Op):
         if fields["reuse"] and (before is None or any(fields[name] != before[name] for name in self.activation_shape)):
             return True
         beats = ceil_div(n, config.tile) * (header_beats + body_words * stream.beats_per_word)
-        if beats * config.port_width // 8 > fields["weights_stride"]:
-            return True
-        return tokens > 1 and FLOAT_BYTES * n > fields["result_pitch"]
+        return beats * config.port_width // 8 > fields["weights_stride"] or epilogue_is_wrong(config, fields)
 
-    def from_layer(self, layer: LayerLayout, tokens: int, **places: Any) -> Descriptor:
-        """See :meth:`Descriptor.from_layer`."""
-        return Descriptor.from_layer(layer, tokens, **places)
+    def layout(self, config: AcceleratorConfig, fields: Mapping[str, int]) -> LayerLayout:
+        """The layout of the weights of an accepted descriptor."""
+        size = fields["group_slices"] * config.tile
+        return LayerLayout(config, fields["groups"] * size, fields["out_features"], size)
+
+    def read_weights(self, config: AcceleratorConfig, fields: Mapping[str, int], memory: Memory) -> Weights:
+        """The weights of an accepted descriptor."""
+        layout, stride = self.layout(config, fields), fields["weights_stride"]
+        size = layout.beats * config.port_width // 8
+        regions = [memory.view(fields["weights"] + port * stride, size) for port in range(config.ports)]
+        return unpack(layout, unstripe(config, np.stack(regions)))
+
+    def read_activations(self, config: AcceleratorConfig, fields: Mapping[str, int], memory: Memory) -> Activations:
+        """The activations of an accepted descriptor. Raises NumericsError as :func:`quantise_activations`."""
+        k = self.layout(config, fields).k
+        rows = float_rows(memory, fields["activations"], FLOAT_BYTES * k, fields["tokens"], k)
+        return quantise_activations(config, rows)
+
+    def execute(self, config: AcceleratorConfig, fields: Mapping[str, int], memory: Memory, state: State) -> None:
+        """See :class:`Op`."""
+        if not fields["reuse"]:
+            state.activations = self.read_activations(config, fields, memory)
+        assert state.activations is not None
+        values = self.compute(config, self.read_weights(config, fields, memory), state.activations)
+        write_outputs(fields, values, memory, state)
 
     def compute(self, config: AcceleratorConfig, weights: Weights, activations: Activations) -> np.ndarray:
-        """See :func:`hw.spec.numerics.linear`."""
+        """The results without an epilogue, float32 [M, N]; see :func:`hw.spec.numerics.linear`."""
         return linear(config, weights, activations)
 
     def cycles(self, layer: LayerLayout, tokens: int) -> int:
