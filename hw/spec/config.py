@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -73,6 +74,18 @@ def _parameter(default: Any, rule: Choice | Limit) -> Any:
     return field(default=default, metadata={"rule": rule})
 
 
+def default_lanes(tile: int) -> int:
+    """``lanes`` of hardware that is described without it: 1 up to tile 16; 2 at tile 32.
+
+    At tile 32 one result a cycle would take longer than the array in most layers.
+    """
+    return 2 if tile == 32 else 1
+
+
+DEFAULT_LANES_TEXT = f"1, {default_lanes(32)} at tile 32"
+"""The same as a text for the help of command lines."""
+
+
 def signed_bits(bound: int) -> int:
     """Width of a two's complement number that holds every value from ``-bound`` to ``bound``."""
     return bound.bit_length() + 1
@@ -94,6 +107,8 @@ class AcceleratorConfig:
     max_tokens : maximum number of tokens M of one layer, up to 64
     max_k : maximum number of in_features K of one layer with padding, up to 32,768; a multiple of ``tile``
     max_group_size : longest group that the accumulators hold; the packer splits longer ones, which is exact
+    lanes : results that leave the array per cycle: 1, 2, 4 or 8, at most ``tile``. Command lines, and
+        :meth:`from_options`, have a default that depends on the tile: :func:`default_lanes`
 
     Raises
     ------
@@ -120,12 +135,15 @@ class AcceleratorConfig:
     max_group_size: int = _parameter(
         128, Choice("longest group that the accumulators hold; the packer splits longer ones", (32, 64, 128, 256))
     )
+    lanes: int = _parameter(1, Choice("results that leave the array per cycle", (1, 2, 4, 8)))
 
     def __post_init__(self) -> None:
         for name, rule in RULES.items():
             rule.check(name, getattr(self, name))
         if self.max_k % self.tile:
             raise ConfigError(f"max_k is a multiple of the tile ({self.tile}), not {self.max_k}")
+        if self.lanes > self.tile:
+            raise ConfigError(f"lanes is at most the tile ({self.tile}), not {self.lanes}")
         if self.sum_bits > MAX_SUM_BITS:
             raise ConfigError(
                 f"the sum over max_k={self.max_k} takes {self.sum_bits} bits, and the numerics are defined in"
@@ -163,11 +181,6 @@ class AcceleratorConfig:
     def zero_point_signed(self) -> bool:
         """Whether a zero point is two's complement."""
         return self.zero_point == "fixed"
-
-    @property
-    def drain_lanes(self) -> int:
-        """Results drained per cycle: 1 up to tile 16; 2 at tile 32, because 1 would take longer than the array."""
-        return max(1, self.tile // 16)
 
     # Largest magnitudes, from which every width follows
 
@@ -237,6 +250,16 @@ class AcceleratorConfig:
         if set(values) != names:
             raise ConfigError(f"a config has the fields {', '.join(sorted(names))}, not {', '.join(sorted(values))}")
         return cls(**values)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> "AcceleratorConfig":
+        """The config of a command line: parameters by name; those that are missing or None have their defaults.
+
+        Unknown names raise :class:`ConfigError`.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        lanes = default_lanes(given.get("tile", cls.tile))
+        return cls.from_dict({**cls().to_dict(), "lanes": lanes, **given})
 
     @cached_property
     def digest(self) -> str:
