@@ -108,6 +108,7 @@ BENCHES: list[Bench] = [
     _bench("write_manager", _SMALL),
     _bench("register_bank", _SMALL),
     *(_bench(block, _SMALL) for block in ("float_adder", "float_multiplier")),
+    *(_bench("epilogue", dict(_SMALL, operators="decoder", lanes=lanes)) for lanes in (1, 4)),
     *(_bench("descriptor_check", params) for params in (_SMALL, _WIDE, _TILE_16)),
     _bench("sequencer", _WIDE),
     *(_bench(block, _TILE_32) for block in ("header", "drain")),

@@ -18,7 +18,7 @@ from hw.rtl.vector.layouts import (
     SECOND_UNIT,
     Operand,
     epilogue_layout,
-    operand_signature,
+    operand_members,
     result_unit,
     vector_lanes,
 )
@@ -27,7 +27,7 @@ from hw.rtl.vector.pair import PairUnit
 from hw.rtl.vector.piece_maximum import PieceMaximum
 from hw.rtl.vector.scales import TokenScales
 from hw.rtl.vector.take import TakeTransfers
-from hw.spec.config import AcceleratorConfig
+from hw.spec.config import FLOAT_BITS, AcceleratorConfig
 from hw.spec.memory.access import PIECE_FLOATS
 
 
@@ -41,7 +41,7 @@ class Epilogue(Block):
     -------
     job : the epilogues, one for each descriptor
     results : from the array
-    operands : indexed by :class:`hw.rtl.vector.layouts.Operand`
+    available, read, release, token, column, data : the operands; see :func:`hw.rtl.vector.layouts.operand_members`
     first, second : the results; and the second output: products with a row, or maximum and argmax of each piece
 
     Throughput 1 transfer per cycle; with ``squares`` 1 in ``interval`` cycles.
@@ -59,7 +59,7 @@ class Epilogue(Block):
             {
                 "job": In(stream.Signature(epilogue_layout(config))),
                 "results": In(stream.Signature(result_payload(config, config.lanes))),
-                "operands": Out(operand_signature(config)).array(len(Operand)),
+                **operand_members(config),
                 "first": Out(stream.Signature(output_payload(config, self.lanes, result_unit(config)))),
                 "second": Out(stream.Signature(output_payload(config, self.lanes, SECOND_UNIT))),
             }
@@ -101,8 +101,8 @@ class Epilogue(Block):
         m.submodules.first_fifo = first = CreditFifo(self.first.payload.shape(), self.fifo_depth)
         m.submodules.second_fifo = second = CreditFifo(self.second.payload.shape(), self.fifo_depth)
         wiring.connect(m, wiring.flipped(self.job), take.job)
-        for inside, outside in zip(take.operands, self.operands, strict=True):
-            wiring.connect(m, inside, wiring.flipped(outside))
+        m.d.comb += [take.available.eq(self.available), *(a.eq(b) for a, b in zip(take.data, self.data, strict=True))]
+        m.d.comb += [getattr(self, name).eq(getattr(take, name)) for name in ("read", "release", "token", "column")]
         wiring.connect(m, first.o, wiring.flipped(self.first))
         wiring.connect(m, second.o, wiring.flipped(self.second))
         self._widen(m, take)
@@ -112,12 +112,11 @@ class Epilogue(Block):
             first.claim.eq(take.taken.valid & ~flags.quiet),
             second.claim.eq(take.taken.valid & (flags.second | (flags.pieces & take.taken.place.piece_end))),
         ]
-        operands = {operand: take.operands[operand].data for operand in Operand}
         about, values = self._scale(m, take)
-        about, values = self._add(m, about, values, operands[Operand.ADDEND])
-        about, values = self._operate(m, about, values, operands[Operand.TABLE])
+        about, values = self._add(m, about, values, self.data[Operand.ADDEND])
+        about, values = self._operate(m, about, values, self.data[Operand.TABLE])
         self._put_first(m, first, about, values)
-        self._put_second(m, second, about, values, operands[Operand.FACTOR])
+        self._put_second(m, second, about, values, self.data[Operand.FACTOR])
         return m
 
     def _widen(self, m: Module, take: TakeTransfers) -> None:
@@ -216,7 +215,7 @@ class Epilogue(Block):
         m.d.comb += [
             maximum.valid.eq(about.valid & about.flags.pieces),
             Cat(maximum.values).eq(Cat(values)),
-            *(maximum[name].eq(about.place[name]) for name in ("keep", "token", "column", "piece_end")),
+            *(getattr(maximum, name).eq(about.place[name]) for name in ("keep", "token", "column")),
             self.scales.valid.eq(about.valid & about.flags.squares),
             Cat(self.scales.values).eq(Cat(values)),
             self.scales.place.eq(about.place),
@@ -227,14 +226,14 @@ class Epilogue(Block):
         extremes = delay(m, Cat(maximum.maximum, maximum.index), latency - maximum.latency, name="extremes")
         place, pieces, per_chunk = after.place, after.flags.pieces, PIECE_FLOATS // SECOND_UNIT
         for lane in range(self.lanes):
-            extreme = extremes[len(maximum.maximum) :] if lane % 2 else extremes[: len(maximum.maximum)]
+            extreme = extremes[FLOAT_BITS:] if lane % 2 else extremes[:FLOAT_BITS]
             m.d.comb += out.values[lane].eq(Mux(pieces, extreme, Cat(products[lane])))
         full = (after.piece & (per_chunk - 1)) == per_chunk - 1
         m.d.comb += [
             fifo.i.valid.eq(after.valid & (after.flags.second | (pieces & place.piece_end))),
             out.keep.eq(Mux(pieces, Const(3, self.lanes), place.keep)),
             out.token.eq(place.token),
-            out.column.eq(Mux(pieces, after.piece, place.column * (self.lanes // SECOND_UNIT))),
+            out.column.eq(Mux(pieces, after.piece[: len(out.column)], place.column * (self.lanes // SECOND_UNIT))),
             out.chunk_end.eq(place.chunk_end & (~pieces | full | place.last)),
             out.last.eq(place.last),
         ]

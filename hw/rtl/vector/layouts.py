@@ -100,16 +100,19 @@ def taken_layout(config: AcceleratorConfig) -> data.StructLayout:
     )
 
 
-def operand_signature(config: AcceleratorConfig) -> wiring.Signature:
-    """An operand as the epilogue reads it; the members are those of :class:`hw.rtl.memory.operand_fetch.OperandFetch`."""
+def operand_members(config: AcceleratorConfig) -> dict[str, wiring.Member]:
+    """The ports through which the epilogue reads its operands; see :class:`hw.rtl.memory.operand_fetch.OperandFetch`.
+
+    available, read, release : one bit for each :class:`Operand`
+    token, column : the place that is read, for all of them
+    data : each operand's floats, ``OPERAND_LATENCY`` cycles later
+    """
     lanes = vector_lanes(config)
-    return wiring.Signature(
-        {
-            "available": In(1),
-            "read": Out(1),
-            "release": Out(1),
-            "token": Out(range(max(2, config.max_tokens))),
-            "column": Out(range(PIECE_FLOATS // lanes)),
-            "data": In(data.ArrayLayout(FLOAT_BITS, lanes)),
-        }
-    )
+    return {
+        "available": In(len(Operand)),
+        "read": Out(len(Operand)),
+        "release": Out(len(Operand)),
+        "token": Out(range(config.max_tokens)),
+        "column": Out(range(PIECE_FLOATS // lanes)),
+        "data": In(data.ArrayLayout(FLOAT_BITS, lanes)).array(len(Operand)),
+    }

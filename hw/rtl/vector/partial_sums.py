@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The partial sums of the squares of each token's elements."""
 
-from amaranth.hdl import Cat, Module, Mux, Signal
+from collections.abc import Sequence
+
+from amaranth.hdl import Cat, Module, Mux, Signal, Value
 from amaranth.lib import data
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -102,9 +104,15 @@ class PartialSums(Block):
                 high.addr.eq(Cat(self.high[lane_bits:], self.read_token)),
             ]
             sums.append((low.data, high.data))
-        for index, (name, place) in enumerate((("low_sum", self.low), ("high_sum", self.high))):
-            with m.Switch(place[:lane_bits]):
-                for lane in range(self.lanes):
-                    with m.Case(lane):
-                        m.d.comb += getattr(self, name).eq(sums[lane][index])
+        for index, (result, place) in enumerate(((self.low_sum, self.low), (self.high_sum, self.high))):
+            m.d.comb += Cat(result).eq(_select([Cat(pair[index]) for pair in sums], place[:lane_bits]))
         return m
+
+
+def _select(values: Sequence[Value], index: Value) -> Value:
+    """One of ``2**len(index)`` values, by a tree of multiplexers."""
+    if len(values) == 1:
+        return values[0]
+    halves = (_select(values[start::2], index[1:]) for start in (0, 1))
+    low, high = halves
+    return Mux(index[0], high, low)

@@ -29,7 +29,7 @@ class PieceMaximum(Block):
     valid : there are numbers
     values : float32
     keep : lanes that have a number; the valid ones come first, and the first one is valid
-    token, column, piece_end : their place (:func:`hw.rtl.common.results.place_layout`)
+    token, column : their place (:func:`hw.rtl.common.results.place_layout`)
     maximum : the first of the largest numbers of the piece; ``latency`` cycles after its last transfer
     index : its column, from the first one of the piece
     """
@@ -42,7 +42,7 @@ class PieceMaximum(Block):
                 "valid": In(1),
                 "values": In(data.ArrayLayout(FLOAT, self.lanes)),
                 "keep": In(self.lanes),
-                **{name: In(place[name].shape) for name in ("token", "column", "piece_end")},
+                **{name: In(place[name].shape) for name in ("token", "column")},
                 "maximum": Out(FLOAT),
                 "index": Out(FLOAT_BITS),
             }

@@ -1,21 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The places of rows from memory, in the form in which the array's results have them."""
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal, unsigned
-from amaranth.lib import data, stream
+from amaranth.hdl import Cat, Const, Module, Mux, Signal
+from amaranth.lib import stream
 from amaranth.lib.wiring import In, Out
 
 from hw.rtl.common.block import Block
-from hw.rtl.common.results import place_layout
-from hw.spec.config import MAX_N, AcceleratorConfig
+from hw.rtl.vector.layouts import COLUMN_BITS, lane_place, rows_layout
+from hw.spec.config import AcceleratorConfig
 from hw.spec.memory.access import PIECE_FLOATS
-
-
-def rows_layout(config: AcceleratorConfig) -> data.StructLayout:
-    """Rows: their number, and their columns."""
-    return data.StructLayout(
-        {"tokens": unsigned(config.max_tokens.bit_length()), "columns": unsigned(MAX_N.bit_length())}
-    )
 
 
 class RowWalker(Block):
@@ -33,9 +26,11 @@ class RowWalker(Block):
 
     def __init__(self, config: AcceleratorConfig, lanes: int):
         self.config, self.lanes = config, lanes
-        self.place = data.StructLayout({"keep": lanes, **place_layout(config, lanes).members})
         super().__init__(
-            {"job": In(stream.Signature(rows_layout(config))), "places": Out(stream.Signature(self.place))}
+            {
+                "job": In(stream.Signature(rows_layout(config))),
+                "places": Out(stream.Signature(lane_place(config, lanes))),
+            }
         )
 
     def properties(self) -> dict[str, int]:
@@ -50,8 +45,8 @@ class RowWalker(Block):
         # The last transfer of a row in this piece and in the row's last one, and the lanes of the latter.
         final, final_keep = Signal.like(place.column), Signal(self.lanes)
         last_token, full = Signal.like(place.token), Const(PIECE_FLOATS // self.lanes - 1, len(place.column))
-        pieces_left, last_piece = Signal(MAX_N.bit_length() - piece_bits), Signal()
-        end = (job.columns - 1)[: MAX_N.bit_length()]
+        pieces_left, last_piece = Signal(COLUMN_BITS - piece_bits), Signal()
+        end = (job.columns - 1)[:COLUMN_BITS]
         m.d.comb += [
             step.eq(self.places.valid & self.places.ready),
             self.job.ready.eq(~self.places.valid | (step & place.last)),

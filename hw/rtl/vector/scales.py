@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """r of each token, the scale of RMSNorm, from the results of a layer."""
 
-from amaranth.hdl import Cat, Const, Module, Signal
+from amaranth.hdl import Cat, Module, Mux, Signal
 from amaranth.lib import data
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -14,6 +14,7 @@ from hw.rtl.vector.float_multiplier import FloatMultiplier
 from hw.rtl.vector.layouts import COLUMN_BITS, lane_place, vector_lanes
 from hw.rtl.vector.partial_sums import PartialSums
 from hw.rtl.vector.reciprocal import Inverse, Reciprocal
+from hw.rtl.vector.sum_schedule import SumSchedule
 from hw.spec.config import AcceleratorConfig
 from hw.spec.numerics.functions import UNIT_BITS
 from hw.spec.numerics.vector import PARTIAL_SUMS
@@ -39,6 +40,7 @@ class TokenScales(Block):
         self.config, self.lanes = config, vector_lanes(config)
         self.sums = PartialSums(config)
         self.adder, self.multiplier, self.inverse = FloatAdder(), FloatMultiplier(), Reciprocal()
+        self.schedule = SumSchedule(self.adder.latency)
         super().__init__(
             {
                 **dict.fromkeys(("begin", "end", "valid", "head"), In(1)),
@@ -58,27 +60,9 @@ class TokenScales(Block):
         return self.sums.interval
 
     @property
-    def levels(self) -> list[tuple[int, int, int]]:
-        """(cycle, low, high) of each addition of the binary tree: ``low`` and ``high`` are added, and replace ``low``.
-
-        A sum can be read one cycle after it leaves the adder.
-        """
-        found, start, half = [], 0, PARTIAL_SUMS // 2
-        while half:
-            found += [(start + index, index, index + half) for index in range(half)]
-            # The first addition of the next level needs number ``half / 2`` of this one.
-            start, half = start + half // 2 + self.adder.latency + 1, half // 2
-        return found
-
-    @property
-    def sum_latency(self) -> int:
-        """Cycles from the first addition to Q."""
-        return self.levels[-1][0] + self.adder.latency
-
-    @property
     def eps_step(self) -> int:
         """Cycle in which eps is added."""
-        return self.sum_latency + self.multiplier.latency
+        return self.schedule.latency + self.multiplier.latency
 
     @property
     def root_step(self) -> int:
@@ -155,37 +139,28 @@ class TokenScales(Block):
     def _add(self, m: Module, step: Signal, active: Signal, eps: Signal, part: Signal) -> None:
         """The additions of the tree, the product with 1/K, the sum with eps, the root: each in its cycle."""
         adder, multiplier, inverse, sums = self.adder, self.multiplier, self.inverse, self.sums
+        m.submodules.schedule = schedule = self.schedule
         m.submodules.tree = tree = Memory(shape=FLOAT, depth=PARTIAL_SUMS // 2, init=[])
         write, low, high = tree.write_port(), tree.read_port(domain="comb"), tree.read_port(domain="comb")
+        starts = {cycle: active & (step == cycle) for cycle in (schedule.latency, self.eps_step, self.root_step)}
+        with_eps = starts[self.eps_step]
         m.d.comb += [
+            schedule.step.eq(step),
+            *(port.eq(place) for port, place in ((sums.low, schedule.low), (sums.high, schedule.high))),
+            *(port.addr.eq(place) for port, place in ((low, schedule.low), (high, schedule.high))),
+            adder.valid.eq((active & schedule.add) | with_eps),
+            Cat(adder.a).eq(
+                Mux(with_eps, Cat(multiplier.result), Mux(schedule.partial, Cat(sums.low_sum), Cat(low.data)))
+            ),
+            Cat(adder.b).eq(Mux(with_eps, Cat(eps), Mux(schedule.partial, Cat(sums.high_sum), Cat(high.data)))),
+            write.en.eq(active & schedule.write),
+            write.addr.eq(schedule.place),
             write.data.eq(adder.result),
+            multiplier.valid.eq(starts[schedule.latency]),
             multiplier.a.eq(adder.result),
             multiplier.b.eq(part),
-            adder.a.eq(low.data),
-            adder.b.eq(high.data),
+            inverse.x.eq(adder.result),
+            self.r.eq(inverse.result),
         ]
-        with m.If(active):
-            with m.Switch(step):
-                for cycle, first, second in self.levels:
-                    with m.Case(cycle):
-                        m.d.comb += [adder.valid.eq(1), low.addr.eq(first), high.addr.eq(second)]
-                        if second - first == PARTIAL_SUMS // 2:
-                            m.d.comb += [
-                                sums.low.eq(first),
-                                sums.high.eq(second),
-                                adder.a.eq(sums.low_sum),
-                                adder.b.eq(sums.high_sum),
-                            ]
-                with m.Case(self.sum_latency):
-                    m.d.comb += multiplier.valid.eq(1)
-                with m.Case(self.eps_step):
-                    m.d.comb += [adder.valid.eq(1), adder.a.eq(multiplier.result), adder.b.eq(eps)]
-                with m.Case(self.root_step):
-                    m.d.comb += [inverse.valid.eq(1), inverse.function.eq(Inverse.RSQRT)]
-        m.d.comb += [inverse.x.eq(adder.result), self.r.eq(inverse.result)]
-        ends = Signal(), Signal(range(PARTIAL_SUMS // 2))
-        with m.Switch(step):
-            for cycle, first, _ in self.levels:
-                with m.Case(cycle + adder.latency):
-                    m.d.comb += [ends[0].eq(active), ends[1].eq(first)]
-        m.d.comb += [write.en.eq(ends[0]), write.addr.eq(ends[1])]
+        with m.If(starts[self.root_step]):
+            m.d.comb += [inverse.valid.eq(1), inverse.function.eq(Inverse.RSQRT)]

@@ -2,7 +2,7 @@
 """Decides when the epilogue takes a transfer, and reads its operands."""
 
 from amaranth.hdl import Cat, Module, Mux, Signal, Value
-from amaranth.lib import data, stream, wiring
+from amaranth.lib import data, stream
 from amaranth.lib.wiring import In, Out
 
 from hw.rtl.common.block import Block
@@ -12,7 +12,7 @@ from hw.rtl.vector.layouts import (
     OPERAND_LATENCY,
     Operand,
     epilogue_layout,
-    operand_signature,
+    operand_members,
     taken_layout,
     vector_lanes,
 )
@@ -32,11 +32,11 @@ class TakeTransfers(Block):
     -------
     job : the epilogues, one for each descriptor
     results : from the array
-    operands : indexed by :class:`hw.rtl.vector.layouts.Operand`
+    available, read, release, token, column, data : the operands; see :func:`hw.rtl.vector.layouts.operand_members`
     room : both outputs have room
     pending : r of an earlier job is not complete
     taken : the transfer that is taken in this cycle
-    values : float32 of the transfer taken ``OPERAND_LATENCY`` cycles ago, and its operands in ``operands``
+    values : float32 of the transfer taken ``OPERAND_LATENCY`` cycles ago, together with its operands in ``data``
     current : the current job
 
     Latency 0 cycles; throughput 1 transfer per cycle.
@@ -51,7 +51,7 @@ class TakeTransfers(Block):
             {
                 "job": In(stream.Signature(epilogue_layout(config))),
                 "results": In(stream.Signature(result_payload(config, self.lanes))),
-                "operands": Out(operand_signature(config)).array(len(Operand)),
+                **operand_members(config),
                 "room": In(1),
                 "pending": In(1),
                 "taken": Out(taken_layout(config)),
@@ -75,7 +75,7 @@ class TakeTransfers(Block):
             go.eq(
                 active
                 & Mux(job.vector, walker.places.valid, self.results.valid)
-                & Cat(~wanted[operand] | self.operands[operand].available for operand in Operand).all()
+                & Cat(~wanted[operand] | self.available[operand] for operand in Operand).all()
                 & self.room
                 & (pause == 0)
                 & ~(self.pending & (job.flags.scale | job.flags.squares))
@@ -128,15 +128,14 @@ class TakeTransfers(Block):
     def _read(self, m: Module, go: Signal, wanted: dict[Operand, Value]) -> None:
         """Reads the operands of the transfer, and releases a chunk with its last transfer, the table with the layer's."""
         place, job = self.taken.place, self.current
-        for operand, port in zip(Operand, self.operands, strict=True):
+        m.d.comb += [self.token.eq(place.token), self.column.eq(place.column)]
+        for operand in Operand:
             end = place.last if operand is Operand.TABLE else place.chunk_end
             m.d.comb += [
-                port.read.eq(go & wanted[operand]),
-                port.release.eq(go & wanted[operand] & end),
-                port.token.eq(place.token),
-                port.column.eq(place.column),
+                self.read[operand].eq(go & wanted[operand]),
+                self.release[operand].eq(go & wanted[operand] & end),
             ]
         values = delay(m, Cat(self.results.payload.values.as_value(), job.vector), OPERAND_LATENCY, name="values")
         m.d.comb += self.values.as_value().eq(
-            Mux(values[-1], self.operands[Operand.SOURCE].data.as_value(), values[:-1])
+            Mux(values[-1], self.data[Operand.SOURCE].as_value(), values[:-1])
         )
