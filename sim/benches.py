@@ -121,6 +121,7 @@ BENCHES: list[Bench] = [
     _bench("write_manager", _SMALL),
     _bench("register_bank", _SMALL),
     *(_bench(block, _SMALL) for block in ("float_adder", "float_multiplier")),
+    *(_bench("epilogue", dict(_SMALL, operators="decoder", lanes=lanes)) for lanes in (1, 4)),
     *(_bench("descriptor_check", params) for params in (_SMALL, dict(_WIDE, operators="decoder"), _DECODER)),
     _bench("sequencer", _WIDE),
     _bench("header", _TILE_32),

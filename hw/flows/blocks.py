@@ -35,6 +35,7 @@ from hw.rtl.memory.gatherer import Gatherer
 from hw.rtl.memory.read_manager import ReadClient, ReadManager, read_fifo_depths
 from hw.rtl.memory.weight_fetch import WeightFetch
 from hw.rtl.memory.write_manager import WriteManager
+from hw.rtl.vector.epilogue import Epilogue
 from hw.rtl.vector.float_adder import FloatAdder
 from hw.rtl.vector.float_multiplier import FloatMultiplier
 from hw.spec.config import AcceleratorConfig, ConfigError
@@ -50,6 +51,7 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "float_out": FloatOut,
     "float_adder": lambda config: FloatAdder(),
     "float_multiplier": lambda config: FloatMultiplier(),
+    "epilogue": Epilogue,
     "activations": ActivationBuffer,
     "activation_unit": ActivationUnit,
     "splitter": WeightSplitter,

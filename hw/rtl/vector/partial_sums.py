@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The partial sums of the squares of each token's elements."""
+
+from collections.abc import Sequence
+
+from amaranth.hdl import Cat, Module, Mux, Signal, Value
+from amaranth.lib import data
+from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import In, Out
+
+from hw.rtl.common.block import Block
+from hw.rtl.common.delay import delay
+from hw.rtl.common.float32 import FLOAT
+from hw.rtl.vector.float_adder import FloatAdder
+from hw.rtl.vector.float_multiplier import FloatMultiplier
+from hw.rtl.vector.layouts import vector_lanes
+from hw.spec.config import AcceleratorConfig
+from hw.spec.numerics.vector import PARTIAL_SUMS
+
+
+class PartialSums(Block):
+    """16 sums of squares for each token, as in :func:`hw.spec.numerics.vector.sum_of_squares`; element n is in number n % 16.
+
+    Each lane has a multiplier, an adder and a memory with its partial sums. A partial sum gets its next element after
+    ``16 / lanes`` transfers or more, and its adder needs 8 cycles. So ``interval`` cycles are needed from one transfer
+    to the next: 1 with 2 lanes, 2 with 4, 4 with 8. More adders would not help, because the order of a partial sum's
+    elements is fixed.
+
+    Members
+    -------
+    valid : there are elements
+    values : float32
+    token, row : the token; the place of the elements among 16 neighbouring ones, in transfers
+    head : these are the token's first elements of these partial sums
+    read_token, low, high : for the sum of the partial sums: a token, and two partial sums
+    low_sum, high_sum : float32, in the same cycle; valid from ``latency`` cycles after the last elements, while none come
+
+    A token's number of elements is a multiple of 16.
+    """
+
+    def __init__(self, config: AcceleratorConfig):
+        self.config, self.lanes = config, vector_lanes(config)
+        self.rows = PARTIAL_SUMS // self.lanes
+        self.multipliers = [FloatMultiplier() for _ in range(self.lanes)]
+        self.adders = [FloatAdder() for _ in range(self.lanes)]
+        super().__init__(
+            {
+                "valid": In(1),
+                "values": In(data.ArrayLayout(FLOAT, self.lanes)),
+                "token": In(range(config.max_tokens)),
+                "row": In(range(self.rows)),
+                "head": In(1),
+                "read_token": In(range(config.max_tokens)),
+                **dict.fromkeys(("low", "high"), In(range(PARTIAL_SUMS))),
+                **dict.fromkeys(("low_sum", "high_sum"), Out(FLOAT)),
+            }
+        )
+
+    @property
+    def interval(self) -> int:
+        """Cycles from one transfer to the next one."""
+        return max(1, self.adders[0].latency * self.lanes // PARTIAL_SUMS)
+
+    @property
+    def latency(self) -> int:
+        """Cycles from elements until their partial sums can be read."""
+        return self.multipliers[0].latency + self.adders[0].latency + 1
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.common.block.Block`."""
+        return {"latency": self.latency, "interval": self.interval, "lanes": self.lanes}
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        place = data.StructLayout({"valid": 1, "head": 1, "row": range(self.rows), "token": self.token.shape()})
+        given = Signal(place)
+        m.d.comb += [given[name].eq(getattr(self, name)) for name in ("valid", "head", "row", "token")]
+        squared = delay(m, given, self.multipliers[0].latency, name="squared", reset=True)
+        added = delay(m, squared, self.adders[0].latency, name="added", reset=True)
+        where, written = Cat(squared.row, squared.token), Cat(added.row, added.token)
+        # The sum so far may leave the adder in this very cycle.
+        forward = added.valid & (where == written)
+        lane_bits = self.lanes.bit_length() - 1
+        sums = []
+        for lane, (multiplier, adder) in enumerate(zip(self.multipliers, self.adders, strict=True)):
+            m.submodules[f"multiplier_{lane}"], m.submodules[f"adder_{lane}"] = multiplier, adder
+            depth = self.rows << len(self.token)
+            m.submodules[f"sums_{lane}"] = memory = Memory(shape=FLOAT, depth=depth, init=[])
+            write = memory.write_port()
+            own, low, high = (memory.read_port(domain="comb") for _ in range(3))
+            so_far = Mux(forward, Cat(adder.result), Cat(own.data))
+            m.d.comb += [
+                multiplier.valid.eq(self.valid),
+                multiplier.a.eq(self.values[lane]),
+                multiplier.b.eq(self.values[lane]),
+                own.addr.eq(where),
+                adder.valid.eq(squared.valid),
+                Cat(adder.a).eq(Mux(squared.head, 0, so_far)),
+                adder.b.eq(multiplier.result),
+                write.addr.eq(written),
+                write.data.eq(adder.result),
+                write.en.eq(added.valid),
+                low.addr.eq(Cat(self.low[lane_bits:], self.read_token)),
+                high.addr.eq(Cat(self.high[lane_bits:], self.read_token)),
+            ]
+            sums.append((low.data, high.data))
+        for index, (result, place) in enumerate(((self.low_sum, self.low), (self.high_sum, self.high))):
+            m.d.comb += Cat(result).eq(_select([Cat(pair[index]) for pair in sums], place[:lane_bits]))
+        return m
+
+
+def _select(values: Sequence[Value], index: Value) -> Value:
+    """One of ``2**len(index)`` values, by a tree of multiplexers."""
+    if len(values) == 1:
+        return values[0]
+    halves = (_select(values[start::2], index[1:]) for start in (0, 1))
+    low, high = halves
+    return Mux(index[0], high, low)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The places of rows from memory, in the form in which the array's results have them."""
+
+from amaranth.hdl import Cat, Const, Module, Mux, Signal
+from amaranth.lib import stream
+from amaranth.lib.wiring import In, Out
+
+from hw.rtl.common.block import Block
+from hw.rtl.vector.layouts import COLUMN_BITS, lane_place, rows_layout
+from hw.spec.config import AcceleratorConfig
+from hw.spec.memory.access import PIECE_FLOATS
+
+
+class RowWalker(Block):
+    """Walks rows piece by piece, in a piece token by token, in a row column by column.
+
+    Members
+    -------
+    job : rows to walk
+    places : for each transfer its place, and which of its lanes have a column
+
+    Latency 1 cycle; throughput 1 transfer per cycle.
+    """
+
+    latency = 1
+
+    def __init__(self, config: AcceleratorConfig, lanes: int):
+        self.config, self.lanes = config, lanes
+        super().__init__(
+            {
+                "job": In(stream.Signature(rows_layout(config))),
+                "places": Out(stream.Signature(lane_place(config, lanes))),
+            }
+        )
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.common.block.Block`."""
+        return {"latency": self.latency, "lanes": self.lanes}
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        lane_bits, piece_bits = self.lanes.bit_length() - 1, PIECE_FLOATS.bit_length() - 1
+        job, place = self.job.payload, self.places.payload
+        step, load = Signal(), Signal()
+        # The last transfer of a row in this piece and in the row's last one, and the lanes of the latter.
+        final, final_keep = Signal.like(place.column), Signal(self.lanes)
+        last_token, full = Signal.like(place.token), Const(PIECE_FLOATS // self.lanes - 1, len(place.column))
+        pieces_left, last_piece = Signal(COLUMN_BITS - piece_bits), Signal()
+        end = (job.columns - 1)[:COLUMN_BITS]
+        m.d.comb += [
+            step.eq(self.places.valid & self.places.ready),
+            self.job.ready.eq(~self.places.valid | (step & place.last)),
+            load.eq(self.job.valid & self.job.ready),
+            place.piece_end.eq(place.column == Mux(last_piece, final, full)),
+            place.chunk_end.eq(place.piece_end & (place.token == last_token)),
+            place.last.eq(place.chunk_end & last_piece),
+            place.keep.eq(Mux(place.piece_end & last_piece, final_keep, ~0)),
+        ]
+        with m.If(step):
+            m.d.sync += place.column.eq(Mux(place.piece_end, 0, place.column + 1))
+            with m.If(place.piece_end):
+                m.d.sync += place.token.eq(Mux(place.chunk_end, 0, place.token + 1))
+            with m.If(place.chunk_end):
+                m.d.sync += [pieces_left.eq(pieces_left - 1), last_piece.eq(pieces_left == 1)]
+        with m.If(load):
+            m.d.sync += [
+                self.places.valid.eq(1),
+                last_token.eq(job.tokens - 1),
+                final.eq(end[lane_bits:piece_bits]),
+                final_keep.eq(Cat(lane <= end[:lane_bits] for lane in range(self.lanes))),
+                pieces_left.eq(end >> piece_bits),
+                last_piece.eq((end >> piece_bits) == 0),
+            ]
+        with m.Elif(step & place.last):
+            m.d.sync += self.places.valid.eq(0)
+        return m

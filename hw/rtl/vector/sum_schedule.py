@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order in which one adder adds the partial sums of a token."""
+
+from amaranth.hdl import Module
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In, Out
+
+from hw.spec.numerics.vector import PARTIAL_SUMS
+
+
+class SumSchedule(wiring.Component):
+    """A binary tree of additions, level by level: ``low`` and ``high`` are added, and their sum becomes number ``low``.
+
+    Parameters
+    ----------
+    adder_latency : cycles of the adder. A sum can be read one cycle after it leaves the adder
+
+    Members
+    -------
+    step : cycles since the first addition
+    add : an addition begins in this cycle
+    partial : its operands are partial sums; otherwise they are sums of the level before
+    low, high : its operands
+    write, place : a sum leaves the adder, and is written to this place
+    """
+
+    def __init__(self, adder_latency: int):
+        self.adder_latency = adder_latency
+        super().__init__(
+            {
+                "step": In(range(self.latency + 1)),
+                **dict.fromkeys(("add", "partial", "write"), Out(1)),
+                **dict.fromkeys(("low", "high"), Out(range(PARTIAL_SUMS))),
+                "place": Out(range(PARTIAL_SUMS // 2)),
+            }
+        )
+
+    @property
+    def additions(self) -> list[tuple[int, int, int]]:
+        """(cycle, low, high) of each addition."""
+        found, start, half = [], 0, PARTIAL_SUMS // 2
+        while half:
+            found += [(start + index, index, index + half) for index in range(half)]
+            # The first addition of the next level needs number ``half / 2`` of this one.
+            start, half = start + half // 2 + self.adder_latency + 1, half // 2
+        return found
+
+    @property
+    def latency(self) -> int:
+        """Cycles from the first addition to the cycle in which the last sum leaves the adder."""
+        return self.additions[-1][0] + self.adder_latency
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        with m.Switch(self.step):
+            for cycle, low, high in self.additions:
+                with m.Case(cycle):
+                    m.d.comb += [
+                        self.add.eq(1),
+                        self.partial.eq(high - low == PARTIAL_SUMS // 2),
+                        self.low.eq(low),
+                        self.high.eq(high),
+                    ]
+        with m.Switch(self.step):
+            for cycle, low, _ in self.additions:
+                with m.Case(cycle + self.adder_latency):
+                    m.d.comb += [self.write.eq(1), self.place.eq(low)]
+        return m
