@@ -8,7 +8,7 @@ from amaranth.lib import wiring
 
 from hw.boards.selftest import SelfTest, Vectors
 from hw.rtl.core.core import Core
-from hw.rtl.core.drain import result_payload
+from hw.rtl.common.results import result_payload
 from hw.spec.config import EXPONENT_BITS, FIXED_ZERO_POINT_BITS, AcceleratorConfig
 from hw.spec.memory.geometry import fit_layer
 from hw.spec.memory.packing import pack
@@ -71,7 +71,7 @@ def _activation_payloads(config: AcceleratorConfig, activations: Activations) ->
 
 def _result_payloads(config: AcceleratorConfig, y: np.ndarray) -> tuple[int, ...]:
     """The transfers of :mod:`hw.spec.memory.transfers` in order; values of lanes without a column are 0."""
-    bits, layout = y.view(np.uint32), result_payload(config)
+    bits, layout = y.view(np.uint32), result_payload(config, config.lanes)
     payloads = []
     for transfer in result_transfers(config, *y.shape):
         values = bits[transfer.token, transfer.columns.start : transfer.columns.stop].tolist()

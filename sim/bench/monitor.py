@@ -34,6 +34,6 @@ class Monitor:
         while True:
             await self._edge
             for times, handles in self._watched:
-                if all(str(handle.value) == "1" for handle in handles):
+                if all("1" in str(handle.value) for handle in handles):
                     times.append(self.now)
             self.now += 1

@@ -22,7 +22,7 @@ from hw.boards.uart import FRAME_BITS, UartTransmitter, uart_divisor
 from hw.boards.ulx3s import INPUT_HZ, pll_for
 from hw.flows.nextpnr_report import TimingError, check, read_report, timing, utilisation
 from hw.flows.selftest import selftest_vectors
-from hw.rtl.core.drain import result_payload
+from hw.rtl.common.results import result_payload
 from hw.spec.config import AcceleratorConfig
 from hw.spec.memory.geometry import fit_layer
 from hw.spec.memory.packing import unpack
@@ -42,7 +42,7 @@ def test_vectors_agree_with_the_numerics(tile: int, lanes: int):
     table = np.frombuffer(b"".join(rows), np.int8).reshape(-1, config.max_tokens, tile + 1).astype(np.int64)
     x = Activations(table[:, :, :tile].transpose(1, 0, 2).reshape(config.max_tokens, -1), table[0, :, tile])
     y = linear(config, weights, x)
-    got = [result_payload(config).from_bits(bits) for bits in vectors.results]
+    got = [result_payload(config, config.lanes).from_bits(bits) for bits in vectors.results]
     floats = [value for item in got for value, kept in zip(item.values, bin(item.keep)[:1:-1]) if kept == "1"]
     expected = np.concatenate([y[:, n : n + tile].reshape(-1) for n in range(0, layer.n, tile)])
     assert np.array(floats, np.uint32).tobytes() == expected.tobytes()

@@ -35,7 +35,8 @@ def output_payload(config: AcceleratorConfig, lanes: int, unit: int) -> data.Str
     """One transfer to a gatherer, as :func:`result_payload`, but ``column`` counts ``unit`` columns.
 
     A transfer may have fewer than ``lanes`` columns in the middle of a piece. Then it has a multiple of ``unit``, and
-    they are repeated in the other lanes: the value of column c is in every lane that is equal to c modulo their number.
+    they are repeated in the other lanes: the value of column c is in every lane that
+    is equal to c modulo the number of these columns.
     """
     values = {"values": data.ArrayLayout(FLOAT_BITS, lanes), "keep": lanes}
     place = {"token": range(config.max_tokens), "column": range(PIECE_FLOATS // unit), "chunk_end": 1, "last": 1}

@@ -8,12 +8,13 @@ from amaranth.lib.wiring import In, Out
 from hw.rtl.common.block import Block
 from hw.rtl.common.delay import delay
 from hw.rtl.common.fifo import StreamFifo
+from hw.rtl.common.results import result_payload
 from hw.rtl.common.walker import CommandFork, command_signature
 from hw.rtl.core.activation_buffer import ActivationBuffer, activation_payload
 from hw.rtl.core.array import SystolicArray
 from hw.rtl.core.column import Column, Columns
 from hw.rtl.core.column_control import ColumnControl
-from hw.rtl.core.drain import Drain, result_payload
+from hw.rtl.core.drain import Drain
 from hw.rtl.core.header import HeaderReader
 from hw.rtl.core.sequencer import Sequencer
 from hw.rtl.core.weights import WeightSplitter, WordAssembler
@@ -47,7 +48,7 @@ class Core(Block):
                 "command": In(command_signature(config)),
                 "weights": In(stream.Signature(config.beat_bits)),
                 "activations": In(stream.Signature(activation_payload(config))),
-                "results": Out(stream.Signature(result_payload(config))),
+                "results": Out(stream.Signature(result_payload(config, config.lanes))),
                 "underrun": Out(1),
                 "works": Out(1),
                 "waits_activations": Out(1),

@@ -8,6 +8,7 @@ from amaranth.lib.wiring import In, Out
 from hw.rtl.common.block import Block
 from hw.rtl.common.delay import delay
 from hw.rtl.common.fifo import CreditFifo, Credits
+from hw.rtl.common.results import place_layout, result_payload
 from hw.rtl.common.walker import Walker, command_signature
 from hw.rtl.core.activation_buffer import BANKS
 from hw.rtl.core.column import drain_slot, ring_depth
@@ -15,36 +16,6 @@ from hw.rtl.core.float_out import FloatOut
 from hw.spec.config import EXPONENT_BITS, FLOAT_BITS, SCALE_BITS, AcceleratorConfig
 from hw.spec.memory.access import PIECE_FLOATS
 from hw.spec.memory.geometry import StreamLayout
-
-
-def place_layout(config: AcceleratorConfig) -> data.StructLayout:
-    """The place of a transfer of results in its layer, which users of the results need not count.
-
-    A piece is 256 neighbouring columns of a token, or the rest of its row.
-
-    token : the row
-    column : the first column of the transfer, counted from the beginning of its piece in transfers
-    chunk_end : the last transfer of this piece of all tokens
-    last : the last transfer of the layer
-    """
-    return data.StructLayout(
-        {
-            "token": range(config.max_tokens),
-            "column": range(PIECE_FLOATS // config.lanes),
-            "chunk_end": 1,
-            "last": 1,
-        }
-    )
-
-
-def result_payload(config: AcceleratorConfig) -> data.StructLayout:
-    """One transfer of results: float32 bits of neighbouring columns, which of them are valid, and its place.
-
-    The valid ones come first. The values of the others are undefined.
-    """
-    lanes, place = config.lanes, place_layout(config)
-    values = {"values": data.ArrayLayout(FLOAT_BITS, lanes), "keep": lanes}
-    return data.StructLayout({**values, **{name: field.shape for name, field in place}})
 
 
 class Drain(Block):
@@ -82,7 +53,7 @@ class Drain(Block):
                 "drained": In(drain_slot(config)),
                 "ring_release": Out(1),
                 "bank_release": Out(1),
-                "results": Out(stream.Signature(result_payload(config))),
+                "results": Out(stream.Signature(result_payload(config, config.lanes))),
             }
         )
 
@@ -118,7 +89,7 @@ class Drain(Block):
         )
         wiring.connect(m, wiring.flipped(self.command), walker.command)
         m.submodules.tiles = tiles = Credits(ring_depth(config))
-        m.submodules.fifo = fifo = CreditFifo(result_payload(config), self.fifo_depth)
+        m.submodules.fifo = fifo = CreditFifo(result_payload(config, config.lanes), self.fifo_depth)
         at, step = self._count(m, walker), Signal()
         exists, ends = self._exists(m, walker, at)
         m.d.comb += [
@@ -192,12 +163,13 @@ class Drain(Block):
             last_token.eq(walker.last.token),
             piece_end.eq(ends.row | (walker.last.columns & at.tile.all())),
         ]
-        place = Signal(place_layout(self.config), name="place")
+        place = Signal(place_layout(self.config, self.lanes), name="place")
         columns_bits = (self.config.tile // self.lanes).bit_length() - 1
         m.d.comb += [
             *(keep[lane].eq(valid & (~row.row | (lane <= row.lane))) for lane in range(self.lanes)),
             place.token.eq(slot.token),
             place.column.eq(Cat(slot.columns[:columns_bits], slot.tile)),
+            place.piece_end.eq(piece_end),
             place.chunk_end.eq(last_token & piece_end),
             place.last.eq(last_token & row.row),
         ]

@@ -9,7 +9,7 @@ from amaranth.lib.wiring import In, Out
 from hw.rtl.common.block import Block
 from hw.rtl.common.fifo import CreditFifo, StreamFifo
 from hw.rtl.common.ram import buffer_attributes
-from hw.rtl.core.drain import result_payload
+from hw.rtl.common.results import output_payload
 from hw.rtl.memory.axi import ADDRESS_BITS
 from hw.rtl.memory.write_manager import PIECE_BYTES, last_beat, piece_layout
 from hw.spec.config import FLOAT_BITS, AcceleratorConfig
@@ -52,8 +52,12 @@ class Gatherer(Block):
     """Converts output tiles, in which a token has few columns, to pieces of up to 256 columns, token by token.
 
     A chunk is 256 columns of all tokens, or the rest of the layer. The results say where they belong and where a chunk
-    and a layer end (:func:`hw.rtl.core.drain.place_layout`). Chunks fill the two halves of a buffer in turn;
+    and a layer end (:func:`hw.rtl.common.results.output_payload`). Chunks fill the two halves of a buffer in turn;
     while one chunk is sent, the next one is gathered, from the same layer or from the next one.
+
+    Parameters
+    ----------
+    lanes, unit : of the results; if None those of the core
 
     Members
     -------
@@ -79,16 +83,17 @@ class Gatherer(Block):
     """Maximum number of descriptors in this block: one is gathered; others have their last chunk in the buffer or their
     last piece after it."""
 
-    def __init__(self, config: AcceleratorConfig):
-        self.config = config
-        self.width, self.lanes = config.port_width, config.lanes
+    def __init__(self, config: AcceleratorConfig, lanes: int | None = None, unit: int | None = None):
+        self.config, self.width = config, config.port_width
+        self.lanes = lanes or config.lanes
+        self.unit = unit or self.lanes
         # A word holds at least one transfer of results, and is one beat or several.
         self.word_floats = max(self.width // FLOAT_BITS, self.lanes)
         self.piece_words = PIECE_FLOATS // self.word_floats
         super().__init__(
             {
                 "job": In(stream.Signature(gather_layout())),
-                "results": In(stream.Signature(result_payload(config))),
+                "results": In(stream.Signature(output_payload(config, self.lanes, self.unit))),
                 "pieces": Out(stream.Signature(piece_layout())),
                 "beats": Out(stream.Signature(self.width)),
             }
@@ -133,7 +138,7 @@ class Gatherer(Block):
             chunks.i.payload.address.eq(job.address),
             chunks.i.payload.pitch.eq(job.pitch),
             chunks.i.payload.last_token.eq(results.token),
-            chunks.i.payload.last_float.eq(Cat(_last_lane(results.keep), results.column)),
+            chunks.i.payload.last_float.eq(self._last_float()),
             chunks.i.payload.last.eq(results.last),
             chunks.i.payload.interrupt.eq(job.interrupt),
         ]
@@ -144,17 +149,24 @@ class Gatherer(Block):
         with m.If(self.job.ready):
             m.d.sync += [active.eq(self.job.valid), job.eq(self.job.payload)]
 
+    def _last_float(self) -> Value:
+        """The index of the transfer's last column in its piece."""
+        results, lane = self.results.payload, _last_lane(self.results.payload.keep)
+        unit_bits = self.unit.bit_length() - 1
+        # The sum is in the piece: a transfer of all lanes begins at a multiple of their number.
+        return Cat(lane[:unit_bits], (results.column + lane[unit_bits:])[: len(results.column)])
+
     def _write(self, m: Module, memory: Memory, step: Value, row: Value) -> None:
         """Stores one transfer of results in its part of a word of the row."""
         write, transfer = memory.write_port(granularity=1), self.results.payload.column
-        part_bits = (self.word_floats // self.lanes - 1).bit_length()
+        part_bits = (self.word_floats // self.unit - 1).bit_length()
         part = transfer[:part_bits]
         m.d.comb += write.addr.eq(Cat(transfer[part_bits:], row))
         for index in range(self.word_floats):
             m.d.comb += [
                 write.data[index].eq(self.results.payload.values[index % self.lanes]),
                 # The rest of the word is written, too, so that it keeps no values of another layer.
-                write.en[index].eq(step & (part <= index // self.lanes)),
+                write.en[index].eq(step & (part <= index // self.unit)),
             ]
 
     def _send(self, m: Module, memory: Memory, chunks: StreamFifo) -> None:

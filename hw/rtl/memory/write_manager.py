@@ -20,6 +20,8 @@ class WriteClient(enum.IntEnum):
     """The clients of the write port, in order of precedence."""
 
     RESULTS = 0
+    SECOND = 1
+    """The second output of the vector unit."""
 
 
 def piece_layout() -> data.StructLayout:
@@ -44,8 +46,8 @@ class WriteManager(Block):
     """Writes pieces with INCR bursts: one burst per piece, or two if a piece crosses a 4 KiB boundary.
 
     A burst is sent to AW as soon as its piece is known; its data follows, never before it. All bursts have the same ID,
-    so they are acknowledged in order. If several clients have pieces, those of the first client are written first. All
-    pieces of a descriptor come from one client.
+    so they are acknowledged in order. If several clients have pieces, those of the first client are written first. The
+    clients' outputs of a descriptor are complete one by one.
 
     Parameters
     ----------
@@ -60,7 +62,7 @@ class WriteManager(Block):
     axi : AW, W and B
     halt : send no further burst; bursts that were sent to AW still get their data
     under_way : bursts sent to AW and not yet acknowledged
-    complete : the last burst of a descriptor was acknowledged, and none of its bursts had an error; one cycle
+    complete : by client: the last burst of a descriptor was acknowledged, and none of its bursts had an error; one cycle
     complete_interrupt : valid with ``complete``: the descriptor requests an interrupt
     error : a burst was answered with SLVERR or DECERR; one cycle, with its address in ``error_address``
     oldest : address of the oldest burst under way, if any
@@ -75,10 +77,10 @@ class WriteManager(Block):
     """Cycles from a beat's transfer to WVALID, and from the last BVALID to ``complete``."""
 
     _PIECES_AHEAD = 2
-    most_in_flight = len(WriteClient) * _PIECES_AHEAD + 1 + OUTSTANDING
-    """Maximum number of descriptors in this block: their last piece waits, is cut, or has bursts under way."""
+    most_in_flight = _PIECES_AHEAD + 1 + OUTSTANDING
+    """Maximum number of descriptors of a client in this block: their last piece waits, is cut, or has bursts under way."""
 
-    def __init__(self, width: int, clients: int = len(WriteClient), outstanding: int = OUTSTANDING):
+    def __init__(self, width: int, clients: int = 1, outstanding: int = OUTSTANDING):
         if outstanding < 2 or outstanding & (outstanding - 1):
             raise ValueError(f"outstanding bursts are a power of two from 2 up, not {outstanding}")
         self.width, self.clients, self.outstanding = width, clients, outstanding
@@ -89,7 +91,7 @@ class WriteManager(Block):
                 "axi": Out(write_signature(width)),
                 "halt": In(1),
                 "under_way": Out(range(outstanding + 1)),
-                "complete": Out(1),
+                "complete": Out(clients),
                 "complete_interrupt": Out(1),
                 "error": Out(1),
                 "error_address": Out(ADDRESS_BITS),
@@ -229,7 +231,7 @@ class WriteManager(Block):
         m.d.sync += [
             self.error.eq(b.valid & bad),
             self.error_address.eq(tag.address),
-            self.complete.eq(good),
+            self.complete.eq(good << tag.client),
             self.complete_interrupt.eq(good & tag.interrupt),
         ]
         with m.If(b.valid):

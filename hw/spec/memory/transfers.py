@@ -2,7 +2,7 @@
 """The order in which a layer's results leave the array: output tile by output tile, token by token, columns ascending.
 
 A transfer has up to ``lanes`` neighbouring columns. Its fields besides the values are those of
-:func:`hw.rtl.core.drain.result_payload`.
+:func:`hw.rtl.common.results.result_payload`.
 """
 
 from typing import NamedTuple

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The way of results from the core to memory, through the vector unit if there is one."""
+
+from amaranth.hdl import Cat, Module
+from amaranth.lib import stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from hw.rtl.common.block import Block
+from hw.rtl.common.results import result_payload
+from hw.rtl.memory.axi import ADDRESS_BITS, owed_layout, write_signature
+from hw.rtl.memory.burst_cutter import burst_layout
+from hw.rtl.memory.completion import Completion, expected_layout
+from hw.rtl.memory.gatherer import Gatherer, gather_layout
+from hw.rtl.memory.operand_fetch import OperandFetch, operand_layout
+from hw.rtl.memory.write_manager import WriteClient, WriteManager
+from hw.rtl.vector.epilogue import Epilogue
+from hw.rtl.vector.layouts import SECOND_UNIT, Operand, epilogue_layout, result_unit, vector_lanes
+from hw.spec.config import AcceleratorConfig
+from hw.spec.memory.access import OUTSTANDING
+
+EXPECTED = 16
+"""Number of descriptors with outputs on their way to memory that :class:`hw.rtl.memory.completion.Completion` holds."""
+
+
+class ResultPath(Block):
+    """Writes the core's results to memory. With a vector unit they pass the epilogue, which may have a second output.
+
+    Members
+    -------
+    results : from the core
+    jobs : the places of the results; with a vector unit also of the second outputs: by
+        :class:`hw.rtl.memory.write_manager.WriteClient`
+    axi : the write port
+    halt : send no further burst
+    complete, complete_interrupt : a descriptor's outputs are in memory
+    error, error_address : a burst had an error
+    owed : bursts under way
+
+    and with a vector unit
+
+    epilogue : the epilogues
+    expected : which outputs each descriptor has
+    operands, bursts, beats : by :class:`hw.rtl.vector.layouts.Operand`: the places of the operands, and the read ports'
+        bursts and data for them
+    """
+
+    container = True
+
+    def __init__(self, config: AcceleratorConfig):
+        self.config = config
+        self.clients = len(WriteClient) if config.has_vector_unit else 1
+        members = {
+            "results": In(stream.Signature(result_payload(config, config.lanes))),
+            "jobs": In(stream.Signature(gather_layout())).array(self.clients),
+            "axi": Out(write_signature(config.port_width)),
+            "halt": In(1),
+            **dict.fromkeys(("complete", "complete_interrupt", "error"), Out(1)),
+            "error_address": Out(ADDRESS_BITS),
+            "owed": Out(owed_layout(OUTSTANDING)),
+        }
+        if config.has_vector_unit:
+            operands = len(Operand)
+            members |= {
+                "epilogue": In(stream.Signature(epilogue_layout(config))),
+                "expected": In(stream.Signature(expected_layout(self.clients))),
+                "operands": In(stream.Signature(operand_layout(config.max_tokens))).array(operands),
+                "bursts": Out(stream.Signature(burst_layout(config.port_width))).array(operands),
+                "beats": In(stream.Signature(config.port_width)).array(operands),
+            }
+        super().__init__(members)
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        m.submodules.writer = writer = WriteManager(self.config.port_width, self.clients)
+        wiring.connect(m, writer.axi, wiring.flipped(self.axi))
+        m.d.comb += [
+            writer.halt.eq(self.halt),
+            self.error.eq(writer.error),
+            self.error_address.eq(writer.error_address),
+            self.owed.bursts.eq(writer.under_way),
+            self.owed.oldest.eq(writer.oldest),
+        ]
+        if self.config.has_vector_unit:
+            self._through_epilogue(m, writer)
+        else:
+            self._directly(m, writer)
+        return m
+
+    def _gather(self, m: Module, writer: WriteManager, client: WriteClient, gatherer: Gatherer) -> None:
+        m.submodules[f"gatherer_{client.name.lower()}"] = gatherer
+        wiring.connect(m, wiring.flipped(self.jobs[client]), gatherer.job)
+        wiring.connect(m, gatherer.pieces, writer.pieces[client])
+        wiring.connect(m, gatherer.beats, writer.beats[client])
+
+    def _directly(self, m: Module, writer: WriteManager) -> None:
+        gatherer = Gatherer(self.config)
+        self._gather(m, writer, WriteClient.RESULTS, gatherer)
+        m.d.comb += [
+            gatherer.results.valid.eq(self.results.valid),
+            self.results.ready.eq(gatherer.results.ready),
+            *(
+                gatherer.results.payload[name].eq(self.results.payload[name])
+                for name, _ in gatherer.results.payload.shape()
+            ),
+            self.complete.eq(writer.complete),
+            self.complete_interrupt.eq(writer.complete_interrupt),
+        ]
+
+    def _through_epilogue(self, m: Module, writer: WriteManager) -> None:
+        config, lanes = self.config, vector_lanes(self.config)
+        m.submodules.epilogue = epilogue = Epilogue(config)
+        m.submodules.completion = completion = Completion(self.clients, EXPECTED)
+        wiring.connect(m, wiring.flipped(self.results), epilogue.results)
+        wiring.connect(m, wiring.flipped(self.epilogue), epilogue.job)
+        wiring.connect(m, wiring.flipped(self.expected), completion.expected)
+        outputs = {
+            WriteClient.RESULTS: (epilogue.first, result_unit(config)),
+            WriteClient.SECOND: (epilogue.second, SECOND_UNIT),
+        }
+        for client, (output, unit) in outputs.items():
+            gatherer = Gatherer(config, lanes, unit)
+            self._gather(m, writer, client, gatherer)
+            wiring.connect(m, output, gatherer.results)
+        m.d.comb += [
+            completion.written.eq(writer.complete),
+            self.complete.eq(completion.complete),
+            self.complete_interrupt.eq(completion.interrupt),
+        ]
+        fetches = [self._fetch(m, operand, epilogue) for operand in Operand]
+        m.d.comb += epilogue.available.eq(Cat(fetch.available for fetch in fetches))
+
+    def _fetch(self, m: Module, operand: Operand, epilogue: Epilogue) -> OperandFetch:
+        """One of the epilogue's operands. The factor of the second output is one row for all tokens."""
+        config, place = self.config, self.operands[operand]
+        rows = 1 if operand is Operand.FACTOR else config.max_tokens
+        periodic = operand is Operand.TABLE
+        fetch = OperandFetch(config.port_width, rows, vector_lanes(config), periodic=periodic)
+        m.submodules[f"fetch_{operand.name.lower()}"] = fetch
+        wiring.connect(m, fetch.bursts, wiring.flipped(self.bursts[operand]))
+        wiring.connect(m, wiring.flipped(self.beats[operand]), fetch.beats)
+        names = ("address", "pitch", "columns")
+        m.d.comb += [
+            fetch.jobs.valid.eq(place.valid),
+            place.ready.eq(fetch.jobs.ready),
+            *(fetch.jobs.payload[name].eq(place.payload[name]) for name in names),
+            fetch.jobs.payload.tokens.eq(1 if rows == 1 else place.payload.tokens),
+            fetch.read.eq(epilogue.read[operand]),
+            fetch.release.eq(epilogue.release[operand]),
+            fetch.token.eq(0 if rows == 1 else epilogue.token),
+            epilogue.data[operand].eq(fetch.data),
+        ]
+        if not periodic:
+            m.d.comb += fetch.column.eq(epilogue.column)
+        return fetch
