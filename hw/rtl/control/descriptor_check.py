@@ -54,7 +54,7 @@ def work_layout(config: AcceleratorConfig) -> data.StructLayout:
 
     vector : the operation is VECTOR; only with a vector unit
     """
-    names = ["interrupt", "activations", "results", "weights", "weights_stride", *epilogue_fields(config)]
+    names = ["interrupt", "wait", "activations", "results", "weights", "weights_stride", *epilogue_fields(config)]
     if config.has_vector_unit:
         names += ["source_pitch"]
     return data.StructLayout(
@@ -74,7 +74,7 @@ class DescriptorCheck(Block):
     Members
     -------
     descriptors : descriptors as written by software
-    work : the valid ones
+    work : the valid ones; a payload does not change from the cycle before its ``valid`` to its transfer
     error : why the current descriptor was refused (:class:`hw.spec.control.registers.ErrorCode`)
 
     It checks one descriptor at a time, with registers after the counts, after the derived values and after the

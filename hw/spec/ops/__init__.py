@@ -4,11 +4,11 @@
 from collections.abc import Sequence
 
 from hw.spec.config import AcceleratorConfig
-from hw.spec.ops.base import OPCODE_BITS, Op, Opcode
+from hw.spec.ops.base import OPCODE_BITS, Op, Opcode, Wait
 from hw.spec.ops.linear import LINEAR
 from hw.spec.ops.vector import VECTOR
 
-__all__ = ["LINEAR", "OPS", "VECTOR", "Op", "Opcode", "op_of"]
+__all__ = ["LINEAR", "OPS", "VECTOR", "Op", "Opcode", "Wait", "op_of"]
 
 OPS: dict[Opcode, Op] = {op.opcode: op for op in (LINEAR, VECTOR)}
 """Every opcode."""

@@ -150,6 +150,7 @@ class Linear(Op):
             "out_features": (1, MAX_N),
             "header_beats": (1, max_header_beats(config)),
             "body_words": (1, max_slices * stream.words_per_slice),
+            "wait": (min(Wait), max(Wait)),
         }
 
     def shape_is_wrong(

@@ -77,6 +77,16 @@ class _Bench:
         self.dut = dut
         self.source = StreamSource(dut, "descriptors", dut.clk, stall)
         self.work = StreamSink(dut, "work", dut.clk, stall)
+        self._early = cocotb.start_soon(self._payload_comes_early())
+
+    async def _payload_comes_early(self) -> None:
+        """The payload is there in the cycle before its valid."""
+        edge, was_valid, before = RisingEdge(self.dut.clk), True, None
+        while True:
+            await edge
+            valid, payload_now = str(self.dut.work_valid.value) == "1", str(self.dut.work_payload.value)
+            assert was_valid or not valid or payload_now == before, "the payload changed with valid"
+            was_valid, before = valid, payload_now
 
     async def accept(self, descriptor: AnyDescriptor, layer: LayerLayout | None = None) -> None:
         """A valid descriptor; `layer` is that of a linear layer."""
