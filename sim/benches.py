@@ -138,6 +138,7 @@ BENCHES: list[Bench] = [
     _bench("first_error", _SMALL),
     _bench("watchdog", _TWO_PORTS),
     *(_bench("selftest", params) for params in (_ULX3S, _ULX3S_8)),
+    *(_bench("accelerator", dict(_SMALL, operators="decoder", lanes=lanes), tb="decoder") for lanes in (1, 4)),
     *(_bench("accelerator", params) for params in (_SMALL, _TWO_PORTS, _TILE_16)),
     *(_bench("accelerator", params, tb="accelerator_faults") for params in (_SMALL, _TWO_PORTS)),
     *(_bench("read_manager", params, full=True) for params in (_NARROW, _TILE_16)),

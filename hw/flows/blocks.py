@@ -32,7 +32,7 @@ from hw.rtl.memory.activation_fetch import ActivationFetch
 from hw.rtl.memory.axi import is_axi
 from hw.rtl.memory.burst_cutter import BurstCutter
 from hw.rtl.memory.gatherer import Gatherer
-from hw.rtl.memory.read_manager import ReadClient, ReadManager, read_fifo_depths
+from hw.rtl.memory.read_manager import ReadManager, read_fifo_depths
 from hw.rtl.memory.weight_fetch import WeightFetch
 from hw.rtl.memory.write_manager import WriteManager
 from hw.rtl.vector.epilogue import Epilogue
@@ -63,7 +63,7 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "fifo": lambda config: StreamFifo(StreamLayout(config).word_bits, StreamLayout(config).word_fifo_depth),
     "read_manager": lambda config: ReadManager(config.port_width, read_fifo_depths(config)),
     "burst_cutter": lambda config: BurstCutter(config.port_width),
-    "weight_fetch": lambda config: WeightFetch(config, read_fifo_depths(config)[ReadClient.WEIGHTS]),
+    "weight_fetch": lambda config: WeightFetch(config, read_fifo_depths(config)[-1]),
     "dispatcher": Dispatcher,
     "gatherer": Gatherer,
     "write_manager": lambda config: WriteManager(config.port_width, clients=2),

@@ -7,8 +7,8 @@ import numpy as np
 from amaranth.lib import wiring
 
 from hw.boards.selftest import SelfTest, Vectors
-from hw.rtl.core.core import Core
 from hw.rtl.common.results import result_payload
+from hw.rtl.core.core import Core
 from hw.spec.config import EXPONENT_BITS, FIXED_ZERO_POINT_BITS, AcceleratorConfig
 from hw.spec.memory.geometry import fit_layer
 from hw.spec.memory.packing import pack

@@ -13,7 +13,7 @@ from hw.rtl.control.register_bank import CONTROL_ADDRESS_BITS, RegisterBank
 from hw.rtl.control.supervisor import Supervisor
 from hw.rtl.datapath import Datapath
 from hw.rtl.memory.axi import lite_signature, read_signature, write_signature
-from hw.spec.config import AcceleratorConfig, ConfigError
+from hw.spec.config import AcceleratorConfig
 from hw.spec.control.registers import (
     BY_NAME,
     COMPLETIONS,
@@ -38,18 +38,11 @@ class Accelerator(Block):
 
     Throughput: that of the core, see :class:`hw.rtl.core.core.Core`, if memory is fast enough. Every output is a
     register or depends only on registers.
-
-    Raises ConfigError if the config has a vector unit: only some of its blocks exist.
     """
 
     container = True
 
     def __init__(self, config: AcceleratorConfig):
-        if config.has_vector_unit:
-            raise ConfigError(
-                f"operators={config.operators} is not complete: no accelerator has the vector unit yet; use"
-                " --operators linear"
-            )
         self.config = config
         super().__init__(
             {

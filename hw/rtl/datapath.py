@@ -17,9 +17,11 @@ from hw.rtl.memory.activation_fetch import ActivationFetch
 from hw.rtl.memory.axi import ADDRESS_BITS, owed_layout, read_signature, write_signature
 from hw.rtl.memory.burst_cutter import max_burst_beats
 from hw.rtl.memory.gatherer import Gatherer
-from hw.rtl.memory.read_manager import ReadClient, ReadManager, read_fifo_depths
+from hw.rtl.memory.read_manager import ReadManager, operands_of, read_fifo_depths
 from hw.rtl.memory.weight_fetch import WeightFetch
 from hw.rtl.memory.write_manager import WriteClient, WriteManager
+from hw.rtl.result_path import ResultPath
+from hw.rtl.vector.layouts import Operand
 from hw.spec.config import AcceleratorConfig
 from hw.spec.control.registers import QUEUE_DEPTH, ErrorCode
 from hw.spec.memory.access import OUTSTANDING, WEIGHT_BURSTS_AHEAD
@@ -54,7 +56,7 @@ class Datapath(Block):
     """Maximum number of descriptors in the queue and in the stages after it, up to their last acknowledgement."""
 
     def __init__(self, config: AcceleratorConfig):
-        self.config = config
+        self.config, self.path = config, ResultPath(config)
         super().__init__(
             {
                 "descriptors": In(stream.Signature(DESCRIPTOR_BITS)),
@@ -113,7 +115,7 @@ class Datapath(Block):
 
     def _read(self, m: Module, dispatcher: Dispatcher, unit: ActivationUnit, core: Core) -> None:
         """Connects the fetch units: activations come from all ports in turn, weights from all ports in step."""
-        config, depths = self.config, read_fifo_depths(self.config)
+        config = self.config
         m.submodules.activation_fetch = activations = ActivationFetch(config)
         ahead = WEIGHT_BURSTS_AHEAD * max_burst_beats(config.port_width)
         m.submodules.weight_fetch = weights = WeightFetch(config, ahead)
@@ -128,11 +130,15 @@ class Datapath(Block):
         ]
         fault = self.faults[ErrorCode.READ_BUS]
         for port in range(config.ports):
+            clients = [(fetch.bursts[port], fetch.port_beats[port]) for fetch in (activations, weights)]
+            operands = operands_of(config, port)
+            clients[1:1] = [(self.path.bursts[operand], self.path.beats[operand]) for operand in operands]
+            depths = read_fifo_depths(config, port)
             m.submodules[f"reader_{port}"] = reader = ReadManager(config.port_width, depths, OUTSTANDING)
             wiring.connect(m, reader.axi, wiring.flipped(self.reads[port]))
-            for client, fetch in ((ReadClient.ACTIVATIONS, activations), (ReadClient.WEIGHTS, weights)):
-                wiring.connect(m, fetch.bursts[port], reader.bursts[client])
-                wiring.connect(m, reader.beats[client], fetch.port_beats[port])
+            for client, (bursts, beats) in enumerate(clients):
+                wiring.connect(m, bursts, reader.bursts[client])
+                wiring.connect(m, reader.beats[client], beats)
             m.d.comb += [
                 reader.halt.eq(self.halt),
                 self.reads_owed[port].bursts.eq(reader.under_way),
@@ -142,23 +148,25 @@ class Datapath(Block):
                 m.d.comb += [fault.raised.eq(1), fault.address.eq(reader.error_address)]
 
     def _write(self, m: Module, dispatcher: Dispatcher, core: Core) -> None:
-        config, fault = self.config, self.faults[ErrorCode.WRITE_BUS]
-        m.submodules.gatherer = gatherer = Gatherer(config)
-        m.submodules.writer = writer = WriteManager(config.port_width)
-        wiring.connect(m, dispatcher.jobs, gatherer.job)
-        wiring.connect(m, core.results, gatherer.results)
-        wiring.connect(m, gatherer.pieces, writer.pieces[WriteClient.RESULTS])
-        wiring.connect(m, gatherer.beats, writer.beats[WriteClient.RESULTS])
-        wiring.connect(m, writer.axi, wiring.flipped(self.write))
+        path, fault = self.path, self.faults[ErrorCode.WRITE_BUS]
+        m.submodules.path = path
+        wiring.connect(m, core.results, path.results)
+        wiring.connect(m, dispatcher.results_job, path.jobs[WriteClient.RESULTS])
+        if self.config.has_vector_unit:
+            wiring.connect(m, dispatcher.second_job, path.jobs[WriteClient.SECOND])
+            wiring.connect(m, dispatcher.epilogue, path.epilogue)
+            wiring.connect(m, dispatcher.expected, path.expected)
+            for operand in Operand:
+                wiring.connect(m, getattr(dispatcher, operand.name.lower()), path.operands[operand])
+        wiring.connect(m, path.axi, wiring.flipped(self.write))
         m.d.comb += [
-            writer.halt.eq(self.halt),
-            self.complete.eq(writer.complete & ~self.halt),
+            path.halt.eq(self.halt),
+            self.complete.eq(path.complete & ~self.halt),
             dispatcher.complete.eq(self.complete),
-            self.complete_interrupt.eq(writer.complete_interrupt),
-            fault.raised.eq(writer.error),
-            fault.address.eq(writer.error_address),
-            self.write_owed.bursts.eq(writer.under_way),
-            self.write_owed.oldest.eq(writer.oldest),
+            self.complete_interrupt.eq(path.complete_interrupt),
+            fault.raised.eq(path.error),
+            fault.address.eq(path.error_address),
+            self.write_owed.eq(path.owed),
         ]
 
     def _watch(self, m: Module, core: Core) -> None:

@@ -9,7 +9,7 @@ from amaranth.lib.wiring import In, Out
 
 from hw.rtl.common.block import Block
 from hw.rtl.common.walker import command_layout
-from hw.rtl.control.descriptor_rules import comparisons, derived_values, epilogue_comparisons
+from hw.rtl.control.descriptor_rules import HEADS_BITS, comparisons, derived_values, epilogue_comparisons
 from hw.rtl.memory.activation_fetch import max_activation_beats
 from hw.rtl.memory.burst_cutter import BEAT_COUNT_BITS
 from hw.spec.config import AcceleratorConfig
@@ -53,17 +53,18 @@ def work_layout(config: AcceleratorConfig) -> data.StructLayout:
     """A checked descriptor: the core's command, addresses and lengths of the operands, and the epilogue.
 
     vector : the operation is VECTOR; only with a vector unit
+    heads : columns of all rotated heads; only with a vector unit
     """
     names = ["interrupt", "wait", "activations", "results", "weights", "weights_stride", *epilogue_fields(config)]
     if config.has_vector_unit:
-        names += ["source_pitch"]
+        names += ["source_pitch", "out_features"]
     return data.StructLayout(
         {
             "command": command_layout(config),
             **{name: unsigned(VALUE_BITS[name]) for name in names},
             "activation_beats": unsigned(max_activation_beats(config).bit_length()),
             "weight_beats": unsigned(BEAT_COUNT_BITS),
-            **({"vector": 1} if config.has_vector_unit else {}),
+            **({"vector": 1, "heads": HEADS_BITS} if config.has_vector_unit else {}),
         }
     )
 

@@ -13,13 +13,15 @@ from amaranth.hdl import Cat, Const, Mux, Value
 from hw.spec.config import FLOAT_BITS, MAX_N, AcceleratorConfig
 from hw.spec.control.descriptor import DATA_ALIGNMENT, FLOAT_BYTES, VALUE_BITS, WEIGHT_ALIGNMENT, Opcode
 from hw.spec.memory.geometry import StreamLayout
-from hw.spec.numerics.vector import PIECE
+from hw.spec.numerics.vector import PARTIAL_SUMS, PIECE
 from hw.spec.ops import LINEAR
 from hw.spec.ops.command import command_fields
 from hw.spec.ops.epilogue import HEAD_UNIT, MAX_HEAD, PIECE_BYTES
 
 Comparison = Callable[[Mapping[str, Value]], Value]
 """The function from all values to whether the descriptor is wrong."""
+HEADS_BITS = VALUE_BITS["head"] + VALUE_BITS["rotary_heads"]
+"""Width of the number of columns of all rotated heads."""
 _ROW_UNIT_BITS = (MAX_N * FLOAT_BYTES // DATA_ALIGNMENT).bit_length()
 
 
@@ -67,7 +69,7 @@ def _derived_epilogue() -> tuple[Derived, ...]:
         return Mux(v["second"], _row_units(v["columns"]), Mux(v["pieces"], _ceil_div(v["columns"], pieces_in_unit), 0))
 
     return (
-        Derived("heads", VALUE_BITS["head"] + VALUE_BITS["rotary_heads"], lambda v: v["head"] * v["rotary_heads"]),
+        Derived("heads", HEADS_BITS, lambda v: v["head"] * v["rotary_heads"]),
         Derived("operand_units", _ROW_UNIT_BITS, lambda v: _row_units(v["out_features"])),
         Derived("second_units", _ROW_UNIT_BITS, second),
     )
@@ -100,9 +102,11 @@ def epilogue_comparisons(config: AcceleratorConfig) -> tuple[Comparison, ...]:
         return always
     return (
         *always,
-        lambda v: (v["rotary"] & v["silu"]) | (v["second"] & v["pieces"]),
+        lambda v: v["silu"] & (v["rotary"] | v["second"] | v["pieces"] | v["squares"]),
+        lambda v: v["second"] & v["pieces"],
         lambda v: v["quiet"] & ~(v["second"] | v["pieces"]),
         lambda v: v["silu"] & v["out_features"][0],
+        lambda v: v["squares"] & v["out_features"][: (PARTIAL_SUMS - 1).bit_length()].any(),
         lambda v: v["rotary"] != (v["heads"] != 0),
         lambda v: ~v["rotary"] & ((v["head"] != 0) | (v["rotary_heads"] != 0)),
         lambda v: v["head"][: (HEAD_UNIT - 1).bit_length()].any() | (v["head"] > MAX_HEAD),

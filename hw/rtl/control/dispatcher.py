@@ -88,7 +88,9 @@ class Dispatcher(Block):
     blocks : the layer's activations, unless it reuses those of the previous layer
     asking : the last block is not completely requested
     regions : the layer's weights
-    jobs : the layer's results
+    results_job : the place of the layer's results
+
+    and with a vector unit the shares of the second output, the epilogue and its operands.
 
     Latency from the first cycle of a work's ``valid``: 0 cycles for ``core``, ``blocks`` and ``regions``, 1 for the
     others; from ``complete`` to the shares that have waited for it 1 cycle more. Throughput: 1 layer in 4 cycles, in
@@ -178,7 +180,7 @@ class Dispatcher(Block):
                 # Always: so a descriptor is in the table in the first cycle of its ``valid``.
                 write.en.eq(1),
                 write.addr.eq(written),
-                *(write.data[field].eq(work.payload[field]) for field in side.value),
+                *(write.data[field].eq(work.payload[field]) for field in side.names(self.config)),
                 read.addr.eq(place),
                 cursor.work.eq(read.data),
             ]

@@ -5,40 +5,46 @@ import enum
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from amaranth.hdl import Const, Value
+from amaranth.hdl import Cat, Const, Value
 from amaranth.lib import data
 
 from hw.rtl.common.walker import command_layout
-from hw.rtl.control.descriptor_check import work_layout
+from hw.rtl.control.descriptor_check import epilogue_fields, work_layout
 from hw.rtl.memory.activation_fetch import fetch_layout
 from hw.rtl.memory.axi import ADDRESS_BITS
+from hw.rtl.memory.completion import expected_layout
 from hw.rtl.memory.gatherer import gather_layout
+from hw.rtl.memory.operand_fetch import operand_layout
 from hw.rtl.memory.weight_fetch import weights_layout
+from hw.rtl.memory.write_manager import WriteClient
+from hw.rtl.vector.layouts import epilogue_layout
 from hw.spec.config import AcceleratorConfig
 from hw.spec.ops.command import command_fields
+from hw.spec.ops.epilogue import FLAGS
 
 JOBS_AHEAD = 4
 """Number of layers whose jobs wait for the gatherer."""
 
 
 class Side(enum.Enum):
-    """The two halves of a descriptor, which are sent at different times; the fields of the work that each needs."""
+    """The two halves of a descriptor, which are sent at different times."""
 
-    WEIGHTS = ("command", "wait", "weights", "weights_stride", "weight_beats")
-    ACTIVATIONS = (
-        "command",
-        "wait",
-        "activations",
-        "activation_beats",
-        "results",
-        "result_pitch",
-        "interrupt",
-    )
+    WEIGHTS = enum.auto()
+    ACTIVATIONS = enum.auto()
+
+    def names(self, config: AcceleratorConfig) -> tuple[str, ...]:
+        """The fields of the checked descriptor that this side needs."""
+        vector = ("vector",) if config.has_vector_unit else ()
+        if self is Side.WEIGHTS:
+            return ("command", "wait", "weights", "weights_stride", "weight_beats", *vector)
+        rows = ("source_pitch", "out_features", "heads") if config.has_vector_unit else ()
+        operands = ("activations", "activation_beats", "results", "interrupt")
+        return ("command", "wait", *operands, *epilogue_fields(config), *rows, *vector)
 
     def layout(self, config: AcceleratorConfig) -> data.StructLayout:
-        """The side's fields of the checked descriptor."""
+        """The side's fields."""
         whole = work_layout(config)
-        return data.StructLayout({name: whole[name].shape for name in self.value})
+        return data.StructLayout({name: whole[name].shape for name in self.names(config)})
 
 
 @dataclass(frozen=True)
@@ -69,21 +75,35 @@ def unit_layout(config: AcceleratorConfig) -> data.StructLayout:
     return data.StructLayout({"command": command_layout(config), "address": ADDRESS_BITS})
 
 
+def _always(work: data.View) -> Value:
+    return Const(1)
+
+
 def shares(config: AcceleratorConfig) -> tuple[Share, ...]:
     """The share of each unit."""
-    counts = ("tokens", "out_tiles", "last_columns")
+    if config.has_vector_unit:
+        return (*_linear_shares(config, lambda work: ~work.vector, lambda work: ~work.quiet), *_vector_shares(config))
+    return _linear_shares(config, _always, _always)
+
+
+def _linear_shares(
+    config: AcceleratorConfig, linear: Callable[[data.View], Value], written: Callable[[data.View], Value]
+) -> tuple[Share, ...]:
+    """The shares of a linear layer. linear, written: whether it is one, and whether its results are written."""
     return (
         Share(
             "core",
             Side.WEIGHTS,
             command_layout(config),
             lambda work: {name: work.command[name] for name in command_fields(config)},
+            wanted=linear,
         ),
         Share(
             "regions",
             Side.WEIGHTS,
             weights_layout(),
             lambda work: {"address": work.weights, "stride": work.weights_stride, "beats": work.weight_beats},
+            wanted=linear,
             after="blocks",
         ),
         Share(
@@ -92,24 +112,71 @@ def shares(config: AcceleratorConfig) -> tuple[Share, ...]:
             unit_layout(config),
             lambda work: {"command": work.command, "address": work.activations},
             ahead=2,
+            wanted=linear,
         ),
         Share(
             "blocks",
             Side.ACTIVATIONS,
             fetch_layout(config),
             lambda work: {"address": work.activations, "beats": work.activation_beats},
-            wanted=lambda work: ~work.command.reuse,
+            wanted=lambda work: linear(work) & ~work.command.reuse,
         ),
         Share(
-            "jobs",
+            "results_job",
             Side.ACTIVATIONS,
-            gather_layout(config),
+            gather_layout(),
+            lambda work: {"address": work.results, "pitch": work.result_pitch, "interrupt": work.interrupt},
+            ahead=JOBS_AHEAD,
+            wanted=written,
+        ),
+    )
+
+
+def _vector_shares(config: AcceleratorConfig) -> tuple[Share, ...]:
+    """The shares of the vector unit: the second output, the epilogue, and its operands."""
+
+    def second(work: data.View) -> Value:
+        return work.second | work.pieces
+
+    def operand(name: str, address: str, pitch: str | None, columns: str, flag: str) -> Share:
+        def fields(work: data.View) -> dict[str, Value]:
+            counts = {"tokens": work.command.tokens, "columns": work[columns]}
+            return {"address": work[address], "pitch": work[pitch] if pitch else Const(0), **counts}
+
+        layout = operand_layout(config.max_tokens)
+        return Share(name, Side.ACTIVATIONS, layout, fields, ahead=2, wanted=lambda work: work[flag])
+
+    return (
+        Share(
+            "second_job",
+            Side.ACTIVATIONS,
+            gather_layout(),
+            lambda work: {"address": work.second_results, "pitch": work.second_pitch, "interrupt": Const(0)},
+            ahead=JOBS_AHEAD,
+            wanted=second,
+        ),
+        Share(
+            "epilogue",
+            Side.ACTIVATIONS,
+            epilogue_layout(config),
             lambda work: {
-                **{name: work.command[name] for name in counts},
-                "address": work.results,
-                "pitch": work.result_pitch,
-                "interrupt": work.interrupt,
+                "flags": Cat(work[field.name] for field in FLAGS),
+                "vector": work.vector,
+                "tokens": work.command.tokens,
+                "columns": work.out_features,
+                "rotated": work.heads,
+                "eps": work.eps,
             },
             ahead=JOBS_AHEAD,
         ),
+        Share(
+            "expected",
+            Side.ACTIVATIONS,
+            expected_layout(len(WriteClient)),
+            lambda work: {"outputs": Cat(~work.quiet, second(work)), "interrupt": work.interrupt},
+        ),
+        operand("source", "activations", "source_pitch", "out_features", "vector"),
+        operand("addend", "addend", "addend_pitch", "out_features", "add"),
+        operand("table", "table", "table_pitch", "head", "rotary"),
+        operand("factor", "factor", None, "out_features", "second"),
     )

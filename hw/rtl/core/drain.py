@@ -13,7 +13,7 @@ from hw.rtl.common.walker import Walker, command_signature
 from hw.rtl.core.activation_buffer import BANKS
 from hw.rtl.core.column import drain_slot, ring_depth
 from hw.rtl.core.float_out import FloatOut
-from hw.spec.config import EXPONENT_BITS, FLOAT_BITS, SCALE_BITS, AcceleratorConfig
+from hw.spec.config import EXPONENT_BITS, SCALE_BITS, AcceleratorConfig
 from hw.spec.memory.access import PIECE_FLOATS
 from hw.spec.memory.geometry import StreamLayout
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The AXI4 read manager: bursts for several clients over one port."""
 
-import enum
 from collections.abc import Sequence
 
 from amaranth.hdl import Cat, Module, Signal, unsigned
@@ -12,21 +11,24 @@ from hw.rtl.common.block import Block
 from hw.rtl.common.fifo import BlockFifo, StreamFifo
 from hw.rtl.memory.axi import ADDRESS_BITS, constant_address_fields, is_error, read_signature
 from hw.rtl.memory.burst_cutter import burst_layout, max_burst_beats
+from hw.rtl.vector.layouts import Operand
 from hw.spec.config import AcceleratorConfig
 from hw.spec.memory.access import OUTSTANDING
 
 
-class ReadClient(enum.IntEnum):
-    """The clients of every read port, in order of precedence: activations are few, and a whole layer waits for them."""
-
-    ACTIVATIONS = 0
-    WEIGHTS = 1
+def operands_of(config: AcceleratorConfig, port: int) -> list[Operand]:
+    """The operands of the vector unit that are read through a port: they take turns over the ports."""
+    return [operand for operand in Operand if config.has_vector_unit and operand % config.ports == port]
 
 
-def read_fifo_depths(config: AcceleratorConfig) -> list[int]:
-    """Beats of each :class:`ReadClient`'s FIFO, as :class:`ReadManager` takes them."""
-    depths = {ReadClient.ACTIVATIONS: 0, ReadClient.WEIGHTS: OUTSTANDING * max_burst_beats(config.port_width)}
-    return [depths[client] for client in ReadClient]
+def read_fifo_depths(config: AcceleratorConfig, port: int = 0) -> list[int]:
+    """Beats of the FIFO of each client of a port, as :class:`ReadManager` takes them.
+
+    The clients are activations, the port's operands of the vector unit, and weights, in order of precedence:
+    activations and operands are few, and a whole layer waits for them.
+    """
+    operands = operands_of(config, port)
+    return [0, *(0 for _ in operands), OUTSTANDING * max_burst_beats(config.port_width)]
 
 
 class ReadManager(Block):

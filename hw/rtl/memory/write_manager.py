@@ -62,7 +62,7 @@ class WriteManager(Block):
     axi : AW, W and B
     halt : send no further burst; bursts that were sent to AW still get their data
     under_way : bursts sent to AW and not yet acknowledged
-    complete : by client: the last burst of a descriptor was acknowledged, and none of its bursts had an error; one cycle
+    complete : by client: the last burst of a descriptor was acknowledged, none of its bursts had an error; one cycle
     complete_interrupt : valid with ``complete``: the descriptor requests an interrupt
     error : a burst was answered with SLVERR or DECERR; one cycle, with its address in ``error_address``
     oldest : address of the oldest burst under way, if any
@@ -78,7 +78,7 @@ class WriteManager(Block):
 
     _PIECES_AHEAD = 2
     most_in_flight = _PIECES_AHEAD + 1 + OUTSTANDING
-    """Maximum number of descriptors of a client in this block: their last piece waits, is cut, or has bursts under way."""
+    """Maximum number of a client's descriptors in this block: the last piece waits, is cut, or has bursts under way."""
 
     def __init__(self, width: int, clients: int = 1, outstanding: int = OUTSTANDING):
         if outstanding < 2 or outstanding & (outstanding - 1):

@@ -19,7 +19,7 @@ from hw.spec.numerics.vector import PARTIAL_SUMS
 
 
 class PartialSums(Block):
-    """16 sums of squares for each token, as in :func:`hw.spec.numerics.vector.sum_of_squares`; element n is in number n % 16.
+    """16 sums of squares for each token: :func:`hw.spec.numerics.vector.sum_of_squares`. Element n is in number n % 16.
 
     Each lane has a multiplier, an adder and a memory with its partial sums. A partial sum gets its next element after
     ``16 / lanes`` transfers or more, and its adder needs 8 cycles. So ``interval`` cycles are needed from one transfer
@@ -33,7 +33,7 @@ class PartialSums(Block):
     token, row : the token; the place of the elements among 16 neighbouring ones, in transfers
     head : these are the token's first elements of these partial sums
     read_token, low, high : for the sum of the partial sums: a token, and two partial sums
-    low_sum, high_sum : float32, in the same cycle; valid from ``latency`` cycles after the last elements, while none come
+    low_sum, high_sum : float32, in the same cycle; valid ``latency`` cycles after the last elements, while none come
 
     A token's number of elements is a multiple of 16.
     """

@@ -126,7 +126,7 @@ class TakeTransfers(Block):
         ]
 
     def _read(self, m: Module, go: Signal, wanted: dict[Operand, Value]) -> None:
-        """Reads the operands of the transfer, and releases a chunk with its last transfer, the table with the layer's."""
+        """Reads the operands of the transfer. The last one of a chunk or, for the table, of a layer releases it."""
         place, job = self.taken.place, self.current
         m.d.comb += [self.token.eq(place.token), self.column.eq(place.column)]
         for operand in Operand:

@@ -26,17 +26,6 @@ class Opcode(enum.IntEnum):
 
 
 class Wait(enum.IntEnum):
-    """The condition for the start of a descriptor."""
-
-    NOTHING = 0
-    """It starts at once."""
-    ACTIVATIONS = 1
-    """Its reads, except those of its weights, start when the results of all earlier descriptors are in memory."""
-    WEIGHTS = 2
-    """Its reads of weights wait for this, too."""
-
-
-class Wait(enum.IntEnum):
     """Which reads of a descriptor start only when all results of earlier descriptors are in memory."""
 
     NOTHING = 0

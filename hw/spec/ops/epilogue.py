@@ -23,7 +23,7 @@ from hw.spec.config import MAX_N, AcceleratorConfig
 from hw.spec.memory.geometry import ceil_div
 from hw.spec.memory.operands import DATA_ALIGNMENT, FLOAT_BYTES
 from hw.spec.numerics.float32 import add, mul
-from hw.spec.numerics.vector import PIECE, norm_scale, piece_maxima, rotary, silu_mul
+from hw.spec.numerics.vector import PARTIAL_SUMS, PIECE, norm_scale, piece_maxima, rotary, silu_mul
 from hw.spec.ops.base import DescriptorField, DescriptorWords, Memory, State, float_rows, units
 
 HEAD_UNIT = 16
@@ -130,11 +130,13 @@ def epilogue_is_wrong(config: AcceleratorConfig, descriptor: Mapping[str, int]) 
     addend_bytes, table_bytes = FLOAT_BYTES * d["out_features"] * d["add"], FLOAT_BYTES * d["head"]
     return any(
         (
-            d["rotary"] and d["silu"],
+            # After SiLU a transfer of results has half as many columns, which none of these needs in a decoder.
+            d["silu"] and (d["rotary"] or d["second"] or d["pieces"] or d["squares"]),
             d["second"] and d["pieces"],
             # Completion is the last acknowledgement of a write.
             d["quiet"] and not (d["second"] or d["pieces"]),
             d["silu"] and d["out_features"] % 2,
+            d["squares"] and d["out_features"] % PARTIAL_SUMS,
             bool(d["rotary"]) != bool(heads),
             not d["rotary"] and (d["head"] or d["rotary_heads"]),
             d["head"] % HEAD_UNIT or d["head"] > MAX_HEAD,

@@ -143,7 +143,6 @@ class Linear(Op):
         """See :class:`Op`."""
         stream, max_slices = StreamLayout(config), config.max_k // config.tile
         return {
-            "wait": (Wait.NOTHING, Wait.WEIGHTS),
             "tokens": (1, config.max_tokens),
             "groups": (1, max_slices),
             "group_slices": (stream.min_group_slices, config.max_group_size // config.tile),
