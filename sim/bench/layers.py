@@ -59,7 +59,8 @@ def _zero_point_range(config: AcceleratorConfig) -> tuple[int, int]:
 def weights_of(layer: LayerLayout, random: np.random.Generator, kind: str = "random") -> Weights:
     """A layer's weights.
 
-    ``random``: random values, scales of both signs. ``minimum``, ``maximum``: every field at this end of its range.
+    ``random``: random values, scales of both signs. ``moderate``: the same, with results about as large as the
+    activations, so that layers can follow each other. ``minimum``, ``maximum``: every field at this end of its range.
     ``bound``: with maximal activations the sums reach the accumulators' upper bound; ``negative_bound``: the lower one.
     ``zero_rows``: random, but every second row has zero scales.
     """
@@ -69,7 +70,9 @@ def weights_of(layer: LayerLayout, random: np.random.Generator, kind: str = "ran
     zero_points = random.integers(low, high, (n, groups), endpoint=True)
     scales = random.integers(-config.scale_max, config.scale_max, (n, groups), endpoint=True)
     exponents = random.integers(-40, 40, n)
-    if kind == "minimum":
+    if kind == "moderate":
+        exponents = random.integers(-7, -4, n)
+    elif kind == "minimum":
         q[:], zero_points[:], scales[:], exponents[:] = 0, low, -config.scale_max, -128
     elif kind == "maximum":
         q[:], zero_points[:], scales[:], exponents[:] = config.weight_max, high, config.scale_max, 127

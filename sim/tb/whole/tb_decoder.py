@@ -177,7 +177,7 @@ async def chain(dut):
             layer = fit(k, n, 32)
             assert layer.k == k
             before = program.descriptors[-1]
-            work = driver.place(layer, tokens, "random")
+            work = driver.place(layer, tokens, "moderate")
             fields = program._epilogue(parts, tokens, n, False) | {"wait": Wait.ACTIVATIONS, "result_pitch": 4 * k}
             source = normed if "silu" in parts else before.results
             out = n // 2 if "silu" in parts else n
