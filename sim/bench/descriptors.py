@@ -183,16 +183,28 @@ _VECTOR_CASES = (
 )
 
 
+def _longest(config: AcceleratorConfig) -> tuple[Case, Descriptor, Descriptor]:
+    """The largest K, and a larger one: all counts fit each other."""
+    size = config.max_group_size // config.tile * config.tile
+    longer = replace(config, max_k=config.max_k + size)
+    good, bad = (
+        Descriptor.from_layer(LayerLayout(longer, k // size * size, 1, size), 1, activations=0, weights=0)
+        for k in (config.max_k, config.max_k + size)
+    )
+    return Case("largest K", {}, {}), good, bad
+
+
 def cases(config: AcceleratorConfig) -> Iterator[tuple[Case, AnyDescriptor, AnyDescriptor]]:
     """Every rule that applies to this hardware, for each operation: the valid descriptor, and the one that is refused.
 
-    For linear layers, the rules of shapes and weights are not among them: see :func:`mutations`.
+    For linear layers, most rules of shapes and weights are not among them: see :func:`mutations`.
     """
     size = config.max_group_size // config.tile * config.tile
     linear = Descriptor.from_layer(
         LayerLayout(config, size, 2 * 4097, size), 1, activations=0, weights=WEIGHT_ALIGNMENT, result_pitch=4 * 512
     )
     linear = replace(linear, out_features=512)
+    yield _longest(config)
     vector = VectorDescriptor(tokens=1, out_features=512, activations=0, source_pitch=0, result_pitch=4 * 512)
     for base, more in ((linear, ()), (vector, _VECTOR_CASES)):
         if op_of(base).exists(config):

@@ -45,6 +45,7 @@ def _derived_counts(config: AcceleratorConfig) -> tuple[Derived, ...]:
     tile, most = config.tile, {name: high for name, (_, high) in bounds.items()}
     slice_bits = (most["groups"] * most["group_slices"]).bit_length()
     tile_beat_bits = (most["header_beats"] + most["body_words"] * layout.beats_per_word).bit_length()
+    header_bits = (layout.exponents_units + most["groups"] * layout.record_units).bit_length()
     beats_per_slice = tile * FLOAT_BITS // config.port_width
     activation_bits = most["tokens"].bit_length() + slice_bits + beats_per_slice.bit_length()
     return (
@@ -52,11 +53,12 @@ def _derived_counts(config: AcceleratorConfig) -> tuple[Derived, ...]:
         Derived("tile_beats", tile_beat_bits, lambda v: v["header_beats"] + v["body_words"] * layout.beats_per_word),
         Derived("out_tiles", widths["out_tiles"], lambda v: (v["out_features"] + (tile - 1)) >> tile.bit_length() - 1),
         Derived("last_columns", widths["last_columns"], lambda v: ((v["out_features"] - 1) & (tile - 1)) + 1),
-        Derived("header_wrong", 1, lambda v: _header_wrong(layout, v["header_beats"], v["groups"])),
+        Derived("header_units", header_bits, lambda v: layout.exponents_units + v["groups"] * layout.record_units),
         Derived("columns", MAX_N.bit_length(), lambda v: Mux(v["silu"], v["out_features"] >> 1, v["out_features"])),
         Derived("result_units", _ROW_UNIT_BITS, lambda v: _row_units(v["columns"])),
         Derived("weight_beats", widths["out_tiles"] + tile_beat_bits, lambda v: v["out_tiles"] * v["tile_beats"]),
         Derived("activation_beats", activation_bits, lambda v: v["tokens"] * v["slices"] * beats_per_slice),
+        Derived("header_wrong", 1, lambda v: _header_wrong(layout, v["header_beats"], v["header_units"])),
         Derived("body_wrong", 1, lambda v: _body_wrong(layout, v["body_words"], v["slices"])),
     )
 
@@ -146,13 +148,13 @@ def _pitch_wrong(pitch: Value, row_units: Value) -> Value:
     return (pitch != 0) & (row_units > _units(pitch))
 
 
-def _header_wrong(layout: StreamLayout, beats, groups):
-    """Whether a header with this number of groups does not end in the last one of ``beats``."""
-    units, room = layout.exponents_units + groups * layout.record_units, beats * layout.beat_units
+def _header_wrong(layout: StreamLayout, beats: Value, units: Value) -> Value:
+    """Whether a header of this number of units does not end in the last one of ``beats``."""
+    room = beats * layout.beat_units
     return (units > room) | (units + layout.beat_units <= room)
 
 
-def _body_wrong(layout: StreamLayout, words, slices):
+def _body_wrong(layout: StreamLayout, words: Value, slices: Value) -> Value:
     """Whether a body with this number of slices does not end in the last one of ``words``."""
     per_word = layout.slices_per_word
     if per_word == 1:

@@ -154,11 +154,11 @@ class Operands(NamedTuple):
     """What the epilogue reads from memory; None where the descriptor has no such part."""
 
     addend: np.ndarray | None = None
-    """float32 [M or 1, N]."""
+    """float32 [M, N]."""
     table: np.ndarray | None = None
-    """float32 [M or 1, head]: cosine and sine of each pair in turn."""
+    """float32 [M, head]: cosine and sine of each pair in turn."""
     factor: np.ndarray | None = None
-    """float32 [columns of the results]."""
+    """float32 [1, columns of the results]."""
 
 
 class Outputs(NamedTuple):
@@ -230,8 +230,8 @@ def write_outputs(descriptor: Mapping[str, int], values: np.ndarray, memory: Mem
 
 
 def _rows(wanted: int, memory: Memory, address: int, pitch: int, tokens: int, columns: int) -> np.ndarray | None:
-    """A copy of an operand, if the descriptor has it; one row if the pitch is 0."""
-    return float_rows(memory, address, pitch, tokens if pitch else 1, columns).copy() if wanted else None
+    """A copy of an operand, if the descriptor has it. With a pitch of 0 all of its rows are the same one."""
+    return float_rows(memory, address, pitch, tokens, columns).copy() if wanted else None
 
 
 assert FLOAT_BYTES * MAX_N <= _UNIT << 14, "a row fits the pitch of the second output"
