@@ -15,10 +15,10 @@ from sim.bench.layers import random_layer
 from sim.bench.monitor import Monitor
 from sim.bench.streams import Stall, StreamSink, StreamSource, cycle, never, randomly, read, rng
 
-ACTIVATIONS = ("unit", "blocks", "jobs")
+ACTIVATIONS = ("unit", "blocks", "results_job")
 WEIGHTS = ("core", "regions")
 UNITS = (*ACTIVATIONS, *WEIGHTS)
-LAYERS_AHEAD = {"unit": 2, "jobs": 4}
+LAYERS_AHEAD = {"unit": 2, "results_job": 4}
 """Layers that wait in the FIFOs of these units."""
 TABLE = 4
 """Layers whose shares are not all sent."""
@@ -126,7 +126,7 @@ class _Bench:
         self.work = _WorkSource(dut, "work", dut.clk, stalls.get("work", never))
         self.units = {unit: StreamSink(dut, unit, dut.clk, stalls.get(unit, never)) for unit in UNITS}
         self.works: list[_Work] = []
-        self.got = dict.fromkeys(UNITS, 0)
+        self.got: dict[str, int] = dict.fromkeys(UNITS, 0)
         """Number of layers whose share of a unit was taken, or that the unit does not need."""
         self.completed = 0
         self.waited = self.ran_ahead = 0
@@ -140,7 +140,8 @@ class _Bench:
         edge, random, dut = RisingEdge(self.dut.clk), rng(6), self.dut
         due: deque[int] = deque()
         left = now = 0
-        held, recent = dict.fromkeys(UNITS, False), deque([0, 0], maxlen=2)
+        held: dict[str, bool] = dict.fromkeys(UNITS, False)
+        recent = deque([0, 0], maxlen=2)
         while True:
             await edge
             if dut.rst.value:
@@ -234,7 +235,7 @@ async def shares(dut, waits):
 
 
 @cocotb.test()
-@cocotb.parametrize((("waits", "takes"), [(0.0, 3), (0.3, 3), (0.3, 60), (1.0, 30)]), longest=[3, 60])
+@cocotb.parametrize(("longest", [3, 60]), (("waits", "takes"), [(0.0, 3), (0.3, 3), (0.3, 60), (1.0, 30)]))
 async def shares_with_stalls(dut, longest, waits, takes):
     """Every unit pauses at its own rate, the fetch of activations takes some cycles, and completions come late."""
     stalls = _stalls()
@@ -347,7 +348,7 @@ async def table_empties_without_pauses(dut):
     await bench.check()
     first = monitor["complete"][0] + 2
     period = latency("period")
-    assert monitor["jobs"][1 : 1 + TABLE] == list(range(first, first + period * TABLE, period))
+    assert monitor["results_job"][1 : 1 + TABLE] == list(range(first, first + period * TABLE, period))
 
 
 @cocotb.test()
@@ -365,7 +366,7 @@ async def an_offer_stays(dut):
     assert read(dut.regions_valid)
     bench.takes = range(1, 2)
     await cycle(dut.clk, 50)
-    assert len(bench.units["jobs"].received) == 1 and not bench.units["regions"].received
+    assert len(bench.units["results_job"].received) == 1 and not bench.units["regions"].received
     holding[0] = False
     await bench.work.drained()
     await cycle(dut.clk, 50)
