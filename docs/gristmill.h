@@ -148,6 +148,7 @@ struct gristmill_descriptor {
     uint8_t opcode; /* 1: linear layer */
     uint8_t reuse; /* use the activations of the previous descriptor, which have the same shape; 1 bit */
     uint8_t interrupt; /* completion sets interrupt_pending.done; 1 bit */
+    uint8_t wait; /* until the results of all earlier descriptors are in memory, 0: nothing waits; 1: the reads of activations wait; 2: all reads wait; 2 bits */
     uint16_t tokens; /* M */
     uint16_t groups; /* groups along K */
     uint16_t group_slices; /* group size / tile */
@@ -164,9 +165,9 @@ struct gristmill_descriptor {
 /* The words to write to the register descriptor. Returns 0, or -1 if a value does not fit its field. */
 static inline int gristmill_pack(const struct gristmill_descriptor *descriptor,
                                  uint32_t words[GRISTMILL_DESCRIPTOR_WORDS]) {
-    if (descriptor->reuse >> 1 || descriptor->interrupt >> 1 || descriptor->result_pitch >> 24)
+    if (descriptor->reuse >> 1 || descriptor->interrupt >> 1 || descriptor->wait >> 2 || descriptor->result_pitch >> 24)
         return -1;
-    words[0] = (uint32_t)descriptor->opcode | (uint32_t)descriptor->reuse << 8 | (uint32_t)descriptor->interrupt << 9 | (uint32_t)descriptor->tokens << 16;
+    words[0] = (uint32_t)descriptor->opcode | (uint32_t)descriptor->reuse << 8 | (uint32_t)descriptor->interrupt << 9 | (uint32_t)descriptor->wait << 10 | (uint32_t)descriptor->tokens << 16;
     words[1] = (uint32_t)descriptor->groups | (uint32_t)descriptor->group_slices << 16;
     words[2] = (uint32_t)descriptor->out_features;
     words[3] = (uint32_t)descriptor->header_beats | (uint32_t)descriptor->body_words << 16;

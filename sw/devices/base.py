@@ -15,6 +15,7 @@ from hw.spec.config import AcceleratorConfig
 from hw.spec.control.descriptor import FLOAT_BYTES, result_pitch, weight_bytes, weights_stride
 from hw.spec.memory.geometry import LayerLayout
 from hw.spec.memory.packing import stripe, unstripe
+from hw.spec.ops import Wait
 from sw.common.errors import UserError
 
 PAGE = 4096
@@ -47,6 +48,7 @@ class LinearJob:
     results: float32 [M, layout.n]; each row starts at a multiple of `result_pitch`: see `read_results`.
     reuse: use the activations of the previous job of the same batch, which has the same buffer, M, K and group size.
         A job without `reuse` loads them again, which takes time but does not change the results.
+    wait: which of the job's reads start only when the results of all earlier jobs are in memory.
     """
 
     name: str
@@ -56,6 +58,7 @@ class LinearJob:
     activations: Buffer
     results: Buffer
     reuse: bool = False
+    wait: Wait = Wait.NOTHING
 
 
 class Completion(NamedTuple):

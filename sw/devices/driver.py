@@ -207,4 +207,5 @@ def descriptor(job: LinearJob, interrupt: bool = True) -> Descriptor:
         results=job.results.address,
         reuse=job.reuse,
         interrupt=interrupt,
+        wait=job.wait,
     )

@@ -15,6 +15,7 @@ from hw.spec.config import AcceleratorConfig
 from hw.spec.control.descriptor import DESCRIPTOR_WORDS, FIELD_WIDTHS, Descriptor
 from hw.spec.control.registers import REGISTERS, Access, ErrorCode
 from hw.spec.memory.geometry import LayerLayout
+from hw.spec.ops import Wait
 
 SCHEMA = Path(str(cmsis_svd.__file__)).parent / "schemas" / "CMSIS-SVD_1_3_10.xsd"
 COMPILERS = (("gcc", "c", "-std=c99"), ("g++", "c++", "-std=c++11"))
@@ -26,6 +27,7 @@ EXAMPLE = Descriptor.from_layer(
     weights=0x13_2000_0000,
     reuse=True,
     interrupt=True,
+    wait=Wait.WEIGHTS,
 )
 
 
@@ -119,7 +121,7 @@ def test_header_compiles_and_has_the_values(compiler: tuple[str, str, str], tmp_
 def test_header_packs_a_descriptor(compiler: tuple[str, str, str], tmp_path: Path):
     """The result equals Descriptor.to_words; a value that is too large is refused, and nothing is written."""
     too_large = {name: 1 << width for name, width in FIELD_WIDTHS.items() if width not in (8, 16, 32, 64)}
-    assert set(too_large) == {"reuse", "interrupt", "result_pitch"}
+    assert set(too_large) == {"reuse", "interrupt", "wait", "result_pitch"}
     lines = ["struct gristmill_descriptor d;", "uint32_t words[GRISTMILL_DESCRIPTOR_WORDS];", "unsigned index;"]
     lines += [f"d.{name} = {int(value)}u;" for name, value in asdict(EXAMPLE).items() if value < 1 << 32]
     lines += [f"d.{name} = {value}ull;" for name, value in asdict(EXAMPLE).items() if value >= 1 << 32]

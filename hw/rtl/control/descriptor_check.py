@@ -42,6 +42,7 @@ def work_layout(config: AcceleratorConfig) -> data.StructLayout:
         {
             "command": command_layout(config),
             "interrupt": 1,
+            "wait": unsigned(FIELD_WIDTHS["wait"]),
             "activations": unsigned(ADDRESS_BITS),
             "activation_beats": unsigned(max_activation_beats(config).bit_length()),
             "results": unsigned(ADDRESS_BITS),
@@ -117,7 +118,7 @@ class DescriptorCheck(Block):
     Members
     -------
     descriptors : descriptors as written by software
-    work : the valid ones
+    work : the valid ones; a payload does not change from the cycle before its ``valid`` to its transfer
     error : why the current descriptor was refused (:class:`hw.spec.control.registers.ErrorCode`)
 
     It checks one descriptor at a time, with registers after the counts, after the derived values and after the
@@ -182,7 +183,7 @@ class DescriptorCheck(Block):
         with m.If(busy):
             m.d.sync += [opcode_wrong.eq(Cat(unknown).any()), misaligned.eq(Cat(bad).any())]
         work = self.work.payload
-        m.d.comb += [work[name].eq(descriptor[name]) for name in (*LINEAR.alignments, "interrupt")]
+        m.d.comb += [work[name].eq(descriptor[name]) for name in (*LINEAR.alignments, "interrupt", "wait")]
         return opcode_wrong, misaligned
 
     def _shape(self, m: Module, descriptor, busy) -> Signal:

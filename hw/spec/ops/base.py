@@ -21,6 +21,16 @@ class Opcode(enum.IntEnum):
     LINEAR = 1
 
 
+class Wait(enum.IntEnum):
+    """Which reads of a descriptor start only when all results of earlier descriptors are in memory."""
+
+    NOTHING = 0
+    ACTIVATIONS = 1
+    """All reads but those of weights."""
+    WEIGHTS = 2
+    """All reads. Weights are read in the order of the descriptors, so those of later descriptors wait as well."""
+
+
 @dataclass(frozen=True)
 class DescriptorField:
     """Bits ``low`` to ``low + width - 1`` of the descriptor; bit 0 is the lowest of word 0."""
@@ -80,7 +90,7 @@ class Op(ABC):
 
     @abstractmethod
     def bounds(self, config: AcceleratorConfig) -> dict[str, tuple[int, int]]:
-        """Least and greatest value of each count in the descriptor, for any values of the others."""
+        """Least and greatest value of each count and choice in the descriptor, for any values of the other fields."""
 
     @abstractmethod
     def shape_is_wrong(

@@ -12,15 +12,20 @@ from hw.spec.cycles import layer_cycles
 from hw.spec.memory.geometry import LayerLayout, StreamLayout, ceil_div
 from hw.spec.memory.operands import DATA_ALIGNMENT, FLOAT_BYTES, WEIGHT_ALIGNMENT, result_pitch, weights_stride
 from hw.spec.numerics.linear import Activations, Weights, linear
-from hw.spec.ops.base import DescriptorField, DescriptorWords, Op, Opcode, opcode_field
+from hw.spec.ops.base import DescriptorField, DescriptorWords, Op, Opcode, Wait, opcode_field
 from hw.spec.ops.command import LayerCommand, max_header_beats
 
 _TITLE = "linear layer"
+_WAIT = (
+    "until the results of all earlier descriptors are in memory, "
+    f"{Wait.NOTHING}: nothing waits; {Wait.ACTIVATIONS}: the reads of activations wait; {Wait.WEIGHTS}: all reads wait"
+)
 _DATA, _PAGES = f"a multiple of {DATA_ALIGNMENT}", f"a multiple of {WEIGHT_ALIGNMENT}"
 FIELDS: tuple[DescriptorField, ...] = (
     opcode_field(Opcode.LINEAR, _TITLE),
     DescriptorField("reuse", 8, 1, "use the activations of the previous descriptor, which have the same shape"),
     DescriptorField("interrupt", 9, 1, "completion sets interrupt_pending.done"),
+    DescriptorField("wait", 10, 2, _WAIT),
     DescriptorField("tokens", 16, 16, "M"),
     DescriptorField("groups", 32, 16, "groups along K"),
     DescriptorField("group_slices", 48, 16, "group size / tile"),
@@ -58,6 +63,7 @@ class Descriptor(DescriptorWords):
     result_pitch: int
     reuse: int = 0
     interrupt: int = 0
+    wait: int = Wait.NOTHING
     opcode: int = Opcode.LINEAR
 
     @classmethod
@@ -71,6 +77,7 @@ class Descriptor(DescriptorWords):
         results: int,
         reuse: bool = False,
         interrupt: bool = False,
+        wait: Wait = Wait.NOTHING,
     ) -> "Descriptor":
         """The descriptor of ``layer`` for ``tokens`` tokens, with the stride of :func:`weights_stride` and the pitch of
         :func:`result_pitch`.
@@ -94,6 +101,7 @@ class Descriptor(DescriptorWords):
             result_pitch=result_pitch(layer.n),
             reuse=int(reuse),
             interrupt=int(interrupt),
+            wait=int(wait),
         )
 
 
@@ -124,6 +132,7 @@ class Linear(Op):
             "out_features": (1, MAX_N),
             "header_beats": (1, max_header_beats(config)),
             "body_words": (1, max_slices * stream.words_per_slice),
+            "wait": (min(Wait), max(Wait)),
         }
 
     def shape_is_wrong(

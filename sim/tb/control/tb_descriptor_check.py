@@ -12,6 +12,7 @@ from hw.spec.control.descriptor import ADDRESS_LIMIT, DESCRIPTOR_WORDS, FIELDS, 
 from hw.spec.control.refusal import refusal
 from hw.spec.control.registers import ErrorCode
 from hw.spec.memory.geometry import LayerLayout
+from hw.spec.ops import Wait
 from hw.spec.ops.command import LayerCommand
 from sim.bench.dut import begin, config, latency, payload
 from sim.bench.layers import random_layer
@@ -33,6 +34,7 @@ def _descriptor(layer: LayerLayout, random, reuse: Descriptor | None = None) -> 
         results=int(pages[2]) << 12 | int(random.integers(32)) << 7,
         reuse=reuse is not None,
         interrupt=bool(random.integers(2)),
+        wait=Wait(random.integers(len(Wait))),
     )
 
 
@@ -55,6 +57,16 @@ class _Bench:
         self.dut = dut
         self.source = StreamSource(dut, "descriptors", dut.clk, stall)
         self.work = StreamSink(dut, "work", dut.clk, stall)
+        self._early = cocotb.start_soon(self._payload_comes_early())
+
+    async def _payload_comes_early(self) -> None:
+        """The payload is there in the cycle before its valid."""
+        edge, was_valid, before = RisingEdge(self.dut.clk), True, None
+        while True:
+            await edge
+            valid, payload_now = str(self.dut.work_valid.value) == "1", str(self.dut.work_payload.value)
+            assert was_valid or not valid or payload_now == before, "the payload changed with valid"
+            was_valid, before = valid, payload_now
 
     async def accept(self, layer: LayerLayout, descriptor: Descriptor) -> None:
         self.source.send(_number(descriptor.to_words()))
@@ -62,7 +74,7 @@ class _Bench:
         fields = {name: int(values[0]) for name, values in payload("work").unpack([raw]).items()}
         expected = {
             name: getattr(descriptor, name)
-            for name in ("activations", "results", "weights", "weights_stride", "result_pitch", "interrupt")
+            for name in ("activations", "results", "weights", "weights_stride", "result_pitch", "interrupt", "wait")
         }
         expected["weight_beats"] = layer.beats
         expected["activation_beats"] = activation_beats(config(), descriptor.tokens, layer.slices)
@@ -161,6 +173,7 @@ async def bad_ones(dut):
             bench.source._queue.clear()
             bench.source._task.cancel()
             bench.work._task.cancel()
+            bench._early.cancel()
             await cycle(dut.clk, 2)
             bench = _Bench(dut)
             dut.rst.value = 0

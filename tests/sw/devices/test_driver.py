@@ -20,6 +20,7 @@ from hw.spec.control.registers import (
 )
 from hw.spec.control.registers import offset as at
 from hw.spec.memory.faults import Fault
+from hw.spec.ops import Wait
 from sw.devices import make_config
 from sw.devices.arena import Arena
 from sw.devices.base import PAGE, DeviceError
@@ -244,6 +245,14 @@ def test_descriptor_window():
     # All words; none; the flags, set and cleared, as only a batch's last descriptor has an interrupt; the address of
     # the results; this address three times, and the flags.
     assert written == [(DESCRIPTOR_WORDS, 1), (0, 1), (2, 2), (1, 1), (5, 4)]
+
+
+@pytest.mark.parametrize("wait", Wait)
+def test_wait(wait):
+    """A job's wait is in its descriptor."""
+    with FakeDevice(CONFIG, FakePlatform(at_once=100)) as device:
+        job = replace(some_jobs(device, 1)[0], wait=wait)
+        assert descriptor(job).wait == wait
 
 
 @pytest.mark.parametrize("culprit", range(3))

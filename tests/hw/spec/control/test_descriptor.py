@@ -23,6 +23,7 @@ from hw.spec.control.descriptor import (
     weights_stride,
 )
 from hw.spec.memory.geometry import LayerLayout, StreamLayout
+from hw.spec.ops import Wait
 from hw.spec.ops.command import max_header_beats
 
 WIDTHS = {field.name: field.width for field in FIELDS}
@@ -109,9 +110,11 @@ def test_too_large_values_are_refused(field):
 
 def test_from_layer():
     layer = LayerLayout(AcceleratorConfig(), k=896, n=1150, group_size=128)
-    made = Descriptor.from_layer(layer, 3, activations=64, weights=4096, results=128, reuse=True, interrupt=True)
+    made = Descriptor.from_layer(
+        layer, 3, activations=64, weights=4096, results=128, reuse=True, interrupt=True, wait=Wait.WEIGHTS
+    )
     assert unpack(made.to_words()) == dict(
-        opcode=1, reuse=1, interrupt=1, tokens=3, groups=7, group_slices=8, out_features=1150,
+        opcode=1, reuse=1, interrupt=1, wait=2, tokens=3, groups=7, group_slices=8, out_features=1150,
         # A header of 5 beats and 56 slices of two words.
         header_beats=5, body_words=112, activations=64, results=128, weights=4096,
         weights_stride=weights_stride(layer), result_pitch=4608,

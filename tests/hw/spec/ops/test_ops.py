@@ -8,7 +8,7 @@ from hw.spec.control import refusal as refusals
 from hw.spec.control.descriptor import DESCRIPTOR_WORDS, FIELDS
 from hw.spec.control.registers import ErrorCode
 from hw.spec.memory.geometry import fit_layer
-from hw.spec.ops import LINEAR, OPS, Op
+from hw.spec.ops import LINEAR, OPS, Op, Wait
 from hw.spec.ops.base import DescriptorField, Opcode, opcode_field
 from hw.spec.ops.linear import Linear
 from hw.spec.presets import preset
@@ -49,6 +49,16 @@ def test_what_an_op_makes_is_accepted():
     words = LINEAR.from_layer(layer, 2, activations=0x1000, weights=0x10000, results=0x8000).to_words()
     assert refusals.refusal(CONFIG, words) == ErrorCode.NONE
     assert LINEAR.cycles(layer, 2) > layer.beats
+
+
+def test_waits():
+    """Every wait is accepted, and the number that is none is a wrong shape."""
+    layer, places = fit_layer(CONFIG, 64, 8, 32), dict(activations=0x1000, weights=0x10000, results=0x8000)
+    for wait in Wait:
+        words = LINEAR.from_layer(layer, 2, wait=wait, **places).to_words()
+        assert words[0] >> 10 & 3 == wait and refusals.refusal(CONFIG, words) == ErrorCode.NONE
+    words[0] |= 3 << 10
+    assert refusals.refusal(CONFIG, words) == ErrorCode.SHAPE
 
 
 def test_a_second_opcode(monkeypatch):
