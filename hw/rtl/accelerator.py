@@ -6,6 +6,7 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from hw.rtl.common.block import Block
+from hw.rtl.control.dispatcher import TABLE_DEPTH
 from hw.rtl.control.faults import FirstError, Watchdog, fault_layout
 from hw.rtl.control.performance import PerformanceCounters
 from hw.rtl.control.register_bank import CONTROL_ADDRESS_BITS, RegisterBank
@@ -54,7 +55,7 @@ class Accelerator(Block):
 
     def properties(self) -> dict[str, int]:
         """See :class:`hw.rtl.common.block.Block`."""
-        return {"most_in_flight": Datapath.most_in_flight}
+        return {"most_in_flight": Datapath.most_in_flight, "table_depth": TABLE_DEPTH}
 
     def elaborate(self, platform) -> Module:
         m = Module()

@@ -153,6 +153,7 @@ class Datapath(Block):
         m.d.comb += [
             writer.halt.eq(self.halt),
             self.complete.eq(writer.complete & ~self.halt),
+            dispatcher.complete.eq(self.complete),
             self.complete_interrupt.eq(writer.complete_interrupt),
             fault.raised.eq(writer.error),
             fault.address.eq(writer.error_address),

@@ -27,7 +27,7 @@ from hw.spec.memory.access import BURST_BOUNDARY, PIECE_FLOATS
 from hw.spec.memory.geometry import LayerLayout, fit_layer
 from hw.spec.memory.packing import pack, stripe
 from hw.spec.numerics.linear import Activations, NumericsError, quantise_activations
-from hw.spec.ops import LINEAR
+from hw.spec.ops import LINEAR, Wait
 from sim.bench.axi_monitor import AxiMonitor, Burst, LiteMonitor
 from sim.bench.dut import begin, config
 from sim.bench.faulty_memory import FaultyRead, FaultyWrite
@@ -307,6 +307,8 @@ class AcceleratorDriver:
         kind: str = "random",
         *,
         reuse: Work | None = None,
+        reads: Work | None = None,
+        wait: Wait = Wait.NOTHING,
         x: np.ndarray | None = None,
         aligned: bool = False,
         interrupt: bool = False,
@@ -315,12 +317,14 @@ class AcceleratorDriver:
 
         Regions of weights have the least possible stride, the driver's stride, or one in between. Blocks of activations
         and results start shortly before a 4 KiB boundary, results do not start at a multiple of 1 KiB, and rows of
-        results may have gaps. With `aligned` all this is omitted. `x` may have values that cannot be quantised.
+        results may have gaps. With `aligned` all this is omitted. `x` may have values that cannot be quantised. With
+        `reads` the activations are the results of another layer: see :meth:`feeds`.
         """
         random = self._random
         if reuse is not None:
             x, activations = reuse.x, reuse.job.activations
         else:
+            x = reads.expected if reads is not None else x
             x = floats(self.config, tokens, layer.k, random, kind) if x is None else x
             try:
                 activations = quantise_activations(self.config, x)
@@ -329,7 +333,7 @@ class AcceleratorDriver:
                 activations = Activations(np.zeros(x.shape, np.int64), np.zeros(tokens, np.int64))
         job = Job(layer, weights_of(layer, random, kind), activations, reuse is not None)
         descriptor = Descriptor.from_layer(
-            layer, tokens, activations=0, weights=0, results=0, reuse=job.reuse, interrupt=interrupt
+            layer, tokens, activations=0, weights=0, results=0, reuse=job.reuse, interrupt=interrupt, wait=wait
         )
         if not aligned:
             least = region_bytes(layer)
@@ -340,7 +344,9 @@ class AcceleratorDriver:
         weights = self._take((len(ports) - 1) * descriptor.weights_stride + len(ports[0]), WEIGHT_ALIGNMENT)
         for port, data in enumerate(ports):
             self.write(weights + port * descriptor.weights_stride, np.asarray(data).tobytes())
-        if reuse is None:
+        if reads is not None:
+            address = reads.descriptor.results
+        elif reuse is None:
             address = self._take(x.nbytes, BURST_BOUNDARY if aligned else 0)
             self.write(address, x.tobytes())
         else:
@@ -348,6 +354,18 @@ class AcceleratorDriver:
             address = self.base + DATA_ALIGNMENT * int(random.integers(0, MEMORY // DATA_ALIGNMENT))
         results = self._take(tokens * descriptor.result_pitch, BURST_BOUNDARY if aligned else 0)
         return Work(job, x, replace(descriptor, activations=address, weights=weights, results=results))
+
+    def feeds(self, work: Work) -> bool:
+        """Whether the results of a layer can be the activations of a layer whose K is its N."""
+        n, pitch = work.job.layer.n, work.descriptor.result_pitch
+        contiguous = work.job.tokens == 1 or pitch == FLOAT_BYTES * n
+        if not contiguous or fit(n, 1, 32).k != n:
+            return False
+        try:
+            quantise_activations(self.config, work.expected)
+        except NumericsError:
+            return False
+        return True
 
     def _take(self, size: int, alignment: int) -> int:
         """Free memory with guard bytes around it; alignment 0: shortly before a 4 KiB boundary."""

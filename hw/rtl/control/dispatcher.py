@@ -1,108 +1,88 @@
 # SPDX-License-Identifier: Apache-2.0
 """The dispatcher: sends each unit the fields of a checked descriptor that it needs (its share)."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-from amaranth.hdl import Cat, Const, Module, Signal, Value
+from amaranth.hdl import Cat, Module, Signal
 from amaranth.lib import data, stream, wiring
+from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from hw.rtl.common.block import Block
-from hw.rtl.common.fifo import StreamFifo
-from hw.rtl.common.walker import command_layout
+from hw.rtl.common.fifo import Credits, StreamFifo
 from hw.rtl.control.descriptor_check import work_layout
-from hw.rtl.memory.activation_fetch import fetch_layout
-from hw.rtl.memory.axi import ADDRESS_BITS
-from hw.rtl.memory.gatherer import gather_layout
-from hw.rtl.memory.weight_fetch import weights_layout
+from hw.rtl.control.shares import JOBS_AHEAD, Share, Side, shares
+from hw.rtl.memory.gatherer import Gatherer
+from hw.rtl.memory.write_manager import WriteManager
 from hw.spec.config import AcceleratorConfig
-from hw.spec.ops.command import command_fields
+from hw.spec.ops.base import Wait
+
+TABLE_DEPTH = 4
+"""Descriptors whose shares are not all sent: the last of them is in the descriptor check."""
 
 
-def unit_layout(config: AcceleratorConfig) -> data.StructLayout:
-    """A layer, and the address of its activations."""
-    return data.StructLayout({"command": command_layout(config), "address": ADDRESS_BITS})
-
-
-_JOBS_AHEAD = 4
-"""Number of layers whose jobs wait for the gatherer."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """The fields of a layer for one unit.
-
-    name : name of the dispatcher's output
-    layout : layout of the output's payload
-    ahead : depth of the FIFO before the unit, a power of two; 0 if there is none
-    wanted : function from the checked descriptor to whether the unit needs this layer
-    fields : function from the checked descriptor to the payload
-    last : send the share only after all of the layer's activations are requested
-    """
-
-    name: str
-    layout: data.StructLayout
-    ahead: int
-    wanted: Callable[[data.View], Value]
-    fields: Callable[[data.View], dict[str, Value]]
-    last: bool = False
-
-
-def shares(config: AcceleratorConfig) -> tuple[Share, ...]:
-    """The share of each unit."""
-    counts = ("tokens", "out_tiles", "last_columns")
-
-    def always(work: data.View) -> Value:
-        return Const(1)
-
-    return (
-        Share(
-            "core", command_layout(config), 0, always, lambda work: {n: work.command[n] for n in command_fields(config)}
-        ),
-        Share(
-            "unit", unit_layout(config), 2, always, lambda work: {"command": work.command, "address": work.activations}
-        ),
-        Share(
-            "blocks",
-            fetch_layout(config),
-            0,
-            lambda work: ~work.command.reuse,
-            lambda work: {"address": work.activations, "beats": work.activation_beats},
-        ),
-        Share(
-            "jobs",
-            gather_layout(config),
-            _JOBS_AHEAD,
-            always,
-            lambda work: {
-                **{name: work.command[name] for name in counts},
-                "address": work.results,
-                "pitch": work.result_pitch,
-                "interrupt": work.interrupt,
-            },
-        ),
-        Share(
-            "regions",
-            weights_layout(),
-            0,
-            always,
-            lambda work: {"address": work.weights, "stride": work.weights_stride, "beats": work.weight_beats},
-            last=True,
-        ),
-    )
-
-
-class Dispatcher(Block):
-    """Sends every unit its share as soon as the unit is ready. The next descriptor follows when all shares are sent.
-
-    The core, the activation unit and the gatherer each have some layers in advance, so fetching, computing and
-    writing can each work on another layer. A layer's weights are requested only after all of its activations: memory
-    answers in order, and the layer cannot start without its activations.
+class Cursor(wiring.Component):
+    """Sends one side's shares of one descriptor, each as soon as its unit is ready and it may be sent.
 
     Members
     -------
-    work : checked descriptors
+    valid, work : there is a descriptor; its fields for this side
+    may : by share: it may be sent; stays 1 until the share is sent
+    sent : by share
+    finished : all shares of this descriptor are sent
+    step : go to the next descriptor; only if ``finished``
+
+    and an output for each share. Latency 0 cycles, throughput 1 descriptor in 2 cycles.
+    """
+
+    def __init__(self, config: AcceleratorConfig, side: Side, shares: tuple[Share, ...]):
+        self.shares = shares
+        flags = data.StructLayout({share.name: 1 for share in shares})
+        super().__init__(
+            {
+                "valid": In(1),
+                "work": In(side.layout(config)),
+                "may": In(flags),
+                "sent": Out(flags),
+                "finished": Out(1),
+                "step": In(1),
+                **{share.name: Out(stream.Signature(share.layout)) for share in shares},
+            }
+        )
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        finished = []
+        for share in self.shares:
+            output, wanted, sent = getattr(self, share.name), share.wanted(self.work), self.sent[share.name]
+            m.d.comb += [
+                output.valid.eq(self.valid & wanted & self.may[share.name] & ~sent),
+                *(output.payload[field].eq(value) for field, value in share.fields(self.work).items()),
+            ]
+            with m.If(self.step):
+                m.d.sync += sent.eq(0)
+            with m.Elif(output.valid & output.ready):
+                m.d.sync += sent.eq(1)
+            finished.append(~wanted | sent)
+        m.d.comb += self.finished.eq(self.valid & Cat(finished).all())
+        return m
+
+
+class Dispatcher(Block):
+    """Sends every unit its share as soon as the unit is ready.
+
+    Two cursors walk over the descriptors, in order: one sends the shares of the weights side, the other one those of
+    the activations side. The activations cursor is never ahead. It stays before a descriptor that waits for the results
+    of earlier descriptors; meanwhile the weights cursor goes on, and the descriptors between the two are in a table. If
+    no descriptor waits, both cursors are at the same descriptor, and the next one follows when all shares are sent.
+
+    The core, the activation unit and the gatherer each have some layers in advance, so fetching, computing and
+    writing can each work on another layer. A layer's weights are requested only after all of its activations: memory
+    answers in order, and the layer cannot start without its activations. While the activations cursor waits, there are
+    no activations to request, and the weights come before them.
+
+    Members
+    -------
+    work : checked descriptors; a payload does not change from the cycle before its ``valid`` to its transfer
+    complete : a descriptor's results are in memory; one cycle for each
     core : the layer, for the core
     unit : the layer and its activations' address, for the activation unit
     blocks : the layer's activations, unless it reuses those of the previous layer
@@ -110,46 +90,124 @@ class Dispatcher(Block):
     regions : the layer's weights
     jobs : the layer's results
 
-    Latency 0 cycles for ``core``, ``blocks`` and ``regions``, 1 for the others; throughput 1 layer in 4 cycles, in 2
-    if it reuses activations.
+    Latency from the first cycle of a work's ``valid``: 0 cycles for ``core``, ``blocks`` and ``regions``, 1 for the
+    others; from ``complete`` to the shares that have waited for it 1 cycle more. Throughput: 1 layer in 4 cycles, in
+    ``period`` if it reuses activations; the rule of ``work`` adds 1.
     """
 
-    most_in_flight = _JOBS_AHEAD
-    """Maximum number of descriptors in this block whose shares are all sent; their jobs wait in the FIFO."""
+    period = 2
+    """Cycles from one layer to the next if no unit is a reason to wait."""
+
+    most_in_flight = TABLE_DEPTH - 1 + JOBS_AHEAD
+    """Maximum number of descriptors in this block: in the table without its last one, or all shares are sent, and the
+    job waits in the FIFO."""
+    _MOST_INCOMPLETE = 1 + JOBS_AHEAD + Gatherer.most_in_flight + WriteManager.most_in_flight
+    """Maximum number of descriptors whose activations side has started and whose results are not in memory."""
 
     def __init__(self, config: AcceleratorConfig):
         self.config, self.shares = config, shares(config)
         outputs = {share.name: Out(stream.Signature(share.layout)) for share in self.shares}
-        super().__init__({"work": In(stream.Signature(work_layout(config))), **outputs, "asking": In(1)})
+        super().__init__(
+            {"work": In(stream.Signature(work_layout(config))), "complete": In(1), **outputs, "asking": In(1)}
+        )
+
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.common.block.Block`."""
+        return {"period": self.period}
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        work, fetched, done = self.work.payload, Signal(), Signal()
-        sent = {share.name: Signal(name=f"{share.name}_sent") for share in self.shares}
-        taken = []
-        m.d.comb += [
-            self.work.ready.eq(done),
-            fetched.eq((sent["blocks"] | work.command.reuse) & ~self.asking),
-        ]
-        for share in self.shares:
-            output, wanted, flag = self._output(m, share), share.wanted(work), sent[share.name]
-            m.d.comb += [
-                output.valid.eq(self.work.valid & wanted & (fetched if share.last else Const(1)) & ~flag),
-                *(output.payload[field].eq(value) for field, value in share.fields(work).items()),
-            ]
-            with m.If(output.valid & output.ready):
-                m.d.sync += flag.eq(1)
-            taken.append(~wanted | flag)
-        m.d.comb += done.eq(self.work.valid & Cat(taken).all())
-        with m.If(done):
-            m.d.sync += [flag.eq(0) for flag in sent.values()]
+        cursors = {}
+        for side in Side:
+            cursor = Cursor(self.config, side, tuple(share for share in self.shares if share.side is side))
+            m.submodules[side.name.lower()] = cursors[side] = cursor
+            for share in cursor.shares:
+                self._output(m, share, getattr(cursor, share.name))
+        weights, activations = cursors[Side.WEIGHTS], cursors[Side.ACTIVATIONS]
+        # Registers: the activations side waits; the cursors are at different descriptors.
+        waiting, apart = Signal(), Signal()
+        self._walk(m, weights, activations, waiting, apart)
+        self._wait(m, activations, waiting)
+        self._order(m, weights, activations, waiting, apart)
         return m
 
-    def _output(self, m: Module, share: Share):
-        """The stream for a share: the dispatcher's output, or the input of the FIFO before it."""
-        output = wiring.flipped(getattr(self, share.name))
-        if not share.ahead:
-            return output
-        m.submodules[f"{share.name}_fifo"] = fifo = StreamFifo(share.layout, share.ahead)
-        wiring.connect(m, fifo.o, output)
-        return fifo.i
+    def _output(self, m: Module, share: Share, source) -> None:
+        """Connects a cursor's output to the dispatcher's output, through a FIFO if the share has one."""
+        if share.ahead:
+            m.submodules[f"{share.name}_fifo"] = fifo = StreamFifo(share.layout, share.ahead)
+            wiring.connect(m, source, fifo.i)
+            source = fifo.o
+        wiring.connect(m, source, wiring.flipped(getattr(self, share.name)))
+
+    def _walk(self, m: Module, weights: Cursor, activations: Cursor, waiting: Signal, apart: Signal) -> None:
+        """Moves the cursors over the table, a ring. Its last descriptor is still the one at the input: it is taken when
+        both cursors have sent it, or when the next one is needed because the activations side waits.
+        """
+        work, taken, last = self.work, Signal(), Signal()
+        stored = TABLE_DEPTH - 1
+        m.submodules.full = full = Credits(stored, least=stored)
+        m.submodules.behind = behind = Credits(stored)
+        m.submodules.lead = lead = Credits(stored)
+        m.d.comb += [
+            apart.eq(lead.enough),
+            last.eq(~behind.enough),
+            weights.valid.eq(~last | work.valid),
+            activations.valid.eq(~last | apart | work.valid),
+            taken.eq(
+                work.valid & ((last & ~apart & weights.finished & activations.finished) | (waiting & ~full.enough))
+            ),
+            work.ready.eq(taken),
+            weights.step.eq(weights.finished & (~last | taken)),
+            activations.step.eq(activations.finished & (weights.finished | apart)),
+            # Distances: from the activations cursor to the input, from the weights cursor, and between the two.
+            full.add.eq(taken),
+            full.take.eq(activations.step),
+            behind.add.eq(taken),
+            behind.take.eq(weights.step),
+            lead.add.eq(weights.step),
+            lead.take.eq(activations.step),
+        ]
+        written = Signal(range(TABLE_DEPTH))
+        m.d.sync += written.eq(written + taken)
+        for side, cursor in ((Side.WEIGHTS, weights), (Side.ACTIVATIONS, activations)):
+            place, name = Signal(range(TABLE_DEPTH), name=f"place_{side.name.lower()}"), f"table_{side.name.lower()}"
+            m.submodules[name] = table = Memory(shape=side.layout(self.config), depth=TABLE_DEPTH, init=[])
+            write, read = table.write_port(), table.read_port(domain="comb")
+            m.d.sync += place.eq(place + cursor.step)
+            m.d.comb += [
+                # Always: so a descriptor is in the table in the first cycle of its ``valid``.
+                write.en.eq(1),
+                write.addr.eq(written),
+                *(write.data[field].eq(work.payload[field]) for field in side.value),
+                read.addr.eq(place),
+                cursor.work.eq(read.data),
+            ]
+
+    def _wait(self, m: Module, activations: Cursor, waiting: Signal) -> None:
+        """Whether the activations side may be sent. It then has started, and counts as incomplete."""
+        may, started = Signal(), Signal()
+        m.submodules.incomplete = incomplete = Credits(self._MOST_INCOMPLETE)
+        m.d.comb += [
+            may.eq(started | (activations.work.wait == Wait.NOTHING) | ~incomplete.enough),
+            incomplete.add.eq(activations.valid & may & ~started),
+            incomplete.take.eq(self.complete),
+            *(activations.may[share.name].eq(may) for share in activations.shares),
+        ]
+        m.d.sync += [
+            waiting.eq(activations.valid & ~may),
+            started.eq(activations.valid & may & ~activations.step),
+        ]
+
+    def _order(self, m: Module, weights: Cursor, activations: Cursor, waiting: Signal, apart: Signal) -> None:
+        """Whether each share of the weights side may be sent."""
+        ahead = waiting & (weights.work.wait != Wait.WEIGHTS)
+        for share in weights.shares:
+            if not share.after:
+                m.d.comb += weights.may[share.name].eq(1)
+                continue
+            (before,) = (other for other in activations.shares if other.name == share.after)
+            sent = activations.may[before.name] & (activations.sent[before.name] | ~before.wanted(activations.work))
+            # The activations side may go on in the cycle after the share was offered.
+            output, offered = getattr(weights, share.name), Signal(name=f"{share.name}_offered")
+            m.d.comb += weights.may[share.name].eq(offered | (~self.asking & (ahead | (~apart & sent))))
+            m.d.sync += offered.eq(output.valid & ~output.ready)

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The accelerator runs layers from descriptors, from float32 in memory to float32 in memory, bit for bit."""
 
+from dataclasses import replace
+
 import cocotb
+import numpy as np
 
 from hw.spec.control.descriptor import ADDRESS_LIMIT
 from hw.spec.control.registers import (
@@ -16,6 +19,7 @@ from hw.spec.control.registers import (
     offset,
 )
 from hw.spec.memory.geometry import StreamLayout
+from hw.spec.ops import Wait
 from sim.bench.accelerator_driver import MEMORY, AcceleratorDriver, fit, pauses
 from sim.bench.dut import config, latency
 from sim.bench.layers import DATA
@@ -28,19 +32,30 @@ SLVERR = 2
 
 
 def _random_works(driver, random, count, max_k=200):
-    """Layers of all shapes. One in four uses the activations of the layer before, and some raise interrupts."""
-    c, works = config(), []
+    """Layers of all shapes. One in four uses the activations of the layer before, one in four reads the results of an
+    earlier layer of the queue if there is one, some wait without a reason, and some raise interrupts."""
+    c, works, sources = config(), [], []
     for _ in range(count):
-        interrupt = random.random() < 0.3
+        options = dict(interrupt=random.random() < 0.3, wait=Wait(random.choice(list(Wait), p=[0.7, 0.2, 0.1])))
         n = int(random.integers(1, 5 * c.tile, endpoint=True))
-        if works and random.random() < 0.25:
+        size, kind = int(random.choice([32, 64, 128, 4096])), random.random()
+        if works and kind < 0.25:
             before = works[-1]
             layer = fit(before.job.layer.k, n, before.job.layer.group_size)
-            works.append(driver.place(layer, before.job.tokens, reuse=before, interrupt=interrupt))
+            works.append(driver.place(layer, before.job.tokens, reuse=before, **options))
             continue
-        layer = fit(int(random.choice([32, 64, 96, max_k])), n, int(random.choice([32, 64, 128, 4096])))
+        if sources and kind < 0.5:
+            source = sources[int(random.integers(len(sources)))]
+            options["wait"] = Wait(random.choice([Wait.ACTIVATIONS, Wait.WEIGHTS]))
+            layer, tokens = fit(source.job.layer.n, n, 32), source.job.tokens
+            works.append(driver.place(layer, tokens, reads=source, **options))
+            continue
+        wide = random.random() < 0.4
+        layer = fit(int(random.choice([32, 64, 96, max_k])), int(random.choice([32, 64])) if wide else n, size)
         tokens = int(random.choice([1, 1, 2, c.max_tokens, random.integers(1, c.max_tokens, endpoint=True)]))
-        works.append(driver.place(layer, min(tokens, c.max_tokens), interrupt=interrupt))
+        works.append(driver.place(layer, min(tokens, c.max_tokens), aligned=wide, **options))
+        if wide and driver.feeds(works[-1]):
+            sources.append(works[-1])
     return works
 
 
@@ -116,9 +131,14 @@ async def full_queue(dut):
 
 
 @cocotb.test()
-async def most_in_flight(dut):
-    """A memory that acknowledges no write: as many descriptors as all FIFOs hold together; then all are completed."""
-    driver = await AcceleratorDriver.create(dut)
+@cocotb.parametrize(waits=[False, True])
+async def most_in_flight(dut, waits):
+    """A memory that acknowledges no write: as many descriptors as all FIFOs hold together; then all are completed.
+
+    The table holds several descriptors only if one of them waits, the first that does not reach the FIFO of jobs.
+    """
+    driver, table = await AcceleratorDriver.create(dut), latency("table_depth")
+    first = latency("most_in_flight") - QUEUE_DEPTH - table
     answering = [False]
     driver.pause("hp0_b", lambda: not answering[0])
     # At tile 16, all layers together are larger than the memory.
@@ -127,11 +147,13 @@ async def most_in_flight(dut):
     kept = []
     for index in range(latency("most_in_flight") + 4):
         item = works[index % len(works)]
+        if waits and index == first:
+            item = replace(item, descriptor=replace(item.descriptor, wait=Wait.ACTIVATIONS))
         await cycle(dut.clk, 400)
         if await driver.field("status", "queued") < QUEUE_DEPTH:
             kept.append(item)
         await driver.push(item)
-    assert len(kept) == latency("most_in_flight")
+    assert len(kept) == latency("most_in_flight") - (0 if waits else table - 1)
     assert await driver.field("status", "running")
     answering[0] = True
     await driver.finish(kept)
@@ -320,6 +342,36 @@ async def loads_ahead(dut):
         waited.append(await driver.get("starved_activations"))
     dut._log.info("waited %s cycles for activations", waited)
     assert 0 < waited[1] <= waited[0] + 16
+
+
+def _chain(driver, wait, count=3, k=128):
+    """Layers of one token, each of which reads the results of the one before."""
+    works = [driver.place(fit(k, k, 64), 1, x=rng(5).standard_normal((1, k)).astype(np.float32))]
+    while len(works) < count:
+        assert driver.feeds(works[-1])
+        works.append(driver.place(fit(k, k, 64), 1, reads=works[-1], wait=wait))
+    return works
+
+
+@cocotb.test()
+async def weights_ahead(dut):
+    """While a layer waits for the results of the one before, its weights are read, unless they wait, too."""
+    driver, busy, bursts = await AcceleratorDriver.create(dut), {}, {}
+    hp0 = driver.monitors[0]
+    for wait in (Wait.ACTIVATIONS, Wait.WEIGHTS):
+        works = _chain(driver, wait)
+        await driver.set("control", "clear_counters")
+        await driver.start(works)
+        mark = hp0.acknowledged + len(works[0].writes)
+        await driver.until(lambda mark=mark: hp0.acknowledged >= mark, "the first layer")
+        regions = [_region(item, "weights", 0) for item in works[1:]]
+        bursts[wait] = [sum(burst.address in region for burst in hp0.reads) for region in regions]
+        assert not any(burst.address in _region(works[1], "activations", 0) for burst in hp0.reads)
+        await driver.finish(works)
+        busy[wait] = await driver.get("busy")
+    dut._log.info("bursts of weights before the wait's end: %s; busy: %s", bursts, busy)
+    assert bursts[Wait.ACTIVATIONS][0] > 0 and not any(bursts[Wait.WEIGHTS])
+    assert busy[Wait.ACTIVATIONS] < busy[Wait.WEIGHTS]
 
 
 @cocotb.test()

@@ -12,6 +12,7 @@ from cocotbext.axi import AxiResp
 from hw.spec.control.descriptor import ADDRESS_LIMIT, FIELDS
 from hw.spec.control.refusal import refusal
 from hw.spec.control.registers import BY_NAME, DEFAULT_TIMEOUT, ErrorCode
+from hw.spec.ops import Wait
 from sim.bench.accelerator_driver import MEMORY, AcceleratorDriver, fit, pauses
 from sim.bench.dut import config
 from sim.bench.streams import cycle, randomly, read, rng, until
@@ -66,6 +67,7 @@ _REFUSED = {
     "tokens": (dict(tokens=0), ErrorCode.SHAPE),
     "body": (dict(body_words=0x7FFF), ErrorCode.SHAPE),
     "reuse": (dict(reuse=1), ErrorCode.SHAPE),
+    "wait": (dict(wait=3), ErrorCode.SHAPE),
     "activations": (dict(activations=BASE + 32), ErrorCode.ALIGNMENT),
     "weights": (dict(weights=ADDRESS_LIMIT), ErrorCode.ALIGNMENT),
 }
@@ -207,6 +209,24 @@ async def write_errors(dut, response, pausing):
 
 
 @cocotb.test()
+async def waits_for_ever(dut):
+    """A layer that waits for one whose write fails reads nothing but weights, and the reset ends the wait."""
+    driver = await AcceleratorDriver.create(dut, base=BASE)
+    first, second = _works(driver, 1) + _works(driver, 1, wait=Wait.ACTIVATIONS)
+    address, _ = first.writes[-1][0]
+    driver.write_faults[address] = AxiResp.SLVERR
+    await driver.start([first, second])
+    await driver.failed(ErrorCode.WRITE_BUS, address)
+    await driver.calm()
+    place = second.descriptor.activations
+    read_from = {burst.address for monitor in driver.monitors for burst in monitor.reads}
+    assert not read_from & set(range(place, place + second.x.nbytes))
+    assert await driver.completed() == 0
+    driver.check([], [first])
+    await _recovers(driver)
+
+
+@cocotb.test()
 async def nothing_completes_after(dut):
     """A layer is not completed if its results are acknowledged after a fault in the next layer."""
     driver = await AcceleratorDriver.create(dut)
@@ -311,6 +331,7 @@ async def resets(dut, run):
                 fit(int(random.choice([32, 64, 160])), int(random.integers(1, 6 * config().tile)), 32),
                 int(random.integers(1, config().max_tokens, endpoint=True)),
                 interrupt=bool(random.integers(0, 2)),
+                wait=Wait(random.integers(len(Wait))),
             )
             for _ in range(int(random.integers(1, 5)))
         ]
