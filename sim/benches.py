@@ -105,6 +105,8 @@ BENCHES: list[Bench] = [
     *(_bench(block, _SMALL) for block in ("burst_cutter", "read_manager", "weight_fetch", "dispatcher")),
     _bench("weight_fetch", _TILE_16),
     *(_bench("gatherer", params) for params in (_SMALL, _TILE_32)),
+    _bench("operand_fetch", _SMALL),
+    _bench("table_fetch_8", _TILE_16, tb="operand_fetch", lanes=8, periodic=True),
     _bench("write_manager", _SMALL),
     _bench("register_bank", _SMALL),
     *(_bench(block, _SMALL) for block in ("float_adder", "float_multiplier")),
@@ -128,6 +130,10 @@ BENCHES: list[Bench] = [
     *(_bench("read_manager", params, full=True) for params in (_NARROW, _TILE_16)),
     *(_bench("write_manager", params, full=True) for params in (_NARROW, _TILE_16)),
     *(_bench("gatherer", params, full=True) for params in (_NARROW, _TILE_16, dict(_TILE_32, port_width=32))),
+    *(_bench("operand_fetch", params, full=True) for params in (_WIDE, _NARROW, dict(_TILE_16, max_tokens=64))),
+    *(_bench("operand_fetch_8", params, tb="operand_fetch", full=True, lanes=8) for params in (_NARROW, _TILE_16)),
+    *(_bench("table_fetch", params, tb="operand_fetch", full=True, periodic=True) for params in (_SMALL, _TILE_16)),
+    _bench("table_fetch_8", _NARROW, tb="operand_fetch", full=True, lanes=8, periodic=True),
     *(_bench("core", params, full=True, long=True) for params in _SWEEP),
     *(
         _bench("accelerator", params, tb=tb, full=True, long=True)
