@@ -61,7 +61,9 @@ class Bench:
 
 _SMALL, _WIDE, _NARROW, _FIXED = (PRESETS[name] for name in ("small", "wide", "narrow", "fixed"))
 _TWO_PORTS, _TILE_16, _TILE_32 = (PRESETS[name] for name in ("two_ports", "tile16", "tile32"))
-_DECODER = dict(_TILE_16, operators="decoder")
+_SMALL_DECODER, _TWO_PORTS_DECODER, _DECODER = (
+    dict(params, operators="decoder") for params in (_SMALL, _TWO_PORTS, _TILE_16)
+)
 _ULX3S, _ULX3S_8 = (dict(target="ecp5", **PRESETS[name]) for name in ("ulx3s4", "ulx3s8"))
 # As many lanes as columns, and the most lanes.
 _LANES_4, _LANES_8 = dict(_SMALL, lanes=4), dict(_TILE_32, lanes=8)
@@ -118,10 +120,12 @@ BENCHES: list[Bench] = [
     *(_bench(block, _SMALL) for block in ("burst_cutter", "read_manager", "weight_fetch", "dispatcher")),
     _bench("weight_fetch", _TILE_16),
     *(_bench("gatherer", params) for params in (_SMALL, _LANES_8)),
+    _bench("operand_fetch", _SMALL),
+    _bench("table_fetch_8", _TILE_16, tb="operand_fetch", lanes=8, periodic=True),
     _bench("write_manager", _SMALL),
     _bench("register_bank", _SMALL),
     *(_bench(block, _SMALL) for block in ("float_adder", "float_multiplier")),
-    *(_bench("epilogue", dict(_SMALL, operators="decoder", lanes=lanes)) for lanes in (1, 4)),
+    _bench("epilogue", dict(_SMALL_DECODER, lanes=4)),
     *(_bench("descriptor_check", params) for params in (_SMALL, dict(_WIDE, operators="decoder"), _DECODER)),
     _bench("sequencer", _WIDE),
     _bench("header", _TILE_32),
@@ -133,20 +137,32 @@ BENCHES: list[Bench] = [
     _bench("core", _TILE_16),
     _bench("core", _TILE_16, tb="core_speed"),
     _bench("core", _TILE_32),
-    _bench("core", _TILE_32, tb="core_speed"),
     *(_bench("activation_fetch", params) for params in (_SMALL, _TWO_PORTS, _TILE_16)),
     _bench("first_error", _SMALL),
     _bench("watchdog", _TWO_PORTS),
     *(_bench("selftest", params) for params in (_ULX3S, _ULX3S_8)),
-    *(_bench("accelerator", dict(_SMALL, operators="decoder", lanes=lanes), tb="decoder") for lanes in (1, 4)),
-    *(_bench("accelerator", params) for params in (_SMALL, _TWO_PORTS, _TILE_16)),
-    *(_bench("accelerator", params, tb="accelerator_faults") for params in (_SMALL, _TWO_PORTS)),
+    _bench("accelerator", _SMALL_DECODER, tb="decoder"),
+    *(_bench("accelerator", params) for params in (_TWO_PORTS, _TILE_16)),
+    _bench("accelerator", _TWO_PORTS, tb="accelerator_faults"),
+    _bench("accelerator", _SMALL, full=True),
+    _bench("accelerator", _SMALL, tb="accelerator_faults", full=True),
+    *(_bench("epilogue", dict(_SMALL_DECODER, lanes=lanes), full=True) for lanes in (1, 2)),
+    _bench("epilogue", dict(_DECODER, lanes=8), full=True),
+    *(
+        _bench("accelerator", params, tb="decoder", full=True, long=True)
+        for params in (dict(_SMALL_DECODER, lanes=4), dict(_TWO_PORTS_DECODER, lanes=8), dict(_DECODER, lanes=2))
+    ),
+    _bench("core", _TILE_32, tb="core_speed", full=True),
     *(_bench("read_manager", params, full=True) for params in (_NARROW, _TILE_16)),
     *(_bench("write_manager", params, full=True) for params in (_NARROW, _TILE_16)),
     *(_bench("gatherer", params, full=True) for params in (_NARROW, _LANES_4, _TILE_16, dict(_TILE_32, port_width=32))),
     _bench("selftest", dict(_ULX3S, lanes=4), full=True),
     *(_bench("drain", params, full=True) for params in (_LANES_4, _FIXED, _TILE_16)),
     *(_bench("core", params, tb="core_speed", full=True) for params in (dict(_TILE_16, lanes=4), _LANES_8)),
+    *(_bench("operand_fetch", params, full=True) for params in (_WIDE, _NARROW, dict(_TILE_16, max_tokens=64))),
+    *(_bench("operand_fetch_8", params, tb="operand_fetch", full=True, lanes=8) for params in (_NARROW, _TILE_16)),
+    *(_bench("table_fetch", params, tb="operand_fetch", full=True, periodic=True) for params in (_SMALL, _TILE_16)),
+    _bench("table_fetch_8", _NARROW, tb="operand_fetch", full=True, lanes=8, periodic=True),
     *(_bench("core", params, full=True, long=True) for params in _SWEEP),
     *(
         _bench("accelerator", params, tb=tb, full=True, long=True)

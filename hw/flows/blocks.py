@@ -32,6 +32,7 @@ from hw.rtl.memory.activation_fetch import ActivationFetch
 from hw.rtl.memory.axi import is_axi
 from hw.rtl.memory.burst_cutter import BurstCutter
 from hw.rtl.memory.gatherer import Gatherer
+from hw.rtl.memory.operand_fetch import OperandFetch
 from hw.rtl.memory.read_manager import ReadManager, read_fifo_depths
 from hw.rtl.memory.weight_fetch import WeightFetch
 from hw.rtl.memory.write_manager import WriteManager
@@ -67,6 +68,10 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "dispatcher": Dispatcher,
     "gatherer": Gatherer,
     "write_manager": lambda config: WriteManager(config.port_width, clients=2),
+    "operand_fetch": lambda config: OperandFetch(config.port_width, config.max_tokens, lanes=2),
+    "operand_fetch_8": lambda config: OperandFetch(config.port_width, config.max_tokens, lanes=8),
+    "table_fetch": lambda config: OperandFetch(config.port_width, config.max_tokens, lanes=2, periodic=True),
+    "table_fetch_8": lambda config: OperandFetch(config.port_width, config.max_tokens, lanes=8, periodic=True),
     "register_bank": lambda config: RegisterBank(),
     "activation_fetch": ActivationFetch,
     "descriptor_check": DescriptorCheck,

@@ -136,6 +136,4 @@ class TakeTransfers(Block):
                 self.release[operand].eq(go & wanted[operand] & end),
             ]
         values = delay(m, Cat(self.results.payload.values.as_value(), job.vector), OPERAND_LATENCY, name="values")
-        m.d.comb += self.values.as_value().eq(
-            Mux(values[-1], self.data[Operand.SOURCE].as_value(), values[:-1])
-        )
+        m.d.comb += self.values.as_value().eq(Mux(values[-1], self.data[Operand.SOURCE].as_value(), values[:-1]))

@@ -220,7 +220,7 @@ class _Bench:
 
 def _stalls() -> dict[str, Stall]:
     """Every unit pauses at its own rate."""
-    rates = dict(work=0.2, core=0.3, unit=0.6, blocks=0.0, jobs=0.8, regions=0.5)
+    rates = dict(work=0.2, core=0.3, unit=0.6, blocks=0.0, results_job=0.8, regions=0.5)
     return {unit: randomly(p, rng(n)) for n, (unit, p) in enumerate(rates.items())}
 
 

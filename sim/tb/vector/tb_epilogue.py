@@ -19,6 +19,15 @@ LANES = max(2, config().lanes)
 """Lanes of the vector unit."""
 SOURCE, ADDEND, TABLE, FACTOR = range(4)
 OPERAND_LATENCY = 2
+SPEEDS = [
+    (0, 0, 0, 0, 0),
+    (0.9, 0, 0, 0, 0),
+    (0, 0.5, 0.5, 0.5, 0.5),
+    (0, 0, 0.95, 0, 0),
+    (0, 0, 0, 0.95, 0),
+    (0, 0, 0, 0, 0.9),
+]
+"""Probabilities of a stall of job, results, both outputs, and the operands."""
 
 
 def _bits(values: np.ndarray) -> np.ndarray:
@@ -194,7 +203,8 @@ class _Bench:
             while not ended:
                 (raw,) = await sink.take(1, cycles)
                 seen = {key: values[0] for key, values in payload(name).unpack([raw]).items()}
-                values = [raw >> payload(name).fields["values"].offset + 32 * lane & 0xFFFF_FFFF for lane in range(LANES)]
+                low = payload(name).fields["values"].offset
+                values = [raw >> low + 32 * lane & 0xFFFF_FFFF for lane in range(LANES)]
                 keep, at = int(seen["keep"]), int(seen["column"]) * unit
                 assert keep & 1 and keep & (keep + 1) == 0, f"{name} of {where}: keep {keep:b}"
                 for index in range(keep.bit_length()):
@@ -202,7 +212,8 @@ class _Bench:
                 ended = bool(seen["chunk_end"])
             last = start + width == columns
             assert bool(seen["last"]) == last, f"{name} of {where}: the end of the layer"
-            assert (int(seen["token"]), at + keep.bit_length()) == (tokens - 1, width), f"{name} of {where}: the last transfer"
+            place = int(seen["token"]), at + keep.bit_length()
+            assert place == (tokens - 1, width), f"{name} of {where}: the last transfer"
             expected = rows[:, start : start + width]
             wrong = np.argwhere(chunk[:, :width] != expected)
             assert not len(wrong), (
@@ -235,10 +246,7 @@ def _layers(random: np.random.Generator, count: int, hard: bool) -> list[_Layer]
 
 
 @cocotb.test()
-@cocotb.parametrize(
-    speeds=[(0, 0, 0, 0, 0), (0.9, 0, 0, 0, 0), (0, 0.5, 0.5, 0.5, 0.5), (0, 0, 0.95, 0, 0), (0, 0, 0, 0.95, 0), (0, 0, 0, 0, 0.9)],
-    hard=[False, True],
-)
+@cocotb.parametrize(speeds=SPEEDS, hard=[False, True])
 async def values(dut, speeds, hard):
     """Layers of all kinds one after another, with or without stalls on each stream."""
     stalls = tuple(randomly(p, rng(2, number)) if p else never for number, p in enumerate(speeds))

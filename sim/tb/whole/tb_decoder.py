@@ -14,7 +14,7 @@ from hw.spec.control.descriptor import DATA_ALIGNMENT, Descriptor, VectorDescrip
 from hw.spec.control.refusal import refusal
 from hw.spec.control.registers import ErrorCode
 from hw.spec.ops import OPS
-from hw.spec.ops.base import State
+from hw.spec.ops.base import Opcode, State
 from hw.spec.ops.epilogue import PIECE_BYTES, piece_count, results_columns
 from sim.bench.accelerator_driver import MEMORY, AcceleratorDriver, fit, pauses
 from sim.bench.dut import config
@@ -75,7 +75,9 @@ class _Program:
             del fields[name]
         return fields
 
-    def add(self, parts: tuple[str, ...], tokens: int, n: int, vector: bool = False, hard: bool = False, **fields) -> None:
+    def add(
+        self, parts: tuple[str, ...], tokens: int, n: int, vector: bool = False, hard: bool = False, **fields
+    ) -> None:
         """A descriptor with these parts."""
         if "scale" in parts:
             tokens = min(tokens, self.scaled_tokens)
@@ -104,7 +106,7 @@ class _Program:
         """Executes the descriptors on the driver's image of the memory."""
         image, state = _Image(self.driver), State()
         for made in self.descriptors:
-            op = OPS[made.op_fields and made.opcode]
+            op = OPS[Opcode(made.opcode)]
             op.execute(self.c, {field.name: getattr(made, field.name) for field in op.fields}, image, state)
 
     async def run(self, room: int = 12) -> None:
@@ -125,7 +127,7 @@ class _Program:
         assert await self.driver.get("status") == 0
         found = np.frombuffer(bytes(self.driver.memory), np.uint8)
         wrong = np.flatnonzero(found != self.driver.image)
-        assert not len(wrong), f"{len(wrong)} bytes differ from {self.driver.base + int(wrong[0]):#x} on: {self._near(wrong[0])}"
+        assert not len(wrong), f"{len(wrong)} bytes differ, the first is in the {self._near(wrong[0])}"
 
     def _near(self, place: int) -> str:
         """The descriptor whose output is the nearest one before a place."""
