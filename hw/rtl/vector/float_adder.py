@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sum of two float32."""
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal
-from amaranth.lib import data
+from amaranth.hdl import Cat, Const, Module, Mux
 
 from hw.rtl.common.float32 import FLOAT, is_infinite, is_nan, is_zero
+from hw.rtl.common.stage import stage
 from hw.rtl.vector.leading_zeros import leading_zeros
 from hw.rtl.vector.operator import FloatOperator
 from hw.spec.numerics.float32 import EXPONENT_FIELD_BITS, FRACTION_BITS, SIGNIFICAND_BITS
@@ -32,19 +32,10 @@ class FloatAdder(FloatOperator):
         total = self._add(m, moves[3], self._align(m, moves[2], ordered))
         self._normalise(m, moves[5], self._count(m, moves[4], total))
 
-    def _register(self, m: Module, move, name: str, **values):
-        """A structure of registers that take the values if the stage moves. Each value is (shape, value)."""
-        register = Signal(
-            data.StructLayout({key: shape for key, (shape, _) in values.items()}), name=name, reset_less=True
-        )
-        with m.If(move):
-            m.d.sync += [getattr(register, key).eq(value) for key, (_, value) in values.items()]
-        return register
-
     def _compare(self, m: Module, move):
         """Which magnitude is larger, both differences of the exponents, and the special cases."""
         a, b = self.a, self.b
-        return self._register(
+        return stage(
             m,
             move,
             "compared",
@@ -63,7 +54,7 @@ class FloatAdder(FloatOperator):
         a = Mux(c.zeros[0], 0, Cat(c.a.fraction, Const(1, 1)))
         b = Mux(c.zeros[1], 0, Cat(c.b.fraction, Const(1, 1)))
         places = Mux(c.swap, c.up, c.down)
-        return self._register(
+        return stage(
             m,
             move,
             "ordered",
@@ -79,7 +70,7 @@ class FloatAdder(FloatOperator):
 
     def _align(self, m: Module, move, o):
         """Shift the smaller significand right, with all bits that fall out below."""
-        return self._register(
+        return stage(
             m,
             move,
             "aligned",
@@ -98,7 +89,7 @@ class FloatAdder(FloatOperator):
         small = Cat(s.small[:below].any(), s.small[below:])
         large = Cat(Const(0, _GUARD_BITS + 1), s.large)
         inverted = Cat(small ^ s.subtract.replicate(len(small)), s.subtract)
-        return self._register(
+        return stage(
             m,
             move,
             "added",
@@ -113,7 +104,7 @@ class FloatAdder(FloatOperator):
     def _count(self, m: Module, move, s):
         """Leading zeros. A sum that is exactly zero is +0, unless both operands are negative."""
         zero = ~s.total.any()
-        return self._register(
+        return stage(
             m,
             move,
             "counted",
@@ -130,7 +121,7 @@ class FloatAdder(FloatOperator):
         """Shift the leading one to the top, which is the place of the carry."""
         cut = _SUM_BITS - 1 - FRACTION_BITS
         shifted = (s.total << s.zeros)[:_SUM_BITS]
-        register = self._register(
+        register = stage(
             m,
             move,
             "normalised",
