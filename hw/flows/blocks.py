@@ -35,8 +35,10 @@ from hw.rtl.memory.gatherer import Gatherer
 from hw.rtl.memory.read_manager import ReadClient, ReadManager, read_fifo_depths
 from hw.rtl.memory.weight_fetch import WeightFetch
 from hw.rtl.memory.write_manager import WriteManager
+from hw.rtl.vector.exp import Exp
 from hw.rtl.vector.float_adder import FloatAdder
 from hw.rtl.vector.float_multiplier import FloatMultiplier
+from hw.rtl.vector.sigma import Sigma
 from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.manifest import Field, Port
 from hw.spec.memory.geometry import StreamLayout
@@ -50,6 +52,8 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "float_out": FloatOut,
     "float_adder": lambda config: FloatAdder(),
     "float_multiplier": lambda config: FloatMultiplier(),
+    "exp": lambda config: Exp(),
+    "sigma": lambda config: Sigma(),
     "activations": ActivationBuffer,
     "activation_unit": ActivationUnit,
     "splitter": WeightSplitter,
