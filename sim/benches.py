@@ -107,7 +107,7 @@ BENCHES: list[Bench] = [
     *(_bench("gatherer", params) for params in (_SMALL, _TILE_32)),
     _bench("write_manager", _SMALL),
     _bench("register_bank", _SMALL),
-    *(_bench(block, _SMALL) for block in ("float_adder", "float_multiplier", "exp", "sigma")),
+    *(_bench(block, _SMALL) for block in ("float_adder", "float_multiplier", "exp", "sigma", "silu")),
     *(_bench("descriptor_check", params) for params in (_SMALL, _WIDE, _TILE_16)),
     _bench("sequencer", _WIDE),
     *(_bench(block, _TILE_32) for block in ("header", "drain")),

@@ -39,6 +39,7 @@ from hw.rtl.vector.exp import Exp
 from hw.rtl.vector.float_adder import FloatAdder
 from hw.rtl.vector.float_multiplier import FloatMultiplier
 from hw.rtl.vector.sigma import Sigma
+from hw.rtl.vector.silu import Silu
 from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.manifest import Field, Port
 from hw.spec.memory.geometry import StreamLayout
@@ -54,6 +55,7 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "float_multiplier": lambda config: FloatMultiplier(),
     "exp": lambda config: Exp(),
     "sigma": lambda config: Sigma(),
+    "silu": lambda config: Silu(),
     "activations": ActivationBuffer,
     "activation_unit": ActivationUnit,
     "splitter": WeightSplitter,
