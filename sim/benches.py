@@ -108,6 +108,10 @@ BENCHES: list[Bench] = [
     _bench("write_manager", _SMALL),
     _bench("register_bank", _SMALL),
     *(_bench(block, _SMALL) for block in ("float_adder", "float_multiplier", "exp", "sigma", "silu")),
+    *(
+        _bench(f"block_float_{lanes}_{bits}", _SMALL, tb="block_float", lanes=lanes, bits=bits)
+        for lanes, bits in ((1, 16), (8, 8))
+    ),
     *(_bench("descriptor_check", params) for params in (_SMALL, _WIDE, _TILE_16)),
     _bench("sequencer", _WIDE),
     *(_bench(block, _TILE_32) for block in ("header", "drain")),

@@ -35,6 +35,7 @@ from hw.rtl.memory.gatherer import Gatherer
 from hw.rtl.memory.read_manager import ReadClient, ReadManager, read_fifo_depths
 from hw.rtl.memory.weight_fetch import WeightFetch
 from hw.rtl.memory.write_manager import WriteManager
+from hw.rtl.vector.block_float import BlockFloat
 from hw.rtl.vector.exp import Exp
 from hw.rtl.vector.float_adder import FloatAdder
 from hw.rtl.vector.float_multiplier import FloatMultiplier
@@ -43,6 +44,9 @@ from hw.rtl.vector.silu import Silu
 from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.manifest import Field, Port
 from hw.spec.memory.geometry import StreamLayout
+
+VECTOR_LANES = (1, 2, 4, 8)
+"""Numbers per cycle of the vector unit's blocks that take several: a part of the names of these blocks."""
 
 BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "accelerator": Accelerator,
@@ -56,6 +60,11 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "exp": lambda config: Exp(),
     "sigma": lambda config: Sigma(),
     "silu": lambda config: Silu(),
+    **{
+        f"block_float_{lanes}_{bits}": lambda config, lanes=lanes, bits=bits: BlockFloat(lanes, bits)
+        for lanes in VECTOR_LANES
+        for bits in (8, 16)
+    },
     "activations": ActivationBuffer,
     "activation_unit": ActivationUnit,
     "splitter": WeightSplitter,
