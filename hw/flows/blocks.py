@@ -35,6 +35,7 @@ from hw.rtl.memory.gatherer import Gatherer
 from hw.rtl.memory.read_manager import ReadClient, ReadManager, read_fifo_depths
 from hw.rtl.memory.weight_fetch import WeightFetch
 from hw.rtl.memory.write_manager import WriteManager
+from hw.rtl.vector.argmax import Argmax
 from hw.rtl.vector.block_float import BlockFloat
 from hw.rtl.vector.exp import Exp
 from hw.rtl.vector.float_adder import FloatAdder
@@ -60,6 +61,7 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "exp": lambda config: Exp(),
     "sigma": lambda config: Sigma(),
     "silu": lambda config: Silu(),
+    **{f"argmax_{lanes}": lambda config, lanes=lanes: Argmax(lanes) for lanes in VECTOR_LANES},
     **{
         f"block_float_{lanes}_{bits}": lambda config, lanes=lanes, bits=bits: BlockFloat(lanes, bits)
         for lanes in VECTOR_LANES
