@@ -107,7 +107,7 @@ BENCHES: list[Bench] = [
     *(_bench("gatherer", params) for params in (_SMALL, _TILE_32)),
     _bench("write_manager", _SMALL),
     _bench("register_bank", _SMALL),
-    *(_bench(block, _SMALL) for block in ("float_adder", "float_multiplier", "exp", "sigma", "silu")),
+    *(_bench(block, _SMALL) for block in ("float_adder", "float_multiplier", "reciprocal", "exp", "sigma", "silu")),
     *(_bench(f"argmax_{lanes}", _SMALL, tb="argmax", lanes=lanes) for lanes in (1, 4)),
     *(
         _bench(f"block_float_{lanes}_{bits}", _SMALL, tb="block_float", lanes=lanes, bits=bits)

@@ -40,6 +40,7 @@ from hw.rtl.vector.block_float import BlockFloat
 from hw.rtl.vector.exp import Exp
 from hw.rtl.vector.float_adder import FloatAdder
 from hw.rtl.vector.float_multiplier import FloatMultiplier
+from hw.rtl.vector.reciprocal import Reciprocal
 from hw.rtl.vector.sigma import Sigma
 from hw.rtl.vector.silu import Silu
 from hw.spec.config import AcceleratorConfig, ConfigError
@@ -58,6 +59,7 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "float_out": FloatOut,
     "float_adder": lambda config: FloatAdder(),
     "float_multiplier": lambda config: FloatMultiplier(),
+    "reciprocal": lambda config: Reciprocal(),
     "exp": lambda config: Exp(),
     "sigma": lambda config: Sigma(),
     "silu": lambda config: Silu(),

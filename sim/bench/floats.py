@@ -107,6 +107,19 @@ def tiny_products(random: np.random.Generator, count: int) -> tuple[np.ndarray, 
     return (a - (1 << 23) | 60 << 23).astype(np.uint32), (b - (1 << 23) | 67 << 23).astype(np.uint32)
 
 
+def ties_of_rsqrt(random: np.random.Generator, count: int) -> np.ndarray:
+    """Numbers whose 1/sqrt lies next to the middle between two float32; they are computed from it: uint32."""
+    odd = 2 * random.integers(1 << 23, 1 << 24, count).astype(object) + 1
+    found = []
+    for o in odd:
+        # x = 2**74 / o**2, at both parities of the exponent, and its neighbours.
+        x = (1 << 74) // (o * o)
+        while x >= 1 << 24:
+            x >>= 1
+        found += [x - (1 << 23) | exponent << 23 for exponent in (126, 127) if x >= 1 << 23]
+    return np.array(found, np.uint32)
+
+
 def in_range(random: np.random.Generator, count: int, lowest: int, end: int) -> np.ndarray:
     """Random numbers of both signs, with exponents from ``lowest`` to below ``end``: uint32."""
     exponents = random.integers(127 + lowest, 127 + end, count)
