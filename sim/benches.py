@@ -113,6 +113,8 @@ BENCHES: list[Bench] = [
         _bench(f"block_float_{lanes}_{bits}", _SMALL, tb="block_float", lanes=lanes, bits=bits)
         for lanes, bits in ((1, 16), (8, 8))
     ),
+    *(_bench(f"sum_of_squares_{lanes}", _SMALL, tb="sum_of_squares", lanes=lanes) for lanes in (1, 2, 4, 8)),
+    _bench("norm_scale_4", _SMALL, tb="norm_scale", lanes=4),
     *(_bench("descriptor_check", params) for params in (_SMALL, _WIDE, _TILE_16)),
     _bench("sequencer", _WIDE),
     *(_bench(block, _TILE_32) for block in ("header", "drain")),

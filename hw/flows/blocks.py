@@ -40,9 +40,11 @@ from hw.rtl.vector.block_float import BlockFloat
 from hw.rtl.vector.exp import Exp
 from hw.rtl.vector.float_adder import FloatAdder
 from hw.rtl.vector.float_multiplier import FloatMultiplier
+from hw.rtl.vector.norm_scale import NormScale
 from hw.rtl.vector.reciprocal import Reciprocal
 from hw.rtl.vector.sigma import Sigma
 from hw.rtl.vector.silu import Silu
+from hw.rtl.vector.sum_of_squares import SumOfSquares
 from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.manifest import Field, Port
 from hw.spec.memory.geometry import StreamLayout
@@ -64,6 +66,8 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "sigma": lambda config: Sigma(),
     "silu": lambda config: Silu(),
     **{f"argmax_{lanes}": lambda config, lanes=lanes: Argmax(lanes) for lanes in VECTOR_LANES},
+    **{f"sum_of_squares_{lanes}": lambda config, lanes=lanes: SumOfSquares(lanes) for lanes in VECTOR_LANES},
+    **{f"norm_scale_{lanes}": lambda config, lanes=lanes: NormScale(lanes) for lanes in VECTOR_LANES},
     **{
         f"block_float_{lanes}_{bits}": lambda config, lanes=lanes, bits=bits: BlockFloat(lanes, bits)
         for lanes in VECTOR_LANES
