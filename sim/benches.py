@@ -124,7 +124,11 @@ BENCHES: list[Bench] = [
     _bench("table_fetch_8", _TILE_16, tb="operand_fetch", lanes=8, periodic=True),
     _bench("write_manager", _SMALL),
     _bench("register_bank", _SMALL),
-    *(_bench(block, _SMALL) for block in ("float_adder", "float_multiplier")),
+    *(_bench(block, _SMALL) for block in ("float_adder", "float_multiplier", "reciprocal", "exp", "sigma", "silu")),
+    *(
+        _bench(f"block_float_{lanes}_{bits}", _SMALL, tb="block_float", lanes=lanes, bits=bits)
+        for lanes, bits in ((1, 16), (8, 8))
+    ),
     _bench("epilogue", dict(_SMALL_DECODER, lanes=4)),
     *(_bench("descriptor_check", params) for params in (_SMALL, dict(_WIDE, operators="decoder"), _DECODER)),
     _bench("sequencer", _WIDE),

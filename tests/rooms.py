@@ -26,6 +26,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "hw.spec",
         "hw.boards",
         "hw.rtl.common",
+        "hw.rtl.arithmetic",
         "hw.rtl.vector",
         "hw.rtl.core",
         "hw.rtl.memory",

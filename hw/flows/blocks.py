@@ -9,6 +9,12 @@ from amaranth.lib import data, stream, wiring
 
 from hw.flows.selftest import selftest
 from hw.rtl.accelerator import Accelerator
+from hw.rtl.arithmetic.exp import Exp
+from hw.rtl.arithmetic.float_adder import FloatAdder
+from hw.rtl.arithmetic.float_multiplier import FloatMultiplier
+from hw.rtl.arithmetic.reciprocal import Reciprocal
+from hw.rtl.arithmetic.sigma import Sigma
+from hw.rtl.arithmetic.silu import Silu
 from hw.rtl.common.block import Block
 from hw.rtl.common.fifo import StreamFifo
 from hw.rtl.common.walker import TOKEN_LOOPS, CommandFork, Walker
@@ -36,12 +42,14 @@ from hw.rtl.memory.operand_fetch import OperandFetch
 from hw.rtl.memory.read_manager import ReadManager, read_fifo_depths
 from hw.rtl.memory.weight_fetch import WeightFetch
 from hw.rtl.memory.write_manager import WriteManager
+from hw.rtl.vector.block_float import BlockFloat
 from hw.rtl.vector.epilogue import Epilogue
-from hw.rtl.vector.float_adder import FloatAdder
-from hw.rtl.vector.float_multiplier import FloatMultiplier
 from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.manifest import Field, Port
 from hw.spec.memory.geometry import StreamLayout
+
+VECTOR_LANES = (1, 2, 4, 8)
+"""Numbers per cycle of the vector unit's blocks that take several: a part of the names of these blocks."""
 
 BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "accelerator": Accelerator,
@@ -53,6 +61,15 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "float_adder": lambda config: FloatAdder(),
     "float_multiplier": lambda config: FloatMultiplier(),
     "epilogue": Epilogue,
+    "reciprocal": lambda config: Reciprocal(),
+    "exp": lambda config: Exp(),
+    "sigma": lambda config: Sigma(),
+    "silu": lambda config: Silu(),
+    **{
+        f"block_float_{lanes}_{bits}": lambda config, lanes=lanes, bits=bits: BlockFloat(lanes, bits)
+        for lanes in VECTOR_LANES
+        for bits in (8, 16)
+    },
     "activations": ActivationBuffer,
     "activation_unit": ActivationUnit,
     "splitter": WeightSplitter,

@@ -105,3 +105,28 @@ def tiny_products(random: np.random.Generator, count: int) -> tuple[np.ndarray, 
     for low, high in ((0, 1 << 22), (1 << 22, 1 << 23), (1 << 23, 1 << 25)):
         assert ((a * b < (1 << 47) - low) & (a * b > (1 << 47) - high)).any(), "the range between them does not occur"
     return (a - (1 << 23) | 60 << 23).astype(np.uint32), (b - (1 << 23) | 67 << 23).astype(np.uint32)
+
+
+def ties_of_rsqrt(random: np.random.Generator, count: int) -> np.ndarray:
+    """Numbers whose 1/sqrt lies next to the middle between two float32; they are computed from it: uint32."""
+    odd = 2 * random.integers(1 << 23, 1 << 24, count).astype(object) + 1
+    found = []
+    for o in odd:
+        # x = 2**74 / o**2, at both parities of the exponent, and its neighbours.
+        x = (1 << 74) // (o * o)
+        while x >= 1 << 24:
+            x >>= 1
+        found += [x - (1 << 23) | exponent << 23 for exponent in (126, 127) if x >= 1 << 23]
+    return np.array(found, np.uint32)
+
+
+def in_range(random: np.random.Generator, count: int, lowest: int, end: int) -> np.ndarray:
+    """Random numbers of both signs, with exponents from ``lowest`` to below ``end``: uint32."""
+    exponents = random.integers(127 + lowest, 127 + end, count)
+    return (random.integers(0, 1 << 23, count) | exponents << 23 | random.integers(0, 2, count) << 31).astype(np.uint32)
+
+
+def next_to(values: np.ndarray) -> np.ndarray:
+    """The float32 next to positive values, and both neighbours of each: uint32."""
+    bits = np.asarray(values, np.float32).view(np.uint32)
+    return np.concatenate([bits - 1, bits, bits + 1])

@@ -9,10 +9,11 @@ from amaranth.lib.wiring import In, Out
 from hw.rtl.common.block import Block
 from hw.rtl.common.delay import delay
 from hw.rtl.common.fifo import CreditFifo
+from hw.rtl.common.mantissa import Mantissa
 from hw.rtl.common.ram import buffer_attributes
 from hw.rtl.common.walker import Walker, command_signature
 from hw.rtl.core.activation_buffer import activation_payload, bank_slices
-from hw.rtl.core.float_in import Mantissa, TokenExponent
+from hw.rtl.core.float_in import TokenExponent
 from hw.spec.config import EXPONENT_BITS, FLOAT_BITS, AcceleratorConfig
 
 _FAN_IN = 4
@@ -214,7 +215,7 @@ class ActivationUnit(Block):
         with m.If(moves[1]):
             m.d.sync += row.eq(rows.data)
         for index in range(config.tile):
-            m.submodules[f"mantissa_{index}"] = mantissa = Mantissa(config)
+            m.submodules[f"mantissa_{index}"] = mantissa = Mantissa(config.activation_bits)
             m.d.comb += [
                 mantissa.moves.eq(Cat(moves[2:])),
                 mantissa.value.eq(row[index]),

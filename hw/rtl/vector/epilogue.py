@@ -6,13 +6,13 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.arithmetic.float_adder import FloatAdder
+from hw.rtl.arithmetic.float_multiplier import FloatMultiplier
 from hw.rtl.common.block import Block
 from hw.rtl.common.delay import delay
 from hw.rtl.common.fifo import CreditFifo
 from hw.rtl.common.float32 import FLOAT
 from hw.rtl.common.results import output_payload, result_payload
-from hw.rtl.vector.float_adder import FloatAdder
-from hw.rtl.vector.float_multiplier import FloatMultiplier
 from hw.rtl.vector.layouts import (
     OPERAND_LATENCY,
     SECOND_UNIT,

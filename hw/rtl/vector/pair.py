@@ -4,12 +4,12 @@
 from amaranth.hdl import Cat, Module, Mux, Signal
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.arithmetic.float_adder import FloatAdder
+from hw.rtl.arithmetic.float_multiplier import FloatMultiplier
+from hw.rtl.arithmetic.silu import Silu
 from hw.rtl.common.block import Block
 from hw.rtl.common.delay import delay
 from hw.rtl.common.float32 import FLOAT
-from hw.rtl.vector.float_adder import FloatAdder
-from hw.rtl.vector.float_multiplier import FloatMultiplier
-from hw.rtl.vector.silu import Silu
 
 
 class PairUnit(Block):

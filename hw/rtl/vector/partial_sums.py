@@ -8,11 +8,11 @@ from amaranth.lib import data
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.arithmetic.float_adder import FloatAdder
+from hw.rtl.arithmetic.float_multiplier import FloatMultiplier
 from hw.rtl.common.block import Block
 from hw.rtl.common.delay import delay
 from hw.rtl.common.float32 import FLOAT
-from hw.rtl.vector.float_adder import FloatAdder
-from hw.rtl.vector.float_multiplier import FloatMultiplier
 from hw.rtl.vector.layouts import vector_lanes
 from hw.spec.config import AcceleratorConfig
 from hw.spec.numerics.vector import PARTIAL_SUMS

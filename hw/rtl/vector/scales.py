@@ -6,14 +6,14 @@ from amaranth.lib import data
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.arithmetic.float_adder import FloatAdder
+from hw.rtl.arithmetic.float_multiplier import FloatMultiplier
+from hw.rtl.arithmetic.reciprocal import Inverse, Reciprocal
 from hw.rtl.common.block import Block
 from hw.rtl.common.delay import delay
 from hw.rtl.common.float32 import FLOAT
-from hw.rtl.vector.float_adder import FloatAdder
-from hw.rtl.vector.float_multiplier import FloatMultiplier
 from hw.rtl.vector.layouts import COLUMN_BITS, lane_place, vector_lanes
 from hw.rtl.vector.partial_sums import PartialSums
-from hw.rtl.vector.reciprocal import Inverse, Reciprocal
 from hw.rtl.vector.sum_schedule import SumSchedule
 from hw.spec.config import AcceleratorConfig
 from hw.spec.numerics.functions import UNIT_BITS

@@ -5,7 +5,7 @@ import pytest
 from amaranth.hdl import Module, Signal
 from amaranth.sim import Simulator
 
-from hw.rtl.vector.leading_zeros import leading_zeros
+from hw.rtl.arithmetic.leading_zeros import leading_zeros
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 5, 8, 28, 33])

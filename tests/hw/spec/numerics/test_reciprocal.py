@@ -7,29 +7,16 @@ import numpy as np
 import pytest
 
 from hw.spec.numerics.reciprocal import reciprocal, reciprocal_of_integer, rsqrt
-from sim.bench.floats import extremes, floats
+from sim.bench.floats import extremes, floats, ties_of_rsqrt
 from tests.hw.spec.numerics import exact
 from tests.hw.spec.numerics.exact import bits
-
-
-def hard_for_rsqrt(random: np.random.Generator, count: int) -> np.ndarray:
-    """Numbers whose 1/sqrt lies next to a tie. They are computed from the tie."""
-    odd = 2 * random.integers(1 << 23, 1 << 24, count).astype(object) + 1
-    found = []
-    for o in odd:
-        # x = 2**74 / o**2, at both parities of the exponent, and its neighbours.
-        x = (1 << 74) // (o * o)
-        while x >= 1 << 24:
-            x >>= 1
-        found += [x - (1 << 23) | exponent << 23 for exponent in (126, 127) if x >= 1 << 23]
-    return np.array(found, np.uint32)
 
 
 @pytest.mark.parametrize(("function", "oracle"), [(rsqrt, exact.rsqrt), (reciprocal, exact.reciprocal)])
 def test_against_integers(function, oracle):
     random = np.random.default_rng(1)
     numbers = np.concatenate(
-        [extremes(), random.integers(0, 1 << 32, 10_000, dtype=np.uint32), hard_for_rsqrt(random, 2_000)]
+        [extremes(), random.integers(0, 1 << 32, 10_000, dtype=np.uint32), ties_of_rsqrt(random, 2_000)]
     )
     results = bits(function(floats(numbers)))
     for number, result in zip(numbers.tolist(), results.tolist()):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A table of quadratic polynomials, with two multipliers."""
 
-import numpy as np
 from amaranth.hdl import Cat, Const, Module, signed
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
@@ -11,7 +10,7 @@ from hw.rtl.common.stage import stage
 from hw.spec.numerics.functions import OFFSET_BITS, VALUE_BITS, Table
 
 
-def _signed_bits(values: np.ndarray) -> int:
+def _signed_bits(values) -> int:
     """Bits of the widest of the values in two's complement."""
     return int(max(values.max(), -values.min() - 1)).bit_length() + 1
 
@@ -42,7 +41,7 @@ class Polynomial(wiring.Component):
 
     def __init__(self, table: Table):
         # Products are rounded, which adds less than 1. An offset is at most half an interval.
-        slopes = np.abs(table.slopes) + np.abs(table.curvatures) // 2 + 1
+        slopes = abs(table.slopes) + abs(table.curvatures) // 2 + 1
         if (table.constants < slopes // 2 + 1).any() or (table.constants + slopes // 2 + 1).max() >> (VALUE_BITS + 1):
             raise ValueError("a polynomial's value is negative or does not fit")
         self._slope_bits = int(slopes.max()).bit_length() + 1

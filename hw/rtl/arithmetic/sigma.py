@@ -4,11 +4,11 @@
 from amaranth.hdl import Cat, Const, Module, Mux, Signal
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.arithmetic.polynomial import Polynomial
 from hw.rtl.common.block import Block
 from hw.rtl.common.delay import delay
 from hw.rtl.common.float32 import FLOAT
 from hw.rtl.common.stage import stage
-from hw.rtl.vector.polynomial import Polynomial
 from hw.spec.numerics.float32 import EXPONENT_BIAS, SIGNIFICAND_BITS
 from hw.spec.numerics.functions import (
     OFFSET_BITS,

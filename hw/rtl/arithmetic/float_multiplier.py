@@ -3,8 +3,8 @@
 
 from amaranth.hdl import Cat, Const, Module, Signal
 
+from hw.rtl.arithmetic.operator import FloatOperator
 from hw.rtl.common.float32 import is_infinite, is_nan, is_zero
-from hw.rtl.vector.operator import FloatOperator
 from hw.spec.numerics.float32 import EXPONENT_BIAS, FRACTION_BITS, SIGNIFICAND_BITS
 
 _LOW_BITS = 17

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Correctly rounded 1/x and 1/sqrt(x), one bit of the result per cycle."""
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal
+from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal
 from amaranth.lib import enum
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.arithmetic.inverse_digits import InverseDigits
 from hw.rtl.common.block import Block
 from hw.rtl.common.float32 import FLOAT, FloatRound, is_infinite, is_nan, is_zero
-from hw.rtl.vector.inverse_digits import InverseDigits
+from hw.rtl.common.stage import stage
 from hw.spec.numerics.float32 import EXPONENT_BIAS, EXPONENT_FIELD_BITS, SIGNIFICAND_BITS
 from hw.spec.numerics.functions import UNIT_BITS
 from hw.spec.numerics.reciprocal import INTEGER_BITS
@@ -80,28 +81,35 @@ class Reciprocal(Block):
             self.done.eq(rounding),
             self.ready.eq((self.ready & ~self.valid) | rounding),
         ]
-        number, about = Signal(INTEGER_BITS, reset_less=True), Signal(self.round.about_layout, reset_less=True)
-        root, odd = Signal(reset_less=True), Signal(reset_less=True)
+        about = Signal(self.round.about_layout, reset_less=True)
         with m.If(start):
-            m.d.sync += [root.eq(self.function == Inverse.RSQRT), odd.eq(~self.x.exponent[0])]
-            self._take(m, number, about)
+            self._take(m, about)
+        integer = self.function == Inverse.INTEGER
+        significand = Cat(Const(0, INTEGER_BITS - SIGNIFICAND_BITS), self.x.fraction, Const(1, 1))
+        taken = stage(m, start, "taken", number=(INTEGER_BITS, Mux(integer, self.integer, significand)))
+        number, zeros = taken.number, []
         for step, unit in enumerate(_SHIFTS):
-            with m.If(shifting[step]):
-                self._shift(m, number, about, unit)
-        m.d.comb += [self.digits.root.eq(root), self.digits.odd.eq(odd), self.digits.number.eq(number)]
+            number, units = self._shift(m, shifting[step], number, unit)
+            zeros.insert(0, units)
+        # The units are the digits of the number of zeros to base 4.
+        with m.If(shifting[-1]):
+            m.d.sync += about.exponent.eq(about.exponent + Cat(zeros))
+        m.d.comb += self.digits.number.eq(number)
         self._round(m, rounding, about, number)
         return m
 
-    def _take(self, m: Module, number, about) -> None:
-        """The significand at the top, the exponent of the result, and the special cases."""
+    def _take(self, m: Module, about) -> None:
+        """The radicand, the exponent of the result, and the special cases."""
         x, integer, root = self.x, self.function == Inverse.INTEGER, self.function == Inverse.RSQRT
-        significand = Cat(Const(0, INTEGER_BITS - SIGNIFICAND_BITS), x.fraction, Const(1, 1))
         # With y = 1/significand or 1/sqrt(significand or twice that) in (1/2, 1], the significand of the result is 2y.
         whole = EXPONENT_BIAS - INTEGER_BITS + UNIT_BITS
         quotient = 2 * EXPONENT_BIAS - 1 - x.exponent
         half = EXPONENT_BIAS // 2 + EXPONENT_BIAS - ((x.exponent + 1) >> 1)
+        # The exponent of the radicand is even.
+        radicand = Mux(x.exponent[0], Cat(x.fraction, Const(1, 1)), Cat(Const(0, 1), x.fraction, Const(1, 1)))
         m.d.sync += [
-            number.eq(Mux(integer, self.integer, significand)),
+            self.digits.root.eq(root),
+            self.digits.radicand.eq(radicand),
             about.sign.eq(x.sign & ~integer),
             about.exponent.eq(Mux(integer, whole, Mux(root, half, quotient))),
             about.zero.eq(is_infinite(x) & ~integer),
@@ -109,17 +117,13 @@ class Reciprocal(Block):
             about.nan.eq((is_nan(x) | (root & x.sign & ~is_zero(x))) & ~integer),
         ]
 
-    def _shift(self, m: Module, number, about, unit: int) -> None:
-        """Shift left by 0 to 3 units, until one of the highest bits is set. Only an integer moves."""
-        empty = [~number[-(count * unit) :].any() for count in (1, 2, 3)]
-        units = Mux(empty[2], 3, Mux(empty[1], 2, empty[0]))
-        with m.Switch(units):
-            for count in range(4):
-                with m.Case(count):
-                    m.d.sync += [
-                        number.eq(number << (count * unit)),
-                        about.exponent.eq(about.exponent + count * unit),
-                    ]
+    def _shift(self, m: Module, move, number, unit: int):
+        """Shift left by 0 to 3 units, until one of the highest bits is set; the number of units. Only integers move."""
+        some = [number[INTEGER_BITS - (count + 1) * unit : INTEGER_BITS - count * unit].any() for count in range(3)]
+        units = Cat(~some[0] & (some[1] | ~some[2]), ~some[0] & ~some[1])
+        shifted = Array((number << count * unit)[:INTEGER_BITS] for count in range(4))[units]
+        moved = stage(m, move, f"shifted_{unit}", number=(INTEGER_BITS, shifted), units=(2, units))
+        return moved.number, moved.units
 
     def _round(self, m: Module, rounding, about, number) -> None:
         """Something is always left below the half bit, because only powers of two have exact results.

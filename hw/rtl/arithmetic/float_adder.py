@@ -3,10 +3,10 @@
 
 from amaranth.hdl import Cat, Const, Module, Mux
 
+from hw.rtl.arithmetic.leading_zeros import leading_zeros
+from hw.rtl.arithmetic.operator import FloatOperator
 from hw.rtl.common.float32 import FLOAT, is_infinite, is_nan, is_zero
 from hw.rtl.common.stage import stage
-from hw.rtl.vector.leading_zeros import leading_zeros
-from hw.rtl.vector.operator import FloatOperator
 from hw.spec.numerics.float32 import EXPONENT_FIELD_BITS, FRACTION_BITS, SIGNIFICAND_BITS
 
 _GUARD_BITS = 2

@@ -4,13 +4,13 @@
 from amaranth.hdl import Cat, Module, Signal
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.arithmetic.float_multiplier import FloatMultiplier
+from hw.rtl.arithmetic.leading_zeros import leading_zeros
+from hw.rtl.arithmetic.sigma import Sigma
 from hw.rtl.common.block import Block
 from hw.rtl.common.delay import delay
 from hw.rtl.common.float32 import FLOAT
 from hw.rtl.common.stage import stage
-from hw.rtl.vector.float_multiplier import FloatMultiplier
-from hw.rtl.vector.leading_zeros import leading_zeros
-from hw.rtl.vector.sigma import Sigma
 from hw.spec.numerics.float32 import EXPONENT_BIAS, EXPONENT_FIELD_BITS, FRACTION_BITS
 
 
