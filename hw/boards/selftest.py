@@ -5,7 +5,7 @@
 
 from typing import NamedTuple
 
-from amaranth.hdl import Cat, Const, Module, ResetInserter, Signal, Value
+from amaranth.hdl import Cat, Const, Module, ResetInserter, Signal
 from amaranth.lib import data, wiring
 from amaranth.lib.fifo import SyncFIFOBuffered
 from amaranth.lib.wiring import In, Out
@@ -129,7 +129,7 @@ class SelfTest(wiring.Component):
         m.d.sync += [
             early.eq(Cat(results.payload)),
             early_valid.eq(results.valid & results.ready & ~start),
-            got.eq(self._defined(early)),
+            got.eq(self._defined(m, early)),
             got_valid.eq(early_valid),
             wanted.eq(rom.data),
         ]
@@ -169,12 +169,13 @@ class SelfTest(wiring.Component):
         m.d.comb += good.eq(complete & ~too_many & ~any_wrong & ~underrun)
         return good
 
-    def _defined(self, bits: Signal) -> Value:
+    def _defined(self, m: Module, bits: Signal) -> Signal:
         """A transfer of results in which undefined values, those of lanes without a column, are 0."""
         results = data.View(self.core.results.payload.shape(), bits)
         lanes = (value & kept.replicate(len(value)) for value, kept in zip(results.values, results.keep, strict=True))
-        values = Cat(lanes)
-        return Cat(values, bits[len(values) :])
+        values, defined = Cat(lanes), Signal.like(bits, name="defined")
+        m.d.comb += defined.eq(Cat(values, bits[len(values) :]))
+        return defined
 
     def _sequence(self, m: Module, restart: Signal, start: Signal, good: Signal) -> None:
         m.submodules.writer = writer = self.writer

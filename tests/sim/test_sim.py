@@ -137,3 +137,6 @@ def test_select():
     fifo = Bench("sim.tb.common.tb_fifo", "fifo")
     assert run.select([fifo, *benches], words="core/") == [pe4, pe8]
     assert [bench.params["tile"] for bench in run.select(benches, full=True, tile=32)] == [32, 32]
+    # 8 lanes do not fit every tile.
+    wide = Bench("sim.tb.core.tb_core", "core", {"tile": 32, "lanes": 8})
+    assert [bench.params for bench in run.select([wide], tile=4)] == [{"tile": 4}]
