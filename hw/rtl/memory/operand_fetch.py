@@ -168,7 +168,7 @@ class OperandFetch(Block):
         count, rows_left, last_row, every = Signal.like(job.tokens), Signal.like(job.tokens), Signal(), Signal()
         asked, full = Signal(range(2 * self.rows)), Signal()
         active, load, step = Signal(), Signal(), Signal()
-        limit, fits, single = Signal.like(asked), Signal(), Signal()
+        after, limit, fits, single = Signal.like(asked), Signal.like(asked), Signal(), Signal()
         m.d.comb += [
             self.jobs.ready.eq(~active),
             load.eq(self.jobs.valid & self.jobs.ready),
@@ -184,11 +184,14 @@ class OperandFetch(Block):
             total.eq((job.columns + self.beat_floats - 1) >> (self.beat_floats - 1).bit_length()),
             rest.eq(Mux(active, left, total)),
             fits.eq(rest <= whole),
+            after.eq(asked + 1),
             limit.eq(Cat(first[:-1], ~first[-1])),
             single.eq((job.pitch == 0) | (job.tokens == 1)),
         ]
         # ``step`` only selects, because it is known last. A row that becomes free counts one cycle later.
-        m.d.sync += [asked.eq(asked + step), full.eq(Mux(step, asked + 1 == limit, asked == limit))]
+        m.d.sync += full.eq(Mux(step, after == limit, asked == limit))
+        with m.If(step):
+            m.d.sync += asked.eq(after)
         with m.If(load | (step & last_row)):
             m.d.sync += [left.eq(rest - whole), beats.eq(Mux(fits, rest, whole)), last_chunk.eq(fits)]
         with m.If(load):

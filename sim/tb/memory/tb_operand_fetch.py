@@ -4,6 +4,7 @@
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import cocotb
@@ -18,6 +19,7 @@ from sim.bench.monitor import Monitor, consecutive
 from sim.bench.streams import Stall, StreamSink, StreamSource, bursty, cycle, never, randomly, read, rng, until
 
 LANES, WIDTH, MOST = latency("lanes"), config().port_width, config().max_tokens
+ROWS, READ_LATENCY = latency("rows"), latency("read_latency")
 PERIODIC = "column" not in ports()
 BEAT = WIDTH // 8
 """Bytes of a beat."""
@@ -35,7 +37,10 @@ Read = tuple[int, int]
 
 @dataclass
 class _Layer:
-    """One job, and the results that pass: ``n`` columns in tiles of ``tile``. Others have as many as the operand."""
+    """One job, and the results that pass: ``n`` columns in tiles of ``tile``.
+
+    Of a ``sparse`` layer only the last read before each release is made.
+    """
 
     address: int
     pitch: int
@@ -43,6 +48,7 @@ class _Layer:
     columns: int
     n: int
     tile: int = TILE
+    sparse: bool = False
 
     def job(self) -> list[int]:
         fields = dict(address=self.address, pitch=self.pitch, tokens=self.tokens, columns=self.columns)
@@ -62,21 +68,14 @@ class _Layer:
     def chunks(self) -> list[list[Burst]]:
         return [self.chunk(index) for index in range(-(-self.columns // PIECE_FLOATS))]
 
-    def bursts(self) -> list[Burst]:
+    def bursts(self) -> list[list[Burst]]:
         """Each row in one burst, or in two where the length of a burst or a page ends."""
-        longest = min(BURST_BOUNDARY, 256 * BEAT)
-        bursts = []
+        longest, rows = min(BURST_BOUNDARY, 256 * BEAT), []
         for address, floats in (row for chunk in self.chunks for row in chunk):
             end = address + -(-4 * floats // BEAT) * BEAT
-            while address < end:
-                after = min(end, (address // longest + 1) * longest)
-                bursts.append((address, (after - address) // BEAT))
-                address = after
-        return bursts
-
-    @property
-    def beats(self) -> int:
-        return sum(beats for _, beats in self.bursts())
+            starts = [address, *range((address // longest + 1) * longest, end, longest)]
+            rows.append([(start, (after - start) // BEAT) for start, after in pairwise([*starts, end])])
+        return rows
 
     def reads(self) -> list[list[Read]]:
         """For each release the reads before it, in the order of the results."""
@@ -86,7 +85,7 @@ class _Layer:
                 reads.append([])
             columns = range(first // LANES, -(-min(first + self.tile, self.n) // LANES))
             reads[-1] += [(token, column) for token in range(self.tokens) for column in columns]
-        return reads
+        return [part[-1:] for part in reads] if self.sparse else reads
 
     def floats(self, memory: bytes, token: int, column: int) -> bytes:
         """The floats of a read that exist."""
@@ -114,7 +113,7 @@ def _layer(random: np.random.Generator, tokens: int, columns: int, kind: str = "
     if kind == "cut":
         back = int(random.integers(1, 1 + max(1, (4 * min(columns, PIECE_FLOATS) - 1) // DATA_ALIGNMENT)))
         address = address // BURST_BOUNDARY * BURST_BOUNDARY + BURST_BOUNDARY - back * DATA_ALIGNMENT
-    n = columns * int(random.integers(1, 5)) if PERIODIC else columns
+    n = int(random.integers(1, 4 * columns)) if PERIODIC else columns
     return _Layer(address, pitch, tokens, columns, n, tile)
 
 
@@ -134,8 +133,8 @@ def _layers(random: np.random.Generator, count: int) -> list[_Layer]:
     order = random.permutation(len(shapes))
     tiles = (TILE, TILE, 32, PIECE_FLOATS)
     return [
-        _layer(random, *shapes[index], KINDS[number % len(KINDS)], tiles[number % len(tiles)])
-        for number, index in enumerate(order)
+        _layer(random, m, n, KINDS[number % len(KINDS)], tiles[number % len(tiles)])
+        for number, (m, n) in enumerate(shapes[index] for index in order)
     ]
 
 
@@ -153,6 +152,12 @@ class _Bench:
         self.beats = StreamSource(dut, "beats", dut.clk, slow)
         self.delays = rng(98).choice(delays, 4096).tolist()
         self.seen: list[Burst] = []
+        rows = [row for layer in layers for row in layer.bursts()]
+        self.wanted = list(chain(*rows))
+        self.rows = list(accumulate(int(index == 0) for row in rows for index in range(len(row))))
+        """For each burst how many rows are requested with it."""
+        self.released = 0
+        """Rows that are released."""
         self.read_at: list[int] = []
         """The cycle of each read."""
         self.left = sum(len(reads) for layer in layers for reads in layer.reads())
@@ -168,18 +173,21 @@ class _Bench:
 
     async def _answer(self) -> None:
         """Answers every burst after some cycles, in order."""
-        edge, now = RisingEdge(self.dut.clk), 0
+        edge, now, layout = RisingEdge(self.dut.clk), 0, payload("bursts")
         owed: deque[tuple[int, Burst]] = deque()
         while True:
             await edge
             now += 1
             if self.bursts.received:
-                fields = payload("bursts").unpack(self.bursts.received)
+                fields = layout.unpack(self.bursts.received)
                 self.bursts.received.clear()
                 for burst in zip(fields["address"].tolist(), fields["beats"].tolist(), strict=True):
                     self.seen.append(burst)
                     owed.append((now + self.delays[len(self.seen) % len(self.delays)], burst))
             assert self.beats.stalled_by_dut == 0, "beats had to wait"
+            if self.seen:
+                held = self.rows[len(self.seen) - 1] - self.released
+                assert held <= ROWS, f"{held} rows are requested and not released"
             while owed and owed[0][0] <= now:
                 _, (address, beats) = owed.popleft()
                 data = self.memory[address % MEMORY : address % MEMORY + beats * BEAT]
@@ -189,8 +197,8 @@ class _Bench:
         """Each read of each layer, and whether it is the last one before a release."""
         for layer in self.layers:
             for reads in layer.reads():
-                for index, step in enumerate(reads):
-                    yield layer, step, index == len(reads) - 1
+                yield from ((layer, step, False) for step in reads[:-1])
+                yield layer, reads[-1], True
 
     async def _run(self, steps: Iterator[tuple[_Layer, Read, bool]]) -> None:
         """Reads like the vector unit: at the falling edge it looks at ``available``, and it reads in the same cycle.
@@ -199,7 +207,7 @@ class _Bench:
         """
         dut, edge, now = self.dut, FallingEdge(self.dut.clk), 0
         due: deque[tuple[int, _Layer, Read]] = deque()
-        step, release = next(steps, None), False
+        step, release, held = next(steps, None), False, 0
         while step or due or release:
             await edge
             now += 1
@@ -210,14 +218,16 @@ class _Bench:
                 layer, (token, column), last = step
                 reads, late = True, last and self.pause()
                 release = last and not late
+                held = layer.rows
                 dut.token.value = token
                 if not PERIODIC:
                     dut.column.value = column % (PIECE_FLOATS // LANES)
-                due.append((now + latency("read_latency"), layer, (token, column)))
+                due.append((now + READ_LATENCY, layer, (token, column)))
                 self.read_at.append(now)
                 step = next(steps, None)
             dut.read.value = int(reads)
             dut.release.value = int(release)
+            self.released += held if release else 0
             release = late
 
     def _check(self, layer: _Layer, step: Read) -> None:
@@ -232,7 +242,7 @@ class _Bench:
         await cycle(self.dut.clk, 8)
         assert (read(self.dut.asking), read(self.dut.available)) == (0, 0)
         await self.bursts.quiet(16)
-        assert self.seen == [burst for layer in self.layers for burst in layer.bursts()]
+        assert self.seen == self.wanted
 
 
 @cocotb.test()
@@ -269,16 +279,19 @@ async def slow_reader(dut):
 
 @cocotb.test()
 async def full_ring(dut):
-    """No row is requested that has no room: without a reader exactly the ring is filled."""
-    rows = latency("rows")
-    width = 16 if PERIODIC else PIECE_FLOATS
-    bench = _Bench(dut, [_Layer(1 << 20, 1024, 1, width, width) for _ in range(rows + 3)], delays=(1,))
+    """The reader waits for a full ring before each read, so that it is full with its oldest row in every place."""
+    count, width = 2 * ROWS + 3, 16 if PERIODIC else PIECE_FLOATS
+    if PERIODIC:
+        layers = [_Layer(1 << 20, 1024, 1, width, width, sparse=True) for _ in range(count)]
+    else:
+        layers = [_Layer(1 << 20, 0, MOST, count * width, count * width, sparse=True)]
+    bench = _Bench(dut, layers, delays=(1,))
+    waiting = True
+    bench.pause = lambda: waiting or len(bench.seen) < min(count, ROWS + bench.released)
     await begin(dut)
     bench.send()
-    waiting = True
-    bench.pause = lambda: waiting
-    await cycle(dut.clk, 100 + rows * (8 + width * FLOAT_BITS // WIDTH))
-    assert len(bench.seen) == rows and read(dut.asking) == 1 and read(dut.available) == 1
+    await cycle(dut.clk, 100 + ROWS * (8 + width * FLOAT_BITS // WIDTH))
+    assert len(bench.seen) == ROWS and read(dut.asking) == 1 and read(dut.available) == 1
     waiting = False
     await bench.check()
 
@@ -307,7 +320,7 @@ async def full_throughput(dut):
     assert monitor["available"][0] - monitor["beats"][beats - 1] == latency("fill_latency")
     idle = bench.read_at[-1] + 1 - bench.read_at[0] - len(bench.read_at)
     spare = monitor["beats"][-1] + 1 - monitor["beats"][0] - len(monitor["beats"])
-    faster = WIDTH > LANES * FLOAT_BITS or (WIDTH == LANES * FLOAT_BITS and latency("rows") > 2 * MOST)
+    faster = WIDTH > LANES * FLOAT_BITS or (WIDTH == LANES * FLOAT_BITS and ROWS > 2 * MOST)
     dut._log.info(f"{idle} cycles without a read, {spare} without a beat")
     if faster or PERIODIC:
         assert consecutive(bench.read_at), f"{idle} cycles without a read"
