@@ -53,12 +53,12 @@ def _derived_counts(config: AcceleratorConfig) -> tuple[Derived, ...]:
         Derived("tile_beats", tile_beat_bits, lambda v: v["header_beats"] + v["body_words"] * layout.beats_per_word),
         Derived("out_tiles", widths["out_tiles"], lambda v: (v["out_features"] + (tile - 1)) >> tile.bit_length() - 1),
         Derived("last_columns", widths["last_columns"], lambda v: ((v["out_features"] - 1) & (tile - 1)) + 1),
-        Derived("header_units", header_bits, lambda v: layout.exponents_units + v["groups"] * layout.record_units),
+        Derived("header_length", header_bits, lambda v: _header_length(layout, v["groups"])),
         Derived("columns", MAX_N.bit_length(), lambda v: Mux(v["silu"], v["out_features"] >> 1, v["out_features"])),
         Derived("result_units", _ROW_UNIT_BITS, lambda v: _row_units(v["columns"])),
         Derived("weight_beats", widths["out_tiles"] + tile_beat_bits, lambda v: v["out_tiles"] * v["tile_beats"]),
         Derived("activation_beats", activation_bits, lambda v: v["tokens"] * v["slices"] * beats_per_slice),
-        Derived("header_wrong", 1, lambda v: _header_wrong(layout, v["header_beats"], v["header_units"])),
+        Derived("header_wrong", 1, lambda v: v["header_beats"] != v["header_length"]),
         Derived("body_wrong", 1, lambda v: _body_wrong(layout, v["body_words"], v["slices"])),
     )
 
@@ -148,10 +148,9 @@ def _pitch_wrong(pitch: Value, row_units: Value) -> Value:
     return (pitch != 0) & (row_units > _units(pitch))
 
 
-def _header_wrong(layout: StreamLayout, beats: Value, units: Value) -> Value:
-    """Whether a header of this number of units does not end in the last one of ``beats``."""
-    room = beats * layout.beat_units
-    return (units > room) | (units + layout.beat_units <= room)
+def _header_length(layout: StreamLayout, groups: Value) -> Value:
+    """Beats of a header with this number of groups; a beat has a power of two of units."""
+    return _ceil_div(layout.exponents_units + groups * layout.record_units, layout.beat_units)
 
 
 def _body_wrong(layout: StreamLayout, words: Value, slices: Value) -> Value:

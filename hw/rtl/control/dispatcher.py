@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The dispatcher: sends each unit the fields of a checked descriptor that it needs (its share)."""
 
-from amaranth.hdl import Cat, Module, Signal
+from amaranth.hdl import Array, Cat, Module, Signal, Value
 from amaranth.lib import data, stream, wiring
-from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from hw.rtl.common.block import Block
@@ -172,18 +171,17 @@ class Dispatcher(Block):
         written = Signal(range(TABLE_DEPTH))
         m.d.sync += written.eq(written + taken)
         for side, cursor in ((Side.WEIGHTS, weights), (Side.ACTIVATIONS, activations)):
-            place, name = Signal(range(TABLE_DEPTH), name=f"place_{side.name.lower()}"), f"table_{side.name.lower()}"
-            m.submodules[name] = table = Memory(shape=side.layout(self.config), depth=TABLE_DEPTH, init=[])
-            write, read = table.write_port(), table.read_port(domain="comb")
+            name, names = side.name.lower(), side.names(self.config)
+            place = Signal(range(TABLE_DEPTH), name=f"place_{name}")
+            # Registers, because long paths start at the entry that a cursor reads, and a LUT memory is slower.
+            layout = side.layout(self.config)
+            table = [Signal(layout, name=f"{name}_{index}", reset_less=True) for index in range(TABLE_DEPTH)]
             m.d.sync += place.eq(place + cursor.step)
-            m.d.comb += [
+            for index, entry in enumerate(table):
                 # Always: so a descriptor is in the table in the first cycle of its ``valid``.
-                write.en.eq(1),
-                write.addr.eq(written),
-                *(write.data[field].eq(work.payload[field]) for field in side.names(self.config)),
-                read.addr.eq(place),
-                cursor.work.eq(read.data),
-            ]
+                with m.If(written == index):
+                    m.d.sync += [entry[field].eq(work.payload[field]) for field in names]
+            m.d.comb += Value.cast(cursor.work).eq(Array(Value.cast(entry) for entry in table)[place])
 
     def _wait(self, m: Module, activations: Cursor, waiting: Signal) -> None:
         """Whether the activations side may be sent. It then has started, and counts as incomplete."""
