@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The largest number of each piece of a row, and its place."""
 
-import numpy as np
 from amaranth.hdl import Cat, Module, Mux, Signal, signed
 from amaranth.lib import data
 from amaranth.lib.memory import Memory
@@ -13,8 +12,9 @@ from hw.rtl.common.results import place_layout
 from hw.rtl.common.stage import stage
 from hw.rtl.vector.layouts import vector_lanes
 from hw.spec.config import FLOAT_BITS, AcceleratorConfig
-from hw.spec.numerics.float32 import NAN
+from hw.spec.numerics.float32 import EXPONENT_SPECIAL, FRACTION_BITS, NAN_FRACTION
 
+_NAN = EXPONENT_SPECIAL << FRACTION_BITS | NAN_FRACTION
 _NAN_KEY, _LOWEST_KEY = (1 << (FLOAT_BITS - 1)) - 1, 1 << (FLOAT_BITS - 1)
 
 
@@ -91,7 +91,7 @@ class PieceMaximum(Block):
         magnitude = Cat(number.fraction, number.exponent)
         usual = Cat(magnitude ^ number.sign.replicate(len(magnitude)), number.sign)
         key = Mux(zero, 0, Mux(nan, _NAN_KEY, usual))
-        return self._layout(0), Cat(Mux(keep, key, _LOWEST_KEY), Mux(nan, int(NAN.view(np.uint32)), number))
+        return self._layout(0), Cat(Mux(keep, key, _LOWEST_KEY), Mux(nan, _NAN, number))
 
     def _larger(self, level: int, low, high):
         """The lower lane of two equal ones."""
