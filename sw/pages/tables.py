@@ -177,10 +177,31 @@ def quantize_trials(sections: Sections) -> str:
     return markdown_table(("part of the method, alone or added", "perplexity"), rows)
 
 
+LEVELS = {
+    f"levels_tile_{tile}{ending}": (str(tile), name)
+    for tile in (16, 32)
+    for ending, name in (("", "integer"), ("_fixed", "fixed"))
+}
+"""Sections of the logic depth, with tile and kind of zero points."""
+
+
+def levels(sections: Sections) -> str:
+    """Logic depth of the accelerator: the deepest path, and how many bits end a path of which depth."""
+    found = {name: sections[name]["figures"] for name in LEVELS}
+    steps = sorted({int(step) for figures in found.values() for step in figures["histogram"]})
+    head = ("tile", "zero points", "levels", *(f"up to {step}" if step else "none" for step in steps))
+    rows = (
+        (*names, f"{found[section]['levels']:.2f}", *(f"{found[section]['histogram'].get(str(s), 0):,}" for s in steps))
+        for section, names in LEVELS.items()
+    )
+    return markdown_table(head, rows, right=True)
+
+
 TABLES: dict[str, Callable[[Sections], str]] = {
     "demo": demo,
     "gemm": gemm,
     "layers": layers,
+    "levels": levels,
     "quantize": quantize,
     "quantize_trials": quantize_trials,
     "resources": resources,
