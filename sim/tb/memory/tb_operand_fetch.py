@@ -39,7 +39,7 @@ Read = tuple[int, int]
 class _Layer:
     """One job, and the results that pass: ``n`` columns in tiles of ``tile``.
 
-    Of a ``sparse`` layer only the last read before each release is made.
+    Of a ``sparse`` layer only the last read before each release is made; not of a periodic one, whose reads count.
     """
 
     address: int
@@ -282,12 +282,19 @@ async def full_ring(dut):
     """The reader waits for a full ring before each read, so that it is full with its oldest row in every place."""
     count, width = 2 * ROWS + 3, 16 if PERIODIC else PIECE_FLOATS
     if PERIODIC:
-        layers = [_Layer(1 << 20, 1024, 1, width, width, sparse=True) for _ in range(count)]
+        layers = [_Layer(1 << 20, 1024, 1, width, width) for _ in range(count)]
     else:
         layers = [_Layer(1 << 20, 0, MOST, count * width, count * width, sparse=True)]
     bench = _Bench(dut, layers, delays=(1,))
-    waiting = True
-    bench.pause = lambda: waiting or len(bench.seen) < min(count, ROWS + bench.released)
+    waiting, full = True, 0
+
+    def pause() -> bool:
+        """Some cycles more than a further burst would take to appear."""
+        nonlocal full
+        full = full + 1 if len(bench.seen) >= min(count, ROWS + bench.released) else 0
+        return waiting or full < 6
+
+    bench.pause = pause
     await begin(dut)
     bench.send()
     await cycle(dut.clk, 100 + ROWS * (8 + width * FLOAT_BITS // WIDTH))
@@ -310,8 +317,8 @@ async def full_throughput(dut):
     """A read in every cycle, also between chunks and layers, if the port is fast enough; otherwise a beat."""
     delay = 20
     bench = _Bench(dut, _fast(rng(1)), delays=(delay,))
-    monitor = Monitor(dut, ("jobs", "beats"), ("bursts_valid", "available"))
     await begin(dut)
+    monitor = Monitor(dut, ("jobs", "beats"), ("bursts_valid", "available"))
     bench.send()
     await bench.check()
     assert monitor["bursts_valid"][0] - monitor["jobs"][0] == latency()
