@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hw.spec.numerics.linear import NumericsError, quantise_activations
+from hw.spec.numerics.linear import NumericsError, quantize_activations
 from sw.common.command_line import Parser, check_positive
 from sw.common.errors import UserError, run_cli
 from sw.common.status_line import StatusLine
@@ -105,7 +105,7 @@ def _start(device: Device, waiter: ThreadPoolExecutor, work: Captured, tokens: i
     completions = waiter.submit(lambda: device.wait(device.submit([job]), TIMEOUT))
     # The reference is computed while the device works.
     try:
-        expected = reference_linear(config, weights, quantise_activations(config, padded))
+        expected = reference_linear(config, weights, quantize_activations(config, padded))
     except NumericsError as error:
         raise UserError(f"layer {layer.name}: {error}") from None
     return _Running(work, completions, job, expected)

@@ -26,7 +26,7 @@ from hw.spec.control.registers import BY_NAME, ErrorCode, offset
 from hw.spec.memory.access import BURST_BOUNDARY, PIECE_FLOATS
 from hw.spec.memory.geometry import LayerLayout, fit_layer
 from hw.spec.memory.packing import pack, stripe
-from hw.spec.numerics.linear import Activations, NumericsError, quantise_activations
+from hw.spec.numerics.linear import Activations, NumericsError, quantize_activations
 from hw.spec.ops import LINEAR, Wait
 from sim.bench.axi_monitor import AxiMonitor, Burst, LiteMonitor
 from sim.bench.dut import begin, config
@@ -327,7 +327,7 @@ class AcceleratorDriver:
             x = reads.expected if reads is not None else x
             x = floats(self.config, tokens, layer.k, random, kind) if x is None else x
             try:
-                activations = quantise_activations(self.config, x)
+                activations = quantize_activations(self.config, x)
             except NumericsError:
                 # The accelerator refuses them, too.
                 activations = Activations(np.zeros(x.shape, np.int64), np.zeros(tokens, np.int64))
@@ -362,7 +362,7 @@ class AcceleratorDriver:
         if not contiguous or fit(n, 1, 32).k != n:
             return False
         try:
-            quantise_activations(self.config, work.expected)
+            quantize_activations(self.config, work.expected)
         except NumericsError:
             return False
         return True

@@ -11,7 +11,7 @@ from hw.spec.config import AcceleratorConfig
 from hw.spec.control.descriptor import weight_bytes
 from hw.spec.cycles import layer_cycles
 from hw.spec.memory.geometry import LayerLayout
-from hw.spec.numerics.linear import quantise_activations
+from hw.spec.numerics.linear import quantize_activations
 from sw.devices.base import LinearJob, read_results, result_bytes, weight_image
 from sw.devices.kv260 import KV260Device
 from sw.devices.pack import integer_weights, prepare
@@ -55,7 +55,7 @@ class _Layer:
         padded = packed.pad(x)
         self.layout: LayerLayout = packed.layout
         weights = integer_weights(packed, linear)
-        self.expected = reference_linear(device.config, weights, quantise_activations(device.config, padded))
+        self.expected = reference_linear(device.config, weights, quantize_activations(device.config, padded))
         sizes = weight_bytes(self.layout), padded.nbytes, result_bytes(self.layout, tokens)
         buffers = [device.alloc(size) for size in sizes]
         device.write(buffers[0], weight_image(self.layout, packed.beats))

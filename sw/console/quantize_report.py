@@ -76,7 +76,7 @@ class Report:
                 score.device: score.perplexity if math.isfinite(score.perplexity) else None for score in self.scores
             },
             "recovered": self.recovered(),
-            "bytes": {"float16": self.sizes.before, "quantised": self.sizes.after, "smaller": self.sizes.smaller},
+            "bytes": {"float16": self.sizes.before, "quantized": self.sizes.after, "smaller": self.sizes.smaller},
             "seconds": self.seconds,
             "layers": [asdict(layer) for layer in self.layers],
         }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packs a model's quantised linear layer into the weight stream of one accelerator."""
+"""Packs a model's quantized linear layer into the weight stream of one accelerator."""
 
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -10,7 +10,7 @@ from hw.spec.config import MAX_K, AcceleratorConfig, ConfigError
 from hw.spec.memory.geometry import LayerLayout, ceil_div, fit_layer
 from hw.spec.memory.packing import pack
 from hw.spec.numerics.linear import NumericsError, Weights
-from hw.spec.numerics.planes import plane_count, plane_zero_points, quantise_weights
+from hw.spec.numerics.planes import plane_count, plane_zero_points, quantize_weights
 from sw.common.arrays import slices
 from sw.common.errors import UserError
 from sw.model.linear import QuantizedLinear
@@ -109,7 +109,7 @@ def integer_weights(plan: LayerPlan, linear: QuantizedLinear) -> Weights:
     """
     layout = plan.layout
     try:
-        planes = quantise_weights(layout.config, linear.bits, linear.q, linear.scales, linear.zero_points)
+        planes = quantize_weights(layout.config, linear.bits, linear.q, linear.scales, linear.zero_points)
     except NumericsError as error:
         raise UserError(f"layer {linear.name}: {error}") from None
     k, groups = layout.k // plan.planes, layout.groups // plan.planes

@@ -10,7 +10,7 @@ from hw.spec.config import AcceleratorConfig
 from hw.spec.control.descriptor import FLOAT_BYTES, result_pitch
 from hw.spec.memory.geometry import LayerLayout
 from hw.spec.memory.packing import unpack
-from hw.spec.numerics.linear import Activations, NumericsError, Weights, quantise_activations
+from hw.spec.numerics.linear import Activations, NumericsError, Weights, quantize_activations
 from hw.spec.ops import LINEAR
 from sw.common.arrays import slices
 from sw.devices.arena import MEMORY_BYTES, Arena, anonymous_memory
@@ -66,7 +66,7 @@ class ReferenceDevice(BatchDevice):
         layout, tokens = job.layout, job.tokens
         x = self.memory.view(job.activations)[: FLOAT_BYTES * tokens * layout.k].view(np.float32)
         try:
-            activations = quantise_activations(self.config, x.reshape(tokens, layout.k))
+            activations = quantize_activations(self.config, x.reshape(tokens, layout.k))
         except NumericsError as error:
             raise DeviceError(f"layer {job.name}: {error}") from None
         pitch = result_pitch(layout.n)

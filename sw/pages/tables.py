@@ -161,7 +161,7 @@ def ulx3s(sections: Sections) -> str:
 
 
 def quantize(sections: Sections) -> str:
-    """Perplexities of SmolLM2 before and after quantisation."""
+    """Perplexities of SmolLM2 before and after quantization."""
     perplexity: dict[str, float] = sections["quantize"]["figures"]["perplexity"]
     first = perplexity["float"]
     rows = [

@@ -97,7 +97,7 @@ def test_take(tmp_path: Path, monkeypatch):
     copy = project(tmp_path, monkeypatch)
     document = tmp_path / "quantize.json"
     new = {"perplexity": {"float": 20.0, "rtn": 30.0, "awq": 22.5}, "recovered": 0.75, "layers": [1, 2]}
-    document.write_text(json.dumps({**new, "bytes": {"float16": 4_000_000, "quantised": 1_000_000, "smaller": 75.0}}))
+    document.write_text(json.dumps({**new, "bytes": {"float16": 4_000_000, "quantized": 1_000_000, "smaller": 75.0}}))
     assert figures.main(["--take", f"quantize={document}"]) == 0
     assert "layers" not in load(copy)["quantize"]["figures"]
     text = (tmp_path / "docs" / "quantize.md").read_text()

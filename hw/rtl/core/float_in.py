@@ -15,7 +15,7 @@ class TokenExponent(wiring.Component):
     """Finds a token's exponent from its largest magnitude.
 
     ``e`` is the smallest integer with ``rint(largest / 2**e) <= 2**(activation_bits - 1) - 1``; 0 for zero.
-    See :func:`hw.spec.numerics.linear.quantise_activations`. Latency 1 cycle, throughput 1 per cycle.
+    See :func:`hw.spec.numerics.linear.quantize_activations`. Latency 1 cycle, throughput 1 per cycle.
 
     Members
     -------

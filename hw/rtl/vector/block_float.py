@@ -20,7 +20,7 @@ _MAGNITUDE = EXPONENT_FIELD_BITS + FRACTION_BITS
 
 
 class BlockFloat(Block):
-    """Groups of ``BLOCK`` numbers, bit for bit :func:`hw.spec.numerics.block_float.quantise` without ``spread``.
+    """Groups of ``BLOCK`` numbers, bit for bit :func:`hw.spec.numerics.block_float.quantize` without ``spread``.
 
     The rows of a group are stored until its largest magnitude is known. Then its mantissas come without a gap, one row
     per cycle. Throughput 1 row per cycle: groups may follow each other at once, and their rows may come with gaps.

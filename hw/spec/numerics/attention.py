@@ -17,7 +17,7 @@ from hw.spec.config import SCALE_BITS, AcceleratorConfig
 from hw.spec.numerics.block_float import BLOCK, BlockFloat, quantize
 from hw.spec.numerics.float32 import add, mul
 from hw.spec.numerics.functions import UNIT_BITS, exp
-from hw.spec.numerics.linear import quantise_activations, to_float32
+from hw.spec.numerics.linear import quantize_activations, to_float32
 from hw.spec.numerics.reciprocal import reciprocal_of_integer
 from hw.spec.numerics.vector import maximum
 
@@ -60,9 +60,9 @@ def scores(
     ``scale``, usually ``rsqrt(D)``; bool ``visible`` [R, N], where False gives -infinity.
 
     ``s = float32(q k) * scale``: the sum over the head is exact and rounded once, then the product is rounded.
-    Raises NumericsError as :func:`hw.spec.numerics.linear.quantise_activations`.
+    Raises NumericsError as :func:`hw.spec.numerics.linear.quantize_activations`.
     """
-    activations = quantise_activations(config, q)
+    activations = quantize_activations(config, q)
     lowest = keys.exponents.min(axis=-1)
     shifts = keys.exponents - lowest[:, None]
     total = np.zeros((len(q), len(lowest)), np.int64)

@@ -68,7 +68,7 @@ def smallest_exponents(largest: np.ndarray, bits: int) -> np.ndarray:
     return exponents + (np.rint(np.ldexp(largest, -exponents)) >= 1 << (bits - 1))
 
 
-def quantise_activations(config: AcceleratorConfig, x: np.ndarray) -> Activations:
+def quantize_activations(config: AcceleratorConfig, x: np.ndarray) -> Activations:
     """Round float activations [M, K] to block floating point, one exponent per token.
 
     ``e[m]`` is the smallest integer with ``max_k abs(rint(x / 2**e)) <= config.activation_max``, rounding half to

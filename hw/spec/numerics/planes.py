@@ -46,7 +46,7 @@ def plane_zero_points(config: AcceleratorConfig, bits: int, zero_points: np.ndar
     return planes
 
 
-def quantise_weights(
+def quantize_weights(
     config: AcceleratorConfig, bits: int, q: np.ndarray, scales: np.ndarray, zero_points: np.ndarray
 ) -> list[Weights]:
     """A layer's weights in the hardware's formats, plane by plane, the high plane first.

@@ -17,7 +17,7 @@ from hw.spec.memory.operands import (
     weights_stride,
 )
 from hw.spec.memory.packing import unpack, unstripe
-from hw.spec.numerics.linear import Activations, Weights, linear, quantise_activations
+from hw.spec.numerics.linear import Activations, Weights, linear, quantize_activations
 from hw.spec.ops.base import (
     COMMON_FIELDS,
     DescriptorField,
@@ -185,10 +185,10 @@ class Linear(Op):
         return unpack(layout, unstripe(config, np.stack(regions)))
 
     def read_activations(self, config: AcceleratorConfig, fields: Mapping[str, int], memory: Memory) -> Activations:
-        """The activations of an accepted descriptor. Raises NumericsError as :func:`quantise_activations`."""
+        """The activations of an accepted descriptor. Raises NumericsError as :func:`quantize_activations`."""
         k = self.layout(config, fields).k
         rows = float_rows(memory, fields["activations"], FLOAT_BYTES * k, fields["tokens"], k)
-        return quantise_activations(config, rows)
+        return quantize_activations(config, rows)
 
     def execute(self, config: AcceleratorConfig, fields: Mapping[str, int], memory: Memory, state: State) -> None:
         """See :class:`Op`."""

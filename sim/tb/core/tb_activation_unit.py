@@ -7,7 +7,7 @@ import cocotb
 import numpy as np
 
 from hw.spec.memory.geometry import LayerLayout, fit_layer
-from hw.spec.numerics.linear import quantise_activations
+from hw.spec.numerics.linear import quantize_activations
 from hw.spec.ops.command import LayerCommand
 from sim.bench.dut import begin, config, latency, payload
 from sim.bench.streams import StreamSink, StreamSource, bursty, cycle, never, randomly, rng, until
@@ -28,7 +28,7 @@ def _bits(x: np.ndarray) -> list[int]:
 def _expected(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(mantissas [slices * M, tile], exponents [slices * M]) in the order in which the core takes them."""
     c = config()
-    activations = quantise_activations(c, x)
+    activations = quantize_activations(c, x)
     m, k = x.shape
     rows = activations.mantissas.reshape(m, k // c.tile, c.tile).transpose(1, 0, 2).reshape(-1, c.tile)
     return rows, np.tile(activations.exponents, k // c.tile)

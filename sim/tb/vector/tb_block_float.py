@@ -4,7 +4,7 @@
 import cocotb
 import numpy as np
 
-from hw.spec.numerics.block_float import BLOCK, quantise
+from hw.spec.numerics.block_float import BLOCK, quantize
 from sim.bench.dut import begin, latency, ports, trace
 from sim.bench.floats import extremes, floats, in_range
 from sim.bench.packing import pack_elements
@@ -32,7 +32,7 @@ async def _check(dut, groups, gaps=0.0):
     finite = np.array([np.isfinite(floats(group)).all() for group in groups])
     flags = np.array(record.raw("non_finite", given)).reshape(-1, per_group)
     assert (flags == ~finite[:, None]).all()
-    expected = quantise(floats(groups)[finite], bits)
+    expected = quantize(floats(groups)[finite], bits)
     mantissas = record.elements("mantissas", given).reshape(-1, BLOCK)[finite]
     exponents = record.fields("exponent", given)["value"].reshape(-1, per_group)[finite]
     wrong = np.flatnonzero(

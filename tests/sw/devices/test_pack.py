@@ -10,7 +10,7 @@ import pytest
 from hw.spec.config import AcceleratorConfig
 from hw.spec.memory.packing import unpack
 from hw.spec.numerics.linear import linear as numpy_linear
-from hw.spec.numerics.linear import quantise_activations
+from hw.spec.numerics.linear import quantize_activations
 from sw.common.errors import UserError
 from sw.devices.pack import integer_weights, pack_layer, plan_layer, prepare
 from sw.runtime.hardware import LayerShape
@@ -49,7 +49,7 @@ def test_stream_holds_the_layer(config, shape):
     assert np.array_equal(weights.q[:, : linear.k], linear.q)
     assert not weights.q[:, linear.k :].any()
     x = random_activations(rng, 3, linear.k)
-    y = numpy_linear(config, weights, quantise_activations(config, layer.pad(x)))
+    y = numpy_linear(config, weights, quantize_activations(config, layer.pad(x)))
     assert same_bits(y, expected(config, linear, x))
 
 
@@ -70,7 +70,7 @@ def test_two_planes(name, shape, bits):
     high, low = np.split(weights.q, 2, axis=1)
     assert np.array_equal((high << 4 | low)[:, : linear.k], linear.q)
     x = random_activations(rng, 3, linear.k)
-    y = numpy_linear(config, weights, quantise_activations(config, layer.pad(x)))
+    y = numpy_linear(config, weights, quantize_activations(config, layer.pad(x)))
     assert same_bits(y, expected(config, linear, x))
 
 

@@ -21,7 +21,7 @@ from hw.spec.numerics.attention import (
 )
 from hw.spec.numerics.block_float import quantize
 from hw.spec.numerics.functions import ONE, exp
-from hw.spec.numerics.linear import quantise_activations
+from hw.spec.numerics.linear import quantize_activations
 from hw.spec.numerics.planes import plane_count
 from hw.spec.numerics.reciprocal import rsqrt
 from sim.bench.floats import floats
@@ -59,7 +59,7 @@ def test_scores(key_bits: int):
     q, k, _ = case(40, key_bits, spread=9)
     keys, visible = cache_keys(k, np.zeros(HEAD, np.float32), key_bits), causal(40)
     result = bits(scores(CONFIG, q, keys, SCALE, visible))
-    activations = quantise_activations(CONFIG, q)
+    activations = quantize_activations(CONFIG, q)
     stored = [[Fraction(v) for v in row] for row in keys.to_float().tolist()]
     for m in range(ROWS):
         x = [int(v) * Fraction(2) ** int(activations.exponents[m]) for v in activations.mantissas[m]]

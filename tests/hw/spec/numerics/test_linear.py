@@ -14,7 +14,7 @@ from hw.spec.numerics.linear import (
     accumulate,
     group_sums,
     linear,
-    quantise_activations,
+    quantize_activations,
     quantize_scales,
     quantize_zero_points,
     to_float32,
@@ -129,7 +129,7 @@ def test_activations(bits: int):
     x[1] = [2 * limit + 1, 1, 3, 5, -1, -3, 0, 2 * limit + 1, 7]
     x[2] = 0
     x[3, :] = 2.0**-100
-    result = quantise_activations(config, x)
+    result = quantize_activations(config, x)
     for m, token in enumerate(x.tolist()):
         exponent = int(result.exponents[m])
         mantissas = [rounded(Fraction(v) / power(exponent)) for v in token]
@@ -197,18 +197,18 @@ def test_float32_flushes_to_a_zero_of_the_same_sign():
     ("call", "message"),
     [
         (
-            lambda: quantise_activations(CONFIG, np.array([[1, np.nan]])),
+            lambda: quantize_activations(CONFIG, np.array([[1, np.nan]])),
             r"finite numbers, not nan \(token 0, element 1\)",
         ),
         (
-            lambda: quantise_activations(CONFIG, np.array([[1, 2], [-np.inf, 1]])),
+            lambda: quantize_activations(CONFIG, np.array([[1, 2], [-np.inf, 1]])),
             r"finite .* not -inf \(token 1, element 0\)",
         ),
         (
-            lambda: quantise_activations(CONFIG, np.array([[1.0], [2.0**200]])),
+            lambda: quantize_activations(CONFIG, np.array([[1.0], [2.0**200]])),
             r"exponent of token 1 is 186, .* -128 to 127",
         ),
-        (lambda: quantise_activations(CONFIG, np.array([[2.0**-200]])), r"exponent of token 0 is -214, .* -128 to 127"),
+        (lambda: quantize_activations(CONFIG, np.array([[2.0**-200]])), r"exponent of token 0 is -214, .* -128 to 127"),
         (lambda: quantize_scales(np.array([[1, np.inf]])), r"scales are finite numbers, not inf \(row 0, group 1\)"),
         (lambda: quantize_scales(np.array([[1.0], [2.0**130]])), r"exponent of row 1 is 131, .* -128 to 127"),
         (lambda: quantize_scales(np.array([[2.0**-140]])), r"exponent of row 0 is -139, .* -128 to 127"),

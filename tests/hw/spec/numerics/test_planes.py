@@ -6,7 +6,7 @@ import pytest
 
 from hw.spec.config import AcceleratorConfig
 from hw.spec.numerics.linear import Activations, NumericsError, Weights, accumulate, quantize_scales
-from hw.spec.numerics.planes import plane_count, plane_zero_points, quantise_weights
+from hw.spec.numerics.planes import plane_count, plane_zero_points, quantize_weights
 
 N, GROUPS, SIZE, TOKENS = 9, 3, 32, 4
 ZERO = np.zeros((3, 1))
@@ -38,7 +38,7 @@ def test_sum_of_planes_is_the_layer(width, bits, zero_point):
     x = rng.integers(-32767, 32768, (TOKENS, GROUPS * SIZE))
     activations = Activations(x, np.zeros(TOKENS, np.int64))
 
-    planes = quantise_weights(hardware, bits, q, scales, zeros)
+    planes = quantize_weights(hardware, bits, q, scales, zeros)
     assert len(planes) == 2 == plane_count(hardware, bits)
     for plane in planes:
         assert plane.q.max() <= hardware.weight_max
@@ -55,7 +55,7 @@ def test_sum_of_planes_is_the_layer(width, bits, zero_point):
 
 def test_scales_of_planes():
     """The exponent is the smallest with which the largest mantissa fits, so the high plane's mantissas fit 16 bits."""
-    (high, low) = quantise_weights(
+    (high, low) = quantize_weights(
         config(4), 8, np.zeros((3, 32), np.uint8), np.array([[2047.0], [2047.5], [-1.0]]), ZERO
     )
     assert low.scale_mantissas[:, 0].tolist() == [2047, 1024, -1024]
@@ -65,7 +65,7 @@ def test_scales_of_planes():
 
 def test_one_plane_is_not_changed():
     q = np.arange(32, dtype=np.uint8)[None] % 16
-    (plane,) = quantise_weights(config(4), 4, q, np.ones((1, 1)), np.full((1, 1), 7))
+    (plane,) = quantize_weights(config(4), 4, q, np.ones((1, 1)), np.full((1, 1), 7))
     assert isinstance(plane, Weights) and np.array_equal(plane.q, q)
     assert plane.zero_points.tolist() == [[7]] and plane.scale_mantissas.tolist() == [[16384]]
 

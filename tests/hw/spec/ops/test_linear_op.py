@@ -12,7 +12,7 @@ from hw.spec.control.refusal import parse
 from hw.spec.memory.geometry import LayerLayout, fit_layer
 from hw.spec.memory.packing import pack, stripe
 from hw.spec.numerics.float32 import add, mul
-from hw.spec.numerics.linear import Activations, NumericsError, Weights, linear, quantise_activations
+from hw.spec.numerics.linear import Activations, NumericsError, Weights, linear, quantize_activations
 from hw.spec.ops import LINEAR
 from hw.spec.ops.base import State
 from hw.spec.presets import preset
@@ -63,7 +63,7 @@ class Example:
 
     @property
     def activations(self) -> Activations:
-        return quantise_activations(self.config, self.x)
+        return quantize_activations(self.config, self.x)
 
     @property
     def expected(self) -> np.ndarray:
