@@ -24,7 +24,7 @@ from hw.rtl.result_path import ResultPath
 from hw.rtl.vector.layouts import Operand
 from hw.spec.config import AcceleratorConfig
 from hw.spec.control.registers import QUEUE_DEPTH, ErrorCode
-from hw.spec.memory.access import OUTSTANDING, WEIGHT_BURSTS_AHEAD
+from hw.spec.memory.access import OUTSTANDING, WEIGHT_BURSTS_AHEAD, WEIGHT_BURSTS_UNHURRIED
 
 
 class Datapath(Block):
@@ -119,6 +119,9 @@ class Datapath(Block):
         m.submodules.activation_fetch = activations = ActivationFetch(config)
         ahead = WEIGHT_BURSTS_AHEAD * max_burst_beats(config.port_width)
         m.submodules.weight_fetch = weights = WeightFetch(config, ahead)
+        # Few bursts are under way on every port.
+        few = Signal()
+        m.d.sync += few.eq(Cat(port.bursts < WEIGHT_BURSTS_UNHURRIED for port in self.reads_owed).all())
         wiring.connect(m, dispatcher.blocks, activations.blocks)
         wiring.connect(m, dispatcher.regions, weights.regions)
         wiring.connect(m, activations.rows, unit.rows)
@@ -127,6 +130,7 @@ class Datapath(Block):
             dispatcher.asking.eq(activations.asking),
             # After a fault no data enters the core, because data from memory may be wrong.
             weights.halt.eq(self.halt),
+            weights.hold.eq(dispatcher.waiting & ~few),
         ]
         fault = self.faults[ErrorCode.READ_BUS]
         for port in range(config.ports):

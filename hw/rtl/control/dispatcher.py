@@ -82,6 +82,7 @@ class Dispatcher(Block):
     -------
     work : checked descriptors; a payload does not change from the cycle before its ``valid`` to its transfer
     complete : a descriptor's results are in memory; one cycle for each
+    waiting : a layer's activations side waits; it is not known for how long
     core : the layer, for the core
     unit : the layer and its activations' address, for the activation unit
     blocks : the layer's activations, unless it reuses those of the previous layer
@@ -109,7 +110,13 @@ class Dispatcher(Block):
         self.config, self.shares = config, shares(config)
         outputs = {share.name: Out(stream.Signature(share.layout)) for share in self.shares}
         super().__init__(
-            {"work": In(stream.Signature(work_layout(config))), "complete": In(1), **outputs, "asking": In(1)}
+            {
+                "work": In(stream.Signature(work_layout(config))),
+                "complete": In(1),
+                "waiting": Out(1),
+                **outputs,
+                "asking": In(1),
+            }
         )
 
     def properties(self) -> dict[str, int]:
@@ -125,11 +132,11 @@ class Dispatcher(Block):
             for share in cursor.shares:
                 self._output(m, share, getattr(cursor, share.name))
         weights, activations = cursors[Side.WEIGHTS], cursors[Side.ACTIVATIONS]
-        # Registers: the activations side waits; the cursors are at different descriptors.
-        waiting, apart = Signal(), Signal()
-        self._walk(m, weights, activations, waiting, apart)
-        self._wait(m, activations, waiting)
-        self._order(m, weights, activations, waiting, apart)
+        # A register, like ``waiting``: the cursors are at different descriptors.
+        apart = Signal()
+        self._walk(m, weights, activations, apart)
+        self._wait(m, activations)
+        self._order(m, weights, activations, apart)
         return m
 
     def _output(self, m: Module, share: Share, source) -> None:
@@ -140,7 +147,7 @@ class Dispatcher(Block):
             source = fifo.o
         wiring.connect(m, source, wiring.flipped(getattr(self, share.name)))
 
-    def _walk(self, m: Module, weights: Cursor, activations: Cursor, waiting: Signal, apart: Signal) -> None:
+    def _walk(self, m: Module, weights: Cursor, activations: Cursor, apart: Signal) -> None:
         """Moves the cursors over the table, a ring. Its last descriptor is still the one at the input: it is taken when
         both cursors have sent it, or when the next one is needed because the activations side waits.
         """
@@ -155,7 +162,7 @@ class Dispatcher(Block):
             weights.valid.eq(~last | work.valid),
             activations.valid.eq(~last | apart | work.valid),
             taken.eq(
-                work.valid & ((last & ~apart & weights.finished & activations.finished) | (waiting & ~full.enough))
+                work.valid & ((last & ~apart & weights.finished & activations.finished) | (self.waiting & ~full.enough))
             ),
             work.ready.eq(taken),
             weights.step.eq(weights.finished & (~last | taken)),
@@ -183,7 +190,7 @@ class Dispatcher(Block):
                     m.d.sync += [entry[field].eq(work.payload[field]) for field in names]
             m.d.comb += Value.cast(cursor.work).eq(Array(Value.cast(entry) for entry in table)[place])
 
-    def _wait(self, m: Module, activations: Cursor, waiting: Signal) -> None:
+    def _wait(self, m: Module, activations: Cursor) -> None:
         """Whether the activations side may be sent. It then has started, and counts as incomplete."""
         may, started = Signal(), Signal()
         m.submodules.incomplete = incomplete = Credits(self._MOST_INCOMPLETE)
@@ -194,13 +201,13 @@ class Dispatcher(Block):
             *(activations.may[share.name].eq(may) for share in activations.shares),
         ]
         m.d.sync += [
-            waiting.eq(activations.valid & ~may),
+            self.waiting.eq(activations.valid & ~may),
             started.eq(activations.valid & may & ~activations.step),
         ]
 
-    def _order(self, m: Module, weights: Cursor, activations: Cursor, waiting: Signal, apart: Signal) -> None:
+    def _order(self, m: Module, weights: Cursor, activations: Cursor, apart: Signal) -> None:
         """Whether each share of the weights side may be sent."""
-        ahead = waiting & (weights.work.wait != Wait.WEIGHTS)
+        ahead = self.waiting & (weights.work.wait != Wait.WEIGHTS)
         for share in weights.shares:
             if not share.after:
                 m.d.comb += weights.may[share.name].eq(1)

@@ -33,6 +33,7 @@ class WeightFetch(Block):
     -------
     regions : the layers' weights
     halt : send no more beats
+    hold : begin no burst; one that some port has been offered goes on
     bursts : for each port's read manager
     port_beats : each port's data
     beats : the weight stream
@@ -48,6 +49,7 @@ class WeightFetch(Block):
             {
                 "regions": In(stream.Signature(weights_layout())),
                 "halt": In(1),
+                "hold": In(1),
                 "bursts": Out(stream.Signature(burst_layout(config.port_width))).array(config.ports),
                 "port_beats": In(stream.Signature(config.port_width)).array(config.ports),
                 "beats": Out(stream.Signature(config.beat_bits)),
@@ -64,17 +66,18 @@ class WeightFetch(Block):
         m.submodules.cutter = cutter = BurstCutter(width)
         m.submodules.room = room = Counter(self.depth, take=max_burst_beats(width), init=self.depth)
         regions, burst, stride = self.regions, cutter.bursts.payload, Signal(STRIDE_BITS)
-        fits, done = Signal(), Signal()
+        fits, begun, done = Signal(), Signal(), Signal()
         m.d.comb += [
             cutter.regions.payload.address.eq(regions.payload.address),
             cutter.regions.payload.beats.eq(regions.payload.beats),
             cutter.regions.valid.eq(regions.valid),
             regions.ready.eq(cutter.regions.ready),
-            fits.eq(cutter.bursts.valid & (burst.beats <= room.value)),
+            fits.eq(cutter.bursts.valid & (burst.beats <= room.value) & (begun | ~self.hold)),
             cutter.bursts.ready.eq(done),
             room.take.eq(Mux(done, burst.beats, 0)),
             room.add.eq(self.beats.valid & self.beats.ready),
         ]
+        m.d.sync += begun.eq(fits & ~done)
         with m.If(regions.valid & regions.ready):
             m.d.sync += stride.eq(regions.payload.stride)
         asked = Signal(self.config.ports)

@@ -11,6 +11,9 @@ WEIGHT_BURSTS_AHEAD = 6
 """Maximum number of bursts of weights that a port is ahead of the core. The starts of the ports' regions are a quarter
 of the DRAM's banks (32 KiB) apart. With 8 bursts of 4 KiB, ports could drift apart by this distance, and would then use
 the same bank for a whole layer."""
+WEIGHT_BURSTS_UNHURRIED = 2
+"""While a layer waits for results, a port begins a burst of weights only if fewer bursts than this are under way: the
+activations of this layer are requested behind them. Two bursts of 256 beats cover 512 cycles of latency."""
 CHUNK_BYTES = 512
 """Bytes of activations that a port reads before the next port's turn: long enough for DDR, and short enough that a
 single token uses all ports. Chunks end at multiples of this size, so each of them is one burst: none crosses 4 KiB, and
