@@ -130,6 +130,8 @@ BENCHES: list[Bench] = [
         for lanes, bits in ((1, 16), (8, 8))
     ),
     _bench("epilogue", dict(_SMALL_DECODER, lanes=4)),
+    _bench("piece_maximum", dict(_SMALL_DECODER, lanes=4)),
+    *(_bench(block, _SMALL) for block in ("pair", "completion")),
     *(_bench("descriptor_check", params) for params in (_SMALL, dict(_WIDE, operators="decoder"), _DECODER)),
     _bench("sequencer", _WIDE),
     _bench("header", _TILE_32),

@@ -37,6 +37,7 @@ from hw.rtl.core.weights import WeightSplitter, WordAssembler
 from hw.rtl.memory.activation_fetch import ActivationFetch
 from hw.rtl.memory.axi import is_axi
 from hw.rtl.memory.burst_cutter import BurstCutter
+from hw.rtl.memory.completion import Completion
 from hw.rtl.memory.gatherer import Gatherer
 from hw.rtl.memory.operand_fetch import OperandFetch
 from hw.rtl.memory.read_manager import ReadManager, read_fifo_depths
@@ -44,6 +45,8 @@ from hw.rtl.memory.weight_fetch import WeightFetch
 from hw.rtl.memory.write_manager import WriteManager
 from hw.rtl.vector.block_float import BlockFloat
 from hw.rtl.vector.epilogue import Epilogue
+from hw.rtl.vector.pair import PairUnit
+from hw.rtl.vector.piece_maximum import PieceMaximum
 from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.manifest import Field, Port
 from hw.spec.memory.geometry import StreamLayout
@@ -61,6 +64,9 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "float_adder": lambda config: FloatAdder(),
     "float_multiplier": lambda config: FloatMultiplier(),
     "epilogue": Epilogue,
+    "pair": lambda config: PairUnit(),
+    "piece_maximum": PieceMaximum,
+    "completion": lambda config: Completion(clients=2, depth=16),
     "reciprocal": lambda config: Reciprocal(),
     "exp": lambda config: Exp(),
     "sigma": lambda config: Sigma(),
