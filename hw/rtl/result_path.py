@@ -124,7 +124,7 @@ class ResultPath(Block):
         m.d.comb += [
             completion.written.eq(writer.complete),
             self.complete.eq(completion.complete),
-            self.complete_interrupt.eq(completion.interrupt),
+            self.complete_interrupt.eq(completion.complete_interrupt),
         ]
         fetches = [self._fetch(m, operand, epilogue) for operand in Operand]
         m.d.comb += epilogue.available.eq(Cat(fetch.available for fetch in fetches))

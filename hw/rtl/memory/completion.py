@@ -27,7 +27,7 @@ class Completion(Block):
     expected : the descriptors
     written : by client: an output is in memory; one cycle
     complete : a descriptor is complete; one cycle
-    interrupt : valid with ``complete``: it requests an interrupt
+    complete_interrupt : valid with ``complete``: it requests an interrupt
 
     Latency 2 cycles from the last output of a descriptor to ``complete``; throughput 1 descriptor per cycle.
     """
@@ -41,7 +41,7 @@ class Completion(Block):
                 "expected": In(stream.Signature(expected_layout(clients))),
                 "written": In(clients),
                 "complete": Out(1),
-                "interrupt": Out(1),
+                "complete_interrupt": Out(1),
             }
         )
 
@@ -65,5 +65,5 @@ class Completion(Block):
             m.d.comb += [outputs.add.eq(self.written[client]), outputs.take.eq(done & head.outputs[client])]
             there.append(~head.outputs[client] | (outputs.value != 0))
         m.d.comb += done.eq(fifo.o.valid & Cat(there).all())
-        m.d.sync += [self.complete.eq(done), self.interrupt.eq(head.interrupt)]
+        m.d.sync += [self.complete.eq(done), self.complete_interrupt.eq(head.interrupt)]
         return m

@@ -35,7 +35,7 @@ async def _run(dut, stall, rate):
         await edge
         now += 1
         if read(dut.complete):
-            seen.append((now, read(dut.interrupt)))
+            seen.append((now, read(dut.complete_interrupt)))
     assert [interrupt for _, interrupt in seen] == interrupts
     earliest = 0
     for (cycle, _), ready in zip(seen, ready_at, strict=True):
