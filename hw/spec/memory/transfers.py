@@ -20,6 +20,7 @@ class Transfer(NamedTuple):
     columns : the columns, counted from the beginning of the row
     column : the first column, counted from the beginning of its piece of 256 columns in transfers
     keep : bit i is set if lane i has a column
+    piece_end : 1 for the last transfer of the token's piece
     chunk_end : 1 for the last transfer of a piece of all tokens
     last : 1 for the last transfer of the layer
     """
@@ -28,13 +29,14 @@ class Transfer(NamedTuple):
     columns: range
     column: int
     keep: int
+    piece_end: int
     chunk_end: int
     last: int
 
     @property
     def fields(self) -> dict[str, int]:
         """The fields of the payload besides the values."""
-        names = ("keep", "token", "column", "chunk_end", "last")
+        names = ("keep", "token", "column", "piece_end", "chunk_end", "last")
         return {name: getattr(self, name) for name in names}
 
 
@@ -46,13 +48,15 @@ def result_transfers(config: AcceleratorConfig, tokens: int, n: int) -> list[Tra
             for first in range(tile, min(tile + config.tile, n), config.lanes):
                 columns = range(first, min(first + config.lanes, n))
                 final, last = token == tokens - 1, columns.stop == n
+                piece_end = last or columns.stop % PIECE_FLOATS == 0
                 transfers.append(
                     Transfer(
                         token,
                         columns,
                         first % PIECE_FLOATS // config.lanes,
                         (1 << len(columns)) - 1,
-                        int(final and (last or columns.stop % PIECE_FLOATS == 0)),
+                        int(piece_end),
+                        int(final and piece_end),
                         int(final and last),
                     )
                 )

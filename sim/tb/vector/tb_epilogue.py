@@ -8,6 +8,7 @@ import cocotb
 import numpy as np
 from cocotb.triggers import RisingEdge
 
+from hw.spec.memory.transfers import result_transfers
 from hw.spec.ops.epilogue import Outputs, apply_epilogue
 from sim.bench.dut import begin, config, latency, payload
 from sim.bench.epilogues import KINDS, Epilogue, numbers, random_epilogue
@@ -61,25 +62,17 @@ class _Layer:
 
     def transfers(self, random: np.random.Generator) -> list[int]:
         """The array's results. Columns that do not exist have random values."""
-        lanes, tile, (tokens, columns) = config().lanes, config().tile, self.values.shape
-        names = ("keep", "token", "column", "piece_end", "chunk_end", "last")
-        found: dict[str, list[Any]] = {name: [] for name in ("values", *names)}
-        for first in range(0, columns, tile):
-            for token in range(tokens):
-                for start in range(first, min(columns, first + tile), lanes):
-                    count = min(lanes, columns - start)
-                    piece_end = start + count == columns or (start + lanes) % PIECE == 0
-                    last_token = token == tokens - 1
-                    part = random.integers(0, 1 << 32, lanes)
-                    part[:count] = _bits(self.values[token, start : start + count])
-                    place = (1 << count) - 1, token, start % PIECE // lanes, piece_end, piece_end and last_token
-                    found["values"].append(part)
-                    for name, value in zip(names, (*place, start + count == columns and last_token), strict=True):
-                        found[name].append(int(value))
-        return payload("results").pack(
-            values=np.array(found["values"]).astype(np.uint32).view(np.int32).astype(np.int64).reshape(-1, lanes),
-            **{name: np.array(found[name]) for name in names},
-        )
+        lanes = config().lanes
+        found: dict[str, list[Any]] = {"values": []}
+        for transfer in result_transfers(config(), *self.values.shape):
+            part = random.integers(0, 1 << 32, lanes)
+            columns = transfer.columns
+            part[: len(columns)] = _bits(self.values[transfer.token, columns.start : columns.stop])
+            found["values"].append(part)
+            for name, value in transfer.fields.items():
+                found.setdefault(name, []).append(value)
+        values = np.array(found.pop("values")).astype(np.uint32).view(np.int32).astype(np.int64)
+        return payload("results").pack(values=values, **{name: np.array(given) for name, given in found.items()})
 
 
 class _Operand:
