@@ -132,7 +132,7 @@ BENCHES: list[Bench] = [
     _bench("epilogue", dict(_SMALL_DECODER, lanes=4)),
     _bench("piece_maximum", dict(_SMALL_DECODER, lanes=4)),
     *(_bench(block, _SMALL) for block in ("pair", "completion")),
-    *(_bench("descriptor_check", params) for params in (_SMALL, dict(_WIDE, operators="decoder"), _DECODER)),
+    *(_bench("descriptor_check", params) for params in (_SMALL, dict(_WIDE, operators="decoder"))),
     _bench("sequencer", _WIDE),
     _bench("header", _TILE_32),
     _bench("drain", _LANES_8),
@@ -152,6 +152,7 @@ BENCHES: list[Bench] = [
     _bench("accelerator", _TWO_PORTS, tb="accelerator_faults"),
     _bench("accelerator", _SMALL, full=True),
     _bench("accelerator", _SMALL, tb="accelerator_faults", full=True),
+    *(_bench("descriptor_check", params, full=True, long=True) for params in (_NARROW, _TILE_16, _DECODER)),
     *(_bench("epilogue", dict(_SMALL_DECODER, lanes=lanes), full=True) for lanes in (1, 2)),
     _bench("epilogue", dict(_DECODER, lanes=8), full=True),
     *(
