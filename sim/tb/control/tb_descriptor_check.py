@@ -81,9 +81,8 @@ class _Bench:
         self.dut = dut
         self.source = StreamSource(dut, "descriptors", dut.clk, stall)
         self.work = StreamSink(dut, "work", dut.clk, stall)
-        self._early = cocotb.start_soon(self._payload_comes_early())
 
-    async def _payload_comes_early(self) -> None:
+    async def payload_comes_early(self) -> None:
         """The payload is there in the cycle before its valid."""
         edge, was_valid, before = RisingEdge(self.dut.clk), True, None
         while True:
@@ -132,6 +131,7 @@ class _Bench:
 async def _accept_many(dut: Any, stall: Stall) -> None:
     random, bench = rng(1), _Bench(dut, stall)
     await begin(dut)
+    cocotb.start_soon(bench.payload_comes_early())
     for layer in [*_limits(), *(random_layer(config(), random, max_k=config().max_k, max_tiles=40) for _ in range(20))]:
         descriptor = random_linear(layer, random)
         assert refusal(config(), descriptor.to_words()) == ErrorCode.NONE
