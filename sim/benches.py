@@ -124,6 +124,7 @@ BENCHES: list[Bench] = [
     _bench("table_fetch_8", _TILE_16, tb="operand_fetch", lanes=8, periodic=True),
     _bench("write_manager", _SMALL),
     _bench("register_bank", _SMALL),
+    _bench("program_fetch", _SMALL),
     *(_bench(block, _SMALL) for block in ("float_adder", "float_multiplier", "reciprocal", "exp", "sigma", "silu")),
     *(
         _bench(f"block_float_{lanes}_{bits}", _SMALL, tb="block_float", lanes=lanes, bits=bits)
@@ -152,6 +153,7 @@ BENCHES: list[Bench] = [
     _bench("accelerator", _TWO_PORTS, tb="accelerator_faults"),
     _bench("accelerator", _SMALL, full=True),
     _bench("accelerator", _SMALL, tb="accelerator_faults", full=True),
+    _bench("program_fetch", _TILE_16, full=True),
     *(_bench("descriptor_check", params, full=True, long=True) for params in (_NARROW, _TILE_16, _DECODER)),
     *(_bench("epilogue", dict(_SMALL_DECODER, lanes=lanes), full=True) for lanes in (1, 2)),
     _bench("epilogue", dict(_DECODER, lanes=8), full=True),

@@ -21,6 +21,7 @@ from hw.rtl.common.walker import TOKEN_LOOPS, CommandFork, Walker
 from hw.rtl.control.descriptor_check import DescriptorCheck
 from hw.rtl.control.dispatcher import Dispatcher
 from hw.rtl.control.faults import FirstError, Watchdog
+from hw.rtl.control.program_fetch import ProgramFetch
 from hw.rtl.control.register_bank import RegisterBank
 from hw.rtl.core.activation_buffer import ActivationBuffer
 from hw.rtl.core.activation_unit import ActivationUnit
@@ -95,6 +96,7 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "operand_fetch_8": lambda config: OperandFetch(config.port_width, config.max_tokens, lanes=8),
     "table_fetch": lambda config: OperandFetch(config.port_width, config.max_tokens, lanes=2, periodic=True),
     "table_fetch_8": lambda config: OperandFetch(config.port_width, config.max_tokens, lanes=8, periodic=True),
+    "program_fetch": lambda config: ProgramFetch(config.port_width),
     "register_bank": lambda config: RegisterBank(),
     "activation_fetch": ActivationFetch,
     "descriptor_check": DescriptorCheck,
