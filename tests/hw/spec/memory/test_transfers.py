@@ -34,6 +34,10 @@ def test_geometry_is_enough_to_place_every_result(tile: int, lanes: int, n: int,
         chunk += item.chunk_end
     assert (stored >= 0).all()
     assert [item.last for item in transfers] == [0] * (len(transfers) - 1) + [1]
+    # A token's pieces end with their last columns, each once.
+    ends = [(item.token, item.columns.stop) for item in transfers if item.piece_end]
+    stops = [*range(PIECE_FLOATS, n, PIECE_FLOATS), n]
+    assert sorted(ends) == sorted(itertools.product(range(tokens), stops))
     # Within an output tile, token by token with ascending columns.
     for first in range(0, n, tile):
         part = stored[:, first : first + tile].reshape(-1)
