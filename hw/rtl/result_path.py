@@ -87,7 +87,7 @@ class ResultPath(Block):
         return m
 
     def _gather(self, m: Module, writer: WriteManager, client: WriteClient, gatherer: Gatherer) -> None:
-        m.submodules[f"gatherer_{client.name.lower()}"] = gatherer
+        m.submodules[f"gatherer_{client.value}"] = gatherer
         wiring.connect(m, wiring.flipped(self.jobs[client]), gatherer.job)
         wiring.connect(m, gatherer.pieces, writer.pieces[client])
         wiring.connect(m, gatherer.beats, writer.beats[client])
