@@ -41,7 +41,8 @@ class _Layer:
         values = random.integers(0, 1 << 32, (len(transfers), config().lanes), np.uint32)
         for row, item in zip(values, transfers, strict=True):
             row[: len(item.columns)] = self.results[item.token, item.columns.start : item.columns.stop]
-        fields = {name: [item.fields[name] for item in transfers] for name in transfers[0].fields}
+        names = transfers[0].fields.keys() & payload("results").fields  # A gatherer does not need the ends of pieces.
+        fields = {name: [item.fields[name] for item in transfers] for name in names}
         return payload("results").pack(values=values.view(np.int32).astype(np.int64), **fields)
 
     def pieces(self) -> list[tuple[dict[str, int], np.ndarray]]:
