@@ -173,8 +173,8 @@ async def read_errors_of_all_ports(dut):
     """All ports' memories fail in the same beat of their regions: one burst is reported, nothing is completed."""
     driver, c = await AcceleratorDriver.create(dut, base=BASE), config()
     work = driver.place(fit(c.max_k, 2 * c.tile, 128), c.max_tokens)
-    size, descriptor = c.port_width // 8, work.descriptor
-    places = [descriptor.weights + port * descriptor.weights_stride + 40 * size for port in range(PORTS)]
+    size, descriptor, middle = c.port_width // 8, work.descriptor, work.job.layer.beats // 2
+    places = [descriptor.weights + port * descriptor.weights_stride + middle * size for port in range(PORTS)]
     for faults, place in zip(driver.read_faults, places, strict=True):
         faults[place] = AxiResp.SLVERR
     await driver.start([work])
