@@ -127,7 +127,7 @@ class AcceleratorDevice(BatchDevice):
             yield None
             if self.platform.wait_interrupt():
                 registers.set("interrupt_pending", "done")
-            completed, cycles = self._read_completions(base, done, len(jobs))
+            completed, cycles = self._read_completions(base, done, code)
             for index in range(done, completed):
                 cycle, now = cycles.get(index, before), clock()
                 yield Completion(jobs[index].name, (cycle - before) % (1 << 32), code.beats[index], now - then)
@@ -141,7 +141,7 @@ class AcceleratorDevice(BatchDevice):
                     watch.check(jobs[done], done)
             done = completed
 
-    def _read_completions(self, base: int, done: int, total: int) -> tuple[int, dict[int, int]]:
+    def _read_completions(self, base: int, done: int, code: Code) -> tuple[int, dict[int, int]]:
         """The number of complete jobs of a batch, and by job the cycle of its completion, from job `done` on.
 
         base: the count of completions at the start. The hardware keeps a number of cycles: those of earlier jobs are
@@ -152,8 +152,8 @@ class AcceleratorDevice(BatchDevice):
         completed = (self._completed - base) % (1 << 32)
         known = range(max(done, completed - kept), completed)
         cycles = {index: read("completion_cycles", (base + index) % kept) for index in known}
-        if cycles and completed < total and total > kept:
-            # A program goes on, and may have overwritten some of them meanwhile.
+        if cycles and code.program and completed < len(code.descriptors):
+            # The program goes on, and may have overwritten some of them meanwhile.
             newest = (read("completed") - base) % (1 << 32)
             cycles = {index: cycle for index, cycle in cycles.items() if newest - index <= kept}
         return completed, cycles

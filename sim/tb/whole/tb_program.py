@@ -257,12 +257,24 @@ async def late_descriptors(dut):
     await program.start()
     await driver.failed(ErrorCode.READ_TIMEOUT, program.address, 0)
     assert await driver.field("status", "fetching") and await driver.field("status", "running")
-    # A reset waits for the memory. Meanwhile no program is started.
+    driver.pause("hp0_r", None)
+    await _exact(driver)
+
+
+@cocotb.test()
+async def start_while_resetting(dut):
+    """A reset waits for the memory. Meanwhile no program is started, and none is started by the end of the reset."""
+    driver = await AcceleratorDriver.create(dut, base=BASE)
+    program = _short(driver, 3)
+    program.store()
+    driver.pause("hp0_r", lambda: True)
+    await driver.push(program.descriptors[0].to_words())
+    await driver.until(lambda: driver.monitors[0].reads_under_way > 0, "the first read")
     await driver.set("control", "reset")
     offered = driver.offered
     await driver.start_program(program.address, 3)
     await cycle(dut.clk, 100)
-    assert driver.offered == offered
+    assert driver.offered == offered and not await driver.field("status", "fetching")
     driver.pause("hp0_r", None)
     await driver.has_reset()
     await cycle(dut.clk, 100)
@@ -301,11 +313,15 @@ async def resets(dut, run):
 async def commands_without_effect(dut):
     """While a program is fetched, start and push do nothing; a program of length 0 is none."""
     driver = await AcceleratorDriver.create(dut, base=BASE)
-    program, other = _short(driver, 3 * QUEUE_DEPTH), _short(driver, 3, salt=2)
+    program, other, window = _short(driver, 3 * QUEUE_DEPTH), _short(driver, 3, salt=2), _short(driver, 3, salt=3)
+    # Descriptors of the window take and release room in the queue, too.
+    window.expect()
+    await window.push()
+    await window.finish()
     other.store()
     await driver.start_program(other.address, 0)
     await cycle(dut.clk, 200)
-    assert await driver.get("status") == await driver.get("completed") == 0
+    assert await driver.get("status") == 0 and await driver.get("completed") == 3
     program.store()
     program.expect()
     # It stays in the queue until its results are in memory.
