@@ -271,6 +271,7 @@ async def start_while_resetting(dut):
     await driver.push(program.descriptors[0].to_words())
     await driver.until(lambda: driver.monitors[0].reads_under_way > 0, "the first read")
     await driver.set("control", "reset")
+    await cycle(dut.clk, 4)
     offered = driver.offered
     await driver.start_program(program.address, 3)
     await cycle(dut.clk, 100)
