@@ -69,7 +69,7 @@ async def programs(dut, stalls):
     random = rng(1)
     driver = await AcceleratorDriver.create(dut, pauses(5) if stalls else None, BASE)
     window = [_short(driver, 2, salt=3), _short(driver, 2, salt=4)]
-    chosen = [random_program(driver, random, 30 if LONG else 2), *(_short(driver, count) for count in (1, 2, 5))]
+    chosen = [random_program(driver, random, 12 if LONG else 2), *(_short(driver, count) for count in (1, 2, 5))]
     for program in chosen:
         program.store()
     for program in (window[0], *chosen, window[1]):
