@@ -60,8 +60,11 @@ class BatchDevice(ABC):
         None, first directly after the start and then a few times a second. If the device is closed, it is not resumed.
         """
 
-    def encode(self, jobs: Sequence[LinearJob]) -> Any:
-        """Data that a device computes from a batch in advance: `PreparedBatch.code`."""
+    def encode(self, jobs: Sequence[LinearJob], often: bool) -> Any:
+        """Data that a device computes from a batch in advance: `PreparedBatch.code`.
+
+        often: the batch was prepared, so it may be submitted several times.
+        """
         return None
 
     def alloc(self, size: int) -> Buffer:
@@ -98,16 +101,13 @@ class BatchDevice(ABC):
 
     def prepare(self, jobs: Sequence[LinearJob]) -> PreparedBatch:
         """See Device."""
-        self._check_open()
-        check_jobs(self.config, jobs)
-        self._check_buffers(jobs)
-        return PreparedBatch(tuple(jobs), self, self._frees, self.encode(jobs))
+        return self._prepare(jobs, often=True)
 
     def submit(self, batch: Sequence[LinearJob] | PreparedBatch) -> int:
         """See Device."""
         self._check_open()
         if not isinstance(batch, PreparedBatch):
-            batch = self.prepare(batch)
+            batch = self._prepare(batch, often=False)
         elif batch.device is not self:
             raise DeviceError(f"the batch from layer {batch.jobs[0].name} was prepared for another device")
         elif batch.frees != self._frees:
@@ -160,6 +160,12 @@ class BatchDevice(ABC):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _prepare(self, jobs: Sequence[LinearJob], often: bool) -> PreparedBatch:
+        self._check_open()
+        check_jobs(self.config, jobs)
+        self._check_buffers(jobs)
+        return PreparedBatch(tuple(jobs), self, self._frees, self.encode(jobs, often))
 
     def _step(self, batch: _Running) -> None:
         """Drives the first batch of the queue until it yields None or is done. The caller holds the lock."""

@@ -195,14 +195,14 @@ class KV260Device(AcceleratorDevice):
         super().write(buffer, values)
         self.platform.buffer.sync_for_device(self.platform.buffer.clean_commands([(buffer.address, buffer.size)]))
 
-    def encode(self, jobs: Sequence[LinearJob]) -> tuple[PreparedBatch, list[bytes], list[bytes]]:
+    def encode(self, jobs: Sequence[LinearJob], often: bool) -> tuple[PreparedBatch, list[bytes], list[bytes]]:
         """See BatchDevice: the batch of the base class, and the caches to clean before and to invalidate after it."""
         activations = [(job.activations.address, FLOAT_BYTES * job.tokens * job.layout.k) for job in jobs]
         results = [(job.results.address, result_bytes(job.layout, job.tokens)) for job in jobs]
         buffer = self.platform.buffer
         # The results' caches too: otherwise a dirty line there would be written back later and overwrite results.
         clean = buffer.clean_commands(activations + results)
-        batch = PreparedBatch(tuple(jobs), self, 0, super().encode(jobs))
+        batch = PreparedBatch(tuple(jobs), self, 0, super().encode(jobs, often))
         return batch, clean, buffer.invalidate_commands(results)
 
     def run(self, batch: PreparedBatch) -> Iterator[Completion | None]:

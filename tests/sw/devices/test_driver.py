@@ -265,9 +265,8 @@ def test_refused_descriptor(culprit):
         jobs = some_jobs(device, 3)
         jobs[1] = replace(jobs[1], reuse=True)
         bad = device.prepare(jobs)
-        words, _ = bad.code
         # One beat more in the header.
-        words[culprit][3] += 1
+        bad.code.descriptors[culprit][3] += 1
         text = ERROR_TEXTS[ErrorCode.SHAPE]
         with pytest.raises(DeviceError, match=f"^layer {jobs[culprit].name}: {text}$"):
             device.wait(device.submit(bad), TIMEOUT)
