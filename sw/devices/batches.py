@@ -19,7 +19,8 @@ import numpy as np
 
 from hw.spec.config import AcceleratorConfig
 from sw.devices.arena import Arena
-from sw.devices.base import Buffer, Completion, DeviceError, LinearJob, PreparedBatch, check_jobs
+from sw.devices.base import Buffer, Completion, DeviceError, Job, PreparedBatch
+from sw.devices.jobs import check_jobs
 
 
 @dataclass(eq=False)
@@ -27,7 +28,7 @@ class _Running:
     """A batch that was submitted. work: the result of `run`; failure: the exception if the batch failed."""
 
     ticket: int
-    jobs: Sequence[LinearJob]
+    jobs: Sequence[Job]
     work: Iterator[Completion | None]
     completions: list[Completion] = field(default_factory=list)
     done: bool = False
@@ -60,7 +61,7 @@ class BatchDevice(ABC):
         None, first directly after the start and then a few times a second. If the device is closed, it is not resumed.
         """
 
-    def encode(self, jobs: Sequence[LinearJob]) -> Any:
+    def encode(self, jobs: Sequence[Job]) -> Any:
         """Data that a device computes from a batch in advance: `PreparedBatch.code`."""
         return None
 
@@ -96,14 +97,14 @@ class BatchDevice(ABC):
             raise DeviceError(f"{size:,} bytes cannot be read from a buffer of {buffer.size:,}")
         return self.memory.view(buffer)[:size].copy().view(dtype).reshape(shape)
 
-    def prepare(self, jobs: Sequence[LinearJob]) -> PreparedBatch:
+    def prepare(self, jobs: Sequence[Job]) -> PreparedBatch:
         """See Device."""
         self._check_open()
         check_jobs(self.config, jobs)
         self._check_buffers(jobs)
         return PreparedBatch(tuple(jobs), self, self._frees, self.encode(jobs))
 
-    def submit(self, batch: Sequence[LinearJob] | PreparedBatch) -> int:
+    def submit(self, batch: Sequence[Job] | PreparedBatch) -> int:
         """See Device."""
         self._check_open()
         if not isinstance(batch, PreparedBatch):
@@ -190,7 +191,7 @@ class BatchDevice(ABC):
         if self._closed:
             raise DeviceError(f"device {self.name} is closed")
 
-    def _check_buffers(self, jobs: Sequence[LinearJob]) -> None:
+    def _check_buffers(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
-            for buffer in (job.weights, job.activations, job.results):
-                self.memory.view(buffer)
+            for access in (*job.reads(), *job.writes()):
+                self.memory.check(access.buffer)

@@ -4,10 +4,10 @@
 from collections.abc import Iterator, Sequence
 
 from hw.spec.config import AcceleratorConfig, ConfigError
-from hw.spec.control.descriptor import DESCRIPTOR_WORDS, Descriptor
+from hw.spec.control.descriptor import DESCRIPTOR_WORDS, Descriptor, VectorDescriptor
 from hw.spec.control.refusal import refusal
 from hw.spec.control.registers import ERROR_TEXTS, EVENTS, IDENTIFICATION, VERSION, ErrorCode, config_digest, offset
-from sw.devices.base import Buffer, Completion, DeviceError, LinearJob, PreparedBatch
+from sw.devices.base import Buffer, Completion, DeviceError, Job, PreparedBatch
 from sw.devices.batches import BatchDevice
 from sw.devices.platform import Platform, Registers, mask
 
@@ -52,7 +52,7 @@ class AcceleratorDevice(BatchDevice):
         """The performance counters, in cycles and beats, since the device was opened."""
         return {name: self.registers.read(name) for name in EVENTS}
 
-    def encode(self, jobs: Sequence[LinearJob]) -> tuple[list[list[int]], list[int]]:
+    def encode(self, jobs: Sequence[Job]) -> tuple[list[list[int]], list[int]]:
         """See BatchDevice: the descriptors' words, and each one's beats.
 
         Raises DeviceError if an address is beyond what a descriptor holds, or weights are too large for it.
@@ -61,7 +61,7 @@ class AcceleratorDevice(BatchDevice):
         # descriptor is pushed only after earlier ones are complete.
         often, last = len(jobs) > self._capabilities["queue_depth"], len(jobs) - 1
         words = [_words(job, often or index == last) for index, job in enumerate(jobs)]
-        return words, [job.layout.beats for job in jobs]
+        return words, [job.beats for job in jobs]
 
     def run(self, batch: PreparedBatch) -> Iterator[Completion | None]:
         """See BatchDevice."""
@@ -74,9 +74,7 @@ class AcceleratorDevice(BatchDevice):
             self._reset()
             raise
 
-    def _run(
-        self, jobs: Sequence[LinearJob], descriptors: list[list[int]], beats: list[int]
-    ) -> Iterator[Completion | None]:
+    def _run(self, jobs: Sequence[Job], descriptors: list[list[int]], beats: list[int]) -> Iterator[Completion | None]:
         registers, capabilities, clock = self.registers, self._capabilities, self.platform.clock
         if registers.read("status") & self._busy:
             # An earlier batch was abandoned and is still running, or has failed.
@@ -136,7 +134,7 @@ class AcceleratorDevice(BatchDevice):
         self._window = words
         self.platform.write_registers(new | PUSH)
 
-    def _fail(self, jobs: Sequence[LinearJob], descriptors: list[list[int]]) -> None:
+    def _fail(self, jobs: Sequence[Job], descriptors: list[list[int]]) -> None:
         """Resets the accelerator for the next batch, then raises DeviceError with the reason why it stopped."""
         code, address = self.registers.read("error_code"), self.registers.read("error_address")
         try:
@@ -151,7 +149,7 @@ class AcceleratorDevice(BatchDevice):
             raise DeviceError(f"{name}: {text}{place}; {error}") from None
         raise DeviceError(f"{name}: {text}{place}")
 
-    def _culprit(self, jobs: Sequence[LinearJob], descriptors: list[list[int]], address: int) -> str:
+    def _culprit(self, jobs: Sequence[Job], descriptors: list[list[int]], address: int) -> str:
         def holds(buffer: Buffer) -> bool:
             return buffer.address <= address < buffer.address + buffer.size
 
@@ -160,7 +158,7 @@ class AcceleratorDevice(BatchDevice):
             if refusal(self.config, words, before):
                 return f"layer {job.name}"
             before = words
-            if any(map(holds, (job.weights, job.activations, job.results))):
+            if any(holds(access.buffer) for access in (*job.reads(), *job.writes())):
                 return f"layer {job.name}"
         return f"one of the layers from {jobs[0].name} to {jobs[-1].name}" if len(jobs) > 1 else f"layer {jobs[0].name}"
 
@@ -184,7 +182,7 @@ class _Watch:
         self._seen: tuple[int, ...] = ()
         self._since = 0
 
-    def check(self, job: LinearJob | None, done: int) -> None:
+    def check(self, job: Job | None, done: int) -> None:
         """Raises DeviceError, which says what was waited for."""
         read = self._registers.read
         now = read("cycles")
@@ -199,21 +197,12 @@ class _Watch:
             raise DeviceError(f"nothing moved for {now - self._since:,} cycles while waiting for {what}; {owed}")
 
 
-def descriptor(job: LinearJob, interrupt: bool = True) -> Descriptor:
+def descriptor(job: Job, interrupt: bool = True) -> Descriptor | VectorDescriptor:
     """The descriptor of a job. interrupt: whether its completion raises the interrupt."""
-    return Descriptor.from_layer(
-        job.layout,
-        job.tokens,
-        activations=job.activations.address,
-        weights=job.weights.address,
-        results=job.results.address,
-        reuse=job.reuse,
-        interrupt=interrupt,
-        wait=job.wait,
-    )
+    return job.descriptor(interrupt)
 
 
-def _words(job: LinearJob, interrupt: bool) -> list[int]:
+def _words(job: Job, interrupt: bool) -> list[int]:
     try:
         return descriptor(job, interrupt).to_words()
     except ConfigError as error:

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from hw.spec.config import AcceleratorConfig
-from hw.spec.control.descriptor import FLOAT_BYTES
 from hw.spec.control.registers import WINDOW_BYTES, offset
 from hw.spec.kv260 import APP_NAME, BUFFER_NAME, CONTROL_ADDRESS, CONTROL_BYTES, UIO_NAME
 from hw.spec.manifest import Manifest, ManifestError
 from sw.devices.arena import Arena
-from sw.devices.base import Buffer, Completion, DeviceError, LinearJob, PreparedBatch, result_bytes
+from sw.devices.base import Buffer, Completion, DeviceError, Job, PreparedBatch
 from sw.devices.driver import AcceleratorDevice
 from sw.devices.host import Host
+from sw.devices.jobs import WEIGHTS
 from sw.devices.udmabuf import FIX, DmaBuffer, find_buffer
 from sw.devices.uio import Uio, find_uio
 
@@ -195,13 +195,15 @@ class KV260Device(AcceleratorDevice):
         super().write(buffer, values)
         self.platform.buffer.sync_for_device(self.platform.buffer.clean_commands([(buffer.address, buffer.size)]))
 
-    def encode(self, jobs: Sequence[LinearJob]) -> tuple[PreparedBatch, list[bytes], list[bytes]]:
+    def encode(self, jobs: Sequence[Job]) -> tuple[PreparedBatch, list[bytes], list[bytes]]:
         """See BatchDevice: the batch of the base class, and the caches to clean before and to invalidate after it."""
-        activations = [(job.activations.address, FLOAT_BYTES * job.tokens * job.layout.k) for job in jobs]
-        results = [(job.results.address, result_bytes(job.layout, job.tokens)) for job in jobs]
+        operands = [
+            (access.buffer.address, access.size) for job in jobs for access in job.reads() if access.what != WEIGHTS
+        ]
+        results = [(access.buffer.address, access.size) for job in jobs for access in job.writes()]
         buffer = self.platform.buffer
         # The results' caches too: otherwise a dirty line there would be written back later and overwrite results.
-        clean = buffer.clean_commands(activations + results)
+        clean = buffer.clean_commands(operands + results)
         batch = PreparedBatch(tuple(jobs), self, 0, super().encode(jobs))
         return batch, clean, buffer.invalidate_commands(results)
 
