@@ -96,10 +96,12 @@ def _print_decoders(console: Console, decoders: dict) -> None:
         " biases, int8 lm_head. The token follows a prompt of 8.\n"
     )
     numbers = ("onnxruntime", "conversion", "driver", "all, ms", "peak memory, MB")
-    table = _table("Host time of a token of SmolLM2 without the device, medians, this machine", ("device",), numbers)
+    table = _table(
+        "Host time of a token of SmolLM2 without the device, medians, this machine", ("device", "operators"), numbers
+    )
     for row in decoders["host"]:
         parts = (f"{row[name]:.1f}" for name in ("onnxruntime", "conversion", "driver", "host"))
-        table.add_row(row["device"], *parts, f"{row['peak_bytes'] / 1e6:,.0f}")
+        table.add_row(row["device"], row["operators"], *parts, f"{row['peak_bytes'] / 1e6:,.0f}")
     console.print(table)
     console.print(
         "instant: the same runtime and driver on registers that answer at once, as beside a board, which takes no"

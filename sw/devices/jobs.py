@@ -126,16 +126,34 @@ NO_EPILOGUE = Epilogue()
 
 
 class Access(NamedTuple):
-    """An operand or output of a job: what it is, its place, and the bytes that the job uses from there on."""
+    """An operand or output of a job.
+
+    Members
+    -------
+    what: its name in messages.
+    buffer: its place. size: bytes from the first to the last that the job uses.
+    pitch, width: the bytes are `width` out of every `pitch`; pitch 0: all of them.
+    """
 
     what: str
     buffer: Buffer
     size: int
+    pitch: int = 0
+    width: int = 0
 
     def overlaps(self, others: Iterable["Access"]) -> bool:
         """Whether it has a byte in common with one of the others."""
+        return any(self._overlaps(other) for other in others)
+
+    def _overlaps(self, other: "Access") -> bool:
         start, end = self.buffer.address, self.buffer.address + self.size
-        return any(start < other.buffer.address + other.size and other.buffer.address < end for other in others)
+        if start >= other.buffer.address + other.size or other.buffer.address >= end:
+            return False
+        if not self.pitch or self.pitch != other.pitch:
+            return True
+        # Rows may be parts of the same wider rows.
+        offset = (other.buffer.address - start) % self.pitch
+        return offset < self.width or self.pitch - offset < other.width
 
 
 class Job(ABC):
@@ -200,7 +218,8 @@ class Job(ABC):
         """Everything that the job writes."""
         epilogue, found = self.epilogue, []
         if self.results != NOWHERE:
-            found.append(Access("results", self.results, (self.tokens - 1) * self.pitch + result_pitch(self.columns)))
+            size = (self.tokens - 1) * self.pitch + result_pitch(self.columns)
+            found.append(Access("results", self.results, size, self.pitch, FLOAT_BYTES * self.columns))
         if epilogue.second:
             found.append(self._rows("second output", epilogue.second.results, self.columns))
         if epilogue.pieces:
@@ -209,7 +228,8 @@ class Job(ABC):
         return found
 
     def _rows(self, what: str, rows: Rows, columns: int) -> Access:
-        return Access(what, rows.buffer, (self.tokens - 1) * rows.pitch + FLOAT_BYTES * columns)
+        width = FLOAT_BYTES * columns
+        return Access(what, rows.buffer, (self.tokens - 1) * rows.pitch + width, rows.pitch, width)
 
     def _epilogue_fields(self) -> dict[str, int]:
         quiet = int(self.results == NOWHERE)
@@ -359,7 +379,7 @@ def _check_job(config: AcceleratorConfig, job: Job) -> None:
         raise DeviceError(f"layer {job.name} is packed for other hardware (config {digest})")
     if not 1 <= job.tokens <= config.max_tokens:
         raise DeviceError(f"layer {job.name}: M is 1 to max_tokens ({config.max_tokens}), not {job.tokens}")
-    for what, buffer, size in (*job.reads(), *job.writes()):
+    for what, buffer, size, *_ in (*job.reads(), *job.writes()):
         if buffer.size < size:
             raise DeviceError(f"layer {job.name}: its {what} take {size:,} bytes, the buffer has {buffer.size:,}")
     if isinstance(job, LinearJob) and job.epilogue == NO_EPILOGUE:

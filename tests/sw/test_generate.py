@@ -126,6 +126,17 @@ def test_greedy(device, model, capsys):
         assert decode["cycles"] == 0
 
 
+@pytest.mark.parametrize("options", [[], ["--temperature", 1, "--top-p", 0.01]], ids=["greedy", "drawn"])
+def test_programs(options, model, capsys, monkeypatch):
+    """A model that runs as programs gives onnxruntime's tokens."""
+    wanted = run(capsys, model, "--max-new-tokens", 12, *options)["ids"]
+    monkeypatch.setattr(decoder_setup, "Decoder", None)
+    arguments = ["--device", "reference", "--operators", "decoder", "--tile", 8, "--max-new-tokens", 12, *options]
+    values = run(capsys, model, *arguments)
+    assert values["config"]["operators"] == "decoder"
+    assert values["ids"] == wanted
+
+
 def test_blocks(model, capsys):
     """The text is the same for every max_tokens of the hardware."""
     expected = run(capsys, model, "--max-new-tokens", 5)["ids"]
