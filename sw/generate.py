@@ -5,7 +5,8 @@
 
 The text streams to stdout, and a table of cycles and tokens/s follows (see sw.console.generate_report); --json prints
 one document instead of both. The devices' results are equal bit for bit, so the text does not depend on the device.
-``--device onnxruntime`` runs the same graph without the accelerator's arithmetic, for comparison.
+``--device onnxruntime`` runs the same graph without the accelerator's arithmetic, for comparison. With
+``--operators decoder`` everything but embedding and attention runs on the device, if the model's graph allows it.
 """
 
 import io
@@ -24,7 +25,7 @@ from sw.common.text_files import read_text
 from sw.console.generate_report import Answer, Phase, Report, print_table
 from sw.console.options import MODEL_HELP, add_device_options, add_hardware_options, chosen_devices
 from sw.console.output import print_json
-from sw.runtime import BaseDecoder
+from sw.runtime import BaseDecoder, ProgramDecoder
 from sw.runtime.hardware import ONNXRUNTIME
 from sw.runtime.setup import decoder_config, open_decoder, read_model
 from sw.text.folder import TextFolder
@@ -166,6 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             device=options.device,
             memory=devices.shown_memory,
             config=config,
+            programs=isinstance(decoder, ProgramDecoder),
             prompt=prompt,
             system=options.system,
             context=context,
