@@ -31,17 +31,24 @@ from tests.sw.runtime.test_decoder import DATA, IDS, changed, in_blocks, relativ
 CONTEXT = 32
 SIZES = (8, 1, 1, 5, 8, 1)
 ENDS = np.cumsum(SIZES) - 1
-GRAPHS = {"plain": {}, "mixed": MIXED}
+GRAPHS = {
+    "plain": {},
+    "mixed": {"formats": MIXED},
+    "padded": {"formats": {"down_proj": (4, 128)}, "intermediate": 1120},
+}
 
 
 def hardware(**changes) -> AcceleratorConfig:
-    return make_config(**{"operators": "decoder", "tile": 8, "max_tokens": 8, "max_k": 1024, **changes})
+    return make_config(**{"operators": "decoder", "tile": 8, "max_tokens": 8, "max_k": 2048, **changes})
 
 
 @pytest.fixture(scope="module", params=GRAPHS)
 def model(request, tmp_path_factory):
-    """Two blocks with QKV biases and a tied int8 head; mixed: with layers of 2, 4 and 8 bits."""
-    return write_random(tmp_path_factory.mktemp(request.param), GRAPHS[request.param])
+    """Two blocks with QKV biases and a tied int8 head.
+
+    mixed: with layers of 2, 4 and 8 bits. padded: down has whole groups of 128 with padding.
+    """
+    return write_random(tmp_path_factory.mktemp(request.param), **GRAPHS[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +310,7 @@ def test_fallback(plain, tmp_path):
 
 
 def test_memory_of_an_attempt_is_free_again(tmp_path):
-    path = write_random(tmp_path, {"up_proj": (8, 32)})
+    path = write_random(tmp_path, {"1.up_proj": (8, 32)})
     places = []
     for kind in ("decoder", "linear"):
         with open_device("reference", hardware(operators=kind)) as device:
