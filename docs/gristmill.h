@@ -38,20 +38,24 @@ extern "C" {
 /* write 1 to act: commands */
 #define GRISTMILL_REG_CONTROL 0x010u
 #define GRISTMILL_CONTROL_PUSH_SHIFT 0
-#define GRISTMILL_CONTROL_PUSH_MASK 0x00000001u /* queue the descriptor in the window; ignored while the queue is full or resetting */
+#define GRISTMILL_CONTROL_PUSH_MASK 0x00000001u /* queue the descriptor in the window; ignored while the queue is full, fetching or resetting */
 #define GRISTMILL_CONTROL_RESET_SHIFT 1
 #define GRISTMILL_CONTROL_RESET_MASK 0x00000002u /* stop, wait until memory has answered all requests, then clear everything but this port's settings */
 #define GRISTMILL_CONTROL_CLEAR_COUNTERS_SHIFT 2
 #define GRISTMILL_CONTROL_CLEAR_COUNTERS_MASK 0x00000004u /* set all counters but cycles to 0 */
+#define GRISTMILL_CONTROL_START_SHIFT 3
+#define GRISTMILL_CONTROL_START_MASK 0x00000008u /* fetch and run the program; ignored while fetching or resetting, and if its length is 0; only with operators decoder */
 
 /* read: state of the accelerator */
 #define GRISTMILL_REG_STATUS 0x014u
 #define GRISTMILL_STATUS_RUNNING_SHIFT 0
-#define GRISTMILL_STATUS_RUNNING_MASK 0x00000001u /* descriptors are queued or in flight */
+#define GRISTMILL_STATUS_RUNNING_MASK 0x00000001u /* descriptors are queued or in flight, or a program is fetched */
 #define GRISTMILL_STATUS_RESETTING_SHIFT 1
 #define GRISTMILL_STATUS_RESETTING_MASK 0x00000002u /* a reset waits until memory has answered all requests */
 #define GRISTMILL_STATUS_ERROR_SHIFT 2
 #define GRISTMILL_STATUS_ERROR_MASK 0x00000004u /* stopped; see error_code */
+#define GRISTMILL_STATUS_FETCHING_SHIFT 3
+#define GRISTMILL_STATUS_FETCHING_MASK 0x00000008u /* not all descriptors of the program are in the queue yet; only with operators decoder */
 #define GRISTMILL_STATUS_QUEUED_SHIFT 8
 #define GRISTMILL_STATUS_QUEUED_MASK 0x0000ff00u /* descriptors in the queue */
 
@@ -101,7 +105,7 @@ extern "C" {
 /* read, 64 bits, low word first: free-running cycle counter; only the reset pin clears it */
 #define GRISTMILL_REG_CYCLES 0x040u
 
-/* read, 64 bits, low word first: cycles with a descriptor queued or in flight */
+/* read, 64 bits, low word first: cycles in which status.running was 1 */
 #define GRISTMILL_REG_BUSY 0x048u
 
 /* read, 64 bits, low word first: beats of the weight stream that the core took */
@@ -120,6 +124,19 @@ extern "C" {
 #define GRISTMILL_REG_DESCRIPTOR 0x080u
 #define GRISTMILL_DESCRIPTOR_WORDS 16u
 
+/* read, write, 64 bits, low word first: address of the program, a multiple of 128; only with operators decoder */
+#define GRISTMILL_REG_PROGRAM_ADDRESS 0x0c0u
+
+/* read, write: length of the program; only with operators decoder */
+#define GRISTMILL_REG_PROGRAM_LENGTH 0x0c8u
+#define GRISTMILL_PROGRAM_LENGTH_DESCRIPTORS_SHIFT 0
+#define GRISTMILL_PROGRAM_LENGTH_DESCRIPTORS_MASK 0x00ffffffu /* number of its descriptors */
+
+/* read: after an error: the descriptor that failed, or the last one that was begun; only with operators decoder */
+#define GRISTMILL_REG_FAILED 0x0ccu
+#define GRISTMILL_FAILED_INDEX_SHIFT 0
+#define GRISTMILL_FAILED_INDEX_MASK 0x00ffffffu /* counted from its program's start or the reset, modulo 2^24 */
+
 /* read, 32 words: entry c modulo 32: low word of cycles when descriptor c was complete */
 #define GRISTMILL_REG_COMPLETION_CYCLES 0x100u
 #define GRISTMILL_COMPLETION_CYCLES_WORDS 32u
@@ -136,6 +153,7 @@ enum gristmill_error {
     GRISTMILL_ERROR_READ_TIMEOUT = 7, /* memory did not answer a read in time */
     GRISTMILL_ERROR_WRITE_TIMEOUT = 8, /* memory did not answer a write in time */
     GRISTMILL_ERROR_UNDERRUN = 9, /* the core read a scale before it was available: an error of the hardware */
+    GRISTMILL_ERROR_PROGRAM = 10, /* a program's address is too high, or not a multiple of its alignment */
 };
 
 /* Descriptors. A field holds a raw value: for an address or a pitch the number of bytes divided by the unit.

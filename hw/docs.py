@@ -30,6 +30,7 @@ from hw.spec.control.descriptor import (
     Descriptor,
     DescriptorField,
 )
+from hw.spec.control.program import DESCRIPTOR_BYTES, PROGRAM_ALIGNMENT
 from hw.spec.control.registers import ERROR_TEXTS, REGISTERS, WINDOW_BYTES, Access, Register
 from hw.spec.memory.geometry import LayerLayout
 from hw.spec.numerics.vector import PIECE
@@ -68,9 +69,10 @@ def _reset(register: Register) -> str:
 def _register_rows() -> Iterator[tuple[str, ...]]:
     for register in REGISTERS:
         size = f", {register.words} words" if register.words > 1 else ", 64 bits" if register.wide else ""
-        yield _offsets(register), f"**{register.name}**{size}", register.access.value, _reset(register), register.text
+        name = f"**{register.name}**{size}"
+        yield _offsets(register), name, register.access.value, _reset(register), register.description
         for field in register.fields:
-            yield _bits(field.low, field.width), field.name, "", "", field.text
+            yield _bits(field.low, field.width), field.name, "", "", field.description
 
 
 def register_table() -> str:
@@ -199,6 +201,7 @@ def page() -> str:
         "bank_span": f"{BANK_SPAN:,}",
         "control_address_bits": CONTROL_ADDRESS_BITS,
         "data_alignment": DATA_ALIGNMENT,
+        "descriptor_bytes": DESCRIPTOR_BYTES,
         "descriptor_words": DESCRIPTOR_WORDS,
         "identification": f"{registers.IDENTIFICATION:#x}",
         "version": registers.VERSION,
@@ -206,6 +209,7 @@ def page() -> str:
         "max_head": MAX_HEAD,
         "max_n": f"{MAX_N:,}",
         "piece": PIECE,
+        "program_alignment": PROGRAM_ALIGNMENT,
         "queue_depth": registers.QUEUE_DEPTH,
         "completions": registers.COMPLETIONS,
         "timeout": f"{registers.DEFAULT_TIMEOUT:,}",

@@ -123,7 +123,7 @@ BENCHES: list[Bench] = [
     _bench("operand_fetch", _SMALL),
     _bench("table_fetch_8", _TILE_16, tb="operand_fetch", lanes=8, periodic=True),
     _bench("write_manager", _SMALL),
-    _bench("register_bank", _SMALL),
+    _bench("register_bank", _SMALL_DECODER),
     _bench("program_fetch", _SMALL),
     *(_bench(block, _SMALL) for block in ("float_adder", "float_multiplier", "reciprocal", "exp", "sigma", "silu")),
     *(
@@ -148,18 +148,20 @@ BENCHES: list[Bench] = [
     _bench("first_error", _SMALL),
     _bench("watchdog", _TWO_PORTS),
     *(_bench("selftest", params) for params in (_ULX3S, _ULX3S_8)),
-    _bench("accelerator", _SMALL_DECODER, tb="decoder"),
+    *(_bench("accelerator", _SMALL_DECODER, tb=tb) for tb in ("decoder", "program")),
     *(_bench("accelerator", params) for params in (_TWO_PORTS, _TILE_16)),
     _bench("accelerator", _TWO_PORTS, tb="accelerator_faults"),
     _bench("accelerator", _SMALL, full=True),
     _bench("accelerator", _SMALL, tb="accelerator_faults", full=True),
     _bench("program_fetch", _TILE_16, full=True),
+    _bench("register_bank", _SMALL, full=True),
     *(_bench("descriptor_check", params, full=True, long=True) for params in (_NARROW, _TILE_16, _DECODER)),
     *(_bench("epilogue", dict(_SMALL_DECODER, lanes=lanes), full=True) for lanes in (1, 2)),
     _bench("epilogue", dict(_DECODER, lanes=8), full=True),
     *(
-        _bench("accelerator", params, tb="decoder", full=True, long=True)
+        _bench("accelerator", params, tb=tb, full=True, long=True)
         for params in (dict(_SMALL_DECODER, lanes=4), dict(_TWO_PORTS_DECODER, lanes=8), dict(_DECODER, lanes=2))
+        for tb in ("decoder", "program")
     ),
     _bench("core", _TILE_32, tb="core_speed", full=True),
     *(_bench("read_manager", params, full=True) for params in (_NARROW, _TILE_16)),

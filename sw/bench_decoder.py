@@ -62,7 +62,8 @@ class InstantPlatform:
         self.memory = Arena(anonymous_memory(MEMORY_BYTES))
         self.seconds = 0.0
         self._control, self._completed = offset("control"), offset("completed")
-        self._push = mask("control", "push")
+        self._length = offset("program_length")
+        self._push, self._start = mask("control", "push"), mask("control", "start")
         fields = BY_NAME["capabilities"].field
         capabilities = sum(value << fields(name).low for name, value in CAPABILITIES.items())
         self._values = dict.fromkeys(range(0, WINDOW_BYTES, 4), 0) | {
@@ -81,6 +82,8 @@ class InstantPlatform:
         self._values[offset] = value
         if offset == self._control and value & self._push:
             self._values[self._completed] += 1
+        if offset == self._control and value & self._start:
+            self._values[self._completed] += self._values[self._length]
 
     def write_registers(self, offsets_and_values: Mapping[int, int]) -> None:
         """See Platform."""

@@ -97,7 +97,7 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "table_fetch": lambda config: OperandFetch(config.port_width, config.max_tokens, lanes=2, periodic=True),
     "table_fetch_8": lambda config: OperandFetch(config.port_width, config.max_tokens, lanes=8, periodic=True),
     "program_fetch": lambda config: ProgramFetch(config.port_width),
-    "register_bank": lambda config: RegisterBank(),
+    "register_bank": RegisterBank,
     "activation_fetch": ActivationFetch,
     "descriptor_check": DescriptorCheck,
     "first_error": lambda config: FirstError(),

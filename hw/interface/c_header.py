@@ -67,13 +67,13 @@ def _register(register: Register) -> Iterator[str]:
     name = register.name.upper()
     access = "write 1 to act" if register.access is Access.COMMAND else register.access.value
     size = ", 64 bits, low word first" if register.wide else f", {register.words} words" if register.words > 1 else ""
-    yield f"/* {access}{size}: {register.text} */"
+    yield f"/* {access}{size}: {register.description} */"
     yield _define(f"REG_{name}", f"{register.offset:#05x}u")
     if register.words > 1:
         yield _define(f"{name}_WORDS", f"{register.words}u")
     for field in register.fields:
         yield _define(f"{name}_{field.name.upper()}_SHIFT", f"{field.low}")
-        yield _define(f"{name}_{field.name.upper()}_MASK", f"{field.mask:#010x}u", field.text)
+        yield _define(f"{name}_{field.name.upper()}_MASK", f"{field.mask:#010x}u", field.description)
 
 
 def _errors() -> Iterator[str]:

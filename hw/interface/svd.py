@@ -63,7 +63,7 @@ def _words(register: Register) -> Iterator[Register]:
 
 def _add_field(parent: ET.Element, field: Field, choices: tuple[_Choice, ...]) -> None:
     element = ET.SubElement(parent, "field")
-    _add(element, name=field.name, description=field.text, bitOffset=field.low, bitWidth=field.width)
+    _add(element, name=field.name, description=field.description, bitOffset=field.low, bitWidth=field.width)
     if choices:
         values = ET.SubElement(element, "enumeratedValues")
         for choice in choices:
@@ -81,7 +81,7 @@ def _add_register(parent: ET.Element, register: Register) -> None:
     _add(
         element,
         name=name,
-        description=register.text,
+        description=register.description,
         addressOffset=f"{register.offset:#05x}",
         access=_ACCESS[register.access],
         resetValue=f"{register.reset:#x}",

@@ -61,7 +61,7 @@ class Accelerator(Block):
         m = Module()
         # The datapath has a reset of its own, which does not affect the registers.
         m.domains.datapath = ClockDomain()
-        m.submodules.bank = bank = RegisterBank()
+        m.submodules.bank = bank = RegisterBank(self.config)
         datapath = Datapath(self.config)
         m.submodules.datapath = DomainRenamer("datapath")(datapath)
         m.submodules.supervisor = supervisor = Supervisor(datapath.most_in_flight)
@@ -74,16 +74,33 @@ class Accelerator(Block):
         m.d.comb += [
             supervisor.reset.eq(bank.control.reset),
             supervisor.quiet.eq(datapath.quiet),
-            supervisor.accepted.eq(datapath.descriptors.valid & datapath.descriptors.ready),
+            supervisor.accepted.eq(datapath.accepted),
             supervisor.complete.eq(datapath.complete),
             datapath.halt.eq(supervisor.halt),
             datapath.descriptors.payload.eq(bank.descriptor),
             datapath.descriptors.valid.eq(bank.control.push & ~supervisor.resetting),
         ]
         error = self._find_faults(m, bank, datapath, supervisor)
+        if self.config.has_programs:
+            self._run_programs(m, bank, datapath, supervisor, error)
         self._count(m, bank, datapath, supervisor)
         self._report(m, bank, datapath, supervisor, error)
         return m
+
+    def _run_programs(
+        self, m: Module, bank: RegisterBank, datapath: Datapath, supervisor: Supervisor, error: FirstError
+    ) -> None:
+        """Connects the registers for programs."""
+        m.d.comb += [
+            datapath.start.eq(bank.control.start & ~supervisor.resetting),
+            datapath.address.eq(bank.program_address),
+            datapath.length.eq(bank.program_length.descriptors),
+            supervisor.fetching.eq(datapath.fetching),
+            bank.status.fetching.eq(datapath.fetching),
+            error.begun.eq(datapath.begun),
+            error.loading.eq(datapath.loading),
+            bank.failed.index.eq(error.failed),
+        ]
 
     def _find_faults(self, m: Module, bank: RegisterBank, datapath: Datapath, supervisor: Supervisor) -> FirstError:
         """Every error, with its address if it has one."""

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The datapath: everything between the descriptor queue and the memory ports."""
 
-from amaranth.hdl import Cat, Module, Signal, unsigned
+from amaranth.hdl import Cat, Module, Signal
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from hw.rtl.common.block import Block
-from hw.rtl.common.fifo import StreamFifo
 from hw.rtl.control.descriptor_check import DESCRIPTOR_BITS, ERROR_BITS, DescriptorCheck
+from hw.rtl.control.descriptor_queue import DescriptorQueue
 from hw.rtl.control.dispatcher import Dispatcher
 from hw.rtl.control.faults import fault_layout
 from hw.rtl.control.performance import event_layout
@@ -23,6 +23,7 @@ from hw.rtl.memory.write_manager import WriteClient, WriteManager
 from hw.rtl.result_path import ResultPath
 from hw.rtl.vector.layouts import Operand
 from hw.spec.config import AcceleratorConfig
+from hw.spec.control.program import LENGTH_BITS
 from hw.spec.control.registers import QUEUE_DEPTH, ErrorCode
 from hw.spec.memory.access import OUTSTANDING, WEIGHT_BURSTS_AHEAD, WEIGHT_BURSTS_UNHURRIED
 
@@ -32,7 +33,8 @@ class Datapath(Block):
 
     Members
     -------
-    descriptors : descriptors to execute
+    descriptors : descriptors to execute, from the window
+    accepted : a descriptor enters the queue
     reads : the read halves of the memory ports
     write : the write half of the first memory port
     halt : move no data, except to finish bus transfers under way
@@ -47,6 +49,13 @@ class Datapath(Block):
     events : events for the counters, without ``busy``: a beat of weights entered the core, or nothing moved, with the
         cause
     reads_owed, write_owed : bursts under way of each read port and of the write port
+
+    and in hardware that runs programs
+
+    start, address, length : fetch and execute a program
+    fetching : not all of its descriptors are in the queue
+    begun, loading : index of the last descriptor that has left the queue, and of the layer in the activation unit; see
+        :class:`hw.rtl.control.descriptor_queue.DescriptorQueue`
     """
 
     container = True
@@ -57,9 +66,20 @@ class Datapath(Block):
 
     def __init__(self, config: AcceleratorConfig):
         self.config, self.path = config, ResultPath(config)
+        programs = {}
+        if config.has_programs:
+            programs = {
+                "start": In(1),
+                "address": In(64),
+                "length": In(LENGTH_BITS),
+                "fetching": Out(1),
+                "begun": Out(LENGTH_BITS),
+                "loading": Out(LENGTH_BITS),
+            }
         super().__init__(
             {
                 "descriptors": In(stream.Signature(DESCRIPTOR_BITS)),
+                "accepted": Out(1),
                 "reads": Out(read_signature(config.port_width)).array(config.ports),
                 "write": Out(write_signature(config.port_width)),
                 "halt": In(1),
@@ -72,19 +92,20 @@ class Datapath(Block):
                 "events": Out(event_layout()),
                 "reads_owed": Out(owed_layout(OUTSTANDING)).array(config.ports),
                 "write_owed": Out(owed_layout(OUTSTANDING)),
+                **programs,
             }
         )
 
     def elaborate(self, platform) -> Module:
         m = Module()
         config = self.config
-        m.submodules.queue = queue = StreamFifo(unsigned(DESCRIPTOR_BITS), QUEUE_DEPTH)
+        m.submodules.queue = queue = DescriptorQueue(config)
         m.submodules.check = check = DescriptorCheck(config)
         m.submodules.dispatcher = dispatcher = Dispatcher(config)
         m.submodules.unit = unit = ActivationUnit(config)
         m.submodules.core = core = Core(config)
-        wiring.connect(m, wiring.flipped(self.descriptors), queue.i)
-        wiring.connect(m, queue.o, check.descriptors)
+        wiring.connect(m, wiring.flipped(self.descriptors), queue.window)
+        wiring.connect(m, queue.descriptors, check.descriptors)
         wiring.connect(m, check.work, dispatcher.work)
         wiring.connect(m, dispatcher.core, core.command)
         wiring.connect(m, unit.slices, core.activations)
@@ -98,8 +119,11 @@ class Datapath(Block):
         activations_address = Signal(ADDRESS_BITS)
         with m.If(layer.valid & layer.ready & ~layer.payload.command.reuse):
             m.d.sync += activations_address.eq(layer.payload.address)
+            if config.has_programs:
+                m.d.sync += self.loading.eq(layer.payload.index)
         owed = (*self.reads_owed, self.write_owed)
         m.d.comb += [
+            self.accepted.eq(queue.accepted),
             self.queued.eq(queue.level),
             self.refused.eq(check.error),
             self.faults[ErrorCode.NON_FINITE].raised.eq(unit.non_finite),
@@ -108,12 +132,28 @@ class Datapath(Block):
             *(self.faults[code].address.eq(activations_address) for code in (ErrorCode.NON_FINITE, ErrorCode.EXPONENT)),
             self.quiet.eq(~Cat(port.bursts != 0 for port in owed).any()),
         ]
-        self._read(m, dispatcher, unit, core)
+        if config.has_programs:
+            self._programs(m, queue, check)
+        self._read(m, queue, dispatcher, unit, core)
         self._write(m, dispatcher, core)
         self._watch(m, core)
         return m
 
-    def _read(self, m: Module, dispatcher: Dispatcher, unit: ActivationUnit, core: Core) -> None:
+    def _programs(self, m: Module, queue: DescriptorQueue, check: DescriptorCheck) -> None:
+        m.d.comb += [
+            queue.start.eq(self.start),
+            queue.address.eq(self.address),
+            queue.length.eq(self.length),
+            queue.halt.eq(self.halt),
+            self.fetching.eq(queue.fetching),
+            self.begun.eq(queue.begun),
+            check.index.eq(queue.begun),
+            self.faults[ErrorCode.PROGRAM].raised.eq(queue.refused),
+        ]
+
+    def _read(
+        self, m: Module, queue: DescriptorQueue, dispatcher: Dispatcher, unit: ActivationUnit, core: Core
+    ) -> None:
         """Connects the fetch units: activations come from all ports in turn, weights from all ports in step."""
         config = self.config
         m.submodules.activation_fetch = activations = ActivationFetch(config)
@@ -137,6 +177,8 @@ class Datapath(Block):
             clients = [(fetch.bursts[port], fetch.port_beats[port]) for fetch in (activations, weights)]
             operands = operands_of(config, port)
             clients[1:1] = [(self.path.bursts[operand], self.path.beats[operand]) for operand in operands]
+            if config.has_programs and port == 0:
+                clients.insert(-1, (queue.bursts, queue.beats))
             depths = read_fifo_depths(config, port)
             m.submodules[f"reader_{port}"] = reader = ReadManager(config.port_width, depths, OUTSTANDING)
             wiring.connect(m, reader.axi, wiring.flipped(self.reads[port]))

@@ -155,6 +155,11 @@ class AcceleratorConfig:
         """Whether the hardware has the operators between linear layers: the epilogues, and the opcode VECTOR."""
         return self.operators == "decoder"
 
+    @property
+    def has_programs(self) -> bool:
+        """Whether the hardware fetches programs from memory. Hardware without it takes descriptors one by one."""
+        return self.has_vector_unit
+
     # Formats
 
     @property

@@ -272,6 +272,13 @@ class AcceleratorDriver:
                 self._window[index] = word
         await self.set("control", "push")
 
+    async def start_program(self, address: int, length: int) -> None:
+        """Write the registers of a program, and start it."""
+        for word in range(2):
+            await self.set("program_address", address >> 32 * word & 0xFFFF_FFFF, word)
+        await self.set("program_length", length)
+        await self.set("control", "start")
+
     async def reset(self) -> None:
         """Reset by the register, and check that nothing remains."""
         await self.set("control", "reset")
@@ -283,13 +290,14 @@ class AcceleratorDriver:
             if not await self.field("status", "resetting"):
                 break
         assert all(monitor.quiet for monitor in self.monitors), "the reset ended while a bus transfer was under way"
-        for name in ("status", "completed", "error_code", "error_address", "interrupt_pending"):
+        names = ("status", "completed", "error_code", "error_address", "interrupt_pending")
+        for name in (*names, *(("failed",) if self.config.has_programs else ())):
             assert await self.get(name) == 0, f"{name} is not 0 after a reset"
         for name in ("reads_under_way", "writes_under_way"):
             assert await self.get(name) == 0, f"{name} is not 0 after a reset"
 
-    async def failed(self, code: ErrorCode, address: int | None = None) -> None:
-        """Wait for an error, and check its code, and its address if it is known."""
+    async def failed(self, code: ErrorCode, address: int | None = None, index: int | None = None) -> None:
+        """Wait for an error, and check its code, and its address and the descriptor's index if they are known."""
         await self.set("interrupt_enable", "error")
         await until(self.dut.clk, lambda: read(self.dut.irq) == 1, f"error {code.name}", 200_000)
         found = ErrorCode(await self.get("error_code"))
@@ -297,6 +305,9 @@ class AcceleratorDriver:
         assert await self.field("status", "error")
         place = await self.get("error_address")
         assert address in (None, place), f"error address {place:#x}, not {address:#x}"
+        if index is not None:
+            found_index = await self.get("failed")
+            assert found_index == index, f"descriptor {found_index} failed, not {index}"
 
     # Layers
 
@@ -341,18 +352,18 @@ class AcceleratorDriver:
             pitch = descriptor.result_pitch + DATA_ALIGNMENT * int(random.integers(0, 4))
             descriptor = replace(descriptor, weights_stride=int(random.choice(strides)), result_pitch=pitch)
         ports = stripe(self.config, pack(layer, job.weights))
-        weights = self._take((len(ports) - 1) * descriptor.weights_stride + len(ports[0]), WEIGHT_ALIGNMENT)
+        weights = self.take((len(ports) - 1) * descriptor.weights_stride + len(ports[0]), WEIGHT_ALIGNMENT)
         for port, data in enumerate(ports):
             self.write(weights + port * descriptor.weights_stride, np.asarray(data).tobytes())
         if reads is not None:
             address = reads.descriptor.results
         elif reuse is None:
-            address = self._take(x.nbytes, BURST_BOUNDARY if aligned else 0)
+            address = self.take(x.nbytes, BURST_BOUNDARY if aligned else 0)
             self.write(address, x.tobytes())
         else:
             # This address is not read.
             address = self.base + DATA_ALIGNMENT * int(random.integers(0, MEMORY // DATA_ALIGNMENT))
-        results = self._take(tokens * descriptor.result_pitch, BURST_BOUNDARY if aligned else 0)
+        results = self.take(tokens * descriptor.result_pitch, BURST_BOUNDARY if aligned else 0)
         return Work(job, x, replace(descriptor, activations=address, weights=weights, results=results))
 
     def feeds(self, work: Work) -> bool:
@@ -367,7 +378,7 @@ class AcceleratorDriver:
             return False
         return True
 
-    def _take(self, size: int, alignment: int) -> int:
+    def take(self, size: int, alignment: int = 0) -> int:
         """Free memory with guard bytes around it; alignment 0: shortly before a 4 KiB boundary."""
         page = -(-(self._free + DATA_ALIGNMENT) // BURST_BOUNDARY) * BURST_BOUNDARY
         skip = 0 if alignment else BURST_BOUNDARY - DATA_ALIGNMENT * int(self._random.integers(1, 20))

@@ -62,13 +62,11 @@ class PreparedBatch:
     jobs: the batch's jobs, in order.
     device: the device that prepared it.
     frees: number of buffers that had been freed on this device at that time.
-    code: data that the device computed from the jobs in advance.
     """
 
     jobs: tuple[Job, ...]
     device: "Device"
     frees: int
-    code: Any
 
 
 class Device(Protocol):

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,15 @@ from hw.spec.config import AcceleratorConfig
 from sw.devices.arena import Arena
 from sw.devices.base import Buffer, Completion, DeviceError, Job, PreparedBatch
 from sw.devices.jobs import check_jobs
+
+Code = TypeVar("Code")
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared(PreparedBatch, Generic[Code]):
+    """A prepared batch. code: data that the device computed from the jobs in advance."""
+
+    code: Code
 
 
 @dataclass(eq=False)
@@ -35,7 +44,7 @@ class _Running:
     failure: BaseException | None = None
 
 
-class BatchDevice(ABC):
+class BatchDevice(ABC, Generic[Code]):
     """Memory, checks, tickets and timeouts. A subclass computes, in `run`. Implements sw.devices.base.Device."""
 
     name: str
@@ -56,14 +65,17 @@ class BatchDevice(ABC):
         """See Device."""
 
     @abstractmethod
-    def run(self, batch: PreparedBatch) -> Iterator[Completion | None]:
+    def run(self, batch: Prepared[Code]) -> Iterator[Completion | None]:
         """Computes the jobs of a batch in order. Yields a job's completion when its results are in memory. Also yields
         None, first directly after the start and then a few times a second. If the device is closed, it is not resumed.
         """
 
-    def encode(self, jobs: Sequence[Job]) -> Any:
-        """Data that a device computes from a batch in advance: `PreparedBatch.code`."""
-        return None
+    @abstractmethod
+    def encode(self, jobs: Sequence[Job], often: bool) -> Code:
+        """Data that the device computes from a batch in advance: `Prepared.code`.
+
+        often: the batch was prepared, so it may be submitted several times.
+        """
 
     def alloc(self, size: int) -> Buffer:
         """See Device."""
@@ -97,22 +109,20 @@ class BatchDevice(ABC):
             raise DeviceError(f"{size:,} bytes cannot be read from a buffer of {buffer.size:,}")
         return self.memory.view(buffer)[:size].copy().view(dtype).reshape(shape)
 
-    def prepare(self, jobs: Sequence[Job]) -> PreparedBatch:
+    def prepare(self, jobs: Sequence[Job]) -> Prepared[Code]:
         """See Device."""
-        self._check_open()
-        check_jobs(self.config, jobs)
-        self._check_buffers(jobs)
-        return PreparedBatch(tuple(jobs), self, self._frees, self.encode(jobs))
+        return self._prepare(jobs, often=True)
 
     def submit(self, batch: Sequence[Job] | PreparedBatch) -> int:
         """See Device."""
         self._check_open()
         if not isinstance(batch, PreparedBatch):
-            batch = self.prepare(batch)
+            batch = self._prepare(batch, often=False)
         elif batch.device is not self:
             raise DeviceError(f"the batch from layer {batch.jobs[0].name} was prepared for another device")
         elif batch.frees != self._frees:
             self._check_buffers(batch.jobs)
+        assert isinstance(batch, Prepared), "this device has prepared it"
         running = _Running(next(self._tickets), batch.jobs, self.run(batch))
         self._batches[running.ticket] = running
         self._queue.append(running)
@@ -161,6 +171,12 @@ class BatchDevice(ABC):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _prepare(self, jobs: Sequence[Job], often: bool) -> Prepared[Code]:
+        self._check_open()
+        check_jobs(self.config, jobs)
+        self._check_buffers(jobs)
+        return Prepared(tuple(jobs), self, self._frees, self.encode(jobs, often))
 
     def _step(self, batch: _Running) -> None:
         """Drives the first batch of the queue until it yields None or is done. The caller holds the lock."""

@@ -5,21 +5,37 @@ from collections.abc import Iterator, Sequence
 
 from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.control.descriptor import DESCRIPTOR_WORDS, Descriptor, VectorDescriptor
+from hw.spec.control.program import DESCRIPTOR_BYTES, LENGTH_BITS, program_image
 from hw.spec.control.refusal import refusal
-from hw.spec.control.registers import ERROR_TEXTS, EVENTS, IDENTIFICATION, VERSION, ErrorCode, config_digest, offset
-from sw.devices.base import Buffer, Completion, DeviceError, Job, PreparedBatch
-from sw.devices.batches import BatchDevice
+from hw.spec.control.registers import (
+    ERROR_TEXTS,
+    EVENTS,
+    IDENTIFICATION,
+    ONE_DESCRIPTOR,
+    VERSION,
+    ErrorCode,
+    config_digest,
+    offset,
+)
+from sw.devices.base import Buffer, Completion, DeviceError, Job
+from sw.devices.batches import BatchDevice, Prepared
 from sw.devices.platform import Platform, Registers, mask
+from sw.devices.programs import Code, Programs
 
 PATIENCE = 8
 """The driver gives up after this many times the hardware's own timeout without any progress."""
 WINDOW = [(word, offset("descriptor", word)) for word in range(DESCRIPTOR_WORDS)]
 """Index and offset of the words of a descriptor."""
 PUSH = {offset("control"): mask("control", "push")}
+START = {offset("control"): mask("control", "start")}
 
 
-class AcceleratorDevice(BatchDevice):
+class AcceleratorDevice(BatchDevice[Code]):
     """An accelerator that is accessed through a platform. Implements sw.devices.base.Device.
+
+    If the hardware runs programs, a prepared batch is a program in the device's memory: it takes a few registers to
+    start it, and one interrupt ends it. Its memory is free when the batch is deleted. All other batches are pushed, one
+    descriptor after another.
 
     Raises DeviceError if the hardware is not the accelerator of `config`.
     """
@@ -27,6 +43,8 @@ class AcceleratorDevice(BatchDevice):
     def __init__(self, config: AcceleratorConfig, platform: Platform):
         self.platform, self.registers = platform, Registers(platform)
         self._window: Sequence[int | None] = [None] * DESCRIPTOR_WORDS
+        self._program: tuple[Buffer, int] | None = None
+        self._programs = Programs()
         try:
             self._identify(config)
             self._reset()
@@ -52,21 +70,41 @@ class AcceleratorDevice(BatchDevice):
         """The performance counters, in cycles and beats, since the device was opened."""
         return {name: self.registers.read(name) for name in EVENTS}
 
-    def encode(self, jobs: Sequence[Job]) -> tuple[list[list[int]], list[int]]:
-        """See BatchDevice: the descriptors' words, and each one's beats.
+    def alloc(self, size: int) -> Buffer:
+        """See Device."""
+        self._check_open()
+        if self._programs and not self.registers.read("status") & self._busy:
+            for program in self._programs.take():
+                self.memory.free(program)
+        return super().alloc(size)
 
-        Raises DeviceError if an address is beyond what a descriptor holds, or weights are too large for it.
+    def encode(self, jobs: Sequence[Job], often: bool) -> Code:
+        """See BatchDevice.
+
+        Raises DeviceError if an address is beyond what a descriptor holds, or weights are too large for it, or memory
+        has no room for the program.
         """
-        # One interrupt for a batch. A batch that is longer than the queue needs one for each job, because its last
-        # descriptor is pushed only after earlier ones are complete.
-        often, last = len(jobs) > self._capabilities["queue_depth"], len(jobs) - 1
-        words = [_words(job, often or index == last) for index, job in enumerate(jobs)]
-        return words, [job.beats for job in jobs]
+        stored = often and self.config.has_programs
+        # One interrupt for a batch. A batch that is pushed and is longer than the queue needs one for each job, because
+        # its last descriptor is pushed only after earlier ones are complete.
+        each, last = not stored and len(jobs) > self._capabilities["queue_depth"], len(jobs) - 1
+        words = [_words(job, each or index == last) for index, job in enumerate(jobs)]
+        code = self.make_code(jobs, words)
+        if stored:
+            image = program_image(words)
+            self._programs.keep(code, self.alloc(len(image)))
+            assert code.program is not None
+            self.write(code.program, image)
+        return code
 
-    def run(self, batch: PreparedBatch) -> Iterator[Completion | None]:
+    def make_code(self, jobs: Sequence[Job], words: list[list[int]]) -> Code:
+        """The code of a batch without its program. words: of each job's descriptor."""
+        return Code(words, [job.beats for job in jobs])
+
+    def run(self, batch: Prepared[Code]) -> Iterator[Completion | None]:
         """See BatchDevice."""
         try:
-            yield from self._run(batch.jobs, *batch.code)
+            yield from self._run(batch.jobs, batch.code)
         except Exception:
             raise
         except BaseException:
@@ -74,37 +112,55 @@ class AcceleratorDevice(BatchDevice):
             self._reset()
             raise
 
-    def _run(self, jobs: Sequence[Job], descriptors: list[list[int]], beats: list[int]) -> Iterator[Completion | None]:
+    def _run(self, jobs: Sequence[Job], code: Code) -> Iterator[Completion | None]:
         registers, capabilities, clock = self.registers, self._capabilities, self.platform.clock
         if registers.read("status") & self._busy:
             # An earlier batch was abandoned and is still running, or has failed.
             self._reset()
-        base, pushed, done = self._completed, 0, 0
+        base, first, pushed, done = self._completed, self._index, 0, 0
         before, then, watch = 0, clock(), None
+        if code.program:
+            self._start(code.program, len(jobs))
+            before, first, pushed = registers.read("started"), 0, len(jobs)
         while done < len(jobs):
             while pushed < len(jobs) and pushed - done < capabilities["completions"] and self._has_room(pushed - done):
-                self._push(descriptors[pushed])
+                self._push(code.descriptors[pushed])
                 if not pushed:
                     before = registers.read("started")
                 pushed += 1
             yield None
             if self.platform.wait_interrupt():
                 registers.set("interrupt_pending", "done")
-            self._completed = registers.read("completed")
-            completed = (self._completed - base) % (1 << 32)
+            completed, cycles = self._read_completions(base, done, code)
             for index in range(done, completed):
-                cycle = registers.read("completion_cycles", (base + index) % capabilities["completions"])
-                now = clock()
-                yield Completion(jobs[index].name, (cycle - before) % (1 << 32), beats[index], now - then)
+                cycle, now = cycles.get(index, before), clock()
+                yield Completion(jobs[index].name, (cycle - before) % (1 << 32), code.beats[index], now - then)
                 before, then = cycle, now
             # Completed jobs are valid even if a later one has failed.
             if completed < len(jobs):
                 if registers.read("status") & self._error:
-                    self._fail(jobs, descriptors)
+                    self._fail(jobs, code, first, completed)
                 if completed == done:
                     watch = watch or _Watch(self)
                     watch.check(jobs[done], done)
             done = completed
+
+    def _read_completions(self, base: int, done: int, code: Code) -> tuple[int, dict[int, int]]:
+        """The number of complete jobs of a batch, and by job the cycle of its completion, from job `done` on.
+
+        base: the count of completions at the start. The hardware keeps a number of cycles: those of earlier jobs are
+        lost. Then the time of these jobs counts for the next one whose cycle is known.
+        """
+        read, kept = self.registers.read, self._capabilities["completions"]
+        self._completed = read("completed")
+        completed = (self._completed - base) % (1 << 32)
+        known = range(max(done, completed - kept), completed)
+        cycles = {index: read("completion_cycles", (base + index) % kept) for index in known}
+        if cycles and code.program and completed < len(code.descriptors):
+            # The program goes on, and may have overwritten some of them meanwhile.
+            newest = (read("completed") - base) % (1 << 32)
+            cycles = {index: cycle for index, cycle in cycles.items() if newest - index <= kept}
+        return completed, cycles
 
     def _identify(self, config: AcceleratorConfig) -> None:
         found = self.registers.read("identification")
@@ -132,35 +188,60 @@ class AcceleratorDevice(BatchDevice):
         window = self._window
         new = {offset: words[index] for index, offset in WINDOW if window[index] != words[index]}
         self._window = words
+        self._index = (self._index + 1) % (1 << LENGTH_BITS)
         self.platform.write_registers(new | PUSH)
 
-    def _fail(self, jobs: Sequence[Job], descriptors: list[list[int]]) -> None:
+    def _start(self, program: Buffer, length: int) -> None:
+        new = {}
+        if self._program != (program, length):
+            words = (program.address & 0xFFFF_FFFF, program.address >> 32)
+            new = {offset("program_address", word): value for word, value in enumerate(words)}
+            new[offset("program_length")] = length
+        self._program = program, length
+        self._index = length
+        self.platform.write_registers(new | START)
+
+    def _fail(self, jobs: Sequence[Job], code: Code, first: int, done: int) -> None:
         """Resets the accelerator for the next batch, then raises DeviceError with the reason why it stopped."""
-        code, address = self.registers.read("error_code"), self.registers.read("error_address")
+        error, address = self.registers.read("error_code"), self.registers.read("error_address")
         try:
-            text = ERROR_TEXTS[ErrorCode(code)]
+            text = ERROR_TEXTS[ErrorCode(error)]
         except ValueError:
-            text = f"error code {code}"
+            text = f"error code {error}"
         place = f" at address {address:#x}" if address else ""
-        name = self._culprit(jobs, descriptors, address)
+        if self.config.has_programs:
+            last = (self.registers.fields("failed")["index"] - first) % (1 << LENGTH_BITS)
+            name = self._failed(jobs, code, error, address, range(done, last + 1))
+        else:
+            name = self._culprit(jobs, code.descriptors, address)
         try:
             self._reset()
         except DeviceError as error:
             raise DeviceError(f"{name}: {text}{place}; {error}") from None
         raise DeviceError(f"{name}: {text}{place}")
 
-    def _culprit(self, jobs: Sequence[Job], descriptors: list[list[int]], address: int) -> str:
-        def holds(buffer: Buffer) -> bool:
-            return buffer.address <= address < buffer.address + buffer.size
+    def _failed(self, jobs: Sequence[Job], code: Code, error: int, address: int, begun: range) -> str:
+        """The layer that failed. begun: the jobs that were begun and are not complete."""
+        if error in ONE_DESCRIPTOR and begun.stop <= len(jobs):
+            return f"layer {jobs[begun.stop - 1].name}"
+        if code.program and _holds(code.program, address):
+            return f"the descriptor of layer {jobs[(address - code.program.address) // DESCRIPTOR_BYTES].name}"
+        # Buffers may be used several times in a batch.
+        for job in (*jobs[begun.start : begun.stop], *jobs):
+            if _uses(job, address):
+                return f"layer {job.name}"
+        return _one_of(jobs)
 
+    def _culprit(self, jobs: Sequence[Job], descriptors: list[list[int]], address: int) -> str:
+        """The layer that failed, as far as it can be known from hardware without the register `failed`."""
         before = None
         for job, words in zip(jobs, descriptors):
             if refusal(self.config, words, before):
                 return f"layer {job.name}"
             before = words
-            if any(holds(access.buffer) for access in (*job.reads(), *job.writes())):
+            if _uses(job, address):
                 return f"layer {job.name}"
-        return f"one of the layers from {jobs[0].name} to {jobs[-1].name}" if len(jobs) > 1 else f"layer {jobs[0].name}"
+        return _one_of(jobs)
 
     def _reset(self) -> None:
         """Resets the accelerator. Raises DeviceError if the reset does not end."""
@@ -171,6 +252,7 @@ class AcceleratorDevice(BatchDevice):
             self.platform.wait_interrupt()
         self.registers.set("interrupt_pending", "done", "error")
         self._completed = self.registers.read("completed")
+        self._index = 0
 
 
 class _Watch:
@@ -195,6 +277,18 @@ class _Watch:
             owed = f"memory owes {reads} reads and {writes} writes"
             what = f"layer {job.name}" if job else "the reset to end"
             raise DeviceError(f"nothing moved for {now - self._since:,} cycles while waiting for {what}; {owed}")
+
+
+def _holds(buffer: Buffer, address: int) -> bool:
+    return buffer.address <= address < buffer.address + buffer.size
+
+
+def _uses(job: Job, address: int) -> bool:
+    return any(_holds(access.buffer, address) for access in (*job.reads(), *job.writes()))
+
+
+def _one_of(jobs: Sequence[Job]) -> str:
+    return f"one of the layers from {jobs[0].name} to {jobs[-1].name}" if len(jobs) > 1 else f"layer {jobs[0].name}"
 
 
 def descriptor(job: Job, interrupt: bool = True) -> Descriptor | VectorDescriptor:

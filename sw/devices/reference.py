@@ -2,7 +2,7 @@
 """The numpy definition of the numerics as a device: every other device must give the same results."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -15,11 +15,11 @@ from hw.spec.ops.base import State
 from hw.spec.ops.epilogue import write_outputs
 from sw.common.arrays import slices
 from sw.devices.arena import MEMORY_BYTES, Arena, anonymous_memory
-from sw.devices.base import Buffer, Completion, DeviceError, Job, LinearJob, PreparedBatch, image_beats
-from sw.devices.batches import BatchDevice
+from sw.devices.base import Buffer, Completion, DeviceError, Job, LinearJob, image_beats
+from sw.devices.batches import BatchDevice, Prepared
 
 
-class ReferenceDevice(BatchDevice):
+class ReferenceDevice(BatchDevice[None]):
     """Unpacks weight streams from memory and computes with hw.spec.numerics. Cycles are 0, as there is no hardware.
 
     Unpacked weights are kept, about 1.2 bytes each, until their buffer is written or freed.
@@ -54,7 +54,10 @@ class ReferenceDevice(BatchDevice):
         super().write(buffer, values)
         self._unpacked.pop(buffer, None)
 
-    def run(self, batch: PreparedBatch) -> Iterator[Completion | None]:
+    def encode(self, jobs: Sequence[Job], often: bool) -> None:
+        """See BatchDevice: nothing, jobs are computed as they are."""
+
+    def run(self, batch: Prepared[None]) -> Iterator[Completion | None]:
         """See BatchDevice."""
         self._state = State()
         for job in batch.jobs:

@@ -14,6 +14,7 @@ from hw.rtl.memory.activation_fetch import max_activation_beats
 from hw.rtl.memory.burst_cutter import BEAT_COUNT_BITS
 from hw.spec.config import AcceleratorConfig
 from hw.spec.control.descriptor import DESCRIPTOR_WORDS, FIELDS, VALUE_BITS
+from hw.spec.control.program import LENGTH_BITS
 from hw.spec.control.registers import ErrorCode
 from hw.spec.ops import LINEAR, OPS, VECTOR, Op
 from hw.spec.ops.base import OPCODE_BITS
@@ -54,6 +55,7 @@ def work_layout(config: AcceleratorConfig) -> data.StructLayout:
 
     vector : the operation is VECTOR; only with a vector unit
     heads : columns of all rotated heads; only with a vector unit
+    index : the descriptor's index in its program; only in hardware that runs programs
     """
     names = ["interrupt", "wait", "activations", "results", "weights", "weights_stride", *epilogue_fields(config)]
     if config.has_vector_unit:
@@ -65,6 +67,7 @@ def work_layout(config: AcceleratorConfig) -> data.StructLayout:
             "activation_beats": unsigned(max_activation_beats(config).bit_length()),
             "weight_beats": unsigned(BEAT_COUNT_BITS),
             **({"vector": 1, "heads": HEADS_BITS} if config.has_vector_unit else {}),
+            **({"index": LENGTH_BITS} if config.has_programs else {}),
         }
     )
 
@@ -77,6 +80,8 @@ class DescriptorCheck(Block):
     descriptors : descriptors as written by software
     work : the valid ones; a payload does not change from the cycle before its ``valid`` to its transfer
     error : why the current descriptor was refused (:class:`hw.spec.control.registers.ErrorCode`)
+    index : in hardware that runs programs: the current descriptor's index, from the cycle after its transfer on; it is
+        passed on
 
     It checks one descriptor at a time, with registers after the counts, after the derived values and after the
     comparisons.
@@ -94,6 +99,7 @@ class DescriptorCheck(Block):
                 "descriptors": In(stream.Signature(DESCRIPTOR_BITS)),
                 "work": Out(stream.Signature(work_layout(config))),
                 "error": Out(ERROR_BITS),
+                **({"index": In(LENGTH_BITS)} if config.has_programs else {}),
             }
         )
 
@@ -178,11 +184,13 @@ class DescriptorCheck(Block):
         """The payload of ``work``."""
         work = self.work.payload
         m.d.comb += [
-            *(work[name].eq(values[name]) for name, _ in work.shape() if name not in ("command", "vector")),
+            *(work[name].eq(values[name]) for name, _ in work.shape() if name not in ("command", "vector", "index")),
             *(work.command[name].eq(values[name]) for name, _ in work.command.shape()),
         ]
         if self.config.has_vector_unit:
             m.d.comb += work.vector.eq(self._is(descriptor, VECTOR))
+        if self.config.has_programs:
+            m.d.comb += work.index.eq(self.index)
 
     def _differs_from_before(self, m: Module, descriptor: Value, values: Mapping[str, Value]) -> Value:
         """Whether there is no previous linear layer, or it had activations of another shape."""

@@ -8,6 +8,7 @@ from amaranth.lib.wiring import In, Out
 from hw.rtl.common.block import Block
 from hw.rtl.control.descriptor_check import ERROR_BITS
 from hw.rtl.memory.axi import ADDRESS_BITS
+from hw.spec.control.program import LENGTH_BITS
 from hw.spec.control.registers import ErrorCode
 
 STOPS_AT_ONCE = (
@@ -18,7 +19,9 @@ STOPS_AT_ONCE = (
     ErrorCode.UNDERRUN,
 )
 """After these errors no descriptor in flight is completed. After the others, earlier descriptors are completed."""
-PRECEDENCE = (*STOPS_AT_ONCE, ErrorCode.NON_FINITE, ErrorCode.EXPONENT)
+OF_ACTIVATIONS = (ErrorCode.NON_FINITE, ErrorCode.EXPONENT)
+"""Errors of the layer in the activation unit."""
+PRECEDENCE = (*STOPS_AT_ONCE, *OF_ACTIVATIONS, ErrorCode.PROGRAM)
 """Order of errors in the same cycle: the most serious one is kept. Refused descriptors have errors of their own."""
 
 
@@ -34,7 +37,9 @@ class FirstError(wiring.Component):
     -------
     faults : the sources of errors, indexed by their code
     refused : an error code, 0 if there is none; it is the last in precedence
+    begun, loading : index of the last descriptor that was begun, and of the layer in the activation unit
     code, address : the first error; 0 if there was none
+    failed : ``loading`` at the time of an error of :data:`OF_ACTIVATIONS`, else ``begun``
     stops : it is one of :data:`STOPS_AT_ONCE`; a register, because everything that moves waits for it
     """
 
@@ -43,8 +48,11 @@ class FirstError(wiring.Component):
             {
                 "faults": In(fault_layout()).array(len(ErrorCode)),
                 "refused": In(ERROR_BITS),
+                "begun": In(LENGTH_BITS),
+                "loading": In(LENGTH_BITS),
                 "code": Out(ERROR_BITS),
                 "address": Out(ADDRESS_BITS),
+                "failed": Out(LENGTH_BITS),
                 "stops": Out(1),
             }
         )
@@ -53,11 +61,17 @@ class FirstError(wiring.Component):
         m = Module()
         with m.If(self.code == ErrorCode.NONE):
             m.d.sync += self.code.eq(self.refused)
+            with m.If(self.refused != ErrorCode.NONE):
+                m.d.sync += self.failed.eq(self.begun)
             m.d.sync += self.stops.eq(Cat(self.faults[code].raised for code in STOPS_AT_ONCE).any())
             for code in reversed(PRECEDENCE):
                 fault = self.faults[code]
                 with m.If(fault.raised):
-                    m.d.sync += [self.code.eq(code), self.address.eq(fault.address)]
+                    m.d.sync += [
+                        self.code.eq(code),
+                        self.address.eq(fault.address),
+                        self.failed.eq(self.loading if code in OF_ACTIVATIONS else self.begun),
+                    ]
         return m
 
 

@@ -31,7 +31,8 @@ class ProgramFetch(Block):
 
     Members
     -------
-    start : fetch the program of ``length`` descriptors at ``address``; no effect while ``active`` or if ``length`` is 0
+    start : fetch the program of ``length`` descriptors at ``address``; no effect while ``active`` or ``refused``, or if
+        ``length`` is 0
     halt : pass no descriptor on, because data may be wrong
     claim : a descriptor of another source enters the queue; only while not ``active``
     release : a descriptor leaves the queue
@@ -73,12 +74,13 @@ class ProgramFetch(Block):
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        begins, wrong = Signal(), Signal()
+        starts, begins, wrong = Signal(), Signal(), Signal()
         m.d.comb += [
             wrong.eq((self.address >= ADDRESS_LIMIT) | self.address[: PROGRAM_ALIGNMENT.bit_length() - 1].any()),
-            begins.eq(self.start & ~self.active & (self.length != 0) & ~wrong),
+            starts.eq(self.start & ~self.active & ~self.refused & (self.length != 0)),
+            begins.eq(starts & ~wrong),
         ]
-        with m.If(self.start & ~self.active & (self.length != 0) & wrong):
+        with m.If(starts & wrong):
             m.d.sync += self.refused.eq(1)
         self._ask(m, begins)
         self._join(m, begins)

@@ -8,7 +8,8 @@ from amaranth.lib.wiring import In, Out
 from hw.rtl.common.block import Block
 from hw.rtl.control.control_port import ControlPort
 from hw.rtl.memory.axi import Response, lite_signature
-from hw.spec.control.registers import BY_NAME, REGISTERS, Access, Register
+from hw.spec.config import AcceleratorConfig
+from hw.spec.control.registers import Access, Register, registers_of
 
 CONTROL_ADDRESS_BITS = 12
 """Address bits of the control port: a page of 4 KiB, the least that a processor maps."""
@@ -40,7 +41,7 @@ def register_members(register: Register) -> dict[str, wiring.Member]:
 
 
 class RegisterBank(Block):
-    """All registers of :data:`hw.spec.control.registers.REGISTERS` with an AXI4-Lite port.
+    """The registers of :func:`hw.spec.control.registers.registers_of` with an AXI4-Lite port.
 
     Members
     -------
@@ -64,13 +65,14 @@ class RegisterBank(Block):
     write_latency, write_period = ControlPort.write_latency, ControlPort.write_period
     read_latency, read_period = ControlPort.read_latency, ControlPort.read_period
 
-    def __init__(self):
-        members = {name: member for register in REGISTERS for name, member in register_members(register).items()}
+    def __init__(self, config: AcceleratorConfig):
+        self.registers = registers_of(config)
+        members = {name: member for register in self.registers for name, member in register_members(register).items()}
         super().__init__({"ctrl": In(lite_signature(CONTROL_ADDRESS_BITS)), "forget": In(1), **members})
 
     def register(self, name: str):
         """The member of this register."""
-        if name not in BY_NAME:
+        if name not in {register.name for register in self.registers}:
             raise KeyError(f"there is no register {name}")
         return getattr(self, name)
 
@@ -88,18 +90,17 @@ class RegisterBank(Block):
         m.submodules.port = port = ControlPort(CONTROL_ADDRESS_BITS)
         wiring.connect(m, wiring.flipped(self.ctrl), port.axi)
         self._check_writes(m, port)
-        for register in REGISTERS:
+        for register in self.registers:
             self._write(m, port, register)
         self._read(m, port)
         return m
 
-    @staticmethod
-    def _check_writes(m: Module, port: ControlPort) -> None:
+    def _check_writes(self, m: Module, port: ControlPort) -> None:
         """The responses to writes."""
         with m.Switch(port.write_word):
-            with m.Case(*(word for item in REGISTERS if item.access is not Access.READ for word in _words(item))):
+            with m.Case(*(word for item in self.registers if item.access is not Access.READ for word in _words(item))):
                 m.d.comb += port.write_response.eq(Response.OKAY)
-            with m.Case(*(word for item in REGISTERS if item.access is Access.READ for word in _words(item))):
+            with m.Case(*(word for item in self.registers if item.access is Access.READ for word in _words(item))):
                 m.d.comb += port.write_response.eq(Response.SLVERR)
             with m.Default():
                 m.d.comb += port.write_response.eq(Response.DECERR)
@@ -129,7 +130,7 @@ class RegisterBank(Block):
         """
         lines: dict[tuple[int, ...], Signal] = {}
         singles: dict[int, dict[int, Value]] = {}
-        for register in REGISTERS:
+        for register in self.registers:
             words = _words(register)
             if register.access is Access.READ and register.words > 1:
                 lines[tuple(sorted({word // _LINE for word in words}))] = self._read_run(m, port, register)
@@ -141,7 +142,7 @@ class RegisterBank(Block):
         known = Signal()
         with m.If(port.read):
             m.d.sync += known.eq(0)
-            with m.Switch(port.read_word), m.Case(*(word for register in REGISTERS for word in _words(register))):
+            with m.Switch(port.read_word), m.Case(*(word for register in self.registers for word in _words(register))):
                 m.d.sync += known.eq(1)
         m.d.comb += port.read_response.eq(Mux(known, Response.OKAY, Response.DECERR))
         with m.Switch(port.read_word[_LINE.bit_length() - 1 :]):

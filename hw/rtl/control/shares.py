@@ -19,6 +19,7 @@ from hw.rtl.memory.weight_fetch import weights_layout
 from hw.rtl.memory.write_manager import WriteClient
 from hw.rtl.vector.layouts import epilogue_layout
 from hw.spec.config import AcceleratorConfig
+from hw.spec.control.program import LENGTH_BITS
 from hw.spec.ops.command import command_fields
 from hw.spec.ops.epilogue import FLAGS
 
@@ -39,7 +40,8 @@ class Side(enum.Enum):
             return ("command", "wait", "weights", "weights_stride", "weight_beats", *vector)
         rows = ("source_pitch", "out_features", "heads") if config.has_vector_unit else ()
         operands = ("activations", "activation_beats", "results", "interrupt")
-        return ("command", "wait", *operands, *epilogue_fields(config), *rows, *vector)
+        index = ("index",) if config.has_programs else ()
+        return ("command", "wait", *operands, *epilogue_fields(config), *rows, *vector, *index)
 
     def layout(self, config: AcceleratorConfig) -> data.StructLayout:
         """The side's fields."""
@@ -71,8 +73,9 @@ class Share:
 
 
 def unit_layout(config: AcceleratorConfig) -> data.StructLayout:
-    """A layer, and the address of its activations."""
-    return data.StructLayout({"command": command_layout(config), "address": ADDRESS_BITS})
+    """A layer, the address of its activations, and in hardware that runs programs the descriptor's index."""
+    index = {"index": LENGTH_BITS} if config.has_programs else {}
+    return data.StructLayout({"command": command_layout(config), "address": ADDRESS_BITS, **index})
 
 
 def _always(work: data.View) -> Value:
@@ -110,7 +113,11 @@ def _linear_shares(
             "unit",
             Side.ACTIVATIONS,
             unit_layout(config),
-            lambda work: {"command": work.command, "address": work.activations},
+            lambda work: {
+                "command": work.command,
+                "address": work.activations,
+                **({"index": work.index} if config.has_programs else {}),
+            },
             ahead=2,
             wanted=linear,
         ),

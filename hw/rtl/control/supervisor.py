@@ -19,10 +19,11 @@ class Supervisor(wiring.Component):
     reset : software requests a reset
     quiet : no bus transfer is under way
     accepted, complete : a descriptor entered the queue; a descriptor's results are in memory
+    fetching : not all descriptors of a program have entered the queue
     halt : the datapath must move no data, except to finish bus transfers under way
     clear : reset the datapath and clear the error; high for a few cycles
     resetting : high from the command to the end of the reset
-    running : descriptors are queued or in flight
+    running : descriptors are queued or in flight, or a program is fetched
     """
 
     _CLEAR_CYCLES = 4
@@ -31,7 +32,7 @@ class Supervisor(wiring.Component):
         self.most_in_flight = most_in_flight
         super().__init__(
             {
-                **dict.fromkeys(("stops", "reset", "quiet", "accepted", "complete"), In(1)),
+                **dict.fromkeys(("stops", "reset", "quiet", "accepted", "complete", "fetching"), In(1)),
                 **dict.fromkeys(("halt", "clear", "resetting", "running"), Out(1)),
             }
         )
@@ -42,7 +43,7 @@ class Supervisor(wiring.Component):
         left = Signal(range(self._CLEAR_CYCLES + 1))
         m.d.comb += [
             self.halt.eq(self.stops | self.resetting),
-            self.running.eq(in_flight != 0),
+            self.running.eq((in_flight != 0) | self.fetching),
             # It ends one cycle before ``resetting``, because the datapath's reset has a delay of one cycle.
             self.clear.eq(left > 1),
         ]

@@ -24,11 +24,11 @@ def operands_of(config: AcceleratorConfig, port: int) -> list[Operand]:
 def read_fifo_depths(config: AcceleratorConfig, port: int = 0) -> list[int]:
     """Beats of the FIFO of each client of a port, as :class:`ReadManager` takes them.
 
-    The clients are activations, the port's operands of the vector unit, and weights, in order of precedence:
-    activations and operands are few, and a whole layer waits for them.
+    The clients are activations, the port's operands of the vector unit, on port 0 the program, and weights, in order of
+    precedence: activations and operands are few, and a whole layer waits for them.
     """
-    operands = operands_of(config, port)
-    return [0, *(0 for _ in operands), OUTSTANDING * max_burst_beats(config.port_width)]
+    others = len(operands_of(config, port)) + (config.has_programs and port == 0)
+    return [0] * (1 + others) + [OUTSTANDING * max_burst_beats(config.port_width)]
 
 
 class ReadManager(Block):

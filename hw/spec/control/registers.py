@@ -2,14 +2,19 @@
 """The control port's registers: the single definition for RTL, driver and documentation.
 
 Registers are 32 bits wide, little-endian, at multiples of 4 bytes. A 64-bit register is two of them, low word first;
-reading its low word freezes its high word until the next such read, so that both words are from the same cycle.
+if only the hardware writes it, reading its low word freezes its high word until the next such read, so that both words
+are from the same cycle.
+
+Hardware without the vector unit runs no programs. It does not have the registers and fields with ``programs``.
 """
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 from hw.spec.config import AcceleratorConfig
 from hw.spec.control.descriptor import DESCRIPTOR_WORDS
+from hw.spec.control.program import LENGTH_BITS, PROGRAM_ALIGNMENT
 
 IDENTIFICATION = int.from_bytes(b"GRST", "big")
 """The value of the first register."""
@@ -38,6 +43,7 @@ class ErrorCode(enum.IntEnum):
     READ_TIMEOUT = 7
     WRITE_TIMEOUT = 8
     UNDERRUN = 9
+    PROGRAM = 10
 
 
 ERROR_TEXTS = {
@@ -51,7 +57,11 @@ ERROR_TEXTS = {
     ErrorCode.READ_TIMEOUT: "memory did not answer a read in time",
     ErrorCode.WRITE_TIMEOUT: "memory did not answer a write in time",
     ErrorCode.UNDERRUN: "the core read a scale before it was available: an error of the hardware",
+    ErrorCode.PROGRAM: "a program's address is too high, or not a multiple of its alignment",
 }
+ONE_DESCRIPTOR = frozenset((ErrorCode.OPCODE, ErrorCode.SHAPE, ErrorCode.NON_FINITE, ErrorCode.EXPONENT))
+"""Errors of one descriptor, whose index is in the register ``failed``. After other errors it has that of the last one
+that was begun."""
 
 
 class Access(enum.Enum):
@@ -67,14 +77,23 @@ class Access(enum.Enum):
     """The hardware sets bits; software clears bits by writing 1 to them."""
 
 
+_ONLY = "; only with operators decoder"
+
+
 @dataclass(frozen=True)
 class Field:
-    """Bits ``low`` to ``low + width - 1`` of a register."""
+    """Bits ``low`` to ``low + width - 1`` of a register. programs: only in hardware that runs programs."""
 
     name: str
     low: int
     width: int
     text: str
+    programs: bool = False
+
+    @property
+    def description(self) -> str:
+        """The text, and which hardware has it."""
+        return self.text + _ONLY * self.programs
 
     def get(self, value: int) -> int:
         """The field's part of a register's value."""
@@ -95,6 +114,7 @@ class Register:
     offset : bytes from the start of the control port's address space
     reset : value after reset, if it is a constant
     wide : 64 bits, low word first
+    programs : only in hardware that runs programs
     """
 
     name: str
@@ -105,6 +125,12 @@ class Register:
     reset: int = 0
     words: int = 1
     wide: bool = False
+    programs: bool = False
+
+    @property
+    def description(self) -> str:
+        """The text, and which hardware has it."""
+        return self.text + _ONLY * self.programs
 
     @property
     def end(self) -> int:
@@ -119,9 +145,9 @@ class Register:
         raise KeyError(f"register {self.name} has no field {name}")
 
 
-def _flags(*names_and_texts: str, low: int = 0) -> tuple[Field, ...]:
+def _flags(*names_and_texts: str) -> tuple[Field, ...]:
     pairs = zip(names_and_texts[::2], names_and_texts[1::2], strict=True)
-    return tuple(Field(name, low + index, 1, text) for index, (name, text) in enumerate(pairs))
+    return tuple(Field(name, index, 1, text) for index, (name, text) in enumerate(pairs))
 
 
 _R, _RW, _W, _W1C = Access.READ, Access.READ_WRITE, Access.COMMAND, Access.CLEAR
@@ -136,15 +162,21 @@ REGISTERS: tuple[Register, ...] = (
         Field("ports", 16, 8, "memory ports"),
         Field("outstanding", 24, 8, "bursts that a port may have under way"),
     )),
-    Register("control", 0x010, _W, "commands", _flags(
-        "push", "queue the descriptor in the window; ignored while the queue is full or resetting",
-        "reset", "stop, wait until memory has answered all requests, then clear everything but this port's settings",
-        "clear_counters", "set all counters but cycles to 0",
+    Register("control", 0x010, _W, "commands", (
+        *_flags(
+            "push", "queue the descriptor in the window; ignored while the queue is full, fetching or resetting",
+            "reset",
+            "stop, wait until memory has answered all requests, then clear everything but this port's settings",
+            "clear_counters", "set all counters but cycles to 0",
+        ),
+        Field("start", 3, 1, "fetch and run the program; ignored while fetching or resetting, and if its length is 0",
+              programs=True),
     )),
     Register("status", 0x014, _R, "state of the accelerator", (
-        *_flags("running", "descriptors are queued or in flight",
+        *_flags("running", "descriptors are queued or in flight, or a program is fetched",
                 "resetting", "a reset waits until memory has answered all requests",
                 "error", "stopped; see error_code"),
+        Field("fetching", 3, 1, "not all descriptors of the program are in the queue yet", programs=True),
         Field("queued", 8, 8, "descriptors in the queue"),
     )),
     Register("interrupt_pending", 0x018, _W1C, "causes of the interrupt line", _flags(
@@ -164,23 +196,41 @@ REGISTERS: tuple[Register, ...] = (
     Register("writes_under_way", 0x038, _R, "write bursts not yet acknowledged"),
     Register("started", 0x03C, _R, "low word of cycles when status.running last became 1"),
     Register("cycles", 0x040, _R, "free-running cycle counter; only the reset pin clears it", wide=True),
-    Register("busy", 0x048, _R, "cycles with a descriptor queued or in flight", wide=True),
+    Register("busy", 0x048, _R, "cycles in which status.running was 1", wide=True),
     Register("beats", 0x050, _R, "beats of the weight stream that the core took", wide=True),
     Register("starved_weights", 0x058, _R, "cycles in which no beat moved and the array did not work, because weights"
              " were missing", wide=True),
     Register("starved_activations", 0x060, _R, "the same, because activations were missing", wide=True),
     Register("starved_output", 0x068, _R, "the same, because results could not leave", wide=True),
     Register("descriptor", 0x080, _RW, "the window for the descriptor that push queues", words=DESCRIPTOR_WORDS),
+    Register("program_address", 0x0C0, _RW, f"address of the program, a multiple of {PROGRAM_ALIGNMENT}", wide=True,
+             programs=True),
+    Register("program_length", 0x0C8, _RW, "length of the program", (
+        Field("descriptors", 0, LENGTH_BITS, "number of its descriptors"),
+    ), programs=True),
+    Register("failed", 0x0CC, _R, "after an error: the descriptor that failed, or the last one that was begun", (
+        Field("index", 0, LENGTH_BITS, f"counted from its program's start or the reset, modulo 2^{LENGTH_BITS}"),
+    ), programs=True),
     Register("completion_cycles", 0x100, _R, "entry c modulo 32: low word of cycles when descriptor c was complete",
              words=COMPLETIONS),
 )  # fmt: skip
-"""The complete map, in order of offsets."""
+"""The complete map, in order of offsets: that of hardware that runs programs."""
 
 BY_NAME = {register.name: register for register in REGISTERS}
 
 
 EVENTS = ("busy", "beats", "starved_weights", "starved_activations", "starved_output")
 """Registers that count events; control.clear_counters clears them."""
+
+
+@cache
+def registers_of(config: AcceleratorConfig) -> tuple[Register, ...]:
+    """The registers, with the fields, that hardware of this config has."""
+    return tuple(
+        replace(item, fields=tuple(field for field in item.fields if config.has_programs or not field.programs))
+        for item in REGISTERS
+        if config.has_programs or not item.programs
+    )
 
 
 def offset(name: str, word: int = 0) -> int:

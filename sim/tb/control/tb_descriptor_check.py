@@ -9,6 +9,7 @@ from cocotb.triggers import RisingEdge
 
 from hw.spec.config import MAX_N
 from hw.spec.control.descriptor import Descriptor, activation_beats
+from hw.spec.control.program import LENGTH_BITS
 from hw.spec.control.refusal import refusal
 from hw.spec.control.registers import ErrorCode
 from hw.spec.memory.geometry import LayerLayout
@@ -81,6 +82,10 @@ class _Bench:
         self.dut = dut
         self.source = StreamSource(dut, "descriptors", dut.clk, stall)
         self.work = StreamSink(dut, "work", dut.clk, stall)
+        self.index = 0
+        """Index of the last descriptor: a different one for each."""
+        if config().has_programs:
+            dut.index.value = 0
 
     async def payload_comes_early(self) -> None:
         """The payload is there in the cycle before its valid."""
@@ -93,13 +98,16 @@ class _Bench:
 
     async def accept(self, descriptor: AnyDescriptor, layer: LayerLayout | None = None) -> None:
         """A valid descriptor; `layer` is that of a linear layer."""
+        if config().has_programs:
+            self.index = (5 * self.index + 77) % (1 << LENGTH_BITS)
+            self.dut.index.value = self.index
         self.source.send(_number(descriptor.to_words()))
         (raw,) = await self.work.take(1, cycles=200)
         fields = {name: int(values[0]) for name, values in payload("work").unpack([raw]).items()}
         command = fields.pop("command")
         for name, width in command_fields(config()).items():
             fields[f"command.{name}"], command = command & ((1 << width) - 1), command >> width
-        expected = _expected(descriptor, layer)
+        expected = _expected(descriptor, layer) | ({"index": self.index} if config().has_programs else {})
         assert {name: fields[name] for name in expected} == expected
 
     async def outcome(self, words: list[int]) -> ErrorCode:

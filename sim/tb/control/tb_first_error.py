@@ -4,51 +4,60 @@
 import cocotb
 import numpy as np
 
+from hw.spec.control.program import LENGTH_BITS
 from hw.spec.control.registers import ErrorCode
 from sim.bench.dut import begin, trace
 from sim.bench.streams import rng
 
 BUS = (ErrorCode.READ_BUS, ErrorCode.WRITE_BUS, ErrorCode.READ_TIMEOUT, ErrorCode.WRITE_TIMEOUT)
+ACTIVATIONS = (ErrorCode.NON_FINITE, ErrorCode.EXPONENT)
 STOPPING = (*BUS, ErrorCode.UNDERRUN)
 """After these errors no descriptor that is under way completes."""
-SERIOUS_FIRST = (*STOPPING, ErrorCode.NON_FINITE, ErrorCode.EXPONENT)
+SERIOUS_FIRST = (*STOPPING, *ACTIVATIONS, ErrorCode.PROGRAM)
 """A driver may rely on this order: a bus error hides a data error, and both hide a refused descriptor."""
 REFUSALS = (ErrorCode.OPCODE, ErrorCode.SHAPE)
 ADDRESS_BITS = 40
 
 
-def _model(rst, faults, refused) -> tuple[list[int], list[int], list[int]]:
-    """Code, address and ``stops`` at the start of each cycle.
+def _model(rst, faults, refused, begun, loading) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Code, address, ``failed`` and ``stops`` at the start of each cycle.
 
     ``faults`` has (raised, address) of each cycle by code.
     """
-    codes, addresses, code, address = [], [], 0, 0
+    codes, addresses, indices, code, address, failed = [], [], [], 0, 0, 0
     for t, reset in enumerate(rst):
         codes.append(code)
         addresses.append(address)
+        indices.append(failed)
         if reset:
-            code = address = 0
+            code = address = failed = 0
         elif not code:
             code = refused[t]
+            failed = begun[t] if code else 0
             for candidate in SERIOUS_FIRST:
                 raised, at = faults[candidate][t]
                 if raised:
                     code, address = int(candidate), at
+                    failed = loading[t] if candidate in ACTIVATIONS else begun[t]
                     break
-    return codes, addresses, [int(code in STOPPING) for code in codes]
+    return codes, addresses, indices, [int(code in STOPPING) for code in codes]
 
 
 async def _compare(dut, rst, faults, refused) -> None:
-    inputs = {"rst": rst, "refused": refused}
+    random = rng(3)
+    # Both change in every cycle.
+    begun, loading = (random.integers(0, 1 << LENGTH_BITS, len(rst)).tolist() for _ in range(2))
+    inputs = {"rst": rst, "refused": refused, "begun": begun, "loading": loading}
     for code in ErrorCode:
         inputs[f"faults_{code}"] = [raised | at << 1 for raised, at in faults.get(code, [(0, 0)] * len(rst))]
     for name, values in inputs.items():
         getattr(dut, name).value = values[0]
     await begin(dut)
-    record, times = await trace(dut, inputs, ("code", "address", "stops")), range(len(rst))
-    codes, addresses, stops = _model(rst, faults, refused)
+    record, times = await trace(dut, inputs, ("code", "address", "failed", "stops")), range(len(rst))
+    codes, addresses, indices, stops = _model(rst, faults, refused, begun, loading)
     assert record.raw("code", times) == codes
     assert record.raw("address", times) == addresses
+    assert record.raw("failed", times) == indices
     assert record.raw("stops", times) == stops
 
 

@@ -187,14 +187,15 @@ async def without_effect(dut):
 @cocotb.test()
 @cocotb.parametrize(address=[64, 1, ADDRESS_LIMIT, 1 << 40, 1 << 63])
 async def wrong_address(dut, address):
-    """A program that is not aligned, or too high, is refused, and nothing is read."""
+    """A program that is not aligned, or too high, is refused, and nothing is read, also of later ones."""
     bench = _Bench(dut)
     await begin(dut)
     await bench.start(address, 0)
     assert not read(dut.refused)
-    await bench.start(address, 4)
-    await cycle(dut.clk, 50)
-    assert read(dut.refused) and not read(dut.active) and not bench.asked
+    for place in (address, 0):
+        await bench.start(place, 4)
+        await cycle(dut.clk, 50)
+        assert read(dut.refused) and not read(dut.active) and not bench.asked
 
 
 @cocotb.test()

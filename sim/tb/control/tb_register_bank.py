@@ -9,18 +9,20 @@ import numpy as np
 from cocotb.triggers import Combine, RisingEdge, Timer, ValueChange, with_timeout
 from cocotbext.axi import AxiLiteBus, AxiLiteMaster
 
-from hw.spec.control.registers import BY_NAME, REGISTERS, WINDOW_BYTES, Access, Register
-from sim.bench.dut import begin, latency, payload
+from hw.spec.control.registers import WINDOW_BYTES, Access, Register, registers_of
+from sim.bench.dut import begin, config, latency, payload
 from sim.bench.streams import Stall, bursty, cycle, never, read, rng
 
 OKAY, SLVERR, DECERR = 0, 2, 3
 PREFIX = "s_axi_ctrl_"
 SPACE = 1 << 12
+REGISTERS = registers_of(config())
+BY_NAME = {register.name: register for register in REGISTERS}
 KNOWN = {offset for register in REGISTERS for offset in range(register.offset, register.end, 4)}
 UNKNOWN = sorted(set(range(0, SPACE, 4)) - KNOWN)
 HELD = [r for r in REGISTERS if r.access is Access.READ_WRITE]
 RUNS = [r for r in REGISTERS if r.access is Access.READ and r.words > 1]
-WIDE = [r for r in REGISTERS if r.wide]
+WIDE = [r for r in REGISTERS if r.wide and r.access is Access.READ]
 SHOWN = [r for r in REGISTERS if r.access is Access.READ and r not in RUNS]
 
 

@@ -17,6 +17,7 @@ from hw.spec.control.registers import (
     Access,
     config_digest,
     offset,
+    registers_of,
 )
 from hw.spec.memory.geometry import StreamLayout
 from hw.spec.ops import Wait
@@ -28,7 +29,7 @@ from sim.harness import settings
 
 LONG = settings().get("long", False)
 """Longer random runs, for the sweeps over parameters."""
-SLVERR = 2
+SLVERR, DECERR = 2, 3
 
 
 def _random_works(driver, random, count, max_k=200):
@@ -199,7 +200,8 @@ async def identity(dut):
     assert await driver.get("config_digest") == config_digest(c)
     for field, value in dict(queue_depth=QUEUE_DEPTH, completions=COMPLETIONS, ports=c.ports, outstanding=8).items():
         assert await driver.field("capabilities", field) == value
-    for register in REGISTERS:
+    registers = registers_of(c)
+    for register in registers:
         if register.access is Access.READ:
             for place in range(register.offset, register.end, 4):
                 before = await driver.access(place)
@@ -207,8 +209,12 @@ async def identity(dut):
                 assert (await driver.access(place, 0xFFFF_FFFF))[0] == SLVERR
                 if register.name != "cycles":
                     assert await driver.access(place) == before
+    # Registers of other hardware are not there.
+    for name in {item.name for item in REGISTERS} - {item.name for item in registers}:
+        assert await driver.access(offset(name)) == (DECERR, 0)
     # Bits outside the fields do nothing, and neither does a 0 in a command's bit.
-    await driver.set("control", 0xFFFF_FFF8)
+    (control,) = (item for item in registers if item.name == "control")
+    await driver.set("control", 0xFFFF_FFFF & ~sum(field.mask for field in control.fields))
     assert await driver.get("status") == 0 and await driver.get("completed") == 0
     await driver.run([driver.place(fit(32, 1, 32), 1)])
 

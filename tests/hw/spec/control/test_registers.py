@@ -4,9 +4,18 @@
 import pytest
 
 from hw.rtl.control.register_bank import CONTROL_ADDRESS_BITS, RegisterBank
-from hw.spec.config import AcceleratorConfig
+from hw.spec.config import OPERATORS, AcceleratorConfig
 from hw.spec.control import registers
-from hw.spec.control.registers import BY_NAME, ERROR_TEXTS, REGISTERS, WINDOW_BYTES, Access, ErrorCode, Register
+from hw.spec.control.registers import (
+    BY_NAME,
+    ERROR_TEXTS,
+    REGISTERS,
+    WINDOW_BYTES,
+    Access,
+    ErrorCode,
+    Register,
+    registers_of,
+)
 
 WITH_FIELDS = [register for register in REGISTERS if register.fields]
 
@@ -58,16 +67,32 @@ def test_kinds_of_registers():
         assert register.reset < 1 << (64 if register.wide else 32)
 
 
-def test_bank_has_a_member_for_every_register():
-    bank = RegisterBank()
+@pytest.mark.parametrize("operators", OPERATORS)
+def test_bank_has_a_member_for_every_register(operators: str):
+    config = AcceleratorConfig(operators=operators)
+    bank, names = RegisterBank(config), {register.name for register in registers_of(config)}
     # Amaranth warns of components that are thrown away unused, as this one is on purpose.
     bank._MustUse__silence = True
     members = set(bank.signature.members)
-    assert set(BY_NAME) <= members
+    assert names <= members
     extra = {"ctrl", "forget"}
     extra |= {f"set_{r.name}" for r in REGISTERS if r.access is Access.CLEAR}
     extra |= {f"{r.name}_index" for r in REGISTERS if r.access is Access.READ and r.words > 1}
-    assert members - set(BY_NAME) == extra
+    assert members - names == extra
+
+
+def test_registers_of_programs():
+    """Hardware without programs has neither their registers nor their fields, and all others at the same places."""
+    assert registers_of(AcceleratorConfig(operators="decoder")) == REGISTERS
+    linear = {register.name: register for register in registers_of(AcceleratorConfig(operators="linear"))}
+    assert set(BY_NAME) - set(linear) == {"program_address", "program_length", "failed"}
+    gone = {
+        (name, field.name)
+        for name, register in linear.items()
+        for field in set(BY_NAME[name].fields) - set(register.fields)
+    }
+    assert gone == {("control", "start"), ("status", "fetching")}
+    assert all(register.offset == BY_NAME[name].offset for name, register in linear.items())
 
 
 def test_offset_and_field_by_name():
