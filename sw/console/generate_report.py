@@ -186,7 +186,7 @@ def _summary(report: Report) -> str:
             f" {config.beat_bytes} bytes a beat, config {config.digest[:16]}"
         )
     if report.programs:
-        lines.append("the device ran everything but embedding and attention")
+        lines.append("the model ran as programs, with attention in onnxruntime")
     if total:
         speed = total / (answer.prefill.device + answer.decode.device) / 1e6
         lines.append(f"cycles are simulated, memory {report.memory}; {speed:.2f} million a second")

@@ -65,16 +65,15 @@ class LoadedDecoder:
 
     Members
     -------
-    hidden: hidden_size. qkv_columns: results of q, k and v. intermediate: in_features of down. vocab: rows of the head.
+    head: None if it is not quantized. hidden: hidden_size. qkv_columns: results of q, k and v. vocab: rows of the head.
     head_size: elements of a head. rotary: float32 [positions, head_size], see `rotary_rows`; None without a rotation.
     """
 
     blocks: tuple[LoadedBlock, ...]
     final_norm: LoadedNorm
-    head: LoadedLayer
+    head: LoadedLayer | None
     hidden: int
     qkv_columns: int
-    intermediate: int
     vocab: int
     head_size: int
     rotary: np.ndarray | None
@@ -86,7 +85,7 @@ class Loader:
     def __init__(self, device: Device, file: OnnxFile, decoder: Decoder, progress: Progress | None):
         self._device, self._file, self._decoder, self._progress = device, file, decoder, progress
         self._buffers: list[Buffer] = []
-        self._done, self._total = 0, STEPS * len(decoder.blocks) + 1
+        self._done, self._total = 0, STEPS * len(decoder.blocks) + decoder.head.quantized
 
     def load(self) -> LoadedDecoder:
         """The decoder in the device's memory. Raises Obstacle, UserError if a layer does not fit the hardware, and
@@ -111,10 +110,9 @@ class Loader:
         return LoadedDecoder(
             blocks=blocks,
             final_norm=self._norm("norm", decoder.final_norm),
-            head=self._place("lm_head", [self._read(decoder.head)]),
+            head=self._place("lm_head", [self._read(decoder.head)]) if decoder.head.quantized else None,
             hidden=decoder.head.k,
             qkv_columns=sum(part.n for part in (first.q_proj, first.k_proj, first.v_proj)),
-            intermediate=first.down_proj.k,
             vocab=decoder.head.n,
             head_size=attention.head_size,
             rotary=table,

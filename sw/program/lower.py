@@ -24,7 +24,10 @@ from sw.program.memory import Inputs, Matrix, Pieces
 
 
 class Output(enum.Enum):
-    """The output of a decoder's last program: every token's logits, the last token's, or only the largest of these."""
+    """The output of a decoder's last program: every token's logits, the last token's, or only the largest of these.
+
+    If the head is not quantized, it is the norm of these tokens instead, and there is no BEST.
+    """
 
     ALL = "all"
     LAST = "last"
@@ -40,7 +43,7 @@ class Programs:
     embedded: the embedding's rows; the host writes them before program 0.
     rotary: the rotary table's rows of the tokens; the host writes them before program 0. None without a rotation.
     qkv: q, k and v of the last program; heads of q and k have the order of `rotated_rows`.
-    logits: the logits, one row or all.
+    results: the logits, or the norm before a head that is not quantized: one row or all.
 
     Raises DeviceError if the device's memory is full.
     """
@@ -51,8 +54,11 @@ class Programs:
         self.embedded, self._middle = Matrix(device, decoder.hidden), Matrix(device, decoder.hidden)
         self.qkv = Matrix(device, decoder.qkv_columns)
         self.rotary = None if decoder.rotary is None else Matrix(device, decoder.head_size)
-        self.logits, self._pieces = Matrix(device, decoder.vocab), Pieces(device, decoder.vocab)
+        self.results = Matrix(device, decoder.vocab if decoder.head else decoder.hidden)
+        self._pieces = Pieces(device, decoder.vocab)
         self._normed, self._attended, self._gated = Inputs(device), Inputs(device), Inputs(device)
+        # The last norm's input times its weight, if no layer on the device reads it.
+        self._unscaled = Matrix(device, decoder.hidden)
         self._prepared: dict[tuple[int, int, Output | None], PreparedBatch] = {}
 
     def attended(self, index: int, tokens: int) -> np.ndarray:
@@ -77,9 +83,9 @@ class Programs:
             return self._rest(blocks[index - 1], norm, readers, tokens) + self._qkv(block, tokens)
         # After the last attention, only the tokens whose logits are needed.
         first = 0 if output is Output.ALL else tokens - 1
-        readers = (self._decoder.head,)
+        readers = (self._decoder.head,) if self._decoder.head else ()
         rest = self._rest(blocks[-1], self._decoder.final_norm, readers, tokens - first, first=first, is_last=True)
-        return [*rest, self._head(tokens - first, output)]
+        return [*rest, self._end(tokens - first, output)]
 
     def best(self) -> tuple[int, float]:
         """The first of the largest logits, its index and itself, after a program with Output.BEST."""
@@ -94,7 +100,9 @@ class Programs:
         return [norm, *copies, *self._qkv(block, tokens)]
 
     def _scaled(self, norm: LoadedNorm, readers: Sequence[LoadedLayer], tokens: int) -> tuple[Second, list[VectorJob]]:
-        """The second output of a job before a norm, and the copies of it."""
+        """The second output of a job before a norm, and the copies of it. readers: the layers after the norm."""
+        if not readers:
+            return Second(norm.weight, self._unscaled.rows), []
         place, copies = self._normed.spread(norm.name, [layer.plan for layer in readers], tokens)
         return Second(norm.weight, place), copies
 
@@ -149,11 +157,18 @@ class Programs:
         down = self._linear(block.down, self._gated, tokens, place, epilogue)
         return [o, *copies, gate_up, *gate_copies, down, *norm_copies]
 
-    def _head(self, tokens: int, output: Output) -> Job:
+    def _end(self, tokens: int, output: Output) -> Job:
+        """The head, or what is left of the norm before it."""
         head = self._decoder.head
+        if head is None:
+            name, rows, results = self._decoder.final_norm.name, self._unscaled, self.results.rows
+            scale = Epilogue(scale=True)
+            return VectorJob(
+                name, tokens, rows.columns, rows.rows, results.buffer, Wait.ACTIVATIONS, scale, results.pitch
+            )
         best = output is Output.BEST
         epilogue = Epilogue(scale=True, addend=_bias(head), pieces=self._pieces.rows if best else None)
-        return self._linear(head, self._normed, tokens, Rows(NOWHERE) if best else self.logits.rows, epilogue)
+        return self._linear(head, self._normed, tokens, Rows(NOWHERE) if best else self.results.rows, epilogue)
 
     def _linear(
         self,

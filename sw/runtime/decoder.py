@@ -15,7 +15,7 @@ from sw.graph.linears import Linears, find_linears
 from sw.graph.nodes import logits_name
 from sw.ort.cache import KvCache
 from sw.ort.cut import Stage, cut
-from sw.ort.feeds import DTYPES, LOGITS_TO_KEEP, all_logits
+from sw.ort.feeds import DTYPES, LOGITS_TO_KEEP, every_token
 from sw.ort.stages import Constants, StageSession, open_stage
 from sw.runtime.base import BLOCK, BaseDecoder
 from sw.runtime.placement import Batch, place
@@ -43,9 +43,7 @@ class Decoder(BaseDecoder):
         self._inputs = {item.name: tensor_type(item) for item in file.inputs}
         # If a device computes the head, cutting the graph ensures that only the requested logits are computed.
         self._fixed = {
-            item.name: OrtValue.ortvalue_from_numpy(
-                all_logits(len(item.type.tensor_type.shape.dim)).astype(DTYPES[self._inputs[item.name]])
-            )
+            item.name: every_token(file, item.name)
             for item in file.inputs
             if item.name in LOGITS_TO_KEEP and self._inputs[item.name] in DTYPES
         }

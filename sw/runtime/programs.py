@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A language model whose operators all run on the device, except for embedding and attention: see sw.program."""
+"""A language model whose operators all run on the device, except for embedding and attention: see sw.program.
+
+A head that is not quantized stays in onnxruntime as well.
+"""
 
 import time
 from collections.abc import Sequence
@@ -16,6 +19,7 @@ from sw.model.parts import Attention, Decoder, Mismatch
 from sw.ort.attention import AttentionSession, shape_of
 from sw.ort.cache import KvCache
 from sw.ort.cut import cut
+from sw.ort.feeds import LOGITS_TO_KEEP, every_token
 from sw.ort.stages import Constants, StageSession, open_stage
 from sw.program.load import Loader, Progress
 from sw.program.lower import Output, Programs
@@ -52,6 +56,7 @@ class ProgramDecoder(BaseDecoder):
         self._device = device
         self._embedding = _embedding(file, decoder)
         self._embedded = decoder.embedding.output
+        self._head = None if decoder.head.quantized else _Head(file, decoder)
         self._attentions = _attentions(file, decoder, KvCache(file, context))
         loaded = Loader(device, file, decoder, progress).load()
         self._rotary = loaded.rotary
@@ -65,8 +70,13 @@ class ProgramDecoder(BaseDecoder):
     def forward(self, ids: Sequence[int], every: bool = False) -> np.ndarray:
         """See BaseDecoder."""
         self._run(ids, Output.ALL if every else Output.LAST)
+        rows = self._programs.results.view(len(ids) if every else 1)
         start = time.perf_counter()
-        logits = self._programs.logits.view(len(ids) if every else 1).copy()
+        if self._head:
+            logits = self._head(rows)
+            self.usage.onnxruntime += time.perf_counter() - start
+            return logits
+        logits = rows.copy()
         self.usage.conversion += time.perf_counter() - start
         return logits
 
@@ -75,7 +85,9 @@ class ProgramDecoder(BaseDecoder):
         self._run(ids, None)
 
     def greedy(self, ids: Sequence[int]) -> int:
-        """See BaseDecoder. The device finds the token, so no logits are written."""
+        """See BaseDecoder. The device finds the token if it has the head, and then no logits are written."""
+        if self._head:
+            return super().greedy(ids)
         self._run(ids, Output.BEST)
         start = time.perf_counter()
         token, top = self._programs.best()
@@ -159,6 +171,27 @@ class ProgramDecoder(BaseDecoder):
         for completion in completions:
             usage.cycles += completion.cycles
             usage.beats += completion.beats
+
+
+class _Head:
+    """The part of a graph after the last norm, in onnxruntime: a head that is not quantized."""
+
+    def __init__(self, file: OnnxFile, decoder: Decoder):
+        self._input, self._logits = decoder.final_norm.output, decoder.logits
+        # Everything that depends on the norm's output, as if its node were an accelerated layer.
+        stage = cut(file, [file.producers[self._input]], [self._logits])[-1]
+        types = {item.name: tensor_type(item) for item in file.inputs} | {self._input: "tensor(float)"}
+        self._fixed = {name: every_token(file, name) for name in stage.inputs if name in LOGITS_TO_KEEP}
+        if set(stage.inputs) != {self._input, *self._fixed}:
+            raise Obstacle(Mismatch("lm_head", f"it reads {', '.join(stage.inputs)}, not the last norm alone"))
+        self._session = open_stage(file, stage, Constants(file, [stage]), types)
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """The logits of these rows of the norm's output: float32 [M, vocab]."""
+        values = {self._input: OrtValue.ortvalue_from_numpy(np.ascontiguousarray(rows)[None]), **self._fixed}
+        self._session.run(None, values, {})
+        logits = values[self._logits].numpy()
+        return logits.reshape(-1, logits.shape[-1]).astype(np.float32)
 
 
 def _embedding(file: OnnxFile, decoder: Decoder) -> StageSession:

@@ -164,6 +164,37 @@ def test_logits(model):
         assert tokens == logits[ENDS].argmax(axis=1).tolist()
 
 
+@pytest.mark.parametrize("name", ["own export", "genai"])
+def test_float_head(name, tmp_path):
+    """It stays in onnxruntime. The device computes the norm before it."""
+    path = DATA / "same_weights/genai/model.onnx" if name == "genai" else write_random(tmp_path, head="float")
+    file, wanted = OnnxFile(path), whole_graph(path)
+    with open_device("reference", hardware()) as device:
+        decoder = programs(path, device)
+        assert relative(in_blocks(decoder), wanted) < 1e-3
+        norm = Composed(file, device.config).decoder.final_norm
+        for size, output in ((3, Output.ALL), (3, Output.LAST)):
+            decoder.reset()
+            decoder.forward(IDS[:size], every=output is Output.ALL)
+            rows = size if output is Output.ALL else 1
+            scaled = decoder._programs._unscaled.view(rows).copy()
+            normed = decoder._programs.results.view(rows).copy()
+            # The last job multiplies by r, which the job before it has computed.
+            assert [job.name for job in decoder._programs.jobs(2, size, output)][2:] == [
+                "layers.1.mlp.down_proj",
+                "norm",
+            ]
+            weight = read_norm(file, norm)
+            x = scaled.astype(np.float64) / weight
+            r = 1 / np.sqrt((x * x).mean(axis=1) + norm.epsilon)
+            assert np.allclose(normed, scaled * r[:, None], rtol=1e-5)
+        decoder.reset()
+        last = in_blocks(decoder, every=False)
+        assert relative(last, wanted[ENDS]) < 1e-3
+        decoder.reset()
+        assert decoder.greedy(IDS[:8]) == int(last[0].argmax())
+
+
 def test_every_tile_gives_the_same(model):
     """Padding and planes depend on the hardware, results do not."""
     found = []
