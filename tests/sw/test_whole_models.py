@@ -95,6 +95,11 @@ def test_qwen_shape():
     assert 0 < figures["relative_error"] < 1e-2
     assert figures["port_fraction"] > 0.97
     assert max(figures["peak_bytes"].values()) < 2.5e9
+    programs = figures["programs"]
+    assert programs["equals_reference"]
+    assert 0 < programs["relative_error"] < 1e-2
+    # The operators between the layers cost less than 1 % of a token.
+    assert programs["cycles"] < 1.01 * figures["cycles"]
 
 
 @pytest.mark.simulator

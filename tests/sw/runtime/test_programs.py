@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoders as programs: bit for bit a composition of hw.spec.numerics, and close to onnxruntime."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -13,7 +15,8 @@ from hw.spec.numerics.vector import norm_scale, rotary, silu_mul
 from sw.common.errors import UserError
 from sw.common.status_line import StatusLine
 from sw.devices import make_config, open_device
-from sw.devices.base import DeviceError
+from sw.devices.base import Device, DeviceError
+from sw.devices.kv260 import KV260Device
 from sw.devices.reference import ReferenceDevice
 from sw.graph.file import OnnxFile
 from sw.graph.linears import read_linear, read_norm
@@ -24,6 +27,7 @@ from sw.model.parts import Norm, Projection
 from sw.program.lower import Output
 from sw.runtime import Decoder, ProgramDecoder
 from sw.runtime.setup import make_decoder, open_decoder
+from tests.sw.fixtures.fake_board import FakeBoard
 from tests.sw.fixtures.linears import expected, same_bits
 from tests.sw.fixtures.random_decoder import CONFIG, MIXED, write_random
 from tests.sw.runtime.test_decoder import DATA, IDS, changed, in_blocks, relative, whole_graph
@@ -206,22 +210,37 @@ def test_every_tile_gives_the_same(model):
     assert relative(found[1], found[0]) < 1e-5 and same_bits(found[2], found[0])
 
 
+@contextmanager
+def open_backend(name: str, folder: Path) -> Iterator[Device]:
+    """A device; kv260 is a simulated board, whose caches a driver must clean and invalidate."""
+    config = hardware(tile=4, ports=1)
+    if name == "kv260":
+        with closing(FakeBoard(folder, config, "hostile")) as board, KV260Device(host=board) as device:
+            yield device
+    else:
+        with open_device(name, config, "hostile") as device:
+            yield device
+
+
 @pytest.mark.simulator
-def test_devices_agree(model):
-    """The simulated hardware gives the reference's logits bit for bit."""
-    logits, usages = [], []
-    for name in ("reference", "rtl"):
-        with open_device(name, hardware(tile=4, ports=1), memory="hostile") as device:
+def test_devices_agree(model, tmp_path):
+    """The simulated hardware gives the reference's logits bit for bit, on the simulated board as well."""
+    logits, tokens, usages = [], [], {}
+    for name in ("reference", "rtl", "kv260"):
+        with open_backend(name, tmp_path) as device:
             decoder = programs(model, device)
-            logits.append(in_blocks(decoder))
+            every = in_blocks(decoder)
             decoder.reset()
-            logits[-1] = np.concatenate([logits[-1], in_blocks(decoder, every=False)])
-            tokens = [decoder.greedy(IDS[:1]) for _ in range(3)]
-            usages.append((decoder.usage, tokens))
-    assert same_bits(logits[0], logits[1])
-    assert usages[0][1] == usages[1][1]
-    assert usages[0][0].cycles == 0 < usages[1][0].beats <= usages[1][0].cycles
-    for usage, _ in usages:
+            logits.append(np.concatenate([every, in_blocks(decoder, every=False)]))
+            decoder.reset()
+            decoder.prefill(IDS[:8])
+            tokens.append([decoder.greedy(IDS[:1]) for _ in range(3)])
+            usages[name] = decoder.usage
+    for name, found, chosen in zip(usages, logits, tokens):
+        assert same_bits(found, logits[0]), name
+        assert chosen == tokens[0], name
+    assert usages["reference"].cycles == 0 < usages["rtl"].beats <= usages["rtl"].cycles
+    for usage in usages.values():
         assert min(usage.device, usage.onnxruntime, usage.conversion, usage.driver) > 0
 
 
