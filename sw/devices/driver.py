@@ -35,7 +35,8 @@ class AcceleratorDevice(BatchDevice[Code]):
 
     If the hardware runs programs, a prepared batch is a program in the device's memory: it takes a few registers to
     start it, and one interrupt ends it. Its memory is free when the batch is deleted. All other batches are pushed, one
-    descriptor after another.
+    descriptor after another. The hardware keeps the cycles of the last 32 completions: if more jobs of a program are
+    complete before the driver reads them, the earlier ones of these have 0 cycles, and the next one has the sum.
 
     Raises DeviceError if the hardware is not the accelerator of `config`.
     """
@@ -216,8 +217,8 @@ class AcceleratorDevice(BatchDevice[Code]):
             name = self._culprit(jobs, code.descriptors, address)
         try:
             self._reset()
-        except DeviceError as error:
-            raise DeviceError(f"{name}: {text}{place}; {error}") from None
+        except DeviceError as problem:
+            raise DeviceError(f"{name}: {text}{place}; {problem}") from None
         raise DeviceError(f"{name}: {text}{place}")
 
     def _failed(self, jobs: Sequence[Job], code: Code, error: int, address: int, begun: range) -> str:

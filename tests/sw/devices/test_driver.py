@@ -249,18 +249,6 @@ def test_descriptor_window():
     assert written == [(DESCRIPTOR_WORDS, 1), (0, 1), (2, 2), (1, 1), (5, 4)]
 
 
-def test_prepared_batches_are_pushed():
-    """This hardware runs no programs, so a prepared batch takes no memory."""
-    platform = FakePlatform(at_once=100)
-    with FakeDevice(CONFIG, platform) as device:
-        jobs = some_jobs(device, 3)
-        buffers = dict(platform.memory._sizes)
-        batch = device.prepare(jobs)
-        assert platform.memory._sizes == buffers and batch.code.program is None
-        device.wait(device.submit(batch), TIMEOUT)
-        assert platform.pushed == batch.code.descriptors
-
-
 @pytest.mark.parametrize("wait", Wait)
 def test_wait(wait):
     """A job's wait is in its descriptor."""

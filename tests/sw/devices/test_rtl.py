@@ -81,6 +81,16 @@ def test_counters_and_statistics(files):
         assert device.platform.memory_limit(10_000) == pytest.approx(bus_bytes, rel=0.01)
 
 
+def test_prepared_batches_take_no_memory(files):
+    """Hardware without the vector unit runs no programs: the descriptors of a prepared batch are pushed."""
+    with RtlDevice(CONFIG, files=files, memory="ideal") as device:
+        jobs = [make_job(device, *case) for case in cases(3)]
+        buffers = dict(device.memory._sizes)
+        batch = device.prepare(jobs)
+        assert device.memory._sizes == buffers and batch.code.program is None
+        assert [item.name for item in device.wait(device.submit(batch), TIMEOUT)] == [job.name for job in jobs]
+
+
 def test_a_beat_every_cycle():
     """One token, with the shape of Qwen2.5-0.5B's attention: the stream is the limit, with no gap between layers."""
     rng = np.random.default_rng(3)
