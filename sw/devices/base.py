@@ -40,7 +40,7 @@ class Completion(NamedTuple):
 
     Members
     -------
-    name: the layer's name.
+    name: the job's name.
     cycles: cycles from the last result of the previous job (or the start of the batch) to the last result of this
         job; 0 without hardware.
     beats: beats of the weight stream.

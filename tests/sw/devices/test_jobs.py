@@ -203,6 +203,24 @@ def test_waits(device):
     device.prepare([overwritten, replace(job, wait=Wait.WEIGHTS)])
 
 
+def test_parts_of_wider_rows(device):
+    """A job may read other columns of the rows that an earlier one writes, but none of the same columns."""
+    bench = Bench(device, 7)
+    x, z = bench.write(bench.rows(HIDDEN)), bench.space(HIDDEN)
+    wide = bench.write(np.zeros((TOKENS, 3 * HIDDEN), np.float32))
+    first = VectorJob("first", TOKENS, HIDDEN, Rows(x, PITCH), wide.part(PITCH), result_pitch=3 * PITCH)
+    for start, allowed in ((0, True), (128, False), (PITCH, False), (PITCH + 128, False), (2 * PITCH, True)):
+        later = VectorJob("later", TOKENS, HIDDEN, Rows(wide.part(start), 3 * PITCH), z)
+        if allowed:
+            device.prepare([first, later])
+        else:
+            with pytest.raises(DeviceError, match="layer later reads results of its own batch"):
+                device.prepare([first, later])
+    # With another pitch, the rows are between each other.
+    with pytest.raises(DeviceError, match="layer later reads results of its own batch"):
+        device.prepare([first, VectorJob("later", TOKENS, HIDDEN, Rows(wide, 2 * PITCH), z)])
+
+
 def test_hardware_without_vector_unit():
     with open_device("reference", make_config(tile=4, ports=1)) as device:
         bench = Bench(device, 6)
