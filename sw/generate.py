@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from hw.spec.summary import config_rows, format_rows
 from sw.common.command_line import Parser, check_positive
 from sw.common.errors import UserError, run_cli
 from sw.common.status_line import StatusLine, stderr_is_stdout
@@ -157,6 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal without UTF-8 shows question marks; an encoding error would end the program.
         sys.stdout.reconfigure(errors="replace")
+    if config and not options.json:
+        print(format_rows(config_rows(config)), end="\n\n", file=sys.stderr)
     with (
         StatusLine() as status,
         open_decoder(model.path, options.device, devices.memory, config, context, status) as decoder,

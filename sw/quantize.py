@@ -21,7 +21,7 @@ from pathlib import Path
 
 from sw.awq.quantizer import FLOAT, METHODS, Result, Texts, quantize
 from sw.awq.rounding import ZERO_POINTS, Form
-from sw.awq.sizes import compare
+from sw.awq.sizes import Sizes, compare
 from sw.checkpoints.autoawq_writer import write_autoawq_folder
 from sw.common.atomic import atomic_directory
 from sw.common.command_line import Parser, check_positive
@@ -138,40 +138,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
             int8_head=options.lm_head == "int8",
             progress=_time_left(status),
         )
-        metadata = {"quantizer": f"gristmill {methods[0]}, {form.bits} bits, groups of {form.group_size}"}
-        made = scratch / "onnx"
-        path = write_quantized(
-            model, made, result.layers, result.updates, metadata, _counter(status, "writing layer {done} of {total}")
-        )
-        for name in TEXT_FILES:
-            if (folder.folder / name).is_file():
-                shutil.copyfile(folder.folder / name, made / name)
+        path = _write_onnx(options, form, model, folder, result, scratch / "onnx", status)
         scores = [*_compared(result, methods), _score(status, path, methods[0], texts)]
+        made = path.parent
         if options.format == "autoawq":
             made = scratch / "autoawq"
-            write_autoawq_folder(path, made, _counter(status, "writing layer {done} of {total}"))
+            write_autoawq_folder(path, made, _writing(status))
         status.clear()
-        report = Report(
-            source=options.source,
-            out=str(options.out),
-            form=form,
-            method=methods[0],
-            lm_head=options.lm_head,
-            format=options.format,
-            calibration=sources.calibration_name,
-            calibration_tokens=sum(map(len, texts.calibration)),
-            evaluation=sources.evaluation_name,
-            windows=[len(window) for window in texts.evaluation],
-            scores=scores,
-            sizes=compare(model, path if options.format == "onnx" else made),
-            layers=result.reports,
-            seconds=time.monotonic() - start,
-        )
+        sizes = compare(model, path if options.format == "onnx" else made)
+        report = _report(options, form, sources, texts, result, scores, sizes, time.monotonic() - start)
         for item in sorted(made.iterdir()):
             item.rename(final / item.name)
         write_json(report, final / "quantize.json")
     (print_json if options.json else print_table)(report)
     return 0
+
+
+def _write_onnx(
+    options: Namespace, form: Form, model: Path, folder: TextFolder, result: Result, made: Path, status: StatusLine
+) -> Path:
+    """Writes the quantized graph and the text files into the directory `made`; returns the ONNX file."""
+    method = _methods(options)[0]
+    metadata = {"quantizer": f"gristmill {method}, {form.bits} bits, groups of {form.group_size}"}
+    path = write_quantized(model, made, result.layers, result.updates, metadata, _writing(status))
+    for name in TEXT_FILES:
+        if (folder.folder / name).is_file():
+            shutil.copyfile(folder.folder / name, made / name)
+    return path
+
+
+def _report(
+    options: Namespace,
+    form: Form,
+    sources: _Sources,
+    texts: Texts,
+    result: Result,
+    scores: list[Score],
+    sizes: Sizes,
+    seconds: float,
+) -> Report:
+    return Report(
+        source=options.source,
+        out=str(options.out),
+        form=form,
+        method=_methods(options)[0],
+        lm_head=options.lm_head,
+        format=options.format,
+        calibration=sources.calibration_name,
+        calibration_tokens=sum(map(len, texts.calibration)),
+        evaluation=sources.evaluation_name,
+        windows=[len(window) for window in texts.evaluation],
+        scores=scores,
+        sizes=sizes,
+        layers=result.reports,
+        seconds=seconds,
+    )
 
 
 def _methods(options: Namespace) -> list[str]:
@@ -267,6 +288,10 @@ def _score(status: StatusLine, path: Path, method: str, texts: Texts) -> Score:
 
 def _counter(status: StatusLine, form: str) -> Callable[[int, int], None]:
     return lambda done, total: status.count(form, done, total)
+
+
+def _writing(status: StatusLine) -> Callable[[int, int], None]:
+    return _counter(status, "writing layer {done} of {total}")
 
 
 def _time_left(status: StatusLine) -> Callable[[float, str], None]:

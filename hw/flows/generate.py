@@ -10,9 +10,9 @@ from hw.flows.blocks import BLOCKS, check_block, describe_ports, describe_proper
 from hw.flows.lower import to_verilog
 from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.manifest import Manifest
-from hw.spec.memory.geometry import StreamLayout
 from hw.spec.ops.command import max_header_beats
 from hw.spec.parts import TARGETS
+from hw.spec.summary import config_rows, format_rows
 
 _HEADER = """\
 // SPDX-License-Identifier: Apache-2.0
@@ -59,24 +59,14 @@ def write(out: Path, verilog: str, manifest: Manifest) -> None:
 
 def summary(config: AcceleratorConfig, block: str, out: Path, verilog: str) -> str:
     """A description of the generated hardware, in some lines."""
-    stream = StreamLayout(config)
-    rows = [
-        ("array", f"{config.tile} x {config.tile} PEs, {config.weight_bits}-bit weights, "
-                  f"{config.activation_bits}-bit activations, {config.zero_point} zero points"),
-        ("weight stream", f"{config.ports} x {config.port_width} bits = {config.beat_bytes} bytes a cycle, "
-                          f"{100 * stream.overhead:.2f} % over ideal at K {stream.typical_layer.k}, "
-                          f"group {stream.typical_layer.group_size}"),
-        ("limits", f"M {config.max_tokens}, K {config.max_k:,}, groups of {config.max_group_size} (longer: split)"),
-        ("exact widths", f"psum {config.psum_bits}, group {config.group_bits}, centred {config.centred_bits}, "
-                         f"sum {config.sum_bits} bits"),
-        ("header ring", f"up to {max_header_beats(config)} beats a header"),
-        ("config", config.digest[:16]),
-        ("Verilog", f"{out / 'gristmill.v'} ({len(verilog) / 1e3:,.0f} kB, module gristmill_{block})"),
-        ("manifest", f"{out / 'manifest.json'}"),
-    ]  # fmt: skip
-    if stream.array_factor > 1:
-        rows.append(
-            ("warning", f"a beat holds {stream.array_factor:g} slices and the array takes one per cycle: "
-                        f"weights flow at 1/{stream.array_factor:g} beat a cycle")
-        )  # fmt: skip
-    return "\n".join(f"{name:>14}  {text}" for name, text in rows)
+    return format_rows(
+        [
+            *config_rows(config),
+            ("exact widths", f"psum {config.psum_bits}, group {config.group_bits}, centred {config.centred_bits}, "
+                             f"sum {config.sum_bits} bits"),
+            ("header ring", f"up to {max_header_beats(config)} beats a header"),
+            ("config", config.digest[:16]),
+            ("Verilog", f"{out / 'gristmill.v'} ({len(verilog) / 1e3:,.0f} kB, module gristmill_{block})"),
+            ("manifest", f"{out / 'manifest.json'}"),
+        ]
+    )  # fmt: skip

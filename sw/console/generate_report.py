@@ -164,7 +164,7 @@ def _rows(report: Report) -> list[tuple[str, str, str]]:
     if report.roofline:
         rows.append(("tokens/s if all ports carried weights in every cycle", "", f"{report.roofline:,.1f}"))
     if report.reached:
-        rows.append(("  of that", "", f"{100 * report.reached:.1f} %"))
+        rows.append(("  reached share of this rate", "", f"{100 * report.reached:.1f} %"))
     rows.append(per_token("host, ms per token", "{:,.1f}", "host", 1e3))
     if report.config:
         rows += [per_token(f"  {name}", "{:,.1f}", name, 1e3) for name in HOST]

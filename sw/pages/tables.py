@@ -101,7 +101,7 @@ def demo(sections: Sections) -> str:
         ("cycles per token", *(f"{phase['per_token']['cycles']:,.0f}" for phase in (prefill, decode))),
         (rate, *(f"{phase['tokens_per_second']:,.1f}" for phase in (prefill, decode))),
         ("tokens/s if all ports carried weights in every cycle", "", f"{roof['tokens_per_second']:,.1f}"),
-        ("  of that", "", f"{100 * roof['reached']:.1f} %"),
+        ("  reached share of this rate", "", f"{100 * roof['reached']:.1f} %"),
         ("simulation, s per token", *(f"{phase['per_token']['device']:,.2f}" for phase in (prefill, decode))),
     ]
     lines = [f" {title:52}{first:>10}{second:>12}" for title, first, second in rows]

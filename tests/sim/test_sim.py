@@ -22,10 +22,15 @@ needs_icarus = pytest.mark.skipif(
 )
 
 
+def _marks(bench: Bench) -> list[pytest.MarkDecorator]:
+    """A long bench may take as long as its own limit, which says what it waited for, and its builds."""
+    return [pytest.mark.full, pytest.mark.timeout(bench.timeout + 900)] if bench.full else []
+
+
 def _bench_params():
     """Every bench on Verilator, and the first one on Icarus too."""
     for bench in BENCHES:
-        yield pytest.param(bench, "verilator", id=f"{bench.name}-verilator", marks=[pytest.mark.full] * bench.full)
+        yield pytest.param(bench, "verilator", id=f"{bench.name}-verilator", marks=_marks(bench))
     for bench in BENCHES[:1]:
         yield pytest.param(bench, "icarus", id=f"{bench.name}-icarus", marks=needs_icarus)
 

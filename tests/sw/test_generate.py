@@ -354,7 +354,7 @@ def test_text_and_table(model):
         r"cycles per token +[\d,]+ +[\d,]+",
         r"tokens/s of the linear layers at 250 MHz +[\d,]+\.\d +[\d,]+\.\d",
         r"tokens/s if all ports carried weights in every cycle +[\d,]+\.\d",
-        r"of that +\d+\.\d %",
+        r"reached share of this rate +\d+\.\d %",
         r"host, ms per token +\d+\.\d +\d+\.\d",
         r"onnxruntime +\d+\.\d +\d+\.\d",
         r"conversion +\d+\.\d +\d+\.\d",
@@ -364,6 +364,7 @@ def test_text_and_table(model):
         assert any(re.search(pattern, line) for line in rows), pattern
     assert "stopped at --max-new-tokens; 6 prompt tokens, 6 new ones" in out
     assert "cycles are simulated, memory ideal;" in out
+    assert "array  8 x 8 PEs, 4-bit weights" in err
     assert "packing layer" in err
     assert "prompt 6 of 6 tokens" in err
     assert "new tokens 6 of 6" in err
@@ -378,7 +379,7 @@ def test_table_without_hardware(model, capsys):
         out = capsys.readouterr().out
         assert "cycles per token" not in out
         assert "tokens/s of the linear layers" not in out
-        assert "of that" not in out
+        assert "reached share" not in out
         assert "host, ms per token" in out
         assert ("has no hardware" in out) == ("conversion" in out) == ("if all ports" in out) == (device == "reference")
 
