@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Benchmarks of whole models: cycles and host time of a token, peak memory, and whether devices agree.
 
-    python -m sw.bench_decoder MODEL DEVICE OUT.npz [--tokens N]
+    python -m sw.bench_decoder MODEL DEVICE OUT.npz [--tokens N] [--operators linear|decoder]
 
 `sw.bench` starts this command once for every device, because peak memory is measured per process. The command computes
 a short prompt and N tokens one by one, and saves all logits and the figures.
@@ -19,7 +19,7 @@ from statistics import median
 
 import numpy as np
 
-from hw.spec.config import AcceleratorConfig
+from hw.spec.config import OPERATORS, AcceleratorConfig
 from hw.spec.control.registers import (
     BY_NAME,
     COMPLETIONS,
@@ -38,8 +38,9 @@ from sw.devices.driver import AcceleratorDevice
 from sw.devices.platform import mask
 from sw.export.resolve import cache_directory, resolve_model
 from sw.graph.linears import find_linears
-from sw.runtime import Decoder, Usage
+from sw.runtime import Usage
 from sw.runtime.hardware import AUTO, ONNXRUNTIME, choose_config, layer_shapes
+from sw.runtime.setup import make_decoder
 
 PROMPT = tuple(range(40, 48))
 CONTEXT = 256
@@ -110,23 +111,29 @@ class InstantDevice(AcceleratorDevice):
         super().__init__(config, InstantPlatform(config))
 
 
-def _open(name: str, path: Path) -> Device | None:
+def _open(name: str, path: Path, operators: str) -> Device | None:
     if name == ONNXRUNTIME:
         return None
     options: dict[str, int | str] = {**AcceleratorConfig().to_dict(), **dict.fromkeys(AUTO, "auto")}
+    options["operators"] = operators
     config = choose_config(layer_shapes(find_linears(path)), options)
     return InstantDevice(config) if name == INSTANT else open_device(name, config)
 
 
-def run(model: str, name: str, out: Path, tokens: int) -> None:
-    """Runs a model and saves logits [tokens + 1, vocab] and the figures."""
+def run(model: str, name: str, out: Path, tokens: int, operators: str) -> None:
+    """Runs a model and saves the logits of the prompt's last token and of all tokens after it, [tokens + 1, vocab], and
+    the figures of the tokens. On the device "instant" these are greedy, so the logits are not read, and not saved.
+    """
     path = resolve_model(model)
-    device = _open(name, path)
-    with Decoder(path, device, context=CONTEXT) as decoder:
+    device = _open(name, path, operators)
+    with make_decoder(path, device, context=CONTEXT) as decoder:
         logits, usages = [decoder.forward(PROMPT)], []
         for index in range(tokens):
-            before = decoder.usage.copy()
-            logits.append(decoder.forward([PROMPT[index % len(PROMPT)]]))
+            before, ids = decoder.usage.copy(), [PROMPT[index % len(PROMPT)]]
+            if name == INSTANT:
+                decoder.greedy(ids)
+            else:
+                logits.append(decoder.forward(ids))
             usages.append(asdict(decoder.usage.since(before)))
     if device:
         device.close()
@@ -141,11 +148,14 @@ def peak_memory() -> int:
     raise UserError("this system does not report the memory of a process (/proc/self/status)")
 
 
-def measure(model: str, name: str, tokens: int) -> tuple[np.ndarray, list[Usage], int]:
+def measure(
+    model: str, name: str, tokens: int, operators: str = AcceleratorConfig.operators
+) -> tuple[np.ndarray, list[Usage], int]:
     """Runs a model in a process of its own; returns logits, figures of each token, and peak memory in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.npz"
         command = [sys.executable, "-m", "sw.bench_decoder", model, name, str(out), "--tokens", str(tokens)]
+        command += ["--operators", operators]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT, check=False)
         if done.returncode:
             raise UserError(f"{model} on {name}: {done.stderr.strip().splitlines()[-1:]}")
@@ -157,17 +167,20 @@ def measure(model: str, name: str, tokens: int) -> tuple[np.ndarray, list[Usage]
 def measure_host() -> list[dict]:
     """Host milliseconds of a token of SmolLM2, medians: beside a board that answers at once, and beside a simulation.
 
-    The simulation runs on the same processor and displaces the host's data from its caches.
+    With operators "decoder" the model runs as programs. The simulation runs on the same processor and displaces the
+    host's data from its caches.
     """
     rows = []
-    for name, tokens in ((INSTANT, HOST_TOKENS), ("rtl", HOST_TOKENS // 8)):
-        _, usages, peak = measure(SMOLLM2, name, tokens)
+    cases = ((INSTANT, "linear", HOST_TOKENS), (INSTANT, "decoder", HOST_TOKENS), ("rtl", "linear", HOST_TOKENS // 8))
+    for name, operators, tokens in cases:
+        _, usages, peak = measure(SMOLLM2, name, tokens, operators)
         parts = {
             part: 1e3 * median(getattr(usage, part) for usage in usages)
             for part in ("onnxruntime", "conversion", "driver")
         }
         host = 1e3 * median(usage.host for usage in usages)
-        rows.append({"model": SMOLLM2, "device": name, **parts, "host": host, "peak_bytes": peak})
+        case = {"model": SMOLLM2, "device": name, "operators": operators}
+        rows.append({**case, **parts, "host": host, "peak_bytes": peak})
     return rows
 
 
@@ -182,7 +195,10 @@ def qwen_folder() -> Path:
 
 
 def measure_qwen() -> dict:
-    """One token of Qwen2.5-0.5B's shape, after a prompt of 8: on the simulated RTL, the reference and onnxruntime."""
+    """One token of Qwen2.5-0.5B's shape, after a prompt of 8: on the simulated RTL, the reference and onnxruntime.
+
+    programs: the same as programs, so with all operators but embedding and attention on the device.
+    """
     model = str(qwen_folder())
     logits, usages, peaks = {}, {}, {}
     for name in ("rtl", "reference", ONNXRUNTIME):
@@ -197,6 +213,20 @@ def measure_qwen() -> dict:
         "equals_reference": bool(np.array_equal(logits["rtl"].view(np.uint32), logits["reference"].view(np.uint32))),
         "relative_error": float(error),
         "peak_bytes": peaks,
+        "programs": _measure_programs(model, expected),
+    }
+
+
+def _measure_programs(model: str, expected: np.ndarray) -> dict:
+    """A model's token as programs. expected: onnxruntime's logits."""
+    (rtl, usages, peak), (reference, *_) = (measure(model, name, 1, "decoder") for name in ("rtl", "reference"))
+    (usage,) = usages
+    return {
+        "cycles": usage.cycles,
+        "tokens_per_second": FABRIC_HZ / usage.cycles,
+        "equals_reference": bool(np.array_equal(rtl.view(np.uint32), reference.view(np.uint32))),
+        "relative_error": float(np.abs(rtl - expected).max() / np.abs(expected).max()),
+        "peak_bytes": peak,
     }
 
 
@@ -207,8 +237,9 @@ def main() -> None:
     parser.add_argument("device")
     parser.add_argument("out", type=Path)
     parser.add_argument("--tokens", type=int, default=1)
+    parser.add_argument("--operators", choices=OPERATORS, default=AcceleratorConfig.operators)
     options = parser.parse_args()
-    run(options.model, options.device, options.out, options.tokens)
+    run(options.model, options.device, options.out, options.tokens, options.operators)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 
 The text streams to stdout, and a table of cycles and tokens/s follows (see sw.console.generate_report); --json prints
 one document instead of both. The devices' results are equal bit for bit, so the text does not depend on the device.
-``--device onnxruntime`` runs the same graph without the accelerator's arithmetic, for comparison.
+``--device onnxruntime`` runs the same graph without the accelerator's arithmetic, for comparison. With
+``--operators decoder`` everything but embedding and attention runs on the device, if the model's graph allows it.
 """
 
 import io
@@ -25,7 +26,7 @@ from sw.common.text_files import read_text
 from sw.console.generate_report import Answer, Phase, Report, print_table
 from sw.console.options import MODEL_HELP, add_device_options, add_hardware_options, chosen_devices
 from sw.console.output import print_json
-from sw.runtime import Decoder
+from sw.runtime import BaseDecoder, ProgramDecoder
 from sw.runtime.hardware import ONNXRUNTIME
 from sw.runtime.setup import decoder_config, open_decoder, read_model
 from sw.text.folder import TextFolder
@@ -39,7 +40,7 @@ INTERRUPTED = 130
 
 
 def generate(
-    decoder: Decoder,
+    decoder: BaseDecoder,
     folder: TextFolder,
     prompt_ids: Sequence[int],
     max_new_tokens: int,
@@ -51,9 +52,10 @@ def generate(
 ) -> Answer:
     """Answers a prompt of 1 to decoder.context tokens with at most max_new_tokens more; decoder's cache is empty.
 
-    choose: float32 [vocab] logits to a token id, sw.text.sampling.Sampler for example. show: called with each piece of
-    text as soon as it is known. read: called with the number of prompt tokens read. made: called with the number of new
-    tokens. After an interrupt (Ctrl-C) the function returns the answer so far. Raises UserError as the decoder does.
+    choose: float32 [vocab] logits to a token id; if it is a greedy sw.text.sampling.Sampler, the decoder finds the
+    token itself. show: called with each piece of text as soon as it is known. read: called with the number of prompt
+    tokens read. made: called with the number of new tokens. After an interrupt (Ctrl-C) the function returns the answer
+    so far. Raises UserError as the decoder does.
     """
     answer, stream = Answer(list(prompt_ids)), folder.stream()
 
@@ -64,16 +66,15 @@ def generate(
 
     try:
         read(0)
-        logits = np.zeros((1, 0), np.float32)
+        token = 0
         for start in range(0, len(prompt_ids), decoder.block):
             block = prompt_ids[start : start + decoder.block]
             if start + len(block) < len(prompt_ids):
                 _timed(decoder, answer.prefill, decoder.prefill, block)
             else:
-                logits = _timed(decoder, answer.prefill, decoder.forward, block)
+                token = _next(decoder, answer.prefill, choose, block)
             read(decoder.length)
         while True:
-            token = choose(logits[-1])
             if token in folder.stop_ids:
                 answer.stop = "stop_token"
                 break
@@ -86,14 +87,21 @@ def generate(
             if decoder.length == decoder.context:
                 answer.stop = "context"
                 break
-            logits = _timed(decoder, answer.decode, decoder.forward, [token])
+            token = _next(decoder, answer.decode, choose, [token])
         tell(stream.finish())
     except KeyboardInterrupt:
         answer.stop = "interrupted"
     return answer
 
 
-def _timed(decoder: Decoder, phase: Phase, call: Callable[[Sequence[int]], _T], ids: Sequence[int]) -> _T:
+def _next(decoder: BaseDecoder, phase: Phase, choose: Callable[[np.ndarray], int], ids: Sequence[int]) -> int:
+    """The token after these."""
+    if isinstance(choose, Sampler) and choose.is_greedy:
+        return _timed(decoder, phase, decoder.greedy, ids)
+    return choose(_timed(decoder, phase, decoder.forward, ids)[-1])
+
+
+def _timed(decoder: BaseDecoder, phase: Phase, call: Callable[[Sequence[int]], _T], ids: Sequence[int]) -> _T:
     before, start = decoder.usage.copy(), time.perf_counter()
     answer = call(ids)
     phase.add(decoder.usage.since(before))
@@ -162,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             device=options.device,
             memory=devices.shown_memory,
             config=config,
+            programs=isinstance(decoder, ProgramDecoder),
             prompt=prompt,
             system=options.system,
             context=context,
@@ -174,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _answer(
-    options: Namespace, decoder: Decoder, folder: TextFolder, ids: list[int], choose: Sampler, status: StatusLine
+    options: Namespace, decoder: BaseDecoder, folder: TextFolder, ids: list[int], choose: Sampler, status: StatusLine
 ) -> Answer:
     """Calls generate, with text on stdout and progress on stderr."""
     # Where stderr goes to the same terminal or file as the text, the text itself shows the progress.

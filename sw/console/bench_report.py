@@ -79,6 +79,7 @@ def _table(title: str, texts: tuple[str, ...], numbers: tuple[str, ...]) -> Tabl
 
 def _print_decoders(console: Console, decoders: dict) -> None:
     qwen = decoders["qwen"]
+    programs = qwen["programs"]
     table = _table("One token through the whole runtime: Qwen2.5-0.5B's shape", ("figure",), ("value",))
     rows = {
         "cycles, simulated, memory kv260-2400": f"{qwen['cycles']:,}",
@@ -87,6 +88,10 @@ def _print_decoders(console: Console, decoders: dict) -> None:
         "logits equal the reference's, bit for bit": "yes" if qwen["equals_reference"] else "NO",
         "logits against onnxruntime, relative": f"{qwen['relative_error']:.1e}",
         **{f"peak memory, {name}": f"{peak / 1e6:,.0f} MB" for name, peak in qwen["peak_bytes"].items()},
+        "as programs, all operators but attention: cycles": f"{programs['cycles']:,}",
+        "as programs: tokens/s at 250 MHz": f"{programs['tokens_per_second']:.1f}",
+        "as programs: equal to the reference, bit for bit": "yes" if programs["equals_reference"] else "NO",
+        "as programs: against onnxruntime, relative": f"{programs['relative_error']:.1e}",
     }
     for row in rows.items():
         table.add_row(*row)
@@ -96,10 +101,12 @@ def _print_decoders(console: Console, decoders: dict) -> None:
         " biases, int8 lm_head. The token follows a prompt of 8.\n"
     )
     numbers = ("onnxruntime", "conversion", "driver", "all, ms", "peak memory, MB")
-    table = _table("Host time of a token of SmolLM2 without the device, medians, this machine", ("device",), numbers)
+    table = _table(
+        "Host time of a token of SmolLM2 without the device, medians, this machine", ("device", "operators"), numbers
+    )
     for row in decoders["host"]:
         parts = (f"{row[name]:.1f}" for name in ("onnxruntime", "conversion", "driver", "host"))
-        table.add_row(row["device"], *parts, f"{row['peak_bytes'] / 1e6:,.0f}")
+        table.add_row(row["device"], row["operators"], *parts, f"{row['peak_bytes'] / 1e6:,.0f}")
     console.print(table)
     console.print(
         "instant: the same runtime and driver on registers that answer at once, as beside a board, which takes no"

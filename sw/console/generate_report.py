@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cost of an answer, as a table for people and as JSON for programs.
 
-Cycles are those of the linear layers alone, from a layer's start to its last result in memory; tokens/s of the linear
-layers is FABRIC_HZ / cycles per token. The roofline is FABRIC_HZ / beats of the weight stream per decoded token, the
-speed if every port delivers weights in every cycle. Host time is wall time of this machine.
+Cycles are those of the device's jobs alone, from a job's start to its last result in memory: the linear layers, or with
+programs everything but embedding and attention. Tokens/s is FABRIC_HZ / cycles per token. The roofline is FABRIC_HZ /
+beats of the weight stream per decoded token, the speed if every port delivers weights in every cycle. Host time is wall
+time of this machine.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -35,7 +36,7 @@ class Phase(Usage):
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Tokens/s of the linear layers alone at FABRIC_HZ; None without cycles."""
+        """Tokens/s of the device alone at FABRIC_HZ; None without cycles."""
         return FABRIC_HZ * self.tokens / self.cycles if self.cycles else None
 
     def per_token(self, total: float) -> float | None:
@@ -76,6 +77,7 @@ class Report:
     -------
     memory: preset of the simulated memory, None for other devices.
     config: None without a device.
+    programs: whether the model ran as programs; otherwise the device computed its linear layers.
     context: tokens that the cache holds.
     sampling: temperature, top_p, seed.
     seconds: wall time of the whole command.
@@ -85,6 +87,7 @@ class Report:
     device: str
     memory: str | None
     config: AcceleratorConfig | None
+    programs: bool
     prompt: str
     system: str | None
     context: int
@@ -113,6 +116,7 @@ class Report:
             "memory": self.memory,
             "config": self.config.to_dict() if self.config else None,
             "config_digest": self.config.digest if self.config else None,
+            "programs": self.programs,
             "prompt": self.prompt,
             "system": self.system,
             "context": self.context,
@@ -155,7 +159,8 @@ def _rows(report: Report) -> list[tuple[str, str, str]]:
     if report.answer.prefill.cycles:
         rows.append(per_token("cycles per token", "{:,.0f}", "cycles"))
         rates: list[float | None] = [phase.tokens_per_second for phase in phases]
-        rows.append(row(f"tokens/s of the linear layers at {FABRIC_HZ / 1e6:.0f} MHz", "{:,.1f}", rates))
+        what = "of the programs" if report.programs else "of the linear layers"
+        rows.append(row(f"tokens/s {what} at {FABRIC_HZ / 1e6:.0f} MHz", "{:,.1f}", rates))
     if report.roofline:
         rows.append(("tokens/s if all ports carried weights in every cycle", "", f"{report.roofline:,.1f}"))
     if report.reached:
@@ -180,6 +185,8 @@ def _summary(report: Report) -> str:
             f"hardware: tile {config.tile}, {config.weight_bits}-bit weights, {config.zero_point} zero points,"
             f" {config.beat_bytes} bytes a beat, config {config.digest[:16]}"
         )
+    if report.programs:
+        lines.append("the model ran as programs, with attention in onnxruntime")
     if total:
         speed = total / (answer.prefill.device + answer.decode.device) / 1e6
         lines.append(f"cycles are simulated, memory {report.memory}; {speed:.2f} million a second")

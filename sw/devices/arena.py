@@ -72,6 +72,22 @@ class Arena:
     def view(self, buffer: Buffer) -> np.ndarray:
         """The buffer's bytes: uint8 [size], writable. Raises DeviceError for a buffer that is not allocated."""
         if self._sizes.get(buffer.address) != buffer.size:
-            raise DeviceError(f"no buffer of {buffer.size:,} bytes is allocated at address {buffer.address:#x}")
+            raise _not_allocated(buffer)
         start = buffer.address - self.base
         return self.memory[start : start + buffer.size]
+
+    def check(self, part: Buffer) -> None:
+        """Raises DeviceError unless these bytes are in one allocated buffer."""
+        index = bisect.bisect_right(self._starts, part.address) - 1
+        start = self._starts[index] if index >= 0 else 0
+        if index < 0 or part.address + part.size > start + self._sizes[start]:
+            raise _not_allocated(part)
+
+    def bytes(self, address: int, size: int) -> np.ndarray:
+        """Bytes by their address: uint8 [size], writable, for jobs whose buffers were checked."""
+        start = address - self.base
+        return self.memory[start : start + size]
+
+
+def _not_allocated(buffer: Buffer) -> DeviceError:
+    return DeviceError(f"no buffer of {buffer.size:,} bytes is allocated at address {buffer.address:#x}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The interface of every device: memory, and linear layers that read their operands from it and write results to it.
+"""The interface of every device: memory, and jobs that read their operands from it and write results to it.
 
 Software uses float32 and physical addresses. hw.spec.control.descriptor defines the layout of memory. The results are
 those of hw.spec.numerics, bit for bit, on all devices.
@@ -12,53 +12,27 @@ from typing import Any, NamedTuple, Protocol, Self
 import numpy as np
 
 from hw.spec.config import AcceleratorConfig
-from hw.spec.control.descriptor import FLOAT_BYTES, result_pitch, weight_bytes, weights_stride
+from hw.spec.control.descriptor import result_pitch, weight_bytes, weights_stride
 from hw.spec.memory.geometry import LayerLayout
 from hw.spec.memory.packing import stripe, unstripe
-from hw.spec.ops import Wait
-from sw.common.errors import UserError
+from sw.devices.jobs import PAGE, Buffer, DeviceError, Job, LinearJob
 
-PAGE = 4096
-"""Alignment in bytes of every buffer and of every port's region: no AXI burst crosses a multiple of it."""
-
-
-class DeviceError(UserError):
-    """A device that does not answer, or a request that is impossible. The message is one line."""
-
-
-@dataclass(frozen=True)
-class Buffer:
-    """Bytes `address` to `address + size - 1` of a device's memory; the address is a multiple of PAGE."""
-
-    address: int
-    size: int
-
-
-@dataclass(frozen=True)
-class LinearJob:
-    """One layer for one to max_tokens tokens: y[m, n] = sum_k x[m, k] * w[n, k].
-
-    Members
-    -------
-    name: the layer's name, for messages.
-    layout: the layer's weight stream.
-    tokens: M.
-    weights: the weight stream in the layout of `weight_image`.
-    activations: float32 [M, layout.k], K padded with zeros; in memory before the job is submitted.
-    results: float32 [M, layout.n]; each row starts at a multiple of `result_pitch`: see `read_results`.
-    reuse: use the activations of the previous job of the same batch, which has the same buffer, M, K and group size.
-        A job without `reuse` loads them again, which takes time but does not change the results.
-    wait: which of the job's reads start only when the results of all earlier jobs are in memory.
-    """
-
-    name: str
-    layout: LayerLayout
-    tokens: int
-    weights: Buffer
-    activations: Buffer
-    results: Buffer
-    reuse: bool = False
-    wait: Wait = Wait.NOTHING
+__all__ = [
+    "PAGE",
+    "Buffer",
+    "Completion",
+    "Device",
+    "DeviceError",
+    "Job",
+    "LinearJob",
+    "PreparedBatch",
+    "image_beats",
+    "read_results",
+    "result_bytes",
+    "view_results",
+    "weight_bytes",
+    "weight_image",
+]
 
 
 class Completion(NamedTuple):
@@ -66,7 +40,7 @@ class Completion(NamedTuple):
 
     Members
     -------
-    name: the layer's name.
+    name: the job's name.
     cycles: cycles from the last result of the previous job (or the start of the batch) to the last result of this
         job; 0 without hardware.
     beats: beats of the weight stream.
@@ -88,13 +62,11 @@ class PreparedBatch:
     jobs: the batch's jobs, in order.
     device: the device that prepared it.
     frees: number of buffers that had been freed on this device at that time.
-    code: data that the device computed from the jobs in advance.
     """
 
-    jobs: tuple[LinearJob, ...]
+    jobs: tuple[Job, ...]
     device: "Device"
     frees: int
-    code: Any
 
 
 class Device(Protocol):
@@ -140,14 +112,14 @@ class Device(Protocol):
         """
         ...
 
-    def prepare(self, jobs: Sequence[LinearJob]) -> PreparedBatch:
+    def prepare(self, jobs: Sequence[Job]) -> PreparedBatch:
         """Checks a batch and computes everything that does not change between submissions.
 
         Raises DeviceError for impossible jobs.
         """
         ...
 
-    def submit(self, batch: Sequence[LinearJob] | PreparedBatch) -> int:
+    def submit(self, batch: Sequence[Job] | PreparedBatch) -> int:
         """Starts a batch of jobs, which run in order, and returns its ticket at once.
 
         Hardware then works on the jobs that fit into its queue. The others, and all jobs of a simulation, make progress
@@ -207,34 +179,3 @@ def _regions(layout: LayerLayout, image: np.ndarray) -> list[np.ndarray]:
     """The bytes that each port reads."""
     stride, size = weights_stride(layout), layout.beats * layout.config.port_width // 8
     return [image[port * stride :][:size] for port in range(layout.config.ports)]
-
-
-def check_jobs(config: AcceleratorConfig, jobs: Sequence[LinearJob]) -> None:
-    """Raises DeviceError, with the layer's name, if a batch is impossible on every device."""
-    if not jobs:
-        raise DeviceError("a batch has at least one job")
-    before: LinearJob | None = None
-    written: set[int] = set()
-    for job in jobs:
-        layout = job.layout
-        if layout.config != config:
-            raise DeviceError(f"layer {job.name} is packed for other hardware (config {layout.config.digest[:16]})")
-        if not 1 <= job.tokens <= config.max_tokens:
-            raise DeviceError(f"layer {job.name}: M is 1 to max_tokens ({config.max_tokens}), not {job.tokens}")
-        for what, buffer, size in (
-            ("weights", job.weights, weight_bytes(layout)),
-            ("activations", job.activations, FLOAT_BYTES * job.tokens * layout.k),
-            ("results", job.results, result_bytes(layout, job.tokens)),
-        ):
-            if buffer.size < size:
-                raise DeviceError(f"layer {job.name}: its {what} take {size:,} bytes, the buffer has {buffer.size:,}")
-        if job.activations.address in written or job.activations.address == job.results.address:
-            raise DeviceError(f"layer {job.name} reads results of its own batch: submit it in the next one")
-        if job.reuse and (before is None or _operands(before) != _operands(job)):
-            raise DeviceError(f"layer {job.name} reuses activations, and the job before has others (or none is before)")
-        written.add(job.results.address)
-        before = job
-
-
-def _operands(job: LinearJob) -> tuple:
-    return job.activations, job.tokens, job.layout.k, job.layout.group_size

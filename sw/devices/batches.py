@@ -13,13 +13,23 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 
 from hw.spec.config import AcceleratorConfig
 from sw.devices.arena import Arena
-from sw.devices.base import Buffer, Completion, DeviceError, LinearJob, PreparedBatch, check_jobs
+from sw.devices.base import Buffer, Completion, DeviceError, Job, PreparedBatch
+from sw.devices.jobs import check_jobs
+
+Code = TypeVar("Code")
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared(PreparedBatch, Generic[Code]):
+    """A prepared batch. code: data that the device computed from the jobs in advance."""
+
+    code: Code
 
 
 @dataclass(eq=False)
@@ -27,14 +37,14 @@ class _Running:
     """A batch that was submitted. work: the result of `run`; failure: the exception if the batch failed."""
 
     ticket: int
-    jobs: Sequence[LinearJob]
+    jobs: Sequence[Job]
     work: Iterator[Completion | None]
     completions: list[Completion] = field(default_factory=list)
     done: bool = False
     failure: BaseException | None = None
 
 
-class BatchDevice(ABC):
+class BatchDevice(ABC, Generic[Code]):
     """Memory, checks, tickets and timeouts. A subclass computes, in `run`. Implements sw.devices.base.Device."""
 
     name: str
@@ -55,17 +65,17 @@ class BatchDevice(ABC):
         """See Device."""
 
     @abstractmethod
-    def run(self, batch: PreparedBatch) -> Iterator[Completion | None]:
+    def run(self, batch: Prepared[Code]) -> Iterator[Completion | None]:
         """Computes the jobs of a batch in order. Yields a job's completion when its results are in memory. Also yields
         None, first directly after the start and then a few times a second. If the device is closed, it is not resumed.
         """
 
-    def encode(self, jobs: Sequence[LinearJob], often: bool) -> Any:
-        """Data that a device computes from a batch in advance: `PreparedBatch.code`.
+    @abstractmethod
+    def encode(self, jobs: Sequence[Job], often: bool) -> Code:
+        """Data that the device computes from a batch in advance: `Prepared.code`.
 
         often: the batch was prepared, so it may be submitted several times.
         """
-        return None
 
     def alloc(self, size: int) -> Buffer:
         """See Device."""
@@ -99,11 +109,11 @@ class BatchDevice(ABC):
             raise DeviceError(f"{size:,} bytes cannot be read from a buffer of {buffer.size:,}")
         return self.memory.view(buffer)[:size].copy().view(dtype).reshape(shape)
 
-    def prepare(self, jobs: Sequence[LinearJob]) -> PreparedBatch:
+    def prepare(self, jobs: Sequence[Job]) -> Prepared[Code]:
         """See Device."""
         return self._prepare(jobs, often=True)
 
-    def submit(self, batch: Sequence[LinearJob] | PreparedBatch) -> int:
+    def submit(self, batch: Sequence[Job] | PreparedBatch) -> int:
         """See Device."""
         self._check_open()
         if not isinstance(batch, PreparedBatch):
@@ -112,6 +122,7 @@ class BatchDevice(ABC):
             raise DeviceError(f"the batch from layer {batch.jobs[0].name} was prepared for another device")
         elif batch.frees != self._frees:
             self._check_buffers(batch.jobs)
+        assert isinstance(batch, Prepared), "this device has prepared it"
         running = _Running(next(self._tickets), batch.jobs, self.run(batch))
         self._batches[running.ticket] = running
         self._queue.append(running)
@@ -161,11 +172,11 @@ class BatchDevice(ABC):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _prepare(self, jobs: Sequence[LinearJob], often: bool) -> PreparedBatch:
+    def _prepare(self, jobs: Sequence[Job], often: bool) -> Prepared[Code]:
         self._check_open()
         check_jobs(self.config, jobs)
         self._check_buffers(jobs)
-        return PreparedBatch(tuple(jobs), self, self._frees, self.encode(jobs, often))
+        return Prepared(tuple(jobs), self, self._frees, self.encode(jobs, often))
 
     def _step(self, batch: _Running) -> None:
         """Drives the first batch of the queue until it yields None or is done. The caller holds the lock."""
@@ -196,7 +207,7 @@ class BatchDevice(ABC):
         if self._closed:
             raise DeviceError(f"device {self.name} is closed")
 
-    def _check_buffers(self, jobs: Sequence[LinearJob]) -> None:
+    def _check_buffers(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
-            for buffer in (job.weights, job.activations, job.results):
-                self.memory.view(buffer)
+            for access in (*job.reads(), *job.writes()):
+                self.memory.check(access.buffer)

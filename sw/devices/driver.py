@@ -4,7 +4,7 @@
 from collections.abc import Iterator, Sequence
 
 from hw.spec.config import AcceleratorConfig, ConfigError
-from hw.spec.control.descriptor import DESCRIPTOR_WORDS, Descriptor
+from hw.spec.control.descriptor import DESCRIPTOR_WORDS, Descriptor, VectorDescriptor
 from hw.spec.control.program import DESCRIPTOR_BYTES, LENGTH_BITS, program_image
 from hw.spec.control.refusal import refusal
 from hw.spec.control.registers import (
@@ -17,8 +17,8 @@ from hw.spec.control.registers import (
     config_digest,
     offset,
 )
-from sw.devices.base import Buffer, Completion, DeviceError, LinearJob, PreparedBatch
-from sw.devices.batches import BatchDevice
+from sw.devices.base import Buffer, Completion, DeviceError, Job
+from sw.devices.batches import BatchDevice, Prepared
 from sw.devices.platform import Platform, Registers, mask
 from sw.devices.programs import Code, Programs
 
@@ -30,7 +30,7 @@ PUSH = {offset("control"): mask("control", "push")}
 START = {offset("control"): mask("control", "start")}
 
 
-class AcceleratorDevice(BatchDevice):
+class AcceleratorDevice(BatchDevice[Code]):
     """An accelerator that is accessed through a platform. Implements sw.devices.base.Device.
 
     If the hardware runs programs, a prepared batch is a program in the device's memory: it takes a few registers to
@@ -79,7 +79,7 @@ class AcceleratorDevice(BatchDevice):
                 self.memory.free(program)
         return super().alloc(size)
 
-    def encode(self, jobs: Sequence[LinearJob], often: bool) -> Code:
+    def encode(self, jobs: Sequence[Job], often: bool) -> Code:
         """See BatchDevice.
 
         Raises DeviceError if an address is beyond what a descriptor holds, or weights are too large for it, or memory
@@ -90,7 +90,7 @@ class AcceleratorDevice(BatchDevice):
         # its last descriptor is pushed only after earlier ones are complete.
         each, last = not stored and len(jobs) > self._capabilities["queue_depth"], len(jobs) - 1
         words = [_words(job, each or index == last) for index, job in enumerate(jobs)]
-        code = Code(words, [job.layout.beats for job in jobs])
+        code = self.make_code(jobs, words)
         if stored:
             image = program_image(words)
             self._programs.keep(code, self.alloc(len(image)))
@@ -98,7 +98,11 @@ class AcceleratorDevice(BatchDevice):
             self.write(code.program, image)
         return code
 
-    def run(self, batch: PreparedBatch) -> Iterator[Completion | None]:
+    def make_code(self, jobs: Sequence[Job], words: list[list[int]]) -> Code:
+        """The code of a batch without its program. words: of each job's descriptor."""
+        return Code(words, [job.beats for job in jobs])
+
+    def run(self, batch: Prepared[Code]) -> Iterator[Completion | None]:
         """See BatchDevice."""
         try:
             yield from self._run(batch.jobs, batch.code)
@@ -109,7 +113,7 @@ class AcceleratorDevice(BatchDevice):
             self._reset()
             raise
 
-    def _run(self, jobs: Sequence[LinearJob], code: Code) -> Iterator[Completion | None]:
+    def _run(self, jobs: Sequence[Job], code: Code) -> Iterator[Completion | None]:
         registers, capabilities, clock = self.registers, self._capabilities, self.platform.clock
         if registers.read("status") & self._busy:
             # An earlier batch was abandoned and is still running, or has failed.
@@ -198,7 +202,7 @@ class AcceleratorDevice(BatchDevice):
         self._index = length
         self.platform.write_registers(new | START)
 
-    def _fail(self, jobs: Sequence[LinearJob], code: Code, first: int, done: int) -> None:
+    def _fail(self, jobs: Sequence[Job], code: Code, first: int, done: int) -> None:
         """Resets the accelerator for the next batch, then raises DeviceError with the reason why it stopped."""
         error, address = self.registers.read("error_code"), self.registers.read("error_address")
         try:
@@ -217,7 +221,7 @@ class AcceleratorDevice(BatchDevice):
             raise DeviceError(f"{name}: {text}{place}; {problem}") from None
         raise DeviceError(f"{name}: {text}{place}")
 
-    def _failed(self, jobs: Sequence[LinearJob], code: Code, error: int, address: int, begun: range) -> str:
+    def _failed(self, jobs: Sequence[Job], code: Code, error: int, address: int, begun: range) -> str:
         """The layer that failed. begun: the jobs that were begun and are not complete."""
         if error in ONE_DESCRIPTOR and begun.stop <= len(jobs):
             return f"layer {jobs[begun.stop - 1].name}"
@@ -229,7 +233,7 @@ class AcceleratorDevice(BatchDevice):
                 return f"layer {job.name}"
         return _one_of(jobs)
 
-    def _culprit(self, jobs: Sequence[LinearJob], descriptors: list[list[int]], address: int) -> str:
+    def _culprit(self, jobs: Sequence[Job], descriptors: list[list[int]], address: int) -> str:
         """The layer that failed, as far as it can be known from hardware without the register `failed`."""
         before = None
         for job, words in zip(jobs, descriptors):
@@ -261,7 +265,7 @@ class _Watch:
         self._seen: tuple[int, ...] = ()
         self._since = 0
 
-    def check(self, job: LinearJob | None, done: int) -> None:
+    def check(self, job: Job | None, done: int) -> None:
         """Raises DeviceError, which says what was waited for."""
         read = self._registers.read
         now = read("cycles")
@@ -280,29 +284,20 @@ def _holds(buffer: Buffer, address: int) -> bool:
     return buffer.address <= address < buffer.address + buffer.size
 
 
-def _uses(job: LinearJob, address: int) -> bool:
-    return any(_holds(buffer, address) for buffer in (job.weights, job.activations, job.results))
+def _uses(job: Job, address: int) -> bool:
+    return any(_holds(access.buffer, address) for access in (*job.reads(), *job.writes()))
 
 
-def _one_of(jobs: Sequence[LinearJob]) -> str:
+def _one_of(jobs: Sequence[Job]) -> str:
     return f"one of the layers from {jobs[0].name} to {jobs[-1].name}" if len(jobs) > 1 else f"layer {jobs[0].name}"
 
 
-def descriptor(job: LinearJob, interrupt: bool = True) -> Descriptor:
+def descriptor(job: Job, interrupt: bool = True) -> Descriptor | VectorDescriptor:
     """The descriptor of a job. interrupt: whether its completion raises the interrupt."""
-    return Descriptor.from_layer(
-        job.layout,
-        job.tokens,
-        activations=job.activations.address,
-        weights=job.weights.address,
-        results=job.results.address,
-        reuse=job.reuse,
-        interrupt=interrupt,
-        wait=job.wait,
-    )
+    return job.descriptor(interrupt)
 
 
-def _words(job: LinearJob, interrupt: bool) -> list[int]:
+def _words(job: Job, interrupt: bool) -> list[int]:
     try:
         return descriptor(job, interrupt).to_words()
     except ConfigError as error:

@@ -8,18 +8,21 @@ the manifest beside the firmware.
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hw.spec.config import AcceleratorConfig
-from hw.spec.control.descriptor import FLOAT_BYTES
 from hw.spec.control.registers import WINDOW_BYTES, offset
 from hw.spec.kv260 import APP_NAME, BUFFER_NAME, CONTROL_ADDRESS, CONTROL_BYTES, UIO_NAME
 from hw.spec.manifest import Manifest, ManifestError
 from sw.devices.arena import Arena
-from sw.devices.base import Buffer, Completion, DeviceError, LinearJob, PreparedBatch, result_bytes
+from sw.devices.base import Buffer, Completion, DeviceError, Job
+from sw.devices.batches import Prepared
 from sw.devices.driver import AcceleratorDevice
 from sw.devices.host import Host
+from sw.devices.jobs import WEIGHTS, Access
+from sw.devices.programs import Code
 from sw.devices.udmabuf import FIX, DmaBuffer, find_buffer
 from sw.devices.uio import Uio, find_uio
 
@@ -195,19 +198,33 @@ class KV260Device(AcceleratorDevice):
         super().write(buffer, values)
         self.platform.buffer.sync_for_device(self.platform.buffer.clean_commands([(buffer.address, buffer.size)]))
 
-    def encode(self, jobs: Sequence[LinearJob], often: bool) -> tuple[PreparedBatch, list[bytes], list[bytes]]:
-        """See BatchDevice: the batch of the base class, and the caches to clean before and to invalidate after it."""
-        activations = [(job.activations.address, FLOAT_BYTES * job.tokens * job.layout.k) for job in jobs]
-        results = [(job.results.address, result_bytes(job.layout, job.tokens)) for job in jobs]
+    def make_code(self, jobs: Sequence[Job], words: list[list[int]]) -> "BoardCode":
+        """See AcceleratorDevice."""
+        operands = [_range(access) for job in jobs for access in job.reads() if access.what != WEIGHTS]
+        results = [_range(access) for job in jobs for access in job.writes()]
         buffer = self.platform.buffer
         # The results' caches too: otherwise a dirty line there would be written back later and overwrite results.
-        clean = buffer.clean_commands(activations + results)
-        batch = PreparedBatch(tuple(jobs), self, 0, super().encode(jobs, often))
-        return batch, clean, buffer.invalidate_commands(results)
+        clean = buffer.clean_commands(operands + results)
+        return BoardCode(
+            words, [job.beats for job in jobs], clean=clean, invalidate=buffer.invalidate_commands(results)
+        )
 
-    def run(self, batch: PreparedBatch) -> Iterator[Completion | None]:
+    def run(self, batch: Prepared[Code]) -> Iterator[Completion | None]:
         """See BatchDevice."""
-        below, clean, invalidate = batch.code
-        self.platform.buffer.sync_for_device(clean)
-        yield from super().run(below)
-        self.platform.buffer.sync_for_cpu(invalidate)
+        code = batch.code
+        assert isinstance(code, BoardCode), "make_code made it"
+        self.platform.buffer.sync_for_device(code.clean)
+        yield from super().run(batch)
+        self.platform.buffer.sync_for_cpu(code.invalidate)
+
+
+@dataclass(eq=False, kw_only=True)
+class BoardCode(Code):
+    """The code of a batch for the board. clean, invalidate: commands for the caches before and after the batch."""
+
+    clean: list[bytes]
+    invalidate: list[bytes]
+
+
+def _range(access: Access) -> tuple[int, int]:
+    return access.buffer.address, access.size

@@ -13,6 +13,7 @@ from hw.spec.numerics.linear import NumericsError, Weights
 from hw.spec.numerics.planes import plane_count, plane_zero_points, quantize_weights
 from sw.common.arrays import slices
 from sw.common.errors import UserError
+from sw.devices.base import Buffer, Device, weight_bytes, weight_image
 from sw.model.linear import QuantizedLinear
 
 
@@ -134,6 +135,17 @@ def prepare(config: AcceleratorConfig, linear: QuantizedLinear) -> PreparedLayer
     Weights of fewer bits than the hardware's run as they are. Raises UserError as both parts do.
     """
     return pack_layer(plan_layer(config, linear), linear)
+
+
+def load(device: Device, linear: QuantizedLinear) -> tuple[LayerPlan, Buffer]:
+    """Packs a layer and writes its weights into a device's memory; returns its plan and the weights.
+
+    Raises UserError if the hardware cannot run it, DeviceError if the memory is full.
+    """
+    prepared = prepare(device.config, linear)
+    weights = device.alloc(weight_bytes(prepared.layout))
+    device.write(weights, weight_image(prepared.layout, prepared.beats))
+    return LayerPlan(prepared.name, prepared.k, prepared.planes, prepared.layout), weights
 
 
 def pack_layer(plan: LayerPlan, linear: QuantizedLinear, weights: Weights | None = None) -> PreparedLayer:

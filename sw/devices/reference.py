@@ -2,23 +2,24 @@
 """The numpy definition of the numerics as a device: every other device must give the same results."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from hw.spec.config import AcceleratorConfig
-from hw.spec.control.descriptor import FLOAT_BYTES, result_pitch
 from hw.spec.memory.geometry import LayerLayout
 from hw.spec.memory.packing import unpack
-from hw.spec.numerics.linear import Activations, NumericsError, Weights, quantize_activations
-from hw.spec.ops import LINEAR
+from hw.spec.numerics.linear import Activations, NumericsError, Weights
+from hw.spec.ops import LINEAR, VECTOR
+from hw.spec.ops.base import State
+from hw.spec.ops.epilogue import write_outputs
 from sw.common.arrays import slices
 from sw.devices.arena import MEMORY_BYTES, Arena, anonymous_memory
-from sw.devices.base import Buffer, Completion, DeviceError, LinearJob, PreparedBatch, image_beats
-from sw.devices.batches import BatchDevice
+from sw.devices.base import Buffer, Completion, DeviceError, Job, LinearJob, image_beats
+from sw.devices.batches import BatchDevice, Prepared
 
 
-class ReferenceDevice(BatchDevice):
+class ReferenceDevice(BatchDevice[None]):
     """Unpacks weight streams from memory and computes with hw.spec.numerics. Cycles are 0, as there is no hardware.
 
     Unpacked weights are kept, about 1.2 bytes each, until their buffer is written or freed.
@@ -29,6 +30,7 @@ class ReferenceDevice(BatchDevice):
     def __init__(self, config: AcceleratorConfig):
         super().__init__(config, Arena(anonymous_memory(MEMORY_BYTES)))
         self._seconds = 0.0
+        self._state = State()
         self._unpacked: dict[Buffer, tuple[LayerLayout, Weights]] = {}
 
     @property
@@ -52,27 +54,36 @@ class ReferenceDevice(BatchDevice):
         super().write(buffer, values)
         self._unpacked.pop(buffer, None)
 
-    def run(self, batch: PreparedBatch) -> Iterator[Completion | None]:
+    def encode(self, jobs: Sequence[Job], often: bool) -> None:
+        """See BatchDevice: nothing, jobs are computed as they are."""
+
+    def run(self, batch: Prepared[None]) -> Iterator[Completion | None]:
         """See BatchDevice."""
+        self._state = State()
         for job in batch.jobs:
             # The caller of `wait` may have reached its timeout.
             yield None
             start, processor = time.perf_counter(), time.thread_time()
             self._compute(job)
             self._seconds += time.perf_counter() - start
-            yield Completion(job.name, 0, job.layout.beats, time.thread_time() - processor)
+            yield Completion(job.name, 0, job.beats, time.thread_time() - processor)
 
-    def _compute(self, job: LinearJob) -> None:
-        layout, tokens = job.layout, job.tokens
-        x = self.memory.view(job.activations)[: FLOAT_BYTES * tokens * layout.k].view(np.float32)
-        try:
-            activations = quantize_activations(self.config, x.reshape(tokens, layout.k))
-        except NumericsError as error:
-            raise DeviceError(f"layer {job.name}: {error}") from None
-        pitch = result_pitch(layout.n)
-        results = self.memory.view(job.results)[: tokens * pitch].view(np.float32).reshape(tokens, -1)
-        results[:, : layout.n] = reference_linear(self.config, self._weights(job), activations)
-        self._unpacked.pop(job.results, None)
+    def _compute(self, job: Job) -> None:
+        """Like `Op.execute` of hw.spec.ops, with weights that are unpacked once."""
+        fields, memory, state = vars(job.descriptor()), _Bytes(self.memory), self._state
+        if isinstance(job, LinearJob):
+            try:
+                if not job.reuse:
+                    state.activations = LINEAR.read_activations(self.config, fields, memory)
+            except NumericsError as error:
+                raise DeviceError(f"layer {job.name}: {error}") from None
+            assert state.activations is not None, "check_jobs refuses the first job if it reuses activations"
+            values = reference_linear(self.config, self._weights(job), state.activations)
+            write_outputs(fields, values, memory, state)
+        else:
+            VECTOR.execute(self.config, fields, memory, state)
+        for access in job.writes():
+            self._unpacked.pop(access.buffer, None)
 
     def _weights(self, job: LinearJob) -> Weights:
         layout, weights = self._unpacked.get(job.weights, (None, None))
@@ -80,6 +91,13 @@ class ReferenceDevice(BatchDevice):
             weights = _unpack(job.layout, image_beats(job.layout, self.memory.view(job.weights)))
             self._unpacked[job.weights] = job.layout, weights
         return weights
+
+
+class _Bytes:
+    """Memory by addresses. Implements hw.spec.ops.base.Memory."""
+
+    def __init__(self, memory: Arena):
+        self.view = memory.bytes
 
 
 def _unpack(layout: LayerLayout, beats: np.ndarray) -> Weights:

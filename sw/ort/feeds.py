@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+from onnxruntime import OrtValue
 
 from sw.common.errors import UserError
 from sw.common.text_files import read_json, text_directory
 from sw.graph.attention import group_query_attention, rotary_table
-from sw.graph.file import OnnxFile
+from sw.graph.file import OnnxFile, tensor_type
 from sw.graph.nodes import TOKEN_IDS
 
 DTYPES = {
@@ -77,6 +78,15 @@ def build_feeds(
 def all_logits(axes: int) -> np.ndarray:
     """The value of an input in LOGITS_TO_KEEP, int64 with one element, that requests every token's logits."""
     return np.zeros((1,) * axes, np.int64)
+
+
+def every_token(file: OnnxFile, name: str) -> OrtValue:
+    """The value of an input in LOGITS_TO_KEEP, in its own type and shape, that requests every token's logits."""
+    item = next(item for item in file.inputs if item.name == name)
+    kind = tensor_type(item)
+    if kind not in DTYPES:
+        raise UserError(f"{file.path}: input {name} ({kind}) is none that a decoder has")
+    return OrtValue.ortvalue_from_numpy(all_logits(len(item.type.tensor_type.shape.dim)).astype(DTYPES[kind]))
 
 
 def empty_cache_shape(file: OnnxFile, name: str, shape: Sequence[Any]) -> tuple[int, int, int, int]:

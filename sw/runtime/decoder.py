@@ -4,7 +4,6 @@
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 from onnxruntime import OrtValue
@@ -16,18 +15,16 @@ from sw.graph.linears import Linears, find_linears
 from sw.graph.nodes import logits_name
 from sw.ort.cache import KvCache
 from sw.ort.cut import Stage, cut
-from sw.ort.feeds import DTYPES, LOGITS_TO_KEEP, all_logits
+from sw.ort.feeds import DTYPES, LOGITS_TO_KEEP, every_token
 from sw.ort.stages import Constants, StageSession, open_stage
+from sw.runtime.base import BLOCK, BaseDecoder
 from sw.runtime.placement import Batch, place
-from sw.runtime.usage import Usage
 
-BLOCK = 64
-"""Most tokens of one call without hardware, which would set the limit."""
 Progress = Callable[[int, int, str], None]
 
 
-class Decoder:
-    """A decoder graph with a KV cache for one sequence.
+class Decoder(BaseDecoder):
+    """A decoder graph: the device computes its linear layers, onnxruntime everything else.
 
     Parameters
     ----------
@@ -36,30 +33,17 @@ class Decoder:
     context: tokens that the cache holds.
     progress: called with (layers done, layers in all, name) while weights are packed into the device's memory.
 
-    Members
-    -------
-    block: most tokens of one call.
-    context, length: tokens that the cache can hold, and tokens that it holds.
-    usage: sums since the decoder was opened.
-
     Raises UserError for graphs that are no decoder, and for layers that the device cannot run.
     """
 
     def __init__(self, path: Path, device: Device | None, *, context: int, progress: Progress | None = None):
-        if context < 1:
-            raise UserError(f"the context is 1 token or more, not {context}")
+        super().__init__(path, device.config.max_tokens if device else BLOCK, context)
         linears = find_linears(path) if device else None
         file = linears.file if linears else OnnxFile(path)
-        self.path = Path(path)
-        self.block = device.config.max_tokens if device else BLOCK
-        self.context, self.length = context, 0
-        self.usage = Usage()
         self._inputs = {item.name: tensor_type(item) for item in file.inputs}
         # If a device computes the head, cutting the graph ensures that only the requested logits are computed.
         self._fixed = {
-            item.name: OrtValue.ortvalue_from_numpy(
-                all_logits(len(item.type.tensor_type.shape.dim)).astype(DTYPES[self._inputs[item.name]])
-            )
+            item.name: every_token(file, item.name)
             for item in file.inputs
             if item.name in LOGITS_TO_KEEP and self._inputs[item.name] in DTYPES
         }
@@ -99,11 +83,7 @@ class Decoder:
         return Batch(device, layers, heads, frozenset(stage.outputs)), done
 
     def forward(self, ids: Sequence[int], every: bool = False) -> np.ndarray:
-        """The logits after each of 1 to `block` more tokens if `every`, else after the last: float32 [M or 1, vocab].
-
-        Raises UserError if the tokens are too many for one call or for the context, or if a layer's activations are not
-        finite. An exception leaves the cache as it was before the call.
-        """
+        """See BaseDecoder."""
         values = self._run(ids, every, len(self._steps))
         start = time.perf_counter()
         logits = values[self._logits].numpy()
@@ -113,19 +93,12 @@ class Decoder:
         return logits
 
     def prefill(self, ids: Sequence[int]) -> None:
-        """Appends 1 to `block` tokens without computing logits: computes only what the cache needs, so neither the head
-        nor anything after the last block's keys and values. Raises UserError as `forward`.
-        """
+        """See BaseDecoder."""
         self._run(ids, False, self._cache_steps)
 
     def _run(self, ids: Sequence[int], every: bool, steps: int) -> dict[str, OrtValue]:
         """Runs the first `steps` stages and the batches between them; returns all tensors."""
-        tokens, total = len(ids), self.length + len(ids)
-        if not 1 <= tokens <= self.block:
-            raise UserError(f"a call takes 1 to {self.block} tokens, not {tokens}")
-        if total > self.context:
-            raise UserError(f"the context holds {self.context} tokens, and these would be {total}")
-        last = not every
+        tokens, total, last = len(ids), self._total(ids), not every
         places = self._places.setdefault((tokens, last), dict(self._cache.fixed))
         values = places | self._feeds(ids, total)
         for index, (session, batch) in enumerate(self._steps[:steps], 1):
@@ -141,20 +114,14 @@ class Decoder:
         return values
 
     def reset(self) -> None:
-        """Empties the cache."""
+        """See BaseDecoder."""
+        super().reset()
         self._cache.reset()
-        self.length = 0
 
     def close(self) -> None:
-        """Frees sessions and buffers of the host. Closing the device frees the buffers in its memory."""
+        """See BaseDecoder."""
         self._steps.clear()
         self._places.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def _feeds(self, ids: Sequence[int], total: int) -> dict[str, OrtValue]:
         feeds = {

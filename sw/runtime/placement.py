@@ -12,8 +12,7 @@ from onnxruntime import OrtValue
 from hw.spec.control.descriptor import FLOAT_BYTES
 from hw.spec.memory.geometry import LayerLayout
 from sw.devices import pack
-from sw.devices.base import Buffer, Device, LinearJob, PreparedBatch, result_bytes, view_results, weight_bytes
-from sw.devices.base import weight_image as image
+from sw.devices.base import Buffer, Device, LinearJob, PreparedBatch, result_bytes, view_results
 from sw.model.linear import QuantizedLinear
 from sw.ort.stages import float_array
 from sw.runtime.usage import Usage
@@ -45,9 +44,7 @@ class Placed:
 
 def place(device: Device, linear: QuantizedLinear) -> Placed:
     """Packs a layer and writes its weights. Raises UserError if the hardware cannot run it or its memory is full."""
-    prepared = pack.prepare(device.config, linear)
-    weights = device.alloc(weight_bytes(prepared.layout))
-    device.write(weights, image(prepared.layout, prepared.beats))
+    prepared, weights = pack.load(device, linear)
     return Placed(
         linear.name,
         linear.input_name,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sw.runtime.decoder import Decoder
+from sw.runtime.base import BaseDecoder
 from sw.text.scoring import negative_log_likelihood
 
 MOST = 700.0
@@ -44,7 +44,7 @@ class Score:
         return math.exp(self.mean) if self.mean < MOST else math.inf
 
 
-def score_window(decoder: Decoder, beginning: Sequence[int], window: Sequence[int]) -> np.ndarray:
+def score_window(decoder: BaseDecoder, beginning: Sequence[int], window: Sequence[int]) -> np.ndarray:
     """-ln p of a window's tokens 2 to L, float64 [L - 1]. beginning: tokens that are read before the window."""
     decoder.reset()
     # The token after the last one is not scored.
@@ -64,7 +64,7 @@ def score_window(decoder: Decoder, beginning: Sequence[int], window: Sequence[in
 
 
 def score(
-    decoder: Decoder,
+    decoder: BaseDecoder,
     device: str,
     beginning: Sequence[int],
     windows: Sequence[Sequence[int]],

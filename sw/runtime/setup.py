@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prepares a language model to run; sw.generate and sw.perplexity share this module."""
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,14 @@ from hw.spec.config import AcceleratorConfig
 from sw.common.errors import UserError
 from sw.common.status_line import StatusLine
 from sw.devices import open_device
+from sw.devices.base import Device
 from sw.export.resolve import resolve_model
 from sw.graph.attention import rotary_table
 from sw.graph.file import OnnxFile
 from sw.graph.linears import find_linears
-from sw.runtime import Decoder
+from sw.program.load import Progress
+from sw.program.obstacles import Obstacle
+from sw.runtime import BaseDecoder, Decoder, ProgramDecoder
 from sw.runtime.hardware import ONNXRUNTIME, choose_config, layer_shapes
 from sw.text.folder import TextFolder, open_text
 
@@ -93,10 +97,31 @@ def decoder_config(model: Path, devices: Sequence[str], hardware: dict[str, int 
     return choose_config(layer_shapes(find_linears(model)), hardware)
 
 
+def make_decoder(
+    model: Path,
+    device: Device | None,
+    *,
+    context: int,
+    progress: Progress | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> BaseDecoder:
+    """A decoder on an open device; None: in onnxruntime. It has programs if hardware and graph allow them.
+
+    tell: called with one line that says why there are no programs, although the hardware could run them.
+    Raises UserError as the decoders do.
+    """
+    if device and device.config.has_vector_unit:
+        try:
+            return ProgramDecoder(OnnxFile(model), device, context=context, progress=progress)
+        except Obstacle as obstacle:
+            tell(f"the accelerator runs the linear layers alone, because of {obstacle}")
+    return Decoder(model, device, context=context, progress=progress)
+
+
 @contextmanager
 def open_decoder(
     model: Path, name: str, memory: str, config: AcceleratorConfig | None, context: int, status: StatusLine
-) -> Iterator[Decoder]:
+) -> Iterator[BaseDecoder]:
     """A decoder on a device by name, both closed afterwards.
 
     memory: preset for rtl. config: config of the hardware; onnxruntime does not need it. context: tokens that the cache
@@ -107,12 +132,16 @@ def open_decoder(
     def packed(done: int, total: int, layer: str) -> None:
         status.count("packing layer {done} of {total}", done, total)
 
+    def tell(text: str) -> None:
+        status.clear()
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
     with ExitStack() as stack:
         device = None
         if name != ONNXRUNTIME and config is not None:
             device = stack.enter_context(open_device(name, config, memory))
         try:
-            decoder = stack.enter_context(Decoder(model, device, context=context, progress=packed))
+            decoder = stack.enter_context(make_decoder(model, device, context=context, progress=packed, tell=tell))
         except MemoryError:
             raise UserError(f"this machine has no memory for the model and a context of {context:,} tokens") from None
         status.clear()

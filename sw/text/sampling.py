@@ -33,15 +33,19 @@ class Sampler:
         self.temperature, self.top_p, self.seed = temperature, top_p, seed
         self._rng = np.random.default_rng(seed)
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether every token is the first of the likeliest ones."""
+        return self.temperature == 0
+
     def __call__(self, logits: np.ndarray) -> int:
         """A token from logits, float [vocab]; a token with -infinity is excluded.
 
         Raises UserError for NaN, for +infinity, and if all tokens are excluded.
         """
         top = logits.max(initial=-np.inf)
-        if not np.isfinite(top):
-            raise UserError(f"the model's logits are no numbers to choose a token by: their maximum is {top}")
-        if self.temperature == 0:
+        check_top(top)
+        if self.is_greedy:
             return int(logits.argmax())
         order, probabilities = self._distribution(logits)
         sums = np.cumsum(probabilities)
@@ -64,3 +68,9 @@ class Sampler:
             order, probabilities = order[:count], probabilities[:count]
         # Tokens of probability 0 are at the end and are never drawn.
         return order, probabilities
+
+
+def check_top(top: float) -> None:
+    """Raises UserError unless the largest logit is a finite number."""
+    if not np.isfinite(top):
+        raise UserError(f"the model's logits are no numbers to choose a token by: their maximum is {top}")

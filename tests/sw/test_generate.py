@@ -27,8 +27,8 @@ PROMPT = "Hé!"
 PROMPT_IDS = 6
 """Tokens of PROMPT in TEMPLATE: u, H, the two bytes of é, !, and the end."""
 KEYS = (
-    *("model", "device", "memory", "config", "config_digest", "prompt", "system", "context", "sampling"),
-    *("prompt_ids", "ids", "text", "stop", "prefill", "decode", "roofline", "seconds"),
+    *("model", "device", "memory", "config", "config_digest", "programs", "prompt", "system", "context"),
+    *("sampling", "prompt_ids", "ids", "text", "stop", "prefill", "decode", "roofline", "seconds"),
 )
 PHASE_KEYS = {
     *("tokens", "cycles", "beats", "device", "onnxruntime", "conversion", "driver", "seconds"),
@@ -97,6 +97,7 @@ def test_greedy(device, model, capsys):
     assert values["text"] == folder.decode(values["ids"])
     assert values["stop"] == "max_new_tokens"
     assert (values["device"], values["prompt"], values["system"]) == (device, PROMPT, None)
+    assert not values["programs"]
     assert values["sampling"] == {"temperature": 0.0, "top_p": 1.0, "seed": 0}
     assert values["context"] == PROMPT_IDS + 12
     prefill, decode, roofline = values["prefill"], values["decode"], values["roofline"]
@@ -124,6 +125,23 @@ def test_greedy(device, model, capsys):
     else:
         assert values["memory"] is decode["tokens_per_second"] is roofline["reached"] is None
         assert decode["cycles"] == 0
+
+
+@pytest.mark.parametrize("options", [[], ["--temperature", 1, "--top-p", 0.01]], ids=["greedy", "drawn"])
+def test_programs(options, model, capsys, monkeypatch):
+    """A model that runs as programs gives onnxruntime's tokens."""
+    wanted = run(capsys, model, "--max-new-tokens", 12, *options)["ids"]
+    monkeypatch.setattr(decoder_setup, "Decoder", None)
+    arguments = ["--device", "reference", "--operators", "decoder", "--tile", 8, "--max-new-tokens", 12, *options]
+    values = run(capsys, model, *arguments)
+    assert values["config"]["operators"] == "decoder" and values["programs"]
+    assert values["ids"] == wanted
+
+
+def test_table_of_programs(model, capsys):
+    arguments = ["--model", str(model), "--prompt", PROMPT, "--device", "reference", "--operators", "decoder"]
+    assert generate.main([*arguments, "--max-new-tokens", "2", "--tile", "8"]) == 0
+    assert "\nthe model ran as programs, with attention in onnxruntime\n" in capsys.readouterr().out
 
 
 def test_blocks(model, capsys):

@@ -5,9 +5,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from hw.spec.config import OPERATORS
 from sw.bench_decoder import measure, measure_qwen
 from sw.devices import make_config, open_device
-from sw.runtime import Decoder
+from sw.graph.file import OnnxFile
+from sw.runtime import BaseDecoder, Decoder, ProgramDecoder
+from sw.runtime.setup import make_decoder
 
 PROMPTS = (
     "What is the capital of France?",
@@ -16,7 +19,7 @@ PROMPTS = (
 )
 
 
-def greedy(decoder: Decoder, ids: list[int], count: int) -> tuple[list[int], np.ndarray]:
+def greedy(decoder: BaseDecoder, ids: list[int], count: int) -> tuple[list[int], np.ndarray]:
     """Token ids, and the logits of each choice; it does not end at stop tokens."""
     decoder.reset()
     logits, out = [], []
@@ -34,12 +37,13 @@ def prompt_ids(path, prompt: str) -> list[int]:
     return tokenizer.encode(f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n").ids
 
 
-def compare(path, prompts, count: int) -> None:
+def compare(path, prompts, count: int, operators: str) -> None:
     """On the RTL the token ids equal onnxruntime's, and the logits equal the reference's bit for bit."""
     everything = {}
     for name in (None, "reference", "rtl"):
-        device = open_device(name, make_config(tile=16, zero_point="fixed")) if name else None
-        with Decoder(path, device, context=256) as decoder:
+        device = open_device(name, make_config(operators=operators, tile=16, zero_point="fixed")) if name else None
+        with make_decoder(path, device, context=256) as decoder:
+            assert type(decoder) is (ProgramDecoder if device and operators == "decoder" else Decoder)
             everything[name] = [greedy(decoder, prompt_ids(path, prompt), count) for prompt in prompts]
         if device:
             device.close()
@@ -51,14 +55,35 @@ def compare(path, prompts, count: int) -> None:
 
 
 @pytest.mark.simulator
-def test_smollm2_starts_like_onnxruntime(smollm2):
-    compare(smollm2, PROMPTS[:1], 3)
+@pytest.mark.parametrize("operators", OPERATORS)
+def test_smollm2_starts_like_onnxruntime(operators, smollm2):
+    compare(smollm2, PROMPTS[:1], 3, operators)
 
 
 @pytest.mark.simulator
 @pytest.mark.full
-def test_smollm2_continues_like_onnxruntime(smollm2):
-    compare(smollm2, PROMPTS, 32)
+@pytest.mark.parametrize("operators", OPERATORS)
+def test_smollm2_continues_like_onnxruntime(operators, smollm2):
+    compare(smollm2, PROMPTS, 32, operators)
+
+
+@pytest.mark.slow
+@pytest.mark.full
+def test_smollm2_as_programs(smollm2):
+    """The device finds the tokens itself, and they are onnxruntime's."""
+    with Decoder(smollm2, None, context=256) as decoder:
+        wanted = [greedy(decoder, prompt_ids(smollm2, prompt), 32)[0] for prompt in PROMPTS]
+    with open_device("reference", make_config(operators="decoder", tile=16, zero_point="fixed")) as device:
+        decoder = ProgramDecoder(OnnxFile(smollm2), device, context=256)
+        for prompt, tokens in zip(PROMPTS, wanted):
+            decoder.reset()
+            ids = prompt_ids(smollm2, prompt)
+            for start in range(0, len(ids) - 1, decoder.block):
+                decoder.prefill(ids[start : min(start + decoder.block, len(ids) - 1)])
+            found = ids[-1:]
+            for _ in tokens:
+                found.append(decoder.greedy(found[-1:]))
+            assert found[1:] == tokens, prompt
 
 
 @pytest.mark.simulator
@@ -70,6 +95,11 @@ def test_qwen_shape():
     assert 0 < figures["relative_error"] < 1e-2
     assert figures["port_fraction"] > 0.97
     assert max(figures["peak_bytes"].values()) < 2.5e9
+    programs = figures["programs"]
+    assert programs["equals_reference"]
+    assert 0 < programs["relative_error"] < 1e-2
+    # The operators between the layers cost less than 1 % of a token.
+    assert programs["cycles"] < 1.01 * figures["cycles"]
 
 
 @pytest.mark.simulator

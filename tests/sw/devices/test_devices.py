@@ -332,7 +332,7 @@ def test_bad_jobs(device):
         (dict(results=small), "its results take 256 bytes, the buffer has 8"),
         (dict(results=Buffer(1 << 31, 256)), "no buffer of 256 bytes is allocated at address 0x80000000"),
         (dict(activations=job.results, results=job.results), "its activations take 512 bytes, the buffer has 256"),
-        (dict(results=job.activations), "layer layer reads results of its own batch"),
+        (dict(results=job.activations), "layer layer reads results of its own batch, and does not wait for them"),
         (dict(reuse=True), r"reuses activations, and the job before has others \(or none is before\)"),
         (dict(layout=foreign), f"layer layer is packed for other hardware \\(config {other.digest[:16]}\\)"),
     ]
@@ -343,7 +343,7 @@ def test_bad_jobs(device):
         device.submit([job, replace(job, tokens=1, reuse=True)])
     # The second job would read results of the first one, and a device may read all activations at the start.
     chained = replace(job, results=job.activations, activations=job.weights)
-    with pytest.raises(DeviceError, match="layer layer reads results of its own batch"):
+    with pytest.raises(DeviceError, match="layer layer reads results of its own batch, and does not wait for them"):
         device.submit([chained, job])
     with pytest.raises(DeviceError, match="at least one job"):
         device.submit([])

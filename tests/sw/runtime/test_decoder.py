@@ -18,7 +18,7 @@ from sw.graph.file import OnnxFile
 from sw.ort.cache import KvCache, pair_names
 from sw.ort.feeds import build_feeds
 from sw.ort.session import exact_session
-from sw.runtime import Decoder
+from sw.runtime import BaseDecoder, Decoder
 from tests.sw.export.test_gguf import write_gguf
 
 DATA = Path(__file__).parents[1] / "fixtures" / "data"
@@ -48,7 +48,7 @@ def whole_graph(path: Path, ids=IDS) -> np.ndarray:
     return np.asarray(logits, np.float32)[0]
 
 
-def in_blocks(decoder: Decoder, sizes=(8, 1, 1, 5, 8, 1), every=True) -> np.ndarray:
+def in_blocks(decoder: BaseDecoder, sizes=(8, 1, 1, 5, 8, 1), every=True) -> np.ndarray:
     """Logits of the same tokens, computed in blocks."""
     parts, start = [], 0
     for size in sizes:
@@ -91,6 +91,13 @@ def test_logits(gguf_model):
         last = in_blocks(decoder, every=False)
         ends = np.cumsum([8, 1, 1, 5, 8, 1]) - 1
         assert np.array_equal(last.view(np.uint32), logits[ends].view(np.uint32))
+
+
+def test_greedy(gguf_model):
+    with Decoder(gguf_model, None, context=CONTEXT) as decoder:
+        wanted = in_blocks(decoder, (8, 1), every=False).argmax(axis=1).tolist()
+        decoder.reset()
+        assert [decoder.greedy(IDS[:8]), decoder.greedy(IDS[8:9])] == wanted
 
 
 def test_prefill(gguf_model, monkeypatch):

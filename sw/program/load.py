@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the weights of a matched decoder into a device's memory, joined and ordered for its programs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+
+from sw.devices.base import Buffer, Device
+from sw.devices.pack import LayerPlan, load
+from sw.graph.file import OnnxFile
+from sw.graph.linears import read_linear, read_norm
+from sw.model.linear import QuantizedLinear
+from sw.model.parts import Attention, Block, Decoder, Mismatch, Norm, Projection
+from sw.program.obstacles import ALIGNED, Obstacle
+from sw.program.weights import can_join, interleave, join, rotary_rows, rotated_rows
+
+Progress = Callable[[int, int, str], None]
+STEPS = 4
+"""Layers of a block, for the progress: q, k and v; o; gate and up; down."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedLayer:
+    """A layer in the device's memory. name: for messages. bias: float32 [n], or None.
+
+    first: its first column in the results of all layers with the same activations. rotated: heads, from the first one
+    on, that are rotated.
+    """
+
+    name: str
+    plan: LayerPlan
+    weights: Buffer
+    bias: Buffer | None
+    first: int = 0
+    rotated: int = 0
+
+
+@dataclass(frozen=True)
+class LoadedNorm:
+    """A norm. weight: float32 [hidden_size]."""
+
+    name: str
+    weight: Buffer
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class LoadedBlock:
+    """One block. qkv: one layer if q, k and v have the same format, else up to three."""
+
+    name: str
+    input_norm: LoadedNorm
+    qkv: tuple[LoadedLayer, ...]
+    o: LoadedLayer
+    post_attention_norm: LoadedNorm
+    gate_up: LoadedLayer
+    down: LoadedLayer
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedDecoder:
+    """A decoder in a device's memory.
+
+    Members
+    -------
+    head: None if it is not quantized. hidden: hidden_size. qkv_columns: results of q, k and v. vocab: rows of the head.
+    head_size: elements of a head. rotary: float32 [positions, head_size], see `rotary_rows`; None without a rotation.
+    """
+
+    blocks: tuple[LoadedBlock, ...]
+    final_norm: LoadedNorm
+    head: LoadedLayer | None
+    hidden: int
+    qkv_columns: int
+    vocab: int
+    head_size: int
+    rotary: np.ndarray | None
+
+
+class Loader:
+    """Loads a decoder that `check_decoder` accepts. Use `load`; it raises Obstacle if formats do not fit together."""
+
+    def __init__(self, device: Device, file: OnnxFile, decoder: Decoder, progress: Progress | None):
+        self._device, self._file, self._decoder, self._progress = device, file, decoder, progress
+        self._buffers: list[Buffer] = []
+        self._done, self._total = 0, STEPS * len(decoder.blocks) + decoder.head.quantized
+
+    def load(self) -> LoadedDecoder:
+        """The decoder in the device's memory. Raises Obstacle, UserError if a layer does not fit the hardware, and
+        DeviceError if the memory is full; then the memory that it has used is free again.
+        """
+        try:
+            return self._load()
+        except BaseException:
+            for buffer in self._buffers:
+                self._device.free(buffer)
+            raise
+
+    def _load(self) -> LoadedDecoder:
+        decoder = self._decoder
+        blocks = tuple(self._block(index, block) for index, block in enumerate(decoder.blocks))
+        first = decoder.blocks[0]
+        attention, rotary = _attention(first), first.rotary
+        table = None
+        if rotary:
+            cosines, sines = (self._file.constant(name, name).astype(np.float32) for name in (rotary.cos, rotary.sin))
+            table = rotary_rows(cosines, sines, attention.head_size)
+        return LoadedDecoder(
+            blocks=blocks,
+            final_norm=self._norm("norm", decoder.final_norm),
+            head=self._place("lm_head", [self._read(decoder.head)]) if decoder.head.quantized else None,
+            hidden=decoder.head.k,
+            qkv_columns=sum(part.n for part in (first.q_proj, first.k_proj, first.v_proj)),
+            vocab=decoder.head.n,
+            head_size=attention.head_size,
+            rotary=table,
+        )
+
+    def _block(self, index: int, block: Block) -> LoadedBlock:
+        name = f"layers.{index}"
+        gate, up = self._read(block.gate_proj), self._read(block.up_proj)
+        if not can_join(self._device.config, [gate, up]):
+            raise Obstacle(Mismatch(f"{name}.mlp", "gate_proj and up_proj have different bits or groups"))
+        return LoadedBlock(
+            name=name,
+            input_norm=self._norm(f"{name}.input_layernorm", block.input_norm),
+            qkv=self._qkv(f"{name}.self_attn", block),
+            o=self._place(f"{name}.self_attn.o_proj", [self._read(block.o_proj)]),
+            post_attention_norm=self._norm(f"{name}.post_attention_layernorm", block.post_attention_norm),
+            gate_up=self._place(f"{name}.mlp.gate_up_proj", [interleave("", gate, up)]),
+            down=self._place(f"{name}.mlp.down_proj", [self._read(block.down_proj)]),
+        )
+
+    def _qkv(self, part: str, block: Block) -> tuple[LoadedLayer, ...]:
+        """q, k and v, in this order; neighbours are joined where their formats allow it."""
+        attention, rotary = _attention(block), block.rotary
+        layers = [self._read(layer) for layer in (block.q_proj, block.k_proj, block.v_proj)]
+        heads = [attention.heads, attention.kv_heads, 0] if rotary else [0, 0, 0]
+        if rotary:
+            for index in (0, 1):
+                order = rotated_rows(heads[index], attention.head_size, rotary.size, rotary.interleaved)
+                layers[index] = layers[index].with_rows(order)
+        groups = [[0]]
+        for index in (1, 2):
+            if can_join(self._device.config, [layers[groups[-1][0]], layers[index]]):
+                groups[-1].append(index)
+            else:
+                groups.append([index])
+        columns = [0, *accumulate(layer.n for layer in layers)]
+        found = []
+        for number, group in enumerate(groups):
+            name = f"{part}.{''.join('qkv'[index] for index in group)}_proj"
+            first = columns[group[0]]
+            if first % ALIGNED:
+                raise Obstacle(Mismatch(name, f"its first column {first} is no multiple of {ALIGNED}"))
+            layer = self._place(
+                name,
+                [layers[index] for index in group],
+                step=not number,
+                first=first,
+                rotated=sum(heads[index] for index in group),
+            )
+            found.append(layer)
+        return tuple(found)
+
+    def _read(self, part: Projection) -> QuantizedLinear:
+        layer = read_linear(self._file, part)
+        assert isinstance(layer, QuantizedLinear), "check_decoder refuses other layers"
+        return layer
+
+    def _place(
+        self, name: str, layers: Sequence[QuantizedLinear], *, step: bool = True, first: int = 0, rotated: int = 0
+    ) -> LoadedLayer:
+        """Writes a layer, joined from several. step: whether it counts for the progress."""
+        if step and self._progress:
+            self._progress(self._done, self._total, name)
+        self._done += step
+        joined = join(name, layers)
+        plan, weights = load(self._device, joined)
+        self._buffers.append(weights)
+        if (plan.layout.k // plan.planes) % ALIGNED:
+            problem = f"its K of {plan.layout.k // plan.planes} with padding is no multiple of {ALIGNED}"
+            raise Obstacle(Mismatch(name, problem))
+        bias = None if joined.bias is None else self._write(joined.bias)
+        return LoadedLayer(name, plan, weights, bias, first, rotated)
+
+    def _norm(self, name: str, norm: Norm) -> LoadedNorm:
+        return LoadedNorm(name, self._write(read_norm(self._file, norm)), norm.epsilon)
+
+    def _write(self, values: np.ndarray) -> Buffer:
+        buffer = self._device.alloc(values.nbytes)
+        self._buffers.append(buffer)
+        self._device.write(buffer, values)
+        return buffer
+
+
+def _attention(block: Block) -> Attention:
+    assert isinstance(block.attention, Attention), "check_decoder refuses other attention"
+    return block.attention

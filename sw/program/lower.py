@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The programs of a decoder, as jobs.
+
+Program 0 has the norm of the embedding and q, k, v of block 0. Program i has the rest of block i - 1 (o, gate and up,
+down), then q, k, v of block i; the last one ends with the head. Attention i is between program i and program i + 1.
+
+RMSNorm is a part of the jobs around it: the job that makes x writes x * weight, too, and computes each token's scale r;
+the layers after the norm multiply their results by r. If the layers after it need x * weight in several places, for two
+planes for example, jobs without a linear layer copy it.
+"""
+
+import enum
+from collections.abc import Sequence
+
+import numpy as np
+
+from hw.spec.memory.operands import FLOAT_BYTES
+from hw.spec.numerics.vector import PIECE, argmax
+from hw.spec.ops import Wait
+from sw.devices.base import Device, PreparedBatch
+from sw.devices.jobs import NOWHERE, Epilogue, Job, LinearJob, Rotation, Rows, Second, VectorJob
+from sw.program.load import LoadedBlock, LoadedDecoder, LoadedLayer, LoadedNorm
+from sw.program.memory import Inputs, Matrix, Pieces
+
+
+class Output(enum.Enum):
+    """The output of a decoder's last program: every token's logits, the last token's, or only the largest of these.
+
+    If the head is not quantized, it is the norm of these tokens instead, and there is no BEST.
+    """
+
+    ALL = "all"
+    LAST = "last"
+    BEST = "best"
+
+
+class Programs:
+    """The programs of a decoder for any number of tokens, and the places of their data.
+
+    Members
+    -------
+    count: number of programs: the blocks and one more.
+    embedded: the embedding's rows; the host writes them before program 0.
+    rotary: the rotary table's rows of the tokens; the host writes them before program 0. None without a rotation.
+    qkv: q, k and v of the last program; heads of q and k have the order of `rotated_rows`.
+    results: the logits, or the norm before a head that is not quantized: one row or all.
+
+    Raises DeviceError if the device's memory is full.
+    """
+
+    def __init__(self, device: Device, decoder: LoadedDecoder):
+        self._device, self._decoder = device, decoder
+        self.count = len(decoder.blocks) + 1
+        self.embedded, self._middle = Matrix(device, decoder.hidden), Matrix(device, decoder.hidden)
+        self.qkv = Matrix(device, decoder.qkv_columns)
+        self.rotary = None if decoder.rotary is None else Matrix(device, decoder.head_size)
+        self.results = Matrix(device, decoder.vocab if decoder.head else decoder.hidden)
+        self._pieces = Pieces(device, decoder.vocab)
+        self._normed, self._attended, self._gated = Inputs(device), Inputs(device), Inputs(device)
+        # The last norm's input times its weight, if no layer on the device reads it.
+        self._unscaled = Matrix(device, decoder.hidden)
+        self._prepared: dict[tuple[int, int, Output | None], PreparedBatch] = {}
+
+    def attended(self, index: int, tokens: int) -> np.ndarray:
+        """The place for the output of attention `index`, which the host writes: float32 [tokens, planes, columns]."""
+        return self._attended.of(self._decoder.blocks[index].o.plan).view(tokens)
+
+    def batch(self, index: int, tokens: int, output: Output) -> PreparedBatch:
+        """A program, ready to submit. output: has a meaning for the last program alone."""
+        key = index, tokens, output if index == self.count - 1 else None
+        if key not in self._prepared:
+            self._prepared[key] = self._device.prepare(self.jobs(index, tokens, output))
+        return self._prepared[key]
+
+    def jobs(self, index: int, tokens: int, output: Output) -> list[Job]:
+        """The jobs of a program."""
+        blocks = self._decoder.blocks
+        if index == 0:
+            return self._begin(blocks[0], tokens)
+        if index < self.count - 1:
+            block = blocks[index]
+            norm, readers = block.input_norm, block.qkv
+            return self._rest(blocks[index - 1], norm, readers, tokens) + self._qkv(block, tokens)
+        # After the last attention, only the tokens whose logits are needed.
+        first = 0 if output is Output.ALL else tokens - 1
+        readers = (self._decoder.head,) if self._decoder.head else ()
+        rest = self._rest(blocks[-1], self._decoder.final_norm, readers, tokens - first, first=first, is_last=True)
+        return [*rest, self._end(tokens - first, output)]
+
+    def best(self) -> tuple[int, float]:
+        """The first of the largest logits, its index and itself, after a program with Output.BEST."""
+        maxima, places = self._pieces.view()
+        piece = int(argmax(maxima))
+        return piece * PIECE + int(places[piece]), float(maxima[piece])
+
+    def _begin(self, block: LoadedBlock, tokens: int) -> list[Job]:
+        second, copies = self._scaled(block.input_norm, block.qkv, tokens)
+        epilogue = Epilogue(second=second, epsilon=block.input_norm.epsilon)
+        norm = VectorJob(block.input_norm.name, tokens, self._decoder.hidden, self.embedded.rows, epilogue=epilogue)
+        return [norm, *copies, *self._qkv(block, tokens)]
+
+    def _scaled(self, norm: LoadedNorm, readers: Sequence[LoadedLayer], tokens: int) -> tuple[Second, list[VectorJob]]:
+        """The second output of a job before a norm, and the copies of it. readers: the layers after the norm."""
+        if not readers:
+            return Second(norm.weight, self._unscaled.rows), []
+        place, copies = self._normed.spread(norm.name, [layer.plan for layer in readers], tokens)
+        return Second(norm.weight, place), copies
+
+    def _qkv(self, block: LoadedBlock, tokens: int) -> list[Job]:
+        jobs: list[Job] = []
+        # Layers with the same activations are adjacent.
+        layers = sorted(block.qkv, key=lambda layer: (layer.plan.planes, layer.plan.layout.k, layer.plan.layout.groups))
+        before: LoadedLayer | None = None
+        for layer in layers:
+            rotation = None
+            if layer.rotated and self.rotary:
+                rotation = Rotation(self.rotary.rows, self._decoder.head_size, layer.rotated)
+            job = self._linear(
+                layer,
+                self._normed,
+                tokens,
+                Rows(self.qkv.rows.buffer.part(FLOAT_BYTES * layer.first), self.qkv.rows.pitch),
+                Epilogue(scale=True, addend=_bias(layer), rotation=rotation),
+                reuse=before is not None and _activations(before) == _activations(layer),
+                # After the first job has waited, the activations of all are in memory.
+                wait=Wait.NOTHING if before else Wait.ACTIVATIONS,
+            )
+            jobs.append(job)
+            before = layer
+        return jobs
+
+    def _rest(
+        self,
+        block: LoadedBlock,
+        norm: LoadedNorm,
+        readers: Sequence[LoadedLayer],
+        tokens: int,
+        *,
+        first: int = 0,
+        is_last: bool = False,
+    ) -> list[Job]:
+        """The jobs from o to down, and the norm after them. first: the first of the tokens in the attention's output.
+
+        is_last: nothing reads the sum after down but the norm.
+        """
+        post = block.post_attention_norm
+        second, copies = self._scaled(post, [block.gate_up], tokens)
+        addend = self.embedded.row(first)
+        epilogue = Epilogue(addend=addend, second=second, epsilon=post.epsilon)
+        o = self._linear(block.o, self._attended, tokens, self._middle.rows, epilogue, first=first, wait=Wait.NOTHING)
+        gated, gate_copies = self._gated.spread(block.gate_up.name, [block.down.plan], tokens)
+        epilogue = Epilogue(scale=True, addend=_bias(block.gate_up), silu=True)
+        gate_up = self._linear(block.gate_up, self._normed, tokens, gated, epilogue)
+        second, norm_copies = self._scaled(norm, readers, tokens)
+        epilogue = Epilogue(addend=self._middle.rows, second=second, epsilon=norm.epsilon)
+        place = Rows(NOWHERE) if is_last else self.embedded.rows
+        down = self._linear(block.down, self._gated, tokens, place, epilogue)
+        return [o, *copies, gate_up, *gate_copies, down, *norm_copies]
+
+    def _end(self, tokens: int, output: Output) -> Job:
+        """The head, or what is left of the norm before it."""
+        head = self._decoder.head
+        if head is None:
+            name, rows, results = self._decoder.final_norm.name, self._unscaled, self.results.rows
+            scale = Epilogue(scale=True)
+            return VectorJob(
+                name, tokens, rows.columns, rows.rows, results.buffer, Wait.ACTIVATIONS, scale, results.pitch
+            )
+        best = output is Output.BEST
+        epilogue = Epilogue(scale=True, addend=_bias(head), pieces=self._pieces.rows if best else None)
+        return self._linear(head, self._normed, tokens, Rows(NOWHERE) if best else self.results.rows, epilogue)
+
+    def _linear(
+        self,
+        layer: LoadedLayer,
+        inputs: Inputs,
+        tokens: int,
+        results: Rows,
+        epilogue: Epilogue,
+        *,
+        first: int = 0,
+        reuse: bool = False,
+        wait: Wait = Wait.ACTIVATIONS,
+    ) -> LinearJob:
+        return LinearJob(
+            layer.name,
+            layer.plan.layout,
+            tokens,
+            layer.weights,
+            inputs.of(layer.plan).row(first),
+            results.buffer,
+            reuse,
+            wait,
+            epilogue,
+            results.pitch,
+        )
+
+
+def _bias(layer: LoadedLayer) -> Rows | None:
+    return None if layer.bias is None else Rows(layer.bias)
+
+
+def _activations(layer: LoadedLayer) -> tuple[int, int, int]:
+    """Layers that are equal in this can use the same activations on chip."""
+    return layer.plan.planes, layer.plan.layout.k, layer.plan.layout.group_size

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all decoders have in common: tokens go in, logits come out, and the keys and values of past tokens stay."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from sw.common.errors import UserError
+from sw.runtime.usage import Usage
+from sw.text.sampling import check_top
+
+BLOCK = 64
+"""Most tokens of one call without hardware, which would set the limit."""
+
+
+class BaseDecoder(ABC):
+    """A language model with a KV cache for one sequence. A context manager that closes it.
+
+    Members
+    -------
+    path: the ONNX file.
+    block: most tokens of one call.
+    context, length: tokens that the cache can hold, and tokens that it holds.
+    usage: sums since the decoder was opened.
+
+    Every method raises UserError if the tokens are too many for one call or for the context, or if a layer's
+    activations are not finite. An exception leaves the cache as it was before the call.
+    """
+
+    def __init__(self, path: Path, block: int, context: int):
+        if context < 1:
+            raise UserError(f"the context is 1 token or more, not {context}")
+        self.path, self.block = Path(path), block
+        self.context, self.length = context, 0
+        self.usage = Usage()
+
+    @abstractmethod
+    def forward(self, ids: Sequence[int], every: bool = False) -> np.ndarray:
+        """Logits after each of 1 to `block` more tokens if `every`, else after the last: float32 [M or 1, vocab]."""
+
+    @abstractmethod
+    def prefill(self, ids: Sequence[int]) -> None:
+        """Appends 1 to `block` tokens without computing logits: computes only what the cache needs, so neither the head
+        nor anything after the last block's keys and values.
+        """
+
+    def greedy(self, ids: Sequence[int]) -> int:
+        """The first of the likeliest tokens after 1 to `block` more. Raises UserError if its logit is not finite."""
+        logits = self.forward(ids)[-1]
+        check_top(logits.max())
+        return int(logits.argmax())
+
+    def reset(self) -> None:
+        """Empties the cache."""
+        self.length = 0
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees sessions and buffers of the host. Closing the device frees the buffers in its memory."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _total(self, ids: Sequence[int]) -> int:
+        """Tokens in the cache after these ones. Raises UserError if they are too many."""
+        tokens, total = len(ids), self.length + len(ids)
+        if not 1 <= tokens <= self.block:
+            raise UserError(f"a call takes 1 to {self.block} tokens, not {tokens}")
+        if total > self.context:
+            raise UserError(f"the context holds {self.context} tokens, and these would be {total}")
+        return total
