@@ -244,7 +244,7 @@ async def halt(dut):
 
 @cocotb.test(skip=not config().has_vector_unit)
 async def sparse(dut):
-    """At most half a burst is ahead of the core when a burst begins; afterwards all of the FIFO is used again."""
+    """At most half a burst is ahead when one begins; afterwards all of the FIFO is used again."""
     taking, most, least = [False], longest(BEAT), latency("sparse_beats")
     bench = _Bench(dut, user=lambda: not taking[0])
     bench.regions.stall = never
