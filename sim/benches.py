@@ -64,6 +64,8 @@ _TWO_PORTS, _TILE_16, _TILE_32 = (PRESETS[name] for name in ("two_ports", "tile1
 _SMALL_DECODER, _TWO_PORTS_DECODER, _DECODER = (
     dict(params, operators="decoder") for params in (_SMALL, _TWO_PORTS, _TILE_16)
 )
+# The largest layer of Qwen2.5-0.5B fits.
+_BLOCK = dict(_DECODER, lanes=2, max_k=4864)
 _ULX3S, _ULX3S_8 = (dict(target="ecp5", **PRESETS[name]) for name in ("ulx3s4", "ulx3s8"))
 # As many lanes as columns, and the most lanes.
 _LANES_4, _LANES_8 = dict(_SMALL, lanes=4), dict(_TILE_32, lanes=8)
@@ -118,7 +120,7 @@ BENCHES: list[Bench] = [
     *(_bench(block, _FIXED) for block in ("array", "columns", "float_out")),
     *(_bench("activation_unit", params) for params in (_SMALL, _NARROW, _TILE_32)),
     *(_bench(block, _SMALL) for block in ("burst_cutter", "read_manager", "weight_fetch", "dispatcher")),
-    _bench("weight_fetch", _TILE_16),
+    *(_bench("weight_fetch", params) for params in (_SMALL_DECODER, _TILE_16)),
     *(_bench("gatherer", params) for params in (_SMALL, _LANES_8)),
     _bench("operand_fetch", _SMALL),
     _bench("table_fetch_8", _TILE_16, tb="operand_fetch", lanes=8, periodic=True),
@@ -132,7 +134,7 @@ BENCHES: list[Bench] = [
     ),
     _bench("epilogue", dict(_SMALL_DECODER, lanes=4)),
     _bench("piece_maximum", dict(_SMALL_DECODER, lanes=4)),
-    *(_bench(block, _SMALL) for block in ("pair", "completion")),
+    *(_bench(block, _SMALL) for block in ("pair", "completion", "progress")),
     *(_bench("descriptor_check", params) for params in (_SMALL, dict(_WIDE, operators="decoder"))),
     _bench("sequencer", _WIDE),
     _bench("header", _TILE_32),
@@ -144,10 +146,12 @@ BENCHES: list[Bench] = [
     _bench("core", _TILE_16),
     _bench("core", _TILE_16, tb="core_speed"),
     *(_bench("activation_fetch", params) for params in (_SMALL, _TWO_PORTS, _TILE_16)),
+    _bench("activation_fetch", _SMALL_DECODER),
     _bench("first_error", _SMALL),
     _bench("watchdog", _TWO_PORTS),
     *(_bench("selftest", params) for params in (_ULX3S, _ULX3S_8)),
     *(_bench("accelerator", _SMALL_DECODER, tb=tb) for tb in ("decoder", "program")),
+    _bench("accelerator", _SMALL_DECODER, tb="gap", limit=510),
     _bench("accelerator", _TWO_PORTS),
     _bench("accelerator", _TWO_PORTS, tb="accelerator_faults"),
     _bench("accelerator", _TILE_16, full=True),
@@ -161,9 +165,10 @@ BENCHES: list[Bench] = [
     _bench("epilogue", dict(_DECODER, lanes=8), full=True),
     *(
         _bench("accelerator", params, tb=tb, full=True, long=True)
-        for params in (dict(_SMALL_DECODER, lanes=4), dict(_TWO_PORTS_DECODER, lanes=8), dict(_DECODER, lanes=2))
+        for params in (dict(_SMALL_DECODER, lanes=4), dict(_TWO_PORTS_DECODER, lanes=8), _BLOCK)
         for tb in ("decoder", "program")
     ),
+    _bench("accelerator", _BLOCK, tb="gap", full=True, memory=1 << 24, hidden=896, inner=4864),
     _bench("core", _TILE_32, tb="core_speed", full=True),
     *(_bench("read_manager", params, full=True) for params in (_NARROW, _TILE_16)),
     *(_bench("write_manager", params, full=True) for params in (_NARROW, _TILE_16)),

@@ -41,6 +41,7 @@ from hw.rtl.memory.burst_cutter import BurstCutter
 from hw.rtl.memory.completion import Completion
 from hw.rtl.memory.gatherer import Gatherer
 from hw.rtl.memory.operand_fetch import OperandFetch
+from hw.rtl.memory.progress import Progress
 from hw.rtl.memory.read_manager import ReadManager, read_fifo_depths
 from hw.rtl.memory.weight_fetch import WeightFetch
 from hw.rtl.memory.write_manager import WriteManager
@@ -68,6 +69,7 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "pair": lambda config: PairUnit(),
     "piece_maximum": PieceMaximum,
     "completion": lambda config: Completion(clients=2, depth=16),
+    "progress": lambda config: Progress(clients=2),
     "reciprocal": lambda config: Reciprocal(),
     "exp": lambda config: Exp(),
     "sigma": lambda config: Sigma(),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The datapath: everything between the descriptor queue and the memory ports."""
 
-from amaranth.hdl import Cat, Module, Signal
+from amaranth.hdl import Array, Cat, Module, Signal
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -172,6 +172,12 @@ class Datapath(Block):
             weights.halt.eq(self.halt),
             weights.hold.eq(dispatcher.waiting & ~few),
         ]
+        if config.has_vector_unit:
+            m.d.comb += [
+                weights.sparse.eq(dispatcher.waiting & dispatcher.early),
+                activations.follow.eq(dispatcher.follow),
+                activations.pieces.eq(Array(self.path.pieces)[dispatcher.followed]),
+            ]
         fault = self.faults[ErrorCode.READ_BUS]
         for port in range(config.ports):
             clients = [(fetch.bursts[port], fetch.port_beats[port]) for fetch in (activations, weights)]
@@ -202,6 +208,7 @@ class Datapath(Block):
             wiring.connect(m, dispatcher.second_job, path.jobs[WriteClient.SECOND])
             wiring.connect(m, dispatcher.epilogue, path.epilogue)
             wiring.connect(m, dispatcher.expected, path.expected)
+            m.d.comb += dispatcher.whole.eq(path.whole)
             for operand in Operand:
                 wiring.connect(m, getattr(dispatcher, operand.name.lower()), path.operands[operand])
         wiring.connect(m, path.axi, wiring.flipped(self.write))

@@ -12,9 +12,10 @@ from hw.rtl.memory.burst_cutter import burst_layout
 from hw.rtl.memory.completion import Completion, expected_layout
 from hw.rtl.memory.gatherer import Gatherer, gather_layout
 from hw.rtl.memory.operand_fetch import OperandFetch, operand_layout
+from hw.rtl.memory.progress import Progress
 from hw.rtl.memory.write_manager import WriteClient, WriteManager
 from hw.rtl.vector.epilogue import Epilogue
-from hw.rtl.vector.layouts import SECOND_UNIT, Operand, epilogue_layout, result_unit, vector_lanes
+from hw.rtl.vector.layouts import MAX_PIECES, SECOND_UNIT, Operand, epilogue_layout, result_unit, vector_lanes
 from hw.spec.config import AcceleratorConfig
 from hw.spec.memory.access import OUTSTANDING
 
@@ -40,6 +41,8 @@ class ResultPath(Block):
 
     epilogue : the epilogues
     expected : which outputs each descriptor has
+    pieces, whole : by client: pieces in memory of the output that is being written; this output of the oldest
+        descriptor that is not complete is in memory
     operands, bursts, beats : by :class:`hw.rtl.vector.layouts.Operand`: the places of the operands, and the read ports'
         bursts and data for them
     """
@@ -63,6 +66,8 @@ class ResultPath(Block):
             members |= {
                 "epilogue": In(stream.Signature(epilogue_layout(config))),
                 "expected": In(stream.Signature(expected_layout(self.clients))),
+                "pieces": Out(range(MAX_PIECES + 1)).array(self.clients),
+                "whole": Out(self.clients),
                 "operands": In(stream.Signature(operand_layout(config.max_tokens))).array(operands),
                 "bursts": Out(stream.Signature(burst_layout(config.port_width))).array(operands),
                 "beats": In(stream.Signature(config.port_width)).array(operands),
@@ -110,6 +115,7 @@ class ResultPath(Block):
         config, lanes = self.config, vector_lanes(self.config)
         m.submodules.epilogue = epilogue = Epilogue(config)
         m.submodules.completion = completion = Completion(self.clients, EXPECTED)
+        m.submodules.progress = progress = Progress(self.clients)
         wiring.connect(m, wiring.flipped(self.results), epilogue.results)
         wiring.connect(m, wiring.flipped(self.epilogue), epilogue.job)
         wiring.connect(m, wiring.flipped(self.expected), completion.expected)
@@ -123,6 +129,10 @@ class ResultPath(Block):
             wiring.connect(m, output, gatherer.results)
         m.d.comb += [
             completion.written.eq(writer.complete),
+            self.whole.eq(completion.whole),
+            progress.written.eq(writer.written),
+            progress.complete.eq(writer.complete),
+            *(count.eq(pieces) for count, pieces in zip(self.pieces, progress.pieces, strict=True)),
             self.complete.eq(completion.complete),
             self.complete_interrupt.eq(completion.complete_interrupt),
         ]

@@ -23,21 +23,22 @@ from hw.spec.control.descriptor import (
     region_bytes,
 )
 from hw.spec.control.registers import BY_NAME, ErrorCode, offset
-from hw.spec.memory.access import BURST_BOUNDARY, PIECE_FLOATS
+from hw.spec.memory.access import BURST_BOUNDARY, IDEAL_READ_LATENCY, IDEAL_WRITE_LATENCY, PIECE_FLOATS
 from hw.spec.memory.geometry import LayerLayout, fit_layer
 from hw.spec.memory.packing import pack, stripe
 from hw.spec.numerics.linear import Activations, NumericsError, quantize_activations
 from hw.spec.ops import LINEAR, Wait
 from sim.bench.axi_monitor import AxiMonitor, Burst, LiteMonitor
 from sim.bench.dut import begin, config
-from sim.bench.faulty_memory import FaultyRead, FaultyWrite
+from sim.bench.faulty_memory import FaultyRead, FaultyWrite, later
 from sim.bench.layers import Job, weights_of
 from sim.bench.streams import Stall, bursty, cycle, randomly, read, rng, until
+from sim.harness import settings
 
 __all__ = ["MEMORY", "AcceleratorDriver", "Work", "fit", "floats", "pauses"]
 
-MEMORY = 1 << 21
-"""Size in bytes. Addresses are used modulo this size, so layers may be anywhere in the address space."""
+MEMORY = settings().get("memory", 1 << 21)
+"""Size in bytes, a power of two. Addresses are used modulo it, so layers may be anywhere in the address space."""
 PATIENCE = 20_000
 """A test fails after this number of cycles without any transfer on a memory port."""
 CALM = 3_000
@@ -154,6 +155,8 @@ class AcceleratorDriver:
         self._free = 0
         self._window: list[int | None] = [None] * BY_NAME["descriptor"].words
         self.channels: dict[str, Any] = {}
+        self.memories: list[FaultyRead | FaultyWrite] = []
+        """Each port's read half, then the write half."""
         self.read_faults: list[dict[int, AxiResp]] = [{} for _ in range(self.config.ports)]
         """Faults of each port's memory when it is read: address -> response."""
         self.write_faults: dict[int, AxiResp] = {}
@@ -192,6 +195,7 @@ class AcceleratorDriver:
 
     def _attach(self, memory: Any, takes: Mapping[str, Any], answers: Mapping[str, Any]) -> None:
         """Registers a half of a memory port, and its channels by their names."""
+        self.memories.append(memory)
         memory.log.setLevel(logging.ERROR)
         self.channels |= {**takes, **answers}
         for channel in takes.values():
@@ -199,6 +203,12 @@ class AcceleratorDriver:
             channel.queue_occupancy_limit = 32
 
     # Time
+
+    def ideal(self) -> None:
+        """Give the memory the latencies of the simulated memory ``ideal``."""
+        for memory in self.memories:
+            latency = IDEAL_READ_LATENCY if isinstance(memory, FaultyRead) else IDEAL_WRITE_LATENCY
+            later(memory, latency, lambda: self.now)
 
     def pause(self, name: str, stall: Stall | None) -> None:
         """Start to pause a channel by a stall generator; None: no pauses."""

@@ -1,12 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""cocotbext-axi's memories with error responses at some addresses. By themselves they only support SLVERR."""
+"""cocotbext-axi's memories with error responses at some addresses, and with a latency. By themselves they only support
+SLVERR, and answer 2 cycles after the request."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import cocotb
+from cocotb.queue import Queue
+from cocotb.triggers import ClockCycles
 from cocotbext.axi import AxiRamRead, AxiRamWrite, AxiResp
 
-__all__ = ["FaultyRead", "FaultyWrite"]
+__all__ = ["LEAST_LATENCY", "FaultyRead", "FaultyWrite", "later"]
+
+LEAST_LATENCY = 2
+"""Cycles from AR to the first R, and from the last W to B."""
+
+
+class _Late:
+    """A queue whose items leave some cycles after they were put in."""
+
+    def __init__(self, clock: Any, cycles: int, now: Callable[[], int]):
+        self._clock, self._cycles, self._now = clock, cycles, now
+        self._waiting: Queue[tuple[int, Any]] = Queue()
+
+    async def put(self, item: Any) -> None:
+        await self._waiting.put((self._now() + self._cycles, item))
+
+    async def get(self) -> Any:
+        due, item = await self._waiting.get()
+        if due > self._now():
+            await ClockCycles(self._clock, due - self._now())
+        return item
+
+
+def later(memory: "FaultyRead | FaultyWrite", latency: int, now: Callable[[], int]) -> None:
+    """Make a memory answer ``latency`` cycles after each request; requests do not wait for each other.
+
+    now : number of cycles so far
+    """
+    queue = _Late(memory.clock, latency - LEAST_LATENCY, now)
+
+    async def move(take: Callable[[], Any], give: Callable[[Any], Any]) -> None:
+        while True:
+            await give(await take())
+
+    if isinstance(memory, FaultyRead):
+        cocotb.start_soon(move(memory.ar_channel.recv, queue.put))
+        memory.ar_channel.recv = queue.get
+    else:
+        cocotb.start_soon(move(queue.get, memory.b_channel.send))
+        memory.b_channel.send = queue.put
 
 
 class _Fault(Exception):

@@ -10,8 +10,8 @@ from hw.rtl.common.fifo import Credits, StreamFifo
 from hw.rtl.control.descriptor_check import work_layout
 from hw.rtl.control.shares import JOBS_AHEAD, Share, Side, shares
 from hw.rtl.memory.gatherer import Gatherer
-from hw.rtl.memory.write_manager import WriteManager
-from hw.spec.config import AcceleratorConfig
+from hw.rtl.memory.write_manager import WriteClient, WriteManager
+from hw.spec.config import FLOAT_BITS, AcceleratorConfig
 from hw.spec.ops.base import Wait
 
 TABLE_DEPTH = 4
@@ -73,6 +73,10 @@ class Dispatcher(Block):
     of earlier descriptors; meanwhile the weights cursor goes on, and the descriptors between the two are in a table. If
     no descriptor waits, both cursors are at the same descriptor, and the next one follows when all shares are sent.
 
+    With a vector unit, a layer of one token whose activations are a row that the descriptor just before it writes does
+    not wait for all of this row: if all earlier descriptors are complete, its activations are requested as far as they
+    are in memory. The block that was sent then follows the row.
+
     The core, the activation unit and the gatherer each have some layers in advance, so fetching, computing and
     writing can each work on another layer. A layer's weights are requested only after all of its activations: memory
     answers in order, and the layer cannot start without its activations. While the activations cursor waits, there are
@@ -90,7 +94,11 @@ class Dispatcher(Block):
     regions : the layer's weights
     results_job : the place of the layer's results
 
-    and with a vector unit the shares of the second output, the epilogue and its operands.
+    and with a vector unit the shares of the second output, the epilogue and its operands, and
+
+    whole : by client of the write manager: this output of the oldest incomplete descriptor is in memory
+    early : with ``waiting``: the last weights that were sent are of a layer that waits
+    follow : the last block is a row that is being written: that of the client ``followed``
 
     Latency from the first cycle of a work's ``valid``: 0 cycles for ``core``, ``blocks`` and ``regions``, 1 for the
     others; from ``complete`` to the shares that have waited for it 1 cycle more. Throughput: 1 layer in 4 cycles, in
@@ -116,8 +124,14 @@ class Dispatcher(Block):
                 "waiting": Out(1),
                 **outputs,
                 "asking": In(1),
+                **self._follow_members(),
             }
         )
+
+    def _follow_members(self) -> dict[str, wiring.Member]:
+        clients = len(WriteClient)
+        vector = {"whole": In(clients), "early": Out(1), "follow": Out(1), "followed": Out(range(clients))}
+        return vector if self.config.has_vector_unit else {}
 
     def properties(self) -> dict[str, int]:
         """See :class:`hw.rtl.common.block.Block`."""
@@ -200,14 +214,54 @@ class Dispatcher(Block):
             incomplete.take.eq(self.complete),
             *(activations.may[share.name].eq(may) for share in activations.shares),
         ]
+        if self.config.has_vector_unit:
+            early = self._follow(m, activations, may, incomplete)
+            m.d.comb += [activations.may[share.name].eq(may | early) for share in activations.shares if share.early]
         m.d.sync += [
             self.waiting.eq(activations.valid & ~may),
             started.eq(activations.valid & may & ~activations.step),
         ]
 
+    def _follow(self, m: Module, activations: Cursor, may: Signal, incomplete: Credits) -> Value:
+        """Whether the descriptor reads a row that is being written; only the one that writes it is incomplete."""
+        work, early = activations.work, Signal()
+        m.submodules.several = several = Credits(incomplete.limit, least=2)
+        # The places of the row that the descriptor before writes, and whether it writes this one and no others.
+        rows = {
+            WriteClient.RESULTS: (work.results, ~work.quiet),
+            WriteClient.SECOND: (work.second_results, work.second),
+        }
+        single, matches = work.command.tokens == 1, Signal(len(rows))
+        # All of the activations are in the row.
+        columns = Signal.like(work.out_features)
+        contained = work.activation_beats <= columns >> (self.config.port_width // FLOAT_BITS).bit_length() - 1
+        with m.If(activations.step):
+            m.d.sync += columns.eq(work.out_features >> work.silu)
+        for client, (place, written) in rows.items():
+            address, known = Signal.like(place, name=f"row_{client.value}"), Signal(name=f"known_{client.value}")
+            with m.If(activations.step):
+                m.d.sync += [address.eq(place), known.eq(written & single)]
+            # A register: it compares the descriptor of the cycle before, which is another one after a step.
+            m.d.sync += matches[client].eq(
+                activations.valid & ~activations.step & known & contained & (work.activations == address)
+            )
+        m.d.comb += [
+            several.add.eq(incomplete.add),
+            several.take.eq(incomplete.take),
+            early.eq(matches.any() & single & (work.wait == Wait.ACTIVATIONS) & incomplete.enough & ~several.enough),
+        ]
+        blocks = activations.blocks
+        with m.If(blocks.valid & blocks.ready):
+            m.d.sync += [self.follow.eq(~may), self.followed.eq(~matches[WriteClient.RESULTS])]
+        with m.Elif(may | self.whole.bit_select(self.followed, 1)):
+            m.d.sync += self.follow.eq(0)
+        return early
+
     def _order(self, m: Module, weights: Cursor, activations: Cursor, apart: Signal) -> None:
         """Whether each share of the weights side may be sent."""
         ahead = self.waiting & (weights.work.wait != Wait.WEIGHTS)
+        if self.config.has_vector_unit:
+            m.d.sync += self.early.eq(apart | weights.sent["regions"])
         for share in weights.shares:
             if not share.after:
                 m.d.comb += weights.may[share.name].eq(1)

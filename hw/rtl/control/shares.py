@@ -61,6 +61,7 @@ class Share:
     wanted : function from the side's fields to whether the unit needs this layer
     after : name of a share of the activations side: send this share only after that one is sent and its bursts are
         requested, unless the activations side waits
+    early : it may be sent while the layer waits for a row that is being written
     """
 
     name: str
@@ -70,6 +71,7 @@ class Share:
     ahead: int = 0
     wanted: Callable[[data.View], Value] = lambda work: Const(1)
     after: str = ""
+    early: bool = False
 
 
 def unit_layout(config: AcceleratorConfig) -> data.StructLayout:
@@ -120,6 +122,7 @@ def _linear_shares(
             },
             ahead=2,
             wanted=linear,
+            early=True,
         ),
         Share(
             "blocks",
@@ -127,6 +130,7 @@ def _linear_shares(
             fetch_layout(config),
             lambda work: {"address": work.activations, "beats": work.activation_beats},
             wanted=lambda work: linear(work) & ~work.command.reuse,
+            early=True,
         ),
         Share(
             "results_job",

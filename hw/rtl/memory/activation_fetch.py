@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fetches a layer's activations through all read ports, so that the load is shared."""
 
-from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, unsigned
+from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, stream
 from amaranth.lib.wiring import In, Out
 
@@ -10,9 +10,15 @@ from hw.rtl.common.fifo import Credits, StreamFifo
 from hw.rtl.core.activation_unit import row_layout
 from hw.rtl.memory.axi import ADDRESS_BITS
 from hw.rtl.memory.burst_cutter import burst_layout
+from hw.rtl.vector.layouts import MAX_PIECES
 from hw.spec.config import FLOAT_BITS, AcceleratorConfig
 from hw.spec.control.descriptor import activation_beats
-from hw.spec.memory.access import CHUNK_BYTES, CHUNKS_AHEAD
+from hw.spec.memory.access import CHUNK_BYTES, CHUNKS_AHEAD, PIECE_FLOATS
+from hw.spec.memory.operands import FLOAT_BYTES
+
+PIECE_CHUNKS = PIECE_FLOATS * FLOAT_BYTES // CHUNK_BYTES
+"""Chunks of one piece of results. After p pieces of a row this number times p chunks can be read, also if the row does
+not start at a multiple of a chunk: its first chunk is then shorter."""
 
 
 def chunk_beats(config: AcceleratorConfig) -> int:
@@ -39,13 +45,20 @@ class ActivationFetch(Block):
     together, although a chunk comes from a single port. Because the ports take turns, one counter of chunks is enough
     to prevent an overflow of all FIFOs.
 
+    With a vector unit a block can be a row of results that is still being written: it is then requested piece by piece,
+    as far as it is in memory.
+
     Members
     -------
     blocks : blocks of activations to fetch
     bursts : each port's chunks, for its read manager
     port_beats : each port's data; always ready
     rows : the blocks' data, in order
-    asking : not all bursts of the last block are sent
+    asking : not all bursts of the last block are sent, and the next one may be
+
+    and with a vector unit
+
+    follow : from the cycle after the block's transfer: the block is being written; ``pieces`` of it are in memory
 
     Latency: 1 cycle from a block to its first burst, 3 from a row's last beat to the row. Throughput: 1 burst and 1 row
     per cycle, and 1 beat per cycle and port.
@@ -66,6 +79,7 @@ class ActivationFetch(Block):
                 "port_beats": In(stream.Signature(config.port_width)).array(config.ports),
                 "rows": Out(stream.Signature(row_layout(config))),
                 "asking": Out(1),
+                **({"follow": In(1), "pieces": In(range(MAX_PIECES + 1))} if config.has_vector_unit else {}),
             }
         )
 
@@ -107,13 +121,15 @@ class ActivationFetch(Block):
         # hw.rtl.memory.burst_cutter, so that no computation depends on a port's answer.
         address, beats, last = Signal(ADDRESS_BITS), Signal(range(whole + 1)), Signal()
         left, to_end = Signal.like(block.beats), Signal(range(whole + 1))
-        taken, load, may = Signal(), Signal(), Signal()
+        taken, load, may, active = Signal(), Signal(), Signal(), Signal()
+        written = self._written(m, load, taken)
         port = self._turn(m, "asking_port", taken)
         m.d.comb += [
             to_end.eq(whole - block.address[beat_bits:page_bits]),
+            self.asking.eq(active & written),
             may.eq(self.asking & room.enough),
             room.take.eq(taken),
-            self.blocks.ready.eq(~self.asking & lengths.i.ready),
+            self.blocks.ready.eq(~active & lengths.i.ready),
             load.eq(self.blocks.valid & self.blocks.ready),
             lengths.i.valid.eq(load),
             lengths.i.payload.rows.eq(block.beats >> row_bits),
@@ -130,7 +146,7 @@ class ActivationFetch(Block):
         with m.If(load):
             fits = block.beats <= to_end
             m.d.sync += [
-                self.asking.eq(1),
+                active.eq(1),
                 address.eq(block.address),
                 beats.eq(Mux(fits, block.beats, to_end)),
                 left.eq(block.beats - to_end),
@@ -139,12 +155,25 @@ class ActivationFetch(Block):
         with m.Elif(taken):
             fits = left <= whole
             m.d.sync += [
-                self.asking.eq(~last),
+                active.eq(~last),
                 address.eq((address[page_bits:] + 1) << page_bits),
                 beats.eq(Mux(fits, left, whole)),
                 left.eq(left - whole),
                 last.eq(fits),
             ]
+
+    def _written(self, m: Module, load: Signal, taken: Signal) -> Value:
+        """Whether the next chunk is in memory."""
+        if not self.config.has_vector_unit:
+            return Const(1)
+        # A register. It stays 1 until the chunk is requested, also if ``pieces`` already counts for another block.
+        chunks, written = Signal(range(PIECE_CHUNKS * MAX_PIECES + 1)), Signal()
+        m.d.sync += written.eq(~load & ~taken & (written | (chunks < self.pieces * PIECE_CHUNKS)))
+        with m.If(load):
+            m.d.sync += chunks.eq(0)
+        with m.Elif(taken):
+            m.d.sync += chunks.eq(chunks + 1)
+        return written | ~self.follow
 
     def _join(self, m: Module, port: int) -> StreamFifo:
         """Joins a port's beats to rows, and stores them in a FIFO."""

@@ -26,6 +26,7 @@ class Completion(Block):
     -------
     expected : the descriptors
     written : by client: an output is in memory; one cycle
+    whole : by client: the output of the oldest descriptor that is not complete is in memory, if it has one
     complete : a descriptor is complete; one cycle
     complete_interrupt : valid with ``complete``: it requests an interrupt
 
@@ -40,6 +41,7 @@ class Completion(Block):
             {
                 "expected": In(stream.Signature(expected_layout(clients))),
                 "written": In(clients),
+                "whole": Out(clients),
                 "complete": Out(1),
                 "complete_interrupt": Out(1),
             }
@@ -63,7 +65,8 @@ class Completion(Block):
             # No output of a later descriptor is written more often than it is expected.
             m.submodules[f"outputs_{client}"] = outputs = Counter(self.depth)
             m.d.comb += [outputs.add.eq(self.written[client]), outputs.take.eq(done & head.outputs[client])]
-            there.append(~head.outputs[client] | (outputs.value != 0))
+            m.d.comb += self.whole[client].eq(outputs.value != 0)
+            there.append(~head.outputs[client] | self.whole[client])
         m.d.comb += done.eq(fifo.o.valid & Cat(there).all())
         m.d.sync += [self.complete.eq(done), self.complete_interrupt.eq(head.interrupt)]
         return m

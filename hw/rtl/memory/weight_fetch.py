@@ -34,6 +34,9 @@ class WeightFetch(Block):
     regions : the layers' weights
     halt : send no more beats
     hold : begin no burst; one that some port has been offered goes on
+    sparse : with a vector unit: begin a burst only if at most ``sparse_beats`` beats of a port are requested and not
+        yet in the core. So the core has some weights when it begins a layer, and no port is busy with weights when
+        this layer's activations are requested.
     bursts : for each port's read manager
     port_beats : each port's data
     beats : the weight stream
@@ -45,11 +48,13 @@ class WeightFetch(Block):
 
     def __init__(self, config: AcceleratorConfig, depth: int):
         self.config, self.depth = config, depth
+        self.sparse_beats = max_burst_beats(config.port_width) // 2
         super().__init__(
             {
                 "regions": In(stream.Signature(weights_layout())),
                 "halt": In(1),
                 "hold": In(1),
+                **({"sparse": In(1)} if config.has_vector_unit else {}),
                 "bursts": Out(stream.Signature(burst_layout(config.port_width))).array(config.ports),
                 "port_beats": In(stream.Signature(config.port_width)).array(config.ports),
                 "beats": Out(stream.Signature(config.beat_bits)),
@@ -58,7 +63,7 @@ class WeightFetch(Block):
 
     def properties(self) -> dict[str, int]:
         """See :class:`hw.rtl.common.block.Block`."""
-        return {"latency": self.latency, "depth": self.depth}
+        return {"latency": self.latency, "depth": self.depth, "sparse_beats": self.sparse_beats}
 
     def elaborate(self, platform) -> Module:
         m = Module()
@@ -67,12 +72,15 @@ class WeightFetch(Block):
         m.submodules.room = room = Counter(self.depth, take=max_burst_beats(width), init=self.depth)
         regions, burst, stride = self.regions, cutter.bursts.payload, Signal(STRIDE_BITS)
         fits, begun, done = Signal(), Signal(), Signal()
+        may = ~self.hold
+        if self.config.has_vector_unit:
+            may &= ~self.sparse | (room.value >= self.depth - self.sparse_beats)
         m.d.comb += [
             cutter.regions.payload.address.eq(regions.payload.address),
             cutter.regions.payload.beats.eq(regions.payload.beats),
             cutter.regions.valid.eq(regions.valid),
             regions.ready.eq(cutter.regions.ready),
-            fits.eq(cutter.bursts.valid & (burst.beats <= room.value) & (begun | ~self.hold)),
+            fits.eq(cutter.bursts.valid & (burst.beats <= room.value) & (begun | may)),
             cutter.bursts.ready.eq(done),
             room.take.eq(Mux(done, burst.beats, 0)),
             room.add.eq(self.beats.valid & self.beats.ready),

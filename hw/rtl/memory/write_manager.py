@@ -63,6 +63,8 @@ class WriteManager(Block):
     halt : send no further burst; bursts that were sent to AW still get their data
     under_way : bursts sent to AW and not yet acknowledged
     complete : by client: the last burst of a descriptor was acknowledged, none of its bursts had an error; one cycle
+    written : with several clients, by client: a piece is in memory, and so are those before it of the same descriptor;
+        one cycle
     complete_interrupt : valid with ``complete``: the descriptor requests an interrupt
     error : a burst was answered with SLVERR or DECERR; one cycle, with its address in ``error_address``
     oldest : address of the oldest burst under way, if any
@@ -92,6 +94,7 @@ class WriteManager(Block):
                 "halt": In(1),
                 "under_way": Out(range(outstanding + 1)),
                 "complete": Out(clients),
+                **({"written": Out(clients)} if clients > 1 else {}),
                 "complete_interrupt": Out(1),
                 "error": Out(1),
                 "error_address": Out(ADDRESS_BITS),
@@ -110,9 +113,11 @@ class WriteManager(Block):
     def elaborate(self, platform) -> Module:
         m = Module()
         floats = self.width // FLOAT_BITS
-        # The bursts under way, for their acknowledgement; ``last`` marks the last burst of a descriptor.
+        # The bursts under way, for their acknowledgement; ``last`` marks the last burst of a descriptor,
+        # ``end`` that of a piece.
         client = range(self.clients)
-        tag = data.StructLayout({"address": ADDRESS_BITS, "last": 1, "interrupt": 1, "client": client})
+        end = {"end": 1} if self.clients > 1 else {}
+        tag = data.StructLayout({"address": ADDRESS_BITS, "last": 1, **end, "interrupt": 1, "client": client})
         # Bursts whose data is not sent yet: a subset of ``tags``, so this FIFO cannot overflow first. ``keep``: floats
         # of the last beat that are written; ``single``: the burst is one beat.
         share = data.StructLayout(
@@ -145,6 +150,7 @@ class WriteManager(Block):
             tags.i.valid.eq(start),
             tags.i.payload.eq(tag),
             tags.i.payload.last.eq(tag.last & fits),
+            *([tags.i.payload.end.eq(fits)] if self.clients > 1 else []),
             shares.i.valid.eq(start),
             shares.i.payload.last_beat.eq(length),
             shares.i.payload.single.eq(length == 0),
@@ -234,5 +240,7 @@ class WriteManager(Block):
             self.complete.eq(good << tag.client),
             self.complete_interrupt.eq(good & tag.interrupt),
         ]
+        if self.clients > 1:
+            m.d.sync += self.written.eq((b.valid & tag.end & ~bad & ~failed[tag.client]) << tag.client)
         with m.If(b.valid):
             m.d.sync += failed[tag.client].eq(~tag.last & (failed[tag.client] | bad))

@@ -10,7 +10,8 @@ from cocotb.triggers import RisingEdge
 
 from hw.spec.config import FLOAT_BITS
 from hw.spec.control.descriptor import ADDRESS_LIMIT, DATA_ALIGNMENT, activation_beats
-from hw.spec.memory.access import CHUNK_BYTES, CHUNKS_AHEAD
+from hw.spec.memory.access import CHUNK_BYTES, CHUNKS_AHEAD, PIECE_FLOATS
+from hw.spec.memory.operands import FLOAT_BYTES
 from sim.bench.dut import begin, config, latency, payload
 from sim.bench.monitor import Monitor
 from sim.bench.streams import Stall, StreamSink, StreamSource, bursty, cycle, never, randomly, read, rng, until
@@ -52,6 +53,8 @@ class _Bench:
         """Bursts of each port."""
         self.sent: list[Block] = []
         self.answering = True
+        if config().has_vector_unit:
+            dut.follow.value = dut.pieces.value = 0
         cocotb.start_soon(self._answer())
 
     async def _answer(self) -> None:
@@ -182,3 +185,34 @@ async def one_block_at_a_time(dut):
     refusing = False
     await until(dut.clk, lambda: bench.blocks.transfers == 2, "the second block", cycles=20)
     await bench.check()
+
+
+@cocotb.test(skip=not config().has_vector_unit)
+@cocotb.parametrize(offset=[0, DATA_ALIGNMENT, CHUNK_BYTES, CHUNK_BYTES + DATA_ALIGNMENT])
+async def follows_a_row(dut, offset):
+    """A row that is being written is requested as far as it is in memory, and its rest when all of it is."""
+    bench, random = _Bench(dut), rng(1)
+    await begin(dut)
+    for _ in range(6):
+        pieces = int(random.integers(1, 8))
+        floats = (pieces - 1) * PIECE_FLOATS + config().tile * int(random.integers(1, PIECE_FLOATS // config().tile))
+        block = (offset, floats * FLOAT_BYTES // BEAT)
+        before, count = sum(map(len, bench.seen)), bench.blocks.transfers
+        # ``follow`` may be 1 earlier than the block.
+        dut.follow.value, dut.pieces.value = 1, 0
+        bench.send([block])
+        await until(dut.clk, lambda count=count: bench.blocks.transfers > count, "the block", cycles=200)
+        for written in range(pieces):
+            dut.pieces.value = written
+            await cycle(dut.clk, int(random.integers(80, 200)))
+            asked = sum(map(len, bench.seen)) - before
+            end = offset + PIECE_FLOATS * FLOAT_BYTES * written
+            assert asked == sum(a + b * BEAT <= end for a, b in _chunks([block])), f"{asked} chunks, {written} pieces"
+            assert not read(dut.asking)
+        # The count may already be that of another row.
+        dut.pieces.value, dut.follow.value = 0, 0
+        await until(dut.clk, lambda: not read(dut.asking), "the last chunk", cycles=200)
+        await bench.check()
+        bench.sent.clear()
+        for bursts in bench.seen:
+            bursts.clear()

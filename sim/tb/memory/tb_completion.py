@@ -21,6 +21,7 @@ async def _run(dut, stall, rate):
     source.send(payload("expected").pack(outputs=outputs, interrupt=interrupts))
     queues = [[index for index, mask in enumerate(outputs) if mask >> client & 1] for client in range(CLIENTS)]
     written, now, seen, edge = [0] * CLIENTS, 0, [], RisingEdge(dut.clk)
+    done = 0
     ready_at = [0] * len(outputs)
     while len(seen) < len(outputs):
         assert now < 20_000, f"{len(seen)} of {len(outputs)} descriptors are complete"
@@ -34,7 +35,13 @@ async def _run(dut, stall, rate):
         dut.written.value = word
         await edge
         now += 1
+        # Outputs that are written before their descriptor is complete.
+        whole = [bool(read(dut.whole) >> client & 1) for client in range(CLIENTS)]
+        for client, queue in enumerate(queues):
+            begun = [index for index in queue[: written[client]] if index >= done]
+            assert not whole[client] or begun, f"client {client} has no output of descriptor {done} or later"
         if read(dut.complete):
+            done += 1
             seen.append((now, read(dut.complete_interrupt)))
     assert [interrupt for _, interrupt in seen] == interrupts
     earliest = 0

@@ -76,6 +76,8 @@ class _Bench:
             for port in range(PORTS)
         ]  # fmt: skip
         dut.halt.value = dut.hold.value = 0
+        if config().has_vector_unit:
+            dut.sparse.value = 0
         cocotb.start_soon(self._run())
 
     async def _run(self) -> None:
@@ -238,3 +240,30 @@ async def halt(dut):
     await cycle(dut.clk, 1000)
     assert monitor["beats"][-1] < monitor["halt"][0]
     assert {port.beats.transfers for port in bench.ports} == {len(monitor["beats"])}
+
+
+@cocotb.test(skip=not config().has_vector_unit)
+async def sparse(dut):
+    """At most half a burst is ahead when one begins; afterwards all of the FIFO is used again."""
+    taking, most, least = [False], longest(BEAT), latency("sparse_beats")
+    bench = _Bench(dut, user=lambda: not taking[0])
+    bench.regions.stall = never
+    await begin(dut)
+    dut.sparse.value = 1
+    layer = _Layer(0, STRIDE, 4 * latency("depth"))
+    bench.send([layer])
+    port, taken = bench.ports[0], 0
+    for step in (0, most - least - 1, 1, most - 1, 1):
+        taking[0] = True
+        wanted = taken + step
+        await until(dut.clk, lambda wanted=wanted: len(bench.beats.received) >= wanted, "beats", cycles=10 * most)
+        taking[0] = False
+        await cycle(dut.clk, 2 * most)
+        taken = len(bench.beats.received)
+        ahead = sum(beats for _, beats in port.asked) - taken
+        assert least < ahead <= least + most, f"{ahead} beats are ahead after {taken}"
+    dut.sparse.value = 0
+    await cycle(dut.clk, 2 * latency("depth"))
+    assert latency("depth") - most < port.held
+    taking[0] = True
+    await bench.check([layer])

@@ -56,6 +56,8 @@ class _Watcher:
         self.acknowledged = 0
         self.completions: list[tuple[int, int]] = []
         """Bursts acknowledged before each completion, and its interrupt flag."""
+        self.written: list[tuple[int, int]] = []
+        """Bursts acknowledged before each piece that is in memory, and its client."""
         self.errors: list[int] = []
         cocotb.start_soon(self._run())
 
@@ -70,6 +72,8 @@ class _Watcher:
                 continue
             if dut.complete.value:
                 self.completions.append((self.acknowledged, int(dut.complete_interrupt.value)))
+            written = int(dut.written.value)
+            self.written += [(self.acknowledged, client) for client in CLIENTS if written >> client & 1]
             if dut.error.value:
                 self.errors.append(int(dut.error_address.value))
             address = self._address(address)
@@ -367,6 +371,10 @@ async def two_clients(dut, speeds):
     ends = {piece.bursts(bench.size)[-1]: piece.interrupt for piece in pieces if piece.last}
     wanted = [(n, ends[burst]) for n, burst in enumerate(bench.watcher.offered, 1) if burst in ends]
     assert bench.watcher.completions == wanted
+    ends = {piece.bursts(bench.size)[-1]: client for client, share in enumerate(shares) for piece in share}
+    assert bench.watcher.written == [
+        (n, ends[burst]) for n, burst in enumerate(bench.watcher.offered, 1) if burst in ends
+    ]
     assert bench.watcher.errors == []
 
 
@@ -422,5 +430,6 @@ async def an_error_of_another_client(dut):
     await bench.quiet()
     assert [address for address, _ in bench.watcher.offered] == [0, faulty, 2 * BOUNDARY, 3 * BOUNDARY]
     assert bench.watcher.errors == [faulty]
+    assert bench.watcher.written == [(1, 1), (3, 1)]
     # The end of the other descriptor does not clear the error.
     assert bench.watcher.completions == [(3, 1)]

@@ -33,12 +33,13 @@ async def programs(dut, stalls, hard):
 
 
 @cocotb.test()
-async def chain(dut):
+@cocotb.parametrize(tokens=sorted({1, config().max_tokens}))
+async def chain(dut, tokens):
     """A block as a decoder has it: each descriptor reads what the ones before have written, on chip and in memory."""
-    random, c = rng(1), config()
+    random = rng(1)
     driver = await AcceleratorDriver.create(dut)
     program = Program(driver, random)
-    tokens, hidden, inner = c.max_tokens, 64, 96
+    hidden, inner = 64, 96
     x, pitch = program.put(numbers(random, tokens, hidden), result_pitch(hidden))
     program.add(("quiet", "second", "squares"), tokens, hidden, vector=True)
     program.descriptors[-1] = replace(program.descriptors[-1], activations=x, source_pitch=pitch)
