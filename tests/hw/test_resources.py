@@ -123,7 +123,7 @@ def blocks(name: str) -> dict[str, str]:
 
 
 def test_containers_say_so():
-    assert container_names(BLOCKS["accelerator"](SMALL), XCUP) == {"inside", "datapath", "core", "path"}
+    assert container_names(BLOCKS["accelerator"](SMALL), XCUP) == {"inside", "datapath", "queue", "core", "path"}
 
 
 def test_blocks_are_those_of_the_architecture():
