@@ -55,12 +55,6 @@ def compare(path, prompts, count: int, operators: str) -> None:
 
 
 @pytest.mark.simulator
-@pytest.mark.parametrize("operators", ["linear", pytest.param("decoder", marks=pytest.mark.full)])
-def test_smollm2_starts_like_onnxruntime(operators, smollm2):
-    compare(smollm2, PROMPTS[:1], 3, operators)
-
-
-@pytest.mark.simulator
 @pytest.mark.full
 @pytest.mark.parametrize("operators", OPERATORS)
 def test_smollm2_continues_like_onnxruntime(operators, smollm2):
