@@ -204,14 +204,11 @@ def measure_qwen() -> dict:
     for name in ("rtl", "reference", ONNXRUNTIME):
         logits[name], usages[name], peaks[name] = measure(model, name, 1)
     usage, expected = usages["rtl"][0], logits[ONNXRUNTIME]
-    error = np.abs(logits["rtl"] - expected).max() / np.abs(expected).max()
     return {
         "cycles": usage.cycles,
         "beats": usage.beats,
         "port_fraction": usage.beats / usage.cycles,
-        "tokens_per_second": FABRIC_HZ / usage.cycles,
-        "equals_reference": bool(np.array_equal(logits["rtl"].view(np.uint32), logits["reference"].view(np.uint32))),
-        "relative_error": float(error),
+        **_token(usage, logits["rtl"], logits["reference"], expected),
         "peak_bytes": peaks,
         "programs": _measure_programs(model, expected),
     }
@@ -221,12 +218,15 @@ def _measure_programs(model: str, expected: np.ndarray) -> dict:
     """A model's token as programs. expected: onnxruntime's logits."""
     (rtl, usages, peak), (reference, *_) = (measure(model, name, 1, "decoder") for name in ("rtl", "reference"))
     (usage,) = usages
+    return {"cycles": usage.cycles, **_token(usage, rtl, reference, expected), "peak_bytes": peak}
+
+
+def _token(usage: Usage, rtl: np.ndarray, reference: np.ndarray, expected: np.ndarray) -> dict:
+    """The speed of a token on the simulated RTL, and how its logits compare. expected: onnxruntime's logits."""
     return {
-        "cycles": usage.cycles,
         "tokens_per_second": FABRIC_HZ / usage.cycles,
         "equals_reference": bool(np.array_equal(rtl.view(np.uint32), reference.view(np.uint32))),
         "relative_error": float(np.abs(rtl - expected).max() / np.abs(expected).max()),
-        "peak_bytes": peak,
     }
 
 

@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             int8_head=options.lm_head == "int8",
             progress=_time_left(status),
         )
-        path = _write_onnx(options, form, model, folder, result, scratch / "onnx", status)
+        path = _write_onnx(methods[0], form, model, folder, result, scratch / "onnx", status)
         scores = [*_compared(result, methods), _score(status, path, methods[0], texts)]
         made = path.parent
         if options.format == "autoawq":
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_autoawq_folder(path, made, _writing(status))
         status.clear()
         sizes = compare(model, path if options.format == "onnx" else made)
-        report = _report(options, form, sources, texts, result, scores, sizes, time.monotonic() - start)
+        report = _report(options, methods[0], form, sources, texts, result, scores, sizes, time.monotonic() - start)
         for item in sorted(made.iterdir()):
             item.rename(final / item.name)
         write_json(report, final / "quantize.json")
@@ -155,10 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _write_onnx(
-    options: Namespace, form: Form, model: Path, folder: TextFolder, result: Result, made: Path, status: StatusLine
+    method: str, form: Form, model: Path, folder: TextFolder, result: Result, made: Path, status: StatusLine
 ) -> Path:
     """Writes the quantized graph and the text files into the directory `made`; returns the ONNX file."""
-    method = _methods(options)[0]
     metadata = {"quantizer": f"gristmill {method}, {form.bits} bits, groups of {form.group_size}"}
     path = write_quantized(model, made, result.layers, result.updates, metadata, _writing(status))
     for name in TEXT_FILES:
@@ -169,6 +168,7 @@ def _write_onnx(
 
 def _report(
     options: Namespace,
+    method: str,
     form: Form,
     sources: _Sources,
     texts: Texts,
@@ -181,7 +181,7 @@ def _report(
         source=options.source,
         out=str(options.out),
         form=form,
-        method=_methods(options)[0],
+        method=method,
         lm_head=options.lm_head,
         format=options.format,
         calibration=sources.calibration_name,

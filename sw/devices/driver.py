@@ -4,7 +4,7 @@
 from collections.abc import Iterator, Sequence
 
 from hw.spec.config import AcceleratorConfig, ConfigError
-from hw.spec.control.descriptor import DESCRIPTOR_WORDS, Descriptor, VectorDescriptor
+from hw.spec.control.descriptor import DESCRIPTOR_WORDS
 from hw.spec.control.program import DESCRIPTOR_BYTES, LENGTH_BITS, program_image
 from hw.spec.control.refusal import refusal
 from hw.spec.control.registers import (
@@ -292,13 +292,8 @@ def _one_of(jobs: Sequence[Job]) -> str:
     return f"one of the layers from {jobs[0].name} to {jobs[-1].name}" if len(jobs) > 1 else f"layer {jobs[0].name}"
 
 
-def descriptor(job: Job, interrupt: bool = True) -> Descriptor | VectorDescriptor:
-    """The descriptor of a job. interrupt: whether its completion raises the interrupt."""
-    return job.descriptor(interrupt)
-
-
 def _words(job: Job, interrupt: bool) -> list[int]:
     try:
-        return descriptor(job, interrupt).to_words()
+        return job.descriptor(interrupt).to_words()
     except ConfigError as error:
         raise DeviceError(f"layer {job.name}: {error}") from None

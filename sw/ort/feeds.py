@@ -2,6 +2,7 @@
 """Inputs for a model's session: a decoder's prompt with an empty cache, or noise for any other model."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,11 @@ CACHE_RANK = 4
 def reads_token_ids(file: OnnxFile) -> bool:
     """Whether a model reads the token ids of a prompt. Any other model gets noise."""
     return any(item.name == TOKEN_IDS for item in file.inputs)
+
+
+def unknown_input(path: Path, name: str, kind: str) -> UserError:
+    """The error for an input of a name or type that no decoder has."""
+    return UserError(f"{path}: input {name} ({kind}) is none that a decoder has")
 
 
 def build_feeds(
@@ -70,7 +76,7 @@ def build_feeds(
         elif np.issubdtype(dtype, np.floating):
             values = noise.standard_normal(_noise_shape(item.shape, tokens))
         else:
-            raise UserError(f"{file.path}: input {item.name} ({item.type}) is none that a decoder has")
+            raise unknown_input(file.path, item.name, item.type)
         feeds[item.name] = values.astype(dtype)
     return feeds
 
@@ -85,7 +91,7 @@ def every_token(file: OnnxFile, name: str) -> OrtValue:
     item = next(item for item in file.inputs if item.name == name)
     kind = tensor_type(item)
     if kind not in DTYPES:
-        raise UserError(f"{file.path}: input {name} ({kind}) is none that a decoder has")
+        raise unknown_input(file.path, name, kind)
     return OrtValue.ortvalue_from_numpy(all_logits(len(item.type.tensor_type.shape.dim)).astype(DTYPES[kind]))
 
 

@@ -2,7 +2,7 @@
 """A language model, token by token: see the package."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,11 @@ from sw.graph.linears import Linears, find_linears
 from sw.graph.nodes import logits_name
 from sw.ort.cache import KvCache
 from sw.ort.cut import Stage, cut
-from sw.ort.feeds import DTYPES, LOGITS_TO_KEEP, every_token
+from sw.ort.feeds import DTYPES, LOGITS_TO_KEEP, every_token, unknown_input
 from sw.ort.stages import Constants, StageSession, open_stage
+from sw.program.load import Progress
 from sw.runtime.base import BLOCK, BaseDecoder
 from sw.runtime.placement import Batch, place
-
-Progress = Callable[[int, int, str], None]
 
 
 class Decoder(BaseDecoder):
@@ -144,4 +143,4 @@ class Decoder(BaseDecoder):
             raise UserError(f"{self.path} has no KV cache: export it with past_key_values as inputs")
         for name, kind in self._inputs.items():
             if name not in known or kind not in DTYPES:
-                raise UserError(f"{self.path}: input {name} ({kind}) is none that a decoder has")
+                raise unknown_input(self.path, name, kind)

@@ -25,7 +25,7 @@ from sw.program.load import Loader, Progress
 from sw.program.lower import Output, Programs
 from sw.program.obstacles import Obstacle, check_decoder
 from sw.runtime.base import BaseDecoder
-from sw.runtime.placement import TIMEOUT
+from sw.runtime.submit import run_batch
 from sw.text.sampling import check_top
 
 
@@ -161,16 +161,11 @@ class ProgramDecoder(BaseDecoder):
 
     def _submit(self, index: int, tokens: int, output: Output | None) -> None:
         """Runs a program."""
-        start, device = time.perf_counter(), self._device.seconds
+        start = time.perf_counter()
         batch = self._programs.batch(index, tokens, output or Output.LAST)
-        completions = self._device.wait(self._device.submit(batch), TIMEOUT)
-        device = self._device.seconds - device
-        usage = self.usage
-        usage.driver += time.perf_counter() - start - device
-        usage.device += device
-        for completion in completions:
-            usage.cycles += completion.cycles
-            usage.beats += completion.beats
+        # The first call of each kind prepares its batch.
+        self.usage.driver += time.perf_counter() - start
+        run_batch(self._device, batch, self.usage)
 
 
 class _Head:

@@ -26,7 +26,7 @@ from hw.spec.ops import Wait
 from sw.devices import make_config
 from sw.devices.arena import Arena
 from sw.devices.base import PAGE, DeviceError
-from sw.devices.driver import PATIENCE, AcceleratorDevice, descriptor
+from sw.devices.driver import PATIENCE, AcceleratorDevice
 from sw.devices.library import build_library
 from sw.devices.rtl import RtlDevice
 from tests.sw.fixtures.linears import TIMEOUT, free_jobs, make_job, random_activations, random_linear, run_exactly
@@ -236,7 +236,7 @@ def test_descriptor_window():
             names = [name for name, _ in platform.written]
             written.append((names.count("descriptor"), names.count("control")))
             interrupts = [False] * (len(batch) - 1) + [True]
-            words = [descriptor(*pair).to_words() for pair in zip(batch, interrupts)]
+            words = [job.descriptor(last).to_words() for job, last in zip(batch, interrupts)]
             assert platform.pushed[-len(batch) :] == words
 
         run(jobs[0])
@@ -254,7 +254,7 @@ def test_wait(wait):
     """A job's wait is in its descriptor."""
     with FakeDevice(CONFIG, FakePlatform(at_once=100)) as device:
         job = replace(some_jobs(device, 1)[0], wait=wait)
-        assert descriptor(job).wait == wait
+        assert job.descriptor().wait == wait
 
 
 @pytest.mark.parametrize("culprit", range(3))

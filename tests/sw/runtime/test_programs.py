@@ -30,7 +30,15 @@ from sw.runtime.setup import make_decoder, open_decoder
 from tests.sw.fixtures.fake_board import FakeBoard
 from tests.sw.fixtures.linears import expected, same_bits
 from tests.sw.fixtures.random_decoder import CONFIG, MIXED, write_random
-from tests.sw.runtime.test_decoder import DATA, IDS, changed, in_blocks, relative, whole_graph
+from tests.sw.runtime.test_decoder import (
+    DATA,
+    IDS,
+    changed,
+    check_failure_keeps_the_cache,
+    in_blocks,
+    relative,
+    whole_graph,
+)
 
 CONTEXT = 32
 SIZES = (8, 1, 1, 5, 8, 1)
@@ -272,24 +280,7 @@ def test_prefill(model):
 
 def test_failures_keep_the_cache(plain, monkeypatch):
     with ReferenceDevice(hardware()) as device:
-        decoder = programs(plain, device)
-        decoder.forward(IDS[:8])
-        wanted = decoder.forward(IDS[8:10])
-        decoder.reset()
-        decoder.forward(IDS[:8])
-        compute, calls = device._compute, []
-
-        def fails(job):
-            calls.append(job)
-            if len(calls) == 7:
-                raise DeviceError("no answer")
-            compute(job)
-
-        monkeypatch.setattr(device, "_compute", fails)
-        with pytest.raises(DeviceError, match="no answer"):
-            decoder.forward(IDS[8:10])
-        assert decoder.length == 8
-        assert same_bits(decoder.forward(IDS[8:10]), wanted)
+        check_failure_keeps_the_cache(programs(plain, device), device, monkeypatch)
 
 
 def test_limits(plain):
