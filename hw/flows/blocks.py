@@ -38,6 +38,7 @@ from hw.rtl.core.weights import WeightSplitter, WordAssembler
 from hw.rtl.memory.activation_fetch import ActivationFetch
 from hw.rtl.memory.axi import is_axi
 from hw.rtl.memory.burst_cutter import BurstCutter
+from hw.rtl.memory.burst_splitter import BurstSplitter
 from hw.rtl.memory.completion import Completion
 from hw.rtl.memory.gatherer import Gatherer
 from hw.rtl.memory.operand_fetch import OperandFetch
@@ -51,6 +52,7 @@ from hw.rtl.vector.pair import PairUnit
 from hw.rtl.vector.piece_maximum import PieceMaximum
 from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.manifest import Field, Port
+from hw.spec.memory.access import EARLY_BURST_BEATS
 from hw.spec.memory.geometry import StreamLayout
 
 VECTOR_LANES = (1, 2, 4, 8)
@@ -90,6 +92,7 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "fifo": lambda config: StreamFifo(StreamLayout(config).word_bits, StreamLayout(config).word_fifo_depth),
     "read_manager": lambda config: ReadManager(config.port_width, read_fifo_depths(config)),
     "burst_cutter": lambda config: BurstCutter(config.port_width),
+    "burst_splitter": lambda config: BurstSplitter(config.port_width, EARLY_BURST_BEATS),
     "weight_fetch": lambda config: WeightFetch(config, read_fifo_depths(config)[-1]),
     "dispatcher": Dispatcher,
     "gatherer": Gatherer,

@@ -15,9 +15,8 @@ from hw.rtl.core.activation_unit import ActivationUnit
 from hw.rtl.core.core import Core
 from hw.rtl.memory.activation_fetch import ActivationFetch
 from hw.rtl.memory.axi import ADDRESS_BITS, owed_layout, read_signature, write_signature
-from hw.rtl.memory.burst_cutter import max_burst_beats
 from hw.rtl.memory.gatherer import Gatherer
-from hw.rtl.memory.read_manager import ReadManager, operands_of, read_fifo_depths
+from hw.rtl.memory.read_manager import ReadManager, operands_of, read_fifo_depths, weights_ahead
 from hw.rtl.memory.weight_fetch import WeightFetch
 from hw.rtl.memory.write_manager import WriteClient, WriteManager
 from hw.rtl.result_path import ResultPath
@@ -25,7 +24,7 @@ from hw.rtl.vector.layouts import Operand
 from hw.spec.config import AcceleratorConfig
 from hw.spec.control.program import LENGTH_BITS
 from hw.spec.control.registers import QUEUE_DEPTH, ErrorCode
-from hw.spec.memory.access import OUTSTANDING, WEIGHT_BURSTS_AHEAD, WEIGHT_BURSTS_UNHURRIED
+from hw.spec.memory.access import EARLY_BURSTS, OUTSTANDING
 
 
 class Datapath(Block):
@@ -157,11 +156,11 @@ class Datapath(Block):
         """Connects the fetch units: activations come from all ports in turn, weights from all ports in step."""
         config = self.config
         m.submodules.activation_fetch = activations = ActivationFetch(config)
-        ahead = WEIGHT_BURSTS_AHEAD * max_burst_beats(config.port_width)
-        m.submodules.weight_fetch = weights = WeightFetch(config, ahead)
-        # Few bursts are under way on every port.
-        few = Signal()
-        m.d.sync += few.eq(Cat(port.bursts < WEIGHT_BURSTS_UNHURRIED for port in self.reads_owed).all())
+        m.submodules.weight_fetch = weights = WeightFetch(config, weights_ahead(config.port_width))
+        # The weights that are fetched are of a layer that waits; many bursts are under way on some port.
+        early, many = Signal(), Signal()
+        m.d.comb += early.eq(dispatcher.waiting & dispatcher.early)
+        m.d.sync += many.eq(Cat(port.bursts >= EARLY_BURSTS for port in self.reads_owed).any())
         wiring.connect(m, dispatcher.blocks, activations.blocks)
         wiring.connect(m, dispatcher.regions, weights.regions)
         wiring.connect(m, activations.rows, unit.rows)
@@ -170,11 +169,11 @@ class Datapath(Block):
             dispatcher.asking.eq(activations.asking),
             # After a fault no data enters the core, because data from memory may be wrong.
             weights.halt.eq(self.halt),
-            weights.hold.eq(dispatcher.waiting & ~few),
+            weights.split.eq(early),
+            weights.hold.eq(early & many),
         ]
         if config.has_vector_unit:
             m.d.comb += [
-                weights.sparse.eq(dispatcher.waiting & dispatcher.early),
                 activations.follow.eq(dispatcher.follow),
                 activations.pieces.eq(Array(self.path.pieces)[dispatcher.followed]),
             ]

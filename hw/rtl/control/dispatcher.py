@@ -87,6 +87,7 @@ class Dispatcher(Block):
     work : checked descriptors; a payload does not change from the cycle before its ``valid`` to its transfer
     complete : a descriptor's results are in memory; one cycle for each
     waiting : a layer's activations side waits; it is not known for how long
+    early : with ``waiting``: the last weights that were sent are of a layer that waits
     core : the layer, for the core
     unit : the layer and its activations' address, for the activation unit
     blocks : the layer's activations, unless it reuses those of the previous layer
@@ -97,7 +98,6 @@ class Dispatcher(Block):
     and with a vector unit the shares of the second output, the epilogue and its operands, and
 
     whole : by client of the write manager: this output of the oldest incomplete descriptor is in memory
-    early : with ``waiting``: the last weights that were sent are of a layer that waits
     follow : the last block is a row that is being written: that of the client ``followed``
 
     Latency from the first cycle of a work's ``valid``: 0 cycles for ``core``, ``blocks`` and ``regions``, 1 for the
@@ -122,6 +122,7 @@ class Dispatcher(Block):
                 "work": In(stream.Signature(work_layout(config))),
                 "complete": In(1),
                 "waiting": Out(1),
+                "early": Out(1),
                 **outputs,
                 "asking": In(1),
                 **self._follow_members(),
@@ -130,7 +131,7 @@ class Dispatcher(Block):
 
     def _follow_members(self) -> dict[str, wiring.Member]:
         clients = len(WriteClient)
-        vector = {"whole": In(clients), "early": Out(1), "follow": Out(1), "followed": Out(range(clients))}
+        vector = {"whole": In(clients), "follow": Out(1), "followed": Out(range(clients))}
         return vector if self.config.has_vector_unit else {}
 
     def properties(self) -> dict[str, int]:
@@ -260,8 +261,7 @@ class Dispatcher(Block):
     def _order(self, m: Module, weights: Cursor, activations: Cursor, apart: Signal) -> None:
         """Whether each share of the weights side may be sent."""
         ahead = self.waiting & (weights.work.wait != Wait.WEIGHTS)
-        if self.config.has_vector_unit:
-            m.d.sync += self.early.eq(apart | weights.sent["regions"])
+        m.d.sync += self.early.eq(apart | weights.sent["regions"])
         for share in weights.shares:
             if not share.after:
                 m.d.comb += weights.may[share.name].eq(1)

@@ -40,14 +40,15 @@ def operand_layout(max_tokens: int, *, periodic: bool = False) -> data.StructLay
 class OperandFetch(Block):
     """Fetches chunks of 256 columns of all tokens into a ring of rows, and gives any of a chunk's floats per cycle.
 
-    The ring holds two chunks of ``max_tokens`` rows, or more chunks of fewer rows. While one chunk is read, the
-    following ones are fetched, of the same layer or of the next ones. A row is requested only if the ring has room for
-    it, so ``beats`` never waits.
+    The ring holds two chunks of ``max_tokens`` rows (of a periodic operand one), or more chunks of fewer rows. While
+    one chunk is read, the following ones are fetched, of the same layer or of the next ones. A row is requested only if
+    the ring has room for it, so ``beats`` never waits.
 
     A periodic operand is the rotary table: a token's row is as long as one head and applies to every head of the layer.
-    It is one chunk, which is read until the end of the layer. The block counts its columns itself, because the period
-    does not divide a chunk. For this it relies on the order of the results: output tile by output tile, in it token by
-    token (0, 1, 2 ...), columns ascending, each transfer read once. The length of a tile has no effect.
+    It is one chunk, which is read until the end of the layer. The next layer's table follows then; with ``max_tokens``
+    rows it is fetched while the array has no results of that layer yet. The block counts its columns itself, because
+    the period does not divide a chunk. For this it relies on the order of the results: output tile by output tile, in
+    it token by token (0, 1, 2 ...), columns ascending, each transfer read once. The length of a tile has no effect.
 
     Parameters
     ----------
@@ -73,7 +74,7 @@ class OperandFetch(Block):
 
     Latency: 2 cycles from a job to its first burst, 2 from the last beat of a chunk to ``available``, 2 from ``read``
     to ``data``. Throughput: 1 burst, 1 beat and 1 read per cycle. After ``release`` the next chunk is ``available``
-    without a gap if memory delivers a chunk in less time than the one before is read.
+    without a gap if the ring has room for it and memory delivers it in less time than the one before is read.
     """
 
     latency = 1 + BurstCutter.latency
@@ -82,8 +83,6 @@ class OperandFetch(Block):
     """Cycles from the last beat of a chunk to ``available``."""
     read_latency = 2
     """Cycles from ``read`` to ``data``: the memory, and a register after the selection of a word's part."""
-    _CHUNKS = 2
-    """Chunks of ``max_tokens`` rows that the ring holds."""
     _LEAST_ROWS = 8
     """Least size of the ring. Block RAM of this width is not smaller, and it hides memory's latency for few tokens."""
     _ROWS_AHEAD = 2 * OUTSTANDING
@@ -96,8 +95,9 @@ class OperandFetch(Block):
         self.beat_floats = width // FLOAT_BITS
         # A word holds at least the floats of one read, and is one beat or several.
         self.word_floats = max(self.beat_floats, lanes)
+        chunks = 1 if periodic else 2
         # A power of two, so that the pointers of the ring wrap by themselves.
-        self.rows = max(self._LEAST_ROWS, 1 << (self._CHUNKS * max_tokens - 1).bit_length())
+        self.rows = max(self._LEAST_ROWS, 1 << (chunks * max_tokens - 1).bit_length())
         super().__init__(
             {
                 "jobs": In(stream.Signature(operand_layout(max_tokens, periodic=periodic))),

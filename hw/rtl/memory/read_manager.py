@@ -13,12 +13,17 @@ from hw.rtl.memory.axi import ADDRESS_BITS, constant_address_fields, is_error, r
 from hw.rtl.memory.burst_cutter import burst_layout, max_burst_beats
 from hw.rtl.vector.layouts import Operand
 from hw.spec.config import AcceleratorConfig
-from hw.spec.memory.access import OUTSTANDING
+from hw.spec.memory.access import OUTSTANDING, WEIGHT_BURSTS_AHEAD
 
 
 def operands_of(config: AcceleratorConfig, port: int) -> list[Operand]:
     """The operands of the vector unit that are read through a port: they take turns over the ports."""
     return [operand for operand in Operand if config.has_vector_unit and operand % config.ports == port]
+
+
+def weights_ahead(width: int) -> int:
+    """Beats of weights that a port of ``width`` bits is ahead of the core: the depth of its FIFO for them."""
+    return WEIGHT_BURSTS_AHEAD * max_burst_beats(width)
 
 
 def read_fifo_depths(config: AcceleratorConfig, port: int = 0) -> list[int]:
@@ -28,7 +33,7 @@ def read_fifo_depths(config: AcceleratorConfig, port: int = 0) -> list[int]:
     precedence: activations and operands are few, and a whole layer waits for them.
     """
     others = len(operands_of(config, port)) + (config.has_programs and port == 0)
-    return [0] * (1 + others) + [OUTSTANDING * max_burst_beats(config.port_width)]
+    return [0] * (1 + others) + [weights_ahead(config.port_width)]
 
 
 class ReadManager(Block):

@@ -2,15 +2,17 @@
 """Fetches a layer's weights: all ports read their regions in step, and their beats form a beat of the stream."""
 
 from amaranth.hdl import Cat, Module, Mux, Signal, unsigned
-from amaranth.lib import data, stream
+from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from hw.rtl.common.block import Block
 from hw.rtl.common.fifo import Counter
 from hw.rtl.memory.axi import ADDRESS_BITS
 from hw.rtl.memory.burst_cutter import BEAT_COUNT_BITS, BurstCutter, burst_layout, max_burst_beats
+from hw.rtl.memory.burst_splitter import BurstSplitter
 from hw.spec.config import AcceleratorConfig
 from hw.spec.control.descriptor import STRIDE_BITS
+from hw.spec.memory.access import EARLY_BURST_BEATS
 
 
 def weights_layout() -> data.StructLayout:
@@ -34,27 +36,25 @@ class WeightFetch(Block):
     regions : the layers' weights
     halt : send no more beats
     hold : begin no burst; one that some port has been offered goes on
-    sparse : with a vector unit: begin a burst only if at most ``sparse_beats`` beats of a port are requested and not
-        yet in the core. So the core has some weights when it begins a layer, and no port is busy with weights when
-        this layer's activations are requested.
+    split : begin bursts of at most ``EARLY_BURST_BEATS`` beats. With ``hold``, few beats are then under way: the
+        activations of a layer that waits are requested behind them.
     bursts : for each port's read manager
     port_beats : each port's data
     beats : the weight stream
 
-    Latency: 1 cycle from a layer to its first bursts, none for the data. Throughput: 1 beat per cycle.
+    Latency: 2 cycles from a layer to its first bursts, none for the data. Throughput: 1 beat per cycle.
     """
 
-    latency = BurstCutter.latency
+    latency = BurstCutter.latency + BurstSplitter.latency
 
     def __init__(self, config: AcceleratorConfig, depth: int):
         self.config, self.depth = config, depth
-        self.sparse_beats = max_burst_beats(config.port_width) // 2
         super().__init__(
             {
                 "regions": In(stream.Signature(weights_layout())),
                 "halt": In(1),
                 "hold": In(1),
-                **({"sparse": In(1)} if config.has_vector_unit else {}),
+                "split": In(1),
                 "bursts": Out(stream.Signature(burst_layout(config.port_width))).array(config.ports),
                 "port_beats": In(stream.Signature(config.port_width)).array(config.ports),
                 "beats": Out(stream.Signature(config.beat_bits)),
@@ -63,40 +63,44 @@ class WeightFetch(Block):
 
     def properties(self) -> dict[str, int]:
         """See :class:`hw.rtl.common.block.Block`."""
-        return {"latency": self.latency, "depth": self.depth, "sparse_beats": self.sparse_beats}
+        return {"latency": self.latency, "depth": self.depth}
 
     def elaborate(self, platform) -> Module:
         m = Module()
         width = self.config.port_width
         m.submodules.cutter = cutter = BurstCutter(width)
         m.submodules.room = room = Counter(self.depth, take=max_burst_beats(width), init=self.depth)
-        regions, burst, stride = self.regions, cutter.bursts.payload, Signal(STRIDE_BITS)
+        m.submodules.splitter = splitter = BurstSplitter(width, EARLY_BURST_BEATS)
+        wiring.connect(m, cutter.bursts, splitter.whole)
+        regions, bursts, burst = self.regions, splitter.bursts, splitter.bursts.payload
+        # The stride of the burst in the cutter, and of the one in the splitter.
+        cut_stride, stride = Signal(STRIDE_BITS), Signal(STRIDE_BITS)
+        with m.If(regions.valid & regions.ready):
+            m.d.sync += cut_stride.eq(regions.payload.stride)
+        with m.If(~bursts.valid | bursts.ready):
+            m.d.sync += stride.eq(cut_stride)
         fits, begun, done = Signal(), Signal(), Signal()
-        may = ~self.hold
-        if self.config.has_vector_unit:
-            may &= ~self.sparse | (room.value >= self.depth - self.sparse_beats)
         m.d.comb += [
             cutter.regions.payload.address.eq(regions.payload.address),
             cutter.regions.payload.beats.eq(regions.payload.beats),
             cutter.regions.valid.eq(regions.valid),
+            splitter.split.eq(self.split),
             regions.ready.eq(cutter.regions.ready),
-            fits.eq(cutter.bursts.valid & (burst.beats <= room.value) & (begun | may)),
-            cutter.bursts.ready.eq(done),
+            fits.eq(bursts.valid & (burst.beats <= room.value) & (begun | ~self.hold)),
+            bursts.ready.eq(done),
             room.take.eq(Mux(done, burst.beats, 0)),
             room.add.eq(self.beats.valid & self.beats.ready),
         ]
         m.d.sync += begun.eq(fits & ~done)
-        with m.If(regions.valid & regions.ready):
-            m.d.sync += stride.eq(regions.payload.stride)
         asked = Signal(self.config.ports)
-        for port, bursts in enumerate(self.bursts):
+        for port, asks in enumerate(self.bursts):
             m.d.comb += [
                 # This cannot wrap: a descriptor's addresses are below 2^40 - 2^34.
-                bursts.payload.address.eq(burst.address + stride * port),
-                bursts.payload.beats.eq(burst.beats),
-                bursts.valid.eq(fits & ~asked[port]),
+                asks.payload.address.eq(burst.address + stride * port),
+                asks.payload.beats.eq(burst.beats),
+                asks.valid.eq(fits & ~asked[port]),
             ]
-            with m.If(bursts.valid & bursts.ready):
+            with m.If(asks.valid & asks.ready):
                 m.d.sync += asked[port].eq(1)
         m.d.comb += done.eq(asked.all())
         with m.If(done):

@@ -7,13 +7,15 @@ MAX_BURST_BEATS = 256
 """Length of the longest INCR burst of AXI4."""
 OUTSTANDING = 8
 """Maximum number of bursts that a port has under way: 8 times 4 KiB cover 2,048 cycles of latency."""
-WEIGHT_BURSTS_AHEAD = 6
-"""Maximum number of bursts of weights that a port is ahead of the core. The starts of the ports' regions are a quarter
-of the DRAM's banks (32 KiB) apart. With 8 bursts of 4 KiB, ports could drift apart by this distance, and would then use
-the same bank for a whole layer."""
-WEIGHT_BURSTS_UNHURRIED = 2
-"""While a layer waits for results, a port begins a burst of weights only if fewer bursts than this are under way: the
-activations of this layer are requested behind them. Two bursts of 256 beats cover 512 cycles of latency."""
+WEIGHT_BURSTS_AHEAD = 4
+"""Maximum number of bursts of weights that a port is ahead of the core, a power of two. 4 bursts of 4 KiB cover 1,024
+cycles of latency. The starts of the ports' regions are a quarter of the DRAM's banks (32 KiB) apart. With 8 bursts,
+ports could drift apart by this distance, and would then use the same bank for a whole layer."""
+EARLY_BURST_BEATS = 16
+"""Longest burst of the weights of a layer that waits for the results of another one. Its activations are the next data
+that the core needs, and they are requested behind these bursts. So the bursts are short, and few are under way."""
+EARLY_BURSTS = 5
+"""A port begins such a burst only if fewer bursts than this are under way: enough for the latency of DDR."""
 CHUNK_BYTES = 512
 """Bytes of activations that a port reads before the next port's turn: long enough for DDR, and short enough that a
 single token uses all ports. Chunks end at multiples of this size, so each of them is one burst: none crosses 4 KiB, and

@@ -30,6 +30,17 @@ def cut(region: Stretch, size: int) -> list[Stretch]:
     return bursts
 
 
+def joined(bursts: list[Stretch], size: int) -> list[Stretch]:
+    """Bursts, of which those that follow each other in one block of the longest burst's bytes are joined."""
+    found: list[Stretch] = []
+    for address, beats in bursts:
+        if found and address % (longest(size) * size) and address == found[-1][0] + found[-1][1] * size:
+            found[-1] = (found[-1][0], found[-1][1] + beats)
+        else:
+            found.append((address, beats))
+    return found
+
+
 def _check_rules(region: Stretch, bursts: list[Stretch], size: int) -> None:
     """Checks without the model: the bursts cover the region, each is legal, and at most one is unnecessary."""
     address, beats = region

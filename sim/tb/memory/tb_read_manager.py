@@ -9,7 +9,7 @@ import cocotb
 from cocotb.triggers import RisingEdge
 from cocotbext.axi import AxiRamRead, AxiReadBus
 
-from hw.spec.memory.access import OUTSTANDING
+from hw.spec.memory.access import OUTSTANDING, WEIGHT_BURSTS_AHEAD
 from sim.bench.dut import begin, config, latency, payload
 from sim.bench.monitor import Monitor, consecutive
 from sim.bench.streams import Stall, StreamSink, StreamSource, cycle, never, randomly, read, rng, until
@@ -19,7 +19,7 @@ BEAT = config().port_width // 8
 """Bytes of a beat."""
 ACTIVATIONS, WEIGHTS = range(2)
 """The clients, by priority."""
-DEPTHS = (0, OUTSTANDING * longest(BEAT))
+DEPTHS = (0, WEIGHT_BURSTS_AHEAD * longest(BEAT))
 """Depth of each client's FIFO in beats; 0: the client takes every beat at once."""
 MEMORY = 1 << 20
 
@@ -149,7 +149,7 @@ async def full_fifo(dut):
     client.beats.stall = lambda: blocked[0]
     await begin(dut)
     bench.send(0, 2 * depth)
-    await until(dut.clk, lambda: len(bench.bursts) == OUTSTANDING, "as many bursts as fit", cycles=2 * depth)
+    await until(dut.clk, lambda: len(bench.bursts) == WEIGHT_BURSTS_AHEAD, "as many bursts as fit", cycles=2 * depth)
     await until(dut.clk, lambda: int(dut.under_way.value) == 0, "their data", cycles=2 * depth)
     blocked[0] = False
     await bench.check(0, 2 * depth)
@@ -260,10 +260,10 @@ async def precedence(dut):
     bench.memory.ar_channel.set_pause_generator(iter(lambda: paused[0], None))
     await begin(dut)
     bench.send(0, 2 * DEPTHS[WEIGHTS])
-    await until(dut.clk, lambda: len(bench.bursts) == OUTSTANDING, "a full FIFO", cycles=10_000)
+    await until(dut.clk, lambda: len(bench.bursts) == WEIGHT_BURSTS_AHEAD, "a full FIFO", cycles=10_000)
     bench.send(BOUNDARY * 100, 8, ACTIVATIONS)
     await bench.check(BOUNDARY * 100, 8, ACTIVATIONS)
-    assert bench.bursts[OUTSTANDING:] == [(BOUNDARY * 100, 8)]
+    assert bench.bursts[WEIGHT_BURSTS_AHEAD:] == [(BOUNDARY * 100, 8)]
     # Both clients wait for AR, which still shows an earlier burst.
     bench.clients[WEIGHTS].beats.stall = never
     await until(dut.clk, lambda: bench.clients[WEIGHTS].beats.transfers > longest(BEAT), "some room", cycles=10_000)

@@ -8,10 +8,11 @@ import cocotb
 from cocotb.triggers import RisingEdge
 
 from hw.spec.control.descriptor import ADDRESS_LIMIT, BANK_SPAN, WEIGHT_ALIGNMENT
+from hw.spec.memory.access import EARLY_BURST_BEATS
 from sim.bench.dut import begin, config, latency, payload
 from sim.bench.monitor import Monitor, consecutive
 from sim.bench.streams import Stall, StreamSink, StreamSource, bursty, cycle, never, randomly, rng, until
-from sim.tb.memory.tb_burst_cutter import cut, longest
+from sim.tb.memory.tb_burst_cutter import cut, joined, longest
 
 PORTS, WIDTH = config().ports, config().port_width
 BEAT = WIDTH // 8
@@ -75,9 +76,7 @@ class _Bench:
                   delay=int(random.choice(delays)))
             for port in range(PORTS)
         ]  # fmt: skip
-        dut.halt.value = dut.hold.value = 0
-        if config().has_vector_unit:
-            dut.sparse.value = 0
+        dut.halt.value = dut.hold.value = dut.split.value = 0
         cocotb.start_soon(self._run())
 
     async def _run(self) -> None:
@@ -96,8 +95,8 @@ class _Bench:
         addresses, strides, beats = zip(*layers, strict=True)
         self.regions.send(payload("regions").pack(address=addresses, stride=strides, beats=beats))
 
-    async def check(self, layers: list[_Layer], cycles: int = 400_000) -> None:
-        """Checks the layers' beats, and that every port reads exactly its own regions."""
+    async def check(self, layers: list[_Layer], cycles: int = 400_000, whole: bool = True) -> None:
+        """Checks the layers' beats, and that every port reads exactly its own regions; whole: in the longest bursts."""
         for layer in layers:
             got = await self.beats.take(layer.beats, cycles)
             starts = [layer.region(port)[0] for port in range(PORTS)]
@@ -108,7 +107,8 @@ class _Bench:
             assert got == expected, layer
         await self.beats.quiet(64)
         for number, port in enumerate(self.ports):
-            assert port.asked == [burst for layer in layers for burst in cut(layer.region(number), BEAT)]
+            asked = port.asked if whole else joined(port.asked, BEAT)
+            assert asked == [burst for layer in layers for burst in cut(layer.region(number), BEAT)]
             assert port.held == 0
 
 
@@ -242,28 +242,35 @@ async def halt(dut):
     assert {port.beats.transfers for port in bench.ports} == {len(monitor["beats"])}
 
 
-@cocotb.test(skip=not config().has_vector_unit)
-async def sparse(dut):
-    """At most half a burst is ahead when one begins; afterwards all of the FIFO is used again."""
-    taking, most, least = [False], longest(BEAT), latency("sparse_beats")
-    bench = _Bench(dut, user=lambda: not taking[0])
-    bench.regions.stall = never
+@cocotb.test()
+async def split(dut):
+    """Short bursts for a while, also during ``hold``: the data are the same, and the ports stay in step."""
+    layers, random = _layers(6), rng(9)
+    bench = _Bench(dut, randomly(0.3, rng(2)), 0.3, 0.2, range(1, 50))
     await begin(dut)
-    dut.sparse.value = 1
-    layer = _Layer(0, STRIDE, 4 * latency("depth"))
+    bench.send(layers)
+
+    async def toggle() -> None:
+        while True:
+            dut.split.value, dut.hold.value = int(random.integers(2)), int(random.random() < 0.2)
+            await cycle(dut.clk, int(random.integers(1, 100)))
+
+    toggling = cocotb.start_soon(toggle())
+    await bench.check(layers, whole=False)
+    toggling.cancel()
+    lengths = [beats for _, beats in bench.ports[0].asked]
+    assert EARLY_BURST_BEATS in lengths and longest(BEAT) in lengths
+
+
+@cocotb.test()
+async def only_short(dut):
+    """With ``split`` no burst is longer than a piece, and a fast memory still gives a beat in every cycle."""
+    layer = _Layer(0, STRIDE, 4 * latency("depth") + 3)
+    bench = _Bench(dut)
+    dut.split.value = 1
+    await begin(dut)
+    monitor = Monitor(dut, ("beats",))
     bench.send([layer])
-    port, taken = bench.ports[0], 0
-    for step in (0, most - least - 1, 1, most - 1, 1):
-        taking[0] = True
-        wanted = taken + step
-        await until(dut.clk, lambda wanted=wanted: len(bench.beats.received) >= wanted, "beats", cycles=10 * most)
-        taking[0] = False
-        await cycle(dut.clk, 2 * most)
-        taken = len(bench.beats.received)
-        ahead = sum(beats for _, beats in port.asked) - taken
-        assert least < ahead <= least + most, f"{ahead} beats are ahead after {taken}"
-    dut.sparse.value = 0
-    await cycle(dut.clk, 2 * latency("depth"))
-    assert latency("depth") - most < port.held
-    taking[0] = True
-    await bench.check([layer])
+    await bench.check([layer], whole=False)
+    assert max(beats for _, beats in bench.ports[0].asked) == EARLY_BURST_BEATS
+    assert consecutive(monitor["beats"])
