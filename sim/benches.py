@@ -180,6 +180,7 @@ BENCHES: list[Bench] = [
     *(_bench("core", params, tb="core_speed", full=True) for params in (dict(_TILE_16, lanes=4), _LANES_8)),
     *(_bench("operand_fetch", params, full=True) for params in (_WIDE, _NARROW, dict(_TILE_16, max_tokens=64))),
     *(_bench("operand_fetch_8", params, tb="operand_fetch", full=True, lanes=8) for params in (_NARROW, _TILE_16)),
+    _bench("source_fetch_8", _TILE_16, tb="operand_fetch", full=True, lanes=8),
     *(_bench("table_fetch", params, tb="operand_fetch", full=True, periodic=True) for params in (_SMALL, _TILE_16)),
     _bench("table_fetch_8", _NARROW, tb="operand_fetch", full=True, lanes=8, periodic=True),
     *(_bench("core", params, full=True, long=True) for params in _SWEEP),

@@ -99,8 +99,11 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "write_manager": lambda config: WriteManager(config.port_width, clients=2),
     "operand_fetch": lambda config: OperandFetch(config.port_width, config.max_tokens, lanes=2),
     "operand_fetch_8": lambda config: OperandFetch(config.port_width, config.max_tokens, lanes=8),
-    "table_fetch": lambda config: OperandFetch(config.port_width, config.max_tokens, lanes=2, periodic=True),
-    "table_fetch_8": lambda config: OperandFetch(config.port_width, config.max_tokens, lanes=8, periodic=True),
+    "source_fetch_8": lambda config: OperandFetch(config.port_width, config.max_tokens, lanes=8, chunks=1),
+    "table_fetch": lambda config: OperandFetch(config.port_width, config.max_tokens, lanes=2, chunks=1, periodic=True),
+    "table_fetch_8": lambda config: OperandFetch(
+        config.port_width, config.max_tokens, lanes=8, chunks=1, periodic=True
+    ),
     "program_fetch": lambda config: ProgramFetch(config.port_width),
     "register_bank": RegisterBank,
     "activation_fetch": ActivationFetch,

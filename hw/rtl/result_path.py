@@ -144,7 +144,9 @@ class ResultPath(Block):
         config, place = self.config, self.operands[operand]
         rows = 1 if operand is Operand.FACTOR else config.max_tokens
         periodic = operand is Operand.TABLE
-        fetch = OperandFetch(config.port_width, rows, vector_lanes(config), periodic=periodic)
+        # Only the addend is read at the array's rate by many tokens: a table is one chunk, and a source has no array.
+        chunks = 2 if operand is Operand.ADDEND else 1
+        fetch = OperandFetch(config.port_width, rows, vector_lanes(config), chunks=chunks, periodic=periodic)
         m.submodules[f"fetch_{operand.name.lower()}"] = fetch
         wiring.connect(m, fetch.bursts, wiring.flipped(self.bursts[operand]))
         wiring.connect(m, wiring.flipped(self.beats[operand]), fetch.beats)

@@ -40,13 +40,14 @@ def operand_layout(max_tokens: int, *, periodic: bool = False) -> data.StructLay
 class OperandFetch(Block):
     """Fetches chunks of 256 columns of all tokens into a ring of rows, and gives any of a chunk's floats per cycle.
 
-    The ring holds two chunks of ``max_tokens`` rows (of a periodic operand one), or more chunks of fewer rows. While
-    one chunk is read, the following ones are fetched, of the same layer or of the next ones. A row is requested only if
-    the ring has room for it, so ``beats`` never waits.
+    The ring holds two chunks of ``max_tokens`` rows, or more chunks of fewer rows. While one chunk is read, the
+    following ones are fetched, of the same layer or of the next ones. A row is requested only if the ring has room for
+    it, so ``beats`` never waits. With ``chunks`` 1, chunks of more than half of ``max_tokens`` rows are fetched and
+    read in turn.
 
     A periodic operand is the rotary table: a token's row is as long as one head and applies to every head of the layer.
-    It is one chunk, which is read until the end of the layer. The next layer's table follows then; with ``max_tokens``
-    rows it is fetched while the array has no results of that layer yet. The block counts its columns itself, because
+    It is one chunk, which is read until the end of the layer. One chunk in the ring is enough: the next layer's table
+    is fetched while the array has no results of that layer yet. The block counts its columns itself, because
     the period does not divide a chunk. For this it relies on the order of the results: output tile by output tile, in
     it token by token (0, 1, 2 ...), columns ascending, each transfer read once. The length of a tile has no effect.
 
@@ -55,6 +56,7 @@ class OperandFetch(Block):
     width : bits of the port
     max_tokens : maximum number of rows of a chunk; 1 if all jobs have a pitch of 0
     lanes : floats per read: 2, 4 or 8
+    chunks : chunks of ``max_tokens`` rows that the ring holds, 1 or 2
     periodic : whether the operand is a periodic one
 
     Members
@@ -88,14 +90,13 @@ class OperandFetch(Block):
     _ROWS_AHEAD = 2 * OUTSTANDING
     """Maximum number of rows requested and not yet received: more than a read manager has bursts under way."""
 
-    def __init__(self, width: int, max_tokens: int, lanes: int, *, periodic: bool = False):
+    def __init__(self, width: int, max_tokens: int, lanes: int, *, chunks: int = 2, periodic: bool = False):
         if lanes not in (2, 4, 8):
             raise ValueError(f"lanes are 2, 4 or 8, not {lanes}")
         self.width, self.max_tokens, self.lanes, self.periodic = width, max_tokens, lanes, periodic
         self.beat_floats = width // FLOAT_BITS
         # A word holds at least the floats of one read, and is one beat or several.
         self.word_floats = max(self.beat_floats, lanes)
-        chunks = 1 if periodic else 2
         # A power of two, so that the pointers of the ring wrap by themselves.
         self.rows = max(self._LEAST_ROWS, 1 << (chunks * max_tokens - 1).bit_length())
         super().__init__(
