@@ -74,12 +74,12 @@ class OperandFetch(Block):
     release : this is the last read of the chunk, or it was before; only while ``available``. A periodic operand is
         released once, at the end of the layer.
 
-    Latency: 2 cycles from a job to its first burst, 2 from the last beat of a chunk to ``available``, 2 from ``read``
+    Latency: 3 cycles from a job to its first burst, 2 from the last beat of a chunk to ``available``, 2 from ``read``
     to ``data``. Throughput: 1 burst, 1 beat and 1 read per cycle. After ``release`` the next chunk is ``available``
     without a gap if the ring has room for it and memory delivers it in less time than the one before is read.
     """
 
-    latency = 1 + BurstCutter.latency
+    latency = 1 + StreamFifo.latency + BurstCutter.latency
     """Cycles from a job's transfer to its first burst."""
     fill_latency = 1 + StreamFifo.latency
     """Cycles from the last beat of a chunk to ``available``."""
@@ -161,6 +161,9 @@ class OperandFetch(Block):
         """Walks the rows of one job after another: tokens, chunks."""
         m.submodules.cutter = cutter = BurstCutter(self.width)
         wiring.connect(m, cutter.bursts, wiring.flipped(self.bursts))
+        # ``bursts.ready`` is known late, so the walk over the rows does not depend on it.
+        m.submodules.regions = regions = StreamFifo(cutter.regions.payload.shape(), 2)
+        wiring.connect(m, regions.o, cutter.regions)
         job, whole = self.jobs.payload, Const(PIECE_FLOATS // self.beat_floats)
         total = Signal(range(MAX_N // self.beat_floats + 1))
         # The beats of a row's part in this chunk, and those behind this chunk.
@@ -173,15 +176,15 @@ class OperandFetch(Block):
         m.d.comb += [
             self.jobs.ready.eq(~active),
             load.eq(self.jobs.valid & self.jobs.ready),
-            cutter.regions.payload.address.eq(address),
-            cutter.regions.payload.beats.eq(beats),
-            cutter.regions.valid.eq(active & ~full & rows.i.ready),
-            step.eq(cutter.regions.valid & cutter.regions.ready),
+            regions.i.payload.address.eq(address),
+            regions.i.payload.beats.eq(beats),
+            regions.i.valid.eq(active & ~full & rows.i.ready),
+            step.eq(regions.i.valid & regions.i.ready),
             rows.i.valid.eq(step),
             rows.i.payload.last_beat.eq((beats - 1)[: len(rows.i.payload.last_beat)]),
             rows.i.payload.last.eq(last_row),
             rows.i.payload.every.eq(every),
-            self.asking.eq(active | cutter.bursts.valid),
+            self.asking.eq(active | regions.o.valid | cutter.bursts.valid),
             total.eq((job.columns + self.beat_floats - 1) >> (self.beat_floats - 1).bit_length()),
             rest.eq(Mux(active, left, total)),
             fits.eq(rest <= whole),

@@ -78,7 +78,7 @@ class Epilogue(Block):
     @property
     def latency(self) -> int:
         """Cycles from a transfer to the results at the output."""
-        return self.value_latency + CreditFifo.latency
+        return TakeTransfers.latency + self.value_latency + CreditFifo.latency
 
     @property
     def fifo_depth(self) -> int:

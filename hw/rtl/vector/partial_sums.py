@@ -75,11 +75,16 @@ class PartialSums(Block):
         place = data.StructLayout({"valid": 1, "head": 1, "row": range(self.rows), "token": self.token.shape()})
         given = Signal(place)
         m.d.comb += [given[name].eq(getattr(self, name)) for name in ("valid", "head", "row", "token")]
-        squared = delay(m, given, self.multipliers[0].latency, name="squared", reset=True)
-        added = delay(m, squared, self.adders[0].latency, name="added", reset=True)
-        where, written = Cat(squared.row, squared.token), Cat(added.row, added.token)
-        # The sum so far may leave the adder in this very cycle.
-        forward = added.valid & (where == written)
+        # The sum so far is read one cycle before it is added. It may be the sum that leaves the adder in this cycle or
+        # in the next one, which is not in the memory yet.
+        reading = delay(m, given, self.multipliers[0].latency - 1, name="reading", reset=True)
+        squared = delay(m, reading, 1, name="squared", reset=True)
+        leaving = delay(m, squared, self.adders[0].latency - 1, name="leaving", reset=True)
+        added = delay(m, leaving, 1, name="added", reset=True)
+        where, written = Cat(reading.row, reading.token), Cat(added.row, added.token)
+        newer = added.valid & (where == written)
+        newest = Signal()
+        m.d.sync += newest.eq(~reading.head & leaving.valid & (where == Cat(leaving.row, leaving.token)))
         lane_bits = self.lanes.bit_length() - 1
         sums = []
         for lane, (multiplier, adder) in enumerate(zip(self.multipliers, self.adders, strict=True)):
@@ -88,14 +93,15 @@ class PartialSums(Block):
             m.submodules[f"sums_{lane}"] = memory = Memory(shape=FLOAT, depth=depth, init=[])
             write = memory.write_port()
             own, low, high = (memory.read_port(domain="comb") for _ in range(3))
-            so_far = Mux(forward, Cat(adder.result), Cat(own.data))
+            so_far = Signal(FLOAT, name=f"so_far_{lane}", reset_less=True)
+            m.d.sync += Cat(so_far).eq(Mux(reading.head, 0, Mux(newer, Cat(adder.result), Cat(own.data))))
             m.d.comb += [
                 multiplier.valid.eq(self.valid),
                 multiplier.a.eq(self.values[lane]),
                 multiplier.b.eq(self.values[lane]),
                 own.addr.eq(where),
                 adder.valid.eq(squared.valid),
-                Cat(adder.a).eq(Mux(squared.head, 0, so_far)),
+                Cat(adder.a).eq(Mux(newest, Cat(adder.result), Cat(so_far))),
                 adder.b.eq(multiplier.result),
                 write.addr.eq(written),
                 write.data.eq(adder.result),

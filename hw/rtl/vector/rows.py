@@ -45,31 +45,45 @@ class RowWalker(Block):
         # The last transfer of a row in this piece and in the row's last one, and the lanes of the latter.
         final, final_keep = Signal.like(place.column), Signal(self.lanes)
         last_token, full = Signal.like(place.token), Const(PIECE_FLOATS // self.lanes - 1, len(place.column))
-        pieces_left, last_piece = Signal(COLUMN_BITS - piece_bits), Signal()
+        pieces_left, last_piece, next_last = Signal(COLUMN_BITS - piece_bits), Signal(), Signal()
+        # Where the place ends something. These are registers, because the end of a job is known from them.
+        row_end, token_end = Signal(), Signal()
         end = (job.columns - 1)[:COLUMN_BITS]
+        pieces, single = end >> piece_bits, ~end[lane_bits:piece_bits].any()
         m.d.comb += [
             step.eq(self.places.valid & self.places.ready),
             self.job.ready.eq(~self.places.valid | (step & place.last)),
             load.eq(self.job.valid & self.job.ready),
-            place.piece_end.eq(place.column == Mux(last_piece, final, full)),
-            place.chunk_end.eq(place.piece_end & (place.token == last_token)),
-            place.last.eq(place.chunk_end & last_piece),
-            place.keep.eq(Mux(place.piece_end & last_piece, final_keep, ~0)),
+            place.piece_end.eq(row_end),
+            place.chunk_end.eq(row_end & token_end),
+            place.last.eq(row_end & token_end & last_piece),
+            place.keep.eq(Mux(row_end & last_piece, final_keep, ~0)),
+            next_last.eq(Mux(token_end, pieces_left == 1, last_piece)),
         ]
         with m.If(step):
-            m.d.sync += place.column.eq(Mux(place.piece_end, 0, place.column + 1))
-            with m.If(place.piece_end):
-                m.d.sync += place.token.eq(Mux(place.chunk_end, 0, place.token + 1))
+            # A piece that is not the last one has several transfers.
+            m.d.sync += [
+                place.column.eq(Mux(row_end, 0, place.column + 1)),
+                row_end.eq(Mux(row_end, next_last & (final == 0), place.column + 1 == Mux(last_piece, final, full))),
+            ]
+            with m.If(row_end):
+                m.d.sync += [
+                    place.token.eq(Mux(token_end, 0, place.token + 1)),
+                    token_end.eq(Mux(token_end, last_token == 0, place.token + 1 == last_token)),
+                    last_piece.eq(next_last),
+                ]
             with m.If(place.chunk_end):
-                m.d.sync += [pieces_left.eq(pieces_left - 1), last_piece.eq(pieces_left == 1)]
+                m.d.sync += pieces_left.eq(pieces_left - 1)
         with m.If(load):
             m.d.sync += [
                 self.places.valid.eq(1),
                 last_token.eq(job.tokens - 1),
+                token_end.eq(job.tokens == 1),
                 final.eq(end[lane_bits:piece_bits]),
                 final_keep.eq(Cat(lane <= end[:lane_bits] for lane in range(self.lanes))),
-                pieces_left.eq(end >> piece_bits),
-                last_piece.eq((end >> piece_bits) == 0),
+                pieces_left.eq(pieces),
+                last_piece.eq(pieces == 0),
+                row_end.eq((pieces == 0) & single),
             ]
         with m.Elif(step & place.last):
             m.d.sync += self.places.valid.eq(0)

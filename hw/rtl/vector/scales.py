@@ -40,7 +40,8 @@ class TokenScales(Block):
         self.config, self.lanes = config, vector_lanes(config)
         self.sums = PartialSums(config)
         self.adder, self.multiplier, self.inverse = FloatAdder(), FloatMultiplier(), Reciprocal()
-        self.schedule = SumSchedule(self.adder.latency)
+        # The adder's operands have a register, because the memories are read in the same cycle.
+        self.schedule = SumSchedule(1 + self.adder.latency)
         super().__init__(
             {
                 **dict.fromkeys(("begin", "end", "valid", "head"), In(1)),
@@ -67,7 +68,7 @@ class TokenScales(Block):
     @property
     def root_step(self) -> int:
         """Cycle in which the root begins."""
-        return self.eps_step + self.adder.latency
+        return self.eps_step + 1 + self.adder.latency
 
     @property
     def token_latency(self) -> int:
@@ -143,17 +144,13 @@ class TokenScales(Block):
         m.submodules.tree = tree = Memory(shape=FLOAT, depth=PARTIAL_SUMS // 2, init=[])
         write, low, high = tree.write_port(), tree.read_port(domain="comb"), tree.read_port(domain="comb")
         starts = {cycle: active & (step == cycle) for cycle in (schedule.latency, self.eps_step, self.root_step)}
-        with_eps = starts[self.eps_step]
+        with_eps, adding = starts[self.eps_step], Signal()
         m.d.comb += [
+            schedule.valid.eq(active),
             schedule.step.eq(step),
             *(port.eq(place) for port, place in ((sums.low, schedule.low), (sums.high, schedule.high))),
             *(port.addr.eq(place) for port, place in ((low, schedule.low), (high, schedule.high))),
-            adder.valid.eq((active & schedule.add) | with_eps),
-            Cat(adder.a).eq(
-                Mux(with_eps, Cat(multiplier.result), Mux(schedule.partial, Cat(sums.low_sum), Cat(low.data)))
-            ),
-            Cat(adder.b).eq(Mux(with_eps, Cat(eps), Mux(schedule.partial, Cat(sums.high_sum), Cat(high.data)))),
-            write.en.eq(active & schedule.write),
+            write.en.eq(schedule.write),
             write.addr.eq(schedule.place),
             write.data.eq(adder.result),
             multiplier.valid.eq(starts[schedule.latency]),
@@ -162,5 +159,14 @@ class TokenScales(Block):
             inverse.x.eq(adder.result),
             self.r.eq(inverse.result),
         ]
+        first, second = (Signal(FLOAT, name=name, reset_less=True) for name in ("first", "second"))
+        m.d.sync += [
+            adding.eq(schedule.add | with_eps),
+            Cat(first).eq(
+                Mux(with_eps, Cat(multiplier.result), Mux(schedule.partial, Cat(sums.low_sum), Cat(low.data)))
+            ),
+            Cat(second).eq(Mux(with_eps, Cat(eps), Mux(schedule.partial, Cat(sums.high_sum), Cat(high.data)))),
+        ]
+        m.d.comb += [adder.valid.eq(adding), adder.a.eq(first), adder.b.eq(second)]
         with m.If(starts[self.root_step]):
             m.d.comb += [inverse.valid.eq(1), inverse.function.eq(Inverse.RSQRT)]

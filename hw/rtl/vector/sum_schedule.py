@@ -13,11 +13,14 @@ class SumSchedule(wiring.Component):
 
     Parameters
     ----------
-    adder_latency : cycles of the adder. A sum can be read one cycle after it leaves the adder
+    adder_latency : cycles from the read of the operands to their sum, which can be read one cycle later
 
     Members
     -------
-    step : cycles since the first addition
+    valid, step : a token is under way, for this number of cycles
+
+    and one cycle later
+
     add : an addition begins in this cycle
     partial : its operands are partial sums; otherwise they are sums of the level before
     low, high : its operands
@@ -28,6 +31,7 @@ class SumSchedule(wiring.Component):
         self.adder_latency = adder_latency
         super().__init__(
             {
+                "valid": In(1),
                 "step": In(range(self.latency + 1)),
                 **dict.fromkeys(("add", "partial", "write"), Out(1)),
                 **dict.fromkeys(("low", "high"), Out(range(PARTIAL_SUMS))),
@@ -37,7 +41,7 @@ class SumSchedule(wiring.Component):
 
     @property
     def additions(self) -> list[tuple[int, int, int]]:
-        """(cycle, low, high) of each addition."""
+        """(step, low, high) of each addition."""
         found, start, half = [], 0, PARTIAL_SUMS // 2
         while half:
             found += [(start + index, index, index + half) for index in range(half)]
@@ -47,22 +51,24 @@ class SumSchedule(wiring.Component):
 
     @property
     def latency(self) -> int:
-        """Cycles from the first addition to the cycle in which the last sum leaves the adder."""
-        return self.additions[-1][0] + self.adder_latency
+        """Cycles from step 0 to the cycle in which the last sum leaves the adder."""
+        return 1 + self.additions[-1][0] + self.adder_latency
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        with m.Switch(self.step):
+        # Registers, because the places are addresses of memories that are read in the same cycle.
+        m.d.sync += [self.add.eq(0), self.write.eq(0)]
+        with m.If(self.valid), m.Switch(self.step):
             for cycle, low, high in self.additions:
                 with m.Case(cycle):
-                    m.d.comb += [
+                    m.d.sync += [
                         self.add.eq(1),
                         self.partial.eq(high - low == PARTIAL_SUMS // 2),
                         self.low.eq(low),
                         self.high.eq(high),
                     ]
-        with m.Switch(self.step):
+        with m.If(self.valid), m.Switch(self.step):
             for cycle, low, _ in self.additions:
                 with m.Case(cycle + self.adder_latency):
-                    m.d.comb += [self.write.eq(1), self.place.eq(low)]
+                    m.d.sync += [self.write.eq(1), self.place.eq(low)]
         return m

@@ -7,6 +7,7 @@ from amaranth.lib.wiring import In, Out
 
 from hw.rtl.common.block import Block
 from hw.rtl.common.delay import delay
+from hw.rtl.common.fifo import StreamFifo
 from hw.rtl.common.results import result_payload
 from hw.rtl.vector.layouts import (
     OPERAND_LATENCY,
@@ -39,10 +40,13 @@ class TakeTransfers(Block):
     values : float32 of the transfer taken ``OPERAND_LATENCY`` cycles ago, together with its operands in ``data``
     current : the current job
 
-    Latency 0 cycles; throughput 1 transfer per cycle.
+    Latency 1 cycle from a transfer to ``taken``; throughput 1 transfer per cycle, also from one job to the next one if
+    jobs have two transfers or more. Transfers and jobs first enter FIFOs of two entries, which are registers: the
+    decision to take a transfer has so many users that no long path may lead to it.
     """
 
-    latency = 0
+    latency = StreamFifo.latency
+    _AHEAD = 2
 
     def __init__(self, config: AcceleratorConfig, interval: int):
         self.config, self.interval, self.lanes = config, interval, vector_lanes(config)
@@ -62,45 +66,62 @@ class TakeTransfers(Block):
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        m.submodules.walker = walker = self.walker
-        active, load, go = Signal(), Signal(), Signal()
-        job, taken, place = self.current, self.taken, self.taken.place
-        wanted = self._wanted(job)
-        pause = Signal(range(self.interval))
+        m.submodules.jobs = jobs = StreamFifo(self.current.shape(), self._AHEAD)
+        m.submodules.transfers = transfers = StreamFifo(self.results.payload.shape(), self._AHEAD)
+        self._collect(m, jobs, transfers)
+        job, taken, transfer, go = self.current, self.taken, transfers.o.payload, Signal()
+        wanted, pause = self._wanted(job), Signal(range(self.interval))
         m.d.comb += [
-            self.job.ready.eq(~active | (go & place.last)),
-            load.eq(self.job.valid & self.job.ready),
-            walker.job.valid.eq(load & self.job.payload.vector),
-            *(walker.job.payload[name].eq(self.job.payload[name]) for name in ("tokens", "columns")),
+            job.eq(jobs.o.payload),
+            jobs.o.ready.eq(go & transfer.last),
             go.eq(
-                active
-                & Mux(job.vector, walker.places.valid, self.results.valid)
+                # A transfer comes at least one cycle after its job.
+                transfers.o.valid
                 & Cat(~wanted[operand] | self.available[operand] for operand in Operand).all()
                 & self.room
                 & (pause == 0)
                 & ~(self.pending & (job.flags.scale | job.flags.squares))
             ),
-            walker.places.ready.eq(go & job.vector),
-            self.results.ready.eq(go & ~job.vector),
+            transfers.o.ready.eq(go),
             taken.valid.eq(go),
             taken.flags.eq(job.flags),
             taken.vector.eq(job.vector),
-            *(
-                place[name].eq(Mux(job.vector, walker.places.payload[name], self.results.payload[name]))
-                for name, _ in place.shape()
-            ),
+            *(taken.place[name].eq(transfer[name]) for name, _ in taken.place.shape()),
         ]
-        with m.If(load):
-            m.d.sync += [active.eq(1), job.eq(self.job.payload)]
-        with m.Elif(go & place.last):
-            m.d.sync += active.eq(0)
         with m.If(go & job.flags.squares):
             m.d.sync += pause.eq(self.interval - 1)
         with m.Elif(pause != 0):
             m.d.sync += pause.eq(pause - 1)
         self._count(m, go)
-        self._read(m, go, wanted)
+        self._read(m, go, wanted, transfer.values)
         return m
+
+    def _collect(self, m: Module, jobs: StreamFifo, transfers: StreamFifo) -> None:
+        """Fills both FIFOs: the places of a job come from the array, or from the walker."""
+        m.submodules.walker = walker = self.walker
+        job, transfer = self.job.payload, transfers.i.payload
+        active, vector, free, load = Signal(), Signal(), Signal(), Signal()
+        m.d.comb += [
+            free.eq(~active | (transfers.i.valid & transfers.i.ready & transfer.last)),
+            jobs.i.valid.eq(self.job.valid & free),
+            jobs.i.payload.eq(job),
+            self.job.ready.eq(jobs.i.ready & free),
+            load.eq(self.job.valid & self.job.ready),
+            walker.job.valid.eq(load & job.vector),
+            *(walker.job.payload[name].eq(job[name]) for name in ("tokens", "columns")),
+            transfers.i.valid.eq(active & Mux(vector, walker.places.valid, self.results.valid)),
+            walker.places.ready.eq(active & vector & transfers.i.ready),
+            self.results.ready.eq(active & ~vector & transfers.i.ready),
+            transfer.values.eq(self.results.payload.values),
+            *(
+                transfer[name].eq(Mux(vector, walker.places.payload[name], self.results.payload[name]))
+                for name, _ in self.taken.place.shape()
+            ),
+        ]
+        with m.If(free):
+            m.d.sync += active.eq(load)
+        with m.If(load):
+            m.d.sync += vector.eq(job.vector)
 
     def _wanted(self, job) -> dict[Operand, Value]:
         """Whether the job has an operand."""
@@ -125,7 +146,7 @@ class TakeTransfers(Block):
             taken.head.eq(~(column >> (PARTIAL_SUMS.bit_length() - 1 - lane_bits)).any()),
         ]
 
-    def _read(self, m: Module, go: Signal, wanted: dict[Operand, Value]) -> None:
+    def _read(self, m: Module, go: Signal, wanted: dict[Operand, Value], given: Value) -> None:
         """Reads the operands of the transfer. The last one of a chunk or, for the table, of a layer releases it."""
         place, job = self.taken.place, self.current
         m.d.comb += [self.token.eq(place.token), self.column.eq(place.column)]
@@ -135,5 +156,5 @@ class TakeTransfers(Block):
                 self.read[operand].eq(go & wanted[operand]),
                 self.release[operand].eq(go & wanted[operand] & end),
             ]
-        values = delay(m, Cat(self.results.payload.values.as_value(), job.vector), OPERAND_LATENCY, name="values")
+        values = delay(m, Cat(given.as_value(), job.vector), OPERAND_LATENCY, name="values")
         m.d.comb += self.values.as_value().eq(Mux(values[-1], self.data[Operand.SOURCE].as_value(), values[:-1]))

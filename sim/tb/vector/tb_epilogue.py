@@ -21,6 +21,8 @@ LANES = max(2, config().lanes)
 """Lanes of the vector unit."""
 SOURCE, ADDEND, TABLE, FACTOR = range(4)
 OPERAND_LATENCY = 2
+WAITING = 2
+"""Transfers that are accepted before the epilogue takes the first one."""
 SPEEDS = [
     (0, 0, 0, 0, 0),
     (0.9, 0, 0, 0, 0),
@@ -266,11 +268,13 @@ async def full_throughput(dut, kind):
     bench.send()
     await bench.check()
     per_layer = most * 512 // c.lanes
-    later = monitor["results"][per_layer:]
-    assert len(later) == 3 * per_layer and consecutive(later), "a transfer in every cycle"
+    # r of the first layer may not be there yet. Some transfers are taken into a FIFO before the epilogue waits for it.
+    later = monitor["results"][per_layer + WAITING :]
+    assert len(later) == 3 * per_layer - WAITING and consecutive(later), "a transfer in every cycle"
     if c.lanes > 1:
         first = monitor["first"][per_layer:]
-        assert first[0] - later[0] == latency()
+        assert len(first) == 3 * per_layer and consecutive(first)
+        assert first[-1] - later[-1] == latency()
 
 
 @cocotb.test()
