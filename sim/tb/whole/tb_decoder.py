@@ -29,7 +29,7 @@ async def programs(dut, stalls, hard):
     """Random descriptors with all kinds of epilogues and waits."""
     random = rng(1)
     driver = await AcceleratorDriver.create(dut, pauses(3) if stalls else None)
-    await _run(random_program(driver, random, 30 if LONG else 3, hard))
+    await _run(random_program(driver, random, 12 if LONG else 3, hard))
 
 
 @cocotb.test()

@@ -287,12 +287,12 @@ async def start_while_resetting(dut):
 
 
 @cocotb.test()
-@cocotb.parametrize(run=range(6 if LONG else 1))
+@cocotb.parametrize(run=range(4 if LONG else 1))
 async def resets(dut, run):
     """A reset at any moment leaves nothing of the program behind: the next one, started at once, is exact."""
     random = rng(13, run)
     driver = await AcceleratorDriver.create(dut, pauses(20 + run), BASE)
-    for _ in range(30 if LONG else 10):
+    for _ in range(20 if LONG else 10):
         count = int(random.integers(1, 40))
         program = _short(driver, count, salt=count, wait=Wait(int(random.integers(3))))
         program.store()
