@@ -151,7 +151,7 @@ BENCHES: list[Bench] = [
     _bench("watchdog", _TWO_PORTS),
     *(_bench("selftest", params) for params in (_ULX3S, _ULX3S_8)),
     *(_bench("accelerator", _SMALL_DECODER, tb=tb) for tb in ("decoder", "program")),
-    _bench("accelerator", _SMALL_DECODER, tb="gap", limit=510),
+    _bench("accelerator", _SMALL_DECODER, tb="gap", limit=560),
     _bench("accelerator", _TWO_PORTS),
     _bench("accelerator", _TWO_PORTS, tb="accelerator_faults"),
     _bench("accelerator", _TILE_16, full=True),

@@ -246,7 +246,7 @@ def _layers(random: np.random.Generator, count: int, hard: bool) -> list[_Layer]
 async def values(dut, speeds, hard):
     """Layers of all kinds one after another, with or without stalls on each stream."""
     stalls = tuple(randomly(p, rng(2, number)) if p else never for number, p in enumerate(speeds))
-    bench = _Bench(dut, _layers(rng(1), 8, hard), stalls)
+    bench = _Bench(dut, _layers(rng(1), 3, hard), stalls)
     await begin(dut)
     bench.send()
     await bench.check()
@@ -256,18 +256,18 @@ async def values(dut, speeds, hard):
 @cocotb.parametrize(kind=[(), ("scale", "add", "rotary"), ("scale", "silu"), ("add", "second"), ("scale", "pieces")])
 async def full_throughput(dut, kind):
     """Without squares a transfer is taken in every cycle, also from one layer to the next."""
-    random, most, c = rng(1), config().max_tokens, config()
+    random, most, c, columns = rng(1), config().max_tokens, config(), PIECE + 16
     r, layers = None, []
     for index in range(4):
         parts = ("add", "second", "squares") if index == 0 else kind
-        epilogue = random_epilogue(random, parts, most, 512)
-        layers.append(_Layer(numbers(random, most, 512), epilogue, r))
+        epilogue = random_epilogue(random, parts, most, columns)
+        layers.append(_Layer(numbers(random, most, columns), epilogue, r))
         r = layers[0].outputs.r
     bench, monitor = _Bench(dut, layers), Monitor(dut, ("results", "first", "second"))
     await begin(dut)
     bench.send()
     await bench.check()
-    per_layer = most * 512 // c.lanes
+    per_layer = most * columns // c.lanes
     # r of the first layer may not be there yet. Some transfers are taken into a FIFO before the epilogue waits for it.
     later = monitor["results"][per_layer + WAITING :]
     assert len(later) == 3 * per_layer - WAITING and consecutive(later), "a transfer in every cycle"

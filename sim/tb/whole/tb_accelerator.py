@@ -84,13 +84,13 @@ async def extremes(dut):
 async def random_layers(dut):
     """Many layers of different shapes, with the queue as full as possible, at the end of the address space."""
     driver, random = await AcceleratorDriver.create(dut, base=ADDRESS_LIMIT - MEMORY), rng(1)
-    for _ in range(10 if LONG else 4):
+    for _ in range(10 if LONG else 3):
         await driver.run(_random_works(driver, random, 18), room=QUEUE_DEPTH)
         driver.forget()
 
 
 @cocotb.test()
-@cocotb.parametrize(run=range(16 if LONG else 8))
+@cocotb.parametrize(run=range(16 if LONG else 5))
 async def random_pauses(dut, run):
     """The same with pauses on every channel, light and heavy pauses mixed."""
     random = rng(1, run)

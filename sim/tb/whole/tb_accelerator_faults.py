@@ -324,7 +324,7 @@ async def resets(dut, run):
     """A reset at any moment, with pauses: outstanding transfers are finished, and the next layers are exact."""
     random = rng(7, run)
     driver = await AcceleratorDriver.create(dut, pauses(run), BASE)
-    for _ in range(24 if LONG else 12):
+    for _ in range(24 if LONG else 8):
         works = [
             driver.place(
                 fit(int(random.choice([32, 64, 160])), int(random.integers(1, 6 * config().tile)), 32),
@@ -351,7 +351,7 @@ async def rst_pin(dut, run):
     """The rst pin of accelerator and memory at any moment: all registers have their reset values, layers are exact."""
     random = rng(10, run)
     driver = await AcceleratorDriver.create(dut, pauses(run), BASE)
-    for _ in range(12 if LONG else 6):
+    for _ in range(12 if LONG else 4):
         await driver.set("timeout", 54321)
         await driver.set("interrupt_enable", "done")
         works = _works(driver, 4, interrupt=True)

@@ -24,7 +24,7 @@ async def _run(program: Program) -> None:
 
 
 @cocotb.test()
-@cocotb.parametrize(stalls=[False, True], hard=[False, True])
+@cocotb.parametrize((("stalls", "hard"), [(False, False), (True, True), *[(False, True), (True, False)] * LONG]))
 async def programs(dut, stalls, hard):
     """Random descriptors with all kinds of epilogues and waits."""
     random = rng(1)
