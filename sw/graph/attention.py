@@ -167,8 +167,13 @@ def _grouped(
     if (q.layer.n, k.layer.n, v.n, o.k) != (heads * size, kv_heads * size, kv_heads * size, heads * size):
         problem = f"{heads} and {kv_heads} heads do not divide q, k, v and o of {q.layer.n}, {k.layer.n}, {v.n}, {o.k}"
         raise layers.blame(part, problem, node)
+    before = q, k
     q, k = _in_node(layers.file, node, tensors, q, k)
-    if problem := _unusual(node, tensors, q, k):
+    problem = _unusual(node, tensors, q, k)
+    weights = tensors.q_norm_weight, tensors.k_norm_weight
+    if any(weight and (heads.norm or heads.rotary) for weight, heads in zip(weights, before)):
+        problem = problem or "it has a norm of heads that a norm or a rotation before it has changed"
+    if problem:
         return q, k, v, Mismatch(part, problem, node.op_type, name_of(node))
     window = values.get("local_window_size", -1)
     attention = Attention(

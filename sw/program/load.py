@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the weights of a matched decoder into a device's memory, joined and ordered for its programs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -12,7 +12,7 @@ from sw.devices.pack import LayerPlan, load
 from sw.graph.file import OnnxFile
 from sw.graph.linears import read_linear, read_norm
 from sw.model.linear import QuantizedLinear
-from sw.model.parts import Attention, Block, Decoder, Mismatch, Norm, Projection
+from sw.model.parts import Attention, Block, Decoder, HeadNorm, Mismatch, Norm, Projection
 from sw.program.obstacles import ALIGNED, Obstacle
 from sw.program.weights import can_join, interleave, join, rotary_rows, rotated_rows
 
@@ -26,7 +26,7 @@ class LoadedLayer:
     """A layer in the device's memory. name: for messages. bias: float32 [n], or None.
 
     first: its first column in the results of all layers with the same activations. rotated: heads, from the first one
-    on, that are rotated.
+    on, that the layer's own epilogue rotates.
     """
 
     name: str
@@ -47,12 +47,28 @@ class LoadedNorm:
 
 
 @dataclass(frozen=True)
+class LoadedHeadNorm:
+    """The norm of every head of q or k. weight: float32 [head_size], in the order of the head's elements in memory.
+
+    first: the first column of these heads in q, k and v.
+    """
+
+    name: str
+    weight: Buffer
+    epsilon: float
+    first: int
+    heads: int
+    head_size: int
+
+
+@dataclass(frozen=True)
 class LoadedBlock:
-    """One block. qkv: one layer if q, k and v have the same format, else up to three."""
+    """One block. qkv: one layer if q, k and v have the same format, else up to three. head_norms: of q and of k."""
 
     name: str
     input_norm: LoadedNorm
     qkv: tuple[LoadedLayer, ...]
+    head_norms: tuple[LoadedHeadNorm, ...]
     o: LoadedLayer
     post_attention_norm: LoadedNorm
     gate_up: LoadedLayer
@@ -127,6 +143,7 @@ class Loader:
             name=name,
             input_norm=self._norm(f"{name}.input_layernorm", block.input_norm),
             qkv=self._qkv(f"{name}.self_attn", block),
+            head_norms=tuple(self._head_norms(f"{name}.self_attn", block)),
             o=self._place(f"{name}.self_attn.o_proj", [self._read(block.o_proj)]),
             post_attention_norm=self._norm(f"{name}.post_attention_layernorm", block.post_attention_norm),
             gate_up=self._place(f"{name}.mlp.gate_up_proj", [interleave("", gate, up)]),
@@ -137,14 +154,18 @@ class Loader:
         """q, k and v, in this order; neighbours are joined where their formats allow it."""
         attention, rotary = _attention(block), block.rotary
         layers = [self._read(layer) for layer in (block.q_proj, block.k_proj, block.v_proj)]
-        heads = [attention.heads, attention.kv_heads, 0] if rotary else [0, 0, 0]
+        # Heads that the layer's epilogue rotates; those with a norm are rotated after it.
+        heads = [0, 0, 0]
         if rotary:
-            for index in (0, 1):
-                order = rotated_rows(heads[index], attention.head_size, rotary.size, rotary.interleaved)
+            for index, (count, norm) in enumerate(_heads(attention, block)):
+                order = rotated_rows(count, attention.head_size, rotary.size, rotary.interleaved)
                 layers[index] = layers[index].with_rows(order)
+                heads[index] = 0 if norm else count
         groups = [[0]]
         for index in (1, 2):
-            if can_join(self._device.config, [layers[groups[-1][0]], layers[index]]):
+            # The rotated heads of a layer are its first ones.
+            is_first = heads[index] and not heads[index - 1]
+            if not is_first and can_join(self._device.config, [layers[groups[-1][0]], layers[index]]):
                 groups[-1].append(index)
             else:
                 groups.append([index])
@@ -164,6 +185,17 @@ class Loader:
             )
             found.append(layer)
         return tuple(found)
+
+    def _head_norms(self, part: str, block: Block) -> Iterator[LoadedHeadNorm]:
+        attention, rotary = _attention(block), block.rotary
+        size, first = attention.head_size, 0
+        for name, (heads, norm) in zip(("q_norm", "k_norm"), _heads(attention, block)):
+            if norm:
+                weight = self._file.constant(norm.weight, f"{part}.{name}").astype(np.float32)
+                if rotary:
+                    weight = weight[rotated_rows(1, size, rotary.size, rotary.interleaved)]
+                yield LoadedHeadNorm(f"{part}.{name}", self._write(weight), norm.epsilon, first, heads, size)
+            first += heads * size
 
     def _read(self, part: Projection) -> QuantizedLinear:
         layer = read_linear(self._file, part)
@@ -199,3 +231,8 @@ class Loader:
 def _attention(block: Block) -> Attention:
     assert isinstance(block.attention, Attention), "check_decoder refuses other attention"
     return block.attention
+
+
+def _heads(attention: Attention, block: Block) -> tuple[tuple[int, HeadNorm | None], ...]:
+    """The number of heads of queries and of keys, and their norms."""
+    return (attention.heads, block.q_norm), (attention.kv_heads, block.k_norm)

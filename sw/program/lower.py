@@ -6,7 +6,8 @@ down), then q, k, v of block i; the last one ends with the head. Attention i is 
 
 RMSNorm is a part of the jobs around it: the job that makes x writes x * weight, too, and computes each token's scale r;
 the layers after the norm multiply their results by r. If the layers after it need x * weight in several places, for two
-planes for example, jobs without a linear layer copy it.
+planes for example, jobs without a linear layer copy it. Only the norm of every head of q and k has jobs of its own, see
+head_norms.
 """
 
 import enum
@@ -19,6 +20,7 @@ from hw.spec.numerics.vector import PIECE, argmax
 from hw.spec.ops import Wait
 from sw.devices.base import Device, PreparedBatch
 from sw.devices.jobs import NOWHERE, Epilogue, Job, LinearJob, Rotation, Rows, Second, VectorJob
+from sw.program.head_norms import head_norm_jobs
 from sw.program.load import LoadedBlock, LoadedDecoder, LoadedLayer, LoadedNorm
 from sw.program.memory import Inputs, Matrix, Pieces
 
@@ -54,6 +56,8 @@ class Programs:
         self.embedded, self._middle = Matrix(device, decoder.hidden), Matrix(device, decoder.hidden)
         self.qkv = Matrix(device, decoder.qkv_columns)
         self.rotary = None if decoder.rotary is None else Matrix(device, decoder.head_size)
+        # A head's norm between its two jobs.
+        self._heads = Matrix(device, decoder.head_size) if any(block.head_norms for block in decoder.blocks) else None
         self.results = Matrix(device, decoder.vocab if decoder.head else decoder.hidden)
         self._pieces = Pieces(device, decoder.vocab)
         self._normed, self._attended, self._gated = Inputs(device), Inputs(device), Inputs(device)
@@ -127,6 +131,10 @@ class Programs:
             )
             jobs.append(job)
             before = layer
+        if self._heads:
+            table = self.rotary.rows if self.rotary else None
+            max_rows = self._device.config.max_tokens
+            jobs += head_norm_jobs(block.head_norms, tokens, max_rows, self.qkv.rows, self._heads.rows, table)
         return jobs
 
     def _rest(

@@ -8,7 +8,7 @@ from hw.spec.numerics.vector import PARTIAL_SUMS
 from hw.spec.ops.epilogue import HEAD_UNIT, MAX_HEAD
 from sw.graph.file import OnnxFile
 from sw.graph.nodes import SAME_VALUES
-from sw.model.parts import Attention, Block, Decoder, Mismatch, Projection, Rotary
+from sw.model.parts import Attention, Block, Decoder, HeadNorm, Mismatch, Projection, Rotary
 
 ALIGNED = DATA_ALIGNMENT // FLOAT_BYTES
 """Rows of float32 numbers follow each other without a gap if they have a multiple of this number of columns."""
@@ -55,9 +55,9 @@ def _mismatches(file: OnnxFile, decoder: Decoder, context: int) -> Iterator[Mism
 def _block(file: OnnxFile, part: str, block: Block, attention: Attention, context: int) -> Iterator[Mismatch]:
     for module, projection in block.projections.items():
         yield from _quantized(file, f"{part}.{module}", projection)
-    for name in ("q_norm", "k_norm"):
-        if getattr(block, name) is not None:
-            yield Mismatch(f"{part}.self_attn.{name}", "a norm of every head")
+    for name, norm in (("q_norm", block.q_norm), ("k_norm", block.k_norm)):
+        if norm is not None:
+            yield from _head_norm(file, f"{part}.self_attn.{name}", norm, attention.head_size)
     for name, projection in (("self_attn.o_proj", block.o_proj), ("mlp.down_proj", block.down_proj)):
         if projection.bias:
             yield Mismatch(f"{part}.{name}", "a bias besides the residual")
@@ -71,6 +71,13 @@ def _block(file: OnnxFile, part: str, block: Block, attention: Attention, contex
             yield Mismatch(f"{part}.{name}", f"its in_features {projection.k} are no multiple of {ALIGNED}")
     if block.rotary:
         yield from _rotary(file, f"{part}.self_attn", block.rotary, context)
+
+
+def _head_norm(file: OnnxFile, part: str, norm: HeadNorm, size: int) -> Iterator[Mismatch]:
+    if size % ALIGNED:
+        yield Mismatch(part, f"a norm of every head, of {size} elements: not a multiple of {ALIGNED}")
+    if not file.is_constant(norm.weight) or file.shape(norm.weight, part) != (size,):
+        yield Mismatch(part, f"its weight {norm.weight} is no constant of the {size} elements of a head")
 
 
 def _quantized(file: OnnxFile, part: str, projection: Projection) -> Iterator[Mismatch]:

@@ -67,6 +67,7 @@ FORMS = {
     "rotary apart": Form(rotary="apart", biased=True),
     "no rotary": Form(rotary="none"),
     "head norms": Form(rotary="apart", head_norms="apart"),
+    "head norms before the attention": Form(head_norms="apart"),
     "neighbours": Form(attributes=(("rotary_interleaved", 1),)),
     "neighbours apart": Form(rotary="apart", attributes=(("rotary_interleaved", 1),)),
     "window": Form(packed=True, attributes=(("local_window_size", 5),)),
@@ -367,6 +368,20 @@ def test_unusual_attention(change, expected, tmp_path):
     decoder = matched(changed(change, tmp_path / "model.onnx"))
     assert [str(item) for item in decoder.mismatches] == [f"layers.1.self_attn: {expected}"]
     assert decoder.shape is None
+
+
+@pytest.mark.parametrize("form", [Form(rotary="apart"), Form(head_norms="apart")], ids=["rotation", "norm"])
+def test_norm_in_the_attention_after_others(form, tmp_path):
+    """GroupQueryAttention's norm of every head follows a rotation or a norm before the node, where no part has one."""
+
+    def change(graph, node):
+        attention = node("attn/GroupQueryAttention")
+        attention.input.extend([""] * (14 - len(attention.input)) + ["w", "w"])
+        graph.initializer.append(numpy_helper.from_array(np.ones(16, np.float32), "w"))
+
+    decoder = matched(changed(change, tmp_path / "model.onnx", form))
+    expected = "layers.1.self_attn: " + ATTENTION + "it has a norm of heads that a norm or a rotation before it"
+    assert [str(item)[: len(expected)] for item in decoder.mismatches] == [expected]
 
 
 def test_different_rotations(tmp_path):

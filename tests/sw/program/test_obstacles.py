@@ -64,8 +64,22 @@ FLOAT = "its weights are not quantized"
 CASES = [
     (lambda d: Mismatch("embed_tokens", "none"), "embed_tokens: none"),
     (lambda d: with_block(d, attention=Mismatch(ATTENTION, "no", "Softmax", "S")), f"{ATTENTION}: Softmax S: no"),
-    (lambda d: with_block(d, q_norm=HeadNorm("w", 1e-6)), f"{ATTENTION}.q_norm: a norm of every head"),
-    (lambda d: with_block(d, k_norm=HeadNorm("w", 1e-6)), f"{ATTENTION}.k_norm: a norm of every head"),
+    (
+        lambda d: with_block(d, q_norm=HeadNorm("w", 1e-6)),
+        f"{ATTENTION}.q_norm: a norm of every head, of 16 elements: not a multiple of 32",
+    ),
+    (
+        lambda d: with_block(d, k_norm=HeadNorm("w", 1e-6)),
+        f"{ATTENTION}.k_norm: a norm of every head, of 16 elements: not a multiple of 32",
+    ),
+    (
+        lambda d: with_block(with_head_size(d, 32), q_norm=HeadNorm("input_ids", 1e-6)),
+        f"{ATTENTION}.q_norm: its weight input_ids is no constant of the 32 elements of a head",
+    ),
+    (
+        lambda d: with_block(with_head_size(d, 32), k_norm=HeadNorm(d.final_norm.weight, 1e-6)),
+        f"{ATTENTION}.k_norm: its weight model.norm.weight is no constant of the 32 elements of a head",
+    ),
     (lambda d: with_layer(d, "o_proj", bias="b"), f"{ATTENTION}.o_proj: a bias besides the residual"),
     (lambda d: with_layer(d, "down_proj", bias="b"), "layers.1.mlp.down_proj: a bias besides the residual"),
     (

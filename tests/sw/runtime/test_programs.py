@@ -11,7 +11,7 @@ import pytest
 
 from hw.spec.config import AcceleratorConfig
 from hw.spec.numerics.float32 import add, mul
-from hw.spec.numerics.vector import norm_scale, rotary, silu_mul
+from hw.spec.numerics.vector import norm_scale, rms_norm, rotary, silu_mul
 from sw.common.errors import UserError
 from sw.common.status_line import StatusLine
 from sw.devices import make_config, open_device
@@ -22,8 +22,8 @@ from sw.graph.file import OnnxFile
 from sw.graph.linears import read_linear, read_norm
 from sw.graph.match import match_decoder
 from sw.model.linear import QuantizedLinear
+from sw.model.parts import Attention, Norm, Projection
 from sw.model.parts import Decoder as Parts
-from sw.model.parts import Norm, Projection
 from sw.program.lower import Output
 from sw.runtime import Decoder, ProgramDecoder
 from sw.runtime.setup import make_decoder, open_decoder
@@ -47,6 +47,7 @@ GRAPHS = {
     "plain": {},
     "mixed": {"formats": MIXED},
     "padded": {"formats": {"down_proj": (4, 128)}, "intermediate": 1120},
+    "normed": {"head_size": 32, "head_norms": "qk"},
 }
 
 
@@ -58,7 +59,8 @@ def hardware(**changes) -> AcceleratorConfig:
 def model(request, tmp_path_factory):
     """Two blocks with QKV biases and a tied int8 head.
 
-    mixed: with layers of 2, 4 and 8 bits. padded: down has whole groups of 128 with padding.
+    mixed: with layers of 2, 4 and 8 bits. padded: down has whole groups of 128 with padding. normed: queries and keys
+    have a norm of every head.
     """
     return write_random(tmp_path_factory.mktemp(request.param), **GRAPHS[request.param])
 
@@ -91,6 +93,11 @@ class Watched(ProgramDecoder):
         self.attended.append(self._programs.attended(index, tokens).copy())
 
 
+def neighbours(heads: np.ndarray) -> np.ndarray:
+    """[..., head_size] with the two elements of each rotated pair beside each other."""
+    return np.stack(np.split(heads, 2, axis=-1), axis=-1).reshape(heads.shape)
+
+
 class Composed:
     """The programs of a decoder as compositions of hw.spec.numerics, on the layers and rows of the graph itself."""
 
@@ -114,12 +121,16 @@ class Composed:
         """first: position of the first token. Pairs of elements are neighbours."""
         block = self.decoder.blocks[index]
         q, k, v = self.after_norm(block.input_norm, x, block.q_proj, block.k_proj, block.v_proj)
-        cosine, sine = (values[first : first + len(x), None] for values in CONFIG.rotary_cache())
+        assert isinstance(block.attention, Attention) and block.rotary
+        tables = [self.file.constant(name, name) for name in (block.rotary.cos, block.rotary.sin)]
+        cosine, sine = (values[first : first + len(x), None] for values in tables)
         turned = []
-        for values in (q, k):
-            heads = values.reshape(len(x), -1, CONFIG.head_size)
-            half = CONFIG.head_size // 2
-            pairs = rotary(heads[..., :half], heads[..., half:], cosine, sine)
+        for values, norm in ((q, block.q_norm), (k, block.k_norm)):
+            heads = neighbours(values.reshape(len(x), -1, block.attention.head_size))
+            if norm:
+                weight = neighbours(self.file.constant(norm.weight, norm.weight))
+                heads = rms_norm(heads, weight, norm.epsilon)
+            pairs = rotary(heads[..., ::2], heads[..., 1::2], cosine, sine)
             turned.append(np.stack(pairs, axis=-1).reshape(len(x), -1))
         return np.concatenate([*turned, v], axis=1)
 
@@ -231,6 +242,8 @@ def open_backend(name: str, folder: Path) -> Iterator[Device]:
 
 
 @pytest.mark.simulator
+# tests/sw/program/test_head_norms.py has the norms of heads.
+@pytest.mark.parametrize("model", ["plain", "mixed", "padded"], indirect=True)
 def test_devices_agree(model, tmp_path):
     """The simulated hardware gives the reference's logits bit for bit, on the simulated board as well."""
     logits, tokens, usages = [], [], {}
@@ -391,7 +404,13 @@ def test_jobs(model):
             ]
             for index, output in enumerate((Output.LAST, Output.LAST, Output.BEST))
         )
-    if "mixed" not in str(model):
+    if "normed" in str(model):
+        # 3 tokens: the heads of one token after the other, of q and of k.
+        names = [f"layers.0.self_attn.{kind}_norm" for kind in "qqqkkk"]
+        assert first[2::2] == [(f"{name}, squares", int(not index), None) for index, name in enumerate(names)]
+        assert first[3::2] == [(name, 1, None) for name in names]
+        assert [name for name, *_ in middle[4:]] == [name.replace(".0.", ".1.") for name, *_ in first[2:]]
+    elif "mixed" not in str(model):
         assert first == [("layers.0.input_layernorm", 0, None), ("layers.0.self_attn.qkv_proj", 1, False)]
         assert [name for name, *_ in middle] == [
             "layers.0.self_attn.o_proj",
