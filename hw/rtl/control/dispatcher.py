@@ -232,6 +232,7 @@ class Dispatcher(Block):
             WriteClient.SECOND: (work.second_results, work.second),
         }
         single, matches = work.command.tokens == 1, Signal(len(rows))
+        follows = single & (work.wait == Wait.ACTIVATIONS)
         # All of the activations are in the row.
         columns = Signal.like(work.out_features)
         contained = work.activation_beats <= columns >> (self.config.port_width // FLOAT_BITS).bit_length() - 1
@@ -243,12 +244,12 @@ class Dispatcher(Block):
                 m.d.sync += [address.eq(place), known.eq(written & single)]
             # A register: it compares the descriptor of the cycle before, which is another one after a step.
             m.d.sync += matches[client].eq(
-                activations.valid & ~activations.step & known & contained & (work.activations == address)
+                activations.valid & ~activations.step & follows & known & contained & (work.activations == address)
             )
         m.d.comb += [
             several.add.eq(incomplete.add),
             several.take.eq(incomplete.take),
-            early.eq(matches.any() & single & (work.wait == Wait.ACTIVATIONS) & incomplete.enough & ~several.enough),
+            early.eq(matches.any() & incomplete.enough & ~several.enough),
         ]
         blocks = activations.blocks
         with m.If(blocks.valid & blocks.ready):

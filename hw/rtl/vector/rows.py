@@ -41,7 +41,7 @@ class RowWalker(Block):
         m = Module()
         lane_bits, piece_bits = self.lanes.bit_length() - 1, PIECE_FLOATS.bit_length() - 1
         job, place = self.job.payload, self.places.payload
-        step, load = Signal(), Signal()
+        step = Signal()
         # The last transfer of a row in this piece and in the row's last one, and the lanes of the latter.
         final, final_keep = Signal.like(place.column), Signal(self.lanes)
         last_token, full = Signal.like(place.token), Const(PIECE_FLOATS // self.lanes - 1, len(place.column))
@@ -53,7 +53,6 @@ class RowWalker(Block):
         m.d.comb += [
             step.eq(self.places.valid & self.places.ready),
             self.job.ready.eq(~self.places.valid | (step & place.last)),
-            load.eq(self.job.valid & self.job.ready),
             place.piece_end.eq(row_end),
             place.chunk_end.eq(row_end & token_end),
             place.last.eq(row_end & token_end & last_piece),
@@ -74,9 +73,10 @@ class RowWalker(Block):
                 ]
             with m.If(place.chunk_end):
                 m.d.sync += pieces_left.eq(pieces_left - 1)
-        with m.If(load):
+        # Without a job these registers may have any value, so no path to them starts at the job's valid.
+        with m.If(self.job.ready):
             m.d.sync += [
-                self.places.valid.eq(1),
+                self.places.valid.eq(self.job.valid),
                 last_token.eq(job.tokens - 1),
                 token_end.eq(job.tokens == 1),
                 final.eq(end[lane_bits:piece_bits]),
@@ -85,6 +85,4 @@ class RowWalker(Block):
                 last_piece.eq(pieces == 0),
                 row_end.eq((pieces == 0) & single),
             ]
-        with m.Elif(step & place.last):
-            m.d.sync += self.places.valid.eq(0)
         return m
