@@ -48,8 +48,14 @@ from hw.rtl.memory.weight_fetch import WeightFetch
 from hw.rtl.memory.write_manager import WriteManager
 from hw.rtl.vector.block_float import BlockFloat
 from hw.rtl.vector.epilogue import Epilogue
+from hw.rtl.vector.layouts import vector_lanes
+from hw.rtl.vector.merge import MergePairs
 from hw.rtl.vector.pair import PairUnit
+from hw.rtl.vector.partial_sums import PartialSums
 from hw.rtl.vector.piece_maximum import PieceMaximum
+from hw.rtl.vector.rows import RowWalker
+from hw.rtl.vector.scales import TokenScales
+from hw.rtl.vector.take import TakeTransfers
 from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.manifest import Field, Port
 from hw.spec.memory.access import EARLY_BURST_BEATS
@@ -70,6 +76,11 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "epilogue": Epilogue,
     "pair": lambda config: PairUnit(),
     "piece_maximum": PieceMaximum,
+    "merge": MergePairs,
+    "rows": lambda config: RowWalker(config, vector_lanes(config)),
+    "take": lambda config: TakeTransfers(config, PartialSums(config).interval),
+    "partial_sums": PartialSums,
+    "scales": TokenScales,
     "completion": lambda config: Completion(clients=2, depth=16),
     "progress": lambda config: Progress(clients=2),
     "reciprocal": lambda config: Reciprocal(),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables of README and docs, made from the figures."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -177,22 +178,29 @@ def quantize_trials(sections: Sections) -> str:
     return markdown_table(("part of the method, alone or added", "perplexity"), rows)
 
 
-LEVELS = {
-    f"levels_tile_{tile}{ending}": (str(tile), name)
-    for tile in (16, 32)
-    for ending, name in (("", "integer"), ("_fixed", "fixed"))
-}
-"""Sections of the logic depth, with tile and kind of zero points."""
+_LEVELS = re.compile(r"levels_tile_(\d+)(_decoder)?(_fixed)?")
+
+
+def levels_sections(sections: Sections) -> dict[str, tuple[str, str, str]]:
+    """Sections of the logic depth, with tile, operators and kind of zero points."""
+    found = {name: match for name in sections if (match := _LEVELS.fullmatch(name))}
+    order = sorted(found, key=lambda name: (bool(found[name][2]), int(found[name][1]), bool(found[name][3])))
+    return {
+        name: (found[name][1], "decoder" if found[name][2] else "linear", "fixed" if found[name][3] else "integer")
+        for name in order
+    }
 
 
 def levels(sections: Sections) -> str:
     """Logic depth of the accelerator: the deepest path, and how many bits end a path of which depth."""
-    found = {name: sections[name]["figures"] for name in LEVELS}
+    designs = levels_sections(sections)
+    found = {name: sections[name]["figures"] for name in designs}
     steps = sorted({int(step) for figures in found.values() for step in figures["histogram"]})
-    head = ("tile", "zero points", "levels", *(f"up to {step}" if step else "none" for step in steps))
+    head = ("tile", "operators", "zero points", "levels")
+    head = (*head, *(f"up to {step}" if step else "none" for step in steps))
     rows = (
         (*names, f"{found[section]['levels']:.2f}", *(f"{found[section]['histogram'].get(str(s), 0):,}" for s in steps))
-        for section, names in LEVELS.items()
+        for section, names in designs.items()
     )
     return markdown_table(head, rows, right=True)
 

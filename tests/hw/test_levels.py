@@ -12,7 +12,7 @@ import pytest
 from hw import resources
 from hw.flows.levels import measure_netlist
 from hw.flows.lower import LowerError
-from hw.spec.config import AcceleratorConfig
+from tests.hw.documented import config_of, sections_of
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +21,7 @@ LIMIT = 7
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = ("--tile", "4", "--ports", "1", "--port-width", "64", "--max-tokens", "2", "--max-k", "1024")
 CLOCK = 1
-DOCUMENTED = [(tile, zero_point) for tile in (16, 32) for zero_point in ("integer", "fixed")]
+DOCUMENTED = sections_of("levels_")
 
 
 def cell(kind: str, inputs: dict[str, list], outputs: dict[str, list], *, hidden: bool = False) -> dict:
@@ -158,24 +158,25 @@ def test_failure_of_yosys_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "error: yosys did not finish within 3600 s\n")
 
 
-def documented(tile: int, zero_point: str) -> dict:
-    """What docs/figures.json says."""
-    figures = json.loads((ROOT / "docs" / "figures.json").read_text())
-    ending = "" if zero_point == "integer" else f"_{zero_point}"
-    return figures[f"levels_tile_{tile}{ending}"]["figures"]
+def test_documented_designs():
+    """No design is measured twice; those without a vector unit are all there."""
+    configs = [config_of(section) for section in DOCUMENTED.values()]
+    assert len(set(configs)) == len(configs)
+    linear = {(config.tile, config.zero_point) for config in configs if not config.has_vector_unit}
+    assert linear == {(tile, zero_point) for tile in (16, 32) for zero_point in ("integer", "fixed")}
 
 
-@pytest.mark.parametrize(("tile", "zero_point"), DOCUMENTED)
-def test_documented_depth_is_within_the_limit(tile: int, zero_point: str):
-    found = documented(tile, zero_point)
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_documented_depth_is_within_the_limit(name: str):
+    found = DOCUMENTED[name]["figures"]
     assert found["levels"] == max(found["blocks"].values()) <= LIMIT
     assert sum(found["histogram"].values()) == found["end_points"]
 
 
 @pytest.mark.full
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("tile", "zero_point"), DOCUMENTED)
-def test_documented_depth_is_measured(tile: int, zero_point: str):
-    config = AcceleratorConfig(tile=tile, zero_point=zero_point)
-    found = resources.measure_levels(config, "kv260").to_dict()
-    assert documented(tile, zero_point) == {name: found[name] for name in documented(tile, zero_point)}
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_documented_depth_is_measured(name: str):
+    documented = DOCUMENTED[name]
+    found = resources.measure_levels(config_of(documented), "kv260").to_dict()
+    assert documented["figures"] == {key: found[key] for key in documented["figures"]}

@@ -19,12 +19,14 @@ from hw.flows.synthesis import RESOURCES, blocks_of, container_names, count_cell
 from hw.rtl.common.ram import buffer_attributes
 from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.parts import BOARDS, TARGETS
+from tests.hw.documented import config_of, sections_of
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 XCUP = TARGETS["ultrascaleplus"]
 SMALL = AcceleratorConfig(tile=4, ports=1, port_width=64, max_tokens=2, max_k=1024)
+DOCUMENTED = sections_of("resources_")
 OPTIONS = ("--tile", "4", "--ports", "1", "--port-width", "64", "--max-tokens", "2", "--max-k", "1024")
 
 
@@ -149,25 +151,26 @@ def test_board_that_does_not_exist():
         resources.measure(SMALL, "kr260")
 
 
-def documented(tile: int) -> dict:
-    """Total and blocks in docs/figures.json."""
-    figures = json.loads((ROOT / "docs" / "figures.json").read_text())
-    return figures[f"resources_tile_{tile}"]["figures"]
-
-
 @pytest.mark.parametrize(
     ("tile", "limits"),
     [(16, {"LUT": 22_000, "DSP48E2": 320, "BRAM36": 72, "URAM288": 32}), (32, BOARDS["kv260"].resources)],
 )
 def test_documented_figures_are_within_the_limits(tile: int, limits: dict[str, int]):
-    row = documented(tile)["total"]
+    row = DOCUMENTED[f"resources_tile_{tile}"]["figures"]["total"]
     assert {name: row[name] <= limit for name, limit in limits.items()} == dict.fromkeys(limits, True)
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_documented_designs_fit(name: str):
+    row, limits = DOCUMENTED[name]["figures"]["total"], BOARDS["kv260"].resources
+    assert {kind: row[kind] <= limit for kind, limit in limits.items()} == dict.fromkeys(limits, True)
 
 
 @pytest.mark.full
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("tile", [4, 8, 16, 32])
-def test_documented_figures_are_measured(tile: int):
-    config = AcceleratorConfig.from_options({"tile": tile})
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_documented_figures_are_measured(name: str):
+    documented = DOCUMENTED[name]
+    config = config_of(documented)
     found = resources.document(config, "kv260", "accelerator", resources.measure(config, "kv260"))
-    assert documented(tile) == {name: found[name] for name in ("total", "blocks")}
+    assert documented["figures"] == {key: found[key] for key in documented["figures"]}

@@ -24,6 +24,7 @@ class Cursor(wiring.Component):
     Members
     -------
     valid, work : there is a descriptor; its fields for this side
+    wanted : with a vector unit, by share: its unit needs this descriptor; otherwise it follows from ``work``
     may : by share: it may be sent; stays 1 until the share is sent
     sent : by share
     finished : all shares of this descriptor are sent
@@ -33,12 +34,13 @@ class Cursor(wiring.Component):
     """
 
     def __init__(self, config: AcceleratorConfig, side: Side, shares: tuple[Share, ...]):
-        self.shares = shares
+        self.config, self.shares = config, shares
         flags = data.StructLayout({share.name: 1 for share in shares})
         super().__init__(
             {
                 "valid": In(1),
                 "work": In(side.layout(config)),
+                **({"wanted": In(flags)} if config.has_vector_unit else {}),
                 "may": In(flags),
                 "sent": Out(flags),
                 "finished": Out(1),
@@ -47,11 +49,15 @@ class Cursor(wiring.Component):
             }
         )
 
+    def needs(self, share: Share) -> Value:
+        """Whether the share's unit needs this descriptor."""
+        return self.wanted[share.name] if self.config.has_vector_unit else share.wanted(self.work)
+
     def elaborate(self, platform) -> Module:
         m = Module()
         finished = []
         for share in self.shares:
-            output, wanted, sent = getattr(self, share.name), share.wanted(self.work), self.sent[share.name]
+            output, wanted, sent = getattr(self, share.name), self.needs(share), self.sent[share.name]
             m.d.comb += [
                 output.valid.eq(self.valid & wanted & self.may[share.name] & ~sent),
                 *(output.payload[field].eq(value) for field, value in share.fields(self.work).items()),
@@ -196,14 +202,22 @@ class Dispatcher(Block):
             name, names = side.name.lower(), side.names(self.config)
             place = Signal(range(TABLE_DEPTH), name=f"place_{name}")
             # Registers, because long paths start at the entry that a cursor reads, and a LUT memory is slower.
-            layout = side.layout(self.config)
+            # With a vector unit there are many shares, so it is computed before the table which ones are wanted.
+            wanted = {"wanted": cursor.wanted.shape()} if self.config.has_vector_unit else {}
+            layout = data.StructLayout({**side.layout(self.config).members, **wanted})
             table = [Signal(layout, name=f"{name}_{index}", reset_less=True) for index in range(TABLE_DEPTH)]
             m.d.sync += place.eq(place + cursor.step)
             for index, entry in enumerate(table):
                 # Always: so a descriptor is in the table in the first cycle of its ``valid``.
                 with m.If(written == index):
                     m.d.sync += [entry[field].eq(work.payload[field]) for field in names]
-            m.d.comb += Value.cast(cursor.work).eq(Array(Value.cast(entry) for entry in table)[place])
+                    if wanted:
+                        m.d.sync += [entry.wanted[share.name].eq(share.wanted(work.payload)) for share in cursor.shares]
+            entry = Array(Value.cast(entry) for entry in table)[place]
+            if wanted:
+                m.d.comb += Cat(cursor.work, cursor.wanted).eq(entry)
+            else:
+                m.d.comb += Value.cast(cursor.work).eq(entry)
 
     def _wait(self, m: Module, activations: Cursor) -> None:
         """Whether the activations side may be sent. It then has started, and counts as incomplete."""
@@ -233,6 +247,7 @@ class Dispatcher(Block):
             WriteClient.SECOND: (work.second_results, work.second),
         }
         single, matches = work.command.tokens == 1, Signal(len(rows))
+        follows = single & (work.wait == Wait.ACTIVATIONS)
         # All of the activations are in the row.
         columns = Signal.like(work.out_features)
         contained = work.activation_beats <= columns >> (self.config.port_width // FLOAT_BITS).bit_length() - 1
@@ -244,12 +259,12 @@ class Dispatcher(Block):
                 m.d.sync += [address.eq(place), known.eq(written & single)]
             # A register: it compares the descriptor of the cycle before, which is another one after a step.
             m.d.sync += matches[client].eq(
-                activations.valid & ~activations.step & known & contained & (work.activations == address)
+                activations.valid & ~activations.step & follows & known & contained & (work.activations == address)
             )
         m.d.comb += [
             several.add.eq(incomplete.add),
             several.take.eq(incomplete.take),
-            early.eq(matches.any() & single & (work.wait == Wait.ACTIVATIONS) & incomplete.enough & ~several.enough),
+            early.eq(matches.any() & incomplete.enough & ~several.enough),
         ]
         blocks = activations.blocks
         with m.If(blocks.valid & blocks.ready):
@@ -267,7 +282,7 @@ class Dispatcher(Block):
                 m.d.comb += weights.may[share.name].eq(1)
                 continue
             (before,) = (other for other in activations.shares if other.name == share.after)
-            sent = activations.may[before.name] & (activations.sent[before.name] | ~before.wanted(activations.work))
+            sent = activations.may[before.name] & (activations.sent[before.name] | ~activations.needs(before))
             # The activations side may go on in the cycle after the share was offered.
             output, offered = getattr(weights, share.name), Signal(name=f"{share.name}_offered")
             m.d.comb += weights.may[share.name].eq(offered | (~self.asking & (ahead | (~apart & sent))))

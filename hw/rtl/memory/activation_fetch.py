@@ -168,7 +168,10 @@ class ActivationFetch(Block):
             return Const(1)
         # A register. It stays 1 until the chunk is requested, also if ``pieces`` already counts for another block.
         chunks, written = Signal(range(PIECE_CHUNKS * MAX_PIECES + 1)), Signal()
-        m.d.sync += written.eq(~load & ~taken & (written | (chunks < self.pieces * PIECE_CHUNKS)))
+        # A chunk is requested only if it is written, so the pieces are never fewer than what is requested of the row: a
+        # difference means more. After the row's last piece they count from 0 again, and all of the row is in memory.
+        requested = chunks[PIECE_CHUNKS.bit_length() - 1 :]
+        m.d.sync += written.eq(~load & ~taken & (written | (requested != self.pieces)))
         with m.If(load):
             m.d.sync += chunks.eq(0)
         with m.Elif(taken):

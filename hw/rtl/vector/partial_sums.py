@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The partial sums of the squares of each token's elements."""
 
-from collections.abc import Sequence
-
-from amaranth.hdl import Cat, Module, Mux, Signal, Value
+from amaranth.hdl import Cat, Module, Mux, Signal
 from amaranth.lib import data
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -13,6 +11,7 @@ from hw.rtl.arithmetic.float_multiplier import FloatMultiplier
 from hw.rtl.common.block import Block
 from hw.rtl.common.delay import delay
 from hw.rtl.common.float32 import FLOAT
+from hw.rtl.common.select import select
 from hw.rtl.vector.layouts import vector_lanes
 from hw.spec.config import AcceleratorConfig
 from hw.spec.numerics.vector import PARTIAL_SUMS
@@ -111,14 +110,5 @@ class PartialSums(Block):
             ]
             sums.append((low.data, high.data))
         for index, (result, place) in enumerate(((self.low_sum, self.low), (self.high_sum, self.high))):
-            m.d.comb += Cat(result).eq(_select([Cat(pair[index]) for pair in sums], place[:lane_bits]))
+            m.d.comb += Cat(result).eq(select([Cat(pair[index]) for pair in sums], place[:lane_bits]))
         return m
-
-
-def _select(values: Sequence[Value], index: Value) -> Value:
-    """One of ``2**len(index)`` values, by a tree of multiplexers."""
-    if len(values) == 1:
-        return values[0]
-    halves = (_select(values[start::2], index[1:]) for start in (0, 1))
-    low, high = halves
-    return Mux(index[0], high, low)

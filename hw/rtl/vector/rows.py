@@ -41,19 +41,18 @@ class RowWalker(Block):
         m = Module()
         lane_bits, piece_bits = self.lanes.bit_length() - 1, PIECE_FLOATS.bit_length() - 1
         job, place = self.job.payload, self.places.payload
-        step, load = Signal(), Signal()
-        # The last transfer of a row in this piece and in the row's last one, and the lanes of the latter.
-        final, final_keep = Signal.like(place.column), Signal(self.lanes)
-        last_token, full = Signal.like(place.token), Const(PIECE_FLOATS // self.lanes - 1, len(place.column))
+        step = Signal()
+        # Whether a row has one transfer in its last piece, the one before its last one, and the lanes of the latter.
+        single, before, final_keep = Signal(), Signal.like(place.column), Signal(self.lanes)
+        last_token, full = Signal.like(place.token), Const(PIECE_FLOATS // self.lanes - 2, len(place.column))
         pieces_left, last_piece, next_last = Signal(COLUMN_BITS - piece_bits), Signal(), Signal()
         # Where the place ends something. These are registers, because the end of a job is known from them.
         row_end, token_end = Signal(), Signal()
         end = (job.columns - 1)[:COLUMN_BITS]
-        pieces, single = end >> piece_bits, ~end[lane_bits:piece_bits].any()
+        pieces, one = end >> piece_bits, ~end[lane_bits:piece_bits].any()
         m.d.comb += [
             step.eq(self.places.valid & self.places.ready),
             self.job.ready.eq(~self.places.valid | (step & place.last)),
-            load.eq(self.job.valid & self.job.ready),
             place.piece_end.eq(row_end),
             place.chunk_end.eq(row_end & token_end),
             place.last.eq(row_end & token_end & last_piece),
@@ -64,7 +63,7 @@ class RowWalker(Block):
             # A piece that is not the last one has several transfers.
             m.d.sync += [
                 place.column.eq(Mux(row_end, 0, place.column + 1)),
-                row_end.eq(Mux(row_end, next_last & (final == 0), place.column + 1 == Mux(last_piece, final, full))),
+                row_end.eq(Mux(row_end, next_last & single, place.column == Mux(last_piece, before, full))),
             ]
             with m.If(row_end):
                 m.d.sync += [
@@ -74,17 +73,17 @@ class RowWalker(Block):
                 ]
             with m.If(place.chunk_end):
                 m.d.sync += pieces_left.eq(pieces_left - 1)
-        with m.If(load):
+        # Without a job these registers may have any value, so no path to them starts at the job's valid.
+        with m.If(self.job.ready):
             m.d.sync += [
-                self.places.valid.eq(1),
+                self.places.valid.eq(self.job.valid),
                 last_token.eq(job.tokens - 1),
                 token_end.eq(job.tokens == 1),
-                final.eq(end[lane_bits:piece_bits]),
+                single.eq(one),
+                before.eq((job.columns - 1 - self.lanes)[lane_bits:piece_bits]),
                 final_keep.eq(Cat(lane <= end[:lane_bits] for lane in range(self.lanes))),
                 pieces_left.eq(pieces),
                 last_piece.eq(pieces == 0),
-                row_end.eq((pieces == 0) & single),
+                row_end.eq((pieces == 0) & one),
             ]
-        with m.Elif(step & place.last):
-            m.d.sync += self.places.valid.eq(0)
         return m

@@ -2,10 +2,13 @@
 """The order in which one adder adds the partial sums of a token."""
 
 from amaranth.hdl import Module
-from amaranth.lib import wiring
+from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.common.select import select
 from hw.spec.numerics.vector import PARTIAL_SUMS
+
+_OUTPUTS = ("add", "partial", "low", "high", "write", "place")
 
 
 class SumSchedule(wiring.Component):
@@ -56,19 +59,13 @@ class SumSchedule(wiring.Component):
 
     def elaborate(self, platform) -> Module:
         m = Module()
+        shape = data.StructLayout({name: getattr(self, name).shape() for name in _OUTPUTS})
+        steps = [dict.fromkeys(_OUTPUTS, 0) for _ in range(1 << len(self.step))]
+        for step, low, high in self.additions:
+            steps[step] |= {"add": 1, "partial": high - low == PARTIAL_SUMS // 2, "low": low, "high": high}
+            steps[step + self.adder_latency] |= {"write": 1, "place": low}
+        found = data.View(shape, select([shape.const(values).as_value() for values in steps], self.step))
         # Registers, because the places are addresses of memories that are read in the same cycle.
-        m.d.sync += [self.add.eq(0), self.write.eq(0)]
-        with m.If(self.valid), m.Switch(self.step):
-            for cycle, low, high in self.additions:
-                with m.Case(cycle):
-                    m.d.sync += [
-                        self.add.eq(1),
-                        self.partial.eq(high - low == PARTIAL_SUMS // 2),
-                        self.low.eq(low),
-                        self.high.eq(high),
-                    ]
-        with m.If(self.valid), m.Switch(self.step):
-            for cycle, low, _ in self.additions:
-                with m.Case(cycle + self.adder_latency):
-                    m.d.sync += [self.write.eq(1), self.place.eq(low)]
+        m.d.sync += [getattr(self, name).eq(found[name]) for name in _OUTPUTS]
+        m.d.sync += [getattr(self, name).eq(self.valid & found[name]) for name in ("add", "write")]
         return m

@@ -64,6 +64,10 @@ class TakeTransfers(Block):
             }
         )
 
+    def properties(self) -> dict[str, int]:
+        """See :class:`hw.rtl.common.block.Block`."""
+        return {"latency": self.latency, "lanes": self.lanes}
+
     def elaborate(self, platform) -> Module:
         m = Module()
         m.submodules.jobs = jobs = StreamFifo(self.current.shape(), self._AHEAD)
