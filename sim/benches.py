@@ -170,6 +170,7 @@ BENCHES: list[Bench] = [
     ),
     # Long programs with four ports need more memory than the default.
     *(_bench("accelerator", _BLOCK, tb=tb, full=True, long=True, memory=1 << 24) for tb in ("decoder", "program")),
+    _bench("accelerator", dict(_TILE_32, operators="decoder", lanes=4), tb="decoder", full=True, memory=1 << 24),
     _bench("accelerator", _BLOCK, tb="gap", full=True, memory=1 << 24, hidden=896, inner=4864),
     _bench("core", _TILE_32, tb="core_speed", full=True),
     *(_bench("read_manager", params, full=True) for params in (_NARROW, _TILE_16)),

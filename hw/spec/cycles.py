@@ -81,21 +81,39 @@ def activation_cycles(config: AcceleratorConfig, tokens: int, slices: int) -> tu
     return merged[-1], max(arrived)
 
 
+def slices_cycles(layer: LayerLayout, tokens: int, ahead: int) -> int:
+    """Cycles from the array's first slice of a layer to its last one.
+
+    ahead : beats that came before the first slice; only as many as the header's ring and the words' FIFO hold count
+    """
+    config, stream = layer.config, layer.stream
+    one_slice = max(tokens, stream.words_per_slice)
+    array, drain = layer.slices * one_slice, tokens * config.tile // config.lanes
+    room = layer.header_beats + stream.word_fifo_depth * stream.beats_per_word
+    steady = (layer.out_tiles - 1) * max(layer.header_cycles, array, drain, _tile_write_cycles(config, tokens))
+    return max(steady + array, layer.beats - min(max(0, ahead), room, layer.beats)) - one_slice
+
+
+def result_cycles(layer: LayerLayout, tokens: int) -> int:
+    """Cycles from the sequencer's decision on a layer's last slice to the last result of the core."""
+    lanes = layer.config.lanes
+    last_tile = (tokens - 1) * layer.config.tile // lanes + ceil_div(layer.last_columns, lanes)
+    return pipeline_latency(layer.config) + last_tile
+
+
+def first_slice_cycles(config: AcceleratorConfig, tokens: int) -> int:
+    """Cycles from the last row of activations in the unit to the sequencer's decision on the first slice."""
+    return Latencies(config).activation_unit - _COUNTED_TWICE + tokens
+
+
 def layer_cycles(layer: LayerLayout, tokens: int) -> int:
     """Cycles from the push of a descriptor to its completion, on an idle accelerator."""
-    config, stream, latencies = layer.config, layer.stream, Latencies(layer.config)
-    words, lanes, tiles = stream.words_per_slice, config.lanes, layer.out_tiles
-    rows_done, ports_free = activation_cycles(config, tokens, layer.slices)
-    first_slice = rows_done + latencies.activation_unit - _COUNTED_TWICE + tokens
-    one_slice = max(tokens, words)
-    array, drain = layer.slices * one_slice, tokens * config.tile // lanes
+    rows_done, ports_free = activation_cycles(layer.config, tokens, layer.slices)
+    first_slice = rows_done + first_slice_cycles(layer.config, tokens)
     # The weights come after the activations, if there is room for them before the first slice.
-    room = layer.header_beats + stream.word_fifo_depth * stream.beats_per_word
-    ahead = min(max(0, first_slice - ports_free - latencies.beat), room, layer.beats)
-    steady = (tiles - 1) * max(layer.header_cycles, array, drain, _tile_write_cycles(config, tokens))
-    to_last_slice = max(steady + array, layer.beats - ahead) - one_slice
-    last_tile = (tokens - 1) * config.tile // lanes + ceil_div(layer.last_columns, lanes)
-    return first_slice + to_last_slice + latencies.core + last_tile + write_cycles(layer, tokens)
+    ahead = first_slice - ports_free - Latencies(layer.config).beat
+    to_results = slices_cycles(layer, tokens, ahead) + result_cycles(layer, tokens)
+    return first_slice + to_results + write_cycles(layer, tokens)
 
 
 def write_cycles(layer: LayerLayout, tokens: int) -> int:

@@ -42,6 +42,18 @@ class Latencies:
     """Cycles from a beat to W."""
     write_complete: int = _of("write_manager", "complete_latency", cycles=1)
     """Cycles from the last B to the completion."""
+    program_fetch: int = _of("program_fetch", cycles=1)
+    """Cycles from the start of a program to its first burst."""
+    descriptor: int = _of("program_fetch", "descriptor_latency", cycles=1)
+    """Cycles from the last beat of a descriptor to the descriptor."""
+    operand_fetch: int = _of("operand_fetch", cycles=3)
+    """Cycles from an operand's place to its first burst."""
+    operand_fill: int = _of("operand_fetch", "fill_latency", cycles=2)
+    """Cycles from the last beat of a chunk of an operand until it is available."""
+    epilogue: int = _of("epilogue", cycles=42)
+    """Cycles from a result of the core to the result after the epilogue."""
+    second_output: int = _of("epilogue", "second_latency", cycles=48)
+    """Cycles from a result of the core to the second output."""
     activation_unit: int = _of("activation_unit")
     """Cycles from the last row of activations to the first slice of mantissas."""
     core: int = _of("core")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The order in which one adder adds the partial sums of a token."""
 
-from amaranth.hdl import Module
+from amaranth.hdl import Cat, Module
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -64,7 +64,9 @@ class SumSchedule(wiring.Component):
         for step, low, high in self.additions:
             steps[step] |= {"add": 1, "partial": high - low == PARTIAL_SUMS // 2, "low": low, "high": high}
             steps[step + self.adder_latency] |= {"write": 1, "place": low}
-        found = data.View(shape, select([shape.const(values).as_value() for values in steps], self.step))
+        words = [shape.const(values).as_value() for values in steps]
+        # Bit by bit: in a tree of whole words, yosys merges equal bits, and Verilator then sees loops in these words.
+        found = data.View(shape, Cat(select([word[bit] for word in words], self.step) for bit in range(shape.size)))
         # Registers, because the places are addresses of memories that are read in the same cycle.
         m.d.sync += [getattr(self, name).eq(found[name]) for name in _OUTPUTS]
         m.d.sync += [getattr(self, name).eq(self.valid & found[name]) for name in ("add", "write")]
