@@ -35,17 +35,17 @@ class WeightFetch(Block):
     -------
     regions : the layers' weights
     halt : send no more beats
-    hold : begin no burst; one that some port has been offered goes on
+    hold : begin no burst; one that is offered to the ports goes on
     split : begin bursts of at most ``EARLY_BURST_BEATS`` beats. With ``hold``, few beats are then under way: the
         activations of a layer that waits are requested behind them.
     bursts : for each port's read manager
     port_beats : each port's data
     beats : the weight stream
 
-    Latency: 2 cycles from a layer to its first bursts, none for the data. Throughput: 1 beat per cycle.
+    Latency: 3 cycles from a layer to its first bursts, none for the data. Throughput: 1 beat per cycle.
     """
 
-    latency = BurstCutter.latency + BurstSplitter.latency
+    latency = BurstCutter.latency + BurstSplitter.latency + 1
 
     def __init__(self, config: AcceleratorConfig, depth: int):
         self.config, self.depth = config, depth
@@ -69,42 +69,43 @@ class WeightFetch(Block):
         m = Module()
         width = self.config.port_width
         m.submodules.cutter = cutter = BurstCutter(width)
-        m.submodules.room = room = Counter(self.depth, take=max_burst_beats(width), init=self.depth)
         m.submodules.splitter = splitter = BurstSplitter(width, EARLY_BURST_BEATS)
+        m.submodules.room = room = Counter(self.depth, take=max_burst_beats(width), init=self.depth)
         wiring.connect(m, cutter.bursts, splitter.whole)
-        regions, bursts, burst = self.regions, splitter.bursts, splitter.bursts.payload
-        # The stride of the burst in the cutter, and of the one in the splitter.
-        cut_stride, stride = Signal(STRIDE_BITS), Signal(STRIDE_BITS)
-        with m.If(regions.valid & regions.ready):
-            m.d.sync += cut_stride.eq(regions.payload.stride)
-        with m.If(~bursts.valid | bursts.ready):
-            m.d.sync += stride.eq(cut_stride)
-        fits, begun, done = Signal(), Signal(), Signal()
+        regions, bursts = self.regions, splitter.bursts
+        # A burst that has room in the FIFOs, and is offered to the ports. A register, because the way from the room to
+        # the ports is long.
+        burst, offered = Signal.like(bursts.payload), Signal()
+        # The strides of the bursts in the cutter, in the splitter, and of the one that is offered.
+        strides = [Signal(STRIDE_BITS, name=f"stride_{stage}") for stage in range(3)]
+        asked, done = Signal(self.config.ports), Signal()
         m.d.comb += [
             cutter.regions.payload.address.eq(regions.payload.address),
             cutter.regions.payload.beats.eq(regions.payload.beats),
             cutter.regions.valid.eq(regions.valid),
             splitter.split.eq(self.split),
             regions.ready.eq(cutter.regions.ready),
-            fits.eq(bursts.valid & (burst.beats <= room.value) & (begun | ~self.hold)),
-            bursts.ready.eq(done),
-            room.take.eq(Mux(done, burst.beats, 0)),
+            bursts.ready.eq((bursts.payload.beats <= room.value) & ~self.hold & (~offered | done)),
+            room.take.eq(Mux(bursts.valid & bursts.ready, bursts.payload.beats, 0)),
             room.add.eq(self.beats.valid & self.beats.ready),
+            done.eq(asked.all()),
         ]
-        m.d.sync += begun.eq(fits & ~done)
-        asked = Signal(self.config.ports)
+        with m.If(regions.valid & regions.ready):
+            m.d.sync += strides[0].eq(regions.payload.stride)
+        with m.If(~bursts.valid | bursts.ready):
+            m.d.sync += strides[1].eq(strides[0])
+        with m.If(~offered | done):
+            m.d.sync += [burst.eq(bursts.payload), strides[2].eq(strides[1]), asked.eq(0)]
+            m.d.sync += offered.eq(bursts.valid & bursts.ready)
         for port, asks in enumerate(self.bursts):
             m.d.comb += [
                 # This cannot wrap: a descriptor's addresses are below 2^40 - 2^34.
-                asks.payload.address.eq(burst.address + stride * port),
+                asks.payload.address.eq(burst.address + strides[2] * port),
                 asks.payload.beats.eq(burst.beats),
-                asks.valid.eq(fits & ~asked[port]),
+                asks.valid.eq(offered & ~asked[port]),
             ]
             with m.If(asks.valid & asks.ready):
                 m.d.sync += asked[port].eq(1)
-        m.d.comb += done.eq(asked.all())
-        with m.If(done):
-            m.d.sync += asked.eq(0)
         m.d.comb += [
             self.beats.payload.eq(Cat(part.payload for part in self.port_beats)),
             self.beats.valid.eq(Cat(*(part.valid for part in self.port_beats), ~self.halt).all()),
