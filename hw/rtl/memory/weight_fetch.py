@@ -42,10 +42,10 @@ class WeightFetch(Block):
     port_beats : each port's data
     beats : the weight stream
 
-    Latency: 3 cycles from a layer to its first bursts, none for the data. Throughput: 1 beat per cycle.
+    Latency: 4 cycles from a layer to its first bursts, none for the data. Throughput: 1 beat per cycle.
     """
 
-    latency = BurstCutter.latency + BurstSplitter.latency + 1
+    latency = BurstCutter.latency + BurstSplitter.latency + 2
 
     def __init__(self, config: AcceleratorConfig, depth: int):
         self.config, self.depth = config, depth
@@ -73,8 +73,10 @@ class WeightFetch(Block):
         m.submodules.room = room = Counter(self.depth, take=max_burst_beats(width), init=self.depth)
         wiring.connect(m, cutter.bursts, splitter.whole)
         regions, bursts = self.regions, splitter.bursts
-        # A burst that has room in the FIFOs, and is offered to the ports. A register, because the way from the room to
-        # the ports is long.
+        # The splitter's burst has room in the FIFOs, and keeps it until it is taken. A register, because the way from the
+        # room to the cutter and to the ports is long.
+        fits = Signal()
+        # The burst that is offered to the ports.
         burst, offered = Signal.like(bursts.payload), Signal()
         # The strides of the bursts in the cutter, in the splitter, and of the one that is offered.
         strides = [Signal(STRIDE_BITS, name=f"stride_{stage}") for stage in range(3)]
@@ -85,18 +87,19 @@ class WeightFetch(Block):
             cutter.regions.valid.eq(regions.valid),
             splitter.split.eq(self.split),
             regions.ready.eq(cutter.regions.ready),
-            bursts.ready.eq((bursts.payload.beats <= room.value) & ~self.hold & (~offered | done)),
-            room.take.eq(Mux(bursts.valid & bursts.ready, bursts.payload.beats, 0)),
+            bursts.ready.eq(fits & ~self.hold & (~offered | done)),
+            room.take.eq(Mux(bursts.ready, bursts.payload.beats, 0)),
             room.add.eq(self.beats.valid & self.beats.ready),
             done.eq(asked.all()),
         ]
+        m.d.sync += fits.eq(bursts.valid & (bursts.payload.beats <= room.value) & ~bursts.ready)
         with m.If(regions.valid & regions.ready):
             m.d.sync += strides[0].eq(regions.payload.stride)
         with m.If(~bursts.valid | bursts.ready):
             m.d.sync += strides[1].eq(strides[0])
         with m.If(~offered | done):
             m.d.sync += [burst.eq(bursts.payload), strides[2].eq(strides[1]), asked.eq(0)]
-            m.d.sync += offered.eq(bursts.valid & bursts.ready)
+            m.d.sync += offered.eq(bursts.ready)
         for port, asks in enumerate(self.bursts):
             m.d.comb += [
                 # This cannot wrap: a descriptor's addresses are below 2^40 - 2^34.
