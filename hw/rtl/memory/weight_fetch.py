@@ -73,8 +73,8 @@ class WeightFetch(Block):
         m.submodules.room = room = Counter(self.depth, take=max_burst_beats(width), init=self.depth)
         wiring.connect(m, cutter.bursts, splitter.whole)
         regions, bursts = self.regions, splitter.bursts
-        # The splitter's burst has room in the FIFOs, and keeps it until it is taken. A register, because the way from the
-        # room to the cutter and to the ports is long.
+        # The splitter's burst has room in the FIFOs, and keeps it until it is taken. A register, because the way from
+        # the room to the cutter and to the ports is long.
         fits = Signal()
         # The burst that is offered to the ports.
         burst, offered = Signal.like(bursts.payload), Signal()
