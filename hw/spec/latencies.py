@@ -50,9 +50,9 @@ class Latencies:
     """Cycles from an operand's place to its first burst."""
     operand_fill: int = _of("operand_fetch", "fill_latency", cycles=2)
     """Cycles from the last beat of a chunk of an operand until it is available."""
-    epilogue: int = _of("epilogue", cycles=42)
+    epilogue: int = _of("epilogue", cycles=43)
     """Cycles from a result of the core to the result after the epilogue."""
-    second_output: int = _of("epilogue", "second_latency", cycles=48)
+    second_output: int = _of("epilogue", "second_latency", cycles=49)
     """Cycles from a result of the core to the second output."""
     activation_unit: int = _of("activation_unit")
     """Cycles from the last row of activations to the first slice of mantissas."""

@@ -27,7 +27,7 @@ class Cursor(wiring.Component):
     wanted : with a vector unit, by share: its unit needs this descriptor; otherwise it follows from ``work``
     may : by share: it may be sent; stays 1 until the share is sent
     sent : by share
-    finished : all shares of this descriptor are sent
+    finished : all shares of this descriptor are sent, since the cycle before
     step : go to the next descriptor; only if ``finished``
 
     and an output for each share. Latency 0 cycles, throughput 1 descriptor in 2 cycles.
@@ -67,7 +67,8 @@ class Cursor(wiring.Component):
             with m.Elif(output.valid & output.ready):
                 m.d.sync += sent.eq(1)
             finished.append(~wanted | sent)
-        m.d.comb += self.finished.eq(self.valid & Cat(finished).all())
+        # A register, because both cursors and the table move on it.
+        m.d.sync += self.finished.eq(self.valid & Cat(finished).all() & ~self.step)
         return m
 
 
@@ -107,11 +108,11 @@ class Dispatcher(Block):
     follow : the last block is a row that is being written: that of the client ``followed``
 
     Latency from the first cycle of a work's ``valid``: 0 cycles for ``core``, ``blocks`` and ``regions``, 1 for the
-    others; from ``complete`` to the shares that have waited for it 1 cycle more. Throughput: 1 layer in 4 cycles, in
+    others; from ``complete`` to the shares that have waited for it 1 cycle more. Throughput: 1 layer in 5 cycles, in
     ``period`` if it reuses activations; the rule of ``work`` adds 1.
     """
 
-    period = 2
+    period = 3
     """Cycles from one layer to the next if no unit is a reason to wait."""
 
     most_in_flight = TABLE_DEPTH - 1 + JOBS_AHEAD

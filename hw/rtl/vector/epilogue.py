@@ -68,7 +68,12 @@ class Epilogue(Block):
     @property
     def value_latency(self) -> int:
         """Cycles from the decision to take a transfer to its results: operands, product, sum, operations on pairs."""
-        return OPERAND_LATENCY + self.scalers[0].latency + self.adders[0].latency + self.pairs[0].latency
+        return OPERAND_LATENCY + self._sum_latency + self.pairs[0].latency
+
+    @property
+    def _sum_latency(self) -> int:
+        """Cycles from the operands to the sums: product, sum, and the register after the selection of sum or value."""
+        return self.scalers[0].latency + self.adders[0].latency + 1
 
     @property
     def second_latency(self) -> int:
@@ -152,7 +157,8 @@ class Epilogue(Block):
     def _add(self, m: Module, about, values, addend) -> tuple[data.View, list[Signal]]:
         """The values plus the addend."""
         late = delay(m, addend, self.scalers[0].latency, name="addend")
-        return self._each(m, "add", self.adders, about, about.flags.add, values, late)
+        about, sums = self._each(m, "add", self.adders, about, about.flags.add, values, late)
+        return delay(m, about, 1, name="added", reset=True), [delay(m, value, 1, name="sum") for value in sums]
 
     def _each(self, m: Module, name: str, operators, about, flag, values, others) -> tuple[data.View, list[Signal]]:
         """One operator per lane; without the flag the values pass."""
@@ -174,7 +180,7 @@ class Epilogue(Block):
     def _operate(self, m: Module, about, values, table) -> tuple[data.View, list[Signal]]:
         """The operations on pairs of columns."""
         latency, results = self.pairs[0].latency, []
-        late = delay(m, table, self.scalers[0].latency + self.adders[0].latency, name="table")
+        late = delay(m, table, self._sum_latency, name="table")
         for index, pair in enumerate(self.pairs):
             m.submodules[f"pair_{index}"] = pair
             low, high = 2 * index, 2 * index + 1

@@ -46,9 +46,10 @@ class RowWalker(Block):
         single, before, final_keep = Signal(), Signal.like(place.column), Signal(self.lanes)
         last_token, full = Signal.like(place.token), Const(PIECE_FLOATS // self.lanes - 2, len(place.column))
         pieces_left, last_piece, next_last = Signal(COLUMN_BITS - piece_bits), Signal(), Signal()
-        # Where the place ends something. These are registers, because the end of a job is known from them.
-        row_end, token_end = Signal(), Signal()
-        end = (job.columns - 1)[:COLUMN_BITS]
+        # Where the place ends something. These are registers, because the end of a job is known from them. So are what
+        # they are made of: the transfer before the end of the row, and whether the piece before the last one is walked.
+        row_end, token_end, target, one_left = Signal(), Signal(), Signal.like(before), Signal()
+        end, job_before = (job.columns - 1)[:COLUMN_BITS], Signal.like(before)
         pieces, one = end >> piece_bits, ~end[lane_bits:piece_bits].any()
         m.d.comb += [
             step.eq(self.places.valid & self.places.ready),
@@ -57,22 +58,24 @@ class RowWalker(Block):
             place.chunk_end.eq(row_end & token_end),
             place.last.eq(row_end & token_end & last_piece),
             place.keep.eq(Mux(row_end & last_piece, final_keep, ~0)),
-            next_last.eq(Mux(token_end, pieces_left == 1, last_piece)),
+            job_before.eq((job.columns - 1 - self.lanes)[lane_bits:piece_bits]),
+            next_last.eq(Mux(token_end, one_left, last_piece)),
         ]
         with m.If(step):
             # A piece that is not the last one has several transfers.
             m.d.sync += [
                 place.column.eq(Mux(row_end, 0, place.column + 1)),
-                row_end.eq(Mux(row_end, next_last & single, place.column == Mux(last_piece, before, full))),
+                row_end.eq(Mux(row_end, next_last & single, place.column == target)),
             ]
             with m.If(row_end):
                 m.d.sync += [
                     place.token.eq(Mux(token_end, 0, place.token + 1)),
                     token_end.eq(Mux(token_end, last_token == 0, place.token + 1 == last_token)),
                     last_piece.eq(next_last),
+                    target.eq(Mux(next_last, before, full)),
                 ]
             with m.If(place.chunk_end):
-                m.d.sync += pieces_left.eq(pieces_left - 1)
+                m.d.sync += [pieces_left.eq(pieces_left - 1), one_left.eq(pieces_left == 2)]
         # Without a job these registers may have any value, so no path to them starts at the job's valid.
         with m.If(self.job.ready):
             m.d.sync += [
@@ -80,9 +83,11 @@ class RowWalker(Block):
                 last_token.eq(job.tokens - 1),
                 token_end.eq(job.tokens == 1),
                 single.eq(one),
-                before.eq((job.columns - 1 - self.lanes)[lane_bits:piece_bits]),
+                before.eq(job_before),
+                target.eq(Mux(pieces == 0, job_before, full)),
                 final_keep.eq(Cat(lane <= end[:lane_bits] for lane in range(self.lanes))),
                 pieces_left.eq(pieces),
+                one_left.eq(pieces == 1),
                 last_piece.eq(pieces == 0),
                 row_end.eq((pieces == 0) & one),
             ]
