@@ -65,11 +65,10 @@ class BurstCutter(Block):
         burst, region = self.bursts.payload, self.regions.payload
         # Beats of the region after the current burst.
         left, last = Signal(BEAT_COUNT_BITS), Signal()
-        load, taken = Signal(), Signal()
+        taken = Signal()
         m.d.comb += [
             taken.eq(self.bursts.valid & self.bursts.ready),
             self.regions.ready.eq(~self.bursts.valid | (taken & last)),
-            load.eq(self.regions.valid & self.regions.ready),
         ]
         first, following = Signal.like(burst.beats), Signal.like(burst.beats)
         # A burst ends at a multiple of ``longest`` beats, which divides 4 KiB. The first burst of a region may start
@@ -83,9 +82,10 @@ class BurstCutter(Block):
             first.eq(Mux(fits, region.beats, room)),
             following.eq(Mux(following_fits, left, longest)),
         ]
-        with m.If(load):
+        # Without a region these registers may have any value, so no path to them starts at the region's valid.
+        with m.If(self.regions.ready):
             m.d.sync += [
-                self.bursts.valid.eq(1),
+                self.bursts.valid.eq(self.regions.valid),
                 burst.address.eq(region.address),
                 burst.beats.eq(first),
                 left.eq(region.beats - room),
@@ -93,7 +93,6 @@ class BurstCutter(Block):
             ]
         with m.Elif(taken):
             m.d.sync += [
-                self.bursts.valid.eq(~last),
                 burst.address.eq(burst.address + (burst.beats << beat_bits)),
                 burst.beats.eq(following),
                 left.eq(left - longest),

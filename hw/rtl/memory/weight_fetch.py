@@ -93,7 +93,7 @@ class WeightFetch(Block):
             done.eq(asked.all()),
         ]
         m.d.sync += fits.eq(bursts.valid & (bursts.payload.beats <= room.value) & ~bursts.ready)
-        with m.If(regions.valid & regions.ready):
+        with m.If(regions.ready):
             m.d.sync += strides[0].eq(regions.payload.stride)
         with m.If(~bursts.valid | bursts.ready):
             m.d.sync += strides[1].eq(strides[0])
