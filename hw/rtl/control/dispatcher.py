@@ -248,24 +248,26 @@ class Dispatcher(Block):
             WriteClient.SECOND: (work.second_results, work.second),
         }
         single, matches = work.command.tokens == 1, Signal(len(rows))
-        follows = single & (work.wait == Wait.ACTIVATIONS)
+        # ``matches`` and ``fits`` are registers, because their comparisons are long. They compare the descriptor of the
+        # cycle before, which is another one after a step.
+        fits = Signal()
         # All of the activations are in the row.
         columns = Signal.like(work.out_features)
         contained = work.activation_beats <= columns >> (self.config.port_width // FLOAT_BITS).bit_length() - 1
+        m.d.sync += fits.eq(single & (work.wait == Wait.ACTIVATIONS) & contained)
         with m.If(activations.step):
             m.d.sync += columns.eq(work.out_features >> work.silu)
         for client, (place, written) in rows.items():
             address, known = Signal.like(place, name=f"row_{client.value}"), Signal(name=f"known_{client.value}")
             with m.If(activations.step):
                 m.d.sync += [address.eq(place), known.eq(written & single)]
-            # A register: it compares the descriptor of the cycle before, which is another one after a step.
             m.d.sync += matches[client].eq(
-                activations.valid & ~activations.step & follows & known & contained & (work.activations == address)
+                activations.valid & ~activations.step & known & (work.activations == address)
             )
         m.d.comb += [
             several.add.eq(incomplete.add),
             several.take.eq(incomplete.take),
-            early.eq(matches.any() & incomplete.enough & ~several.enough),
+            early.eq(matches.any() & fits & incomplete.enough & ~several.enough),
         ]
         blocks = activations.blocks
         with m.If(blocks.valid & blocks.ready):

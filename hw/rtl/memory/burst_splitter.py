@@ -45,13 +45,15 @@ class BurstSplitter(Block):
         m = Module()
         whole, burst = self.whole.payload, self.bursts.payload
         beat_bits = (self.width // 8 - 1).bit_length()
-        # Beats of the burst that have been handed on, a multiple of the pieces' length.
+        # Beats of the burst that have been handed on, a multiple of the pieces' length; the same with one more piece.
+        # The second is a register because long paths go through ``divide``.
         sent, rest = Signal.like(whole.beats), Signal.like(whole.beats)
+        following = Signal(range(max_burst_beats(self.width) + self.beats + 1), init=self.beats)
         free, divide = Signal(), Signal()
         m.d.comb += [
             free.eq(~self.bursts.valid | self.bursts.ready),
             rest.eq(whole.beats - sent),
-            divide.eq(self.split & (rest > self.beats)),
+            divide.eq(self.split & (whole.beats > following)),
             self.whole.ready.eq(free & ~divide),
         ]
         with m.If(free):
@@ -63,5 +65,8 @@ class BurstSplitter(Block):
                 burst.address[: BURST_BOUNDARY.bit_length() - 1].eq(whole.address + (sent << beat_bits)),
             ]
             with m.If(self.whole.valid):
-                m.d.sync += sent.eq(Mux(divide, sent + self.beats, 0))
+                m.d.sync += [
+                    sent.eq(Mux(divide, following, 0)),
+                    following.eq(Mux(divide, following + self.beats, self.beats)),
+                ]
         return m

@@ -79,7 +79,7 @@ class OperandFetch(Block):
     without a gap if the ring has room for it and memory delivers it in less time than the one before is read.
     """
 
-    latency = 1 + StreamFifo.latency + BurstCutter.latency
+    latency = 1 + BurstCutter.latency + StreamFifo.latency
     """Cycles from a job's transfer to its first burst."""
     fill_latency = 1 + StreamFifo.latency
     """Cycles from the last beat of a chunk to ``available``."""
@@ -160,10 +160,11 @@ class OperandFetch(Block):
     def _ask(self, m: Module, rows: StreamFifo, first: Signal) -> None:
         """Walks the rows of one job after another: tokens, chunks."""
         m.submodules.cutter = cutter = BurstCutter(self.width)
-        wiring.connect(m, cutter.bursts, wiring.flipped(self.bursts))
-        # ``bursts.ready`` is known late, so the walk over the rows does not depend on it.
-        m.submodules.regions = regions = StreamFifo(cutter.regions.payload.shape(), 2)
-        wiring.connect(m, regions.o, cutter.regions)
+        # ``bursts.ready`` is known late, so the cutter and the walk over the rows do not depend on it.
+        m.submodules.ahead = ahead = StreamFifo(burst_layout(self.width), 2)
+        wiring.connect(m, cutter.bursts, ahead.i)
+        wiring.connect(m, ahead.o, wiring.flipped(self.bursts))
+        regions = cutter.regions
         job, whole = self.jobs.payload, Const(PIECE_FLOATS // self.beat_floats)
         total = Signal(range(MAX_N // self.beat_floats + 1))
         # The beats of a row's part in this chunk, and those behind this chunk.
@@ -176,15 +177,15 @@ class OperandFetch(Block):
         m.d.comb += [
             self.jobs.ready.eq(~active),
             load.eq(self.jobs.valid & self.jobs.ready),
-            regions.i.payload.address.eq(address),
-            regions.i.payload.beats.eq(beats),
-            regions.i.valid.eq(active & ~full & rows.i.ready),
-            step.eq(regions.i.valid & regions.i.ready),
+            regions.payload.address.eq(address),
+            regions.payload.beats.eq(beats),
+            regions.valid.eq(active & ~full & rows.i.ready),
+            step.eq(regions.valid & regions.ready),
             rows.i.valid.eq(step),
             rows.i.payload.last_beat.eq((beats - 1)[: len(rows.i.payload.last_beat)]),
             rows.i.payload.last.eq(last_row),
             rows.i.payload.every.eq(every),
-            self.asking.eq(active | regions.o.valid | cutter.bursts.valid),
+            self.asking.eq(active | cutter.bursts.valid | ahead.o.valid),
             total.eq((job.columns + self.beat_floats - 1) >> (self.beat_floats - 1).bit_length()),
             rest.eq(Mux(active, left, total)),
             fits.eq(rest <= whole),

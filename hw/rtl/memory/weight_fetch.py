@@ -35,7 +35,7 @@ class WeightFetch(Block):
     -------
     regions : the layers' weights
     halt : send no more beats
-    hold : begin no burst; one that is offered to the ports goes on
+    hold : begin no burst from the next cycle on; one that is offered to the ports goes on
     split : begin bursts of at most ``EARLY_BURST_BEATS`` beats. With ``hold``, few beats are then under way: the
         activations of a layer that waits are requested behind them.
     bursts : for each port's read manager
@@ -73,9 +73,9 @@ class WeightFetch(Block):
         m.submodules.room = room = Counter(self.depth, take=max_burst_beats(width), init=self.depth)
         wiring.connect(m, cutter.bursts, splitter.whole)
         regions, bursts = self.regions, splitter.bursts
-        # The splitter's burst has room in the FIFOs, and keeps it until it is taken. A register, because the way from
-        # the room to the cutter and to the ports is long.
-        fits = Signal()
+        # The splitter's burst may be offered: it has room in the FIFOs, and keeps it until it is taken. A register,
+        # because the way from the room to the cutter and to the ports is long.
+        allowed = Signal()
         # The burst that is offered to the ports.
         burst, offered = Signal.like(bursts.payload), Signal()
         # The strides of the bursts in the cutter, in the splitter, and of the one that is offered.
@@ -87,19 +87,24 @@ class WeightFetch(Block):
             cutter.regions.valid.eq(regions.valid),
             splitter.split.eq(self.split),
             regions.ready.eq(cutter.regions.ready),
-            bursts.ready.eq(fits & ~self.hold & (~offered | done)),
+            # The ports' answers have no path to the splitter. This costs no cycle, because ``allowed`` is 0 in the
+            # cycle after a burst.
+            bursts.ready.eq(allowed & ~offered),
             room.take.eq(Mux(bursts.ready, bursts.payload.beats, 0)),
             room.add.eq(self.beats.valid & self.beats.ready),
             done.eq(asked.all()),
         ]
-        m.d.sync += fits.eq(bursts.valid & (bursts.payload.beats <= room.value) & ~bursts.ready)
+        room_left = bursts.payload.beats <= room.value
+        m.d.sync += allowed.eq(bursts.valid & room_left & ~bursts.ready & ~self.hold)
         with m.If(regions.ready):
             m.d.sync += strides[0].eq(regions.payload.stride)
         with m.If(~bursts.valid | bursts.ready):
             m.d.sync += strides[1].eq(strides[0])
-        with m.If(~offered | done):
+        with m.If(~offered):
             m.d.sync += [burst.eq(bursts.payload), strides[2].eq(strides[1]), asked.eq(0)]
             m.d.sync += offered.eq(bursts.ready)
+        with m.Elif(done):
+            m.d.sync += offered.eq(0)
         for port, asks in enumerate(self.bursts):
             m.d.comb += [
                 # This cannot wrap: a descriptor's addresses are below 2^40 - 2^34.
