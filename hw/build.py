@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
 
     def run() -> int:
-        config = config_of(options)
+        config = config_of(options, options.target)
         verilog, manifest = generate(config, options.top, options.target)
         write(options.out, verilog, manifest)
         print(summary(config, options.top, options.out, verilog))

@@ -23,12 +23,18 @@ _NOTE = "yosys's mapping, an estimate: not placed, not routed, no Vivado"
 _LEVELS_NOTE = "levels of yosys's mapping: LUT 1, CARRY4 0.12, MUXF 0.3, LUT memory 1.2; not placed, no Vivado"
 
 
-def _target(board: str, block: str) -> Target:
-    """The family of the board's part. Raises ConfigError if the board or the block does not exist."""
+def _part(board: str) -> Part:
+    """The board's part. Raises ConfigError if the board does not exist."""
     if board not in BOARDS:
         raise ConfigError(f"board is one of {', '.join(BOARDS)}, not {board!r}")
+    return BOARDS[board]
+
+
+def _target(board: str, block: str) -> Target:
+    """The family of the board's part. Raises ConfigError if the board or the block does not exist."""
+    part = _part(board)
     check_block(block)
-    target = TARGETS[BOARDS[board].target]
+    target = TARGETS[part.target]
     assert target is not None
     return target
 
@@ -136,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     board, block = options.board, options.top
 
     def run() -> int:
-        config = config_of(options)
+        config = config_of(options, _part(board).target)
         if options.levels:
             depth = measure_levels(config, board, block)
             found = levels_document(config, board, block, depth)

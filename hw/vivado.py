@@ -262,7 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out or Path("build", "ip" if product == "ip" else "kv260")
 
     def run() -> int:
-        config = config_of(options)
+        config = config_of(options, PART.target)
         if not 10e6 <= clock_hz <= 600e6:
             raise ConfigError(f"clock_mhz is from 10 to 600, not {clock_hz / 1e6:g}")
         if jobs < 1:

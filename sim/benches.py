@@ -22,6 +22,7 @@ class Bench:
         Block that ``hw.build --top`` generates; its Verilog module is ``gristmill_{top}``.
     params : dict
         Options of ``hw.build``: ``dict(tile=4, weight_bits=4)`` becomes ``--tile 4 --weight-bits 4``.
+        Without ``operators`` they are those of ``AcceleratorConfig``.
     settings : dict
         Settings of the bench that are not parameters of the hardware; see `sim.harness.settings`.
     full : bool

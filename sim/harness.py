@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hw.spec.config import option
+from hw.spec.config import AcceleratorConfig, option
 from sim.benches import Bench
 from sim.cache import BUILD, ROOT, cached, digest, generator_digest, locked
 from sim.shared_objects import link_objects, runtime_objects
@@ -139,7 +139,8 @@ def _generate(bench: Bench, log: Path, result: Result) -> tuple[Path, Path | Non
     """Verilog and manifest of the bench's block, from the cache if neither hw/ nor the options have changed."""
     if bench.verilog is not None:
         return bench.verilog.resolve(), None
-    options = [part for name, value in bench.params.items() for part in (option(name), str(value))]
+    params = {"operators": AcceleratorConfig.operators, **bench.params}
+    options = [part for name, value in params.items() for part in (option(name), str(value))]
     key = digest(bench.top, options, generator_digest())
     out = BUILD / "verilog" / f"{bench.top}-{key}"
 

@@ -9,23 +9,26 @@ from dataclasses import fields
 
 from hw.flows.errors import FlowError
 from hw.spec.cli import INTERRUPTED
-from hw.spec.config import DEFAULT_LANES_TEXT, RULES, AcceleratorConfig, ConfigError, option
+from hw.spec.config import DEFAULT_LANES_TEXT, DEFAULT_OPERATORS, RULES, AcceleratorConfig, ConfigError, option
+from hw.spec.parts import default_operators
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """Adds an option for every parameter of the config."""
+    # Defaults that depend on the other options.
+    texts = {"operators": f"{DEFAULT_OPERATORS}; linear for --target ecp5", "lanes": DEFAULT_LANES_TEXT}
     for item in fields(AcceleratorConfig):
         rule, default = RULES[item.name], item.default
         text = f"{rule.text}: {rule}"
-        if item.name == "lanes":
-            # It depends on the tile.
-            default, text = None, f"{text} (default: {DEFAULT_LANES_TEXT})"
+        if item.name in texts:
+            default, text = None, f"{text} (default: {texts[item.name]})"
         parser.add_argument(option(item.name), type=type(item.default), default=default, help=text)
 
 
-def config_of(options: Namespace) -> AcceleratorConfig:
-    """The config that the options of :func:`add_config_options` describe. Raises ConfigError."""
-    return AcceleratorConfig.from_options({name: getattr(options, name) for name in RULES})
+def config_of(options: Namespace, target: str) -> AcceleratorConfig:
+    """The config that the options of :func:`add_config_options` describe, for a target. Raises ConfigError."""
+    given = {name: value for name in RULES if (value := getattr(options, name)) is not None}
+    return AcceleratorConfig.from_options({"operators": default_operators(target), **given})
 
 
 def exit_code(run: Callable[[], int]) -> int:

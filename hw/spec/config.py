@@ -74,15 +74,20 @@ def _parameter(default: Any, rule: Choice | Limit) -> Any:
     return field(default=default, metadata={"rule": rule})
 
 
-def default_lanes(tile: int) -> int:
-    """``lanes`` of hardware that is described without it: 1 up to tile 16; 2 at tile 32.
+DEFAULT_OPERATORS = "decoder"
+"""``operators`` of command lines; :func:`hw.spec.parts.default_operators` depends on the target, too."""
 
-    At tile 32 one result a cycle would take longer than the array in most layers.
+
+def default_lanes(tile: int, operators: str) -> int:
+    """``lanes`` of hardware that is described without it: tile / 16, with the vector unit tile / 8, and at least 1.
+
+    At tile 32 one result a cycle would take longer than the array in most layers. With the vector unit a layer also
+    waits for the last results of the layer before.
     """
-    return 2 if tile == 32 else 1
+    return max(1, tile // (8 if operators == "decoder" else 16))
 
 
-DEFAULT_LANES_TEXT = f"1, {default_lanes(32)} at tile 32"
+DEFAULT_LANES_TEXT = "tile / 8, with operators linear tile / 16, and at least 1"
 """The same as a text for the help of command lines."""
 
 
@@ -97,7 +102,8 @@ class AcceleratorConfig:
 
     Parameters
     ----------
-    operators : ``"decoder"`` with the vector unit, ``"linear"`` without
+    operators : ``"decoder"`` with the vector unit, ``"linear"`` without. Command lines have the default
+        :data:`DEFAULT_OPERATORS`
     tile : rows (along K) and columns (along N) of the systolic array: 4, 8, 16 or 32
     weight_bits : bits of a quantized weight ``q``, 2 to 8
     activation_bits : bits of an activation mantissa ``X``, 8 to 16
@@ -108,7 +114,7 @@ class AcceleratorConfig:
     max_k : maximum number of in_features K of one layer with padding, up to 32,768; a multiple of ``tile``
     max_group_size : longest group that the accumulators hold; the packer splits longer ones, which is exact
     lanes : results that leave the array per cycle: 1, 2, 4 or 8, at most ``tile``. Command lines, and
-        :meth:`from_options`, have a default that depends on the tile: :func:`default_lanes`
+        :meth:`from_options`, have a default that depends on tile and operators: :func:`default_lanes`
 
     Raises
     ------
@@ -263,7 +269,7 @@ class AcceleratorConfig:
         Unknown names raise :class:`ConfigError`.
         """
         given = {name: value for name, value in options.items() if value is not None}
-        lanes = default_lanes(given.get("tile", cls.tile))
+        lanes = default_lanes(given.get("tile", cls.tile), given.get("operators", cls.operators))
         return cls.from_dict({**cls().to_dict(), "lanes": lanes, **given})
 
     @cached_property

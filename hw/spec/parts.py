@@ -3,6 +3,8 @@
 
 from dataclasses import dataclass
 
+from hw.spec.config import DEFAULT_OPERATORS
+
 
 @dataclass(frozen=True)
 class Target:
@@ -17,8 +19,17 @@ class Target:
 
 
 _FAMILIES = ("ultrascaleplus", "ecp5")
+_WITHOUT_VECTOR_UNIT = ("ecp5",)
 TARGETS: dict[str, Target | None] = {"generic": None, **{family: Target(family) for family in _FAMILIES}}
 """Targets by their names for ``hw.build --target``. ``generic`` is plain Verilog for any part and simulator."""
+
+
+def default_operators(target: str) -> str:
+    """``operators`` of hardware for a target that is described without it.
+
+    ECP5 parts have no processor beside the fabric that makes programs, and few multipliers, so it is linear there.
+    """
+    return "linear" if target in _WITHOUT_VECTOR_UNIT else DEFAULT_OPERATORS
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from hw.spec.control.registers import IDENTIFICATION, VERSION, WINDOW_BYTES, config_digest, offset
 from hw.spec.kv260 import APP_NAME, BUFFER_BYTES, BUFFER_NAME, CONTROL_ADDRESS, FABRIC_HZ, UIO_NAME
 from hw.spec.manifest import Manifest
-from sw.board.layers import interrupt_check, result_check, stream_check
+from sw.board.layers import interrupt_check, program_check, result_check, stream_check
 from sw.common.errors import one_line
 from sw.devices.base import DeviceError
 from sw.devices.host import Host
@@ -268,7 +268,7 @@ def fabric_clock(host: Host, hz: float, wanted: float) -> Finding:
     return Finding(check, WRONG, f"{text}{said}, instead of {wanted / 1e6:.1f}", fix)
 
 
-DEVICE_CHECKS = ("interrupt", "self-test", "memory rate")
+DEVICE_CHECKS = ("interrupt", "self-test", "programs", "memory rate")
 
 
 def device_checks(host: Host, hz: float) -> Iterator[Finding]:
@@ -280,7 +280,7 @@ def device_checks(host: Host, hz: float) -> Iterator[Finding]:
         yield from _skipped(DEVICE_CHECKS[1:], DEVICE_CHECKS[0])
         return
     with device:
-        for check, run in zip(DEVICE_CHECKS, (interrupt_check, result_check, stream_check)):
+        for check, run in zip(DEVICE_CHECKS, (interrupt_check, result_check, program_check, stream_check)):
             try:
                 text, fix = run(device, hz)
                 yield Finding(check, WRONG if fix else OK, text, fix)

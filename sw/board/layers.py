@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers that the doctor runs on a board: they check the interrupt, the results and the speed of the memory.
+"""Layers that the doctor runs on a board: they check the interrupt, the results, programs and the speed of the memory.
 
 Each check takes a device and the measured clock in Hz. It returns its result and how to fix it; the latter is empty if
 nothing is wrong.
@@ -8,14 +8,16 @@ nothing is wrong.
 import numpy as np
 
 from hw.spec.config import AcceleratorConfig
-from hw.spec.control.descriptor import weight_bytes
+from hw.spec.control.descriptor import FLOAT_BYTES, weight_bytes
 from hw.spec.cycles import layer_cycles
 from hw.spec.memory.geometry import LayerLayout
 from hw.spec.numerics.linear import quantize_activations
-from sw.devices.base import LinearJob, read_results, result_bytes, weight_image
+from hw.spec.ops import Wait
+from sw.devices.base import Device, LinearJob, read_results, result_bytes, weight_image
+from sw.devices.jobs import Epilogue, Rows, Second, VectorJob
 from sw.devices.kv260 import KV260Device
 from sw.devices.pack import integer_weights, prepare
-from sw.devices.reference import reference_linear
+from sw.devices.reference import ReferenceDevice, reference_linear
 from sw.model.linear import QuantizedLinear
 
 GROUP = 32
@@ -23,6 +25,7 @@ GROUP = 32
 SMALL_K, SMALL_N = 256, 67
 STREAM_K, STREAM_N = 1024, 4096
 """Some megabytes of weights: enough to measure the rate, few enough to check the results quickly."""
+PROGRAM_WIDTH, EPSILON = 256, 1e-6
 TIMEOUT = 20.0
 INTERRUPT_SECONDS = 1.0
 LEAST_RATE = 0.7
@@ -114,6 +117,50 @@ def result_check(device: KV260Device, hz: float) -> tuple[str, str]:
             if text := layer.differences():
                 return text, "is the bitstream's slack positive at this clock? is u-dma-buf of version 3 or newer?"
     return f"layers for 1 and {device.config.max_tokens} tokens are exact, bit for bit", ""
+
+
+def program_check(device: KV260Device, hz: float) -> tuple[str, str]:
+    """Whether a program that the hardware fetches from memory has the results of the reference device, bit for bit.
+
+    It is an RMSNorm and a layer that waits for it, multiplies by the norm's scale and adds the norm's input.
+    """
+    if not device.config.has_programs:
+        return "this hardware has none: it was built with --operators linear", ""
+    with ReferenceDevice(device.config) as reference:
+        found, expected = (_run_program(each) for each in (device, reference))
+    for name, values, wanted in zip(("the norm", "the layer"), found, expected, strict=True):
+        if differ := int((values.view(np.uint32) != wanted.view(np.uint32)).sum()):
+            return f"{differ:,} of {wanted.size:,} results of {name} in a program are wrong", (
+                "single layers are right: read port 0 fetches the program; is the bitstream's slack positive?"
+            )
+    return f"a program with a norm and a layer for {device.config.max_tokens} tokens is exact, bit for bit", ""
+
+
+def _run_program(device: Device) -> tuple[np.ndarray, np.ndarray]:
+    """Runs the program of :func:`program_check`: the second output of its norm, and its layer's results."""
+    config, random = device.config, np.random.default_rng(3)
+    tokens, width, pitch = config.max_tokens, PROGRAM_WIDTH, PROGRAM_WIDTH * FLOAT_BYTES
+    packed = prepare(config, random_layer(config, 3, "program", width, width))
+    x = random.standard_normal((tokens, width)).astype(np.float32)
+    factor = random.standard_normal(width).astype(np.float32)
+    empty = np.full((tokens, width), np.nan, np.float32)
+    arrays = weight_image(packed.layout, packed.beats), x, factor, empty, empty
+    buffers = [device.alloc(array.nbytes) for array in arrays]
+    for buffer, array in zip(buffers, arrays, strict=True):
+        device.write(buffer, array)
+    weights, source, factors, normed, results = buffers
+    norm = Epilogue(second=Second(factors, Rows(normed, pitch)), epsilon=EPSILON)
+    last = Epilogue(scale=True, addend=Rows(source, pitch))
+    jobs = (
+        VectorJob("norm", tokens, width, Rows(source, pitch), epilogue=norm),
+        LinearJob("program", packed.layout, tokens, weights, normed, results, False, Wait.ACTIVATIONS, last),
+    )
+    try:
+        device.wait(device.submit(device.prepare(jobs)), TIMEOUT)
+        return device.read(normed, np.float32, x.shape), device.read(results, np.float32, x.shape)
+    finally:
+        for buffer in buffers:
+            device.free(buffer)
 
 
 def stream_check(device: KV260Device, hz: float) -> tuple[str, str]:

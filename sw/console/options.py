@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from hw.spec.config import DEFAULT_LANES_TEXT, RULES, AcceleratorConfig, option
+from hw.spec.config import DEFAULT_LANES_TEXT, DEFAULT_OPERATORS, RULES, AcceleratorConfig, option
 from sw.common.command_line import Parser
 from sw.common.errors import UserError
 from sw.devices import check_device, make_config
@@ -36,9 +36,11 @@ def add_hardware_options(parser: Parser, **defaults: int) -> None:
         auto = item.name in AUTO
         kind = _number_or_auto if auto and isinstance(item.default, int) else type(item.default)
         default = "auto" if auto else defaults.get(item.name, item.default)
+        if item.name == "operators":
+            default = DEFAULT_OPERATORS
         shown = default
         if item.name == "lanes":
-            # It depends on the tile.
+            # It depends on tile and operators.
             default, shown = None, DEFAULT_LANES_TEXT
         text = f"{RULES[item.name].text} (default: {shown})"
         hardware.add_argument(option(item.name), type=kind, default=default, action=_Given, help=text)

@@ -13,7 +13,8 @@ _MEMORY_NAMES = {
     "kv260-2400": "KV260 model, 2400 MT/s",
     "kv260-2133": "KV260 model, 2133 MT/s",
 }
-_TILES = (4, 8, 16, 32)
+_BLOCK_TABLES = ("resources_tile_16_decoder", *(f"resources_tile_{tile}" for tile in (4, 8, 16, 32)))
+_DESIGN = ("tile", "operators", "zero points")
 _METHODS = {"float": "float", "rtn": "round to nearest", "awq": "AWQ"}
 
 
@@ -21,6 +22,20 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], right: bo
     """A table in Markdown. right: align all columns but the first to the right."""
     rule = "|---|" + ("---:|" if right else "---|") * (len(head) - 1)
     return "\n".join(["| " + " | ".join(head) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def designs(sections: Sections, kind: str) -> dict[str, tuple[str, str, str]]:
+    """Sections of designs on the KV260, those with the vector unit first: tile, operators and kind of zero points.
+
+    kind: what was measured, "levels" or "resources".
+    """
+    pattern = re.compile(rf"{kind}_tile_(\d+)(_decoder)?(_fixed)?")
+    found = {name: match for name in sections if (match := pattern.fullmatch(name))}
+    order = sorted(found, key=lambda name: (not found[name][2], bool(found[name][3]), int(found[name][1])))
+    return {
+        name: (found[name][1], "decoder" if found[name][2] else "linear", "fixed" if found[name][3] else "integer")
+        for name in order
+    }
 
 
 def _percent(value: float) -> str:
@@ -117,30 +132,28 @@ def demo(sections: Sections) -> str:
 
 
 def resources(sections: Sections) -> str:
-    """The accelerator's totals at every tile, with percentages of the KV260's part."""
-    limits = BOARDS["kv260"].resources
-    rows = []
-    for tile in _TILES:
-        total: dict[str, float] = sections[f"resources_tile_{tile}"]["figures"]["total"]
+    """The accelerator's totals in every design, with percentages of the KV260's part."""
+    limits, rows, kinds = BOARDS["kv260"].resources, [], ()
+    for section, names in designs(sections, "resources").items():
+        total: dict[str, float] = sections[section]["figures"]["total"]
         shares = (f" ({100 * value / limits[kind]:.1f} %)" if kind in limits else "" for kind, value in total.items())
-        cells = (_count(value) + share for value, share in zip(total.values(), shares, strict=True))
-        rows.append((str(tile), *cells))
-    kinds = sections[f"resources_tile_{_TILES[0]}"]["figures"]["total"]
-    return markdown_table(("tile", *kinds), rows, right=True)
+        rows.append((*names, *(_count(value) + share for value, share in zip(total.values(), shares, strict=True))))
+        kinds = tuple(total)
+    return markdown_table((*_DESIGN, *kinds), rows, right=True)
 
 
 def _count(value: float) -> str:
     return f"{value:,.10g}"
 
 
-def _blocks(tile: int) -> Callable[[Sections], str]:
+def _blocks(section: str) -> Callable[[Sections], str]:
     def table(sections: Sections) -> str:
-        figures = sections[f"resources_tile_{tile}"]["figures"]
+        figures = sections[section]["figures"]
         blocks = sorted(figures["blocks"].items(), key=lambda item: (-item[1]["LUT"], item[0]))
         rows = [(name, *(_count(value) if value else "" for value in counts.values())) for name, counts in blocks]
         return markdown_table(("block", *figures["total"]), rows, right=True)
 
-    table.__doc__ = f"The accelerator's blocks at tile {tile}."
+    table.__doc__ = f"The accelerator's blocks in the design of {section}."
     return table
 
 
@@ -178,29 +191,15 @@ def quantize_trials(sections: Sections) -> str:
     return markdown_table(("part of the method, alone or added", "perplexity"), rows)
 
 
-_LEVELS = re.compile(r"levels_tile_(\d+)(_decoder)?(_fixed)?")
-
-
-def levels_sections(sections: Sections) -> dict[str, tuple[str, str, str]]:
-    """Sections of the logic depth, with tile, operators and kind of zero points."""
-    found = {name: match for name in sections if (match := _LEVELS.fullmatch(name))}
-    order = sorted(found, key=lambda name: (bool(found[name][2]), int(found[name][1]), bool(found[name][3])))
-    return {
-        name: (found[name][1], "decoder" if found[name][2] else "linear", "fixed" if found[name][3] else "integer")
-        for name in order
-    }
-
-
 def levels(sections: Sections) -> str:
     """Logic depth of the accelerator: the deepest path, and how many bits end a path of which depth."""
-    designs = levels_sections(sections)
-    found = {name: sections[name]["figures"] for name in designs}
+    measured = designs(sections, "levels")
+    found = {name: sections[name]["figures"] for name in measured}
     steps = sorted({int(step) for figures in found.values() for step in figures["histogram"]})
-    head = ("tile", "operators", "zero points", "levels")
-    head = (*head, *(f"up to {step}" if step else "none" for step in steps))
+    head = (*_DESIGN, "levels", *(f"up to {step}" if step else "none" for step in steps))
     rows = (
         (*names, f"{found[section]['levels']:.2f}", *(f"{found[section]['histogram'].get(str(s), 0):,}" for s in steps))
-        for section, names in designs.items()
+        for section, names in measured.items()
     )
     return markdown_table(head, rows, right=True)
 
@@ -213,7 +212,7 @@ TABLES: dict[str, Callable[[Sections], str]] = {
     "quantize": quantize,
     "quantize_trials": quantize_trials,
     "resources": resources,
-    **{f"resources_tile_{tile}": _blocks(tile) for tile in _TILES},
+    **{section: _blocks(section) for section in _BLOCK_TABLES},
     "tokens": tokens,
     "ulx3s": ulx3s,
 }

@@ -25,7 +25,7 @@ from tests.constraints.recorder import complaints, make_overlay, run_script
 
 pytestmark = pytest.mark.slow
 
-SMALL: dict[str, Any] = {"tile": 4, "max_tokens": 2, "max_k": 256, "max_group_size": 32}
+SMALL: dict[str, Any] = {"operators": "decoder", "tile": 4, "max_tokens": 2, "max_k": 256, "max_group_size": 32}
 
 
 class Setup:

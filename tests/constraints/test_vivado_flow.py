@@ -27,7 +27,7 @@ FACTS = {"setup_slack_ns": "0.1", "setup_from": "a", "setup_to": "b", "hold_slac
 
 @pytest.fixture(scope="module")
 def generated() -> tuple[str, Manifest]:
-    return generate(AcceleratorConfig(tile=4, max_tokens=2, max_k=256, max_group_size=32))
+    return generate(AcceleratorConfig(operators="decoder", tile=4, max_tokens=2, max_k=256, max_group_size=32))
 
 
 @pytest.fixture

@@ -31,4 +31,4 @@ def config_of(section: dict) -> AcceleratorConfig:
         parser.add_argument(switch, action="store_true")
     words = shlex.split(section["command"])
     assert words[:3] == ["python", "-m", "hw.resources"], section["command"]
-    return command_line.config_of(parser.parse_args(words[3:]))
+    return command_line.config_of(parser.parse_args(words[3:]), "ultrascaleplus")

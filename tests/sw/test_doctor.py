@@ -31,7 +31,7 @@ from tests.sw.fixtures.fake_board import (
 
 pytestmark = pytest.mark.simulator
 
-CONFIG = make_config(tile=4, ports=1, max_k=1024, max_tokens=5)
+CONFIG = make_config(operators="decoder", tile=4, ports=1, max_k=1024, max_tokens=5)
 WIDER = make_config(tile=8, ports=2, port_width=64, activation_bits=12, zero_point="fixed", max_k=1024)
 CHECKS = [
     "app",
@@ -47,6 +47,7 @@ CHECKS = [
     "fabric clock",
     "interrupt",
     "self-test",
+    "programs",
     "memory rate",
 ]
 
@@ -157,9 +158,9 @@ FAULTS = {
 }  # fmt: skip
 # Fault: other checks that are wrong because of it.
 ALSO = {
-    "a wrong bit": {"memory rate"},
-    "bus errors": {"self-test", "memory rate"},
-    "high buffer": {"interrupt", "self-test", "memory rate"},
+    "a wrong bit": {"programs", "memory rate"},
+    "bus errors": {"self-test", "programs", "memory rate"},
+    "high buffer": {"interrupt", "self-test", "programs", "memory rate"},
 }
 
 

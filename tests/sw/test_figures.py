@@ -12,7 +12,7 @@ from sw.common.errors import UserError
 from sw.pages import store
 from sw.pages.markdown import render
 from sw.pages.store import FILE, find, load, save, take
-from sw.pages.tables import TABLES, levels_sections
+from sw.pages.tables import TABLES, designs
 
 SECTIONS = {
     "bench": {
@@ -41,8 +41,7 @@ def test_every_table_and_section_is_used():
     assert set(re.findall(r"^<!-- table: (\w+) -->$", text, re.MULTILINE)) == set(TABLES)
     used = set(re.findall(r"<!--= (\w+)\.", text))
     tables = {"ulx3s": {"ulx3s_tile_4", "ulx3s_tile_8", "ulx3s_paths", "ulx3s_simulated"}}
-    tables["levels"] = set(levels_sections(load()))
-    tables["resources"] = {f"resources_tile_{tile}" for tile in (4, 8, 16, 32)}
+    tables |= {kind: set(designs(load(), kind)) for kind in ("levels", "resources")}
     assert set(load()) == used | (set(TABLES) - set(tables)) | set().union(*tables.values())
 
 

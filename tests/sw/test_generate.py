@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 from tokenizers import Tokenizer
 
+from hw.spec.config import OPERATORS
 from sw import generate
 from sw.common.errors import UserError
 from sw.export.gguf import export_gguf
@@ -97,7 +98,7 @@ def test_greedy(device, model, capsys):
     assert values["text"] == folder.decode(values["ids"])
     assert values["stop"] == "max_new_tokens"
     assert (values["device"], values["prompt"], values["system"]) == (device, PROMPT, None)
-    assert not values["programs"]
+    assert values["programs"] == (device != "onnxruntime")
     assert values["sampling"] == {"temperature": 0.0, "top_p": 1.0, "seed": 0}
     assert values["context"] == PROMPT_IDS + 12
     prefill, decode, roofline = values["prefill"], values["decode"], values["roofline"]
@@ -127,21 +128,24 @@ def test_greedy(device, model, capsys):
         assert decode["cycles"] == 0
 
 
+@pytest.mark.parametrize("operators", OPERATORS)
 @pytest.mark.parametrize("options", [[], ["--temperature", 1, "--top-p", 0.01]], ids=["greedy", "drawn"])
-def test_programs(options, model, capsys, monkeypatch):
-    """A model that runs as programs gives onnxruntime's tokens."""
+def test_operators(options, operators, model, capsys, monkeypatch):
+    """A model that runs as programs, or its linear layers alone, gives onnxruntime's tokens."""
     wanted = run(capsys, model, "--max-new-tokens", 12, *options)["ids"]
-    monkeypatch.setattr(decoder_setup, "Decoder", None)
-    arguments = ["--device", "reference", "--operators", "decoder", "--tile", 8, "--max-new-tokens", 12, *options]
+    monkeypatch.setattr(decoder_setup, "Decoder" if operators == "decoder" else "ProgramDecoder", None)
+    arguments = ["--device", "reference", "--operators", operators, "--tile", 8, "--max-new-tokens", 12, *options]
     values = run(capsys, model, *arguments)
-    assert values["config"]["operators"] == "decoder" and values["programs"]
+    assert values["config"]["operators"] == operators and values["programs"] == (operators == "decoder")
     assert values["ids"] == wanted
 
 
-def test_table_of_programs(model, capsys):
-    arguments = ["--model", str(model), "--prompt", PROMPT, "--device", "reference", "--operators", "decoder"]
+@pytest.mark.parametrize("operators", OPERATORS)
+def test_table_names_programs(operators, model, capsys):
+    arguments = ["--model", str(model), "--prompt", PROMPT, "--device", "reference", "--operators", operators]
     assert generate.main([*arguments, "--max-new-tokens", "2", "--tile", "8"]) == 0
-    assert "\nthe model ran as programs, with attention in onnxruntime\n" in capsys.readouterr().out
+    line = "\nthe model ran as programs, with attention in onnxruntime\n"
+    assert (line in capsys.readouterr().out) == (operators == "decoder")
 
 
 def test_blocks(model, capsys):
@@ -352,7 +356,7 @@ def test_text_and_table(model):
     assert any(re.fullmatch(r" *tokens +6 +5 *", line) for line in rows)
     for pattern in (
         r"cycles per token +[\d,]+ +[\d,]+",
-        r"tokens/s of the linear layers at 250 MHz +[\d,]+\.\d +[\d,]+\.\d",
+        r"tokens/s of the programs at 250 MHz +[\d,]+\.\d +[\d,]+\.\d",
         r"tokens/s if all ports carried weights in every cycle +[\d,]+\.\d",
         r"reached share of this rate +\d+\.\d %",
         r"host, ms per token +\d+\.\d +\d+\.\d",

@@ -127,7 +127,9 @@ def test_options_have_the_tile_s_lanes():
     for tile in choices("tile"):
         config = AcceleratorConfig(tile=tile, lanes=max(1, tile // 16))
         assert AcceleratorConfig.from_options({"tile": tile, "lanes": None}) == config
-        assert default_lanes(tile) == config.lanes
+        assert default_lanes(tile, "linear") == config.lanes
+        config = AcceleratorConfig(operators="decoder", tile=tile, lanes=max(1, tile // 8))
+        assert AcceleratorConfig.from_options({"operators": "decoder", "tile": tile}) == config
     assert AcceleratorConfig.from_options({"tile": 32, "lanes": 8}) == AcceleratorConfig(tile=32, lanes=8)
     with pytest.raises(ConfigError, match=r"not .*colour"):
         AcceleratorConfig.from_options({"colour": "red"})
