@@ -2,10 +2,11 @@
 """The places of rows from memory, in the form in which the array's results have them."""
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal
-from amaranth.lib import stream
+from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from hw.rtl.common.block import Block
+from hw.rtl.common.fifo import StreamFifo
 from hw.rtl.vector.layouts import COLUMN_BITS, lane_place, rows_layout
 from hw.spec.config import AcceleratorConfig
 from hw.spec.memory.access import PIECE_FLOATS
@@ -19,10 +20,11 @@ class RowWalker(Block):
     job : rows to walk
     places : for each transfer its place, and which of its lanes have a column
 
-    Latency 1 cycle; throughput 1 transfer per cycle.
+    Latency 2 cycles, because a job first enters a FIFO of two entries, which are registers: many additions start at it.
+    Throughput 1 transfer per cycle.
     """
 
-    latency = 1
+    latency = StreamFifo.latency + 1
 
     def __init__(self, config: AcceleratorConfig, lanes: int):
         self.config, self.lanes = config, lanes
@@ -39,8 +41,10 @@ class RowWalker(Block):
 
     def elaborate(self, platform) -> Module:
         m = Module()
+        m.submodules.jobs = jobs = StreamFifo(self.job.payload.shape(), 2)
+        wiring.connect(m, wiring.flipped(self.job), jobs.i)
         lane_bits, piece_bits = self.lanes.bit_length() - 1, PIECE_FLOATS.bit_length() - 1
-        job, place = self.job.payload, self.places.payload
+        job, place = jobs.o.payload, self.places.payload
         step = Signal()
         # Whether a row has one transfer in its last piece, the one before its last one, and the lanes of the latter.
         single, before, final_keep = Signal(), Signal.like(place.column), Signal(self.lanes)
@@ -53,7 +57,7 @@ class RowWalker(Block):
         pieces, one = end >> piece_bits, ~end[lane_bits:piece_bits].any()
         m.d.comb += [
             step.eq(self.places.valid & self.places.ready),
-            self.job.ready.eq(~self.places.valid | (step & place.last)),
+            jobs.o.ready.eq(~self.places.valid | (step & place.last)),
             place.piece_end.eq(row_end),
             place.chunk_end.eq(row_end & token_end),
             place.last.eq(row_end & token_end & last_piece),
@@ -77,9 +81,9 @@ class RowWalker(Block):
             with m.If(place.chunk_end):
                 m.d.sync += [pieces_left.eq(pieces_left - 1), one_left.eq(pieces_left == 2)]
         # Without a job these registers may have any value, so no path to them starts at the job's valid.
-        with m.If(self.job.ready):
+        with m.If(jobs.o.ready):
             m.d.sync += [
-                self.places.valid.eq(self.job.valid),
+                self.places.valid.eq(jobs.o.valid),
                 last_token.eq(job.tokens - 1),
                 token_end.eq(job.tokens == 1),
                 single.eq(one),
