@@ -14,7 +14,7 @@ SIMULATED = ("rtl", "kv260")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of simulated devices, and put the benches first, the largest hardware before the small.
+    """Mark the tests of simulated devices, and put the long tests first: synthesis, then benches, large before small.
 
     A long test that starts last would leave the other cores idle.
     """
@@ -23,7 +23,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if any(isinstance(name, str) and name in SIMULATED for name in names):
             item.add_marker("simulator")
     benches = [item for item in items if _is_bench(item.nodeid)]
-    items[:] = [*reversed(benches), *(item for item in items if not _is_bench(item.nodeid))]
+    designs = [item for item in items if _is_alone(item.nodeid) and not _is_bench(item.nodeid)]
+    items[:] = [*designs, *reversed(benches), *(item for item in items if not _is_alone(item.nodeid))]
 
 
 def _values(item: pytest.Item) -> list[object]:
@@ -33,6 +34,11 @@ def _values(item: pytest.Item) -> list[object]:
 
 def _is_bench(nodeid: str) -> bool:
     return "test_sim.py::test_bench[" in nodeid
+
+
+def _is_alone(nodeid: str) -> bool:
+    """Whether a worker takes this test by itself. The tests of a design have no fixture in common."""
+    return _is_bench(nodeid) or "test_measured_designs.py::" in nodeid
 
 
 @pytest.hookimpl(wrapper=True)
@@ -51,11 +57,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log) -> LoadScopeScheduling:
-    """A worker takes a whole file, because fixtures of a module are expensive; each bench is distributed alone."""
+    """A worker takes a whole file, because fixtures of a module are expensive; long tests are distributed alone."""
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return nodeid if _is_bench(nodeid) else nodeid.split("::")[0]
+            return nodeid if _is_alone(nodeid) else nodeid.split("::")[0]
 
     config.option.loadscopereorder = False
     return Scheduling(config, log)
