@@ -114,7 +114,8 @@ def test_tables_of_a_part(capsys):
     for name in ("layers", "gemm", "tokens", "decoders"):
         bench.print_tables({name: sections[name]["figures"]})
     out = capsys.readouterr().out
-    assert "50.5" in out and "5,197,936" in out and "66,330" in out
+    tokens = [f"{row['cycles']:,}" for row in sections["tokens"]["figures"]]
+    assert "50.5" in out and "66,330" in out and all(count in out for count in tokens)
 
 
 def test_gemm_is_the_papers():

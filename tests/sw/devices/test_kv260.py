@@ -327,7 +327,7 @@ def test_hardware_options(fake, monkeypatch):
     # With another device the board is not accessed.
     monkeypatch.setattr(kv260, "Host", lambda: pytest.fail("a board was looked for"))
     assert hardware_options.hardware_options(parse("--device", "reference"))[1].max_tokens == 7
-    for options, lanes in (([], 2), (["--lanes", "8"], 8)):
+    for options, lanes in (([], 4), (["--operators", "linear"], 2), (["--lanes", "8"], 8)):
         values, config = hardware_options.hardware_options(parse("--device", "reference", "--tile", "32", *options))
         assert config.lanes == choose_config([], values | dict(weight_bits=4, max_k=1024)).lanes == lanes
     assert isinstance(parse("--device", "rtl"), argparse.Namespace)

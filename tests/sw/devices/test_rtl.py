@@ -102,8 +102,9 @@ def test_a_beat_every_cycle():
         # layer takes on the bus besides its beats is its activations, in chunks of 32 beats on four ports.
         jobs = [make_job(device, linear, x) for _ in range(2)]
         first, *others = device.wait(device.submit(jobs * 4), TIMEOUT)
-        assert first.cycles <= 1.04 * first.beats
         share = 4 * 896 // 64
+        # Its weights also wait for the activations of the two layers behind it.
+        assert first.cycles <= alone.cycles + 3 * share
         assert all(item.beats <= item.cycles <= item.beats + 64 for item in others)
         assert sum(item.cycles for item in others) <= sum(item.beats for item in others) + len(others) * share
         # Without activations a layer takes only its beats.
