@@ -366,7 +366,7 @@ def check_smollm2(values, count):
 @pytest.mark.simulator
 def test_smollm2(smollm2, capsys):
     """The first block of a real model, with the activations that a prompt gives it."""
-    status, values = document(capsys, smollm2, "--device", "rtl", "--limit", 7)
+    status, values = document(capsys, smollm2, "--device", "rtl", "--operators", "linear", "--limit", 7)
     assert status == 0
     check_smollm2(values, 7)
     projections = [name.split("/")[-2] for name in (row["name"] for row in values["layers"])]
@@ -377,7 +377,7 @@ def test_smollm2(smollm2, capsys):
 @pytest.mark.full
 @pytest.mark.parametrize("tokens", [1, 16])
 def test_smollm2_complete(smollm2, capsys, tokens):
-    status, values = document(capsys, smollm2, "--device", "rtl", "--tokens", tokens)
+    status, values = document(capsys, smollm2, "--device", "rtl", "--operators", "linear", "--tokens", tokens)
     assert status == 0
     check_smollm2(values, 211)
     head = values["layers"][-1]
@@ -416,7 +416,7 @@ def test_interrupt(smollm2):
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from runpy import run_module; run_module('sw.layers', run_name='__main__')"
     )
-    arguments = [sys.executable, "-c", script, str(smollm2), "--device", "rtl"]
+    arguments = [sys.executable, "-c", script, str(smollm2), "--device", "rtl", "--operators", "linear"]
     with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:

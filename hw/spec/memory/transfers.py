@@ -42,18 +42,28 @@ class Transfer(NamedTuple):
 
 def result_transfers(config: AcceleratorConfig, tokens: int, n: int) -> list[Transfer]:
     """All transfers of a layer with M = ``tokens`` and ``n`` results a token, in order."""
+    return _transfers(config.tile, config.lanes, tokens, n)
+
+
+def row_transfers(lanes: int, tokens: int, n: int) -> list[Transfer]:
+    """All transfers of M = ``tokens`` rows of ``n`` floats from memory, in order: piece by piece, token by token."""
+    return _transfers(PIECE_FLOATS, lanes, tokens, n)
+
+
+def _transfers(tile: int, lanes: int, tokens: int, n: int) -> list[Transfer]:
+    """All transfers of tiles of ``tile`` columns."""
     transfers = []
-    for tile in range(0, n, config.tile):
+    for start in range(0, n, tile):
         for token in range(tokens):
-            for first in range(tile, min(tile + config.tile, n), config.lanes):
-                columns = range(first, min(first + config.lanes, n))
+            for first in range(start, min(start + tile, n), lanes):
+                columns = range(first, min(first + lanes, n))
                 final, last = token == tokens - 1, columns.stop == n
                 piece_end = last or columns.stop % PIECE_FLOATS == 0
                 transfers.append(
                     Transfer(
                         token,
                         columns,
-                        first % PIECE_FLOATS // config.lanes,
+                        first % PIECE_FLOATS // lanes,
                         (1 << len(columns)) - 1,
                         int(piece_end),
                         int(final and piece_end),

@@ -121,6 +121,6 @@ def test_devices_agree(tmp_path):
     path = write_random(tmp_path, head_size=SIZE, head_norms="qk")
     logits = []
     for name in ("reference", "rtl"):
-        with open_device(name, hardware(tile=4, ports=1), "hostile") as device:
+        with open_device(name, hardware(tile=4, ports=1, max_tokens=5, max_k=1024), "hostile") as device:
             logits.append(in_blocks(programs(path, device), (5, 1, 1)))
     assert same_bits(logits[1], logits[0])

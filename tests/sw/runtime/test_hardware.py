@@ -106,13 +106,14 @@ def run(capsys, main, *arguments):
 
 
 SMALL = ("--tile", "4", "--ports", "1", "--max-tokens", "5")
-"""Options of hardware that is built quickly."""
+LINEAR = (*SMALL, "--operators", "linear")
+"""Options of hardware that is built quickly, the second without the vector unit."""
 
 
 @pytest.mark.parametrize("device", ["reference", "rtl"])
 def test_long_layers(device, long_model, capsys):
     """Every layer of a block is exact and takes the expected cycles, without an option for longer hardware."""
-    values = run(capsys, layers.main, long_model, "--device", device, *SMALL, "--limit", "7")
+    values = run(capsys, layers.main, long_model, "--device", device, *LINEAR, "--limit", "7")
     assert values["config"]["max_k"] == LONG
     rows = values["layers"]
     assert max(row["k"] for row in rows) == LONG
