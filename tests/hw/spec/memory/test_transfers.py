@@ -8,7 +8,7 @@ import pytest
 
 from hw.spec.config import AcceleratorConfig, choices
 from hw.spec.memory.access import PIECE_FLOATS
-from hw.spec.memory.transfers import result_transfers
+from hw.spec.memory.transfers import result_transfers, row_transfers
 
 SIZES = [(tile, lanes) for tile, lanes in itertools.product(choices("tile"), choices("lanes")) if lanes <= tile]
 
@@ -42,3 +42,17 @@ def test_geometry_is_enough_to_place_every_result(tile: int, lanes: int, n: int,
     for first in range(0, n, tile):
         part = stored[:, first : first + tile].reshape(-1)
         assert (np.diff(part) >= 0).all()
+
+
+@pytest.mark.parametrize("lanes", [2, 4, 8])
+@pytest.mark.parametrize("n", [1, 16, 255, 256, 257, 515])
+def test_rows_from_memory_go_piece_by_piece(lanes: int, n: int):
+    """The order of rows from memory: pieces, in a piece tokens, in a token columns."""
+    transfers = row_transfers(lanes, 3, n)
+    keys = [(item.columns.start // PIECE_FLOATS, item.token, item.columns.start) for item in transfers]
+    assert keys == sorted(keys) and len(set(keys)) == 3 * sum(
+        -(-min(PIECE_FLOATS, n - start) // lanes) for start in range(0, n, PIECE_FLOATS)
+    )
+    assert all(item.column == item.columns.start % PIECE_FLOATS // lanes for item in transfers)
+    assert [item.chunk_end for item in transfers].count(1) == -(-n // PIECE_FLOATS) and transfers[-1].last
+    assert sum(item.piece_end for item in transfers) == 3 * -(-n // PIECE_FLOATS)
