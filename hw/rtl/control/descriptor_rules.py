@@ -8,7 +8,7 @@ A field that the hardware does not have is 0.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from amaranth.hdl import Cat, Const, Mux, Value
+from amaranth.hdl import Mux, Value
 
 from hw.spec.config import FLOAT_BITS, MAX_N, AcceleratorConfig
 from hw.spec.control.descriptor import DATA_ALIGNMENT, FLOAT_BYTES, VALUE_BITS, WEIGHT_ALIGNMENT, Opcode
@@ -139,8 +139,7 @@ def _row_units(columns: Value) -> Value:
 
 def _more_than(value: Value, limit: Value, factor: int) -> Value:
     """Whether a value is more than ``limit * factor``; the factor is a power of two."""
-    low = factor.bit_length() - 1
-    return Cat(value[:low].any(), value[low:]) > Cat(Const(0), limit)
+    return value > limit << factor.bit_length() - 1
 
 
 def _pitch_wrong(pitch: Value, row_units: Value) -> Value:

@@ -105,13 +105,16 @@ class TakeTransfers(Block):
         m.submodules.walker = walker = self.walker
         job, transfer = self.job.payload, transfers.i.payload
         active, vector, free, load = Signal(), Signal(), Signal(), Signal()
+        # The walker has the next job. It gets each job as soon as it is offered, so no path to it starts at the end of
+        # the job before. It has room, because it holds this job and the one before at most.
+        walking = Signal()
         m.d.comb += [
             free.eq(~active | (transfers.i.valid & transfers.i.ready & transfer.last)),
             jobs.i.valid.eq(self.job.valid & free),
             jobs.i.payload.eq(job),
             self.job.ready.eq(jobs.i.ready & free),
             load.eq(self.job.valid & self.job.ready),
-            walker.job.valid.eq(load & job.vector),
+            walker.job.valid.eq(self.job.valid & job.vector & ~walking),
             *(walker.job.payload[name].eq(job[name]) for name in ("tokens", "columns")),
             transfers.i.valid.eq(active & Mux(vector, walker.places.valid, self.results.valid)),
             walker.places.ready.eq(active & vector & transfers.i.ready),
@@ -122,6 +125,10 @@ class TakeTransfers(Block):
                 for name, _ in self.taken.place.shape()
             ),
         ]
+        with m.If(load):
+            m.d.sync += walking.eq(0)
+        with m.Elif(walker.job.valid & walker.job.ready):
+            m.d.sync += walking.eq(1)
         with m.If(free):
             m.d.sync += active.eq(load)
         with m.If(load):
