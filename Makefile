@@ -15,7 +15,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.stamp
 RUN    := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python
 LOG    := $(VENV)/install.log
-PIP    := $(BIN)/python -m pip install --disable-pip-version-check
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
 MODEL  := $(BIN)/python -c 'import tomllib; print(tomllib.load(open("pyproject.toml", "rb"))["tool"]["gristmill"]["model"])'
 EXTRAS := build,sim,sw,dev
 PYTEST := pytest --numprocesses auto --durations 10

@@ -16,7 +16,7 @@ SIMULATED = ("rtl", "kv260")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of simulated devices, and put the long tests first: synthesis, then benches, large before small.
 
-    A long test that starts last would leave the other cores idle.
+    Then come the files that build simulated devices. A long test that starts last would leave the other cores idle.
     """
     for item in items:
         names = [value[0] if isinstance(value, tuple) and value else value for value in _values(item)]
@@ -24,12 +24,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("simulator")
     benches = [item for item in items if _is_bench(item.nodeid)]
     designs = [item for item in items if _is_alone(item.nodeid) and not _is_bench(item.nodeid)]
-    items[:] = [*designs, *reversed(benches), *(item for item in items if not _is_alone(item.nodeid))]
+    others = [item for item in items if not _is_alone(item.nodeid)]
+    building = {_file(item.nodeid) for item in others if item.get_closest_marker("simulator")}
+    others.sort(key=lambda item: _file(item.nodeid) not in building)
+    items[:] = [*designs, *reversed(benches), *others]
 
 
 def _values(item: pytest.Item) -> list[object]:
     callspec = getattr(item, "callspec", None)
     return list(callspec.params.values()) if callspec else []
+
+
+def _file(nodeid: str) -> str:
+    return nodeid.split("::")[0]
 
 
 def _is_bench(nodeid: str) -> bool:
@@ -61,7 +68,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log) -> LoadScopeScheduli
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return nodeid if _is_alone(nodeid) else nodeid.split("::")[0]
+            return nodeid if _is_alone(nodeid) else _file(nodeid)
 
     config.option.loadscopereorder = False
     return Scheduling(config, log)
