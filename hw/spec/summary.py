@@ -8,13 +8,19 @@ from hw.spec.memory.geometry import StreamLayout
 
 Row = tuple[str, str]
 
+_OPERATORS = {
+    "decoder": "decoder: a vector unit after the array, and programs",
+    "linear": "linear: the array without a vector unit",
+}
+
 
 def config_rows(config: AcceleratorConfig) -> list[Row]:
-    """The array, the weight stream and the limits: titles and texts."""
+    """The array, the operators, the weight stream and the limits: titles and texts."""
     stream = StreamLayout(config)
     rows = [
         ("array", f"{config.tile} x {config.tile} PEs, {config.weight_bits}-bit weights, "
                   f"{config.activation_bits}-bit activations, {config.zero_point} zero points"),
+        ("operators", f"{_OPERATORS[config.operators]}; results a cycle: {config.lanes}"),
         ("weight stream", f"{config.ports} x {config.port_width} bits = {config.beat_bytes} bytes a cycle, "
                           f"{100 * stream.overhead:.2f} % over ideal at K {stream.typical_layer.k}, "
                           f"group {stream.typical_layer.group_size}"),
