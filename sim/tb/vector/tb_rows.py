@@ -19,7 +19,7 @@ def _jobs(random: np.random.Generator) -> list[tuple[int, int]]:
     lengths = [1, 2, LANES - 1, LANES, LANES + 1, 2 * LANES, 3 * LANES]
     lengths += [pieces * PIECE_FLOATS + more for pieces in (1, 2) for more in (-LANES, -1, 0, 1, LANES, LANES + 1)]
     lengths += random.integers(1, 4 * PIECE_FLOATS, 8).tolist()
-    return [(int(random.choice([1, 1, TOKENS, random.integers(1, TOKENS + 1)])), n) for n in lengths if n > 0]
+    return [(int(random.choice([1, 1, TOKENS, int(random.integers(1, TOKENS + 1))])), n) for n in lengths if n > 0]
 
 
 @cocotb.test()
@@ -27,7 +27,8 @@ def _jobs(random: np.random.Generator) -> list[tuple[int, int]]:
 async def places(dut, stalls):
     """Every place of every job; without stalls one in each cycle, across jobs."""
     random = rng(1)
-    jobs = [_jobs(random)[index] for index in random.permutation(len(_jobs(rng(1))))]
+    jobs = _jobs(random)
+    random.shuffle(jobs)
     stall = [randomly(stalls, rng(number)) if stalls else never for number in (2, 3)]
     source, sink = StreamSource(dut, "job", dut.clk, stall[0]), StreamSink(dut, "places", dut.clk, stall[1])
     await begin(dut)
