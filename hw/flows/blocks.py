@@ -48,7 +48,6 @@ from hw.rtl.memory.weight_fetch import WeightFetch
 from hw.rtl.memory.write_manager import WriteManager
 from hw.rtl.vector.block_float import BlockFloat
 from hw.rtl.vector.epilogue import Epilogue
-from hw.rtl.vector.layouts import vector_lanes
 from hw.rtl.vector.merge import MergePairs
 from hw.rtl.vector.pair import PairUnit
 from hw.rtl.vector.partial_sums import PartialSums
@@ -77,7 +76,7 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "pair": lambda config: PairUnit(),
     "piece_maximum": PieceMaximum,
     "merge": MergePairs,
-    "rows": lambda config: RowWalker(config, vector_lanes(config)),
+    "rows": lambda config: RowWalker(config, config.vector_lanes),
     "take": lambda config: TakeTransfers(config, PartialSums(config).interval),
     "partial_sums": PartialSums,
     "scales": TokenScales,

@@ -9,14 +9,14 @@ from dataclasses import fields
 
 from hw.flows.errors import FlowError
 from hw.spec.cli import INTERRUPTED
-from hw.spec.config import DEFAULT_LANES_TEXT, DEFAULT_OPERATORS, RULES, AcceleratorConfig, ConfigError, option
-from hw.spec.parts import default_operators
+from hw.spec.config import DEFAULT_LANES_TEXT, RULES, AcceleratorConfig, ConfigError, option
+from hw.spec.parts import DEFAULT_OPERATORS_TEXT, default_operators
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """Adds an option for every parameter of the config."""
     # Defaults that depend on the other options.
-    texts = {"operators": f"{DEFAULT_OPERATORS}; linear for --target ecp5", "lanes": DEFAULT_LANES_TEXT}
+    texts = {"operators": DEFAULT_OPERATORS_TEXT, "lanes": DEFAULT_LANES_TEXT}
     for item in fields(AcceleratorConfig):
         rule, default = RULES[item.name], item.default
         text = f"{rule.text}: {rule}"

@@ -15,7 +15,7 @@ from hw.rtl.memory.operand_fetch import OperandFetch, operand_layout
 from hw.rtl.memory.progress import Progress
 from hw.rtl.memory.write_manager import WriteClient, WriteManager
 from hw.rtl.vector.epilogue import Epilogue
-from hw.rtl.vector.layouts import MAX_PIECES, SECOND_UNIT, Operand, epilogue_layout, result_unit, vector_lanes
+from hw.rtl.vector.layouts import MAX_PIECES, SECOND_UNIT, Operand, epilogue_layout, result_unit
 from hw.spec.config import AcceleratorConfig
 from hw.spec.memory.access import OUTSTANDING
 
@@ -112,7 +112,7 @@ class ResultPath(Block):
         ]
 
     def _through_epilogue(self, m: Module, writer: WriteManager) -> None:
-        config, lanes = self.config, vector_lanes(self.config)
+        config, lanes = self.config, self.config.vector_lanes
         m.submodules.epilogue = epilogue = Epilogue(config)
         m.submodules.completion = completion = Completion(self.clients, EXPECTED)
         m.submodules.progress = progress = Progress(self.clients)
@@ -146,7 +146,7 @@ class ResultPath(Block):
         periodic = operand is Operand.TABLE
         # Only the addend is read at the array's rate by many tokens: a table is one chunk, and a source has no array.
         chunks = 2 if operand is Operand.ADDEND else 1
-        fetch = OperandFetch(config.port_width, rows, vector_lanes(config), chunks=chunks, periodic=periodic)
+        fetch = OperandFetch(config.port_width, rows, config.vector_lanes, chunks=chunks, periodic=periodic)
         m.submodules[f"fetch_{operand.name.lower()}"] = fetch
         wiring.connect(m, fetch.bursts, wiring.flipped(self.bursts[operand]))
         wiring.connect(m, wiring.flipped(self.beats[operand]), fetch.beats)

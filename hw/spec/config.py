@@ -162,6 +162,11 @@ class AcceleratorConfig:
         return self.operators == "decoder"
 
     @property
+    def vector_lanes(self) -> int:
+        """Lanes of the vector unit: at least two, because some operations take pairs of columns."""
+        return max(2, self.lanes)
+
+    @property
     def has_programs(self) -> bool:
         """Whether the hardware fetches programs from memory. Hardware without it takes descriptors one by one."""
         return self.has_vector_unit

@@ -32,6 +32,10 @@ def default_operators(target: str) -> str:
     return "linear" if target in _WITHOUT_VECTOR_UNIT else DEFAULT_OPERATORS
 
 
+DEFAULT_OPERATORS_TEXT = f"{DEFAULT_OPERATORS}; linear for target {', '.join(_WITHOUT_VECTOR_UNIT)}"
+"""The same as a text for the help of command lines."""
+
+
 @dataclass(frozen=True)
 class Part:
     """A part and its resources.

@@ -100,7 +100,7 @@ def _vector(config: AcceleratorConfig, now: _Timeline, descriptor: VectorDescrip
     begin = now.loaded if descriptor.wait == Wait.NOTHING else now.memory
     first = tokens * _beats(config, min(columns, PIECE_FLOATS))
     on_chip = begin + latencies.operand_fetch + latencies.read + IDEAL_READ_LATENCY + first + latencies.operand_fill
-    taken = tokens * ceil_div(columns, max(2, config.lanes))
+    taken = tokens * ceil_div(columns, config.vector_lanes)
     fetched = tokens * _beats(config, columns) - first
     now.memory = max(now.memory, _written(config, descriptor, on_chip + max(taken, fetched)))
 

@@ -32,12 +32,11 @@ def add_device_options(parser: Parser, names: str, default: str | None = None) -
 def add_hardware_options(parser: Parser, **defaults: int) -> None:
     """Adds an option for every field of AcceleratorConfig. defaults: values that replace the field's own default."""
     hardware = parser.add_argument_group("hardware", "options of python -m hw.build; auto chooses what the model needs")
+    values = {"operators": DEFAULT_OPERATORS, **defaults}
     for item in fields(AcceleratorConfig):
         auto = item.name in AUTO
         kind = _number_or_auto if auto and isinstance(item.default, int) else type(item.default)
-        default = "auto" if auto else defaults.get(item.name, item.default)
-        if item.name == "operators":
-            default = DEFAULT_OPERATORS
+        default = "auto" if auto else values.get(item.name, item.default)
         shown = default
         if item.name == "lanes":
             # It depends on tile and operators.

@@ -20,7 +20,6 @@ from hw.rtl.vector.layouts import (
     epilogue_layout,
     operand_members,
     result_unit,
-    vector_lanes,
 )
 from hw.rtl.vector.merge import MergePairs
 from hw.rtl.vector.pair import PairUnit
@@ -48,7 +47,7 @@ class Epilogue(Block):
     """
 
     def __init__(self, config: AcceleratorConfig):
-        self.config, self.lanes = config, vector_lanes(config)
+        self.config, self.lanes = config, config.vector_lanes
         self.scalers = [FloatMultiplier() for _ in range(self.lanes)]
         self.adders = [FloatAdder() for _ in range(self.lanes)]
         self.pairs = [PairUnit() for _ in range(self.lanes // 2)]

@@ -28,14 +28,9 @@ class Operand(enum.IntEnum, shape=2):
     FACTOR = 3
 
 
-def vector_lanes(config: AcceleratorConfig) -> int:
-    """Lanes of the vector unit: at least two, because some operations take pairs of columns."""
-    return max(2, config.lanes)
-
-
 def result_unit(config: AcceleratorConfig) -> int:
     """Columns that the place of a transfer of results counts: SiLU makes half a transfer of a whole one."""
-    return vector_lanes(config) // 2
+    return config.vector_lanes // 2
 
 
 SECOND_UNIT = 2
@@ -92,7 +87,7 @@ def taken_layout(config: AcceleratorConfig) -> data.StructLayout:
             "valid": 1,
             "flags": flag_layout(),
             "vector": 1,
-            "place": lane_place(config, vector_lanes(config)),
+            "place": lane_place(config, config.vector_lanes),
             "piece": range(MAX_PIECES),
             "rotate": 1,
             "head": 1,
@@ -107,7 +102,7 @@ def operand_members(config: AcceleratorConfig) -> dict[str, wiring.Member]:
     token, column : the place that is read, for all of them
     data : each operand's floats, ``OPERAND_LATENCY`` cycles later
     """
-    lanes = vector_lanes(config)
+    lanes = config.vector_lanes
     return {
         "available": In(len(Operand)),
         "read": Out(len(Operand)),

@@ -12,7 +12,6 @@ from hw.rtl.common.block import Block
 from hw.rtl.common.delay import delay
 from hw.rtl.common.float32 import FLOAT
 from hw.rtl.common.select import select
-from hw.rtl.vector.layouts import vector_lanes
 from hw.spec.config import AcceleratorConfig
 from hw.spec.numerics.vector import PARTIAL_SUMS
 
@@ -38,7 +37,7 @@ class PartialSums(Block):
     """
 
     def __init__(self, config: AcceleratorConfig):
-        self.config, self.lanes = config, vector_lanes(config)
+        self.config, self.lanes = config, config.vector_lanes
         self.rows = PARTIAL_SUMS // self.lanes
         self.multipliers = [FloatMultiplier() for _ in range(self.lanes)]
         self.adders = [FloatAdder() for _ in range(self.lanes)]

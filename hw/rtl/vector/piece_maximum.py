@@ -10,7 +10,6 @@ from hw.rtl.common.block import Block
 from hw.rtl.common.float32 import FLOAT, is_nan, is_zero
 from hw.rtl.common.results import place_layout
 from hw.rtl.common.stage import stage
-from hw.rtl.vector.layouts import vector_lanes
 from hw.spec.config import FLOAT_BITS, AcceleratorConfig
 from hw.spec.numerics.float32 import EXPONENT_SPECIAL, FRACTION_BITS, NAN_FRACTION
 
@@ -35,7 +34,7 @@ class PieceMaximum(Block):
     """
 
     def __init__(self, config: AcceleratorConfig):
-        self.config, self.lanes = config, vector_lanes(config)
+        self.config, self.lanes = config, config.vector_lanes
         place = place_layout(config, self.lanes)
         super().__init__(
             {

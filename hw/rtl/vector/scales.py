@@ -12,7 +12,7 @@ from hw.rtl.arithmetic.reciprocal import Inverse, Reciprocal
 from hw.rtl.common.block import Block
 from hw.rtl.common.delay import delay
 from hw.rtl.common.float32 import FLOAT
-from hw.rtl.vector.layouts import COLUMN_BITS, lane_place, vector_lanes
+from hw.rtl.vector.layouts import COLUMN_BITS, lane_place
 from hw.rtl.vector.partial_sums import PartialSums
 from hw.rtl.vector.sum_schedule import SumSchedule
 from hw.spec.config import AcceleratorConfig
@@ -37,7 +37,7 @@ class TokenScales(Block):
     """
 
     def __init__(self, config: AcceleratorConfig):
-        self.config, self.lanes = config, vector_lanes(config)
+        self.config, self.lanes = config, config.vector_lanes
         self.sums = PartialSums(config)
         self.adder, self.multiplier, self.inverse = FloatAdder(), FloatMultiplier(), Reciprocal()
         # The adder's operands have a register, because the memories are read in the same cycle.

@@ -15,7 +15,6 @@ from hw.rtl.vector.layouts import (
     epilogue_layout,
     operand_members,
     taken_layout,
-    vector_lanes,
 )
 from hw.rtl.vector.rows import RowWalker
 from hw.spec.config import FLOAT_BITS, AcceleratorConfig
@@ -49,7 +48,7 @@ class TakeTransfers(Block):
     _AHEAD = 2
 
     def __init__(self, config: AcceleratorConfig, interval: int):
-        self.config, self.interval, self.lanes = config, interval, vector_lanes(config)
+        self.config, self.interval, self.lanes = config, interval, config.vector_lanes
         self.walker = RowWalker(config, self.lanes)
         super().__init__(
             {

@@ -17,7 +17,7 @@ from sim.bench.monitor import Monitor, consecutive
 from sim.bench.streams import Stall, StreamSink, StreamSource, cycle, never, randomly, read, rng
 
 PIECE = 256
-LANES = max(2, config().lanes)
+LANES = config().vector_lanes
 """Lanes of the vector unit."""
 SOURCE, ADDEND, TABLE, FACTOR = range(4)
 OPERAND_LATENCY = 2

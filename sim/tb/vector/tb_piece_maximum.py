@@ -10,7 +10,7 @@ from sim.bench.floats import extremes, floats
 from sim.bench.packing import pack_elements
 from sim.bench.streams import rng
 
-LANES = max(2, config().lanes)
+LANES = config().vector_lanes
 TOKENS = config().max_tokens
 
 
