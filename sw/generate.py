@@ -52,10 +52,10 @@ def generate(
 ) -> Answer:
     """Answers a prompt of 1 to decoder.context tokens with at most max_new_tokens more; decoder's cache is empty.
 
-    choose: float32 [vocab] logits to a token id; if it is a greedy sw.text.sampling.Sampler, the decoder finds the
-    token itself. show: called with each piece of text as soon as it is known. read: called with the number of prompt
-    tokens read. made: called with the number of new tokens. After an interrupt (Ctrl-C) the function returns the answer
-    so far. Raises UserError as the decoder does.
+    choose: float32 [vocab] logits to a token id; if it is a sw.text.sampling.Sampler, the decoder finds the token
+    itself and reads no more logits than it needs. show: called with each piece of text as soon as it is known. read:
+    called with the number of prompt tokens read. made: called with the number of new tokens. After an interrupt
+    (Ctrl-C) the function returns the answer so far. Raises UserError as the decoder does.
     """
     answer, stream = Answer(list(prompt_ids)), folder.stream()
 
@@ -96,9 +96,11 @@ def generate(
 
 def _next(decoder: BaseDecoder, phase: Phase, choose: Callable[[np.ndarray], int], ids: Sequence[int]) -> int:
     """The token after these."""
-    if isinstance(choose, Sampler) and choose.is_greedy:
+    if not isinstance(choose, Sampler):
+        return choose(_timed(decoder, phase, decoder.forward, ids)[-1])
+    if choose.is_greedy:
         return _timed(decoder, phase, decoder.greedy, ids)
-    return choose(_timed(decoder, phase, decoder.forward, ids)[-1])
+    return _timed(decoder, phase, lambda new: decoder.sample(new, choose), ids)
 
 
 def _timed(decoder: BaseDecoder, phase: Phase, call: Callable[[Sequence[int]], _T], ids: Sequence[int]) -> _T:

@@ -26,13 +26,15 @@ from sw.program.memory import Inputs, Matrix, Pieces
 
 
 class Output(enum.Enum):
-    """The output of a decoder's last program: every token's logits, the last token's, or only the largest of these.
+    """The output of a decoder's last program: every token's logits; the last token's, without or with the maxima of
+    their pieces; or only these maxima.
 
-    If the head is not quantized, it is the norm of these tokens instead, and there is no BEST.
+    If the head is not quantized, it is the norm of these tokens instead, and there are no pieces.
     """
 
     ALL = "all"
     LAST = "last"
+    PIECES = "pieces"
     BEST = "best"
 
 
@@ -96,6 +98,18 @@ class Programs:
         maxima, places = self._pieces.view()
         piece = int(argmax(maxima))
         return piece * PIECE + int(places[piece]), float(maxima[piece])
+
+    def maxima(self) -> np.ndarray:
+        """The maximum of each piece of 256 logits, float32 [pieces], after a program with Output.PIECES."""
+        return self._pieces.view()[0].copy()
+
+    def logits(self, pieces: np.ndarray) -> np.ndarray:
+        """Logits of pieces, float32 [R, 256], after a program with Output.PIECES; NaN after the last token."""
+        row, found = self.results.view(1)[0], np.full((len(pieces), PIECE), np.nan, np.float32)
+        for place, piece in zip(found, pieces, strict=True):
+            part = row[piece * PIECE : (piece + 1) * PIECE]
+            place[: len(part)] = part
+        return found
 
     def _begin(self, block: LoadedBlock, tokens: int) -> list[Job]:
         second, copies = self._scaled(block.input_norm, block.qkv, tokens)
@@ -174,9 +188,10 @@ class Programs:
             return VectorJob(
                 name, tokens, rows.columns, rows.rows, results.buffer, Wait.ACTIVATIONS, scale, results.pitch
             )
-        best = output is Output.BEST
-        epilogue = Epilogue(scale=True, addend=_bias(head), pieces=self._pieces.rows if best else None)
-        return self._linear(head, self._normed, tokens, Rows(NOWHERE) if best else self.results.rows, epilogue)
+        pieces = self._pieces.rows if output in (Output.PIECES, Output.BEST) else None
+        results = Rows(NOWHERE) if output is Output.BEST else self.results.rows
+        epilogue = Epilogue(scale=True, addend=_bias(head), pieces=pieces)
+        return self._linear(head, self._normed, tokens, results, epilogue)
 
     def _linear(
         self,

@@ -10,7 +10,7 @@ import numpy as np
 
 from sw.common.errors import UserError
 from sw.runtime.usage import Usage
-from sw.text.sampling import check_top
+from sw.text.sampling import Sampler, check_top
 
 BLOCK = 64
 """Most tokens of one call without hardware, which would set the limit."""
@@ -52,6 +52,13 @@ class BaseDecoder(ABC):
         logits = self.forward(ids)[-1]
         check_top(logits.max())
         return int(logits.argmax())
+
+    def sample(self, ids: Sequence[int], sampler: Sampler) -> int:
+        """The token that a sampler draws after 1 to `block` more. Its temperature is above 0.
+
+        A decoder may read only a part of the logits for it. Raises UserError as the sampler does.
+        """
+        return sampler(self.forward(ids)[-1])
 
     def reset(self) -> None:
         """Empties the cache."""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from onnxruntime import OrtValue
 
+from hw.spec.numerics.vector import PIECE
 from sw.devices.base import Device
 from sw.graph.file import OnnxFile, tensor_type
 from sw.graph.match import match_decoder
@@ -26,7 +27,7 @@ from sw.program.lower import Output, Programs
 from sw.program.obstacles import Obstacle, check_decoder
 from sw.runtime.base import BaseDecoder
 from sw.runtime.submit import run_batch
-from sw.text.sampling import check_top
+from sw.text.sampling import Sampler, check_top
 
 
 class _Attention(NamedTuple):
@@ -59,7 +60,7 @@ class ProgramDecoder(BaseDecoder):
         self._head = None if decoder.head.quantized else _Head(file, decoder)
         self._attentions = _attentions(file, decoder, KvCache(file, context))
         loaded = Loader(device, file, decoder, progress).load()
-        self._rotary = loaded.rotary
+        self._rotary, self._vocab = loaded.rotary, loaded.vocab
         self._programs = Programs(device, loaded)
         self._sessions = list(dict.fromkeys(attention.session for attention in self._attentions))
         # Tokens -> the tensor that the embedding fills.
@@ -93,6 +94,16 @@ class ProgramDecoder(BaseDecoder):
         token, top = self._programs.best()
         self.usage.conversion += time.perf_counter() - start
         check_top(top)
+        return token
+
+    def sample(self, ids: Sequence[int], sampler: Sampler) -> int:
+        """See BaseDecoder. If the device has the head, only the pieces of logits that can matter are read."""
+        if self._head:
+            return super().sample(ids, sampler)
+        self._run(ids, Output.PIECES)
+        start = time.perf_counter()
+        token = sampler.from_pieces(self._programs.maxima(), PIECE, self._vocab, self._programs.logits)
+        self.usage.conversion += time.perf_counter() - start
         return token
 
     def close(self) -> None:

@@ -2,10 +2,12 @@
 """The next token from a model's logits."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
 from sw.common.errors import UserError
+from sw.text.piece_sampling import draw_from_pieces
 
 
 class Sampler:
@@ -47,18 +49,39 @@ class Sampler:
         check_top(top)
         if self.is_greedy:
             return int(logits.argmax())
+        return self._draw(logits, self._rng.random())
+
+    def from_pieces(self, maxima: np.ndarray, size: int, columns: int, read: Callable[[np.ndarray], np.ndarray]) -> int:
+        """The same token as from all logits, from the pieces that can matter; the temperature is above 0.
+
+        maxima: float32 [P], the maximum of every piece of `size` logits. columns: number of all logits. read: indices
+        of pieces, int [R], to their logits, float32 [R, size]. Raises UserError as a call does.
+        """
+        top = maxima.max(initial=-np.inf)
+        check_top(top)
+        u = self._rng.random()
+        token = draw_from_pieces(maxima, size, columns, read, lambda part: self._weigh(part, top), self.top_p, u)
+        if token is None:
+            token = self._draw(read(np.arange(len(maxima))).reshape(-1)[:columns], u)
+        return token
+
+    def _draw(self, logits: np.ndarray, u: float) -> int:
+        """The token from all logits with the uniform `u`."""
         order, probabilities = self._distribution(logits)
         sums = np.cumsum(probabilities)
-        index = np.searchsorted(sums, self._rng.random() * sums[-1], side="right")
+        index = np.searchsorted(sums, u * sums[-1], side="right")
         # The product may be rounded up to the whole sum.
         return int(order[min(index, np.count_nonzero(probabilities) - 1)])
 
-    def _distribution(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(ids that may be drawn, in order of falling probability; their probabilities, not normalised again)."""
-        steps = logits.astype(np.float64)
+    def _weigh(self, logits: np.ndarray, top: float) -> np.ndarray:
+        """exp((l - top) / temperature) in float64, where top is the largest of all logits."""
         # The largest logit becomes 0 before the division, so it is 0 at every temperature.
         with np.errstate(over="ignore", under="ignore"):
-            weights = np.exp((steps - steps.max()) / self.temperature)
+            return np.exp((logits.astype(np.float64) - np.float64(top)) / self.temperature)
+
+    def _distribution(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(ids that may be drawn, in order of falling probability; their probabilities, not normalised again)."""
+        weights = self._weigh(logits, logits.max())
         order = np.argsort(-weights, kind="stable")
         probabilities = weights[order] / weights.sum()
         if self.top_p < 1:

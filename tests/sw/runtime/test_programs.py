@@ -27,6 +27,7 @@ from sw.model.parts import Decoder as Parts
 from sw.program.lower import Output
 from sw.runtime import Decoder, ProgramDecoder
 from sw.runtime.setup import make_decoder, open_decoder
+from sw.text.sampling import Sampler
 from tests.sw.fixtures.fake_board import FakeBoard
 from tests.sw.fixtures.linears import expected, same_bits
 from tests.sw.fixtures.random_decoder import CONFIG, MIXED, write_random
@@ -185,6 +186,11 @@ def test_logits(model):
         starts = ENDS + 1 - SIZES
         tokens = [decoder.greedy(IDS[start : start + size]) for start, size in zip(starts, SIZES)]
         assert tokens == logits[ENDS].argmax(axis=1).tolist()
+        for top_p in (1, 0.8):
+            decoder.reset()
+            parts, sampler = Sampler(0.8, top_p, seed=3), Sampler(0.8, top_p, seed=3)
+            tokens = [decoder.sample(IDS[start : start + size], parts) for start, size in zip(starts, SIZES)]
+            assert tokens == [sampler(row) for row in logits[ENDS]]
 
 
 @pytest.mark.parametrize("name", ["own export", "genai"])
@@ -255,7 +261,8 @@ def test_devices_agree(model, tmp_path):
             logits.append(np.concatenate([every, in_blocks(decoder, every=False)]))
             decoder.reset()
             decoder.prefill(IDS[:8])
-            tokens.append([decoder.greedy(IDS[:1]) for _ in range(3)])
+            sampler = Sampler(0.9, 0.9, seed=1)
+            tokens.append([*(decoder.greedy(IDS[:1]) for _ in range(3)), decoder.sample(IDS[:1], sampler)])
             usages[name] = decoder.usage
     for name, found, chosen in zip(usages, logits, tokens):
         assert same_bits(found, logits[0]), name
