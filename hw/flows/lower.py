@@ -18,7 +18,9 @@ from amaranth.lib import wiring
 
 from hw.flows.errors import FlowError
 from hw.flows.tools import run_yosys
+from hw.rtl.common.clock_gate import ClockGates
 from hw.rtl.memory.axi import is_axi
+from hw.spec.parts import SIMULATION, TARGETS
 
 _PASSES = ("proc", "opt -full", "clean", "check -assert")
 """Processes become registers and multiplexers, then everything is simplified: Verilator runs the result about eight
@@ -169,7 +171,10 @@ def to_rtlil(component: wiring.Component, name: str, platform=None) -> str:
     if any(is_axi(member) for member in component.signature.members.values()):
         top = _AxiPorts(component)
         ports = top.ports
-    netlist = build_netlist(Fragment.get(top, platform), ports=ports or port_map(component), name=name)
+    gates = ClockGates() if platform is TARGETS[SIMULATION] else None
+    fragment = Fragment.get(top, gates or platform)
+    ports = {**(ports or port_map(component)), **(gates.ports(fragment) if gates else {})}
+    netlist = build_netlist(fragment, ports=ports, name=name)
     for cell in netlist.cells:
         if isinstance(cell, NetlistMemory):
             if any(cell.init):
@@ -198,7 +203,7 @@ def to_verilog(component: wiring.Component, name: str, platform=None) -> str:
         source.write_text(to_rtlil(component, name, platform))
         passes = (f"read_rtlil {source.name}", f"hierarchy -check -top {name}", *_PASSES)
         write = f"write_verilog -noattr -simple-lhs {target.name}"
-        if platform is not None:
+        if platform is not None and platform.family:
             # This file has black boxes for all primitives that a block may contain.
             passes = ("read_verilog -lib +/xilinx/cells_xtra.v", *passes)
             write = write.replace("-noattr ", "")

@@ -6,6 +6,7 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from hw.rtl.common.block import Block
+from hw.rtl.common.clock_gate import SETTLING, gate
 from hw.rtl.control.dispatcher import TABLE_DEPTH
 from hw.rtl.control.faults import FirstError, Watchdog, fault_layout
 from hw.rtl.control.performance import PerformanceCounters
@@ -61,7 +62,9 @@ class Accelerator(Block):
         m = Module()
         # The datapath has a reset of its own, which does not affect the registers.
         m.domains.datapath = ClockDomain()
-        m.submodules.bank = bank = RegisterBank(self.config)
+        bank = RegisterBank(self.config)
+        events = [bank.forget, bank.set_interrupt_pending]
+        (m.submodules.bank,) = gate(m, platform, bank, name="bank", cycles=SETTLING, events=events)
         datapath = Datapath(self.config)
         m.submodules.datapath = DomainRenamer("datapath")(datapath)
         m.submodules.supervisor = supervisor = Supervisor(datapath.most_in_flight)

@@ -6,6 +6,7 @@ from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from hw.rtl.common.block import Block
+from hw.rtl.common.clock_gate import SETTLING, gate
 from hw.rtl.control.descriptor_check import DESCRIPTOR_BITS, ERROR_BITS, DescriptorCheck
 from hw.rtl.control.descriptor_queue import DescriptorQueue
 from hw.rtl.control.dispatcher import Dispatcher
@@ -98,10 +99,22 @@ class Datapath(Block):
     def elaborate(self, platform) -> Module:
         m = Module()
         config = self.config
-        m.submodules.queue = queue = DescriptorQueue(config)
-        m.submodules.check = check = DescriptorCheck(config)
-        m.submodules.dispatcher = dispatcher = Dispatcher(config)
-        m.submodules.unit = unit = ActivationUnit(config)
+        queue = DescriptorQueue(config)
+        starts, halt = ([queue.start], [queue.halt]) if config.has_programs else ([], [])
+        (m.submodules.queue,) = gate(m, platform, queue, name="queue", cycles=SETTLING, events=starts, watch=halt)
+        check, dispatcher, unit = DescriptorCheck(config), Dispatcher(config), ActivationUnit(config)
+        # Together, because the dispatcher's table takes a descriptor in the cycle before the check's ``valid``.
+        m.submodules.check, m.submodules.dispatcher = gate(
+            m,
+            platform,
+            check,
+            dispatcher,
+            name="dispatcher",
+            cycles=SETTLING + check.latency,
+            events=[dispatcher.complete],
+            watch=[dispatcher.asking, *([dispatcher.whole] if config.has_vector_unit else [])],
+        )
+        (m.submodules.unit,) = gate(m, platform, unit, name="unit", cycles=SETTLING + unit.latency)
         m.submodules.core = core = Core(config)
         wiring.connect(m, wiring.flipped(self.descriptors), queue.window)
         wiring.connect(m, queue.descriptors, check.descriptors)
@@ -133,7 +146,7 @@ class Datapath(Block):
         ]
         if config.has_programs:
             self._programs(m, queue, check)
-        self._read(m, queue, dispatcher, unit, core)
+        self._read(m, queue, dispatcher, unit, core, platform)
         self._write(m, dispatcher, core)
         self._watch(m, core)
         return m
@@ -151,11 +164,19 @@ class Datapath(Block):
         ]
 
     def _read(
-        self, m: Module, queue: DescriptorQueue, dispatcher: Dispatcher, unit: ActivationUnit, core: Core
+        self, m: Module, queue: DescriptorQueue, dispatcher: Dispatcher, unit: ActivationUnit, core: Core, platform
     ) -> None:
         """Connects the fetch units: activations come from all ports in turn, weights from all ports in step."""
         config = self.config
-        m.submodules.activation_fetch = activations = ActivationFetch(config)
+        activations = ActivationFetch(config)
+        (m.submodules.activation_fetch,) = gate(
+            m,
+            platform,
+            activations,
+            name="activation_fetch",
+            cycles=SETTLING,
+            watch=[activations.follow, activations.pieces] if config.has_vector_unit else [],
+        )
         m.submodules.weight_fetch = weights = WeightFetch(config, weights_ahead(config.port_width))
         # The weights that are fetched are of a layer that waits; many bursts are under way on some port.
         early, many = Signal(), Signal()

@@ -6,6 +6,7 @@ from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from hw.rtl.common.block import Block
+from hw.rtl.common.clock_gate import SETTLING, gate
 from hw.rtl.common.results import result_payload
 from hw.rtl.memory.axi import ADDRESS_BITS, owed_layout, write_signature
 from hw.rtl.memory.burst_cutter import burst_layout
@@ -76,7 +77,8 @@ class ResultPath(Block):
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        m.submodules.writer = writer = WriteManager(self.config.port_width, self.clients)
+        writer = WriteManager(self.config.port_width, self.clients)
+        (m.submodules.writer,) = gate(m, platform, writer, name="writer", cycles=SETTLING, watch=[writer.halt])
         wiring.connect(m, writer.axi, wiring.flipped(self.axi))
         m.d.comb += [
             writer.halt.eq(self.halt),
@@ -86,20 +88,21 @@ class ResultPath(Block):
             self.owed.oldest.eq(writer.oldest),
         ]
         if self.config.has_vector_unit:
-            self._through_epilogue(m, writer)
+            self._through_epilogue(m, writer, platform)
         else:
-            self._directly(m, writer)
+            self._directly(m, writer, platform)
         return m
 
-    def _gather(self, m: Module, writer: WriteManager, client: WriteClient, gatherer: Gatherer) -> None:
-        m.submodules[f"gatherer_{client.value}"] = gatherer
+    def _gather(self, m: Module, writer: WriteManager, client: WriteClient, gatherer: Gatherer, platform) -> None:
+        name = f"gatherer_{client.value}"
+        (m.submodules[name],) = gate(m, platform, gatherer, name=name, cycles=SETTLING)
         wiring.connect(m, wiring.flipped(self.jobs[client]), gatherer.job)
         wiring.connect(m, gatherer.pieces, writer.pieces[client])
         wiring.connect(m, gatherer.beats, writer.beats[client])
 
-    def _directly(self, m: Module, writer: WriteManager) -> None:
+    def _directly(self, m: Module, writer: WriteManager, platform) -> None:
         gatherer = Gatherer(self.config)
-        self._gather(m, writer, WriteClient.RESULTS, gatherer)
+        self._gather(m, writer, WriteClient.RESULTS, gatherer, platform)
         m.d.comb += [
             gatherer.results.valid.eq(self.results.valid),
             self.results.ready.eq(gatherer.results.ready),
@@ -111,9 +114,18 @@ class ResultPath(Block):
             self.complete_interrupt.eq(writer.complete_interrupt),
         ]
 
-    def _through_epilogue(self, m: Module, writer: WriteManager) -> None:
+    def _through_epilogue(self, m: Module, writer: WriteManager, platform) -> None:
         config, lanes = self.config, self.config.vector_lanes
-        m.submodules.epilogue = epilogue = Epilogue(config)
+        epilogue = Epilogue(config)
+        (m.submodules.epilogue,) = gate(
+            m,
+            platform,
+            epilogue,
+            name="epilogue",
+            cycles=SETTLING,
+            watch=[epilogue.available],
+            pipeline=(epilogue.works, epilogue.settling),
+        )
         m.submodules.completion = completion = Completion(self.clients, EXPECTED)
         m.submodules.progress = progress = Progress(self.clients)
         wiring.connect(m, wiring.flipped(self.results), epilogue.results)
@@ -125,7 +137,7 @@ class ResultPath(Block):
         }
         for client, (output, unit) in outputs.items():
             gatherer = Gatherer(config, lanes, unit)
-            self._gather(m, writer, client, gatherer)
+            self._gather(m, writer, client, gatherer, platform)
             wiring.connect(m, output, gatherer.results)
         m.d.comb += [
             completion.written.eq(writer.complete),
@@ -136,10 +148,10 @@ class ResultPath(Block):
             self.complete.eq(completion.complete),
             self.complete_interrupt.eq(completion.complete_interrupt),
         ]
-        fetches = [self._fetch(m, operand, epilogue) for operand in Operand]
+        fetches = [self._fetch(m, operand, epilogue, platform) for operand in Operand]
         m.d.comb += epilogue.available.eq(Cat(fetch.available for fetch in fetches))
 
-    def _fetch(self, m: Module, operand: Operand, epilogue: Epilogue) -> OperandFetch:
+    def _fetch(self, m: Module, operand: Operand, epilogue: Epilogue, platform) -> OperandFetch:
         """One of the epilogue's operands. The factor of the second output is one row for all tokens."""
         config, place = self.config, self.operands[operand]
         rows = 1 if operand is Operand.FACTOR else config.max_tokens
@@ -147,7 +159,10 @@ class ResultPath(Block):
         # Only the addend is read at the array's rate by many tokens: a table is one chunk, and a source has no array.
         chunks = 2 if operand is Operand.ADDEND else 1
         fetch = OperandFetch(config.port_width, rows, config.vector_lanes, chunks=chunks, periodic=periodic)
-        m.submodules[f"fetch_{operand.name.lower()}"] = fetch
+        cutting = fetch.cutter.regions
+        name = f"fetch_{operand.name.lower()}"
+        steps = [cutting.valid & cutting.ready, fetch.read, fetch.release]
+        (m.submodules[name],) = gate(m, platform, fetch, name=name, cycles=SETTLING, events=steps)
         wiring.connect(m, fetch.bursts, wiring.flipped(self.bursts[operand]))
         wiring.connect(m, wiring.flipped(self.beats[operand]), fetch.beats)
         names = ("address", "pitch", "columns")

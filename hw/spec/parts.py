@@ -12,16 +12,22 @@ class Target:
 
     Parameters
     ----------
-    family : the family's name in Amaranth's platforms
+    family : the family's name in Amaranth's platforms, or None for a simulator
     """
 
-    family: str
+    family: str | None
 
 
 _FAMILIES = ("ultrascaleplus", "ecp5")
 _WITHOUT_VECTOR_UNIT = ("ecp5",)
-TARGETS: dict[str, Target | None] = {"generic": None, **{family: Target(family) for family in _FAMILIES}}
-"""Targets by their names for ``hw.build --target``. ``generic`` is plain Verilog for any part and simulator."""
+SIMULATION = "simulation"
+TARGETS: dict[str, Target | None] = {
+    "generic": None,
+    **{family: Target(family) for family in _FAMILIES},
+    SIMULATION: Target(None),
+}
+"""Targets by their names for ``hw.build --target``. ``generic`` is plain Verilog for any part and simulator.
+``simulation`` is for the simulated device: blocks without work have a clock that stops, which is faster."""
 
 
 def default_operators(target: str) -> str:

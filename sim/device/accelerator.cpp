@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <string>
 #include <type_traits>
 
@@ -148,6 +149,18 @@ void write_channels(gm_device* device) {
     if (taken) memory.take_write_beat(bytes, model.m_axi_hp0_wstrb);
 }
 
+// The clocks that have an edge, as Verilator's set of triggers: `clk`, and the clocks of the blocks that have work.
+uint64_t triggers([[maybe_unused]] const Model& model) {
+    uint64_t set = uint64_t(1) << GM_CLOCK_TRIGGER;
+#ifdef GM_GATE_TRIGGERS
+    constexpr uint32_t gates[] = {GM_GATE_TRIGGERS};
+    static_assert(std::size(gates) <= 8 * sizeof(model.clocks_needed), "Verilator holds the port in several words");
+    for (uint32_t index = 0; index < std::size(gates); ++index)
+        set |= uint64_t(model.clocks_needed >> index & 1) << gates[index];
+#endif
+    return set;
+}
+
 // One rising edge. Verilator's scheduler would look for changes and evaluate the falling edge too. The design has one
 // clock and no falling-edge logic, so we bypass the scheduler and call its two evaluation functions directly: one for
 // the logic that depends on the inputs, one for the logic at the clock edge.
@@ -155,7 +168,7 @@ void clock_edge(gm_device* device) {
     auto* root = device->model.rootp;
     root->__VicoTriggered[0] = 1;
     Vgristmill_accelerator___024root___eval_ico(root);
-    root->__VnbaTriggered[0] = 1;
+    root->__VnbaTriggered[0] = triggers(device->model);
     Vgristmill_accelerator___024root___eval_nba(root);
     ++device->cycles;
 }

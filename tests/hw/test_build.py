@@ -17,6 +17,7 @@ from hw import build
 from hw.flows.blocks import BLOCKS
 from hw.flows.lower import LowerError
 from hw.spec.manifest import Manifest
+from hw.spec.simulation import CLOCKS_NEEDED, GATED_CLOCK
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--tile", "4", "--ports", "1", "--port-width", "64", "--max-tokens", "2", "--max-k", "1024")
@@ -118,13 +119,18 @@ def test_generic_verilog_has_no_primitives(core: Path):
 
 @pytest.mark.slow
 def test_target_has_its_primitives(tmp_path: Path):
-    """The array is in DSP slices, and memories have attributes for their kind; the manifest is the same."""
-    for target in ("generic", "ultrascaleplus"):
+    """The array is in DSP slices, and memories have attributes for their kind; only the simulated device has several
+    clocks; the manifest is the same."""
+    targets = ("generic", "ultrascaleplus", "simulation")
+    for target in targets:
         assert run(*SMALL, "--top", "core", "--target", target, "--out", str(tmp_path / target)).returncode == 0
-    texts = {target: (tmp_path / target / "gristmill.v").read_text() for target in ("generic", "ultrascaleplus")}
+    texts = {target: (tmp_path / target / "gristmill.v").read_text() for target in targets}
     assert texts["ultrascaleplus"].count("  DSP48E2 #(") == 16
     assert "// Made for ultrascaleplus" in texts["ultrascaleplus"].splitlines()[2]
     assert set(re.findall(r"\(\*.*?\*\)", texts["ultrascaleplus"])) == {'(* ram_style = "block" *)'}
+    clocks = {target: set(re.findall(r"posedge (\w+)", text)) for target, text in texts.items()}
+    assert clocks == {"generic": {"clk"}, "ultrascaleplus": {"clk"}, "simulation": {"clk", GATED_CLOCK.format(0)}}
+    assert [name for name, text in texts.items() if f"output {CLOCKS_NEEDED};" in text] == ["simulation"]
     manifests = [Manifest.load(tmp_path / target / "manifest.json") for target in texts]
     assert manifests[0].config.digest == manifests[1].config.digest
     assert (manifests[0].ports, manifests[0].streams) == (manifests[1].ports, manifests[1].streams)
@@ -165,7 +171,7 @@ def test_small_limits_are_legal(options: tuple[str, ...], tmp_path: Path):
         (("--max-k", "100"), "max_k is a multiple of the tile (16), not 100"),
         (("--max-group-size", "48"), "max_group_size is one of 32, 64, 128, 256, not 48"),
         (("--top", "wheel"), "block is one of accelerator, core, pe, "),
-        (("--target", "asic"), "target is one of generic, ultrascaleplus, ecp5, not 'asic'"),
+        (("--target", "asic"), "target is one of generic, ultrascaleplus, ecp5, simulation, not 'asic'"),
     ],
 )
 def test_bad_value_is_one_line(options: tuple[str, str], message: str, tmp_path: Path):

@@ -6,6 +6,7 @@ from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from hw.rtl.common.block import Block
+from hw.rtl.common.clock_gate import SETTLING, gate
 from hw.rtl.common.delay import delay
 from hw.rtl.common.fifo import StreamFifo
 from hw.rtl.common.results import result_payload
@@ -87,7 +88,16 @@ class Core(Block):
         m.submodules.array = array = self.array
         m.submodules.control = control = ColumnControl(config)
         m.submodules.columns = columns = self.columns
-        m.submodules.drain = drain = self.drain
+        drain = self.drain
+        (m.submodules.drain,) = gate(
+            m,
+            platform,
+            drain,
+            name="drain",
+            cycles=SETTLING,
+            events=[drain.tile_done],
+            pipeline=(drain.walker.step, drain.latency + SETTLING),
+        )
         users = (splitter, header, buffer, sequencer, control, drain)
         m.submodules.fork = fork = CommandFork(config, len(users))
 

@@ -42,6 +42,14 @@ class Drain(Block):
         self.config, self.chain_latency = config, chain_latency
         self.lanes = config.lanes
         self.converters = [FloatOut(config) for _ in range(self.lanes)]
+        self.walker = Walker(
+            config,
+            {
+                "columns": lambda command: Const(config.tile // self.lanes),
+                "token": lambda command: command.tokens,
+                "tile": lambda command: command.out_tiles,
+            },
+        )
         super().__init__(
             {
                 "command": In(command_signature(config)),
@@ -79,14 +87,7 @@ class Drain(Block):
     def elaborate(self, platform) -> Module:
         m = Module()
         config = self.config
-        m.submodules.walker = walker = Walker(
-            config,
-            {
-                "columns": lambda command: Const(config.tile // self.lanes),
-                "token": lambda command: command.tokens,
-                "tile": lambda command: command.out_tiles,
-            },
-        )
+        m.submodules.walker = walker = self.walker
         wiring.connect(m, wiring.flipped(self.command), walker.command)
         m.submodules.tiles = tiles = Credits(ring_depth(config))
         m.submodules.fifo = fifo = CreditFifo(result_payload(config, config.lanes), self.fifo_depth)

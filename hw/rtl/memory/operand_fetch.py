@@ -99,6 +99,7 @@ class OperandFetch(Block):
         self.word_floats = max(self.beat_floats, lanes)
         # A power of two, so that the pointers of the ring wrap by themselves.
         self.rows = max(self._LEAST_ROWS, 1 << (chunks * max_tokens - 1).bit_length())
+        self.cutter = BurstCutter(width)
         super().__init__(
             {
                 "jobs": In(stream.Signature(operand_layout(max_tokens, periodic=periodic))),
@@ -159,7 +160,7 @@ class OperandFetch(Block):
 
     def _ask(self, m: Module, rows: StreamFifo, first: Signal) -> None:
         """Walks the rows of one job after another: tokens, chunks."""
-        m.submodules.cutter = cutter = BurstCutter(self.width)
+        m.submodules.cutter = cutter = self.cutter
         # ``bursts.ready`` is known late, so the cutter and the walk over the rows do not depend on it.
         m.submodules.ahead = ahead = StreamFifo(burst_layout(self.width), 2)
         wiring.connect(m, cutter.bursts, ahead.i)

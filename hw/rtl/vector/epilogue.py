@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The epilogue: the operations on results on their way from the array to memory (:mod:`hw.spec.ops.epilogue`)."""
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -9,6 +9,7 @@ from amaranth.lib.wiring import In, Out
 from hw.rtl.arithmetic.float_adder import FloatAdder
 from hw.rtl.arithmetic.float_multiplier import FloatMultiplier
 from hw.rtl.common.block import Block
+from hw.rtl.common.clock_gate import SETTLING, gate
 from hw.rtl.common.delay import delay
 from hw.rtl.common.fifo import CreditFifo
 from hw.rtl.common.float32 import FLOAT
@@ -54,6 +55,7 @@ class Epilogue(Block):
         self.factors = [FloatMultiplier() for _ in range(self.lanes)]
         self.scales = TokenScales(config)
         self.maximum = PieceMaximum(config)
+        self.take = TakeTransfers(config, self.scales.interval)
         super().__init__(
             {
                 "job": In(stream.Signature(epilogue_layout(config))),
@@ -89,6 +91,17 @@ class Epilogue(Block):
         """Entries of each output's FIFO: all transfers in the pipeline, and the cycles until an entry is free again."""
         return 1 << (self.value_latency + self.second_latency + 3).bit_length()
 
+    @property
+    def works(self) -> Value:
+        """A transfer is taken, or r of a token is computed: for :func:`hw.rtl.common.clock_gate.gate`."""
+        return self.take.taken.valid | self.scales.pending
+
+    @property
+    def settling(self) -> int:
+        """Cycles from ``works`` until the state stays as it is, if nothing comes in."""
+        after = max(self.second_latency, self.scales.sums.latency)
+        return max(self.value_latency + after, self.scales.inverse.latency) + SETTLING
+
     def properties(self) -> dict[str, int]:
         """See :class:`hw.rtl.common.block.Block`."""
         return {
@@ -101,7 +114,7 @@ class Epilogue(Block):
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        m.submodules.take = take = TakeTransfers(self.config, self.scales.interval)
+        m.submodules.take = take = self.take
         m.submodules.first_fifo = first = CreditFifo(self.first.payload.shape(), self.fifo_depth)
         m.submodules.second_fifo = second = CreditFifo(self.second.payload.shape(), self.fifo_depth)
         wiring.connect(m, wiring.flipped(self.job), take.job)
@@ -116,11 +129,11 @@ class Epilogue(Block):
             first.claim.eq(take.taken.valid & ~flags.quiet),
             second.claim.eq(take.taken.valid & (flags.second | (flags.pieces & take.taken.place.piece_end))),
         ]
-        about, values = self._scale(m, take)
-        about, values = self._add(m, about, values, self.data[Operand.ADDEND])
+        about, values = self._scale(m, platform, take)
+        about, values = self._add(m, platform, about, values, self.data[Operand.ADDEND])
         about, values = self._operate(m, about, values, self.data[Operand.TABLE])
         self._put_first(m, first, about, values)
-        self._put_second(m, second, about, values, self.data[Operand.FACTOR])
+        self._put_second(m, platform, second, about, values, self.data[Operand.FACTOR])
         return m
 
     def _widen(self, m: Module, take: TakeTransfers) -> None:
@@ -132,9 +145,18 @@ class Epilogue(Block):
             wiring.connect(m, wiring.flipped(self.results), merge.i)
             wiring.connect(m, merge.o, take.results)
 
-    def _scale(self, m: Module, take: TakeTransfers) -> tuple[data.View, list[Signal]]:
+    def _scale(self, m: Module, platform, take: TakeTransfers) -> tuple[data.View, list[Signal]]:
         """The values times r of their token."""
-        m.submodules.scales = scales = self.scales
+        scales = self.scales
+        (m.submodules.scales,) = gate(
+            m,
+            platform,
+            scales,
+            name="scales",
+            cycles=scales.sums.latency + 1,
+            events=[scales.valid],
+            pipeline=(scales.begin | scales.pending, scales.inverse.latency + 1),
+        )
         m.submodules.r = memory = Memory(shape=FLOAT, depth=max(2, self.config.max_tokens), init=[])
         write, read, taken = memory.write_port(), memory.read_port(), take.taken
         about = delay(m, taken, OPERAND_LATENCY, name="with_operands", reset=True)
@@ -151,21 +173,25 @@ class Epilogue(Block):
             scales.columns.eq(take.current.columns),
         ]
         r = delay(m, read.data, OPERAND_LATENCY - 1, name="r")
-        return self._each(m, "scale", self.scalers, about, about.flags.scale, take.values, [r] * self.lanes)
+        return self._each(m, platform, "scale", self.scalers, about, about.flags.scale, take.values, [r] * self.lanes)
 
-    def _add(self, m: Module, about, values, addend) -> tuple[data.View, list[Signal]]:
+    def _add(self, m: Module, platform, about, values, addend) -> tuple[data.View, list[Signal]]:
         """The values plus the addend."""
         late = delay(m, addend, self.scalers[0].latency, name="addend")
-        about, sums = self._each(m, "add", self.adders, about, about.flags.add, values, late)
+        about, sums = self._each(m, platform, "add", self.adders, about, about.flags.add, values, late)
         return delay(m, about, 1, name="added", reset=True), [delay(m, value, 1, name="sum") for value in sums]
 
-    def _each(self, m: Module, name: str, operators, about, flag, values, others) -> tuple[data.View, list[Signal]]:
+    def _each(
+        self, m: Module, platform, name: str, operators, about, flag, values, others
+    ) -> tuple[data.View, list[Signal]]:
         """One operator per lane; without the flag the values pass."""
         latency = operators[0].latency
         after, results = delay(m, about, latency, name=f"after_{name}", reset=True), []
         used = delay(m, flag, latency, name=f"{name}_used")
-        for lane, (operator, value, other) in enumerate(zip(operators, values, others, strict=True)):
+        gated = gate(m, platform, *operators, name=name, pipeline=(about.valid & flag, latency))
+        for lane, operator in enumerate(gated):
             m.submodules[f"{name}_{lane}"] = operator
+        for lane, (operator, value, other) in enumerate(zip(operators, values, others, strict=True)):
             m.d.comb += [
                 operator.valid.eq(about.valid & flag),
                 Cat(operator.a).eq(value),
@@ -210,13 +236,13 @@ class Epilogue(Block):
             out.last.eq(place.last),
         ]
 
-    def _put_second(self, m: Module, fifo: CreditFifo, about, values, factor) -> None:
+    def _put_second(self, m: Module, platform, fifo: CreditFifo, about, values, factor) -> None:
         """The second output, and the sums of squares."""
         m.submodules.maximum = maximum = self.maximum
         before = self.value_latency - OPERAND_LATENCY
         late = delay(m, factor, before, name="factor")
         product_latency, latency = self.factors[0].latency, self.second_latency
-        _, products = self._each(m, "factor", self.factors, about, about.flags.second, values, late)
+        _, products = self._each(m, platform, "factor", self.factors, about, about.flags.second, values, late)
         m.d.comb += [
             maximum.valid.eq(about.valid & about.flags.pieces),
             Cat(maximum.values).eq(Cat(values)),

@@ -8,6 +8,7 @@ from hw.rtl.arithmetic.float_adder import FloatAdder
 from hw.rtl.arithmetic.float_multiplier import FloatMultiplier
 from hw.rtl.arithmetic.silu import Silu
 from hw.rtl.common.block import Block
+from hw.rtl.common.clock_gate import gate
 from hw.rtl.common.delay import delay
 from hw.rtl.common.float32 import FLOAT
 
@@ -55,9 +56,10 @@ class PairUnit(Block):
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        m.submodules.silu = silu = self.silu_unit
+        silu = self.silu_unit
+        (m.submodules.silu,) = gate(m, platform, silu, name="silu", pipeline=(silu.valid, silu.latency))
         m.d.comb += [silu.valid.eq(self.valid & self.silu), silu.gate.eq(self.low), silu.up.eq(self.high)]
-        rotated = self._rotate(m)
+        rotated = self._rotate(m, platform)
         product = delay(m, silu.result, self.latency - silu.latency, name="product")
         flags = delay(m, Cat(self.rotary, self.silu), self.latency, name="flags")
         for name, turned in zip(("low", "high"), rotated, strict=True):
@@ -70,16 +72,18 @@ class PairUnit(Block):
                 m.d.comb += result.eq(Mux(flags[0], turned, passed))
         return m
 
-    def _rotate(self, m: Module) -> list[Signal]:
+    def _rotate(self, m: Module, platform) -> list[Signal]:
         """Both rotated columns, ``rotary_latency`` cycles after the pair."""
         factors = ((self.low, self.cosine), (self.high, self.sine), (self.high, self.cosine), (self.low, self.sine))
         moves = Cat(self.valid & self.rotary, moving := Signal(self.products[0].latency))
         m.d.sync += moving.eq(moves)
-        for index, (product, (number, factor)) in enumerate(zip(self.products, factors, strict=True)):
-            m.submodules[f"product_{index}"] = product
+        parts = gate(m, platform, *self.products, *self.sums, name="rotary", pipeline=(moves[0], self.rotary_latency))
+        names = (*(f"product_{index}" for index in range(4)), *(f"sum_{index}" for index in range(2)))
+        for name, part in zip(names, parts, strict=True):
+            m.submodules[name] = part
+        for product, (number, factor) in zip(self.products, factors, strict=True):
             m.d.comb += [product.valid.eq(moves[0]), product.a.eq(number), product.b.eq(factor)]
         for index, (total, negative) in enumerate(zip(self.sums, (1, 0), strict=True)):
-            m.submodules[f"sum_{index}"] = total
             first, second = (product.result for product in self.products[2 * index : 2 * index + 2])
             m.d.comb += [
                 total.valid.eq(moves[-1]),
