@@ -11,10 +11,12 @@ from sw.devices import library
 
 SIMULATED = ("rtl", "kv260")
 """Devices that a test simulates: the fake board of a test connects a driver's files to the simulated device."""
+LONG = ("test_measured_designs.py::", "test_quantize_models.py::")
+"""Files whose tests take minutes and have no fixture in common."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of simulated devices, and put the long tests first: synthesis, then benches, large before small.
+    """Mark the tests of simulated devices, and put the long tests first: LONG, then benches, large before small.
 
     Then come the files that build simulated devices. A long test that starts last would leave the other cores idle.
     """
@@ -23,11 +25,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if any(isinstance(name, str) and name in SIMULATED for name in names):
             item.add_marker("simulator")
     benches = [item for item in items if _is_bench(item.nodeid)]
-    designs = [item for item in items if _is_alone(item.nodeid) and not _is_bench(item.nodeid)]
+    long = [item for item in items if _is_alone(item.nodeid) and not _is_bench(item.nodeid)]
     others = [item for item in items if not _is_alone(item.nodeid)]
     building = {_file(item.nodeid) for item in others if item.get_closest_marker("simulator")}
     others.sort(key=lambda item: _file(item.nodeid) not in building)
-    items[:] = [*designs, *reversed(benches), *others]
+    items[:] = [*long, *reversed(benches), *others]
 
 
 def _values(item: pytest.Item) -> list[object]:
@@ -44,8 +46,8 @@ def _is_bench(nodeid: str) -> bool:
 
 
 def _is_alone(nodeid: str) -> bool:
-    """Whether a worker takes this test by itself. The tests of a design have no fixture in common."""
-    return _is_bench(nodeid) or "test_measured_designs.py::" in nodeid
+    """Whether a worker takes this test by itself."""
+    return _is_bench(nodeid) or any(file in nodeid for file in LONG)
 
 
 @pytest.hookimpl(wrapper=True)
