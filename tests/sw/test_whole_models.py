@@ -56,6 +56,7 @@ def compare(path, prompts, count: int, operators: str) -> None:
 
 @pytest.mark.simulator
 @pytest.mark.full
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("operators", OPERATORS)
 def test_smollm2_continues_like_onnxruntime(operators, smollm2):
     compare(smollm2, PROMPTS, 32, operators)
@@ -82,6 +83,7 @@ def test_smollm2_as_programs(smollm2):
 
 @pytest.mark.simulator
 @pytest.mark.full
+@pytest.mark.timeout(3600)
 def test_qwen_shape():
     """One token of 24 blocks and an int8 head: it is exact, close to onnxruntime, and needs little memory."""
     figures = measure_qwen()
