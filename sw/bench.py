@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from hw.spec.config import EXPONENT_BITS, SCALE_BITS, AcceleratorConfig
+from hw.spec.config import EXPONENT_BITS, OPERATORS, SCALE_BITS, AcceleratorConfig
 from hw.spec.control.descriptor import FLOAT_BYTES, weight_bytes
 from hw.spec.cycles import layer_cycles
 from hw.spec.kv260 import FABRIC_HZ
@@ -263,6 +263,17 @@ def measure_tokens(status: Console) -> list[dict]:
     return rows
 
 
+def measure_simulation(status: Console) -> list[dict]:
+    """Measures the speed of the simulated device on the linear layers of a token, without and with a vector unit."""
+    rows, memory = [], "kv260-2400"
+    for operators in OPERATORS:
+        status.print(f"simulating a token, operators {operators} ...")
+        with (bench := Bench(make_config(operators=operators), memory)).device:
+            speed = measure_token(bench)["cycles_per_cpu_second"]
+        rows.append({"operators": operators, "memory": memory, "cycles_per_cpu_second": speed})
+    return rows
+
+
 def measure_decoders(status: Console) -> dict:
     """Whole models."""
     status.print("running whole models ...")
@@ -279,6 +290,7 @@ PARTS: dict[str, Callable[[Console], Any]] = {
     "layers": measure_layers,
     "gemm": measure_gemms,
     "tokens": measure_tokens,
+    "simulation": measure_simulation,
     "decoders": measure_decoders,
     "tools": measure_tools,
 }

@@ -77,7 +77,7 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "piece_maximum": PieceMaximum,
     "merge": MergePairs,
     "rows": lambda config: RowWalker(config, config.vector_lanes),
-    "take": lambda config: TakeTransfers(config, PartialSums(config).interval),
+    "take": lambda config: TakeTransfers(config, PartialSums.interval_of(config)),
     "partial_sums": PartialSums,
     "scales": TokenScales,
     "completion": lambda config: Completion(clients=2, depth=16),

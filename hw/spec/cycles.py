@@ -85,13 +85,18 @@ def slices_cycles(layer: LayerLayout, tokens: int, ahead: int) -> int:
     """Cycles from the array's first slice of a layer to its last one.
 
     ahead : beats that came before the first slice; only as many as the header's ring and the words' FIFO hold count
+
+    A slice starts when its last word is there. So if the stream is the slowest, the last slice starts with the last
+    beat.
     """
     config, stream = layer.config, layer.stream
     one_slice = max(tokens, stream.words_per_slice)
     array, drain = layer.slices * one_slice, tokens * config.tile // config.lanes
     room = layer.header_beats + stream.word_fifo_depth * stream.beats_per_word
-    steady = (layer.out_tiles - 1) * max(layer.header_cycles, array, drain, _tile_write_cycles(config, tokens))
-    return max(steady + array, layer.beats - min(max(0, ahead), room, layer.beats)) - one_slice
+    # A single piece is written after its last result, so its writing delays no slice.
+    writing = _tile_write_cycles(config, tokens) if layer.n > PIECE_FLOATS else 0
+    steady = (layer.out_tiles - 1) * max(layer.header_cycles, array, drain, writing)
+    return max(steady + array - one_slice, layer.beats - min(max(0, ahead), room, layer.beats) - 1)
 
 
 def result_cycles(layer: LayerLayout, tokens: int) -> int:

@@ -61,6 +61,13 @@ def _print_tokens(console: Console, rows: list[dict]) -> None:
     )
 
 
+def _print_simulation(console: Console, rows: list[dict]) -> None:
+    table = _table("The simulated device", ("operators", "memory"), ("million cycles per second of processor time",))
+    for row in rows:
+        table.add_row(row["operators"], row["memory"], f"{row['cycles_per_cpu_second'] / 1e6:.2f}")
+    console.print(table)
+
+
 def _print_tools(console: Console, figures: dict[str, float]) -> None:
     table = _table("Tools, on this machine", ("figure",), ("value",))
     for name, value in figures.items():
@@ -171,6 +178,7 @@ _PRINT = {
     "layers": _print_layers,
     "gemm": _print_gemm,
     "tokens": _print_tokens,
+    "simulation": _print_simulation,
     "decoders": _print_decoders,
     "tools": _print_tools,
 }

@@ -111,7 +111,7 @@ def test_only(monkeypatch, tmp_path: Path, capsys):
 def test_tables_of_a_part(capsys):
     """Every part of a report can be printed alone."""
     sections = load()
-    for name in ("layers", "gemm", "tokens", "decoders"):
+    for name in ("layers", "gemm", "tokens", "simulation", "decoders"):
         bench.print_tables({name: sections[name]["figures"]})
     out = capsys.readouterr().out
     tokens = [f"{row['cycles']:,}" for row in sections["tokens"]["figures"]]

@@ -29,10 +29,15 @@ class FloatOperator(Block):
         self.round = FloatRound(EXPONENT_FIELD_BITS + 2)
         super().__init__({"valid": In(1), "a": In(FLOAT), "b": In(FLOAT), "result": Out(FLOAT)})
 
+    @classmethod
+    def cycles(cls) -> int:
+        """Cycles from the operands to ``result``, of every instance."""
+        return cls.stages + FloatRound.latency
+
     @property
     def latency(self) -> int:
         """Cycles from the operands to ``result``."""
-        return self.stages + self.round.latency
+        return self.cycles()
 
     def properties(self) -> dict[str, int]:
         """See :class:`hw.rtl.common.block.Block`."""

@@ -54,10 +54,15 @@ class PartialSums(Block):
             }
         )
 
+    @staticmethod
+    def interval_of(config: AcceleratorConfig) -> int:
+        """Cycles from one transfer to the next one."""
+        return max(1, FloatAdder.cycles() * config.vector_lanes // PARTIAL_SUMS)
+
     @property
     def interval(self) -> int:
         """Cycles from one transfer to the next one."""
-        return max(1, self.adders[0].latency * self.lanes // PARTIAL_SUMS)
+        return self.interval_of(self.config)
 
     @property
     def latency(self) -> int:
