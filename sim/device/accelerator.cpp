@@ -161,9 +161,9 @@ uint64_t triggers([[maybe_unused]] const Model& model) {
     return set;
 }
 
-// One rising edge. Verilator's scheduler would look for changes and evaluate the falling edge too. The design has one
-// clock and no falling-edge logic, so we bypass the scheduler and call its two evaluation functions directly: one for
-// the logic that depends on the inputs, one for the logic at the clock edge.
+// One rising edge. Verilator's scheduler would look for changes and evaluate the falling edge too. The edges of all
+// clocks come together, and no logic is at a falling edge, so we bypass the scheduler and call its two evaluation
+// functions directly: one for the logic that depends on the inputs, one for the logic at the clocks' edges.
 void clock_edge(gm_device* device) {
     auto* root = device->model.rootp;
     root->__VicoTriggered[0] = 1;

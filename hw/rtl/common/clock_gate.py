@@ -2,10 +2,11 @@
 """Clock gates of the simulated device, which then spends no time on blocks that have nothing to do."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 
 from amaranth.hdl import Cat, ClockDomain, DomainRenamer, Fragment, Module, ResetSignal, Signal, Value, ValueLike
 from amaranth.hdl._ir import PortDirection
-from amaranth.lib import stream, wiring
+from amaranth.lib import wiring
 
 from hw.spec.simulation import CLOCKS_NEEDED, GATED_DOMAIN
 
@@ -41,20 +42,12 @@ class ClockGates:
         return {**clocks, CLOCKS_NEEDED: (needed, PortDirection.Output)}
 
 
-def _streams(component) -> Iterator:
-    """All streams of a component or interface."""
-    for name, member in component.signature.members.items():
-        if member.is_signature:
-            for part in _elements(getattr(component, name), len(member.dimensions)):
-                yield from (part,) if isinstance(member.signature, stream.Signature) else _streams(part)
-
-
-def _elements(value, dimensions: int) -> Iterator:
-    if not dimensions:
-        yield value
-    else:
-        for item in value:
-            yield from _elements(item, dimensions - 1)
+def _handshakes(component: wiring.Component) -> Iterator[tuple[Value, Value]]:
+    """``valid`` and ``ready`` of all streams of a component."""
+    ports = {path: Value.cast(value) for path, _, value in component.signature.flatten(component)}
+    for (*port, part), value in ports.items():
+        if part == "valid" and (*port, "ready") in ports:
+            yield value, ports[*port, "ready"]
 
 
 def _changes(m: Module, values: Sequence[Value], name: str) -> list[Value]:
@@ -91,14 +84,13 @@ def gate(
         return list(blocks)
     domain, needed = platform.add()
     m.domains += domain
-    streams = [found for block in blocks for found in _streams(block)]
-    handshakes = [value for found in streams for value in (found.valid, found.ready)]
+    handshakes = [found for block in blocks for found in _handshakes(block)]
     entering, latency = pipeline or (0, 0)
     left, event = Signal(range(max(cycles, latency) + 1), name=f"{name}_left"), Signal(name=f"{name}_event")
     happens = [
-        *(found.valid & found.ready for found in streams),
+        *(valid & ready for valid, ready in handshakes),
         *(Value.cast(value).any() for value in events),
-        *_changes(m, [*handshakes, *(Value.cast(value) for value in watch)], name),
+        *_changes(m, [*chain(*handshakes), *(Value.cast(value) for value in watch)], name),
     ]
     m.d.comb += [
         event.eq(Cat(*happens).any()),

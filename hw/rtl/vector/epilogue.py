@@ -188,10 +188,9 @@ class Epilogue(Block):
         latency = operators[0].latency
         after, results = delay(m, about, latency, name=f"after_{name}", reset=True), []
         used = delay(m, flag, latency, name=f"{name}_used")
-        gated = gate(m, platform, *operators, name=name, pipeline=(about.valid & flag, latency))
-        for lane, operator in enumerate(gated):
-            m.submodules[f"{name}_{lane}"] = operator
-        for lane, (operator, value, other) in enumerate(zip(operators, values, others, strict=True)):
+        parts = gate(m, platform, *operators, name=name, pipeline=(about.valid & flag, latency))
+        for lane, (part, operator, value, other) in enumerate(zip(parts, operators, values, others, strict=True)):
+            m.submodules[f"{name}_{lane}"] = part
             m.d.comb += [
                 operator.valid.eq(about.valid & flag),
                 Cat(operator.a).eq(value),
