@@ -249,21 +249,19 @@ class Dispatcher(Block):
         }
         single, matches = work.command.tokens == 1, Signal(len(rows))
         # ``matches`` and ``fits`` are registers, because their comparisons are long. They compare the descriptor of the
-        # cycle before, which is another one after a step.
-        fits = Signal()
+        # cycle before, which is another one after a step: only ``fits`` takes this into account.
+        fits, current = Signal(), activations.valid & ~activations.step
         # All of the activations are in the row.
         columns = Signal.like(work.out_features)
         contained = work.activation_beats <= columns >> (self.config.port_width // FLOAT_BITS).bit_length() - 1
-        m.d.sync += fits.eq(single & (work.wait == Wait.ACTIVATIONS) & contained)
+        m.d.sync += fits.eq(current & single & (work.wait == Wait.ACTIVATIONS) & contained)
         with m.If(activations.step):
             m.d.sync += columns.eq(work.out_features >> work.silu)
         for client, (place, written) in rows.items():
             address, known = Signal.like(place, name=f"row_{client.value}"), Signal(name=f"known_{client.value}")
             with m.If(activations.step):
                 m.d.sync += [address.eq(place), known.eq(written & single)]
-            m.d.sync += matches[client].eq(
-                activations.valid & ~activations.step & known & (work.activations == address)
-            )
+            m.d.sync += matches[client].eq(known & (work.activations == address))
         m.d.comb += [
             several.add.eq(incomplete.add),
             several.take.eq(incomplete.take),
