@@ -285,9 +285,18 @@ class OperandFetch(Block):
         """
         column = Signal(range(PIECE_FLOATS // self.lanes))
         following, start, previous = Signal.like(column), Signal.like(column), Signal.like(self.token)
-        m.d.comb += column.eq(Mux((self.token != previous) & (self.token != 0), start, following))
+        others = Signal()
+        m.d.comb += [
+            others.eq((self.token != previous) & (self.token != 0)),
+            column.eq(Mux(others, start, following)),
+        ]
+
+        def after(before: Signal) -> Value:
+            return Mux(before == last, 0, before + 1)
+
         with m.If(self.read):
-            m.d.sync += [previous.eq(self.token), following.eq(Mux(column == last, 0, column + 1))]
+            # Both are computed before the choice between them, because ``token`` is known late.
+            m.d.sync += [previous.eq(self.token), following.eq(Mux(others, after(start), after(following)))]
         with m.If(self.read & (self.token == 0) & (previous != 0)):
             m.d.sync += start.eq(column)
         with m.If(self.release):
