@@ -156,8 +156,8 @@ class Dispatcher(Block):
         weights, activations = cursors[Side.WEIGHTS], cursors[Side.ACTIVATIONS]
         # A register, like ``waiting``: the cursors are at different descriptors.
         apart = Signal()
-        self._walk(m, weights, activations, apart)
-        self._wait(m, activations)
+        table = self._walk(m, weights, activations, apart)
+        self._wait(m, activations, *table)
         self._order(m, weights, activations, apart)
         return m
 
@@ -169,9 +169,11 @@ class Dispatcher(Block):
             source = fifo.o
         wiring.connect(m, source, wiring.flipped(getattr(self, share.name)))
 
-    def _walk(self, m: Module, weights: Cursor, activations: Cursor, apart: Signal) -> None:
+    def _walk(self, m: Module, weights: Cursor, activations: Cursor, apart: Signal) -> tuple[list[data.View], Signal]:
         """Moves the cursors over the table, a ring. Its last descriptor is still the one at the input: it is taken when
         both cursors have sent it, or when the next one is needed because the activations side waits.
+
+        Returns the activations side's table, and the index of its cursor's entry.
         """
         work, taken, last = self.work, Signal(), Signal()
         stored = TABLE_DEPTH - 1
@@ -199,6 +201,7 @@ class Dispatcher(Block):
         ]
         written = Signal(range(TABLE_DEPTH))
         m.d.sync += written.eq(written + taken)
+        table, place = [], Signal()
         for side, cursor in ((Side.WEIGHTS, weights), (Side.ACTIVATIONS, activations)):
             name, names = side.name.lower(), side.names(self.config)
             place = Signal(range(TABLE_DEPTH), name=f"place_{name}")
@@ -219,8 +222,9 @@ class Dispatcher(Block):
                 m.d.comb += Cat(cursor.work, cursor.wanted).eq(entry)
             else:
                 m.d.comb += Value.cast(cursor.work).eq(entry)
+        return table, place
 
-    def _wait(self, m: Module, activations: Cursor) -> None:
+    def _wait(self, m: Module, activations: Cursor, table: list[data.View], place: Signal) -> None:
         """Whether the activations side may be sent. It then has started, and counts as incomplete."""
         may, started = Signal(), Signal()
         m.submodules.incomplete = incomplete = Credits(self._MOST_INCOMPLETE)
@@ -231,14 +235,16 @@ class Dispatcher(Block):
             *(activations.may[share.name].eq(may) for share in activations.shares),
         ]
         if self.config.has_vector_unit:
-            early = self._follow(m, activations, may, incomplete)
+            early = self._follow(m, activations, table, place, may, incomplete)
             m.d.comb += [activations.may[share.name].eq(may | early) for share in activations.shares if share.early]
         m.d.sync += [
             self.waiting.eq(activations.valid & ~may),
             started.eq(activations.valid & may & ~activations.step),
         ]
 
-    def _follow(self, m: Module, activations: Cursor, may: Signal, incomplete: Credits) -> Value:
+    def _follow(
+        self, m: Module, activations: Cursor, table: list[data.View], place: Signal, may: Signal, incomplete: Credits
+    ) -> Value:
         """Whether the descriptor reads a row that is being written; only the one that writes it is incomplete."""
         work, early = activations.work, Signal()
         m.submodules.several = several = Credits(incomplete.limit, least=2)
@@ -247,9 +253,9 @@ class Dispatcher(Block):
             WriteClient.RESULTS: (work.results, ~work.quiet),
             WriteClient.SECOND: (work.second_results, work.second),
         }
-        single, matches = work.command.tokens == 1, Signal(len(rows))
-        # ``matches`` and ``fits`` are registers, because their comparisons are long. They compare the descriptor of the
-        # cycle before, which is another one after a step: only ``fits`` takes this into account.
+        single, stands = work.command.tokens == 1, []
+        # All comparisons are long, so they end in registers. ``fits`` is about the descriptor of the cycle before, and
+        # after a step this is another one.
         fits, current = Signal(), activations.valid & ~activations.step
         # All of the activations are in the row.
         columns = Signal.like(work.out_features)
@@ -257,19 +263,22 @@ class Dispatcher(Block):
         m.d.sync += fits.eq(current & single & (work.wait == Wait.ACTIVATIONS) & contained)
         with m.If(activations.step):
             m.d.sync += columns.eq(work.out_features >> work.silu)
-        for client, (place, written) in rows.items():
-            address, known = Signal.like(place, name=f"row_{client.value}"), Signal(name=f"known_{client.value}")
+        for client, (row, written) in rows.items():
+            address, known = Signal.like(row, name=f"row_{client.value}"), Signal(name=f"known_{client.value}")
             with m.If(activations.step):
-                m.d.sync += [address.eq(place), known.eq(written & single)]
-            m.d.sync += matches[client].eq(known & (work.activations == address))
+                m.d.sync += [address.eq(row), known.eq(written & single)]
+            # Every entry of the table is compared, so that no choice of an entry comes before the comparison.
+            stands.append(Cat(known & (entry.activations == address) for entry in table))
+        of_results, of_any = Signal(len(table)), Signal(len(table))
+        m.d.sync += [of_results.eq(stands[0]), of_any.eq(stands[0] | stands[1])]
         m.d.comb += [
             several.add.eq(incomplete.add),
             several.take.eq(incomplete.take),
-            early.eq(matches.any() & fits & incomplete.enough & ~several.enough),
+            early.eq(of_any.bit_select(place, 1) & fits & incomplete.enough & ~several.enough),
         ]
         blocks = activations.blocks
         with m.If(blocks.valid & blocks.ready):
-            m.d.sync += [self.follow.eq(~may), self.followed.eq(~matches[WriteClient.RESULTS])]
+            m.d.sync += [self.follow.eq(~may), self.followed.eq(~of_results.bit_select(place, 1))]
         with m.Elif(may | self.whole.bit_select(self.followed, 1)):
             m.d.sync += self.follow.eq(0)
         return early
