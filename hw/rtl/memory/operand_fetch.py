@@ -142,7 +142,10 @@ class OperandFetch(Block):
         # The first row that is not released: the start of the chunk that is read now.
         first = Signal(range(2 * self.rows))
         self._ask(m, rows, first)
-        self._fill(m, memory, rows, chunks)
+        # Registers before the comparison with a row's last beat; a row is there long before its first beat.
+        m.submodules.front = front = StreamFifo(self._row_layout(), 2)
+        wiring.connect(m, rows.o, front.i)
+        self._fill(m, memory, front, chunks)
         self._read(m, memory, chunks, first)
         return m
 
@@ -224,7 +227,7 @@ class OperandFetch(Block):
             m.d.sync += [address.eq(address + pitch), rows_left.eq(rows_left - 1), last_row.eq(rows_left == 2)]
 
     def _fill(self, m: Module, memory: Memory, rows: StreamFifo, chunks: StreamFifo) -> None:
-        """Writes the beats, row by row."""
+        """Writes the beats, row by row; rows: those that are not full."""
         write, word_beats = memory.write_port(granularity=1), self.word_floats // self.beat_floats
         part_bits = (word_beats - 1).bit_length()
         # A register, because a read manager selects the client of a beat in the cycle of the beat.
