@@ -253,7 +253,7 @@ class Dispatcher(Block):
             WriteClient.RESULTS: (work.results, ~work.quiet),
             WriteClient.SECOND: (work.second_results, work.second),
         }
-        single, stands = work.command.tokens == 1, []
+        single, matches = work.command.tokens == 1, Signal(len(rows))
         # All comparisons are long, so they end in registers. ``fits`` is about the descriptor of the cycle before, and
         # after a step this is another one.
         fits, current = Signal(), activations.valid & ~activations.step
@@ -268,17 +268,17 @@ class Dispatcher(Block):
             with m.If(activations.step):
                 m.d.sync += [address.eq(row), known.eq(written & single)]
             # Every entry of the table is compared, so that no choice of an entry comes before the comparison.
-            stands.append(Cat(known & (entry.activations == address) for entry in table))
-        of_results, of_any = Signal(len(table)), Signal(len(table))
-        m.d.sync += [of_results.eq(stands[0]), of_any.eq(stands[0] | stands[1])]
+            equal = Signal(len(table), name=f"equal_{client.value}")
+            m.d.sync += equal.eq(Cat(known & (entry.activations == address) for entry in table))
+            m.d.comb += matches[client].eq(equal.bit_select(place, 1))
         m.d.comb += [
             several.add.eq(incomplete.add),
             several.take.eq(incomplete.take),
-            early.eq(of_any.bit_select(place, 1) & fits & incomplete.enough & ~several.enough),
+            early.eq(matches.any() & fits & incomplete.enough & ~several.enough),
         ]
         blocks = activations.blocks
         with m.If(blocks.valid & blocks.ready):
-            m.d.sync += [self.follow.eq(~may), self.followed.eq(~of_results.bit_select(place, 1))]
+            m.d.sync += [self.follow.eq(~may), self.followed.eq(~matches[WriteClient.RESULTS])]
         with m.Elif(may | self.whole.bit_select(self.followed, 1)):
             m.d.sync += self.follow.eq(0)
         return early
