@@ -156,6 +156,7 @@ def test_board_that_does_not_exist():
     [
         ("tile_16", {"LUT": 22_000, "DSP48E2": 320, "BRAM36": 72, "URAM288": 32}),
         ("tile_16_decoder", {"LUT": 40_000, "DSP48E2": 380, "BRAM36": 72, "URAM288": 32}),
+        ("tile_32_decoder", {"LUT": 81_984, "BRAM36": 72, "URAM288": 32}),
     ],
 )
 def test_documented_figures_are_within_the_limits(design: str, limits: dict[str, int]):
