@@ -12,6 +12,7 @@ Everything is little-endian: the first element is in the lowest bits of the firs
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import gcd
 
 from hw.spec.config import EXPONENT_BITS, MAX_K, MAX_N, SCALE_BITS, AcceleratorConfig, ConfigError
@@ -172,58 +173,58 @@ class LayerLayout:
                 f" in the time that its weights take, not {size}"
             )
 
-    @property
+    @cached_property
     def stream(self) -> StreamLayout:
         """The config's part of the layout."""
         return StreamLayout(self.config)
 
-    @property
+    @cached_property
     def groups(self) -> int:
         """Groups along K."""
         return self.k // self.group_size
 
-    @property
+    @cached_property
     def group_slices(self) -> int:
         """Slices of one group."""
         return self.group_size // self.config.tile
 
-    @property
+    @cached_property
     def out_tiles(self) -> int:
         """Output tiles; the last one may be partly filled."""
         return ceil_div(self.n, self.config.tile)
 
-    @property
+    @cached_property
     def last_columns(self) -> int:
         """Columns in use in the last output tile."""
         return self.n - (self.out_tiles - 1) * self.config.tile
 
-    @property
+    @cached_property
     def slices(self) -> int:
         """K-slices of one output tile."""
         return self.groups * self.group_slices
 
-    @property
+    @cached_property
     def header_cycles(self) -> int:
         """Cycles to read one output tile's header."""
         return self.stream.exponents_cycles + self.groups * self.stream.record_cycles
 
-    @property
+    @cached_property
     def header_beats(self) -> int:
         """Beats of one output tile's header."""
         units = self.stream.exponents_units + self.groups * self.stream.record_units
         return ceil_div(units, self.stream.beat_units)
 
-    @property
+    @cached_property
     def body_words(self) -> int:
         """Words of one output tile's body."""
         return ceil_div(self.slices, self.stream.slices_per_word) * self.stream.words_per_slice
 
-    @property
+    @cached_property
     def tile_beats(self) -> int:
         """Beats of one output tile."""
         return self.header_beats + self.body_words * self.stream.beats_per_word
 
-    @property
+    @cached_property
     def beats(self) -> int:
         """Beats of the whole layer."""
         return self.out_tiles * self.tile_beats

@@ -74,12 +74,26 @@ def _body_shape(layer: LayerLayout) -> tuple[int, int, int]:
     return layer.slices, tile, stream.words_per_slice * stream.rows_per_word
 
 
-def _pack_body(layer: LayerLayout, q: np.ndarray) -> np.ndarray:
+def _pair(words: np.ndarray, tile: int) -> np.ndarray:
+    """Weights of words [..., rows * tile], so that one column of two successive rows comes first, then the next one."""
+    pairs = words.reshape(*words.shape[:-1], -1, 2, tile)
+    return np.ascontiguousarray(np.swapaxes(pairs, -1, -2)).reshape(words.shape)
+
+
+def _unpair(words: np.ndarray, tile: int) -> np.ndarray:
+    """Inverse of :func:`_pair`."""
+    pairs = words.reshape(*words.shape[:-1], -1, tile, 2)
+    return np.ascontiguousarray(np.swapaxes(pairs, -1, -2)).reshape(words.shape)
+
+
+def _pack_body(layer: LayerLayout, q: np.ndarray, paired: bool) -> np.ndarray:
     config, stream, tile, tiles = layer.config, layer.stream, layer.config.tile, layer.out_tiles
     runs, used, padded = _body_shape(layer)
     rows = _pad(q, 0, tiles * tile).reshape(tiles, tile, layer.k).transpose(0, 2, 1)
     rows = _pad(np.ascontiguousarray(rows).reshape(tiles, runs, used, tile), 2, padded)
     words = rows.reshape(tiles, layer.body_words, stream.rows_per_word * tile)
+    if paired:
+        words = _pair(words, tile)
     width = config.weight_bits
     if 8 % width == 0:
         packed = words[..., 0 :: 8 // width].copy()
@@ -91,7 +105,7 @@ def _pack_body(layer: LayerLayout, q: np.ndarray) -> np.ndarray:
     return packed.reshape(tiles, -1, config.beat_bytes)
 
 
-def _unpack_body(layer: LayerLayout, body: np.ndarray) -> np.ndarray:
+def _unpack_body(layer: LayerLayout, body: np.ndarray, paired: bool) -> np.ndarray:
     config, stream, tile, tiles = layer.config, layer.stream, layer.config.tile, layer.out_tiles
     runs, used, padded = _body_shape(layer)
     packed = np.ascontiguousarray(body).reshape(tiles, layer.body_words, stream.word_bits // 8)
@@ -104,12 +118,17 @@ def _unpack_body(layer: LayerLayout, body: np.ndarray) -> np.ndarray:
     else:
         bits = np.unpackbits(packed, axis=-1, bitorder="little", count=count * width)
         words = _from_bits(bits, width, signed=False).astype(np.uint8)
+    if paired:
+        words = _unpair(words, tile)
     rows = words.reshape(tiles, runs, padded, tile)[:, :, :used].reshape(tiles, layer.k, tile)
     return np.ascontiguousarray(rows.transpose(0, 2, 1)).reshape(tiles * tile, layer.k)[: layer.n]
 
 
-def pack(layer: LayerLayout, weights: Weights) -> np.ndarray:
+def pack(layer: LayerLayout, weights: Weights, paired: bool = False) -> np.ndarray:
     """The weight stream of a layer: uint8 [beats, beat_bytes]. Rows beyond N get zero scales.
+
+    paired: the body's order is that of a cache of keys (:mod:`hw.spec.memory.kv_cache`): one column of two successive
+    rows is adjacent.
 
     Raises
     ------
@@ -122,18 +141,18 @@ def pack(layer: LayerLayout, weights: Weights) -> np.ndarray:
         )
     if weights.q.size and int(weights.q.max()) > layer.config.weight_max:
         raise ConfigError(f"a weight is at most {layer.config.weight_max}, not {int(weights.q.max())}")
-    header, body = _pack_header(layer, weights), _pack_body(layer, weights.q)
+    header, body = _pack_header(layer, weights), _pack_body(layer, weights.q, paired)
     return np.concatenate([header, body], axis=1).reshape(layer.beats, layer.config.beat_bytes)
 
 
-def unpack(layer: LayerLayout, beats: np.ndarray) -> Weights:
+def unpack(layer: LayerLayout, beats: np.ndarray, paired: bool = False) -> Weights:
     """Inverse of :func:`pack`."""
     shape = (layer.beats, layer.config.beat_bytes)
     if beats.shape != shape or beats.dtype != np.uint8:
         raise ConfigError(f"the layer's stream is uint8 {list(shape)}, not {beats.dtype} {list(beats.shape)}")
     tiles = beats.reshape(layer.out_tiles, layer.tile_beats, layer.config.beat_bytes)
     zeros, scales, exponents = _unpack_header(layer, tiles[:, : layer.header_beats])
-    return Weights(_unpack_body(layer, tiles[:, layer.header_beats :]), zeros, scales, exponents)
+    return Weights(_unpack_body(layer, tiles[:, layer.header_beats :], paired), zeros, scales, exponents)
 
 
 def stripe(config: AcceleratorConfig, beats: np.ndarray) -> np.ndarray:
