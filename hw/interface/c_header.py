@@ -9,7 +9,6 @@ from hw.spec.control.descriptor import (
     FIELDS,
     WEIGHT_ALIGNMENT,
     DescriptorField,
-    Opcode,
 )
 from hw.spec.control.registers import (
     ERROR_TEXTS,
@@ -105,8 +104,8 @@ def _units() -> Iterator[str]:
             names[field.unit].append(field.name)
     for name, unit in (("WEIGHT", WEIGHT_ALIGNMENT), ("DATA", DATA_ALIGNMENT)):
         yield _define(f"{name}_UNIT", f"{unit}u", f"bytes: {', '.join(names[unit])}")
-    for opcode in Opcode:
-        yield _define(f"OPCODE_{opcode.name}", f"{opcode.value}u", OPS[opcode].title)
+    for opcode, op in OPS.items():
+        yield _define(f"OPCODE_{opcode.name}", f"{opcode.value}u", op.title)
 
 
 def _struct(op: Op) -> Iterator[str]:

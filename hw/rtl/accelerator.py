@@ -14,7 +14,7 @@ from hw.rtl.control.register_bank import CONTROL_ADDRESS_BITS, RegisterBank
 from hw.rtl.control.supervisor import Supervisor
 from hw.rtl.datapath import Datapath
 from hw.rtl.memory.axi import lite_signature, read_signature, write_signature
-from hw.spec.config import AcceleratorConfig
+from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.control.registers import (
     BY_NAME,
     COMPLETIONS,
@@ -39,11 +39,17 @@ class Accelerator(Block):
 
     Throughput: that of the core, see :class:`hw.rtl.core.core.Core`, if memory is fast enough. Every output is a
     register or depends only on registers.
+
+    Raises
+    ------
+    ConfigError : a config with attention, which is not generated yet
     """
 
     container = True
 
     def __init__(self, config: AcceleratorConfig):
+        if config.has_attention:
+            raise ConfigError(f"score_words is 0, not {config.score_words}: only the reference device has attention")
         self.config = config
         super().__init__(
             {

@@ -113,6 +113,7 @@ class AcceleratorConfig:
     max_tokens : maximum number of tokens M of one layer, up to 64
     max_k : maximum number of in_features K of one layer with padding, up to 32,768; a multiple of ``tile``
     max_group_size : longest group that the accumulators hold; the packer splits longer ones, which is exact
+    score_words : scores of attention that each of two banks on chip holds; 0: attention stays on the host
     lanes : results that leave the array per cycle: 1, 2, 4 or 8, at most ``tile``. Command lines, and
         :meth:`from_options`, have a default that depends on tile and operators: :func:`default_lanes`
 
@@ -142,6 +143,9 @@ class AcceleratorConfig:
         128, Choice("longest group that the accumulators hold; the packer splits longer ones", (32, 64, 128, 256))
     )
     lanes: int = _parameter(1, Choice("results that leave the array per cycle", (1, 2, 4, 8)))
+    score_words: int = _parameter(
+        0, Limit("scores of attention in each of two banks on chip, 0 for attention on the host", 0, 1 << 18)
+    )
 
     def __post_init__(self) -> None:
         for name, rule in RULES.items():
@@ -150,6 +154,8 @@ class AcceleratorConfig:
             raise ConfigError(f"max_k is a multiple of the tile ({self.tile}), not {self.max_k}")
         if self.lanes > self.tile:
             raise ConfigError(f"lanes is at most the tile ({self.tile}), not {self.lanes}")
+        if self.score_words and not self.has_vector_unit:
+            raise ConfigError(f"score_words is 0 without the vector unit (operators linear), not {self.score_words}")
         if self.sum_bits > MAX_SUM_BITS:
             raise ConfigError(
                 f"the sum over max_k={self.max_k} takes {self.sum_bits} bits, and the numerics are defined in"
@@ -160,6 +166,11 @@ class AcceleratorConfig:
     def has_vector_unit(self) -> bool:
         """Whether the hardware has the operators between linear layers: the epilogues, and the opcode VECTOR."""
         return self.operators == "decoder"
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the hardware has attention, and with it the opcodes APPEND, SCORES and VALUES."""
+        return self.score_words > 0
 
     @property
     def vector_lanes(self) -> int:
@@ -256,16 +267,20 @@ class AcceleratorConfig:
     # Identity
 
     def to_dict(self) -> dict:
-        """The parameters as a JSON-ready dictionary."""
-        return asdict(self)
+        """The parameters as a JSON-ready dictionary.
+
+        Without attention ``score_words`` is absent: manifest and digest of such hardware are those that it had before
+        this parameter existed.
+        """
+        return {name: value for name, value in asdict(self).items() if name != "score_words" or value}
 
     @classmethod
     def from_dict(cls, values: dict) -> "AcceleratorConfig":
         """Inverse of :meth:`to_dict`; unknown or missing names raise :class:`ConfigError`."""
-        names = {field.name for field in fields(cls)}
-        if set(values) != names:
+        names, given = {field.name for field in fields(cls)}, {"score_words": 0, **values}
+        if set(given) != names:
             raise ConfigError(f"a config has the fields {', '.join(sorted(names))}, not {', '.join(sorted(values))}")
-        return cls(**values)
+        return cls(**given)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "AcceleratorConfig":

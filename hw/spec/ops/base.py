@@ -4,15 +4,17 @@
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import ClassVar, Protocol
 
 import numpy as np
 
 from hw.spec.config import AcceleratorConfig, ConfigError
-from hw.spec.memory.operands import FLOAT_BYTES
-from hw.spec.numerics.linear import Activations
+from hw.spec.memory.geometry import LayerLayout
+from hw.spec.memory.operands import FLOAT_BYTES, WEIGHT_ALIGNMENT
+from hw.spec.memory.packing import unpack, unstripe
+from hw.spec.numerics.linear import Activations, Weights
 
 DESCRIPTOR_WORDS = 16
 """32-bit words of a descriptor."""
@@ -23,6 +25,9 @@ class Opcode(enum.IntEnum):
 
     LINEAR = 1
     VECTOR = 2
+    APPEND = 3
+    SCORES = 4
+    VALUES = 5
 
 
 class Wait(enum.IntEnum):
@@ -91,6 +96,22 @@ COMMON_FIELDS: tuple[DescriptorField, ...] = (
 """Fields of every descriptor, after the opcode."""
 
 
+STREAM_FIELDS: tuple[DescriptorField, ...] = (
+    DescriptorField("groups", 32, 16, "groups along K"),
+    DescriptorField("group_slices", 48, 16, "group size / tile"),
+    DescriptorField("header_beats", 96, 16, "beats of an output tile's header"),
+    DescriptorField("body_words", 112, 16, "words of an output tile's body"),
+)
+"""The shape of a weight stream."""
+WEIGHT_FIELDS: tuple[DescriptorField, ...] = (
+    DescriptorField("weights", 192, 27, units(WEIGHT_ALIGNMENT, "address of port 0's region"), WEIGHT_ALIGNMENT),
+    DescriptorField(
+        "weights_stride", 224, 20, units(WEIGHT_ALIGNMENT, "from one port's region to the next"), WEIGHT_ALIGNMENT
+    ),
+)
+"""The place of a weight stream."""
+
+
 def opcode_field(opcode: Opcode, title: str) -> DescriptorField:
     """The lowest bits of every descriptor."""
     return DescriptorField("opcode", 0, OPCODE_BITS, f"{opcode}: {title}")
@@ -135,6 +156,8 @@ class State:
     """float32 [tokens], for ``scale``: each token's value is that of the last descriptor with ``squares`` and with this
     token.
     """
+    scores: dict[int, np.ndarray] = field(default_factory=dict)
+    """float32 [rows, positions] of each bank: those of the last descriptor with scores for it."""
 
 
 class Op(ABC):
@@ -190,3 +213,11 @@ def float_rows(memory: Memory, address: int, pitch: int, rows: int, columns: int
     size = pitch * (rows - 1) + FLOAT_BYTES * columns
     whole = memory.view(address, size).view(np.float32)
     return np.lib.stride_tricks.as_strided(whole, (rows, columns), (pitch, FLOAT_BYTES))
+
+
+def read_stream(memory: Memory, layer: LayerLayout, address: int, stride: int, paired: bool = False) -> Weights:
+    """The weights of a stream in memory: port p's region begins at ``address + p * stride``."""
+    config = layer.config
+    size = layer.beats * config.port_width // 8
+    regions = [memory.view(address + port * stride, size) for port in range(config.ports)]
+    return unpack(layer, unstripe(config, np.stack(regions)), paired)

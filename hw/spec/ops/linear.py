@@ -12,14 +12,14 @@ from hw.spec.memory.geometry import LayerLayout, StreamLayout, ceil_div
 from hw.spec.memory.operands import (
     DATA_ALIGNMENT,
     FLOAT_BYTES,
-    WEIGHT_ALIGNMENT,
     result_pitch,
     weights_stride,
 )
-from hw.spec.memory.packing import unpack, unstripe
 from hw.spec.numerics.linear import Activations, Weights, linear, quantize_activations
 from hw.spec.ops.base import (
     COMMON_FIELDS,
+    STREAM_FIELDS,
+    WEIGHT_FIELDS,
     DescriptorField,
     Memory,
     Op,
@@ -29,6 +29,7 @@ from hw.spec.ops.base import (
     float_rows,
     in_order,
     opcode_field,
+    read_stream,
     units,
 )
 from hw.spec.ops.command import LayerCommand, max_header_beats
@@ -38,24 +39,14 @@ _TITLE = "linear layer"
 FIELDS: tuple[DescriptorField, ...] = in_order(
     (opcode_field(Opcode.LINEAR, _TITLE),),
     COMMON_FIELDS,
+    STREAM_FIELDS,
+    WEIGHT_FIELDS,
     (
         DescriptorField(
             "reuse", 8, 1, "use the activations of the previous linear layer, which have the same shape, again"
         ),
-        DescriptorField("groups", 32, 16, "groups along K"),
-        DescriptorField("group_slices", 48, 16, "group size / tile"),
-        DescriptorField("header_beats", 96, 16, "beats of an output tile's header"),
-        DescriptorField("body_words", 112, 16, "words of an output tile's body"),
         DescriptorField("activations", 128, 32, units(DATA_ALIGNMENT, "address"), DATA_ALIGNMENT),
         DescriptorField("results", 160, 32, units(DATA_ALIGNMENT, "address"), DATA_ALIGNMENT),
-        DescriptorField("weights", 192, 27, units(WEIGHT_ALIGNMENT, "address of port 0's region"), WEIGHT_ALIGNMENT),
-        DescriptorField(
-            "weights_stride",
-            224,
-            20,
-            units(WEIGHT_ALIGNMENT, "from one port's region to the next"),
-            WEIGHT_ALIGNMENT,
-        ),
     ),
     EPILOGUE_FIELDS,
 )
@@ -179,10 +170,7 @@ class Linear(Op):
 
     def read_weights(self, config: AcceleratorConfig, fields: Mapping[str, int], memory: Memory) -> Weights:
         """The weights of an accepted descriptor."""
-        layout, stride = self.layout(config, fields), fields["weights_stride"]
-        size = layout.beats * config.port_width // 8
-        regions = [memory.view(fields["weights"] + port * stride, size) for port in range(config.ports)]
-        return unpack(layout, unstripe(config, np.stack(regions)))
+        return read_stream(memory, self.layout(config, fields), fields["weights"], fields["weights_stride"])
 
     def read_activations(self, config: AcceleratorConfig, fields: Mapping[str, int], memory: Memory) -> Activations:
         """The activations of an accepted descriptor. Raises NumericsError as :func:`quantize_activations`."""

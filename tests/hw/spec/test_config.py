@@ -159,10 +159,21 @@ def test_readme_and_makefile_name_the_choices():
 
 def test_every_parameter_has_a_rule_that_holds_its_default():
     config = AcceleratorConfig()
-    assert list(RULES) == list(config.to_dict())
+    assert list(RULES) == list(dataclasses.asdict(config))
     for name, rule in RULES.items():
         assert rule.text and str(rule)
         rule.check(name, getattr(config, name))
+
+
+def test_hardware_without_attention_keeps_its_digest():
+    config = AcceleratorConfig(operators="decoder")
+    assert "score_words" not in config.to_dict()
+    with_attention = dataclasses.replace(config, score_words=4096)
+    assert with_attention.to_dict()["score_words"] == 4096
+    assert AcceleratorConfig.from_dict(with_attention.to_dict()) == with_attention
+    assert with_attention.digest != config.digest
+    with pytest.raises(ConfigError, match="score_words is 0 without the vector unit"):
+        dataclasses.replace(with_attention, operators="linear")
 
 
 def test_config_needs_no_package():

@@ -8,7 +8,7 @@ from hw.spec.control import refusal as refusals
 from hw.spec.control.descriptor import DESCRIPTOR_WORDS, FIELDS, Descriptor
 from hw.spec.control.registers import ErrorCode
 from hw.spec.memory.geometry import fit_layer
-from hw.spec.ops import LINEAR, OPS, Op
+from hw.spec.ops import ATTENTION, LINEAR, OPS, Op
 from hw.spec.ops.base import COMMON_FIELDS, DescriptorField, Opcode, in_order, opcode_field
 from hw.spec.ops.epilogue import EPILOGUE_FIELDS
 from hw.spec.ops.linear import Linear
@@ -42,8 +42,9 @@ def test_an_op_is_complete(op: Op):
 
 
 def test_every_opcode_has_an_object():
-    assert set(OPS) == set(Opcode)
-    assert all(opcode == op.opcode for opcode, op in OPS.items())
+    every = OPS | ATTENTION
+    assert set(every) == set(Opcode)
+    assert all(opcode == op.opcode for opcode, op in every.items())
 
 
 def test_what_an_op_makes_is_accepted():
