@@ -17,6 +17,7 @@ from sw.common.arrays import slices
 from sw.devices.arena import MEMORY_BYTES, Arena, anonymous_memory
 from sw.devices.base import Buffer, Completion, DeviceError, Job, LinearJob, image_beats
 from sw.devices.batches import BatchDevice, Prepared
+from sw.devices.jobs import AttentionJob, VectorJob
 
 
 class ReferenceDevice(BatchDevice[None]):
@@ -71,16 +72,18 @@ class ReferenceDevice(BatchDevice[None]):
     def _compute(self, job: Job) -> None:
         """Like `Op.execute` of hw.spec.ops, with weights that are unpacked once."""
         fields, memory, state = vars(job.descriptor()), _Bytes(self.memory), self._state
+        try:
+            if isinstance(job, AttentionJob):
+                job.op.execute(self.config, fields, memory, state)
+            elif isinstance(job, LinearJob) and not job.reuse:
+                state.activations = LINEAR.read_activations(self.config, fields, memory)
+        except NumericsError as error:
+            raise DeviceError(f"layer {job.name}: {error}") from None
         if isinstance(job, LinearJob):
-            try:
-                if not job.reuse:
-                    state.activations = LINEAR.read_activations(self.config, fields, memory)
-            except NumericsError as error:
-                raise DeviceError(f"layer {job.name}: {error}") from None
             assert state.activations is not None, "check_jobs refuses the first job if it reuses activations"
             values = reference_linear(self.config, self._weights(job), state.activations)
             write_outputs(fields, values, memory, state)
-        else:
+        elif isinstance(job, VectorJob):
             VECTOR.execute(self.config, fields, memory, state)
         for access in job.writes():
             self._unpacked.pop(access.buffer, None)

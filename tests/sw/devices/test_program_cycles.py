@@ -8,10 +8,11 @@ import pytest
 
 from hw.spec.control.descriptor import weight_bytes
 from hw.spec.memory.geometry import fit_layer
+from hw.spec.memory.operands import result_pitch
 from hw.spec.ops import Wait
 from hw.spec.program_cycles import program_cycles
 from sw.devices import Device, make_config
-from sw.devices.jobs import NOWHERE, Epilogue, Job, LinearJob, Rotation, Rows, Second, VectorJob, result_pitch
+from sw.devices.jobs import NOWHERE, Epilogue, LinearJob, Rotation, Rows, Second, VectorJob
 from sw.devices.rtl import RtlDevice
 
 pytestmark = pytest.mark.simulator
@@ -50,7 +51,7 @@ class _Block:
         self.device.write(weights, np.zeros(weights.size, np.uint8))
         return LinearJob(name, layout, self.tokens, weights, x.buffer, y.buffer, False, wait, epilogue, y.pitch)
 
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[LinearJob | VectorJob]:
         hidden, middle, normed, gated = (self.rows(columns) for columns in (HIDDEN, HIDDEN, HIDDEN, INNER))
         columns, after = (HEADS + 2 * KV_HEADS) * HEAD, Wait.ACTIVATIONS
         attended, qkv, table = (self.rows(count) for count in (HEADS * HEAD, columns, HEAD))
