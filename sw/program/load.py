@@ -118,7 +118,7 @@ class Loader:
         decoder = self._decoder
         blocks = tuple(self._block(index, block) for index, block in enumerate(decoder.blocks))
         first = decoder.blocks[0]
-        attention, rotary = _attention(first), first.rotary
+        attention, rotary = attention_of(first), first.rotary
         table = None
         if rotary:
             cosines, sines = (self._file.constant(name, name).astype(np.float32) for name in (rotary.cos, rotary.sin))
@@ -152,7 +152,7 @@ class Loader:
 
     def _qkv(self, part: str, block: Block) -> tuple[LoadedLayer, ...]:
         """q, k and v, in this order; neighbours are joined where their formats allow it."""
-        attention, rotary = _attention(block), block.rotary
+        attention, rotary = attention_of(block), block.rotary
         layers = [self._read(layer) for layer in (block.q_proj, block.k_proj, block.v_proj)]
         # Heads that the layer's epilogue rotates; those with a norm are rotated after it.
         heads = [0, 0, 0]
@@ -187,7 +187,7 @@ class Loader:
         return tuple(found)
 
     def _head_norms(self, part: str, block: Block) -> Iterator[LoadedHeadNorm]:
-        attention, rotary = _attention(block), block.rotary
+        attention, rotary = attention_of(block), block.rotary
         size, first = attention.head_size, 0
         for name, (heads, norm) in zip(("q_norm", "k_norm"), _heads(attention, block)):
             if norm:
@@ -228,7 +228,8 @@ class Loader:
         return buffer
 
 
-def _attention(block: Block) -> Attention:
+def attention_of(block: Block) -> Attention:
+    """The attention of a block that `check_decoder` accepts."""
     assert isinstance(block.attention, Attention), "check_decoder refuses other attention"
     return block.attention
 

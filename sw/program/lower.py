@@ -20,6 +20,7 @@ from hw.spec.numerics.vector import PIECE, argmax
 from hw.spec.ops import Wait
 from sw.devices.base import Device, PreparedBatch
 from sw.devices.jobs import NOWHERE, Epilogue, Job, LinearJob, Rotation, Rows, Second, VectorJob
+from sw.program.attention import DeviceAttention
 from sw.program.head_norms import head_norm_jobs
 from sw.program.load import LoadedBlock, LoadedDecoder, LoadedLayer, LoadedNorm
 from sw.program.memory import Inputs, Matrix, Pieces
@@ -47,13 +48,14 @@ class Programs:
     embedded: the embedding's rows; the host writes them before program 0.
     rotary: the rotary table's rows of the tokens; the host writes them before program 0. None without a rotation.
     qkv: q, k and v of the last program; heads of q and k have the order of `rotated_rows`.
+    attention: attention on the device, or None.
     results: the logits, or the norm before a head that is not quantized: one row or all.
 
     Raises DeviceError if the device's memory is full.
     """
 
-    def __init__(self, device: Device, decoder: LoadedDecoder):
-        self._device, self._decoder = device, decoder
+    def __init__(self, device: Device, decoder: LoadedDecoder, attention: DeviceAttention | None = None):
+        self._device, self._decoder, self.attention = device, decoder, attention
         self.count = len(decoder.blocks) + 1
         self.embedded, self._middle = Matrix(device, decoder.hidden), Matrix(device, decoder.hidden)
         self.qkv = Matrix(device, decoder.qkv_columns)
@@ -92,6 +94,24 @@ class Programs:
         readers = (self._decoder.head,) if self._decoder.head else ()
         rest = self._rest(blocks[-1], self._decoder.final_norm, readers, tokens - first, first=first, is_last=True)
         return [*rest, self._end(tokens - first, output)]
+
+    def whole(self, tokens: int, position: int, output: Output | None) -> list[Job]:
+        """The jobs of a call with attention on the device, for tokens from a position on. None: only the cache."""
+        attention, blocks, qkv = self.attention, self._decoder.blocks, self.qkv.rows
+        assert attention is not None
+        jobs: list[Job] = []
+        for index, block in enumerate(blocks):
+            is_last = index == len(blocks) - 1
+            jobs += self.jobs(index, tokens, Output.ALL)
+            jobs += attention.append_jobs(index, tokens, position, qkv)
+            if is_last and output is None:
+                return jobs
+            last = is_last and output is not Output.ALL
+            place, copies = self._attended.spread(block.o.name, [block.o.plan], tokens)
+            jobs += attention.jobs(index, tokens, position, qkv, place, last=last)
+            jobs += copies
+        assert output is not None
+        return jobs + self.jobs(self.count - 1, tokens, output)
 
     def best(self) -> tuple[int, float]:
         """The first of the largest logits, its index and itself, after a program with Output.BEST."""
@@ -169,7 +189,9 @@ class Programs:
         second, copies = self._scaled(post, [block.gate_up], tokens)
         addend = self.embedded.row(first)
         epilogue = Epilogue(addend=addend, second=second, epsilon=post.epsilon)
-        o = self._linear(block.o, self._attended, tokens, self._middle.rows, epilogue, first=first, wait=Wait.NOTHING)
+        # If the host computes attention, its output is in memory before the program starts.
+        wait = Wait.ACTIVATIONS if self.attention else Wait.NOTHING
+        o = self._linear(block.o, self._attended, tokens, self._middle.rows, epilogue, first=first, wait=wait)
         gated, gate_copies = self._gated.spread(block.gate_up.name, [block.down.plan], tokens)
         epilogue = Epilogue(scale=True, addend=_bias(block.gate_up), silu=True)
         gate_up = self._linear(block.gate_up, self._normed, tokens, gated, epilogue)

@@ -5,7 +5,7 @@ A head that is not quantized stays in onnxruntime as well.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,13 +16,14 @@ from sw.devices.base import Device
 from sw.graph.file import OnnxFile, tensor_type
 from sw.graph.match import match_decoder
 from sw.graph.nodes import TOKEN_IDS
-from sw.model.parts import Attention, Decoder, Mismatch
+from sw.model.parts import Decoder, Mismatch
 from sw.ort.attention import AttentionSession, shape_of
 from sw.ort.cache import KvCache
 from sw.ort.cut import cut
 from sw.ort.feeds import LOGITS_TO_KEEP, every_token
 from sw.ort.stages import Constants, StageSession, open_stage
-from sw.program.load import Loader, Progress
+from sw.program.attention import DEFAULT_KEY_BITS, DeviceAttention, check_attention
+from sw.program.load import Loader, Progress, attention_of
 from sw.program.lower import Output, Programs
 from sw.program.obstacles import Obstacle, check_decoder
 from sw.runtime.base import BaseDecoder
@@ -47,21 +48,45 @@ class ProgramDecoder(BaseDecoder):
     device: hardware with the vector unit.
     context: tokens that the cache holds.
     progress: called with (layers done, layers in all, name) while weights are packed into the device's memory.
+    key_bits: bits of the cached keys if the device computes attention, 8 or 16.
+    tell: called with one line that says why onnxruntime computes attention, although the hardware could.
+
+    Members, besides those of BaseDecoder
+    -------
+    whole: the device computes attention as well, so a call is one submission.
 
     Raises Obstacle (sw.program.obstacles) if the graph cannot be compiled; then the device's memory is as before.
     """
 
-    def __init__(self, file: OnnxFile, device: Device, *, context: int, progress: Progress | None = None):
+    def __init__(
+        self,
+        file: OnnxFile,
+        device: Device,
+        *,
+        context: int,
+        progress: Progress | None = None,
+        key_bits: int = DEFAULT_KEY_BITS,
+        tell: Callable[[str], None] = lambda text: None,
+    ):
         super().__init__(file.path, device.config.max_tokens, context)
         decoder = check_decoder(file, match_decoder(file), context)
         self._device = device
         self._embedding = _embedding(file, decoder)
         self._embedded = decoder.embedding.output
         self._head = None if decoder.head.quantized else _Head(file, decoder)
-        self._attentions = _attentions(file, decoder, KvCache(file, context))
+        attentions = [attention_of(block) for block in decoder.blocks]
+        self.whole = device.config.has_attention
+        if self.whole:
+            try:
+                check_attention(device.config, attentions, context, key_bits)
+            except Obstacle as obstacle:
+                self.whole = False
+                tell(f"onnxruntime computes attention, because of {obstacle}")
+        self._attentions = [] if self.whole else _attentions(file, decoder, KvCache(file, context))
         loaded = Loader(device, file, decoder, progress).load()
         self._rotary, self._vocab = loaded.rotary, loaded.vocab
-        self._programs = Programs(device, loaded)
+        on_device = DeviceAttention(device, attentions, context, key_bits) if self.whole else None
+        self._programs = Programs(device, loaded, on_device)
         self._sessions = list(dict.fromkeys(attention.session for attention in self._attentions))
         # Tokens -> the tensor that the embedding fills.
         self._places: dict[int, dict[str, OrtValue]] = {}
@@ -117,11 +142,17 @@ class ProgramDecoder(BaseDecoder):
         """Runs the programs, and attention between them; None: only what the cache needs."""
         tokens, total = len(ids), self._total(ids)
         self._begin(ids, total)
-        for index in range(self._programs.count - 1):
-            self._submit(index, tokens, output)
-            self._attend(index, tokens)
-        if output:
-            self._submit(self._programs.count - 1, tokens, output)
+        if self.whole:
+            start = time.perf_counter()
+            jobs = self._programs.whole(tokens, self.length, output)
+            self.usage.driver += time.perf_counter() - start
+            run_batch(self._device, jobs, self.usage)
+        else:
+            for index in range(self._programs.count - 1):
+                self._submit(index, tokens, output)
+                self._attend(index, tokens)
+            if output:
+                self._submit(self._programs.count - 1, tokens, output)
         self.length = total
         self.usage.tokens += tokens
 
@@ -214,8 +245,7 @@ def _attentions(file: OnnxFile, decoder: Decoder, cache: KvCache) -> list[_Atten
     if not cache.in_place or any(value.data_type() != "tensor(float)" for value in cache.fixed.values()):
         raise Obstacle(Mismatch("layers.0.self_attn", "its cache is not float32 tensors that attention alone reads"))
     for block in decoder.blocks:
-        attention = block.attention
-        assert isinstance(attention, Attention), "check_decoder refuses other attention"
+        attention = attention_of(block)
         shape = shape_of(attention)
         if shape not in sessions:
             sessions[shape] = AttentionSession(file, attention)

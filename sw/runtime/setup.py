@@ -16,6 +16,7 @@ from sw.export.resolve import resolve_model
 from sw.graph.attention import rotary_table
 from sw.graph.file import OnnxFile
 from sw.graph.linears import find_linears
+from sw.program.attention import DEFAULT_KEY_BITS
 from sw.program.load import Progress
 from sw.program.obstacles import Obstacle
 from sw.runtime import BaseDecoder, Decoder, ProgramDecoder
@@ -104,15 +105,18 @@ def make_decoder(
     context: int,
     progress: Progress | None = None,
     tell: Callable[[str], None] = lambda text: None,
+    key_bits: int = DEFAULT_KEY_BITS,
 ) -> BaseDecoder:
     """A decoder on an open device; None: in onnxruntime. It has programs if hardware and graph allow them.
 
-    tell: called with one line that says why there are no programs, although the hardware could run them.
+    tell: called with one line that says why there are no programs, or why they have no attention, although the hardware
+    could run them. key_bits: see ProgramDecoder.
     Raises UserError as the decoders do.
     """
     if device and device.config.has_vector_unit:
         try:
-            return ProgramDecoder(OnnxFile(model), device, context=context, progress=progress)
+            file = OnnxFile(model)
+            return ProgramDecoder(file, device, context=context, progress=progress, key_bits=key_bits, tell=tell)
         except Obstacle as obstacle:
             tell(f"the accelerator runs the linear layers alone, because of {obstacle}")
     return Decoder(model, device, context=context, progress=progress)
@@ -120,12 +124,18 @@ def make_decoder(
 
 @contextmanager
 def open_decoder(
-    model: Path, name: str, memory: str, config: AcceleratorConfig | None, context: int, status: StatusLine
+    model: Path,
+    name: str,
+    memory: str,
+    config: AcceleratorConfig | None,
+    context: int,
+    status: StatusLine,
+    key_bits: int = DEFAULT_KEY_BITS,
 ) -> Iterator[BaseDecoder]:
     """A decoder on a device by name, both closed afterwards.
 
     memory: preset for rtl. config: config of the hardware; onnxruntime does not need it. context: tokens that the cache
-    holds.
+    holds. key_bits: see ProgramDecoder.
     Raises UserError as sw.devices.open_device and the decoder do.
     """
 
@@ -141,7 +151,8 @@ def open_decoder(
         if name != ONNXRUNTIME and config is not None:
             device = stack.enter_context(open_device(name, config, memory))
         try:
-            decoder = stack.enter_context(make_decoder(model, device, context=context, progress=packed, tell=tell))
+            made = make_decoder(model, device, context=context, progress=packed, tell=tell, key_bits=key_bits)
+            decoder = stack.enter_context(made)
         except MemoryError:
             raise UserError(f"this machine has no memory for the model and a context of {context:,} tokens") from None
         status.clear()

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The KV caches of a decoder in a device's memory, and attention as jobs.
+
+A unit is what one job of scores and one of values compute: query heads of one token that share a KV head, or tokens of
+one query head. The array computes the scores of a unit while the softmax of the one before is computed, so the jobs'
+order is scores 0, scores 1, values 0, scores 2, values 1, ...
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from hw.spec.config import AcceleratorConfig, ConfigError
+from hw.spec.memory.geometry import ceil_div
+from hw.spec.memory.kv_cache import KeyCache, ValueCache
+from hw.spec.memory.operands import FLOAT_BYTES
+from hw.spec.ops import Wait
+from hw.spec.ops.scores import BANK_ROW_UNIT, BANKS
+from sw.devices.base import Device
+from sw.devices.jobs import AppendJob, Job, Keys, Rows, ScoresJob, Values, ValuesJob, View
+from sw.model.parts import Attention, Mismatch
+from sw.program.obstacles import Obstacle
+
+DEFAULT_KEY_BITS = 8
+
+
+class _Block(NamedTuple):
+    """A block's attention, and the caches of its KV heads."""
+
+    name: str
+    attention: Attention
+    keys: list[Keys]
+    values: list[Values]
+
+    @property
+    def capacity(self) -> int:
+        """Positions of each cache."""
+        return self.keys[0].cache.positions
+
+    @property
+    def per_kv_head(self) -> int:
+        """Query heads that share a KV head."""
+        return self.attention.heads // self.attention.kv_heads
+
+
+class _Unit(NamedTuple):
+    """Rows of queries that run at once: heads of token `first`, from `head` on; or, if `causal`, tokens of one head."""
+
+    head: int
+    first: int
+    rows: int
+    causal: bool
+
+
+def check_attention(config: AcceleratorConfig, attentions: Sequence[Attention], context: int, key_bits: int) -> None:
+    """Raises Obstacle if the hardware cannot compute the attention of a block; context: positions."""
+    for index, attention in enumerate(attentions):
+        if problem := _problem(config, attention, context, key_bits):
+            raise Obstacle(Mismatch(f"layers.{index}.self_attn", problem))
+
+
+def capacity_of(attention: Attention, context: int, max_tokens: int) -> int:
+    """Positions of a cache. With a window, tokens of one call overwrite only positions that none of them sees."""
+    return min(context, attention.window + max_tokens) if attention.window else context
+
+
+def _problem(config: AcceleratorConfig, attention: Attention, context: int, key_bits: int) -> str:
+    if not config.has_attention:
+        return "the hardware has score_words 0"
+    if attention.softcap:
+        return "its scores have a softcap"
+    if BANK_ROW_UNIT * ceil_div(context, BANK_ROW_UNIT) > config.score_words:
+        return f"a context of {context:,} positions is longer than score_words ({config.score_words:,})"
+    try:
+        KeyCache(config, attention.head_size, context, key_bits)
+        ValueCache(config, attention.head_size, context)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+class DeviceAttention:
+    """The attention of all blocks on the device.
+
+    attentions: of each block, which :func:`check_attention` accepts. context: positions, which every cache holds; with
+    a window it holds fewer. key_bits: bits of the keys' mantissas, 8 or 16.
+
+    Raises DeviceError if the memory is full.
+    """
+
+    def __init__(self, device: Device, attentions: Sequence[Attention], context: int, key_bits: int):
+        self._device, self._config = device, device.config
+        self._blocks = [
+            self._load(f"layers.{index}.self_attn", attention, context, key_bits)
+            for index, attention in enumerate(attentions)
+        ]
+
+    @property
+    def capacities(self) -> list[int]:
+        """Positions of each block's caches."""
+        return [block.capacity for block in self._blocks]
+
+    def append_jobs(self, index: int, tokens: int, position: int, qkv: Rows) -> list[Job]:
+        """Appends the keys and values of tokens from a position on. qkv: rows of q, k and v of the tokens."""
+        block, jobs = self._blocks[index], []
+        attention = block.attention
+        for what, places, first in (
+            ("keys", block.keys, attention.heads),
+            ("values", block.values, attention.heads + attention.kv_heads),
+        ):
+            for head, place in enumerate(places):
+                source = _columns(qkv, (first + head) * attention.head_size)
+                wait = Wait.NOTHING if jobs else Wait.ACTIVATIONS
+                slot = position % block.capacity
+                jobs.append(AppendJob(f"{block.name}.{what}.{head}", tokens, source, place, slot, wait=wait))
+        return jobs
+
+    def jobs(self, index: int, tokens: int, position: int, qkv: Rows, output: Rows, *, last: bool) -> list[Job]:
+        """Attention of tokens from a position on; those of `last` alone if it is set.
+
+        Their keys and values are in the cache. output: rows of the tokens.
+        """
+        block = self._blocks[index]
+        pairs = [
+            self._unit_jobs(block, unit, position, tokens, qkv, output, number % BANKS)
+            for number, unit in enumerate(self._units(block, tokens, position + tokens, last))
+        ]
+        jobs: list[Job] = []
+        for number, (scores, _) in enumerate(pairs):
+            jobs.append(scores)
+            if number:
+                jobs.append(pairs[number - 1][1])
+        return [*jobs, pairs[-1][1]]
+
+    def _load(self, name: str, attention: Attention, context: int, key_bits: int) -> _Block:
+        config, device = self._config, self._device
+        capacity = capacity_of(attention, context, config.max_tokens)
+        key_cache = KeyCache(config, attention.head_size, capacity, key_bits)
+        value_cache = ValueCache(config, attention.head_size, capacity)
+        block = _Block(name, attention, [], [])
+        for _ in range(attention.kv_heads):
+            keys = Keys(key_cache, device.alloc(key_cache.bytes))
+            device.write(keys.stream, key_cache.image())
+            exponents = device.alloc(value_cache.exponent_bytes)
+            values = Values(value_cache, device.alloc(value_cache.bytes), exponents)
+            device.write(values.stream, value_cache.image())
+            block.keys.append(keys)
+            block.values.append(values)
+        return block
+
+    def _units(self, block: _Block, tokens: int, total: int, last: bool) -> Iterator[_Unit]:
+        """The fewest units for all heads of the tokens."""
+        attention, shared = block.attention, block.per_kv_head
+        slots = BANK_ROW_UNIT * ceil_div(min(total, block.capacity), BANK_ROW_UNIT)
+        most = min(self._config.max_tokens, self._config.score_words // slots)
+        first = tokens - 1 if last else 0
+        count = tokens - first
+        if count * attention.kv_heads * ceil_div(shared, most) <= attention.heads * ceil_div(count, most):
+            for token in range(first, tokens):
+                for kv_head in range(attention.kv_heads):
+                    for head in range(0, shared, most):
+                        yield _Unit(kv_head * shared + head, token, min(most, shared - head), False)
+        else:
+            for head in range(attention.heads):
+                for token in range(first, tokens, most):
+                    yield _Unit(head, token, min(most, tokens - token), True)
+
+    def _unit_jobs(
+        self, block: _Block, unit: _Unit, position: int, tokens: int, qkv: Rows, output: Rows, bank: int
+    ) -> tuple[ScoresJob, ValuesJob]:
+        attention = block.attention
+        size = attention.head_size
+        final = unit.first + unit.rows - 1 if unit.causal else unit.first
+        view = View.after(position + final + 1, block.capacity, attention.window or 0, unit.causal)
+        kv_head = unit.head // block.per_kv_head
+        name = f"{block.name}.head.{unit.head}"
+        places = [_row(_columns(rows, unit.head * size), unit.first) for rows in (qkv, output)]
+        if not unit.causal:
+            places = [Rows(rows.buffer, FLOAT_BYTES * size) for rows in places]
+        is_first = (unit.head, bank) == (0, 0)
+        wait = Wait.WEIGHTS if is_first else Wait.NOTHING
+        scores = ScoresJob(
+            f"{name}, scores", unit.rows, places[0], block.keys[kv_head], view, attention.scale, bank, wait
+        )
+        values = ValuesJob(f"{name}, values", unit.rows, block.values[kv_head], view.slots, places[1], bank)
+        return scores, values
+
+
+def _columns(rows: Rows, first: int) -> Rows:
+    """The same rows from a column on."""
+    return Rows(rows.buffer.part(FLOAT_BYTES * first), rows.pitch)
+
+
+def _row(rows: Rows, index: int) -> Rows:
+    """The rows from one on."""
+    return Rows(rows.buffer.part(index * rows.pitch), rows.pitch)
