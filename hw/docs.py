@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m hw.docs``: writes the description of the accelerator's interface. ``--check`` only compares.
 
-docs/README.md is the page for people; docs/gristmill.svd and docs/gristmill.h are the register map for other tools and
-for C.
+docs/README.md and docs/attention.md are the pages for people; docs/gristmill.svd and docs/gristmill.h are the register
+map for other tools and for C.
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from string import Template
 
@@ -33,12 +34,15 @@ from hw.spec.control.descriptor import (
 from hw.spec.control.program import DESCRIPTOR_BYTES, PROGRAM_ALIGNMENT
 from hw.spec.control.registers import ERROR_TEXTS, REGISTERS, WINDOW_BYTES, Access, Register
 from hw.spec.memory.geometry import LayerLayout
+from hw.spec.memory.kv_cache import KEY_BITS, LONGEST_CONTEXT, VALUE_GROUP, KeyCache, ValueCache
+from hw.spec.numerics.attention import CHUNK
+from hw.spec.numerics.block_float import BLOCK
 from hw.spec.numerics.vector import PIECE
-from hw.spec.ops import OPS, Op
+from hw.spec.ops import ATTENTION, OPS, Op
 from hw.spec.ops.epilogue import EPILOGUE_FIELDS, HEAD_UNIT, MAX_HEAD
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "README.md"
-TEMPLATE = PAGE.with_name("README.in.md")
+TEMPLATES = Path(__file__).resolve().parent.parent / "docs"
+PAGE = TEMPLATES / "README.md"
 _WORD = 32
 _SYMBOLIC = {"data": "W", "strb": "W/8"}
 """Widths of a memory port's signals that depend on the config; W is its ``port_width``."""
@@ -184,7 +188,37 @@ def port_table() -> str:
     return _table(("port, channel", "the manager drives", "the subordinate drives"), rows)
 
 
-# The page
+# The pages
+
+
+def cache_table() -> str:
+    """A table of the bytes that a position takes in the cache of one KV head."""
+    rows = []
+    for tile, size, bits in product((16, 32), (64, 128), KEY_BITS):
+        config = AcceleratorConfig(tile=tile)
+        keys, values = KeyCache(config, size, CHUNK, bits), ValueCache(config, size, CHUNK)
+        parts = [cache.layer.beats * config.beat_bytes / CHUNK for cache in (keys, values)]
+        parts.append(size // BLOCK)
+        rows.append([str(tile), str(size), str(bits), *(f"{part:g}" for part in (*parts, sum(parts)))])
+    head = ("tile", "head", "key bits", "keys", "values", "their powers of two", "all, in bytes")
+    return _table(head, rows)
+
+
+def attention_page() -> str:
+    """The text of docs/attention.md."""
+    values = {
+        "operations": "\n\n".join(operation(op) for op in ATTENTION.values()),
+        "cache": cache_table(),
+        "chunk": CHUNK,
+        "block": BLOCK,
+        "value_group": VALUE_GROUP,
+        "longest": f"{LONGEST_CONTEXT:,}",
+    }
+    return _filled("attention", values)
+
+
+def _filled(name: str, values: Mapping[str, object]) -> str:
+    return Template((TEMPLATES / f"{name}.in.md").read_text()).substitute(values)
 
 
 def page() -> str:
@@ -217,12 +251,18 @@ def page() -> str:
         "window_bytes": f"{WINDOW_BYTES:#x}",
         **{f"at_{register.name}": f"{register.offset:#05x}" for register in REGISTERS},
     }
-    return Template(TEMPLATE.read_text()).substitute(values)
+    return _filled("README", values)
 
 
 def files() -> dict[Path, str]:
     """Path and text of each generated file."""
-    return {PAGE: page(), PAGE.with_name("gristmill.svd"): svd(), PAGE.with_name("gristmill.h"): c_header()}
+    texts = {
+        PAGE.name: page(),
+        "attention.md": attention_page(),
+        "gristmill.svd": svd(),
+        "gristmill.h": c_header(),
+    }
+    return {PAGE.with_name(name): text for name, text in texts.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:

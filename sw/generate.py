@@ -24,7 +24,7 @@ from sw.common.errors import UserError, run_cli
 from sw.common.status_line import StatusLine, stderr_is_stdout
 from sw.common.text_files import read_text
 from sw.console.generate_report import Answer, Phase, Report, print_table
-from sw.console.options import MODEL_HELP, add_device_options, add_hardware_options, chosen_devices
+from sw.console.options import MODEL_HELP, add_cache_options, add_device_options, add_hardware_options, chosen_devices
 from sw.console.output import print_json
 from sw.runtime import BaseDecoder, ProgramDecoder
 from sw.runtime.hardware import ONNXRUNTIME
@@ -133,6 +133,7 @@ def _parser() -> Parser:
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of text and table")
     names = f"reference (numpy), rtl (the simulated Verilog), kv260 (the board), or {ONNXRUNTIME} (no accelerator)"
     add_device_options(parser, names, "rtl")
+    add_cache_options(parser)
     add_hardware_options(parser)
     return parser
 
@@ -164,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(format_rows(config_rows(config)), end="\n\n", file=sys.stderr)
     with (
         StatusLine() as status,
-        open_decoder(model.path, options.device, devices.memory, config, context, status) as decoder,
+        open_decoder(model.path, options.device, devices.memory, config, context, status, options.key_bits) as decoder,
     ):
         answer = _answer(options, decoder, model.text, ids, choose, status)
         report = Report(
@@ -173,6 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             memory=devices.shown_memory,
             config=config,
             programs=isinstance(decoder, ProgramDecoder),
+            attention=isinstance(decoder, ProgramDecoder) and decoder.whole,
             prompt=prompt,
             system=options.system,
             context=context,

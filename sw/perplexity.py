@@ -17,7 +17,7 @@ from sw.common.command_line import Parser, check_positive
 from sw.common.errors import UserError, run_cli
 from sw.common.status_line import StatusLine
 from sw.common.text_files import read_text
-from sw.console.options import MODEL_HELP, add_device_options, add_hardware_options, chosen_devices
+from sw.console.options import MODEL_HELP, add_cache_options, add_device_options, add_hardware_options, chosen_devices
 from sw.console.output import print_json
 from sw.console.perplexity_report import Report, print_table
 from sw.runtime.hardware import ONNXRUNTIME
@@ -40,6 +40,7 @@ def _parser() -> Parser:
     parser.add_argument("--length", type=int, metavar="L", help=f"tokens of a window (default: {LENGTH})")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of the table")
     add_device_options(parser, f"some of reference, rtl, kv260 and {ONNXRUNTIME}, separated by commas")
+    add_cache_options(parser)
     add_hardware_options(parser, max_tokens=MAX_TOKENS)
     return parser
 
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         context = len(beginning) + length
         with (
             StatusLine() as status,
-            open_decoder(model.path, name, devices.memory, config, context, status) as decoder,
+            open_decoder(model.path, name, devices.memory, config, context, status, options.key_bits) as decoder,
         ):
             scores.append(score(decoder, name, beginning, windows, _progress(status, len(windows))))
     sizes = [len(window) for window in windows]

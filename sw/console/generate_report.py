@@ -78,6 +78,7 @@ class Report:
     memory: preset of the simulated memory, None for other devices.
     config: None without a device.
     programs: whether the model ran as programs; otherwise the device computed its linear layers.
+    attention: whether the device computed attention as well, so that a call was one program.
     context: tokens that the cache holds.
     sampling: temperature, top_p, seed.
     seconds: wall time of the whole command.
@@ -88,6 +89,7 @@ class Report:
     memory: str | None
     config: AcceleratorConfig | None
     programs: bool
+    attention: bool
     prompt: str
     system: str | None
     context: int
@@ -117,6 +119,7 @@ class Report:
             "config": self.config.to_dict() if self.config else None,
             "config_digest": self.config.digest if self.config else None,
             "programs": self.programs,
+            "attention": self.attention,
             "prompt": self.prompt,
             "system": self.system,
             "context": self.context,
@@ -185,7 +188,9 @@ def _summary(report: Report) -> str:
             f"hardware: tile {config.tile}, {config.weight_bits}-bit weights, {config.zero_point} zero points,"
             f" {config.beat_bytes} bytes a beat, config {config.digest[:16]}"
         )
-    if report.programs:
+    if report.attention:
+        lines.append("the model ran as programs, attention included; only the embedding was in onnxruntime")
+    elif report.programs:
         lines.append("the model ran as programs, with attention in onnxruntime")
     if total:
         speed = total / (answer.prefill.device + answer.decode.device) / 1e6

@@ -8,12 +8,14 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from hw.spec.config import DEFAULT_LANES_TEXT, DEFAULT_OPERATORS, RULES, AcceleratorConfig, option
+from hw.spec.memory.kv_cache import KEY_BITS
 from sw.common.command_line import Parser
 from sw.common.errors import UserError
 from sw.devices import check_device, make_config
 from sw.devices.kv260 import board_config, check_config
 from sw.devices.library import MEMORIES, check_preset
 from sw.devices.rtl import DEFAULT_MEMORY
+from sw.program.attention import DEFAULT_KEY_BITS
 from sw.runtime.hardware import AUTO
 
 MODEL_HELP = "an ONNX or GGUF file, a folder with an ONNX file or an AutoAWQ checkpoint, or smollm2"
@@ -43,6 +45,17 @@ def add_hardware_options(parser: Parser, **defaults: int) -> None:
             default, shown = None, DEFAULT_LANES_TEXT
         text = f"{RULES[item.name].text} (default: {shown})"
         hardware.add_argument(option(item.name), type=kind, default=default, action=_Given, help=text)
+
+
+def add_cache_options(parser: Parser) -> None:
+    """Adds --key-bits."""
+    parser.add_argument(
+        "--key-bits",
+        type=int,
+        choices=KEY_BITS,
+        default=DEFAULT_KEY_BITS,
+        help=f"bits of cached keys, if the accelerator computes attention (default: {DEFAULT_KEY_BITS})",
+    )
 
 
 class _Given(argparse.Action):

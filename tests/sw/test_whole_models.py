@@ -6,6 +6,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from hw.spec.config import OPERATORS
+from hw.spec.memory.kv_cache import KEY_BITS
 from sw.bench_decoder import measure, measure_qwen
 from sw.devices import make_config, open_device
 from sw.graph.file import OnnxFile
@@ -79,6 +80,24 @@ def test_smollm2_as_programs(smollm2):
             for _ in tokens:
                 found.append(decoder.greedy(found[-1:]))
             assert found[1:] == tokens, prompt
+
+
+@pytest.mark.slow
+@pytest.mark.full
+@pytest.mark.parametrize("key_bits", KEY_BITS)
+def test_smollm2_with_attention(key_bits, smollm2):
+    """Attention on the device: onnxruntime's tokens, or others first where two logits are closer than 0.05."""
+    with Decoder(smollm2, None, context=256) as decoder:
+        wanted = [greedy(decoder, prompt_ids(smollm2, prompt), 32) for prompt in PROMPTS]
+    config = make_config(operators="decoder", tile=16, zero_point="fixed", score_words=4096)
+    with open_device("reference", config) as device:
+        decoder = ProgramDecoder(OnnxFile(smollm2), device, context=256, key_bits=key_bits, tell=pytest.fail)
+        for prompt, (tokens, logits) in zip(PROMPTS, wanted):
+            found, _ = greedy(decoder, prompt_ids(smollm2, prompt), 32)
+            for mine, token, row in zip(found, tokens, logits):
+                if mine != token:
+                    assert row[token] - row[mine] < 0.05, prompt
+                    break
 
 
 @pytest.mark.simulator
