@@ -16,12 +16,12 @@ from hw.spec.control.descriptor import (
     DESCRIPTOR_WORDS,
     WEIGHT_ALIGNMENT,
     Descriptor,
-    Opcode,
     VectorDescriptor,
     Wait,
 )
 from hw.spec.control.registers import REGISTERS, Access, ErrorCode
 from hw.spec.memory.geometry import LayerLayout
+from hw.spec.ops import OPS
 from sim.bench.descriptors import AnyDescriptor, op_of
 
 SCHEMA = Path(str(cmsis_svd.__file__)).parent / "schemas" / "CMSIS-SVD_1_3_10.xsd"
@@ -107,7 +107,7 @@ def test_svd_fields_resets_and_errors(tree):
 def expressions() -> dict[str, int]:
     """C expressions and their expected values."""
     values: dict[str, int] = {f"GRISTMILL_ERROR_{code.name}": code for code in ErrorCode}
-    values |= {f"GRISTMILL_OPCODE_{opcode.name}": opcode for opcode in Opcode}
+    values |= {f"GRISTMILL_OPCODE_{opcode.name}": opcode for opcode in OPS}
     values["GRISTMILL_DESCRIPTOR_WORDS"] = DESCRIPTOR_WORDS
     values |= {"GRISTMILL_WEIGHT_UNIT": WEIGHT_ALIGNMENT, "GRISTMILL_DATA_UNIT": DATA_ALIGNMENT}
     for register in REGISTERS:
