@@ -128,12 +128,11 @@ BENCHES: list[Bench] = [
     _bench("register_bank", _SMALL_DECODER),
     _bench("program_fetch", _SMALL),
     *(_bench(block, _SMALL) for block in ("float_adder", "float_multiplier", "reciprocal", "exp", "sigma", "silu")),
-    *(
-        _bench(f"block_float_{lanes}_{bits}", _SMALL, tb="block_float", lanes=lanes, bits=bits)
-        for lanes, bits in ((1, 16), (8, 8))
-    ),
+    _bench("head_float_4", _SMALL, tb="head_float"),
     _bench("epilogue", dict(_SMALL_DECODER, lanes=4)),
     _bench("piece_maximum", dict(_SMALL_DECODER, lanes=4)),
+    _bench("unit_float", _SMALL),
+    *(_bench(block, dict(_SMALL_DECODER, lanes=4, score_words=2048)) for block in ("score_banks", "value_rows")),
     *(_bench(block, _SMALL_DECODER) for block in ("merge", "rows")),
     _bench("scales", dict(_SMALL_DECODER, lanes=4)),
     *(_bench(block, _SMALL) for block in ("pair", "completion", "progress")),
@@ -159,6 +158,11 @@ BENCHES: list[Bench] = [
     _bench("activation_unit", _TILE_32, full=True),
     *(_bench("sequencer", params, full=True) for params in (_NARROW, _WIDE)),
     _bench("scales", _SMALL_DECODER, full=True),
+    *(_bench(f"head_float_{lanes}", _SMALL, tb="head_float", full=True) for lanes in (1, 8)),
+    *(
+        _bench(block, dict(_TILE_16, operators="decoder", lanes=2, score_words=8192), full=True)
+        for block in ("score_banks", "value_rows")
+    ),
     _bench("activation_fetch", _SMALL, full=True),
     _bench("accelerator", _SMALL, full=True),
     _bench("accelerator", _SMALL, tb="accelerator_faults", full=True),

@@ -28,6 +28,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "hw.rtl.common",
         "hw.rtl.arithmetic",
         "hw.rtl.vector",
+        "hw.rtl.attention",
         "hw.rtl.core",
         "hw.rtl.memory",
         "hw.rtl.control",

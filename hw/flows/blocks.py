@@ -15,6 +15,10 @@ from hw.rtl.arithmetic.float_multiplier import FloatMultiplier
 from hw.rtl.arithmetic.reciprocal import Reciprocal
 from hw.rtl.arithmetic.sigma import Sigma
 from hw.rtl.arithmetic.silu import Silu
+from hw.rtl.attention.head_float import HeadFloat
+from hw.rtl.attention.score_banks import ScoreBanks
+from hw.rtl.attention.unit_float import UnitFloat
+from hw.rtl.attention.value_rows import ValueRows
 from hw.rtl.common.block import Block
 from hw.rtl.common.fifo import StreamFifo
 from hw.rtl.common.walker import TOKEN_LOOPS, CommandFork, Walker
@@ -46,7 +50,6 @@ from hw.rtl.memory.progress import Progress
 from hw.rtl.memory.read_manager import ReadManager, read_fifo_depths
 from hw.rtl.memory.weight_fetch import WeightFetch
 from hw.rtl.memory.write_manager import WriteManager
-from hw.rtl.vector.block_float import BlockFloat
 from hw.rtl.vector.epilogue import Epilogue
 from hw.rtl.vector.merge import MergePairs
 from hw.rtl.vector.pair import PairUnit
@@ -86,11 +89,10 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "exp": lambda config: Exp(),
     "sigma": lambda config: Sigma(),
     "silu": lambda config: Silu(),
-    **{
-        f"block_float_{lanes}_{bits}": lambda config, lanes=lanes, bits=bits: BlockFloat(lanes, bits)
-        for lanes in VECTOR_LANES
-        for bits in (8, 16)
-    },
+    **{f"head_float_{lanes}": lambda config, lanes=lanes: HeadFloat(lanes) for lanes in VECTOR_LANES},
+    "unit_float": lambda config: UnitFloat(),
+    "score_banks": ScoreBanks,
+    "value_rows": ValueRows,
     "activations": ActivationBuffer,
     "activation_unit": ActivationUnit,
     "splitter": WeightSplitter,

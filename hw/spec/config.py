@@ -22,6 +22,8 @@ MAX_N = 1 << 18
 """Maximum number of output rows of one layer (Qwen2.5's vocabulary, 151,936 rows, fits)."""
 MAX_K = 1 << 15
 """Maximum number of in_features K of one layer in any hardware."""
+SCORE_UNIT = 64
+"""A row of scores on chip has room for a multiple of this number of scores: whole groups of a cache of values."""
 MAX_SUM_BITS = 64
 """Widest accumulator: numpy's int64 is the definition of the numerics."""
 
@@ -156,6 +158,8 @@ class AcceleratorConfig:
             raise ConfigError(f"lanes is at most the tile ({self.tile}), not {self.lanes}")
         if self.score_words and not self.has_vector_unit:
             raise ConfigError(f"score_words is 0 without the vector unit (operators linear), not {self.score_words}")
+        if self.score_words % SCORE_UNIT:
+            raise ConfigError(f"score_words is a multiple of {SCORE_UNIT}, not {self.score_words}")
         if self.sum_bits > MAX_SUM_BITS:
             raise ConfigError(
                 f"the sum over max_k={self.max_k} takes {self.sum_bits} bits, and the numerics are defined in"

@@ -169,6 +169,8 @@ def test_small_limits_are_legal(options: tuple[str, ...], tmp_path: Path):
         (("--max-tokens", "65"), "max_tokens is a whole number from 1 to 64, not 65"),
         (("--max-k", "32784"), "max_k is a whole number from 32 to 32,768, not 32784"),
         (("--max-k", "100"), "max_k is a multiple of the tile (16), not 100"),
+        (("--score-words", "100"), "score_words is a multiple of 64, not 100"),
+        (("--score-words", "4096"), "score_words is 0, not 4096: only the reference device has attention"),
         (("--max-group-size", "48"), "max_group_size is one of 32, 64, 128, 256, not 48"),
         (("--top", "wheel"), "block is one of accelerator, core, pe, "),
         (("--target", "asic"), "target is one of generic, ultrascaleplus, ecp5, simulation, not 'asic'"),

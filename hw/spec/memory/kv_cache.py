@@ -46,6 +46,11 @@ PLANE_COUNTS = (1, 2, 4)
 """Planes of a mantissa: 8 or 16 bits in planes of 4 or 8."""
 
 
+def value_group(config: AcceleratorConfig) -> int:
+    """Positions that share a record of the values' header."""
+    return min(VALUE_GROUP, config.max_group_size)
+
+
 class Bytes(NamedTuple):
     """Bytes to write: ``offsets``, int64 [B], from the beginning of a region; ``values``, uint8 [B]."""
 
@@ -252,7 +257,7 @@ class ValueCache(CacheStream):
     @property
     def group(self) -> int:
         """Positions of a group."""
-        return min(VALUE_GROUP, self.config.max_group_size)
+        return value_group(self.config)
 
     @property
     def chunks(self) -> int:

@@ -42,16 +42,16 @@ class Transfer(NamedTuple):
 
 def result_transfers(config: AcceleratorConfig, tokens: int, n: int) -> list[Transfer]:
     """All transfers of a layer with M = ``tokens`` and ``n`` results a token, in order."""
-    return _transfers(config.tile, config.lanes, tokens, n)
+    return tile_transfers(config.tile, config.lanes, tokens, n)
 
 
 def row_transfers(lanes: int, tokens: int, n: int) -> list[Transfer]:
     """All transfers of M = ``tokens`` rows of ``n`` floats from memory, in order: piece by piece, token by token."""
-    return _transfers(PIECE_FLOATS, lanes, tokens, n)
+    return tile_transfers(PIECE_FLOATS, lanes, tokens, n)
 
 
-def _transfers(tile: int, lanes: int, tokens: int, n: int) -> list[Transfer]:
-    """All transfers of tiles of ``tile`` columns."""
+def tile_transfers(tile: int, lanes: int, tokens: int, n: int) -> list[Transfer]:
+    """All transfers of M = ``tokens`` rows of ``n`` columns, in tiles of ``tile`` columns, in order."""
     transfers = []
     for start in range(0, n, tile):
         for token in range(tokens):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hw.spec.config import AcceleratorConfig, ConfigError
+from hw.spec.config import SCORE_UNIT, AcceleratorConfig, ConfigError
 from hw.spec.memory.geometry import ceil_div
 from hw.spec.memory.kv_cache import LONGEST_CONTEXT, PLANE_COUNTS, KeyCache
 from hw.spec.memory.operands import FLOAT_BYTES
@@ -42,8 +42,6 @@ from hw.spec.ops.base import (
 _TITLE = "scores of attention"
 BANKS = 2
 """Banks of scores on chip: the array computes the scores of one KV head while another one's are read."""
-BANK_ROW_UNIT = 16
-"""A row of a bank has room for a multiple of this number of scores."""
 _COUNT_BITS = SLOT_BITS + 1
 FIELDS: tuple[DescriptorField, ...] = in_order(
     (opcode_field(Opcode.SCORES, _TITLE),),
@@ -184,7 +182,7 @@ def visible(fields: Mapping[str, int]) -> np.ndarray:
 
 def bank_words(rows: int, positions: int) -> int:
     """Scores of a bank that a descriptor takes."""
-    return rows * ceil_div(positions, BANK_ROW_UNIT) * BANK_ROW_UNIT
+    return rows * ceil_div(positions, SCORE_UNIT) * SCORE_UNIT
 
 
 SCORES = Scores()

@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[3]
         (dict(max_k=31), r"^max_k is a whole number from 32 to 32,768, not 31$"),
         (dict(max_k=32784), r"^max_k is a whole number from 32 to 32,768, not 32784$"),
         (dict(max_k=100), r"^max_k is a multiple of the tile \(16\), not 100$"),
+        (dict(score_words=96, operators="decoder"), r"^score_words is a multiple of 64, not 96$"),
         (
             dict(weight_bits=8, zero_point="fixed", max_k=32768),
             r"^the sum over max_k=32768 takes 66 bits, and the numerics are defined in 64: lower max_k, ",
