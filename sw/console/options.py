@@ -8,14 +8,14 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from hw.spec.config import DEFAULT_LANES_TEXT, DEFAULT_OPERATORS, RULES, AcceleratorConfig, option
-from hw.spec.memory.kv_cache import KEY_BITS
 from sw.common.command_line import Parser
 from sw.common.errors import UserError
 from sw.devices import check_device, make_config
 from sw.devices.kv260 import board_config, check_config
 from sw.devices.library import MEMORIES, check_preset
 from sw.devices.rtl import DEFAULT_MEMORY
-from sw.program.attention import DEFAULT_KEY_BITS
+from sw.program.attention import KEY_CHOICES
+from sw.program.keys import AUTO_BITS
 from sw.runtime.hardware import AUTO
 
 MODEL_HELP = "an ONNX or GGUF file, a folder with an ONNX file or an AutoAWQ checkpoint, or smollm2"
@@ -51,10 +51,10 @@ def add_cache_options(parser: Parser) -> None:
     """Adds --key-bits."""
     parser.add_argument(
         "--key-bits",
-        type=int,
-        choices=KEY_BITS,
-        default=DEFAULT_KEY_BITS,
-        help=f"bits of cached keys, if the accelerator computes attention (default: {DEFAULT_KEY_BITS})",
+        choices=KEY_CHOICES,
+        default=AUTO_BITS,
+        help="bits of cached keys, if the accelerator computes attention; auto: 16 for KV heads whose biases need it"
+        " (default: auto)",
     )
 
 

@@ -6,30 +6,37 @@ one query head. The array computes the scores of a unit while the softmax of the
 order is scores 0, scores 1, values 0, scores 2, values 1, ...
 """
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
-from hw.spec.config import AcceleratorConfig, ConfigError
+import numpy as np
+
+from hw.spec.config import SCORE_UNIT, AcceleratorConfig, ConfigError
 from hw.spec.memory.geometry import ceil_div
-from hw.spec.memory.kv_cache import KeyCache, ValueCache
+from hw.spec.memory.kv_cache import KEY_BITS, KeyCache, ValueCache
 from hw.spec.memory.operands import FLOAT_BYTES
 from hw.spec.ops import Wait
-from hw.spec.ops.scores import BANK_ROW_UNIT, BANKS
-from sw.devices.base import Device
+from hw.spec.ops.scores import BANKS
+from sw.devices.base import Buffer, Device
 from sw.devices.jobs import AppendJob, Job, Keys, Rows, ScoresJob, Values, ValuesJob, View
 from sw.model.parts import Attention, Mismatch
+from sw.program.keys import AUTO_BITS, KeyForm
 from sw.program.obstacles import Obstacle
 
-DEFAULT_KEY_BITS = 8
+KEY_CHOICES = (AUTO_BITS, *map(str, KEY_BITS))
+"""Values of --key-bits."""
 
 
 class _Block(NamedTuple):
-    """A block's attention, and the caches of its KV heads."""
+    """A block's attention, and of its KV heads the caches, and what is added to the keys."""
 
     name: str
     attention: Attention
     keys: list[Keys]
     values: list[Values]
+    centres: list[Buffer | None]
 
     @property
     def capacity(self) -> int:
@@ -51,10 +58,10 @@ class _Unit(NamedTuple):
     causal: bool
 
 
-def check_attention(config: AcceleratorConfig, attentions: Sequence[Attention], context: int, key_bits: int) -> None:
+def check_attention(config: AcceleratorConfig, attentions: Sequence[Attention], context: int) -> None:
     """Raises Obstacle if the hardware cannot compute the attention of a block; context: positions."""
     for index, attention in enumerate(attentions):
-        if problem := _problem(config, attention, context, key_bits):
+        if problem := _problem(config, attention, context):
             raise Obstacle(Mismatch(f"layers.{index}.self_attn", problem))
 
 
@@ -63,15 +70,15 @@ def capacity_of(attention: Attention, context: int, max_tokens: int) -> int:
     return min(context, attention.window + max_tokens) if attention.window else context
 
 
-def _problem(config: AcceleratorConfig, attention: Attention, context: int, key_bits: int) -> str:
+def _problem(config: AcceleratorConfig, attention: Attention, context: int) -> str:
     if not config.has_attention:
         return "the hardware has score_words 0"
     if attention.softcap:
         return "its scores have a softcap"
-    if BANK_ROW_UNIT * ceil_div(context, BANK_ROW_UNIT) > config.score_words:
+    if SCORE_UNIT * ceil_div(context, SCORE_UNIT) > config.score_words:
         return f"a context of {context:,} positions is longer than score_words ({config.score_words:,})"
     try:
-        KeyCache(config, attention.head_size, context, key_bits)
+        KeyCache(config, attention.head_size, context, max(KEY_BITS))
         ValueCache(config, attention.head_size, context)
     except ConfigError as error:
         return str(error)
@@ -81,17 +88,19 @@ def _problem(config: AcceleratorConfig, attention: Attention, context: int, key_
 class DeviceAttention:
     """The attention of all blocks on the device.
 
-    attentions: of each block, which :func:`check_attention` accepts. context: positions, which every cache holds; with
-    a window it holds fewer. key_bits: bits of the keys' mantissas, 8 or 16.
+    attentions: of each block, which :func:`check_attention` accepts. keys: the form of each block's keys, by KV head.
+    context: positions, which every cache holds; with a window it holds fewer.
 
     Raises DeviceError if the memory is full.
     """
 
-    def __init__(self, device: Device, attentions: Sequence[Attention], context: int, key_bits: int):
-        self._device, self._config = device, device.config
+    def __init__(
+        self, device: Device, attentions: Sequence[Attention], keys: Sequence[Sequence[KeyForm]], context: int
+    ):
+        self._device, self._config, self.keys = device, device.config, keys
         self._blocks = [
-            self._load(f"layers.{index}.self_attn", attention, context, key_bits)
-            for index, attention in enumerate(attentions)
+            self._load(f"layers.{index}.self_attn", attention, forms, context)
+            for index, (attention, forms) in enumerate(zip(attentions, keys, strict=True))
         ]
 
     @property
@@ -99,19 +108,48 @@ class DeviceAttention:
         """Positions of each block's caches."""
         return [block.capacity for block in self._blocks]
 
+    @property
+    def form(self) -> str:
+        """Everything but the config that the contents of the caches depend on: bits and centres of the keys."""
+        whole = hashlib.sha256()
+        for form in chain.from_iterable(self.keys):
+            whole.update(b"" if form.centre is None else form.centre.tobytes())
+        bits = "".join(str(form.bits // 8) for form in chain.from_iterable(self.keys))
+        return f"{bits} {whole.hexdigest()}"
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The memory of all caches, uint8, by names."""
+        return {name: self._device.view(buffer) for name, buffer in self._buffers()}
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes `arrays` of attention with the same form. Raises ValueError if a size differs."""
+        for name, buffer in self._buffers():
+            if arrays[name].shape != (buffer.size,):
+                raise ValueError(f"{name} has {arrays[name].size:,} bytes, not {buffer.size:,}")
+        for name, buffer in self._buffers():
+            self._device.write(buffer, arrays[name])
+
+    def _buffers(self) -> Iterator[tuple[str, Buffer]]:
+        for block in self._blocks:
+            for head, (keys, values) in enumerate(zip(block.keys, block.values, strict=True)):
+                name = f"{block.name}.{head}"
+                yield f"{name}.keys", keys.stream
+                yield f"{name}.values", values.stream
+                yield f"{name}.exponents", values.exponents
+
     def append_jobs(self, index: int, tokens: int, position: int, qkv: Rows) -> list[Job]:
         """Appends the keys and values of tokens from a position on. qkv: rows of q, k and v of the tokens."""
         block, jobs = self._blocks[index], []
         attention = block.attention
-        for what, places, first in (
-            ("keys", block.keys, attention.heads),
-            ("values", block.values, attention.heads + attention.kv_heads),
+        slot, none = position % block.capacity, [None] * attention.kv_heads
+        for what, places, centres, first in (
+            ("keys", block.keys, block.centres, attention.heads),
+            ("values", block.values, none, attention.heads + attention.kv_heads),
         ):
-            for head, place in enumerate(places):
+            for head, (place, centre) in enumerate(zip(places, centres, strict=True)):
                 source = _columns(qkv, (first + head) * attention.head_size)
                 wait = Wait.NOTHING if jobs else Wait.ACTIVATIONS
-                slot = position % block.capacity
-                jobs.append(AppendJob(f"{block.name}.{what}.{head}", tokens, source, place, slot, wait=wait))
+                jobs.append(AppendJob(f"{block.name}.{what}.{head}", tokens, source, place, slot, centre, wait))
         return jobs
 
     def jobs(self, index: int, tokens: int, position: int, qkv: Rows, output: Rows, *, last: bool) -> list[Job]:
@@ -131,26 +169,31 @@ class DeviceAttention:
                 jobs.append(pairs[number - 1][1])
         return [*jobs, pairs[-1][1]]
 
-    def _load(self, name: str, attention: Attention, context: int, key_bits: int) -> _Block:
+    def _load(self, name: str, attention: Attention, forms: Sequence[KeyForm], context: int) -> _Block:
         config, device = self._config, self._device
         capacity = capacity_of(attention, context, config.max_tokens)
-        key_cache = KeyCache(config, attention.head_size, capacity, key_bits)
         value_cache = ValueCache(config, attention.head_size, capacity)
-        block = _Block(name, attention, [], [])
-        for _ in range(attention.kv_heads):
+        block = _Block(name, attention, [], [], [])
+        for form in forms:
+            key_cache = KeyCache(config, attention.head_size, capacity, form.bits)
             keys = Keys(key_cache, device.alloc(key_cache.bytes))
             device.write(keys.stream, key_cache.image())
             exponents = device.alloc(value_cache.exponent_bytes)
             values = Values(value_cache, device.alloc(value_cache.bytes), exponents)
             device.write(values.stream, value_cache.image())
+            centre = None
+            if form.centre is not None:
+                centre = device.alloc(form.centre.nbytes)
+                device.write(centre, -form.centre)
             block.keys.append(keys)
             block.values.append(values)
+            block.centres.append(centre)
         return block
 
     def _units(self, block: _Block, tokens: int, total: int, last: bool) -> Iterator[_Unit]:
         """The fewest units for all heads of the tokens."""
         attention, shared = block.attention, block.per_kv_head
-        slots = BANK_ROW_UNIT * ceil_div(min(total, block.capacity), BANK_ROW_UNIT)
+        slots = SCORE_UNIT * ceil_div(min(total, block.capacity), SCORE_UNIT)
         most = min(self._config.max_tokens, self._config.score_words // slots)
         first = tokens - 1 if last else 0
         count = tokens - first

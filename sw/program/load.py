@@ -13,6 +13,7 @@ from sw.graph.file import OnnxFile
 from sw.graph.linears import read_linear, read_norm
 from sw.model.linear import QuantizedLinear
 from sw.model.parts import Attention, Block, Decoder, HeadNorm, Mismatch, Norm, Projection
+from sw.program.keys import KeyHeads, key_heads
 from sw.program.obstacles import ALIGNED, Obstacle
 from sw.program.weights import can_join, interleave, join, rotary_rows, rotated_rows
 
@@ -63,7 +64,10 @@ class LoadedHeadNorm:
 
 @dataclass(frozen=True)
 class LoadedBlock:
-    """One block. qkv: one layer if q, k and v have the same format, else up to three. head_norms: of q and of k."""
+    """One block. qkv: one layer if q, k and v have the same format, else up to three. head_norms: of q and of k.
+
+    keys: what is known about the keys.
+    """
 
     name: str
     input_norm: LoadedNorm
@@ -73,6 +77,7 @@ class LoadedBlock:
     post_attention_norm: LoadedNorm
     gate_up: LoadedLayer
     down: LoadedLayer
+    keys: KeyHeads
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,10 +144,12 @@ class Loader:
         gate, up = self._read(block.gate_proj), self._read(block.up_proj)
         if not can_join(self._device.config, [gate, up]):
             raise Obstacle(Mismatch(f"{name}.mlp", "gate_proj and up_proj have different bits or groups"))
+        qkv, keys = self._qkv(f"{name}.self_attn", block)
         return LoadedBlock(
             name=name,
             input_norm=self._norm(f"{name}.input_layernorm", block.input_norm),
-            qkv=self._qkv(f"{name}.self_attn", block),
+            qkv=qkv,
+            keys=keys,
             head_norms=tuple(self._head_norms(f"{name}.self_attn", block)),
             o=self._place(f"{name}.self_attn.o_proj", [self._read(block.o_proj)]),
             post_attention_norm=self._norm(f"{name}.post_attention_layernorm", block.post_attention_norm),
@@ -150,8 +157,8 @@ class Loader:
             down=self._place(f"{name}.mlp.down_proj", [self._read(block.down_proj)]),
         )
 
-    def _qkv(self, part: str, block: Block) -> tuple[LoadedLayer, ...]:
-        """q, k and v, in this order; neighbours are joined where their formats allow it."""
+    def _qkv(self, part: str, block: Block) -> tuple[tuple[LoadedLayer, ...], KeyHeads]:
+        """q, k and v, in this order; neighbours are joined where their formats allow it. And what is known of k."""
         attention, rotary = attention_of(block), block.rotary
         layers = [self._read(layer) for layer in (block.q_proj, block.k_proj, block.v_proj)]
         # Heads that the layer's epilogue rotates; those with a norm are rotated after it.
@@ -161,6 +168,8 @@ class Loader:
                 order = rotated_rows(count, attention.head_size, rotary.size, rotary.interleaved)
                 layers[index] = layers[index].with_rows(order)
                 heads[index] = 0 if norm else count
+        norm = read_norm(self._file, block.input_norm)
+        keys = key_heads(layers[1], norm, attention.kv_heads, block.k_norm is not None)
         groups = [[0]]
         for index in (1, 2):
             # The rotated heads of a layer are its first ones.
@@ -184,7 +193,7 @@ class Loader:
                 rotated=sum(heads[index] for index in group),
             )
             found.append(layer)
-        return tuple(found)
+        return tuple(found), keys
 
     def _head_norms(self, part: str, block: Block) -> Iterator[LoadedHeadNorm]:
         attention, rotary = attention_of(block), block.rotary

@@ -5,7 +5,7 @@ A head that is not quantized stays in onnxruntime as well.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +22,8 @@ from sw.ort.cache import KvCache
 from sw.ort.cut import cut
 from sw.ort.feeds import LOGITS_TO_KEEP, every_token
 from sw.ort.stages import Constants, StageSession, open_stage
-from sw.program.attention import DEFAULT_KEY_BITS, DeviceAttention, check_attention
+from sw.program.attention import DeviceAttention, check_attention
+from sw.program.keys import AUTO_BITS, key_forms
 from sw.program.load import Loader, Progress, attention_of
 from sw.program.lower import Output, Programs
 from sw.program.obstacles import Obstacle, check_decoder
@@ -48,7 +49,7 @@ class ProgramDecoder(BaseDecoder):
     device: hardware with the vector unit.
     context: tokens that the cache holds.
     progress: called with (layers done, layers in all, name) while weights are packed into the device's memory.
-    key_bits: bits of the cached keys if the device computes attention, 8 or 16.
+    key_bits: bits of the cached keys if the device computes attention: 8, 16, or "auto", the rule of sw.program.keys.
     tell: called with one line that says why onnxruntime computes attention, although the hardware could.
 
     Members, besides those of BaseDecoder
@@ -65,7 +66,7 @@ class ProgramDecoder(BaseDecoder):
         *,
         context: int,
         progress: Progress | None = None,
-        key_bits: int = DEFAULT_KEY_BITS,
+        key_bits: int | str = AUTO_BITS,
         tell: Callable[[str], None] = lambda text: None,
     ):
         super().__init__(file.path, device.config.max_tokens, context)
@@ -78,14 +79,18 @@ class ProgramDecoder(BaseDecoder):
         self.whole = device.config.has_attention
         if self.whole:
             try:
-                check_attention(device.config, attentions, context, key_bits)
+                check_attention(device.config, attentions, context)
             except Obstacle as obstacle:
                 self.whole = False
                 tell(f"onnxruntime computes attention, because of {obstacle}")
-        self._attentions = [] if self.whole else _attentions(file, decoder, KvCache(file, context))
+        self._cache = KvCache(file, context)
+        self._attentions = [] if self.whole else _attentions(file, decoder, self._cache)
         loaded = Loader(device, file, decoder, progress).load()
         self._rotary, self._vocab = loaded.rotary, loaded.vocab
-        on_device = DeviceAttention(device, attentions, context, key_bits) if self.whole else None
+        on_device = None
+        if self.whole:
+            keys = [key_forms(block.keys, loaded.rotary, context, key_bits) for block in loaded.blocks]
+            on_device = DeviceAttention(device, attentions, keys, context)
         self._programs = Programs(device, loaded, on_device)
         self._sessions = list(dict.fromkeys(attention.session for attention in self._attentions))
         # Tokens -> the tensor that the embedding fills.
@@ -130,6 +135,33 @@ class ProgramDecoder(BaseDecoder):
         token = sampler.from_pieces(self._programs.maxima(), PIECE, self._vocab, self._programs.logits)
         self.usage.conversion += time.perf_counter() - start
         return token
+
+    @property
+    def cache_form(self) -> str:
+        """See BaseDecoder."""
+        attention = self._programs.attention
+        where = f"device {attention.form}" if attention else "programs"
+        return f"{where} {self._device.config.digest} {self.context}"
+
+    def cache_arrays(self) -> dict[str, np.ndarray]:
+        """See BaseDecoder."""
+        attention = self._programs.attention
+        return attention.arrays() if attention else self._cache.arrays()
+
+    def restore(self, arrays: Mapping[str, np.ndarray], length: int) -> None:
+        """See BaseDecoder."""
+        attention = self._programs.attention
+        if attention:
+            attention.restore(arrays)
+        else:
+            self._cache.restore(arrays, length)
+        self.length = length
+
+    def can_shorten(self, before: int, length: int) -> bool:
+        """See BaseDecoder. A cache that has begun again no longer has its first positions."""
+        attention = self._programs.attention
+        lost = attention and before > min(attention.capacities) and length < before - self.block
+        return super().can_shorten(before, length) and not lost
 
     def close(self) -> None:
         """See BaseDecoder."""

@@ -16,7 +16,7 @@ from sw.export.resolve import resolve_model
 from sw.graph.attention import rotary_table
 from sw.graph.file import OnnxFile
 from sw.graph.linears import find_linears
-from sw.program.attention import DEFAULT_KEY_BITS
+from sw.program.keys import AUTO_BITS
 from sw.program.load import Progress
 from sw.program.obstacles import Obstacle
 from sw.runtime import BaseDecoder, Decoder, ProgramDecoder
@@ -105,7 +105,7 @@ def make_decoder(
     context: int,
     progress: Progress | None = None,
     tell: Callable[[str], None] = lambda text: None,
-    key_bits: int = DEFAULT_KEY_BITS,
+    key_bits: int | str = AUTO_BITS,
 ) -> BaseDecoder:
     """A decoder on an open device; None: in onnxruntime. It has programs if hardware and graph allow them.
 
@@ -130,7 +130,7 @@ def open_decoder(
     config: AcceleratorConfig | None,
     context: int,
     status: StatusLine,
-    key_bits: int = DEFAULT_KEY_BITS,
+    key_bits: int | str = AUTO_BITS,
 ) -> Iterator[BaseDecoder]:
     """A decoder on a device by name, both closed afterwards.
 
