@@ -14,6 +14,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -27,6 +28,7 @@ from sw.console.generate_report import Answer, Phase, Report, print_table
 from sw.console.options import MODEL_HELP, add_cache_options, add_device_options, add_hardware_options, chosen_devices
 from sw.console.output import print_json
 from sw.runtime import BaseDecoder, ProgramDecoder
+from sw.runtime.cache_file import load_cache, save_cache, saved_context
 from sw.runtime.hardware import ONNXRUNTIME
 from sw.runtime.setup import decoder_config, open_decoder, read_model
 from sw.text.folder import TextFolder
@@ -50,7 +52,9 @@ def generate(
     read: Callable[[int], None] = lambda done: None,
     made: Callable[[int], None] = lambda done: None,
 ) -> Answer:
-    """Answers a prompt of 1 to decoder.context tokens with at most max_new_tokens more; decoder's cache is empty.
+    """Answers a prompt of 1 to decoder.context tokens with at most max_new_tokens more.
+
+    decoder's cache is empty, or holds the first tokens of the prompt.
 
     choose: float32 [vocab] logits to a token id; if it is a sw.text.sampling.Sampler, the decoder finds the token
     itself and reads no more logits than it needs. show: called with each piece of text as soon as it is known. read:
@@ -65,9 +69,9 @@ def generate(
             show(text)
 
     try:
-        read(0)
+        read(decoder.length)
         token = 0
-        for start in range(0, len(prompt_ids), decoder.block):
+        for start in range(decoder.length, len(prompt_ids), decoder.block):
             block = prompt_ids[start : start + decoder.block]
             if start + len(block) < len(prompt_ids):
                 _timed(decoder, answer.prefill, decoder.prefill, block)
@@ -121,6 +125,13 @@ def _parser() -> Parser:
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
     parser.add_argument("--max-new-tokens", type=int, default=NEW_TOKENS, metavar="N", help=f"(default: {NEW_TOKENS})")
     parser.add_argument("--context", type=int, metavar="N", help="tokens of the cache (default: as many as needed)")
+    parser.add_argument("--save-cache", type=Path, metavar="FILE", help="write the cache after the answer")
+    parser.add_argument(
+        "--load-cache",
+        type=Path,
+        metavar="FILE",
+        help="begin with a cache of --save-cache: prompt tokens that it holds are not computed again",
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
     parser.add_argument(
         "--top-p",
@@ -155,6 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not ids:
         raise UserError("the prompt is empty: the tokenizer makes no token of it")
     model.limits.check(ids)
+    if options.load_cache and not options.context:
+        options.context = saved_context(options.load_cache)
     context = _context(options, model.limits.context, len(ids))
     config = decoder_config(model.path, devices.names, devices.hardware)
 
@@ -167,7 +180,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         StatusLine() as status,
         open_decoder(model.path, options.device, devices.memory, config, context, status, options.key_bits) as decoder,
     ):
+        known = load_cache(options.load_cache, decoder, ids) if options.load_cache else 0
+        if options.load_cache:
+            print(f"{known:,} of {len(ids):,} prompt tokens are in {options.load_cache}", file=sys.stderr)
         answer = _answer(options, decoder, model.text, ids, choose, status)
+        if options.save_cache:
+            save_cache(options.save_cache, decoder, [*ids, *answer.ids][: decoder.length])
         report = Report(
             model=str(model.path),
             device=options.device,

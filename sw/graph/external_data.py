@@ -53,6 +53,11 @@ def place_external_data(path: Path, model: onnx.ModelProto) -> Path:
     return cache
 
 
+def external_locations(model: onnx.ModelProto) -> list[str]:
+    """The files of the model's external data, relative to the folder of :func:`place_external_data`."""
+    return sorted({_location(tensor) for tensor in _external_tensors(model.graph)})
+
+
 def below_the_folder(location: str, what: str) -> PurePath:
     """A location of external data as a path. what: begins the message of the UserError if it is absolute or goes up."""
     name = PurePath(location)

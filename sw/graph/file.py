@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An ONNX file whose tensors are read on request. Every kind of damage is reported as a UserError."""
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import onnx
 from onnx import external_data_helper, helper, numpy_helper
 
 from sw.common.errors import UserError, one_line
-from sw.graph.external_data import place_external_data
+from sw.graph.external_data import external_locations, place_external_data
 
 GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 MAX_DEPTH = 32
@@ -52,6 +53,17 @@ class OnnxFile:
                 self.consumers.setdefault(name, []).append(node)
             if any(item.type in GRAPHS for item in node.attribute):
                 self.branching.append(node)
+
+    def digest(self) -> str:
+        """SHA-256 of the file and of its external data, 64 hexadecimal digits. Raises UserError if data is missing."""
+        whole = hashlib.sha256()
+        for path in (self.path, *(self.data_folder / name for name in external_locations(self.model))):
+            try:
+                with path.open("rb") as file:
+                    whole.update(hashlib.file_digest(file, "sha256").digest())
+            except OSError as error:
+                raise UserError(f"{path}: {one_line(error)}") from None
+        return whole.hexdigest()
 
     @property
     def inputs(self) -> list[onnx.ValueInfoProto]:

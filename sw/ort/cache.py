@@ -5,6 +5,7 @@ onnxruntime's GroupQueryAttention appends in place. With it, past and present ar
 a token costs no copy. Any other graph makes a new present from the past; this present is the next past.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,11 +37,13 @@ class KvCache:
         self.in_place = bool(self._pairs) and all(_appends(file, pair) for pair in self._pairs)
         self._values: dict[str, OrtValue] = {}
         self._fixed: dict[str, OrtValue] = {}
+        # The same memory as that of _fixed.
+        self._buffers: dict[str, np.ndarray] = {}
         if self.in_place:
             for pair in self._pairs:
                 batch, heads, _, size = pair.empty.shape
-                buffer = OrtValue.ortvalue_from_numpy(np.zeros((batch, heads, context, size), pair.empty.dtype))
-                self._fixed[pair.past] = self._fixed[pair.present] = buffer
+                buffer = self._buffers[pair.past] = np.zeros((batch, heads, context, size), pair.empty.dtype)
+                self._fixed[pair.past] = self._fixed[pair.present] = OrtValue.ortvalue_from_numpy(buffer)
         self.reset()
 
     @property
@@ -66,6 +69,24 @@ class KvCache:
         """Keeps the graph's outputs for the next call."""
         if not self.in_place:
             self._values = {pair.past: values[pair.present] for pair in self._pairs}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The cache by the graph's inputs: [batch, heads, positions, size]; positions are the context or the tokens."""
+        return dict(self._buffers) if self.in_place else {name: value.numpy() for name, value in self._values.items()}
+
+    def restore(self, arrays: Mapping[str, np.ndarray], length: int) -> None:
+        """Keeps the first `length` tokens of `arrays`. Raises ValueError if a shape differs."""
+        for pair in self._pairs:
+            values = arrays[pair.past]
+            if self.in_place:
+                if values.shape != self._buffers[pair.past].shape:
+                    raise ValueError(f"{pair.past} is {list(values.shape)}")
+                self._buffers[pair.past][:] = values
+            else:
+                if values.shape[:2] + values.shape[3:] != pair.empty.shape[:2] + pair.empty.shape[3:]:
+                    raise ValueError(f"{pair.past} is {list(values.shape)}")
+                kept = np.ascontiguousarray(values[:, :, :length])
+                self._values[pair.past] = OrtValue.ortvalue_from_numpy(kept)
 
     def reset(self) -> None:
         """Removes all tokens."""

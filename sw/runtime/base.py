@@ -2,7 +2,7 @@
 """What all decoders have in common: tokens go in, logits come out, and the keys and values of past tokens stay."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -63,6 +63,26 @@ class BaseDecoder(ABC):
     def reset(self) -> None:
         """Empties the cache."""
         self.length = 0
+
+    @property
+    @abstractmethod
+    def cache_form(self) -> str:
+        """Everything but the model that the arrays of the cache depend on."""
+
+    @abstractmethod
+    def cache_arrays(self) -> dict[str, np.ndarray]:
+        """The cache by names that are unique: arrays of numbers, which the next call may change."""
+
+    @abstractmethod
+    def restore(self, arrays: Mapping[str, np.ndarray], length: int) -> None:
+        """Takes the first `length` tokens of a cache: the arrays of a decoder with the same model and form.
+
+        Raises ValueError if an array has another shape; then the cache is as before.
+        """
+
+    def can_shorten(self, before: int, length: int) -> bool:
+        """Whether a cache of `before` tokens still has all that its first `length` tokens need."""
+        return length <= before
 
     @abstractmethod
     def close(self) -> None:

@@ -2,7 +2,7 @@
 """A language model, token by token: see the package."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,7 @@ class Decoder(BaseDecoder):
 
     def __init__(self, path: Path, device: Device | None, *, context: int, progress: Progress | None = None):
         super().__init__(path, device.config.max_tokens if device else BLOCK, context)
+        self._digest = device.config.digest if device else ""
         linears = find_linears(path) if device else None
         file = linears.file if linears else OnnxFile(path)
         self._inputs = {item.name: tensor_type(item) for item in file.inputs}
@@ -111,6 +112,20 @@ class Decoder(BaseDecoder):
         self.length = total
         self.usage.tokens += tokens
         return values
+
+    @property
+    def cache_form(self) -> str:
+        """See BaseDecoder. Linear layers of hardware have other results than those of onnxruntime."""
+        return f"onnxruntime {self._digest} {self.context}"
+
+    def cache_arrays(self) -> dict[str, np.ndarray]:
+        """See BaseDecoder."""
+        return self._cache.arrays()
+
+    def restore(self, arrays: Mapping[str, np.ndarray], length: int) -> None:
+        """See BaseDecoder."""
+        self._cache.restore(arrays, length)
+        self.length = length
 
     def reset(self) -> None:
         """See BaseDecoder."""
