@@ -157,7 +157,7 @@ def random_job(random: np.random.Generator, most: int) -> Job:
 @cocotb.parametrize(stall=[0.0, 0.5])
 async def test_random(dut, stall):
     random = rng()
-    await check(dut, [random_job(random, 90) for _ in range(14)] + [random_job(random, 600)], stall)
+    await check(dut, [random_job(random, 90) for _ in range(10)] + [random_job(random, 400)], stall)
 
 
 @cocotb.test()

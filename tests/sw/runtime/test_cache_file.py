@@ -19,6 +19,8 @@ from tests.sw.runtime.test_decoder import DATA, IDS, changed
 from tests.sw.runtime.test_device_attention import SCORE_WORDS, narrow
 from tests.sw.runtime.test_programs import hardware
 
+pytestmark = pytest.mark.slow
+
 CONTEXT = 32
 Open = Callable[..., BaseDecoder]
 

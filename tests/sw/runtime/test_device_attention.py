@@ -28,6 +28,8 @@ from tests.sw.fixtures.random_decoder import write_random
 from tests.sw.runtime.test_decoder import IDS, changed, in_blocks, relative
 from tests.sw.runtime.test_programs import hardware
 
+pytestmark = pytest.mark.slow
+
 CONTEXT = 32
 SCORE_WORDS = 8 * SCORE_UNIT
 """Enough for eight rows."""
@@ -73,7 +75,7 @@ def defined(
     return np.concatenate(outputs, axis=1)
 
 
-@pytest.fixture(scope="module", params=[32, 64])
+@pytest.fixture(scope="module", params=[32, pytest.param(64, marks=pytest.mark.full)])
 def model(request, tmp_path_factory) -> Path:
     """Two blocks; four query heads share two KV heads. o has eight bits: its activations are in memory twice."""
     return write_random(tmp_path_factory.mktemp("model"), {"o_proj": (8, 64)}, head_size=request.param)
