@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hw.spec.config import SCORE_UNIT, AcceleratorConfig, ConfigError
+from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.memory.geometry import ceil_div
 from hw.spec.memory.kv_cache import KEY_BITS, KeyCache, ValueCache
 from hw.spec.memory.operands import FLOAT_BYTES
 from hw.spec.ops import Wait
-from hw.spec.ops.scores import BANKS
+from hw.spec.ops.scores import BANKS, bank_words
 from sw.devices.base import Buffer, Device
 from sw.devices.jobs import AppendJob, Job, Keys, Rows, ScoresJob, Values, ValuesJob, View
 from sw.model.parts import Attention, Mismatch
@@ -75,7 +75,7 @@ def _problem(config: AcceleratorConfig, attention: Attention, context: int) -> s
         return "the hardware has score_words 0"
     if attention.softcap:
         return "its scores have a softcap"
-    if SCORE_UNIT * ceil_div(context, SCORE_UNIT) > config.score_words:
+    if bank_words(1, context) > config.score_words:
         return f"a context of {context:,} positions is longer than score_words ({config.score_words:,})"
     try:
         KeyCache(config, attention.head_size, context, max(KEY_BITS))
@@ -193,8 +193,7 @@ class DeviceAttention:
     def _units(self, block: _Block, tokens: int, total: int, last: bool) -> Iterator[_Unit]:
         """The fewest units for all heads of the tokens."""
         attention, shared = block.attention, block.per_kv_head
-        slots = SCORE_UNIT * ceil_div(min(total, block.capacity), SCORE_UNIT)
-        most = min(self._config.max_tokens, self._config.score_words // slots)
+        most = min(self._config.max_tokens, self._config.score_words // bank_words(1, min(total, block.capacity)))
         first = tokens - 1 if last else 0
         count = tokens - first
         if count * attention.kv_heads * ceil_div(shared, most) <= attention.heads * ceil_div(count, most):

@@ -66,7 +66,7 @@ class LoadedHeadNorm:
 class LoadedBlock:
     """One block. qkv: one layer if q, k and v have the same format, else up to three. head_norms: of q and of k.
 
-    keys: what is known about the keys.
+    keys: what is known about the keys, for hardware with attention; else None.
     """
 
     name: str
@@ -77,7 +77,7 @@ class LoadedBlock:
     post_attention_norm: LoadedNorm
     gate_up: LoadedLayer
     down: LoadedLayer
-    keys: KeyHeads
+    keys: KeyHeads | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +157,7 @@ class Loader:
             down=self._place(f"{name}.mlp.down_proj", [self._read(block.down_proj)]),
         )
 
-    def _qkv(self, part: str, block: Block) -> tuple[tuple[LoadedLayer, ...], KeyHeads]:
+    def _qkv(self, part: str, block: Block) -> tuple[tuple[LoadedLayer, ...], KeyHeads | None]:
         """q, k and v, in this order; neighbours are joined where their formats allow it. And what is known of k."""
         attention, rotary = attention_of(block), block.rotary
         layers = [self._read(layer) for layer in (block.q_proj, block.k_proj, block.v_proj)]
@@ -168,8 +168,10 @@ class Loader:
                 order = rotated_rows(count, attention.head_size, rotary.size, rotary.interleaved)
                 layers[index] = layers[index].with_rows(order)
                 heads[index] = 0 if norm else count
-        norm = read_norm(self._file, block.input_norm)
-        keys = key_heads(layers[1], norm, attention.kv_heads, block.k_norm is not None)
+        keys = None
+        if self._device.config.has_attention:
+            norm = read_norm(self._file, block.input_norm)
+            keys = key_heads(layers[1], norm, attention.kv_heads, block.k_norm is not None)
         groups = [[0]]
         for index in (1, 2):
             # The rotated heads of a layer are its first ones.

@@ -89,7 +89,8 @@ class ProgramDecoder(BaseDecoder):
         self._rotary, self._vocab = loaded.rotary, loaded.vocab
         on_device = None
         if self.whole:
-            keys = [key_forms(block.keys, loaded.rotary, context, key_bits) for block in loaded.blocks]
+            heads = [block.keys for block in loaded.blocks if block.keys]
+            keys = [key_forms(known, loaded.rotary, context, key_bits) for known in heads]
             on_device = DeviceAttention(device, attentions, keys, context)
         self._programs = Programs(device, loaded, on_device)
         self._sessions = list(dict.fromkeys(attention.session for attention in self._attentions))
