@@ -18,10 +18,10 @@ from hw.spec.numerics.block_float import BlockFloat
 from hw.spec.ops.base import (
     COMMON_FIELDS,
     WEIGHT_FIELDS,
+    AttentionOp,
     DescriptorField,
     DescriptorWords,
     Memory,
-    Op,
     Opcode,
     State,
     Wait,
@@ -93,16 +93,12 @@ def cache_of(config: AcceleratorConfig, fields: Mapping[str, int]) -> KeyCache |
     return KeyCache(config, size, slots, fields["planes"] * config.weight_bits)
 
 
-class Append(Op):
+class Append(AttentionOp):
     """See the module, and :class:`hw.spec.ops.base.Op`."""
 
     opcode = Opcode.APPEND
     title = _TITLE
     fields = FIELDS
-
-    def exists(self, config: AcceleratorConfig) -> bool:
-        """See :class:`Op`."""
-        return config.has_attention
 
     def bounds(self, config: AcceleratorConfig) -> dict[str, tuple[int, int]]:
         """See :class:`Op`."""

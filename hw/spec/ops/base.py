@@ -208,6 +208,14 @@ class Op(ABC):
         return any(not low <= fields[name] <= high for name, (low, high) in self.bounds(config).items())
 
 
+class AttentionOp(Op):
+    """One of the operations of attention."""
+
+    def exists(self, config: AcceleratorConfig) -> bool:
+        """See :class:`Op`."""
+        return config.has_attention
+
+
 def float_rows(memory: Memory, address: int, pitch: int, rows: int, columns: int) -> np.ndarray:
     """Rows of float32 numbers in memory, ``pitch`` bytes apart: float32 [rows, columns], the memory itself."""
     size = pitch * (rows - 1) + FLOAT_BYTES * columns

@@ -26,10 +26,10 @@ from hw.spec.ops.base import (
     COMMON_FIELDS,
     STREAM_FIELDS,
     WEIGHT_FIELDS,
+    AttentionOp,
     DescriptorField,
     DescriptorWords,
     Memory,
-    Op,
     Opcode,
     State,
     Wait,
@@ -105,16 +105,12 @@ class ScoresDescriptor(DescriptorWords):
         )
 
 
-class Scores(Op):
+class Scores(AttentionOp):
     """See the module, and :class:`hw.spec.ops.base.Op`."""
 
     opcode = Opcode.SCORES
     title = _TITLE
     fields = FIELDS
-
-    def exists(self, config: AcceleratorConfig) -> bool:
-        """See :class:`Op`."""
-        return config.has_attention
 
     def bounds(self, config: AcceleratorConfig) -> dict[str, tuple[int, int]]:
         """See :class:`Op`."""

@@ -17,10 +17,10 @@ from hw.spec.ops.append import EXPONENT_FIELDS, SLOT_BITS
 from hw.spec.ops.base import (
     COMMON_FIELDS,
     WEIGHT_FIELDS,
+    AttentionOp,
     DescriptorField,
     DescriptorWords,
     Memory,
-    Op,
     Opcode,
     State,
     Wait,
@@ -76,16 +76,12 @@ class ValuesDescriptor(DescriptorWords):
     opcode: int = Opcode.VALUES
 
 
-class Values(Op):
+class Values(AttentionOp):
     """See the module, and :class:`hw.spec.ops.base.Op`."""
 
     opcode = Opcode.VALUES
     title = _TITLE
     fields = FIELDS
-
-    def exists(self, config: AcceleratorConfig) -> bool:
-        """See :class:`Op`."""
-        return config.has_attention
 
     def bounds(self, config: AcceleratorConfig) -> dict[str, tuple[int, int]]:
         """See :class:`Op`."""
