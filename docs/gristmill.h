@@ -159,9 +159,12 @@ enum gristmill_error {
 /* Descriptors. A field holds a raw value: for an address or a pitch the number of bytes divided by the unit.
  * Each operation has a struct of its own, because its fields overlap those of other operations. */
 #define GRISTMILL_WEIGHT_UNIT 4096u /* bytes: weights, weights_stride */
-#define GRISTMILL_DATA_UNIT 128u /* bytes: activations, results, source_pitch, result_pitch, addend, addend_pitch, second_pitch, factor, second_results, table, table_pitch */
+#define GRISTMILL_DATA_UNIT 128u /* bytes: activations, results, source_pitch, result_pitch, addend, addend_pitch, activation_pitch, second_pitch, factor, exponents, second_results, table, table_pitch */
 #define GRISTMILL_OPCODE_LINEAR 1u /* linear layer */
 #define GRISTMILL_OPCODE_VECTOR 2u /* epilogue of rows in memory */
+#define GRISTMILL_OPCODE_APPEND 3u /* append to a KV cache */
+#define GRISTMILL_OPCODE_SCORES 4u /* scores of attention */
+#define GRISTMILL_OPCODE_VALUES 5u /* softmax and values of attention */
 
 /* Linear layer. */
 struct gristmill_linear {
@@ -292,6 +295,148 @@ static inline int gristmill_pack_vector(const struct gristmill_vector *fields,
     words[13] = (uint32_t)fields->table;
     words[14] = (uint32_t)fields->table_pitch;
     words[15] = (uint32_t)fields->eps;
+    return 0;
+}
+
+/* Append to a kv cache. */
+struct gristmill_append {
+    uint8_t interrupt; /* completion sets interrupt_pending.done; 1 bit */
+    uint8_t wait; /* 0: start at once; 1: read only weights until all earlier results are in memory; 2: read nothing; 2 bits */
+    uint8_t keys; /* 1: keys, 0: values; 1 bit */
+    uint8_t add; /* add rows from memory; 1 bit */
+    uint8_t planes; /* planes of a mantissa: 1, 2 or 4; 3 bits */
+    uint8_t tokens; /* M */
+    uint32_t out_features; /* N; 19 bits */
+    uint32_t activations; /* address of the rows, in units of 128 bytes */
+    uint32_t weights; /* address of port 0's region, in units of 4,096 bytes; 27 bits */
+    uint32_t weights_stride; /* from one port's region to the next, in units of 4,096 bytes; 20 bits */
+    uint16_t slot; /* slot of the first row; the slot after the last one is slot 0; 15 bits */
+    uint32_t addend; /* add: address of the rows, in units of 128 bytes */
+    uint32_t activation_pitch; /* from one row to the next, in units of 128 bytes; 18 bits */
+    uint32_t exponents; /* values: address of their exponents, in units of 128 bytes */
+    uint16_t slots; /* positions that the cache can hold */
+};
+
+/* The words to write to the register descriptor. Returns 0, or -1 if a value does not fit its field. */
+static inline int gristmill_pack_append(const struct gristmill_append *fields,
+    uint32_t words[GRISTMILL_DESCRIPTOR_WORDS]) {
+    if (fields->interrupt >> 1 || fields->wait >> 2 || fields->keys >> 1 ||
+        fields->add >> 1 || fields->planes >> 3 || fields->out_features >> 19 ||
+        fields->weights >> 27 || fields->weights_stride >> 20 || fields->slot >> 15 ||
+        fields->activation_pitch >> 18)
+        return -1;
+    words[0] = GRISTMILL_OPCODE_APPEND | (uint32_t)fields->interrupt << 9 | (uint32_t)fields->wait << 10 |
+        (uint32_t)fields->keys << 12 | (uint32_t)fields->add << 13 | (uint32_t)fields->planes << 20 |
+        (uint32_t)fields->tokens << 24;
+    words[1] = 0;
+    words[2] = (uint32_t)fields->out_features;
+    words[3] = 0;
+    words[4] = (uint32_t)fields->activations;
+    words[5] = 0;
+    words[6] = (uint32_t)fields->weights;
+    words[7] = (uint32_t)fields->weights_stride;
+    words[8] = (uint32_t)fields->slot;
+    words[9] = (uint32_t)fields->addend;
+    words[10] = (uint32_t)fields->activation_pitch;
+    words[11] = (uint32_t)fields->exponents;
+    words[12] = (uint32_t)fields->slots;
+    words[13] = 0;
+    words[14] = 0;
+    words[15] = 0;
+    return 0;
+}
+
+/* Scores of attention. */
+struct gristmill_scores {
+    uint8_t bank; /* bank of the scores; 1 bit */
+    uint8_t interrupt; /* completion sets interrupt_pending.done; 1 bit */
+    uint8_t wait; /* 0: start at once; 1: read only weights until all earlier results are in memory; 2: read nothing; 2 bits */
+    uint8_t causal; /* each row sees one position more than the row before; 1 bit */
+    uint8_t planes; /* planes of a mantissa: 1, 2 or 4; 3 bits */
+    uint8_t tokens; /* M */
+    uint16_t groups; /* groups along K */
+    uint16_t group_slices; /* group size / tile */
+    uint32_t out_features; /* N; 19 bits */
+    uint16_t header_beats; /* beats of an output tile's header */
+    uint16_t body_words; /* words of an output tile's body */
+    uint32_t activations; /* address of the rows, in units of 128 bytes */
+    uint32_t weights; /* address of port 0's region, in units of 4,096 bytes; 27 bits */
+    uint32_t weights_stride; /* from one port's region to the next, in units of 4,096 bytes; 20 bits */
+    uint16_t turn; /* the last row sees the slots below it */
+    uint16_t window; /* positions that a row sees; 0: all */
+    uint32_t activation_pitch; /* from one row to the next, in units of 128 bytes; 18 bits */
+    uint16_t slots; /* positions that the cache can hold */
+    uint32_t score_factor; /* the bits of a float32 */
+};
+
+/* The words to write to the register descriptor. Returns 0, or -1 if a value does not fit its field. */
+static inline int gristmill_pack_scores(const struct gristmill_scores *fields,
+    uint32_t words[GRISTMILL_DESCRIPTOR_WORDS]) {
+    if (fields->bank >> 1 || fields->interrupt >> 1 || fields->wait >> 2 ||
+        fields->causal >> 1 || fields->planes >> 3 || fields->out_features >> 19 ||
+        fields->weights >> 27 || fields->weights_stride >> 20 || fields->activation_pitch >> 18)
+        return -1;
+    words[0] = GRISTMILL_OPCODE_SCORES | (uint32_t)fields->bank << 8 | (uint32_t)fields->interrupt << 9 |
+        (uint32_t)fields->wait << 10 | (uint32_t)fields->causal << 12 | (uint32_t)fields->planes << 20 |
+        (uint32_t)fields->tokens << 24;
+    words[1] = (uint32_t)fields->groups | (uint32_t)fields->group_slices << 16;
+    words[2] = (uint32_t)fields->out_features;
+    words[3] = (uint32_t)fields->header_beats | (uint32_t)fields->body_words << 16;
+    words[4] = (uint32_t)fields->activations;
+    words[5] = 0;
+    words[6] = (uint32_t)fields->weights;
+    words[7] = (uint32_t)fields->weights_stride;
+    words[8] = (uint32_t)fields->turn;
+    words[9] = (uint32_t)fields->window;
+    words[10] = (uint32_t)fields->activation_pitch;
+    words[11] = 0;
+    words[12] = (uint32_t)fields->slots;
+    words[13] = 0;
+    words[14] = 0;
+    words[15] = (uint32_t)fields->score_factor;
+    return 0;
+}
+
+/* Softmax and values of attention. */
+struct gristmill_values {
+    uint8_t bank; /* bank of the scores; 1 bit */
+    uint8_t interrupt; /* completion sets interrupt_pending.done; 1 bit */
+    uint8_t wait; /* 0: start at once; 1: read only weights until all earlier results are in memory; 2: read nothing; 2 bits */
+    uint8_t tokens; /* M */
+    uint32_t out_features; /* N; 19 bits */
+    uint32_t results; /* address, in units of 128 bytes */
+    uint32_t weights; /* address of port 0's region, in units of 4,096 bytes; 27 bits */
+    uint32_t weights_stride; /* from one port's region to the next, in units of 4,096 bytes; 20 bits */
+    uint32_t result_pitch; /* from one row of results to the next, in units of 128 bytes; 18 bits */
+    uint32_t exponents; /* values: address of their exponents, in units of 128 bytes */
+    uint16_t slots; /* positions that the cache can hold */
+    uint16_t positions; /* scores of a row: the slots of the cache that are read */
+};
+
+/* The words to write to the register descriptor. Returns 0, or -1 if a value does not fit its field. */
+static inline int gristmill_pack_values(const struct gristmill_values *fields,
+    uint32_t words[GRISTMILL_DESCRIPTOR_WORDS]) {
+    if (fields->bank >> 1 || fields->interrupt >> 1 || fields->wait >> 2 ||
+        fields->out_features >> 19 || fields->weights >> 27 || fields->weights_stride >> 20 ||
+        fields->result_pitch >> 18)
+        return -1;
+    words[0] = GRISTMILL_OPCODE_VALUES | (uint32_t)fields->bank << 8 | (uint32_t)fields->interrupt << 9 |
+        (uint32_t)fields->wait << 10 | (uint32_t)fields->tokens << 24;
+    words[1] = 0;
+    words[2] = (uint32_t)fields->out_features;
+    words[3] = 0;
+    words[4] = 0;
+    words[5] = (uint32_t)fields->results;
+    words[6] = (uint32_t)fields->weights;
+    words[7] = (uint32_t)fields->weights_stride;
+    words[8] = (uint32_t)fields->result_pitch;
+    words[9] = 0;
+    words[10] = 0;
+    words[11] = (uint32_t)fields->exponents;
+    words[12] = (uint32_t)fields->slots;
+    words[13] = 0;
+    words[14] = (uint32_t)fields->positions;
+    words[15] = 0;
     return 0;
 }
 

@@ -144,7 +144,8 @@ def descriptor_table(fields: Sequence[DescriptorField]) -> str:
 
 def operation(op: Op) -> str:
     """The section of an operation: its diagram, and the fields that are not those of the epilogue."""
-    own = [field for field in op.fields if field not in EPILOGUE_FIELDS]
+    shared = () if op.opcode in ATTENTION else EPILOGUE_FIELDS
+    own = [field for field in op.fields if field not in shared]
     heading = f"### Opcode {op.opcode:d}: {op.title}"
     return f"{heading}\n\n```\n{descriptor_diagram(op.fields)}\n```\n\n{descriptor_table(own)}"
 
@@ -226,7 +227,7 @@ def page() -> str:
     values = {
         "registers": register_table(),
         "errors": error_table(),
-        "operations": "\n\n".join(operation(op) for op in OPS.values()),
+        "operations": "\n\n".join(operation(op) for opcode, op in OPS.items() if opcode not in ATTENTION),
         "epilogue": descriptor_table(EPILOGUE_FIELDS),
         "example": example(),
         "ports": port_table(),

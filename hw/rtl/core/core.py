@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The core: everything between the streams of commands, weights and activations and the stream of results."""
 
-from amaranth.hdl import Module, Signal
+from amaranth.hdl import Cat, Module, Mux, Signal, Value
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -21,6 +21,17 @@ from hw.rtl.core.sequencer import Sequencer
 from hw.rtl.core.weights import WeightSplitter, WordAssembler
 from hw.spec.config import AcceleratorConfig
 from hw.spec.memory.geometry import StreamLayout
+
+
+def separate_rows(config: AcceleratorConfig, words: Value) -> Value:
+    """Rows of weights whose successive rows are in pairs: element c of both rows, then element c + 1 of both, ..."""
+    bits, tile = config.weight_bits, config.tile
+    row_bits = tile * bits
+    ordered = []
+    for first in range(0, len(words) // row_bits, 2):
+        pair = words[first * row_bits : (first + 2) * row_bits]
+        ordered += [Cat(pair.word_select(2 * column + row, bits) for column in range(tile)) for row in range(2)]
+    return Cat(ordered)
 
 
 class Core(Block):
@@ -154,10 +165,13 @@ class Core(Block):
         wait = buffer.read_latency - 1
         place = delay(m, sequencer.place, wait, name="place")
         m.d.comb += fifo.o.ready.eq(delay(m, sequencer.pop, wait, name="pop", reset=True))
-        if self.stream.slices_per_word == 1:
-            m.d.sync += register.eq(fifo.o.payload[: len(register)])
-        else:
-            m.d.sync += register.eq(fifo.o.payload.word_select(place, len(register)))
+        rows = fifo.o.payload[: len(register)]
+        if self.stream.slices_per_word > 1:
+            rows = fifo.o.payload.word_select(place, len(register))
+        if self.config.has_attention:
+            paired = delay(m, sequencer.paired, wait, name="paired")
+            rows = Mux(paired, separate_rows(self.config, rows), rows)
+        m.d.sync += register.eq(rows)
         m.d.comb += [
             sequencer.word_pushed.eq(fifo.i.valid & fifo.i.ready),
             buffer.read_address.eq(sequencer.address),

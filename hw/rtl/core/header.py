@@ -158,9 +158,11 @@ class HeaderReader(Block):
         m.submodules.buffer = buffer = HeaderBuffer(config)
         m.submodules.exponents_fifo = exponents = StreamFifo(layout.exponents_bits, self.tiles_ahead)
         m.submodules.records_fifo = records = StreamFifo(layout.record_bits, self.tiles_ahead)
-        # A header has its exponents, then its records: groups + 1 items.
+        # A header has its exponents, then its records: groups + 1 items, and perhaps records that are not used.
+        spare = (lambda command: command.spare_records) if config.has_attention else (lambda command: 0)
         m.submodules.walker = walker = Walker(
-            config, {"item": lambda command: command.groups + 1, "tile": lambda command: command.out_tiles}
+            config,
+            {"item": lambda command: command.groups + 1 + spare(command), "tile": lambda command: command.out_tiles},
         )
         wiring.connect(m, wiring.flipped(self.command), walker.command)
         wiring.connect(m, wiring.flipped(self.beats), buffer.beats)
@@ -203,9 +205,20 @@ class HeaderReader(Block):
             m.d.sync += place.eq(Mux(last, 0, place + 1))
 
         self._assemble(m, buffer, read, last, is_exponents, exponents.i, plan)
-        self._assemble(m, buffer, read, last, ~is_exponents, records.i, plan, records=True)
+        used = self._used(m, walker) if config.has_attention else Const(1)
+        self._assemble(m, buffer, read, last, ~is_exponents & used, records.i, plan, records=True)
         m.d.comb += self.tile_ready.eq(exponents.i.valid & exponents.i.ready)
         return m
+
+    def _used(self, m: Module, walker: Walker) -> Signal:
+        """Whether the walker's record is one of the groups'. Only the records in front are."""
+        left, used = Signal.like(walker.current.groups), Signal(init=1)
+        with m.If(walker.step):
+            with m.If(walker.first.item):
+                m.d.sync += [left.eq(walker.current.groups - 1), used.eq(1)]
+            with m.Else():
+                m.d.sync += [left.eq(left - 1), used.eq(left != 0)]
+        return used
 
     def _assemble(self, m: Module, buffer, read, last, selected, target, plan, records: bool = False) -> None:
         """Collects the chunks of one kind of item from the buffer, one cycle after their reads."""

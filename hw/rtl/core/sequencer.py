@@ -34,6 +34,7 @@ class Sequencer(Block):
     address : address of the token's activations
     pop : a word leaves the FIFO (after all its slices, if it has several)
     place : index of the slice in the word, if it has several
+    paired : with attention: the word has successive rows in pairs
     works : a token or a word enters in this cycle
     waits_activations, waits_output : it waits for activations; it waits for room for sums
 
@@ -57,6 +58,7 @@ class Sequencer(Block):
                 "address": Out(range(BANKS * bank_slices(config))),
                 "pop": Out(1),
                 "place": Out(range(max(2, self.stream.slices_per_word))),
+                **({"paired": Out(1)} if config.has_attention else {}),
                 "works": Out(1),
                 "waits_activations": Out(1),
                 "waits_output": Out(1),
@@ -94,6 +96,8 @@ class Sequencer(Block):
             m.d.sync += phase.eq(Mux(walker.last.phase, 0, phase + 1))
         m.d.sync += [self.token.eq(step & token), self.load.eq(step & walker.first.phase)]
         self._address(m, walker)
+        if config.has_attention:
+            m.d.sync += self.paired.eq(walker.current.paired)
         return m
 
     def _gate(self, m: Module, walker: Walker, token: Signal, word: Signal) -> Signal:

@@ -51,6 +51,12 @@ def value_group(config: AcceleratorConfig) -> int:
     return min(VALUE_GROUP, config.max_group_size)
 
 
+def value_chunk(config: AcceleratorConfig) -> LayerLayout:
+    """The part of a stream of values that is one chunk of ``tile`` columns."""
+    planes = VALUE_BITS // config.weight_bits
+    return LayerLayout(config, CHUNK * planes, config.tile, value_group(config))
+
+
 class Bytes(NamedTuple):
     """Bytes to write: ``offsets``, int64 [B], from the beginning of a region; ``values``, uint8 [B]."""
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from hw.spec.config import AcceleratorConfig
 from hw.spec.ops.append import APPEND
-from hw.spec.ops.base import OPCODE_BITS, Op, Opcode, Wait
+from hw.spec.ops.base import OPCODE_BITS, AttentionOp, Op, Opcode, Wait
 from hw.spec.ops.linear import LINEAR
 from hw.spec.ops.scores import SCORES
 from hw.spec.ops.values import VALUES
@@ -13,10 +13,10 @@ from hw.spec.ops.vector import VECTOR
 
 __all__ = ["APPEND", "ATTENTION", "LINEAR", "OPS", "SCORES", "VALUES", "VECTOR", "Op", "Opcode", "Wait", "op_of"]
 
-OPS: dict[Opcode, Op] = {op.opcode: op for op in (LINEAR, VECTOR)}
-"""The opcodes of generated hardware."""
-ATTENTION: dict[Opcode, Op] = {op.opcode: op for op in (APPEND, SCORES, VALUES)}
-"""Those of attention. Only the reference device has them; the generator refuses a config with ``score_words``."""
+ATTENTION: dict[Opcode, AttentionOp] = {op.opcode: op for op in (APPEND, SCORES, VALUES)}
+"""The opcodes of attention."""
+OPS: dict[Opcode, Op] = {LINEAR.opcode: LINEAR, VECTOR.opcode: VECTOR, **ATTENTION}
+"""All opcodes. Some hardware does not have all of them: see :meth:`Op.exists`."""
 
 
 def op_of(config: AcceleratorConfig, words: Sequence[int]) -> Op | None:

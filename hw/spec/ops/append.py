@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Appends keys or values of one KV head to its cache: rows of float32 numbers become block floating point.
 
+With ``add`` a row of memory, the same for all of them, is added to the keys first.
+
 The layout of the cache is that of :mod:`hw.spec.memory.kv_cache`, the rounding that of
 :mod:`hw.spec.numerics.attention`. Only the bytes of the appended positions are written.
 """
@@ -30,7 +32,7 @@ from hw.spec.ops.base import (
     opcode_field,
     units,
 )
-from hw.spec.ops.epilogue import MAX_HEAD, PITCH_BITS
+from hw.spec.ops.epilogue import EPILOGUE_FIELDS, MAX_HEAD, PITCH_BITS
 
 _TITLE = "append to a KV cache"
 SLOT_BITS = LONGEST_CONTEXT.bit_length() - 1
@@ -44,19 +46,19 @@ EXPONENT_FIELDS: tuple[DescriptorField, ...] = (
     DescriptorField("exponents", 352, 32, units(DATA_ALIGNMENT, "values: address of their exponents"), DATA_ALIGNMENT),
 )
 """The exponents of values; from one group of 32 columns to the next there are ``slots`` bytes, in whole chunks."""
+SLOTS_FIELD = DescriptorField("slots", 384, SLOT_BITS + 1, "positions that the cache can hold")
 FIELDS: tuple[DescriptorField, ...] = in_order(
     (opcode_field(Opcode.APPEND, _TITLE),),
     COMMON_FIELDS,
     WEIGHT_FIELDS,
     ROW_FIELDS,
     EXPONENT_FIELDS,
+    (field for field in EPILOGUE_FIELDS if field.name in ("add", "addend")),
     (
         DescriptorField("keys", 12, 1, "1: keys, 0: values"),
-        DescriptorField("add", 13, 1, "keys: add a vector to each of them"),
         DescriptorField("planes", 20, 3, "planes of a mantissa: 1, 2 or 4"),
         DescriptorField("slot", 256, SLOT_BITS, "slot of the first row; the slot after the last one is slot 0"),
-        DescriptorField("centre", 288, 32, units(DATA_ALIGNMENT, "keys: address of the vector"), DATA_ALIGNMENT),
-        DescriptorField("slots", 384, SLOT_BITS + 1, "positions that the cache can hold"),
+        SLOTS_FIELD,
     ),
 )
 
@@ -78,7 +80,7 @@ class AppendDescriptor(DescriptorWords):
     slot: int
     slots: int
     add: int = 0
-    centre: int = 0
+    addend: int = 0
     exponents: int = 0
     interrupt: int = 0
     wait: int = Wait.NOTHING
@@ -124,7 +126,6 @@ class Append(AttentionOp):
         return (
             fields["planes"] != cache.planes
             or fields["slot"] >= fields["slots"]
-            or cache.region_bytes > fields["weights_stride"]
             or short
             or (fields["add"] > fields["keys"])
         )
@@ -136,7 +137,7 @@ class Append(AttentionOp):
         stride = d["weights_stride"]
         stream = memory.view(d["weights"], (config.ports - 1) * stride + cache.region_bytes)
         if isinstance(cache, KeyCache):
-            added = float_rows(memory, d["centre"], 0, 1, d["out_features"])[0] if d["add"] else np.zeros(1, np.float32)
+            added = float_rows(memory, d["addend"], 0, 1, d["out_features"])[0] if d["add"] else np.zeros(1, np.float32)
             numbers = cache_keys(rows, -added, cache.bits)
         else:
             numbers = cache_values(rows)

@@ -208,12 +208,23 @@ class Op(ABC):
         return any(not low <= fields[name] <= high for name, (low, high) in self.bounds(config).items())
 
 
+Banks = dict[int, tuple[int, int]]
+"""Rows and positions of the scores in each bank that holds some."""
+
+
 class AttentionOp(Op):
     """One of the operations of attention."""
 
     def exists(self, config: AcceleratorConfig) -> bool:
         """See :class:`Op`."""
         return config.has_attention
+
+    def bank_is_wrong(self, fields: Mapping[str, int], banks: Banks) -> bool:
+        """Whether the bank of scores is not in the state that the descriptor needs."""
+        return False
+
+    def use_bank(self, fields: Mapping[str, int], banks: Banks) -> None:
+        """Changes the banks as an accepted descriptor does."""
 
 
 def float_rows(memory: Memory, address: int, pitch: int, rows: int, columns: int) -> np.ndarray:

@@ -5,12 +5,14 @@ from dataclasses import asdict, dataclass
 
 from hw.spec.config import MAX_N, AcceleratorConfig, ConfigError
 from hw.spec.memory.geometry import LayerLayout, StreamLayout, ceil_div
+from hw.spec.memory.kv_cache import value_chunk
 
 
 def command_fields(config: AcceleratorConfig) -> dict[str, int]:
     """Name and width in bits of every field, from the lowest bit up."""
     stream = StreamLayout(config)
     slices = config.max_k // config.tile
+    attention = {"paired": 1, "spare_records": value_chunk(config).groups.bit_length()} if config.has_attention else {}
     return {
         "tokens": config.max_tokens.bit_length(),
         "groups": slices.bit_length(),
@@ -20,6 +22,7 @@ def command_fields(config: AcceleratorConfig) -> dict[str, int]:
         "header_beats": max_header_beats(config).bit_length(),
         "body_words": (slices * stream.words_per_slice).bit_length(),
         "reuse": 1,
+        **attention,
     }
 
 
@@ -46,6 +49,9 @@ class LayerCommand:
     last_columns : columns in use in the last output tile
     header_beats, body_words : the weight stream of one output tile (:class:`hw.spec.memory.geometry.LayerLayout`)
     reuse : 1 to use the activations of the previous command instead of new ones
+    paired : with attention: 1 if a byte of the body holds one column of two successive rows (the keys of a KV cache)
+    spare_records : with attention: records at the end of the header that the layer does not have (a chunk of values
+        that is not full)
     """
 
     tokens: int
@@ -56,6 +62,8 @@ class LayerCommand:
     header_beats: int
     body_words: int
     reuse: int = 0
+    paired: int = 0
+    spare_records: int = 0
 
     @classmethod
     def from_layer(cls, layer: LayerLayout, tokens: int, reuse: bool = False) -> "LayerCommand":

@@ -21,12 +21,13 @@ from hw.spec.memory.kv_cache import LONGEST_CONTEXT, PLANE_COUNTS, KeyCache
 from hw.spec.memory.operands import FLOAT_BYTES
 from hw.spec.numerics.float32 import mul
 from hw.spec.numerics.linear import linear, quantize_activations
-from hw.spec.ops.append import ROW_FIELDS, SLOT_BITS
+from hw.spec.ops.append import ROW_FIELDS, SLOT_BITS, SLOTS_FIELD
 from hw.spec.ops.base import (
     COMMON_FIELDS,
     STREAM_FIELDS,
     WEIGHT_FIELDS,
     AttentionOp,
+    Banks,
     DescriptorField,
     DescriptorWords,
     Memory,
@@ -38,6 +39,7 @@ from hw.spec.ops.base import (
     opcode_field,
     read_stream,
 )
+from hw.spec.ops.epilogue import MAX_HEAD
 
 _TITLE = "scores of attention"
 BANKS = 2
@@ -54,8 +56,8 @@ FIELDS: tuple[DescriptorField, ...] = in_order(
         DescriptorField("causal", 12, 1, "each row sees one position more than the row before"),
         DescriptorField("planes", 20, 3, "planes of a mantissa: 1, 2 or 4"),
         DescriptorField("turn", 256, _COUNT_BITS, "the last row sees the slots below it"),
-        DescriptorField("slots", 288, _COUNT_BITS, "positions that the cache can hold"),
-        DescriptorField("window", 384, _COUNT_BITS, "positions that a row sees; 0: all"),
+        DescriptorField("window", 288, _COUNT_BITS, "positions that a row sees; 0: all"),
+        SLOTS_FIELD,
         DescriptorField("score_factor", 480, 32, "the bits of a float32"),
     ),
 )
@@ -145,7 +147,16 @@ class Scores(AttentionOp):
             or cache.region_bytes > fields["weights_stride"]
             or (fields["tokens"] > 1 and fields["activation_pitch"] < FLOAT_BYTES * size)
             or bank_words(fields["tokens"], fields["out_features"]) > config.score_words
+            or size > MAX_HEAD
         )
+
+    def bank_is_wrong(self, fields: Mapping[str, int], banks: Banks) -> bool:
+        """See :class:`AttentionOp`: no scores are overwritten that nothing has read."""
+        return fields["bank"] in banks
+
+    def use_bank(self, fields: Mapping[str, int], banks: Banks) -> None:
+        """See :class:`AttentionOp`."""
+        banks[fields["bank"]] = fields["tokens"], fields["out_features"]
 
     def head_size(self, config: AcceleratorConfig, fields: Mapping[str, int]) -> int:
         """Elements of a head."""

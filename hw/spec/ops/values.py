@@ -13,11 +13,12 @@ from hw.spec.memory.kv_cache import LONGEST_CONTEXT, ValueCache
 from hw.spec.memory.operands import DATA_ALIGNMENT, FLOAT_BYTES
 from hw.spec.numerics.attention import probabilities, weighted_values
 from hw.spec.numerics.block_float import BlockFloat
-from hw.spec.ops.append import EXPONENT_FIELDS, SLOT_BITS
+from hw.spec.ops.append import EXPONENT_FIELDS, SLOT_BITS, SLOTS_FIELD
 from hw.spec.ops.base import (
     COMMON_FIELDS,
     WEIGHT_FIELDS,
     AttentionOp,
+    Banks,
     DescriptorField,
     DescriptorWords,
     Memory,
@@ -49,7 +50,7 @@ FIELDS: tuple[DescriptorField, ...] = in_order(
             units(DATA_ALIGNMENT, "from one row of results to the next"),
             DATA_ALIGNMENT,
         ),
-        DescriptorField("slots", 384, SLOT_BITS + 1, "positions that the cache can hold"),
+        SLOTS_FIELD,
         DescriptorField("positions", 448, SLOT_BITS + 1, "scores of a row: the slots of the cache that are read"),
     ),
 )
@@ -105,10 +106,17 @@ class Values(AttentionOp):
             return True
         return (
             fields["positions"] > fields["slots"]
-            or cache.region_bytes > fields["weights_stride"]
             or (fields["tokens"] > 1 and fields["result_pitch"] < FLOAT_BYTES * fields["out_features"])
             or bank_words(fields["tokens"], fields["positions"]) > config.score_words
         )
+
+    def bank_is_wrong(self, fields: Mapping[str, int], banks: Banks) -> bool:
+        """See :class:`AttentionOp`: the bank has scores of as many rows and positions."""
+        return banks.get(fields["bank"]) != (fields["tokens"], fields["positions"])
+
+    def use_bank(self, fields: Mapping[str, int], banks: Banks) -> None:
+        """See :class:`AttentionOp`: the scores are used up."""
+        del banks[fields["bank"]]
 
     def cache(self, config: AcceleratorConfig, fields: Mapping[str, int]) -> ValueCache:
         """The whole cache. Raises ConfigError if there is none."""

@@ -107,7 +107,7 @@ class AppendJob(AttentionJob):
             slot=self.slot,
             slots=cache.positions,
             add=int(self.centre is not None),
-            centre=self.centre.address if self.centre else 0,
+            addend=self.centre.address if self.centre else 0,
             exponents=place.exponents.address if isinstance(place, Values) else 0,
             interrupt=int(interrupt),
             wait=self.wait,

@@ -30,12 +30,16 @@ from hw.spec.control.descriptor import (
 from hw.spec.control.refusal import parse
 from hw.spec.memory.geometry import LayerLayout, StreamLayout
 from hw.spec.ops import OPS
+from hw.spec.ops.append import AppendDescriptor
 from hw.spec.ops.base import DescriptorWords
 from hw.spec.ops.command import max_header_beats
+from hw.spec.ops.scores import ScoresDescriptor
+from hw.spec.ops.values import ValuesDescriptor
 
 BY_NAME = {field.name: field for field in FIELDS}
 LIMITS = {name: field.limit for name, field in BY_NAME.items()}
-OPERATIONS = pytest.mark.parametrize("kind", [Descriptor, VectorDescriptor], ids=lambda kind: kind.__name__)
+KINDS = (Descriptor, VectorDescriptor, AppendDescriptor, ScoresDescriptor, ValuesDescriptor)
+OPERATIONS = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 
 
 def configs() -> list[AcceleratorConfig]:
@@ -125,9 +129,8 @@ def test_round_trip(kind: Any):
 
 @pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
 def test_values_that_do_not_fit_are_refused(field: DescriptorField):
-    good: Any = descriptor(LayerLayout(AcceleratorConfig(), k=128, n=16, group_size=128))
-    if field not in good.op_fields:
-        good = VectorDescriptor(tokens=1, out_features=1, activations=0, source_pitch=0)
+    kind: Any = next(kind for kind in KINDS if field.name in (other.name for other in kind.op_fields))
+    good = kind(**{other.name: 0 for other in kind.op_fields})
     for value in (field.unit << field.width, -field.unit):
         message = f"descriptor field {field.name} is at least 0 and less than {field.limit}, not {value}"
         with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):

@@ -103,7 +103,6 @@ def test_words(made: DescriptorWords):
         (APPEND, append(False, planes=4)),
         (APPEND, append(slot=64)),
         (APPEND, append(slots=0)),
-        (APPEND, append(weights_stride=0)),
         (APPEND, append(activation_pitch=128)),
         (APPEND, append(False, add=1)),
         (SCORES, scores(groups=3)),
@@ -119,7 +118,6 @@ def test_words(made: DescriptorWords):
         (VALUES, values(positions=65)),
         (VALUES, values(positions=0)),
         (VALUES, values(out_features=80)),
-        (VALUES, values(weights_stride=0)),
         (VALUES, values(result_pitch=128)),
     ],
 )
@@ -183,7 +181,7 @@ def test_a_centre_is_added():
     rows = rng.standard_normal((3, 128)).astype(np.float32)
     centre = rng.standard_normal(64).astype(np.float32)
     for made, source in (
-        (append(add=1, centre=CENTRE), rows),
+        (append(add=1, addend=CENTRE), rows),
         (append(), rows + np.concatenate([centre, centre])),
     ):
         memory = Bytes()
