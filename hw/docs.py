@@ -110,7 +110,8 @@ def descriptor_diagram(fields: Sequence[DescriptorField]) -> str:
         cells = reversed([_label(text, 2 * width - 1) for width, text in _cells(fields, word)])
         lines += [f"{word:5} |{'|'.join(cells)}|", line]
     if words < DESCRIPTOR_WORDS:
-        lines += [f"{words}-{DESCRIPTOR_WORDS - 1} |{' ' * inside}|".rjust(len(line)), line]
+        last = DESCRIPTOR_WORDS - 1
+        lines += [f"{words if words == last else f'{words}-{last}'} |{' ' * inside}|".rjust(len(line)), line]
     return "\n".join(lines)
 
 

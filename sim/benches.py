@@ -68,6 +68,7 @@ _SMALL_DECODER, _TWO_PORTS_DECODER, _DECODER = (
 # The largest layer of Qwen2.5-0.5B fits.
 _BLOCK = dict(_DECODER, lanes=2, max_k=4864)
 _ULX3S, _ULX3S_8 = (dict(target="ecp5", **PRESETS[name]) for name in ("ulx3s4", "ulx3s8"))
+_ATTENTION = dict(_SMALL_DECODER, lanes=4, score_words=2048)
 # As many lanes as columns, and the most lanes.
 _LANES_4, _LANES_8 = dict(_SMALL, lanes=4), dict(_TILE_32, lanes=8)
 
@@ -132,14 +133,14 @@ BENCHES: list[Bench] = [
     _bench("epilogue", dict(_SMALL_DECODER, lanes=4)),
     _bench("piece_maximum", dict(_SMALL_DECODER, lanes=4)),
     _bench("unit_float", _SMALL),
-    *(_bench(block, dict(_SMALL_DECODER, lanes=4, score_words=2048)) for block in ("score_banks", "value_rows")),
+    *(_bench(block, _ATTENTION) for block in ("score_banks", "value_rows")),
     *(_bench(block, _SMALL_DECODER) for block in ("merge", "rows")),
     _bench("scales", dict(_SMALL_DECODER, lanes=4)),
     *(_bench(block, _SMALL) for block in ("pair", "completion", "progress")),
     *(_bench("descriptor_check", params) for params in (_SMALL, dict(_WIDE, operators="decoder"))),
     _bench("header", _TILE_32),
     _bench("drain", _LANES_4),
-    _bench("core", _SMALL),
+    _bench("core", _ATTENTION),
     _bench("core", _WIDE),
     _bench("core", _FIXED),
     _bench("core", _TILE_16),
@@ -153,7 +154,8 @@ BENCHES: list[Bench] = [
     _bench("accelerator", _TWO_PORTS),
     _bench("accelerator", _TWO_PORTS, tb="accelerator_faults"),
     _bench("accelerator", _TILE_16, full=True),
-    *(_bench("core", params, full=True) for params in (_NARROW, _TILE_32)),
+    *(_bench("core", params, full=True) for params in (_SMALL, _NARROW, _TILE_32)),
+    _bench("core", dict(_DECODER, lanes=2, score_words=8192), full=True),
     *(_bench(block, _FIXED, full=True) for block in ("array", "columns", "float_out")),
     _bench("activation_unit", _TILE_32, full=True),
     *(_bench("sequencer", params, full=True) for params in (_NARROW, _WIDE)),

@@ -2,6 +2,7 @@
 """Layers for the benches: random and extreme data, and their streams into and out of the core."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -31,12 +32,18 @@ DATA = ("random", "minimum", "maximum", "bound", "negative_bound", "zero_rows")
 
 
 class Job(NamedTuple):
-    """One layer with its data, and whether it reuses the activations of the previous job."""
+    """One layer with its data, and whether it reuses the activations of the previous job.
+
+    paired : successive rows of weights are in pairs
+    whole : the layer whose header the stream has, if it has more groups
+    """
 
     layer: LayerLayout
     weights: Weights
     activations: Activations
     reuse: bool = False
+    paired: bool = False
+    whole: LayerLayout | None = None
 
     @property
     def tokens(self) -> int:
@@ -46,7 +53,11 @@ class Job(NamedTuple):
     @property
     def command(self) -> int:
         """The core's command for this job."""
-        return LayerCommand.from_layer(self.layer, self.tokens, self.reuse).to_int(self.layer.config)
+        command = LayerCommand.from_layer(self.layer, self.tokens, self.reuse)
+        if self.whole:
+            spare = self.whole.groups - self.layer.groups
+            command = replace(command, header_beats=self.whole.header_beats, spare_records=spare)
+        return replace(command, paired=int(self.paired)).to_int(self.layer.config)
 
 
 def _zero_point_range(config: AcceleratorConfig) -> tuple[int, int]:
@@ -136,7 +147,16 @@ def random_layer(
 
 def beats(job: Job) -> list[int]:
     """The weight stream's payloads."""
-    return [int.from_bytes(row.tobytes(), "little") for row in pack(job.layer, job.weights)]
+    layer, weights = job.layer, job.weights
+    if job.whole:
+        more = weights_of(job.whole, np.random.default_rng(len(weights.q[0])))
+        more.q[:, : layer.k], more.zero_points[:, : layer.groups] = weights.q, weights.zero_points
+        more.scale_mantissas[:, : layer.groups] = weights.scale_mantissas
+        layer, weights = job.whole, more._replace(exponents=weights.exponents)
+    rows = pack(layer, weights, job.paired)
+    body = job.layer.body_words * layer.stream.beats_per_word
+    rows = rows[: layer.header_beats + body] if job.whole else rows
+    return [int.from_bytes(row.tobytes(), "little") for row in rows]
 
 
 def activation_payloads(job: Job, fields: Layout) -> list[int]:

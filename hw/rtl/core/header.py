@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The header ring: row exponents, scales and zero points, prefetched and read strictly in order."""
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal
-from amaranth.lib import stream, wiring
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value
+from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
@@ -159,11 +159,7 @@ class HeaderReader(Block):
         m.submodules.exponents_fifo = exponents = StreamFifo(layout.exponents_bits, self.tiles_ahead)
         m.submodules.records_fifo = records = StreamFifo(layout.record_bits, self.tiles_ahead)
         # A header has its exponents, then its records: groups + 1 items, and perhaps records that are not used.
-        spare = (lambda command: command.spare_records) if config.has_attention else (lambda command: 0)
-        m.submodules.walker = walker = Walker(
-            config,
-            {"item": lambda command: command.groups + 1 + spare(command), "tile": lambda command: command.out_tiles},
-        )
+        m.submodules.walker = walker = Walker(config, {"item": self._items, "tile": lambda command: command.out_tiles})
         wiring.connect(m, wiring.flipped(self.command), walker.command)
         wiring.connect(m, wiring.flipped(self.beats), buffer.beats)
         wiring.connect(m, exponents.o, wiring.flipped(self.exponents))
@@ -205,10 +201,14 @@ class HeaderReader(Block):
             m.d.sync += place.eq(Mux(last, 0, place + 1))
 
         self._assemble(m, buffer, read, last, is_exponents, exponents.i, plan)
-        used = self._used(m, walker) if config.has_attention else Const(1)
-        self._assemble(m, buffer, read, last, ~is_exponents & used, records.i, plan, records=True)
+        is_record = ~is_exponents & self._used(m, walker) if config.has_attention else ~is_exponents
+        self._assemble(m, buffer, read, last, is_record, records.i, plan, records=True)
         m.d.comb += self.tile_ready.eq(exponents.i.valid & exponents.i.ready)
         return m
+
+    def _items(self, command: data.View) -> Value:
+        """Items of a header."""
+        return command.groups + 1 + command.spare_records if self.config.has_attention else command.groups + 1
 
     def _used(self, m: Module, walker: Walker) -> Signal:
         """Whether the walker's record is one of the groups'. Only the records in front are."""
@@ -217,7 +217,7 @@ class HeaderReader(Block):
             with m.If(walker.first.item):
                 m.d.sync += [left.eq(walker.current.groups - 1), used.eq(1)]
             with m.Else():
-                m.d.sync += [left.eq(left - 1), used.eq(left != 0)]
+                m.d.sync += [left.eq(left - 1), used.eq(used & (left != 0))]
         return used
 
     def _assemble(self, m: Module, buffer, read, last, selected, target, plan, records: bool = False) -> None:

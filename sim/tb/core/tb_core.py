@@ -5,6 +5,8 @@ import cocotb
 
 from hw.spec.config import ConfigError
 from hw.spec.memory.geometry import fit_layer
+from hw.spec.memory.kv_cache import value_chunk
+from hw.spec.numerics.block_float import BLOCK
 from sim.bench.core_driver import CoreDriver
 from sim.bench.dut import config
 from sim.bench.layers import DATA, job
@@ -41,6 +43,32 @@ def _random_jobs(random, count):
         tokens = int(random.choice([1, 1, 2, 3, c.max_tokens, random.integers(1, c.max_tokens, endpoint=True)]))
         jobs.append(_job(random, k, n, size, tokens, "random", before))
     return jobs
+
+
+def _attention_jobs(random, count):
+    """Layers whose rows are in pairs, chunks of values that are not full, and others between them."""
+    c, whole, jobs = config(), value_chunk(config()), []
+    for index in range(count):
+        tokens = int(random.integers(1, c.max_tokens, endpoint=True))
+        if index % 3 == 0:
+            jobs.append(_job(random, int(random.choice([64, 128])), int(random.integers(1, 3 * c.tile)), BLOCK, tokens))
+            jobs[-1] = jobs[-1]._replace(paired=True)
+        elif index % 3 == 1:
+            groups = int(random.integers(1, whole.groups, endpoint=True))
+            jobs.append(_job(random, groups * whole.group_size, c.tile, whole.group_size, tokens)._replace(whole=whole))
+        elif index % 2:
+            jobs += _random_jobs(random, 1)
+    return jobs
+
+
+@cocotb.test(skip=not config().has_attention)
+@cocotb.parametrize(stalls=[False, True])
+async def test_attention(dut, stalls):
+    """Rows in pairs, and headers with records that the layer does not have."""
+    random = rng(7)
+    names = ("command", "weights", "activations", "results") if stalls else ()
+    core = await CoreDriver.create(dut, **{name: randomly(0.4, rng(8, len(name))) for name in names})
+    await core.check(_attention_jobs(random, 60 if LONG else 24))
 
 
 @cocotb.test()
