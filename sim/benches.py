@@ -137,7 +137,7 @@ BENCHES: list[Bench] = [
     *(_bench(block, _SMALL_DECODER) for block in ("merge", "rows")),
     _bench("scales", dict(_SMALL_DECODER, lanes=4)),
     *(_bench(block, _SMALL) for block in ("pair", "completion", "progress")),
-    *(_bench("descriptor_check", params) for params in (_SMALL, dict(_WIDE, operators="decoder"))),
+    *(_bench("descriptor_check", params) for params in (_ATTENTION, dict(_WIDE, operators="decoder"))),
     _bench("header", _TILE_32),
     _bench("drain", _LANES_4),
     _bench("core", _ATTENTION),
@@ -170,7 +170,7 @@ BENCHES: list[Bench] = [
     _bench("accelerator", _SMALL, tb="accelerator_faults", full=True),
     _bench("program_fetch", _TILE_16, full=True),
     _bench("register_bank", _SMALL, full=True),
-    *(_bench("descriptor_check", params, full=True, long=True) for params in (_NARROW, _TILE_16, _DECODER)),
+    *(_bench("descriptor_check", params, full=True, long=True) for params in (_SMALL, _NARROW, _TILE_16, _DECODER)),
     *(_bench("epilogue", dict(_SMALL_DECODER, lanes=lanes), full=True) for lanes in (1, 2)),
     _bench("epilogue", dict(_DECODER, lanes=8), full=True),
     *(

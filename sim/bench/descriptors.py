@@ -21,10 +21,11 @@ from hw.spec.memory.geometry import LayerLayout
 from hw.spec.numerics.vector import PARTIAL_SUMS, PIECE
 from hw.spec.ops import OPS, Op
 from hw.spec.ops.epilogue import EPILOGUE_FIELDS, FLAGS, HEAD_UNIT, MAX_HEAD, PIECE_BYTES
+from sim.bench.attention_descriptors import AttentionDescriptor
 
 __all__ = ["AnyDescriptor", "Case", "cases", "fields_of", "mutations", "op_of", "random_linear", "random_vector"]
 
-AnyDescriptor = Descriptor | VectorDescriptor
+AnyDescriptor = Descriptor | VectorDescriptor | AttentionDescriptor
 FIELD = {field.name: field for op in OPS.values() for field in op.fields}
 
 
@@ -230,7 +231,7 @@ def mutations(config: AcceleratorConfig, descriptor: AnyDescriptor, random: np.r
     words += [
         replace(descriptor, tokens=config.max_tokens + 1).to_words(),
         replace(descriptor, out_features=MAX_N + 1).to_words(),
-        replace(descriptor, tokens=1, result_pitch=0).to_words(),
+        *([replace(descriptor, tokens=1, result_pitch=0).to_words()] if hasattr(descriptor, "result_pitch") else []),
         [0] * DESCRIPTOR_WORDS,
         [0xFFFF_FFFF] * DESCRIPTOR_WORDS,
     ]

@@ -3,12 +3,13 @@
 
 from collections.abc import Mapping
 
-from amaranth.hdl import Cat, Const, Module, Signal, Value, unsigned
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, stream
 from amaranth.lib.wiring import In, Out
 
 from hw.rtl.common.block import Block
 from hw.rtl.common.walker import command_layout
+from hw.rtl.control.attention_rules import attention_values
 from hw.rtl.control.descriptor_rules import HEADS_BITS, comparisons, derived_values, epilogue_comparisons
 from hw.rtl.memory.activation_fetch import max_activation_beats
 from hw.rtl.memory.burst_cutter import BEAT_COUNT_BITS
@@ -16,13 +17,22 @@ from hw.spec.config import AcceleratorConfig
 from hw.spec.control.descriptor import DESCRIPTOR_WORDS, FIELDS, VALUE_BITS
 from hw.spec.control.program import LENGTH_BITS
 from hw.spec.control.registers import ErrorCode
-from hw.spec.ops import LINEAR, OPS, VECTOR, Op
+from hw.spec.memory.kv_cache import PAIRED_BITS
+from hw.spec.ops import ATTENTION, LINEAR, OPS, VECTOR, Op
 from hw.spec.ops.base import OPCODE_BITS
 from hw.spec.ops.epilogue import EPILOGUE_FIELDS
+from hw.spec.ops.scores import BANKS
 
 ERROR_BITS = 4
 """Width of an error code."""
 DESCRIPTOR_BITS = 32 * DESCRIPTOR_WORDS
+ATTENTION_FIELDS = (
+    *("activation_pitch", "planes", "keys", "bank", "slot", "slots", "turn", "window", "causal", "positions"),
+    "exponents",
+)
+"""Fields of attention that units need."""
+DERIVED_FIELDS = ("head_groups", "chunks", "last_groups", "value_beats", "tile_step", "exponent_pitch")
+"""Values that are derived from them, which units need."""
 
 
 def operations(config: AcceleratorConfig) -> list[Op]:
@@ -56,6 +66,12 @@ def work_layout(config: AcceleratorConfig) -> data.StructLayout:
     vector : the operation is VECTOR; only with a vector unit
     heads : columns of all rotated heads; only with a vector unit
     index : the descriptor's index in its program; only in hardware that runs programs
+
+    and with attention
+
+    append, scores, values : the operation is this one
+    head_groups, chunks, last_groups, value_beats, tile_step, exponent_pitch :
+        see :func:`hw.rtl.control.attention_rules.attention_values`
     """
     names = ["interrupt", "wait", "activations", "results", "weights", "weights_stride", *epilogue_fields(config)]
     if config.has_vector_unit:
@@ -68,8 +84,19 @@ def work_layout(config: AcceleratorConfig) -> data.StructLayout:
             "weight_beats": unsigned(BEAT_COUNT_BITS),
             **({"vector": 1, "heads": HEADS_BITS} if config.has_vector_unit else {}),
             **({"index": LENGTH_BITS} if config.has_programs else {}),
+            **(_attention_work(config) if config.has_attention else {}),
         }
     )
+
+
+def _attention_work(config: AcceleratorConfig) -> dict[str, int]:
+    """Name and width of attention's part of a checked descriptor."""
+    widths = {derived.name: derived.width for derived in attention_values(config)}
+    return {
+        **{name: VALUE_BITS[name] for name in ATTENTION_FIELDS},
+        **dict.fromkeys(("append", "scores", "values"), 1),
+        **{name: widths[name] for name in DERIVED_FIELDS},
+    }
 
 
 class DescriptorCheck(Block):
@@ -158,11 +185,35 @@ class DescriptorCheck(Block):
         for name, (_, high) in LINEAR.bounds(self.config).items():
             values[name] = values[name][: high.bit_length()]
         values["several"] = values["tokens"] > 1
+        if self.config.has_attention:
+            values |= {f"is_{op.opcode.name.lower()}": self._is(descriptor, op) for op in ATTENTION.values()}
         for derived in derived_values(self.config):
             values[derived.name] = self._register(m, busy, derived.name, derived.of(values), derived.width)
         differs = self._differs_from_before(m, descriptor, values)
         values["before_differs"] = self._register(m, busy, "before_differs", differs)
+        if self.config.has_attention:
+            values |= self._banks(m, busy, values)
         return values
+
+    def _banks(self, m: Module, busy: Value, values: Mapping[str, Value]) -> dict[str, Value]:
+        """The banks of scores after the accepted descriptors: whether the descriptor's bank holds some, and whether
+        their number differs from that of the descriptor's values."""
+        shape, bank = Cat(values["tokens"], values["positions"]), values["bank"]
+        scores = Cat(values["tokens"], values["out_features"][: len(values["positions"])])
+        holds, differs = [], []
+        for index in range(BANKS):
+            held, full = Signal(len(shape), name=f"scores_{index}"), Signal(name=f"holds_{index}")
+            with m.If(self.work.valid & self.work.ready & (bank == index)):
+                with m.If(values["is_scores"]):
+                    m.d.sync += [held.eq(scores), full.eq(1)]
+                with m.Elif(values["is_values"]):
+                    m.d.sync += full.eq(0)
+            holds.append(full)
+            differs.append(held != shape)
+        return {
+            name: self._register(m, busy, name, Cat(flags).bit_select(bank, 1))
+            for name, flags in (("bank_holds", holds), ("bank_differs", differs))
+        }
 
     def _shape(self, m: Module, descriptor: Value, busy: Value) -> Value:
         """The faults of the descriptor, a bit each: a count out of its bounds, or a comparison.
@@ -183,6 +234,8 @@ class DescriptorCheck(Block):
     def _pass_on(self, m: Module, descriptor: Value, values: Mapping[str, Value]) -> None:
         """The payload of ``work``."""
         work = self.work.payload
+        if self.config.has_attention:
+            values = self._of_attention(descriptor, values)
         m.d.comb += [
             *(work[name].eq(values[name]) for name, _ in work.shape() if name not in ("command", "vector", "index")),
             *(work.command[name].eq(values[name]) for name, _ in work.command.shape()),
@@ -192,10 +245,32 @@ class DescriptorCheck(Block):
         if self.config.has_programs:
             m.d.comb += work.index.eq(self.index)
 
+    def _of_attention(self, descriptor: Value, values: Mapping[str, Value]) -> dict[str, Value]:
+        """The values without those of fields that other operations have in the same places."""
+        append, scores, chunks = (values[f"is_{name}"] for name in ("append", "scores", "values"))
+        linear = self._is(descriptor, LINEAR)
+        return {
+            **values,
+            "append": append,
+            "scores": scores,
+            "values": chunks,
+            "reuse": values["reuse"] & linear,
+            "paired": scores if self.config.weight_bits == PAIRED_BITS else Const(0),
+            "spare_records": Const(0),
+            # Scores are multiplied by a constant, and results by 1/S.
+            "scale": scores | chunks | (values["scale"] & ~append),
+            "addend_pitch": Mux(append, 0, values["addend_pitch"]),
+        }
+
     def _differs_from_before(self, m: Module, descriptor: Value, values: Mapping[str, Value]) -> Value:
         """Whether there is no previous linear layer, or it had activations of another shape."""
         shape = Cat(values[name] for name in LINEAR.activation_shape)
         before, exists = Signal(len(shape)), Signal()
-        with m.If(self.work.valid & self.work.ready & self._is(descriptor, LINEAR)):
+        done = self.work.valid & self.work.ready
+        with m.If(done & self._is(descriptor, LINEAR)):
             m.d.sync += [before.eq(shape), exists.eq(1)]
+        if self.config.has_attention:
+            # They bring other activations.
+            with m.Elif(done & (values["is_scores"] | values["is_values"])):
+                m.d.sync += exists.eq(0)
         return ~exists | (shape != before)

@@ -5,11 +5,12 @@ Functions get all values by name: the fields of the descriptor, addresses and pi
 A field that the hardware does not have is 0.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from amaranth.hdl import Mux, Value
 
+from hw.rtl.control.attention_rules import attention_comparisons, attention_values
+from hw.rtl.control.rules import Comparison, Derived, ceil_div, more_than, pitch_wrong, row_units, units
 from hw.spec.config import FLOAT_BITS, MAX_N, AcceleratorConfig
 from hw.spec.control.descriptor import DATA_ALIGNMENT, FLOAT_BYTES, VALUE_BITS, WEIGHT_ALIGNMENT, Opcode
 from hw.spec.memory.geometry import StreamLayout
@@ -18,25 +19,15 @@ from hw.spec.ops import LINEAR
 from hw.spec.ops.command import command_fields
 from hw.spec.ops.epilogue import HEAD_UNIT, MAX_HEAD, PIECE_BYTES
 
-Comparison = Callable[[Mapping[str, Value]], Value]
-"""The function from all values to whether the descriptor is wrong."""
 HEADS_BITS = VALUE_BITS["head"] + VALUE_BITS["rotary_heads"]
 """Width of the number of columns of all rotated heads."""
 _ROW_UNIT_BITS = (MAX_N * FLOAT_BYTES // DATA_ALIGNMENT).bit_length()
 
 
-@dataclass(frozen=True)
-class Derived:
-    """A value that is computed from a descriptor's fields and from earlier derived values; it gets a register."""
-
-    name: str
-    width: int
-    of: Callable[[Mapping[str, Value]], Value]
-
-
 def derived_values(config: AcceleratorConfig) -> tuple[Derived, ...]:
     """Derived values in the order of their dependencies; there are at most two registers in a row."""
-    return (*_derived_counts(config), *(_derived_epilogue() if config.has_vector_unit else ()))
+    epilogue = _derived_epilogue() if config.has_vector_unit else ()
+    return (*_derived_counts(config), *epilogue, *(attention_values(config) if config.has_attention else ()))
 
 
 def _derived_counts(config: AcceleratorConfig) -> tuple[Derived, ...]:
@@ -55,7 +46,7 @@ def _derived_counts(config: AcceleratorConfig) -> tuple[Derived, ...]:
         Derived("last_columns", widths["last_columns"], lambda v: ((v["out_features"] - 1) & (tile - 1)) + 1),
         Derived("header_length", header_bits, lambda v: _header_length(layout, v["groups"])),
         Derived("columns", MAX_N.bit_length(), lambda v: Mux(v["silu"], v["out_features"] >> 1, v["out_features"])),
-        Derived("result_units", _ROW_UNIT_BITS, lambda v: _row_units(v["columns"])),
+        Derived("result_units", _ROW_UNIT_BITS, lambda v: row_units(v["columns"])),
         Derived("weight_beats", widths["out_tiles"] + tile_beat_bits, lambda v: v["out_tiles"] * v["tile_beats"]),
         Derived("activation_beats", activation_bits, lambda v: v["tokens"] * v["slices"] * beats_per_slice),
         Derived("header_wrong", 1, lambda v: v["header_beats"] != v["header_length"]),
@@ -68,11 +59,11 @@ def _derived_epilogue() -> tuple[Derived, ...]:
     pieces_in_unit = PIECE * (DATA_ALIGNMENT // PIECE_BYTES)
 
     def second(v: Mapping[str, Value]) -> Value:
-        return Mux(v["second"], _row_units(v["columns"]), Mux(v["pieces"], _ceil_div(v["columns"], pieces_in_unit), 0))
+        return Mux(v["second"], row_units(v["columns"]), Mux(v["pieces"], ceil_div(v["columns"], pieces_in_unit), 0))
 
     return (
         Derived("heads", HEADS_BITS, lambda v: v["head"] * v["rotary_heads"]),
-        Derived("operand_units", _ROW_UNIT_BITS, lambda v: _row_units(v["out_features"])),
+        Derived("operand_units", _ROW_UNIT_BITS, lambda v: row_units(v["out_features"])),
         Derived("second_units", _ROW_UNIT_BITS, second),
     )
 
@@ -80,16 +71,21 @@ def _derived_epilogue() -> tuple[Derived, ...]:
 def comparisons(config: AcceleratorConfig) -> dict[Opcode, tuple[Comparison, ...]]:
     """Faults of one operation; see its ``shape_is_wrong``."""
     beats_in_unit = WEIGHT_ALIGNMENT // (config.port_width // 8)
-    linear: tuple[Comparison, ...] = (
+
+    def weights_wrong(v: Mapping[str, Value]) -> Value:
+        # This also limits a region to less than 4 GiB.
+        return more_than(v["weight_beats"], units(v["weights_stride"], WEIGHT_ALIGNMENT), beats_in_unit)
+
+    stream_wrong: tuple[Comparison, ...] = (
         lambda v: v["slices"] > config.max_k // config.tile,
         lambda v: v["header_wrong"],
         lambda v: v["body_wrong"],
-        # This also limits a region to less than 4 GiB.
-        lambda v: _more_than(v["weight_beats"], _units(v["weights_stride"], WEIGHT_ALIGNMENT), beats_in_unit),
-        lambda v: v["reuse"] & v["before_differs"],
+        weights_wrong,
     )
-    vector: tuple[Comparison, ...] = (lambda v: v["several"] & _pitch_wrong(v["source_pitch"], v["operand_units"]),)
-    return {Opcode.LINEAR: linear, Opcode.VECTOR: vector}
+    linear: tuple[Comparison, ...] = (*stream_wrong, lambda v: v["reuse"] & v["before_differs"])
+    vector: tuple[Comparison, ...] = (lambda v: v["several"] & pitch_wrong(v["source_pitch"], v["operand_units"]),)
+    attention = attention_comparisons(config, stream_wrong) if config.has_attention else {}
+    return {Opcode.LINEAR: linear, Opcode.VECTOR: vector, **attention}
 
 
 def epilogue_comparisons(config: AcceleratorConfig) -> tuple[Comparison, ...]:
@@ -97,9 +93,13 @@ def epilogue_comparisons(config: AcceleratorConfig) -> tuple[Comparison, ...]:
 
     Without the vector unit only the first one is possible.
     """
-    always: tuple[Comparison, ...] = (
-        lambda v: v["several"] & ~v["quiet"] & (v["result_units"] > _units(v["result_pitch"])),
-    )
+
+    def results_wrong(v: Mapping[str, Value]) -> Value:
+        found = v["several"] & ~v["quiet"] & (v["result_units"] > units(v["result_pitch"]))
+        # Only these two do not write results to memory.
+        return found & ~v["is_append"] & ~v["is_scores"] if config.has_attention else found
+
+    always: tuple[Comparison, ...] = (results_wrong,)
     if not config.has_vector_unit:
         return always
     return (
@@ -113,43 +113,15 @@ def epilogue_comparisons(config: AcceleratorConfig) -> tuple[Comparison, ...]:
         lambda v: ~v["rotary"] & ((v["head"] != 0) | (v["rotary_heads"] != 0)),
         lambda v: v["head"][: (HEAD_UNIT - 1).bit_length()].any() | (v["head"] > MAX_HEAD),
         lambda v: v["heads"] > v["out_features"],
-        lambda v: v["several"] & (v["second_units"] > _units(v["second_pitch"])),
-        lambda v: v["several"] & v["add"] & _pitch_wrong(v["addend_pitch"], v["operand_units"]),
-        lambda v: v["several"] & _pitch_wrong(v["table_pitch"], _row_units(v["head"])),
+        lambda v: v["several"] & (v["second_units"] > units(v["second_pitch"])),
+        lambda v: v["several"] & v["add"] & pitch_wrong(v["addend_pitch"], v["operand_units"]),
+        lambda v: v["several"] & pitch_wrong(v["table_pitch"], row_units(v["head"])),
     )
-
-
-# Pitches are multiples of a unit, so comparisons in units have fewer bits, which makes them faster.
-
-
-def _units(value: Value, unit: int = DATA_ALIGNMENT) -> Value:
-    """A number of bytes in units, which it is a multiple of."""
-    return value[unit.bit_length() - 1 :]
-
-
-def _ceil_div(value: Value, divisor: int) -> Value:
-    """The quotient by a power of two, rounded up."""
-    return (value + (divisor - 1)) >> divisor.bit_length() - 1
-
-
-def _row_units(columns: Value) -> Value:
-    """A row of this number of columns, in units of pitches, rounded up."""
-    return _ceil_div(columns, DATA_ALIGNMENT // FLOAT_BYTES)
-
-
-def _more_than(value: Value, limit: Value, factor: int) -> Value:
-    """Whether a value is more than ``limit * factor``; the factor is a power of two."""
-    return value > limit << factor.bit_length() - 1
-
-
-def _pitch_wrong(pitch: Value, row_units: Value) -> Value:
-    """Whether rows overlap, and the pitch does not mean that there is only one."""
-    return (pitch != 0) & (row_units > _units(pitch))
 
 
 def _header_length(layout: StreamLayout, groups: Value) -> Value:
     """Beats of a header with this number of groups; a beat has a power of two of units."""
-    return _ceil_div(layout.exponents_units + groups * layout.record_units, layout.beat_units)
+    return ceil_div(layout.exponents_units + groups * layout.record_units, layout.beat_units)
 
 
 def _body_wrong(layout: StreamLayout, words: Value, slices: Value) -> Value:

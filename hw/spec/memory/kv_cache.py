@@ -42,6 +42,8 @@ KEY_BITS = (8, 16)
 """Bits of a key's mantissas."""
 PLANE_WIDTHS = (4, 8)
 """``weight_bits`` of hardware with attention: a byte holds whole planes."""
+PAIRED_BITS = 4
+"""``weight_bits`` with which a byte of the keys' stream holds one column of two successive rows."""
 PLANE_COUNTS = (1, 2, 4)
 """Planes of a mantissa: 8 or 16 bits in planes of 4 or 8."""
 
@@ -198,7 +200,7 @@ class KeyCache(CacheStream):
     @property
     def paired(self) -> bool:
         """See :class:`CacheStream`."""
-        return self.config.weight_bits == 4
+        return self.config.weight_bits == PAIRED_BITS
 
     @cached_property
     def layer(self) -> LayerLayout:

@@ -36,6 +36,17 @@ def max_header_beats(config: AcceleratorConfig) -> int:
     raise ConfigError(f"no group_size up to {config.max_group_size} fits tile {config.tile}")
 
 
+def stream_bounds(config: AcceleratorConfig) -> dict[str, tuple[int, int]]:
+    """Least and greatest value of each field of :data:`hw.spec.ops.base.STREAM_FIELDS`."""
+    stream, max_slices = StreamLayout(config), config.max_k // config.tile
+    return {
+        "groups": (1, max_slices),
+        "group_slices": (stream.min_group_slices, config.max_group_size // config.tile),
+        "header_beats": (1, max_header_beats(config)),
+        "body_words": (1, max_slices * stream.words_per_slice),
+    }
+
+
 @dataclass(frozen=True)
 class LayerCommand:
     """One layer for the core. Every count is 1 or more.

@@ -32,7 +32,7 @@ from hw.spec.ops.base import (
     read_stream,
     units,
 )
-from hw.spec.ops.command import LayerCommand, max_header_beats
+from hw.spec.ops.command import LayerCommand, stream_bounds
 from hw.spec.ops.epilogue import ABSENT_FIELDS, EPILOGUE_FIELDS, EpilogueWords, epilogue_is_wrong, write_outputs
 
 _TITLE = "linear layer"
@@ -132,15 +132,11 @@ class Linear(Op):
 
     def bounds(self, config: AcceleratorConfig) -> dict[str, tuple[int, int]]:
         """See :class:`Op`."""
-        stream, max_slices = StreamLayout(config), config.max_k // config.tile
         return {
             "tokens": (1, config.max_tokens),
-            "groups": (1, max_slices),
-            "group_slices": (stream.min_group_slices, config.max_group_size // config.tile),
             "out_features": (1, MAX_N),
-            "header_beats": (1, max_header_beats(config)),
-            "body_words": (1, max_slices * stream.words_per_slice),
             "wait": (min(Wait), max(Wait)),
+            **stream_bounds(config),
         }
 
     def shape_is_wrong(

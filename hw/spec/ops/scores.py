@@ -39,6 +39,7 @@ from hw.spec.ops.base import (
     opcode_field,
     read_stream,
 )
+from hw.spec.ops.command import stream_bounds
 from hw.spec.ops.epilogue import MAX_HEAD
 
 _TITLE = "scores of attention"
@@ -124,6 +125,7 @@ class Scores(AttentionOp):
             "turn": (1, LONGEST_CONTEXT),
             "slots": (1, LONGEST_CONTEXT),
             "window": (0, LONGEST_CONTEXT),
+            **stream_bounds(config),
         }
 
     def shape_is_wrong(

@@ -10,10 +10,22 @@ from cocotb.triggers import RisingEdge
 from hw.spec.config import MAX_N
 from hw.spec.control.descriptor import Descriptor, activation_beats
 from hw.spec.control.program import LENGTH_BITS
-from hw.spec.control.refusal import refusal
+from hw.spec.control.refusal import Accepted, refusal
 from hw.spec.control.registers import ErrorCode
 from hw.spec.memory.geometry import LayerLayout
+from hw.spec.memory.kv_cache import PAIRED_BITS
+from hw.spec.numerics.attention import CHUNK
+from hw.spec.numerics.block_float import BLOCK
+from hw.spec.ops import SCORES, VALUES, Opcode
+from hw.spec.ops.append import AppendDescriptor
 from hw.spec.ops.command import LayerCommand, command_fields
+from hw.spec.ops.scores import ScoresDescriptor
+from sim.bench.attention_descriptors import (
+    AttentionDescriptor,
+    attention_rules,
+    random_append,
+    random_attention,
+)
 from sim.bench.descriptors import (
     AnyDescriptor,
     cases,
@@ -61,6 +73,10 @@ def _expected(descriptor: AnyDescriptor, layer: LayerLayout | None) -> dict[str,
     c, interesting = config(), payload("work").fields
     values = {field.name: getattr(descriptor, field.name) for field in fields_of(c, descriptor)}
     found = {name: value for name, value in values.items() if name in interesting}
+    if c.has_attention:
+        found |= {name: int(descriptor.opcode == Opcode[name.upper()]) for name in ("append", "scores", "values")}
+    if isinstance(descriptor, AttentionDescriptor):
+        return found | _attention(descriptor)
     if isinstance(descriptor, Descriptor):
         assert layer is not None
         found |= {"weight_beats": layer.beats, "activation_beats": activation_beats(c, descriptor.tokens, layer.slices)}
@@ -75,6 +91,29 @@ def _expected(descriptor: AnyDescriptor, layer: LayerLayout | None) -> dict[str,
     if HAS_VECTOR:
         found["vector"] = int(layer is None)
     return found | {f"command.{name}": int(value) for name, value in counts.items()}
+
+
+def _attention(descriptor: AttentionDescriptor) -> dict[str, int]:
+    """The derived values of attention, and the flags that other operations have in the places of its fields."""
+    c, found = config(), {"vector": 0, "rotary": 0, "silu": 0, "quiet": 0, "second": 0, "squares": 0, "pieces": 0}
+    found |= {"scale": int(descriptor.opcode != Opcode.APPEND), "command.tokens": descriptor.tokens, "command.reuse": 0}
+    if isinstance(descriptor, AppendDescriptor):
+        return found | {"addend_pitch": 0}
+    if isinstance(descriptor, ScoresDescriptor):
+        cache, paired = SCORES.cache(c, vars(descriptor)), int(c.weight_bits == PAIRED_BITS)
+        command = LayerCommand.from_layer(cache.layer, descriptor.tokens).__dict__ | {"paired": paired}
+        found |= {"weight_beats": cache.layer.beats, "head_groups": cache.head_size // BLOCK}
+        return found | {f"command.{name}": int(value) for name, value in command.items()}
+    cache, positions = VALUES.cache(c, vars(descriptor)), descriptor.positions
+    assert cache.beats_of(positions) % cache.column_tiles == 0
+    return found | {
+        "command.out_tiles": cache.column_tiles,
+        "chunks": -(-positions // CHUNK),
+        "last_groups": -(-((positions - 1) % CHUNK + 1) // cache.group),
+        "value_beats": cache.beats_of(positions) // cache.column_tiles,
+        "tile_step": cache.chunks * cache.layer.tile_beats * c.port_width // 8,
+        "exponent_pitch": cache.exponent_pitch,
+    }
 
 
 class _Bench:
@@ -148,6 +187,10 @@ async def _accept_many(dut: Any, stall: Stall) -> None:
             await bench.accept(random_vector(config(), random, _columns(random)))
         if random.integers(2):
             await bench.accept(random_linear(layer, random, reuse=descriptor), layer)
+        for bank in range(int(random.integers(3)) if config().has_attention else 0):
+            await bench.accept(random_append(config(), random))
+            for made in random_attention(config(), random, bank):
+                await bench.accept(made)
     assert int(dut.error.value) == ErrorCode.NONE
 
 
@@ -186,6 +229,12 @@ async def bad_ones(dut):
     descriptors += [random_linear(random_layer(config(), random), random) for _ in range(3)]
     # Hardware without the vector unit refuses them.
     descriptors += [random_vector(config(), random, n) for n in (1, 512, MAX_N)]
+    # With attention values need scores, which are accepted before them.
+    before: dict[int, list[list[int]]] = {}
+    if config().has_attention:
+        scores, values = random_attention(config(), random, 1)
+        descriptors += [random_append(config(), random), scores, values]
+        before[Opcode.VALUES] = [scores.to_words()]
     complete: set[int] = set()
     for descriptor in descriptors:
         good, changed = descriptor.to_words(), mutations(config(), descriptor, random)
@@ -194,7 +243,10 @@ async def bad_ones(dut):
             changed = [changed[index] for index in random.choice(len(changed), 40, replace=False)]
         complete.add(descriptor.opcode)
         for words in changed:
-            expected = refusal(config(), words)
+            accepted = Accepted()
+            for earlier in before.get(descriptor.opcode, []):
+                assert accepted.take(config(), earlier) == ErrorCode.NONE == await bench.outcome(earlier)
+            expected = accepted.take(config(), words)
             codes.add(expected)
             got = await bench.outcome(words)
             assert got == expected, f"{got.name}, not {expected.name}: {[f'{word:#x}' for word in words]}"
@@ -215,6 +267,40 @@ async def rules(dut):
     for case, good, bad in cases(config()):
         assert await bench.outcome(good.to_words()) == ErrorCode.NONE, case
         assert await bench.outcome(bad.to_words()) == ErrorCode.SHAPE, case
+        bench = await bench.reset()
+
+
+@cocotb.test(skip=not config().has_attention)
+async def attention_rules_hold(dut):
+    """One step on either side of every rule of attention, also of those about the banks of scores."""
+    bench = _Bench(dut)
+    await begin(dut)
+    for case in attention_rules(config()):
+        for last, code in ((case.good, ErrorCode.NONE), (case.bad, ErrorCode.SHAPE)):
+            accepted = Accepted()
+            for made in case.before:
+                assert accepted.take(config(), made.to_words()) == ErrorCode.NONE == await bench.outcome(made.to_words())
+            assert accepted.take(config(), last.to_words()) == code, case
+            assert await bench.outcome(last.to_words()) == code, case
+            bench = await bench.reset()
+
+
+@cocotb.test(skip=not config().has_attention)
+async def reuse_after_attention(dut):
+    """Scores and values bring other activations; appending does not."""
+    c, random, bench = config(), rng(6), _Bench(dut)
+    await begin(dut)
+    layer = random_layer(c, random)
+    first = random_linear(layer, random)
+    again, (scores, values) = random_linear(layer, random, reuse=first), random_attention(c, random, 0)
+    for between, code in (
+        ([random_append(c, random)], ErrorCode.NONE),
+        ([scores], ErrorCode.SHAPE),
+        ([scores, values], ErrorCode.SHAPE),
+    ):
+        for made in (first, *between):
+            assert await bench.outcome(made.to_words()) == ErrorCode.NONE
+        assert await bench.outcome(again.to_words()) == code
         bench = await bench.reset()
 
 
