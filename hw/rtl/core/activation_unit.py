@@ -125,8 +125,8 @@ class ActivationUnit(Block):
     def turnaround(self) -> int:
         """Cycles in which a half of the store that is in use is neither loaded nor sent, for each layer.
 
-        The exponent, between the last row in and the first one sent; a register, between the last one sent and the first
-        row in.
+        The exponent, between the last row in and the first one sent; a register, between the last one sent and the
+        first row in.
         """
         return self.exponent_cycles + 1
 
