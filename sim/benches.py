@@ -65,10 +65,10 @@ _TWO_PORTS, _TILE_16, _TILE_32 = (PRESETS[name] for name in ("two_ports", "tile1
 _SMALL_DECODER, _TWO_PORTS_DECODER, _DECODER = (
     dict(params, operators="decoder") for params in (_SMALL, _TWO_PORTS, _TILE_16)
 )
-# The largest layer of Qwen2.5-0.5B fits.
+_ATTENTION = dict(_DECODER, lanes=2, score_words=8192)
+_SMALL# The largest layer of Qwen2.5-0.5B fits.
 _BLOCK = dict(_DECODER, lanes=2, max_k=4864)
 _ULX3S, _ULX3S_8 = (dict(target="ecp5", **PRESETS[name]) for name in ("ulx3s4", "ulx3s8"))
-_ATTENTION = dict(_SMALL_DECODER, lanes=4, score_words=2048)
 # As many lanes as columns, and the most lanes.
 _LANES_4, _LANES_8 = dict(_SMALL, lanes=4), dict(_TILE_32, lanes=8)
 
@@ -119,7 +119,7 @@ BENCHES: list[Bench] = [
     *(_bench(block, _SMALL) for block in ("pe", "array", "float_out", "fifo", "fork", "walker", "splitter", "header")),
     *(_bench(block, _SMALL) for block in ("columns", "activations", "sequencer", "column_control", "drain")),
     _bench("assembler", _NARROW),
-    *(_bench("activation_unit", params) for params in (_SMALL, _NARROW)),
+    *(_bench("activation_unit", params) for params in (_SMALL, _NARROW, _ATTENTION)),
     *(_bench(block, _SMALL) for block in ("burst_cutter", "burst_splitter", "read_manager", "dispatcher")),
     *(_bench("weight_fetch", params) for params in (_SMALL, _TILE_16)),
     *(_bench("gatherer", params) for params in (_SMALL, _LANES_4)),
@@ -133,19 +133,20 @@ BENCHES: list[Bench] = [
     _bench("epilogue", dict(_SMALL_DECODER, lanes=4)),
     _bench("piece_maximum", dict(_SMALL_DECODER, lanes=4)),
     _bench("unit_float", _SMALL),
-    *(_bench(block, _ATTENTION) for block in ("score_banks", "value_rows")),
+    *(_bench(block, _SMALL_ATTENTION) for block in ("score_banks", "value_rows")),
     *(_bench(block, _SMALL_DECODER) for block in ("merge", "rows")),
     _bench("scales", dict(_SMALL_DECODER, lanes=4)),
     *(_bench(block, _SMALL) for block in ("pair", "completion", "progress")),
-    *(_bench("descriptor_check", params) for params in (_ATTENTION, dict(_WIDE, operators="decoder"))),
+    *(_bench("descriptor_check", params) for params in (_SMALL_ATTENTION, dict(_WIDE, operators="decoder"))),
     _bench("header", _TILE_32),
     _bench("drain", _LANES_4),
-    _bench("core", _ATTENTION),
+    _bench("core", _SMALL_ATTENTION),
     _bench("core", _WIDE),
     _bench("core", _FIXED),
     _bench("core", _TILE_16),
     _bench("core", _TILE_16, tb="core_speed"),
-    *(_bench("activation_fetch", params) for params in (_SMALL_DECODER, _TWO_PORTS, _TILE_16)),
+    *(_bench("activation_fetch", params) for params in (_SMALL_DECODER, _TWO_PORTS, _TILE_16, _ATTENTION)),
+    _bench("row_blocks", _SMALL_ATTENTION),
     _bench("first_error", _SMALL),
     _bench("watchdog", _TWO_PORTS),
     *(_bench("selftest", params) for params in (_ULX3S, _ULX3S_8)),
@@ -155,17 +156,15 @@ BENCHES: list[Bench] = [
     _bench("accelerator", _TWO_PORTS, tb="accelerator_faults"),
     _bench("accelerator", _TILE_16, full=True),
     *(_bench("core", params, full=True) for params in (_SMALL, _NARROW, _TILE_32)),
-    _bench("core", dict(_DECODER, lanes=2, score_words=8192), full=True),
+    _bench("core", _ATTENTION, full=True),
     *(_bench(block, _FIXED, full=True) for block in ("array", "columns", "float_out")),
-    _bench("activation_unit", _TILE_32, full=True),
+    *(_bench("activation_unit", params, full=True) for params in (_TILE_32, _SMALL_ATTENTION)),
     *(_bench("sequencer", params, full=True) for params in (_NARROW, _WIDE)),
     _bench("scales", _SMALL_DECODER, full=True),
     *(_bench(f"head_float_{lanes}", _SMALL, tb="head_float", full=True) for lanes in (1, 8)),
-    *(
-        _bench(block, dict(_TILE_16, operators="decoder", lanes=2, score_words=8192), full=True)
-        for block in ("score_banks", "value_rows")
-    ),
+    *(_bench(block, _ATTENTION, full=True) for block in ("score_banks", "value_rows")),
     _bench("activation_fetch", _SMALL, full=True),
+    _bench("row_blocks", _ATTENTION, full=True),
     _bench("accelerator", _SMALL, full=True),
     _bench("accelerator", _SMALL, tb="accelerator_faults", full=True),
     _bench("program_fetch", _TILE_16, full=True),

@@ -48,6 +48,7 @@ from hw.rtl.memory.gatherer import Gatherer
 from hw.rtl.memory.operand_fetch import OperandFetch
 from hw.rtl.memory.progress import Progress
 from hw.rtl.memory.read_manager import ReadManager, read_fifo_depths
+from hw.rtl.memory.row_blocks import RowBlocks
 from hw.rtl.memory.weight_fetch import WeightFetch
 from hw.rtl.memory.write_manager import WriteManager
 from hw.rtl.vector.epilogue import Epilogue
@@ -119,6 +120,7 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "program_fetch": lambda config: ProgramFetch(config.port_width),
     "register_bank": RegisterBank,
     "activation_fetch": ActivationFetch,
+    "row_blocks": RowBlocks,
     "descriptor_check": DescriptorCheck,
     "first_error": lambda config: FirstError(),
     "watchdog": lambda config: Watchdog(config.ports + 1),

@@ -24,6 +24,8 @@ MAX_K = 1 << 15
 """Maximum number of in_features K of one layer in any hardware."""
 SCORE_UNIT = 64
 """A row of scores on chip has room for a multiple of this number of scores: whole groups of a cache of values."""
+ATTENTION_K = 256
+"""Activations of a layer of attention, at most: elements of a head, or positions of a chunk. Planes repeat them."""
 MAX_SUM_BITS = 64
 """Widest accumulator: numpy's int64 is the definition of the numerics."""
 
@@ -160,6 +162,9 @@ class AcceleratorConfig:
             raise ConfigError(f"score_words is 0 without the vector unit (operators linear), not {self.score_words}")
         if self.score_words % SCORE_UNIT:
             raise ConfigError(f"score_words is a multiple of {SCORE_UNIT}, not {self.score_words}")
+        if self.score_words and self.max_k < 2 * ATTENTION_K:
+            # So the activations of two layers of attention, each with max_tokens tokens, fit on chip together.
+            raise ConfigError(f"max_k is at least {2 * ATTENTION_K} with score_words, not {self.max_k}")
         if self.sum_bits > MAX_SUM_BITS:
             raise ConfigError(
                 f"the sum over max_k={self.max_k} takes {self.sum_bits} bits, and the numerics are defined in"

@@ -63,8 +63,10 @@ class Latencies:
         tile, sum_bits = self.config.tile, self.config.sum_bits
         # Comparisons of four values per cycle; then the maximum of the token, its exponent, and the exponent in memory.
         exponent = tile.bit_length() // 2 + 3
+        # With attention, a register behind the choice between two inputs.
+        intake = int(self.config.has_attention)
         # Start, read, the memory's output register, three steps of rounding, the FIFO.
-        object.__setattr__(self, "activation_unit", exponent + 1 + 1 + 1 + 3 + 1)
+        object.__setattr__(self, "activation_unit", intake + exponent + 1 + 1 + 1 + 3 + 1)
         array, columns, drain = tile + 2, 7, tile + 1
         float_out = 3 + (max(sum_bits - 1, 24) - 1).bit_length()
         # Sequencer, activation buffer, array, columns, drain chain, conversion, FIFO.

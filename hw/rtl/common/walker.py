@@ -44,6 +44,7 @@ class Walker(Block):
     Parameters
     ----------
     loops : from the innermost outwards, two or more: the name of each loop and the function from a command to its bound
+    layout : of a command, if it is not that of the core
 
     Members
     -------
@@ -61,14 +62,20 @@ class Walker(Block):
     latency = 1
     """Cycles from a command's transfer to its first step, if the walker is idle."""
 
-    def __init__(self, config: AcceleratorConfig, loops: Mapping[str, Callable[[data.View], Value]]):
+    def __init__(
+        self,
+        config: AcceleratorConfig,
+        loops: Mapping[str, Callable[[data.View], Value]],
+        layout: data.StructLayout | None = None,
+    ):
         self.config, self.loops = config, dict(loops)
+        layout = layout or command_layout(config)
         flags = data.StructLayout(dict.fromkeys(self.loops, 1))
         super().__init__(
             {
-                "command": In(command_signature(config)),
+                "command": In(stream.Signature(layout)),
                 "active": Out(1),
-                "current": Out(command_layout(config)),
+                "current": Out(layout),
                 "step": In(1),
                 "first": Out(flags),
                 "last": Out(flags),

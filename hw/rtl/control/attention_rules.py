@@ -10,40 +10,25 @@ from amaranth.hdl import Cat, Mux, Value
 
 from hw.rtl.control.rules import Comparison, Derived, ceil_div, units
 from hw.spec.config import SCORE_UNIT, AcceleratorConfig
-from hw.spec.memory.kv_cache import KEY_BITS, LONGEST_CONTEXT, PLANE_COUNTS, value_chunk
-from hw.spec.numerics.attention import CHUNK, VALUE_BITS
+from hw.spec.memory.kv_cache import (
+    KEY_BITS,
+    LONGEST_CONTEXT,
+    PLANE_COUNTS,
+    chunk_bits,
+    chunk_groups,
+    group_beats,
+    tile_step_bits,
+    value_beats_bits,
+    value_chunk,
+    value_planes,
+)
+from hw.spec.numerics.attention import CHUNK
 from hw.spec.numerics.block_float import BLOCK
 from hw.spec.ops.base import Opcode
 from hw.spec.ops.epilogue import MAX_HEAD
 
 _COUNT_BITS = LONGEST_CONTEXT.bit_length()
 _BLOCK_BITS = BLOCK.bit_length() - 1
-
-
-def chunk_bits() -> int:
-    """Width of a number of chunks of a cache."""
-    return (LONGEST_CONTEXT // CHUNK).bit_length()
-
-
-def value_beats_bits(config: AcceleratorConfig) -> int:
-    """Width of a number of beats of one column tile's values."""
-    return (LONGEST_CONTEXT // CHUNK * value_chunk(config).tile_beats).bit_length()
-
-
-def group_beats(config: AcceleratorConfig) -> int:
-    """Beats of the body of one group of values, with all planes."""
-    chunk = value_chunk(config)
-    return chunk.body_words * chunk.stream.beats_per_word * value_planes(config) // chunk.groups
-
-
-def value_planes(config: AcceleratorConfig) -> int:
-    """Planes of a value."""
-    return VALUE_BITS // config.weight_bits
-
-
-def chunk_groups(config: AcceleratorConfig) -> int:
-    """Groups of positions in a chunk, each with all planes."""
-    return value_chunk(config).groups // value_planes(config)
 
 
 def attention_values(config: AcceleratorConfig) -> tuple[Derived, ...]:
@@ -97,11 +82,6 @@ def attention_values(config: AcceleratorConfig) -> tuple[Derived, ...]:
             lambda v: v["position_units"] * v["tokens"],
         ),
     )
-
-
-def tile_step_bits(config: AcceleratorConfig) -> int:
-    """Width of the number of bytes on a port from one column tile of the cache to the next."""
-    return value_beats_bits(config) + (config.port_width // 8).bit_length() - 1
 
 
 def attention_comparisons(

@@ -12,6 +12,7 @@ from hw.rtl.common.fifo import Credits
 from hw.rtl.common.ram import buffer_attributes
 from hw.rtl.common.walker import Walker, command_signature
 from hw.spec.config import EXPONENT_BITS, AcceleratorConfig
+from hw.spec.ops.command import stored_slices
 
 BANKS = 2
 """One bank is read while the other is filled for the next command."""
@@ -29,7 +30,7 @@ def activation_payload(config: AcceleratorConfig) -> data.StructLayout:
 
 def bank_slices(config: AcceleratorConfig) -> int:
     """Token slices that one bank holds."""
-    return config.max_tokens * (config.max_k // config.tile)
+    return stored_slices(config)
 
 
 def bank_start(config: AcceleratorConfig, bank: Value) -> Value:

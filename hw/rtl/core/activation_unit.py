@@ -1,28 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
 """The activation unit: converts float32 from memory to the mantissas and exponents of the core."""
 
-from amaranth.hdl import Cat, Module, Mux, Signal, signed
+from typing import NamedTuple
+
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory, ReadPort
 from amaranth.lib.wiring import In, Out
 
 from hw.rtl.common.block import Block
 from hw.rtl.common.delay import delay
-from hw.rtl.common.fifo import CreditFifo
+from hw.rtl.common.fifo import CreditFifo, StreamFifo
 from hw.rtl.common.mantissa import Mantissa
 from hw.rtl.common.ram import buffer_attributes
-from hw.rtl.common.walker import Walker, command_signature
+from hw.rtl.common.walker import Walker, command_layout
 from hw.rtl.core.activation_buffer import activation_payload, bank_slices
 from hw.rtl.core.float_in import TokenExponent
 from hw.spec.config import EXPONENT_BITS, FLOAT_BITS, AcceleratorConfig
+from hw.spec.memory.kv_cache import PLANE_COUNTS
+from hw.spec.numerics.linear import EXPONENT_MIN
 
 _FAN_IN = 4
 """Number of values that are compared with each other between two registers."""
+_LAYERS = 2
+"""Short layers that the unit holds at most: one is loaded while the other is sent."""
 
 
 def row_layout(config: AcceleratorConfig) -> data.ArrayLayout:
     """One token's K-slice in the layout of memory: float32 bits."""
     return data.ArrayLayout(FLOAT_BITS, config.tile)
+
+
+def unit_command_layout(config: AcceleratorConfig) -> data.StructLayout:
+    """The unit's command: that of the core, and with attention three fields more.
+
+    planes : how often each group is sent, 1, 2 or 4; ``groups`` counts a group once, unlike in the core's command
+    values : the rows come from the second input
+    short : :func:`hw.spec.ops.command.is_short` with the K-slices of these groups
+    """
+    more = {"planes": max(PLANE_COUNTS).bit_length(), "values": 1, "short": 1} if config.has_attention else {}
+    return data.StructLayout({**{name: field.shape for name, field in command_layout(config)}, **more})
+
+
+class _Intake(NamedTuple):
+    """What the unit stores in a cycle."""
+
+    row: data.View
+    step: Value
+    """There is a row."""
+    starts: Value
+    """It is the first one of a token."""
+    ends: Value
+    """It is the last one of a token."""
+    final: Value
+    """It is the last one of a layer."""
+    values: Value
+    """The layer's rows come from the second input."""
 
 
 class ActivationUnit(Block):
@@ -31,29 +64,44 @@ class ActivationUnit(Block):
     While it stores them, it finds each token's largest magnitude, which gives the token's exponent. Then it rounds, a
     slice of one token per cycle. Commands that reuse activations are skipped.
 
+    With attention, each group of K is sent ``planes`` times: group by group, plane by plane, slice by slice, all tokens
+    of a slice. A short layer takes one half of the store, the next one the other half, and one is loaded while the
+    other is sent. A layer that is not short takes the whole store, alone. The rows of values have zeros and small
+    numbers: a token's exponent is then at least the lowest one, as in :func:`hw.spec.numerics.block_float.quantize`,
+    and an exponent below it is no error. Such rows have no subnormal numbers.
+
     Members
     -------
-    command : the layers
+    command : the layers, :func:`unit_command_layout`
     rows : float32 [M, K], one token after the other, slice by slice
     slices : for :class:`hw.rtl.core.activation_buffer.ActivationBuffer`
     non_finite, out_of_range : a token of the current layer has such an element or exponent; then this layer and the
         following ones are not sent
 
+    and with attention
+
+    values : the rows of layers with ``values``, in the same order
+    earlier : with an error: it is in the layer before the last one whose command was taken; else it is in the last one
+
     Throughput: 1 token slice per cycle in, then 1 per cycle out. Latency: ``latency`` cycles from the last one in to
-    the first one out.
+    the first one out. A sequence of short layers with L slices in and S out, which is ``planes`` times L, takes
+    max(L, S) cycles for each, if the larger of the two is larger by ``turnaround`` cycles or more; otherwise half of
+    L + S + ``turnaround``.
     """
 
     _FIFO_DEPTH = 16
 
     def __init__(self, config: AcceleratorConfig):
         self.config = config
+        attention = {"values": In(stream.Signature(row_layout(config))), "earlier": Out(1)}
         super().__init__(
             {
-                "command": In(command_signature(config)),
+                "command": In(stream.Signature(unit_command_layout(config))),
                 "rows": In(stream.Signature(row_layout(config))),
                 "slices": Out(stream.Signature(activation_payload(config))),
                 "non_finite": Out(1),
                 "out_of_range": Out(1),
+                **(attention if config.has_attention else {}),
             }
         )
 
@@ -63,10 +111,24 @@ class ActivationUnit(Block):
         return 2 + Mantissa.latency
 
     @property
+    def intake_cycles(self) -> int:
+        """Cycles from a row's transfer until it is stored: with attention the choice of the input ends in registers."""
+        return int(self.config.has_attention)
+
+    @property
     def exponent_cycles(self) -> int:
         """Cycles from a token's last row until its exponent can be read: maximum of the row, of the token, exponent."""
         levels = (self.config.tile.bit_length() - 1 + 1) // 2
-        return levels + 1 + TokenExponent.latency + 1
+        return self.intake_cycles + levels + 1 + TokenExponent.latency + 1
+
+    @property
+    def turnaround(self) -> int:
+        """Cycles in which a half of the store that is in use is neither loaded nor sent, for each layer.
+
+        The exponent, between the last row in and the first one sent; a register, between the last one sent and the
+        first row in.
+        """
+        return self.exponent_cycles + 1
 
     @property
     def latency(self) -> int:
@@ -75,10 +137,11 @@ class ActivationUnit(Block):
 
     def properties(self) -> dict[str, int]:
         """See :class:`hw.rtl.common.block.Block`."""
-        return {"latency": self.latency}
+        return {"latency": self.latency, **({"turnaround": self.turnaround} if self.config.has_attention else {})}
 
     def elaborate(self, platform) -> Module:
         m = Module()
+        layout, attention = unit_command_layout(self.config), self.config.has_attention
         m.submodules.loader = loader = Walker(
             self.config,
             {
@@ -86,15 +149,31 @@ class ActivationUnit(Block):
                 "group": lambda command: command.groups,
                 "token": lambda command: command.tokens,
             },
+            layout,
         )
         m.submodules.sender = sender = Walker(
             self.config,
             {
                 "token": lambda command: command.tokens,
                 "slice": lambda command: command.group_slices,
+                **({"plane": lambda command: command.planes} if attention else {}),
                 "group": lambda command: command.groups,
             },
+            layout,
         )
+        if attention:
+            self._overlap(m, loader, sender)
+        else:
+            self._alternate(m, loader, sender)
+        depth = self.config.max_tokens * (_LAYERS if attention else 1)
+        m.submodules.exponents = exponents = Memory(shape=signed(EXPONENT_BITS), depth=depth, init=[])
+        intake = self._intake(m, loader)
+        self._find_exponents(m, loader, intake, exponents)
+        self._send(m, sender, exponents, self._store(m, loader, intake, platform))
+        return m
+
+    def _alternate(self, m: Module, loader: Walker, sender: Walker) -> None:
+        """A layer is loaded, then sent."""
         # The store holds one layer at a time: it is loaded, then sent.
         busy, loaded = Signal(), Signal()
         fresh = ~self.command.payload.reuse
@@ -115,19 +194,75 @@ class ActivationUnit(Block):
             m.d.sync += busy.eq(1)
         with m.Elif(sender.step & sender.done):
             m.d.sync += busy.eq(0)
-        m.submodules.exponents = exponents = Memory(shape=signed(EXPONENT_BITS), depth=self.config.max_tokens, init=[])
-        self._find_exponents(m, loader, exponents)
-        self._send(m, sender, exponents, self._store(m, loader, platform))
-        return m
 
-    def _find_exponents(self, m: Module, loader: Walker, exponents: Memory) -> None:
-        """The largest magnitude of each token: first of the floats of a row, then of its rows."""
-        step, starts, ends = loader.step, Signal(), Signal()
+    def _overlap(self, m: Module, loader: Walker, sender: Walker) -> None:
+        """A short layer is loaded while another one is sent.
+
+        Layers are sent in their order, and a third one is loaded only after the first one is sent. So a layer that is
+        loaded begins to be sent before the next one can have an error.
+        """
+        command = self.command.payload
+        # The layers from the start of their load to the start of their way out.
+        m.submodules.layers = layers = StreamFifo(unit_command_layout(self.config), _LAYERS)
+        free, stopped = Signal(range(_LAYERS + 1), init=_LAYERS), Signal()
+        fresh, may, start, sent = ~command.reuse, Signal(), Signal(), Signal()
+        loaded, waits = Signal(), Signal()
+        m.d.comb += [
+            stopped.eq(self.non_finite | self.out_of_range),
+            may.eq(Mux(command.short, free != 0, free == _LAYERS) & ~stopped),
+            loader.command.payload.eq(command),
+            loader.command.valid.eq(self.command.valid & fresh & may),
+            self.command.ready.eq(~fresh | (may & loader.command.ready)),
+            start.eq(loader.command.valid & loader.command.ready),
+            layers.i.payload.eq(command),
+            layers.i.valid.eq(start),
+            self.rows.ready.eq(loader.active & ~loader.current.values),
+            self.values.ready.eq(loader.active & loader.current.values),
+            loader.step.eq(loader.active & Mux(loader.current.values, self.values.valid, self.rows.valid)),
+            # At this time the last token's exponent is stored.
+            loaded.eq(delay(m, loader.step & loader.done, self.exponent_cycles, name="loaded", reset=True)),
+            sender.command.payload.eq(layers.o.payload),
+            sender.command.valid.eq((loaded | waits) & ~stopped),
+            layers.o.ready.eq(sender.command.valid & sender.command.ready),
+            sent.eq(sender.step & sender.done),
+        ]
+        m.d.sync += waits.eq((loaded | waits) & ~layers.o.ready)
+        claimed, released = (Mux(short, 1, _LAYERS) for short in (command.short, sender.current.short))
+        with m.If(start | sent):
+            m.d.sync += free.eq(free - Mux(start, claimed, 0) + Mux(sent, released, 0))
+
+    def _first_row(self, walker: Walker) -> Value:
+        """Address of the first row of the walker's next layer; layers that are short use the halves in turn."""
+        half = bank_slices(self.config) // _LAYERS
+        return Mux(walker.command.payload.short & walker.next_bank, half, 0)
+
+    def _intake(self, m: Module, loader: Walker) -> _Intake:
+        """The rows in the order of the loader."""
+        starts, ends = Signal(), Signal()
         m.d.comb += [
             starts.eq(loader.first.slice & loader.first.group),
-            ends.eq(step & loader.last.slice & loader.last.group),
+            ends.eq(loader.step & loader.last.slice & loader.last.group),
         ]
-        magnitudes = [self.rows.payload[index][: FLOAT_BITS - 1] for index in range(self.config.tile)]
+        now = _Intake(self.rows.payload, loader.step, starts, ends, loader.done, Const(0))
+        if not self.config.has_attention:
+            return now
+        row, values = Signal(row_layout(self.config), reset_less=True), loader.current.values
+        with m.If(loader.step):
+            m.d.sync += row.eq(Mux(values, self.values.payload.as_value(), self.rows.payload.as_value()))
+        cycles = self.intake_cycles
+        return _Intake(
+            row,
+            delay(m, now.step, cycles, name="taken", reset=True),
+            delay(m, now.starts, cycles, name="taken_starts"),
+            delay(m, now.ends, cycles, name="taken_ends", reset=True),
+            delay(m, now.final, cycles, name="taken_final"),
+            delay(m, values, cycles, name="taken_values"),
+        )
+
+    def _find_exponents(self, m: Module, loader: Walker, intake: _Intake, exponents: Memory) -> None:
+        """The largest magnitude of each token: first of the floats of a row, then of its rows."""
+        step = intake.step
+        magnitudes = [intake.row[index][: FLOAT_BITS - 1] for index in range(self.config.tile)]
         level, of_token = 0, Signal(FLOAT_BITS - 1, reset_less=True)
         while len(magnitudes) > 1:
             working = delay(m, step, level, name=f"step_{level}", reset=True)
@@ -140,25 +275,46 @@ class ActivationUnit(Block):
             magnitudes, level = parts, level + 1
         of_row = magnitudes[0]
         # The delay is outside of the condition, because inside it would move only when the condition is true.
-        fresh = delay(m, starts, level, name="starts")
+        fresh = delay(m, intake.starts, level, name="starts")
         with m.If(delay(m, step, level, name="step_row", reset=True)):
             m.d.sync += of_token.eq(Mux(fresh | (of_row > of_token), of_row, of_token))
         m.submodules.token_exponent = finder = TokenExponent(self.config)
         write = exponents.write_port()
-        done = delay(m, ends, level + 1 + finder.latency, name="ends", reset=True)
+        cycles = level + 1 + finder.latency
+        done = delay(m, intake.ends, cycles, name="ends", reset=True)
+        exponent, outside = finder.exponent, finder.out_of_range
+        if self.config.has_attention:
+            clamps, zero = delay(m, intake.values, cycles, name="clamps"), Signal()
+            m.d.sync += zero.eq(~of_token.any())
+            # No exponent is above the highest one: a finite number's is far below it.
+            exponent = Mux(clamps & (zero | finder.out_of_range), EXPONENT_MIN, finder.exponent)
+            outside = finder.out_of_range & ~clamps
         m.d.comb += [
             finder.largest.eq(of_token),
-            write.data.eq(finder.exponent),
+            write.data.eq(exponent),
             write.en.eq(done),
         ]
         with m.If(done):
             m.d.sync += [
                 write.addr.eq(write.addr + 1),
                 self.non_finite.eq(self.non_finite | finder.non_finite),
-                self.out_of_range.eq(self.out_of_range | (finder.out_of_range & ~finder.non_finite)),
+                self.out_of_range.eq(self.out_of_range | (outside & ~finder.non_finite)),
             ]
-        with m.If(self.command.valid & self.command.ready & ~self.command.payload.reuse):
-            m.d.sync += write.addr.eq(0)
+        start = self.command.valid & self.command.ready & ~self.command.payload.reuse
+        if not self.config.has_attention:
+            with m.If(start):
+                m.d.sync += write.addr.eq(0)
+            return
+        # The next layer may already be taken in, so this address has a bank of its own.
+        bank = Signal(name="exponent_bank")
+        with m.If(done & delay(m, intake.final, cycles, name="final")):
+            m.d.sync += [bank.eq(~bank), write.addr.eq(self._first_exponent(~bank))]
+        with m.If(done & ~self.non_finite & ~self.out_of_range):
+            m.d.sync += self.earlier.eq(start | (bank != loader.bank))
+
+    def _first_exponent(self, bank: Value) -> Value:
+        """Address of the exponent of a layer's first token."""
+        return Mux(bank, self.config.max_tokens, 0)
 
     @staticmethod
     def _largest(m: Module, magnitudes: list):
@@ -167,23 +323,33 @@ class ActivationUnit(Block):
             magnitudes = [Mux(other > one, other, one) for one, other in pairs]
         return magnitudes[0]
 
-    def _store(self, m: Module, loader: Walker, platform) -> ReadPort:
+    def _store(self, m: Module, loader: Walker, intake: _Intake, platform) -> ReadPort:
         """Stores the floats: one slice of one token per row, rows slice by slice. Returns the read port."""
         config = self.config
         depth = bank_slices(config)
         attributes = buffer_attributes(platform, depth, row_layout(config).size)
         m.submodules.store = store = Memory(shape=row_layout(config), depth=depth, init=[], attrs=attributes)
         write, read = store.write_port(), store.read_port()
-        address, token = Signal(range(bank_slices(config))), Signal(range(config.max_tokens))
-        with m.If(loader.step):
-            m.d.sync += address.eq(address + loader.current.tokens)
-            with m.If(loader.last.slice & loader.last.group):
-                m.d.sync += [token.eq(Mux(loader.last.token, 0, token + 1))]
-                m.d.sync += address.eq(Mux(loader.last.token, 0, token + 1))
+        # ``token`` is the address of the token's first row.
+        tokens = depth if config.has_attention else config.max_tokens
+        address, token = Signal(range(bank_slices(config))), Signal(range(tokens))
+        if config.has_attention:
+            with m.If(loader.step):
+                m.d.sync += address.eq(address + loader.current.tokens)
+                with m.If(loader.last.slice & loader.last.group):
+                    m.d.sync += [token.eq(token + 1), address.eq(token + 1)]
+            with m.If(loader.command.valid & loader.command.ready):
+                m.d.sync += [token.eq(self._first_row(loader)), address.eq(self._first_row(loader))]
+        else:
+            with m.If(loader.step):
+                m.d.sync += address.eq(address + loader.current.tokens)
+                with m.If(loader.last.slice & loader.last.group):
+                    m.d.sync += [token.eq(Mux(loader.last.token, 0, token + 1))]
+                    m.d.sync += address.eq(Mux(loader.last.token, 0, token + 1))
         m.d.comb += [
-            write.addr.eq(address),
-            write.data.eq(self.rows.payload),
-            write.en.eq(loader.step),
+            write.addr.eq(delay(m, address, self.intake_cycles, name="place")),
+            write.data.eq(intake.row),
+            write.en.eq(intake.step),
         ]
         return read
 
@@ -192,7 +358,7 @@ class ActivationUnit(Block):
         config = self.config
         payload = activation_payload(config)
         m.submodules.fifo = fifo = CreditFifo(payload, self._FIFO_DEPTH)
-        address, token = Signal.like(rows.addr), Signal(range(config.max_tokens))
+        address, token = Signal.like(rows.addr), Signal(range(exponents.depth))
         read = exponents.read_port(domain="comb")
         step = Signal()
         m.d.comb += [
@@ -202,11 +368,29 @@ class ActivationUnit(Block):
             rows.addr.eq(address),
             read.addr.eq(token),
         ]
-        with m.If(step):
-            m.d.sync += [
-                address.eq(Mux(sender.done, 0, address + 1)),
-                token.eq(Mux(sender.last.token, 0, token + 1)),
-            ]
+        if config.has_attention:
+            # The first row of a group, to which the next plane goes back.
+            group, again = Signal.like(address), Signal()
+            m.d.comb += again.eq(sender.last.token & sender.last.slice & ~sender.tile_end)
+            with m.If(step):
+                m.d.sync += [
+                    address.eq(Mux(again, group, address + 1)),
+                    token.eq(Mux(sender.last.token, self._first_exponent(sender.bank), token + 1)),
+                ]
+                with m.If(sender.tile_end):
+                    m.d.sync += group.eq(address + 1)
+            with m.If(sender.command.valid & sender.command.ready):
+                m.d.sync += [
+                    address.eq(self._first_row(sender)),
+                    group.eq(self._first_row(sender)),
+                    token.eq(self._first_exponent(sender.next_bank)),
+                ]
+        else:
+            with m.If(step):
+                m.d.sync += [
+                    address.eq(Mux(sender.done, 0, address + 1)),
+                    token.eq(Mux(sender.last.token, 0, token + 1)),
+                ]
         exponent = delay(m, read.data, 2, name="exponent")
         # A row is read, leaves the memory's register, and is rounded. A stage without valid data keeps its registers.
         moves = [delay(m, step, stage, name=f"moves_{stage}", reset=True) for stage in range(self.pipeline)]

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fetches a layer's activations through all read ports, so that the load is shared."""
 
+from functools import reduce
+from operator import and_
+
 from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, stream
 from amaranth.lib.wiring import In, Out
@@ -11,10 +14,13 @@ from hw.rtl.core.activation_unit import row_layout
 from hw.rtl.memory.axi import ADDRESS_BITS
 from hw.rtl.memory.burst_cutter import burst_layout
 from hw.rtl.vector.layouts import MAX_PIECES
-from hw.spec.config import FLOAT_BITS, AcceleratorConfig
+from hw.spec.config import EXPONENT_BITS, FLOAT_BITS, AcceleratorConfig
 from hw.spec.control.descriptor import activation_beats
 from hw.spec.memory.access import CHUNK_BYTES, CHUNKS_AHEAD, PIECE_FLOATS
+from hw.spec.memory.geometry import ceil_div
+from hw.spec.memory.kv_cache import LONGEST_CONTEXT
 from hw.spec.memory.operands import FLOAT_BYTES
+from hw.spec.numerics.attention import CHUNK
 
 PIECE_CHUNKS = PIECE_FLOATS * FLOAT_BYTES // CHUNK_BYTES
 """Chunks of one piece of results. After p pieces of a row this number times p chunks can be read, also if the row does
@@ -31,11 +37,20 @@ def max_activation_beats(config: AcceleratorConfig) -> int:
     return activation_beats(config, config.max_tokens, config.max_k // config.tile)
 
 
+def max_exponent_beats(config: AcceleratorConfig) -> int:
+    """Beats of the exponents of as many values as a row has scores: a byte for each, in whole chunks of positions."""
+    positions = min(config.score_words, LONGEST_CONTEXT)
+    return ceil_div(positions, CHUNK) * CHUNK * EXPONENT_BITS // config.port_width
+
+
 def fetch_layout(config: AcceleratorConfig) -> data.StructLayout:
-    """A block of activations: address, and length in beats of one port, at least 1."""
-    return data.StructLayout(
-        {"address": unsigned(ADDRESS_BITS), "beats": unsigned(max_activation_beats(config).bit_length())}
-    )
+    """A block of activations: address, and length in beats of one port, at least 1.
+
+    With attention also ``exponents``: it is a block of the exponents of values instead.
+    """
+    most = max(max_activation_beats(config), max_exponent_beats(config))
+    exponents = {"exponents": 1} if config.has_attention else {}
+    return data.StructLayout({"address": unsigned(ADDRESS_BITS), "beats": unsigned(most.bit_length()), **exponents})
 
 
 class ActivationFetch(Block):
@@ -54,6 +69,8 @@ class ActivationFetch(Block):
     bursts : each port's chunks, for its read manager
     port_beats : each port's data; always ready
     rows : the blocks' data, in order
+    exponents : only with attention: the data of the blocks with ``exponents``, which are not in ``rows``. All blocks
+        together are in order, so data for one output wait until the other one has taken the data before
     asking : not all bursts of the last block are sent, and the next one may be
 
     and with a vector unit
@@ -78,6 +95,7 @@ class ActivationFetch(Block):
                 "bursts": Out(stream.Signature(burst_layout(config.port_width))).array(config.ports),
                 "port_beats": In(stream.Signature(config.port_width)).array(config.ports),
                 "rows": Out(stream.Signature(row_layout(config))),
+                **({"exponents": Out(stream.Signature(row_layout(config)))} if config.has_attention else {}),
                 "asking": Out(1),
                 **({"follow": In(1), "pieces": In(range(MAX_PIECES + 1))} if config.has_vector_unit else {}),
             }
@@ -99,7 +117,10 @@ class ActivationFetch(Block):
     def _length_layout(self) -> data.StructLayout:
         """A block's values for the merging half: its number of rows, and the rows that its first chunk lacks."""
         row_bits = (self.row_beats - 1).bit_length()
-        return data.StructLayout({"rows": len(self.blocks.payload.beats) - row_bits, "missing": range(self.chunk_rows)})
+        exponents = {"exponents": 1} if self.config.has_attention else {}
+        return data.StructLayout(
+            {"rows": len(self.blocks.payload.beats) - row_bits, "missing": range(self.chunk_rows), **exponents}
+        )
 
     @property
     def chunk_rows(self) -> int:
@@ -134,6 +155,7 @@ class ActivationFetch(Block):
             lengths.i.valid.eq(load),
             lengths.i.payload.rows.eq(block.beats >> row_bits),
             lengths.i.payload.missing.eq(block.address[beat_bits + row_bits : page_bits]),
+            *([lengths.i.payload.exponents.eq(block.exponents)] if self.config.has_attention else []),
         ]
         for index, bursts in enumerate(self.bursts):
             m.d.comb += [
@@ -205,8 +227,10 @@ class ActivationFetch(Block):
         some, last, ends = Signal(), Signal(), Signal()
         active, taken, chunk_ends, block_ends = Signal(), Signal(), Signal(), Signal()
         port = self._turn(m, "merging_port", chunk_ends)
+        # At most one output is valid.
+        outputs = [self.rows, self.exponents] if self.config.has_attention else [self.rows]
         m.d.comb += [
-            active.eq(some & (~self.rows.valid | self.rows.ready)),
+            active.eq(reduce(and_, (~output.valid | output.ready for output in outputs), some)),
             taken.eq(active & Array(fifo.o.valid for fifo in fifos)[port]),
             block_ends.eq(taken & last),
             chunk_ends.eq(taken & (ends | last)),
@@ -216,10 +240,13 @@ class ActivationFetch(Block):
         ]
         with m.If(taken):
             m.d.sync += self.rows.payload.eq(Array(fifo.o.payload.as_value() for fifo in fifos)[port])
-        with m.If(taken):
-            m.d.sync += self.rows.valid.eq(1)
-        with m.Elif(self.rows.ready):
-            m.d.sync += self.rows.valid.eq(0)
+        if self.config.has_attention:
+            self._choose(m, lengths, taken)
+        else:
+            with m.If(taken):
+                m.d.sync += self.rows.valid.eq(1)
+            with m.Elif(self.rows.ready):
+                m.d.sync += self.rows.valid.eq(0)
         with m.If(lengths.o.valid & lengths.o.ready):
             length = lengths.o.payload
             m.d.sync += [
@@ -237,3 +264,12 @@ class ActivationFetch(Block):
                 place.eq(place + 1),
                 ends.eq(place == self.chunk_rows - 2),
             ]
+
+    def _choose(self, m: Module, lengths: StreamFifo, taken: Signal) -> None:
+        """The output that a row goes to. Both have the register of the rows."""
+        exponents = Signal()
+        with m.If(lengths.o.valid & lengths.o.ready):
+            m.d.sync += exponents.eq(lengths.o.payload.exponents)
+        m.d.comb += self.exponents.payload.eq(self.rows.payload)
+        for output, chosen in ((self.rows, ~exponents), (self.exponents, exponents)):
+            m.d.sync += output.valid.eq((taken & chosen) | (output.valid & ~output.ready))

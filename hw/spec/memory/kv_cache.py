@@ -55,8 +55,38 @@ def value_group(config: AcceleratorConfig) -> int:
 
 def value_chunk(config: AcceleratorConfig) -> LayerLayout:
     """The part of a stream of values that is one chunk of ``tile`` columns."""
-    planes = VALUE_BITS // config.weight_bits
-    return LayerLayout(config, CHUNK * planes, config.tile, value_group(config))
+    return LayerLayout(config, CHUNK * value_planes(config), config.tile, value_group(config))
+
+
+def value_planes(config: AcceleratorConfig) -> int:
+    """Planes of a value."""
+    return VALUE_BITS // config.weight_bits
+
+
+def chunk_groups(config: AcceleratorConfig) -> int:
+    """Groups of positions in a chunk, each with all planes."""
+    return value_chunk(config).groups // value_planes(config)
+
+
+def group_beats(config: AcceleratorConfig) -> int:
+    """Beats of the body of one group of positions, with all planes."""
+    chunk = value_chunk(config)
+    return chunk.body_words * chunk.stream.beats_per_word // chunk_groups(config)
+
+
+def chunk_bits() -> int:
+    """Width of a number of chunks of a cache."""
+    return (LONGEST_CONTEXT // CHUNK).bit_length()
+
+
+def value_beats_bits(config: AcceleratorConfig) -> int:
+    """Width of the number of beats of a column tile of values."""
+    return (LONGEST_CONTEXT // CHUNK * value_chunk(config).tile_beats).bit_length()
+
+
+def tile_step_bits(config: AcceleratorConfig) -> int:
+    """Width of the number of bytes on a port from one column tile of the cache to the next."""
+    return value_beats_bits(config) + (config.port_width // 8).bit_length() - 1
 
 
 class Bytes(NamedTuple):

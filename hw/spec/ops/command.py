@@ -26,6 +26,21 @@ def command_fields(config: AcceleratorConfig) -> dict[str, int]:
     }
 
 
+def stored_slices(config: AcceleratorConfig) -> int:
+    """Token slices of the largest layer: the activation unit holds this number, and each bank of the core."""
+    return config.max_tokens * (config.max_k // config.tile)
+
+
+def is_short(config: AcceleratorConfig, tokens: int, slices: int) -> bool:
+    """Whether a layer is short: its activations take at most half of the activation unit.
+
+    ``slices`` : K-slices, without the copies for planes. With attention, the unit takes in one short layer while it
+    sends another one. Layers of attention are short in every config that has attention
+    (:data:`hw.spec.config.ATTENTION_K`).
+    """
+    return tokens * slices <= stored_slices(config) // 2
+
+
 def max_header_beats(config: AcceleratorConfig) -> int:
     """Beats of the longest possible header: ``max_k`` in the shortest legal groups."""
     for size in range(config.tile, config.max_group_size + 1, config.tile):

@@ -2,21 +2,28 @@
 """The activation unit: from float32 values, the mantissas and exponents of the numpy definition, bit for bit."""
 
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
 import cocotb
 import numpy as np
 
+from hw.spec.config import ATTENTION_K
 from hw.spec.memory.geometry import LayerLayout, fit_layer
+from hw.spec.numerics.block_float import quantize
+from hw.spec.numerics.float32 import EXPONENT_MIN, flush
 from hw.spec.numerics.linear import quantize_activations
-from hw.spec.ops.command import LayerCommand
+from hw.spec.ops.command import LayerCommand, is_short
 from sim.bench.dut import begin, config, latency, payload
-from sim.bench.streams import StreamSink, StreamSource, bursty, cycle, never, randomly, rng, until
+from sim.bench.monitor import Monitor, consecutive
+from sim.bench.streams import StreamSink, StreamSource, bursty, cycle, never, randomly, read, rng, until
+
+ATTENTION = config().has_attention
 
 
-def _layer(random: np.random.Generator, groups: int | None = None) -> LayerLayout:
+def _layer(random: np.random.Generator, groups: int | None = None, size: int = 32) -> LayerLayout:
     c = config()
     count = groups or int(random.integers(1, 4))
-    return fit_layer(c, 32 * count, c.tile, 32)
+    return fit_layer(c, size * count, c.tile, size)
 
 
 def _bits(x: np.ndarray) -> list[int]:
@@ -25,13 +32,41 @@ def _bits(x: np.ndarray) -> list[int]:
     return [int.from_bytes(row.tobytes(), "little") for row in raw]
 
 
-def _expected(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(mantissas [slices * M, tile], exponents [slices * M]) in the order in which the core takes them."""
-    c = config()
-    activations = quantize_activations(c, x)
-    m, k = x.shape
-    rows = activations.mantissas.reshape(m, k // c.tile, c.tile).transpose(1, 0, 2).reshape(-1, c.tile)
-    return rows, np.tile(activations.exponents, k // c.tile)
+@dataclass
+class _Layer:
+    """A layer's activations, float32 [M, K]. values: they come from the second input."""
+
+    layout: LayerLayout
+    x: np.ndarray
+    planes: int = 1
+    values: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Token slices in."""
+        return self.x.size // config().tile
+
+    @property
+    def short(self) -> bool:
+        return is_short(config(), len(self.x), self.layout.slices)
+
+    def command(self, reuse: bool = False) -> list[int]:
+        fields = asdict(LayerCommand.from_layer(self.layout, len(self.x), reuse=reuse))
+        if ATTENTION:
+            fields |= dict(planes=self.planes, values=int(self.values), short=int(self.short))
+        return payload("command").pack(**fields)
+
+    def expected(self) -> tuple[np.ndarray, np.ndarray]:
+        """(mantissas [slices * M, tile], exponents [slices * M]) in the order in which the core takes them."""
+        c, (m, k) = config(), self.x.shape
+        if self.values:
+            mantissas, exponents = quantize(self.x, c.activation_bits, block=k)
+            exponents = exponents[:, 0]
+        else:
+            mantissas, exponents = quantize_activations(c, self.x)
+        groups = mantissas.reshape(m, self.layout.groups, 1, self.layout.group_slices, c.tile)
+        rows = np.repeat(groups, self.planes, axis=2).transpose(1, 2, 3, 0, 4).reshape(-1, c.tile)
+        return rows, np.tile(exponents, len(rows) // m)
 
 
 class _Bench:
@@ -39,14 +74,15 @@ class _Bench:
         self.dut = dut
         self.command = StreamSource(dut, "command", dut.clk, command_stall)
         self.rows = StreamSource(dut, "rows", dut.clk, stalls)
+        self.values = StreamSource(dut, "values", dut.clk, stalls) if ATTENTION else self.rows
         self.slices = StreamSink(dut, "slices", dut.clk, sink_stall)
 
-    def send(self, layer: LayerLayout, x: np.ndarray) -> None:
-        self.command.send([LayerCommand.from_layer(layer, len(x)).to_int(config())])
-        self.rows.send(_bits(x))
+    def send(self, layer: _Layer) -> None:
+        self.command.send(layer.command())
+        (self.values if layer.values else self.rows).send(_bits(layer.x))
 
-    async def check(self, x: np.ndarray) -> None:
-        mantissas, exponents = _expected(x)
+    async def check(self, layer: _Layer) -> None:
+        mantissas, exponents = layer.expected()
         taken = await self.slices.take(len(mantissas), cycles=200_000)
         got = payload("slices").unpack(taken, mantissas=config().tile)
         np.testing.assert_array_equal(got["mantissas"], mantissas)
@@ -82,10 +118,10 @@ async def _run(dut, stalls=never, command_stall=never, sink_stall=never, count=4
     for _ in range(count):
         layer = _layer(random)
         x = _random_x(random, int(random.integers(1, config().max_tokens, endpoint=True)), layer.k)
-        layers.append(x)
-        bench.send(layer, x)
-    for x in layers:
-        await bench.check(x)
+        layers.append(_Layer(layer, x))
+        bench.send(layers[-1])
+    for layer in layers:
+        await bench.check(layer)
     await bench.slices.quiet(64)
     assert not int(dut.non_finite.value) and not int(dut.out_of_range.value)
 
@@ -109,7 +145,7 @@ async def full_speed(dut):
     await begin(dut)
     layer = _layer(random, groups=3)
     x = _random_x(random, c.max_tokens, layer.k)
-    bench.send(layer, x)
+    bench.send(_Layer(layer, x))
     slices = x.size // c.tile
     now = first_in = last_in = first_out = last_out = 0
     while bench.slices.transfers < slices:
@@ -121,7 +157,7 @@ async def full_speed(dut):
         if bench.slices.transfers != before[1]:
             first_out, last_out = first_out or now, now
         assert now < 8 * slices + 100, "no progress"
-    await bench.check(x)
+    await bench.check(_Layer(layer, x))
     assert last_in - first_in == slices - 1
     assert last_out - first_out == slices - 1
     assert first_out - last_in == latency(), (first_out, last_in)
@@ -133,10 +169,10 @@ async def reuse_takes_no_activations(dut):
     random, bench = rng(1), _Bench(dut)
     await begin(dut)
     layer = _layer(random)
-    first, second = _random_x(random, 1, layer.k), _random_x(random, 1, layer.k)
-    bench.send(layer, first)
-    bench.command.send([LayerCommand.from_layer(layer, 1, reuse=True).to_int(config())])
-    bench.send(layer, second)
+    first, second = (_Layer(layer, _random_x(random, 1, layer.k)) for _ in range(2))
+    bench.send(first)
+    bench.command.send(first.command(reuse=True))
+    bench.send(second)
     await bench.check(first)
     await bench.check(second)
     await bench.slices.quiet(64)
@@ -150,7 +186,7 @@ async def _refuse(dut, value: float, flag: str) -> None:
     if flag == "out_of_range":
         x[-1] = 0
     x[-1, random.integers(layer.k)] = value
-    bench.send(layer, x)
+    bench.send(_Layer(layer, x))
     await until(dut.clk, lambda: bool(int(getattr(dut, flag).value)), flag, cycles=10_000)
     # The layer does not move.
     await bench.slices.quiet(128)
@@ -170,3 +206,119 @@ async def non_finite(dut, value):
 async def out_of_range(dut, value):
     """A token whose exponent does not fit its field is detected."""
     await _refuse(dut, value, "out_of_range")
+
+
+def _values_x(random: np.random.Generator, m: int, k: int) -> np.ndarray:
+    """Products of probabilities and powers of two: 0, or normal numbers that are not negative. Some rows are tiny."""
+    powers = random.integers(-126, 121, (m, 1)) - random.integers(0, 40, (m, k))
+    x = np.ldexp(random.random((m, k)).astype(np.float32), powers).astype(np.float32)
+    x[:, :: int(random.integers(2, 9))] = 0
+    smallest = random.integers(0, m, 2)
+    # Below the lowest exponent, around the place where it is reached, and zeros only.
+    limit = -(1 << 7) + config().activation_bits - 1
+    x[smallest[0]] = np.ldexp(random.random(k) + 0.5, random.integers(EXPONENT_MIN, limit + 2, k)).astype(np.float32)
+    x[smallest[1]] *= random.integers(2)
+    return flush(x)
+
+
+def _attention_layer(random: np.random.Generator, short: bool) -> _Layer:
+    """A layer that is short, from a single row to half of the store, or one that is not, up to all of it."""
+    c = config()
+    size = int(random.choice([32, 64]))
+    while True:
+        tokens = int(random.integers(1, c.max_tokens + 1))
+        groups = int(random.choice([1, int(random.integers(1, c.max_k // size + 1)), c.max_k // size]))
+        layout = _layer(random, groups, size)
+        if is_short(c, tokens, layout.slices) == short:
+            break
+        if not short and random.random() < 0.2:
+            return _Layer(_layer(random, c.max_k // size, size), _random_x(random, c.max_tokens, c.max_k))
+    planes, values = int(random.choice([1, 2, 4])), bool(random.integers(2))
+    return _Layer(layout, (_values_x if values else _random_x)(random, tokens, layout.k), planes, values)
+
+
+@cocotb.test(skip=not ATTENTION)
+@cocotb.parametrize(stall=[0.0, 0.4, 0.7], short=[0.5, 0.9])
+async def short_and_long_layers(dut, stall, short):
+    """Layers of all lengths, planes and inputs one after the other, some of which reuse activations."""
+    random = rng(1)
+    rules = [randomly(stall, rng(2, index)) if stall else never for index in range(3)]
+    bench = _Bench(dut, *rules)
+    await begin(dut)
+    layers = [_attention_layer(random, random.random() < short) for _ in range(24)]
+    for layer in layers:
+        bench.send(layer)
+        if random.random() < 0.2:
+            bench.command.send(layer.command(reuse=True))
+    for layer in layers:
+        await bench.check(layer)
+    await bench.slices.quiet(64)
+    assert not read(dut.non_finite) and not read(dut.out_of_range)
+
+
+@cocotb.test(skip=not ATTENTION)
+async def smallest_layers(dut):
+    """Layers with fewer rows than the pipeline has stages."""
+    random, bench = rng(1), _Bench(dut)
+    await begin(dut)
+    layers = [
+        _Layer(_layer(random, 1), _random_x(random, int(random.integers(1, 3)), 32), int(random.choice([1, 2])))
+        for _ in range(40)
+    ]
+    for layer in layers:
+        bench.send(layer)
+    for layer in layers:
+        await bench.check(layer)
+
+
+@cocotb.test(skip=not ATTENTION)
+@cocotb.parametrize(planes=[1, 2, 4])
+async def overlap(dut, planes):
+    """A sequence of the largest layers of attention: one is loaded while the other is sent."""
+    c, random, bench = config(), rng(1), _Bench(dut)
+    layout = _layer(random, ATTENTION_K // 32)
+    layers = [_Layer(layout, _random_x(random, c.max_tokens, ATTENTION_K), planes, bool(n % 2)) for n in range(6)]
+    for layer in layers:
+        layer.x = np.abs(layer.x)
+    assert all(layer.short for layer in layers)
+    await begin(dut)
+    monitor = Monitor(dut, ("rows", "slices"))
+    for layer in layers:
+        bench.send(layer)
+    for layer in layers:
+        await bench.check(layer)
+    slices, load, send = monitor["slices"], layers[0].rows, layers[0].rows * planes
+    assert consecutive(monitor["rows"][:load]) and slices[0] - monitor["rows"][load - 1] == latency()
+    turnaround = latency("turnaround")
+    if planes > 1:
+        # The sum over the layers of the longer of the two times, and the first load.
+        assert send - load >= turnaround
+        assert slices[-1] - monitor["rows"][0] == load - 1 + latency() + len(layers) * max(load, send) - 1
+        assert consecutive(slices)
+    else:
+        starts = slices[::send]
+        assert {after - before for before, after in zip(starts, starts[2:], strict=False)} == {load + send + turnaround}
+
+
+@cocotb.test(skip=not ATTENTION)
+@cocotb.parametrize(values=[False, True], single=[False, True], token=[0, -1])
+async def error_between_layers(dut, values, single, token):
+    """The layer before an error is sent, this one and the next ones are not; ``earlier`` names it."""
+    random, bench, wrong = rng(1), _Bench(dut), 2
+    flag, value = ("non_finite", np.nan) if values else ("out_of_range", np.float32(1e-40))
+    await begin(dut)
+    layers = []
+    for number in range(5):
+        layout = _layer(random, 1 if single else 3)
+        x = _values_x(random, 1 if single else config().max_tokens, layout.k)
+        layers.append(_Layer(layout, x, 2, values or number != wrong))
+    layers[wrong].x[token] = 0
+    layers[wrong].x[token, random.integers(layers[wrong].layout.k)] = value
+    for layer in layers:
+        bench.send(layer)
+    for layer in layers[:wrong]:
+        await bench.check(layer)
+    await until(dut.clk, lambda: bool(read(getattr(dut, flag))), flag, cycles=10_000)
+    await bench.slices.quiet(512)
+    assert bench.command.transfers - 1 - read(dut.earlier) == wrong
+    assert read(dut.non_finite) + read(dut.out_of_range) == 1

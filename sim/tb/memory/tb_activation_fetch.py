@@ -23,6 +23,9 @@ ROW_BEATS = config().tile * FLOAT_BITS // WIDTH
 MEMORY = 1 << 18
 """Bytes. Every address is taken modulo this number."""
 
+ATTENTION = config().has_attention
+OUTPUTS = ("rows", "exponents") if ATTENTION else ("rows",)
+
 Block = tuple[int, int]
 """Address, and length in beats."""
 
@@ -48,10 +51,14 @@ class _Bench:
         self.blocks = StreamSource(dut, "blocks", dut.clk)
         self.bursts = [StreamSink(dut, f"bursts_{port}", dut.clk, asked) for port in range(PORTS)]
         self.beats = [StreamSource(dut, f"port_beats_{port}", dut.clk, slow) for port in range(PORTS)]
-        self.rows = StreamSink(dut, "rows", dut.clk, taker)
+        self.outputs = [StreamSink(dut, name, dut.clk, taker) for name in OUTPUTS]
         self.seen: list[list[Block]] = [[] for _ in range(PORTS)]
         """Bursts of each port."""
         self.sent: list[Block] = []
+        self.targets: list[int] = []
+        """The output of each block."""
+        self.turn = 0
+        """The port of the first chunk in ``sent``."""
         self.answering = True
         if config().has_vector_unit:
             dut.follow.value = dut.pieces.value = 0
@@ -83,22 +90,35 @@ class _Bench:
         start = address % MEMORY
         return (self.memory + self.memory)[start : start + beats * BEAT]
 
-    def send(self, blocks: list[Block]) -> None:
+    def send(self, blocks: list[Block], targets: list[int] | None = None) -> None:
+        """targets: the output of each block, if it is not always the first one."""
         self.sent += blocks
-        self.blocks.send(payload("blocks").pack(address=[a for a, _ in blocks], beats=[b for _, b in blocks]))
+        targets = targets or [0] * len(blocks)
+        self.targets += targets
+        more = {"exponents": targets} if ATTENTION else {}
+        self.blocks.send(payload("blocks").pack(address=[a for a, _ in blocks], beats=[b for _, b in blocks], **more))
 
     async def check(self, cycles: int = 200_000) -> None:
         """Checks all rows in order, and the bursts of each port."""
-        expected = b"".join(self.read(*block) for block in self.sent)
         row = config().tile * FLOAT_BITS // 8
-        got = await self.rows.take(len(expected) // row, cycles)
-        seen = b"".join(value.to_bytes(row, "little") for value in got)
-        wrong = np.flatnonzero(np.frombuffer(seen, np.uint8) != np.frombuffer(expected, np.uint8))
-        assert not len(wrong), f"row {wrong[0] // row} of {len(got)} is wrong"
-        await self.rows.quiet(16)
+        for target, output in enumerate(self.outputs):
+            blocks = (block for block, chosen in zip(self.sent, self.targets, strict=True) if chosen == target)
+            expected = b"".join(self.read(*block) for block in blocks)
+            got = await output.take(len(expected) // row, cycles)
+            seen = b"".join(value.to_bytes(row, "little") for value in got)
+            wrong = np.flatnonzero(np.frombuffer(seen, np.uint8) != np.frombuffer(expected, np.uint8))
+            assert not len(wrong), f"row {wrong[0] // row} of {len(got)} of {output.prefix} is wrong"
+        for output in self.outputs:
+            await output.quiet(16)
         assert read(self.dut.asking) == 0
         chunks = _chunks(self.sent)
-        assert self.seen == [chunks[port::PORTS] for port in range(PORTS)]
+        assert self.seen == [chunks[(port - self.turn) % PORTS :: PORTS] for port in range(PORTS)]
+
+    def clear(self) -> None:
+        """Forgets what was sent. The ports continue to take turns."""
+        self.turn = (self.turn + len(_chunks(self.sent))) % PORTS
+        for items in (self.sent, self.targets, *self.seen):
+            items.clear()
 
 
 def _random_blocks(random: np.random.Generator, count: int) -> list[Block]:
@@ -125,7 +145,8 @@ async def random_blocks(dut, run):
     ]
     bench = _Bench(dut, *stalls, delay=int(random.choice([1, 20, 200])))
     await begin(dut)
-    bench.send(_random_blocks(random, 20))
+    blocks = _random_blocks(random, 20)
+    bench.send(blocks, random.integers(len(OUTPUTS), size=len(blocks)).tolist())
     await bench.check()
 
 
@@ -144,14 +165,15 @@ async def full_speed(dut):
     """A row in every cycle, or a beat of every port, whichever takes longer, over several blocks."""
     bench, c = _Bench(dut), config()
     await begin(dut)
-    monitor = Monitor(dut, ("blocks", "rows", "port_beats_0"), ("bursts_0_valid",))
+    monitor = Monitor(dut, ("blocks", "port_beats_0", *OUTPUTS), ("bursts_0_valid",))
     most = activation_beats(c, c.max_tokens, c.max_k // c.tile)
     beats = min(most, 40 * CHUNK_BYTES // BEAT) // ROW_BEATS * ROW_BEATS
-    bench.send([(CHUNK_BYTES * 8 * index, beats) for index in range(4)])
+    # With two outputs they take turns.
+    bench.send([(CHUNK_BYTES * 8 * index, beats) for index in range(4)], [n % len(OUTPUTS) for n in range(4)])
     await bench.check()
     assert monitor["bursts_0_valid"][0] - monitor["blocks"][0] == latency()
     assert monitor["rows"][0] - monitor["port_beats_0"][ROW_BEATS - 1] == latency("row_latency")
-    rows = monitor["rows"]
+    rows = sorted(time for name in OUTPUTS for time in monitor[name])
     port_beats = max(sum(beats for _, beats in bursts) for bursts in bench.seen)
     bound = max(len(rows), port_beats)
     # The first chunk comes from one port only.
@@ -187,6 +209,24 @@ async def one_block_at_a_time(dut):
     await bench.check()
 
 
+@cocotb.test(skip=not ATTENTION)
+async def outputs_are_in_order(dut):
+    """Rows wait until the exponents before them are taken, and the other way round."""
+    bench = _Bench(dut)
+    refused = 1
+    for target, output in enumerate(bench.outputs):
+        output.stall = lambda target=target: target == refused
+    await begin(dut)
+    bench.send([(0, 4 * ROW_BEATS)] * 3, [0, 1, 0])
+    await cycle(dut.clk, 100)
+    assert [output.transfers for output in bench.outputs] == [4, 0]
+    refused = 0
+    await cycle(dut.clk, 100)
+    assert [output.transfers for output in bench.outputs] == [4, 4]
+    refused = -1
+    await bench.check()
+
+
 @cocotb.test(skip=not config().has_vector_unit)
 @cocotb.parametrize(offset=[0, DATA_ALIGNMENT, CHUNK_BYTES, CHUNK_BYTES + DATA_ALIGNMENT])
 async def follows_a_row(dut, offset):
@@ -213,6 +253,4 @@ async def follows_a_row(dut, offset):
         dut.pieces.value, dut.follow.value = 0, 0
         await until(dut.clk, lambda: not read(dut.asking), "the last chunk", cycles=200)
         await bench.check()
-        bench.sent.clear()
-        for bursts in bench.seen:
-            bursts.clear()
+        bench.clear()

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A descriptor of values as the layers and the regions of weights that it consists of."""
+
+from amaranth.hdl import Module, Mux, Signal, Value, unsigned
+from amaranth.lib import data, stream
+from amaranth.lib.wiring import In, Out
+
+from hw.rtl.common.block import Block
+from hw.rtl.common.walker import command_layout
+from hw.rtl.core.activation_unit import unit_command_layout
+from hw.rtl.memory.weight_fetch import weights_layout
+from hw.spec.config import AcceleratorConfig
+from hw.spec.memory.kv_cache import (
+    chunk_bits,
+    chunk_groups,
+    tile_step_bits,
+    value_chunk,
+    value_planes,
+)
+from hw.spec.ops.epilogue import MAX_HEAD
+
+
+def layers_layout(command: data.StructLayout, config: AcceleratorConfig) -> data.StructLayout:
+    """A layer, or the values of a descriptor.
+
+    command : the layer; of values its ``tokens``, and ``out_tiles`` as the number of column tiles
+    values : the descriptor is one of values
+    chunks : its chunks
+    last_groups : groups of positions in the last one
+    """
+    groups = chunk_groups(config).bit_length()
+    return data.StructLayout({"command": command, "values": 1, "chunks": chunk_bits(), "last_groups": groups})
+
+
+class ValueLayers(Block):
+    """Sends layers as they are, and values as one layer for each chunk of each column tile.
+
+    Parameters
+    ----------
+    unit : whether the layers are those of the activation unit, which counts a group once for all of its planes
+
+    Members
+    -------
+    layers : layers and values
+    commands : the layers
+
+    Latency 0 cycles, throughput 1 layer per cycle.
+    """
+
+    def __init__(self, config: AcceleratorConfig, unit: bool = False):
+        self.config, self.unit = config, unit
+        command = unit_command_layout(config) if unit else command_layout(config)
+        super().__init__(
+            {
+                "layers": In(stream.Signature(layers_layout(command, config))),
+                "commands": Out(stream.Signature(command)),
+            }
+        )
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        layers, commands = self.layers, self.commands
+        asked, chosen = layers.payload, commands.payload
+        # The next chunk and the next column tile: so that a comparison has no adder before it.
+        chunk, tile = Signal.like(asked.chunks, init=1), Signal(range(MAX_HEAD // self.config.tile + 2), init=1)
+        last_chunk, last_tile, taken = Signal(), Signal(), Signal()
+        m.d.comb += [
+            last_chunk.eq(chunk == asked.chunks),
+            last_tile.eq(tile == asked.command.out_tiles),
+            commands.valid.eq(layers.valid),
+            layers.ready.eq(commands.ready & (~asked.values | (last_chunk & last_tile))),
+            taken.eq(commands.valid & commands.ready & asked.values),
+        ]
+        with m.If(taken):
+            m.d.sync += chunk.eq(Mux(last_chunk, 1, chunk + 1))
+            with m.If(last_chunk):
+                m.d.sync += tile.eq(Mux(last_tile, 1, tile + 1))
+        m.d.comb += chosen.eq(asked.command)
+        with m.If(asked.values):
+            m.d.comb += [chosen[name].eq(value) for name, value in self._chunk(asked, last_chunk).items()]
+        return m
+
+    def _chunk(self, asked: data.View, last: Value) -> dict[str, Value | int]:
+        """The fields of a chunk's layer, besides the number of tokens."""
+        layer, planes = value_chunk(self.config), value_planes(self.config)
+        most, per_group = chunk_groups(self.config), layer.body_words // chunk_groups(self.config)
+        groups = Mux(last, asked.last_groups, most)
+        fields: dict[str, Value | int] = {
+            "groups": groups if self.unit else groups * planes,
+            "group_slices": layer.group_slices,
+            "out_tiles": 1,
+            "last_columns": self.config.tile,
+            "header_beats": layer.header_beats,
+            "body_words": groups * per_group,
+            "reuse": 0,
+            "paired": 0,
+            "spare_records": (most - groups)[: most.bit_length()] * planes,
+        }
+        return fields | ({"planes": planes, "values": 1, "short": 1} if self.unit else {})
+
+
+def tiles_layout(config: AcceleratorConfig) -> data.StructLayout:
+    """The weights of each of ``tiles`` column tiles, on every port ``step`` bytes after those of the one before."""
+    tiles = range(MAX_HEAD // config.tile + 1)
+    return data.StructLayout({**weights_layout().members, "tiles": tiles, "step": unsigned(tile_step_bits(config))})
+
+
+class ValueRegions(Block):
+    """Sends the weights of each column tile as a region of its own.
+
+    Members
+    -------
+    tiles : the weights of a descriptor; a layer has one tile
+    regions : for :class:`hw.rtl.memory.weight_fetch.WeightFetch`
+
+    Latency 0 cycles, throughput 1 region per cycle.
+    """
+
+    def __init__(self, config: AcceleratorConfig):
+        self.config = config
+        super().__init__(
+            {
+                "tiles": In(stream.Signature(tiles_layout(config))),
+                "regions": Out(stream.Signature(weights_layout())),
+            }
+        )
+
+    def elaborate(self, platform) -> Module:
+        m = Module()
+        tiles, regions = self.tiles, self.regions
+        tile, last, later = Signal.like(tiles.payload.tiles, init=1), Signal(), Signal()
+        address = Signal.like(regions.payload.address)
+        m.d.comb += [
+            last.eq(tile == tiles.payload.tiles),
+            regions.valid.eq(tiles.valid),
+            tiles.ready.eq(regions.ready & last),
+            *(regions.payload[name].eq(tiles.payload[name]) for name in ("stride", "beats")),
+            regions.payload.address.eq(Mux(later, address, tiles.payload.address)),
+        ]
+        with m.If(regions.valid & regions.ready):
+            m.d.sync += [
+                tile.eq(Mux(last, 1, tile + 1)),
+                later.eq(~last),
+                # This cannot wrap: a descriptor's addresses are below 2^40 - 2^34.
+                address.eq(regions.payload.address + tiles.payload.step),
+            ]
+        return m
