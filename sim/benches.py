@@ -66,7 +66,8 @@ _SMALL_DECODER, _TWO_PORTS_DECODER, _DECODER = (
     dict(params, operators="decoder") for params in (_SMALL, _TWO_PORTS, _TILE_16)
 )
 _ATTENTION = dict(_DECODER, lanes=2, score_words=8192)
-_SMALL# The largest layer of Qwen2.5-0.5B fits.
+_SMALL_ATTENTION = dict(_SMALL_DECODER, lanes=4, score_words=2048)
+# The largest layer of Qwen2.5-0.5B fits.
 _BLOCK = dict(_DECODER, lanes=2, max_k=4864)
 _ULX3S, _ULX3S_8 = (dict(target="ecp5", **PRESETS[name]) for name in ("ulx3s4", "ulx3s8"))
 # As many lanes as columns, and the most lanes.
@@ -134,6 +135,8 @@ BENCHES: list[Bench] = [
     _bench("piece_maximum", dict(_SMALL_DECODER, lanes=4)),
     _bench("unit_float", _SMALL),
     *(_bench(block, _SMALL_ATTENTION) for block in ("score_banks", "value_rows")),
+    _bench("value_layers", _SMALL_ATTENTION, tb="value_walk"),
+    _bench("value_regions", _SMALL_ATTENTION, tb="value_walk", regions=True),
     *(_bench(block, _SMALL_DECODER) for block in ("merge", "rows")),
     _bench("scales", dict(_SMALL_DECODER, lanes=4)),
     *(_bench(block, _SMALL) for block in ("pair", "completion", "progress")),

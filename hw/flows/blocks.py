@@ -19,6 +19,7 @@ from hw.rtl.attention.head_float import HeadFloat
 from hw.rtl.attention.score_banks import ScoreBanks
 from hw.rtl.attention.unit_float import UnitFloat
 from hw.rtl.attention.value_rows import ValueRows
+from hw.rtl.attention.value_walk import ValueLayers, ValueRegions
 from hw.rtl.common.block import Block
 from hw.rtl.common.fifo import StreamFifo
 from hw.rtl.common.walker import TOKEN_LOOPS, CommandFork, Walker
@@ -94,6 +95,8 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "unit_float": lambda config: UnitFloat(),
     "score_banks": ScoreBanks,
     "value_rows": ValueRows,
+    "value_layers": ValueLayers,
+    "value_regions": ValueRegions,
     "activations": ActivationBuffer,
     "activation_unit": ActivationUnit,
     "splitter": WeightSplitter,

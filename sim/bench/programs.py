@@ -11,7 +11,7 @@ import numpy as np
 
 from hw.spec.control.descriptor import DATA_ALIGNMENT, VectorDescriptor, Wait, result_pitch
 from hw.spec.control.program import program_image
-from hw.spec.control.refusal import refusal
+from hw.spec.control.refusal import Accepted
 from hw.spec.control.registers import ErrorCode
 from hw.spec.ops import OPS
 from hw.spec.ops.base import Opcode, State
@@ -50,6 +50,7 @@ class Program:
         """The last linear layer."""
         self.address = 0
         """Address of the descriptors in memory."""
+        self.accepted = Accepted()
 
     def put(self, values: np.ndarray, pitch: int = 0) -> tuple[int, int]:
         """Rows of float32 in free memory: their address, and their pitch; at least that of ``result_pitch``."""
@@ -112,8 +113,7 @@ class Program:
 
     def append(self, made: AnyDescriptor) -> None:
         """A descriptor whose operands are in memory."""
-        before = self.linear.descriptor.to_words() if self.linear else None
-        assert refusal(self.c, made.to_words(), before) == ErrorCode.NONE, made
+        assert self.accepted.take(self.c, made.to_words()) == ErrorCode.NONE, made
         self.descriptors.append(made)
 
     def expect(self, count: int | None = None) -> None:
@@ -172,8 +172,8 @@ class Program:
         """The descriptor whose output is the nearest one before a place."""
         address, best = self.driver.base + int(place), (-1, "")
         for index, made in enumerate(self.descriptors):
-            for name in ("results", "second_results"):
-                start = getattr(made, name)
+            for name in ("results", "second_results", "weights", "exponents"):
+                start = getattr(made, name, 0)
                 if best[0] < start <= address:
                     best = start, f"{name} of descriptor {index}, {made}"
         return best[1]

@@ -3,7 +3,7 @@
 
 from collections.abc import Mapping
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, unsigned
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, ValueLike, unsigned
 from amaranth.lib import data, stream
 from amaranth.lib.wiring import In, Out
 
@@ -14,25 +14,22 @@ from hw.rtl.control.descriptor_rules import HEADS_BITS, comparisons, derived_val
 from hw.rtl.memory.activation_fetch import max_activation_beats
 from hw.rtl.memory.burst_cutter import BEAT_COUNT_BITS
 from hw.spec.config import AcceleratorConfig
-from hw.spec.control.descriptor import DESCRIPTOR_WORDS, FIELDS, VALUE_BITS
+from hw.spec.control.descriptor import DESCRIPTOR_WORDS, FIELDS, FLOAT_BYTES, PITCH_BITS, VALUE_BITS
 from hw.spec.control.program import LENGTH_BITS
 from hw.spec.control.registers import ErrorCode
 from hw.spec.memory.kv_cache import PAIRED_BITS
+from hw.spec.numerics.attention import CHUNK
+from hw.spec.numerics.block_float import BLOCK
 from hw.spec.ops import ATTENTION, LINEAR, OPS, VECTOR, Op
 from hw.spec.ops.base import OPCODE_BITS
-from hw.spec.ops.epilogue import EPILOGUE_FIELDS
+from hw.spec.ops.epilogue import EPILOGUE_FIELDS, MAX_HEAD
 from hw.spec.ops.scores import BANKS
 
 ERROR_BITS = 4
 """Width of an error code."""
 DESCRIPTOR_BITS = 32 * DESCRIPTOR_WORDS
-ATTENTION_FIELDS = (
-    *("activation_pitch", "planes", "keys", "bank", "slot", "slots", "turn", "window", "causal", "positions"),
-    "exponents",
-)
+ATTENTION_FIELDS = ("planes", "keys", "bank", "slot", "slots", "turn", "window", "causal", "positions", "exponents")
 """Fields of attention that units need."""
-DERIVED_FIELDS = ("head_groups", "chunks", "last_groups", "value_beats", "tile_step", "exponent_pitch")
-"""Values that are derived from them, which units need."""
 
 
 def operations(config: AcceleratorConfig) -> list[Op]:
@@ -70,8 +67,10 @@ def work_layout(config: AcceleratorConfig) -> data.StructLayout:
     and with attention
 
     append, scores, values : the operation is this one
-    head_groups, chunks, last_groups, value_beats, tile_step, exponent_pitch :
-        see :func:`hw.rtl.control.attention_rules.attention_values`
+    chunks, last_groups, tile_step : see :func:`hw.rtl.control.attention_rules.attention_values`
+    fetch_rows, fetch_pitch : rows that the activation fetch reads, from ``activations`` on, ``activation_beats`` each
+    weight_tiles : parts of the weights that are apart in memory, ``weight_beats`` each
+    unit_groups : groups of activations, each of which is sent for every plane
     """
     names = ["interrupt", "wait", "activations", "results", "weights", "weights_stride", *epilogue_fields(config)]
     if config.has_vector_unit:
@@ -92,10 +91,15 @@ def work_layout(config: AcceleratorConfig) -> data.StructLayout:
 def _attention_work(config: AcceleratorConfig) -> dict[str, int]:
     """Name and width of attention's part of a checked descriptor."""
     widths = {derived.name: derived.width for derived in attention_values(config)}
+    tiles = (MAX_HEAD // config.tile).bit_length()
     return {
         **{name: VALUE_BITS[name] for name in ATTENTION_FIELDS},
         **dict.fromkeys(("append", "scores", "values"), 1),
-        **{name: widths[name] for name in DERIVED_FIELDS},
+        **{name: widths[name] for name in ("chunks", "last_groups", "tile_step")},
+        "fetch_rows": max(tiles, config.max_tokens.bit_length()),
+        "fetch_pitch": max(widths["exponent_pitch"], PITCH_BITS),
+        "weight_tiles": tiles,
+        "unit_groups": command_layout(config)["groups"].width,
     }
 
 
@@ -247,19 +251,32 @@ class DescriptorCheck(Block):
 
     def _of_attention(self, descriptor: Value, values: Mapping[str, Value]) -> dict[str, Value]:
         """The values without those of fields that other operations have in the same places."""
-        append, scores, chunks = (values[f"is_{name}"] for name in ("append", "scores", "values"))
-        linear = self._is(descriptor, LINEAR)
+        append, scores, output = (values[f"is_{name}"] for name in ("append", "scores", "values"))
+        port_bytes = self.config.port_width // 8
+
+        def chosen(of_scores: ValueLike, of_values: ValueLike, otherwise: ValueLike) -> Value:
+            return Mux(scores, of_scores, Mux(output, of_values, otherwise))
+
+        head = values["head_groups"] * (BLOCK * FLOAT_BYTES // port_bytes)
         return {
             **values,
             "append": append,
             "scores": scores,
-            "values": chunks,
-            "reuse": values["reuse"] & linear,
+            "values": output,
+            "reuse": values["reuse"] & self._is(descriptor, LINEAR),
             "paired": scores if self.config.weight_bits == PAIRED_BITS else Const(0),
             "spare_records": Const(0),
             # Scores are multiplied by a constant, and results by 1/S.
-            "scale": scores | chunks | (values["scale"] & ~append),
+            "scale": scores | output | (values["scale"] & ~append),
             "addend_pitch": Mux(append, 0, values["addend_pitch"]),
+            "planes": Mux(scores | append, values["planes"], 1),
+            "unit_groups": Mux(scores, values["head_groups"], values["groups"]),
+            "activations": Mux(output, values["exponents"], values["activations"]),
+            "activation_beats": chosen(head, values["chunks"] * (CHUNK // port_bytes), values["activation_beats"]),
+            "fetch_rows": chosen(values["tokens"], values["out_tiles"], 1),
+            "fetch_pitch": Mux(output, values["exponent_pitch"], values["activation_pitch"]),
+            "weight_beats": Mux(output, values["value_beats"], values["weight_beats"]),
+            "weight_tiles": Mux(output, values["out_tiles"], 1),
         }
 
     def _differs_from_before(self, m: Module, descriptor: Value, values: Mapping[str, Value]) -> Value:

@@ -7,8 +7,10 @@ from amaranth.lib.wiring import In, Out
 
 from hw.rtl.common.block import Block
 from hw.rtl.common.fifo import Credits, StreamFifo
+from hw.rtl.control.attention_shares import writes_results
 from hw.rtl.control.descriptor_check import work_layout
-from hw.rtl.control.shares import JOBS_AHEAD, Share, Side, shares
+from hw.rtl.control.share import JOBS_AHEAD, Share, Side
+from hw.rtl.control.shares import shares, side_layout, side_names
 from hw.rtl.memory.gatherer import Gatherer
 from hw.rtl.memory.write_manager import WriteClient, WriteManager
 from hw.spec.config import FLOAT_BITS, AcceleratorConfig
@@ -39,7 +41,7 @@ class Cursor(wiring.Component):
         super().__init__(
             {
                 "valid": In(1),
-                "work": In(side.layout(config)),
+                "work": In(side_layout(config, side)),
                 **({"wanted": In(flags)} if config.has_vector_unit else {}),
                 "may": In(flags),
                 "sent": Out(flags),
@@ -203,12 +205,12 @@ class Dispatcher(Block):
         m.d.sync += written.eq(written + taken)
         table, place = [], Signal()
         for side, cursor in ((Side.WEIGHTS, weights), (Side.ACTIVATIONS, activations)):
-            name, names = side.name.lower(), side.names(self.config)
+            name, names = side.name.lower(), side_names(self.config, side)
             place = Signal(range(TABLE_DEPTH), name=f"place_{name}")
             # Registers, because long paths start at the entry that a cursor reads, and a LUT memory is slower.
             # With a vector unit there are many shares, so it is computed before the table which ones are wanted.
             wanted = {"wanted": cursor.wanted.shape()} if self.config.has_vector_unit else {}
-            layout = data.StructLayout({**side.layout(self.config).members, **wanted})
+            layout = data.StructLayout({**side_layout(self.config, side).members, **wanted})
             table = [Signal(layout, name=f"{name}_{index}", reset_less=True) for index in range(TABLE_DEPTH)]
             m.d.sync += place.eq(place + cursor.step)
             for index, entry in enumerate(table):
@@ -250,7 +252,7 @@ class Dispatcher(Block):
         m.submodules.several = several = Credits(incomplete.limit, least=2)
         # The places of the row that the descriptor before writes, and whether it writes this one and no others.
         rows = {
-            WriteClient.RESULTS: (work.results, ~work.quiet),
+            WriteClient.RESULTS: (work.results, writes_results(work) if self.config.has_attention else ~work.quiet),
             WriteClient.SECOND: (work.second_results, work.second),
         }
         single, matches = work.command.tokens == 1, Signal(len(rows))
@@ -260,7 +262,11 @@ class Dispatcher(Block):
         # All of the activations are in the row.
         columns = Signal.like(work.out_features)
         contained = work.activation_beats <= columns >> (self.config.port_width // FLOAT_BITS).bit_length() - 1
-        m.d.sync += fits.eq(current & single & (work.wait == Wait.ACTIVATIONS) & contained)
+        follows = work.wait == Wait.ACTIVATIONS
+        if self.config.has_attention:
+            # Values have no activations in memory.
+            follows &= ~work.values
+        m.d.sync += fits.eq(current & single & follows & contained)
         with m.If(activations.step):
             m.d.sync += columns.eq(work.out_features >> work.silu)
         for client, (row, written) in rows.items():
@@ -295,5 +301,6 @@ class Dispatcher(Block):
             sent = activations.may[before.name] & (activations.sent[before.name] | ~activations.needs(before))
             # The activations side may go on in the cycle after the share was offered.
             output, offered = getattr(weights, share.name), Signal(name=f"{share.name}_offered")
-            m.d.comb += weights.may[share.name].eq(offered | (~self.asking & (ahead | (~apart & sent))))
+            requested = ~self.asking | share.apart(weights.work) if self.config.has_attention else ~self.asking
+            m.d.comb += weights.may[share.name].eq(offered | (requested & (ahead | (~apart & sent))))
             m.d.sync += offered.eq(output.valid & ~output.ready)

@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shares of a descriptor: which unit gets which of its fields, in which order, and after what."""
 
-import enum
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from amaranth.hdl import Cat, Const, Value
 from amaranth.lib import data
 
 from hw.rtl.common.walker import command_layout
+from hw.rtl.control.attention_shares import (
+    ACTIVATIONS_OF_ATTENTION,
+    WEIGHTS_OF_ATTENTION,
+    attention_shares,
+    uses_array,
+    with_attention,
+    writes_results,
+)
 from hw.rtl.control.descriptor_check import epilogue_fields, work_layout
+from hw.rtl.control.share import JOBS_AHEAD, Share, Side
 from hw.rtl.memory.activation_fetch import fetch_layout
 from hw.rtl.memory.axi import ADDRESS_BITS
 from hw.rtl.memory.completion import expected_layout
@@ -23,55 +30,23 @@ from hw.spec.control.program import LENGTH_BITS
 from hw.spec.ops.command import command_fields
 from hw.spec.ops.epilogue import FLAGS
 
-JOBS_AHEAD = 4
-"""Number of layers whose jobs wait for the gatherer."""
+def side_names(config: AcceleratorConfig, side: Side) -> tuple[str, ...]:
+    """The fields of the checked descriptor that a side needs."""
+    vector = ("vector",) if config.has_vector_unit else ()
+    if side is Side.WEIGHTS:
+        attention = WEIGHTS_OF_ATTENTION if config.has_attention else ()
+        return ("command", "wait", "weights", "weights_stride", "weight_beats", *vector, *attention)
+    rows = ("source_pitch", "out_features", "heads") if config.has_vector_unit else ()
+    operands = ("activations", "activation_beats", "results", "interrupt")
+    index = ("index",) if config.has_programs else ()
+    names = ("command", "wait", *operands, *epilogue_fields(config), *rows, *vector, *index)
+    return names + ACTIVATIONS_OF_ATTENTION if config.has_attention else names
 
 
-class Side(enum.Enum):
-    """The two halves of a descriptor, which are sent at different times."""
-
-    WEIGHTS = enum.auto()
-    ACTIVATIONS = enum.auto()
-
-    def names(self, config: AcceleratorConfig) -> tuple[str, ...]:
-        """The fields of the checked descriptor that this side needs."""
-        vector = ("vector",) if config.has_vector_unit else ()
-        if self is Side.WEIGHTS:
-            return ("command", "wait", "weights", "weights_stride", "weight_beats", *vector)
-        rows = ("source_pitch", "out_features", "heads") if config.has_vector_unit else ()
-        operands = ("activations", "activation_beats", "results", "interrupt")
-        index = ("index",) if config.has_programs else ()
-        return ("command", "wait", *operands, *epilogue_fields(config), *rows, *vector, *index)
-
-    def layout(self, config: AcceleratorConfig) -> data.StructLayout:
-        """The side's fields."""
-        whole = work_layout(config)
-        return data.StructLayout({name: whole[name].shape for name in self.names(config)})
-
-
-@dataclass(frozen=True)
-class Share:
-    """The fields of a layer for one unit.
-
-    name : name of the dispatcher's output
-    side : the side to which it belongs
-    layout : layout of the output's payload
-    fields : function from the side's fields to the payload
-    ahead : depth of the FIFO before the unit, a power of two; 0 if there is none
-    wanted : function from the side's fields to whether the unit needs this layer
-    after : name of a share of the activations side: send this share only after that one is sent and its bursts are
-        requested, unless the activations side waits
-    early : it may be sent while the layer waits for a row that is being written
-    """
-
-    name: str
-    side: Side
-    layout: data.StructLayout
-    fields: Callable[[data.View], dict[str, Value]]
-    ahead: int = 0
-    wanted: Callable[[data.View], Value] = lambda work: Const(1)
-    after: str = ""
-    early: bool = False
+def side_layout(config: AcceleratorConfig, side: Side) -> data.StructLayout:
+    """A side's fields."""
+    whole = work_layout(config)
+    return data.StructLayout({name: whole[name].shape for name in side_names(config, side)})
 
 
 def unit_layout(config: AcceleratorConfig) -> data.StructLayout:
@@ -86,6 +61,9 @@ def _always(work: data.View) -> Value:
 
 def shares(config: AcceleratorConfig) -> tuple[Share, ...]:
     """The share of each unit."""
+    if config.has_attention:
+        found = (*_linear_shares(config, uses_array, writes_results), *_vector_shares(config))
+        return (*(with_attention(config, share) for share in found), *attention_shares(config))
     if config.has_vector_unit:
         return (*_linear_shares(config, lambda work: ~work.vector, lambda work: ~work.quiet), *_vector_shares(config))
     return _linear_shares(config, _always, _always)

@@ -8,7 +8,7 @@ import cocotb
 from cocotb.triggers import RisingEdge
 
 from hw.spec.config import MAX_N
-from hw.spec.control.descriptor import Descriptor, activation_beats
+from hw.spec.control.descriptor import FLOAT_BYTES, Descriptor, activation_beats
 from hw.spec.control.program import LENGTH_BITS
 from hw.spec.control.refusal import Accepted, refusal
 from hw.spec.control.registers import ErrorCode
@@ -90,6 +90,8 @@ def _expected(descriptor: AnyDescriptor, layer: LayerLayout | None) -> dict[str,
         }
     if HAS_VECTOR:
         found["vector"] = int(layer is None)
+    if c.has_attention and layer:
+        found |= {"fetch_rows": 1, "weight_tiles": 1, "planes": 1, "unit_groups": layer.groups}
     return found | {f"command.{name}": int(value) for name, value in counts.items()}
 
 
@@ -98,11 +100,13 @@ def _attention(descriptor: AttentionDescriptor) -> dict[str, int]:
     c, found = config(), {"vector": 0, "rotary": 0, "silu": 0, "quiet": 0, "second": 0, "squares": 0, "pieces": 0}
     found |= {"scale": int(descriptor.opcode != Opcode.APPEND), "command.tokens": descriptor.tokens, "command.reuse": 0}
     if isinstance(descriptor, AppendDescriptor):
-        return found | {"addend_pitch": 0}
+        return found | {"addend_pitch": 0, "fetch_pitch": descriptor.activation_pitch}
     if isinstance(descriptor, ScoresDescriptor):
         cache, paired = SCORES.cache(c, vars(descriptor)), int(c.weight_bits == PAIRED_BITS)
         command = LayerCommand.from_layer(cache.layer, descriptor.tokens).__dict__ | {"paired": paired}
-        found |= {"weight_beats": cache.layer.beats, "head_groups": cache.head_size // BLOCK}
+        found |= {"weight_beats": cache.layer.beats, "weight_tiles": 1, "unit_groups": cache.head_size // BLOCK}
+        found |= {"fetch_rows": descriptor.tokens, "fetch_pitch": descriptor.activation_pitch}
+        found["activation_beats"] = FLOAT_BYTES * cache.head_size * 8 // c.port_width
         return found | {f"command.{name}": int(value) for name, value in command.items()}
     cache, positions = VALUES.cache(c, vars(descriptor)), descriptor.positions
     assert cache.beats_of(positions) % cache.column_tiles == 0
@@ -110,9 +114,14 @@ def _attention(descriptor: AttentionDescriptor) -> dict[str, int]:
         "command.out_tiles": cache.column_tiles,
         "chunks": -(-positions // CHUNK),
         "last_groups": -(-((positions - 1) % CHUNK + 1) // cache.group),
-        "value_beats": cache.beats_of(positions) // cache.column_tiles,
+        "weight_tiles": cache.column_tiles,
+        "weight_beats": cache.beats_of(positions) // cache.column_tiles,
+        "activations": descriptor.exponents,
+        "activation_beats": -(-positions // CHUNK) * CHUNK * 8 // c.port_width,
+        "fetch_rows": cache.column_tiles,
+        "fetch_pitch": cache.exponent_pitch,
+        "planes": 1,
         "tile_step": cache.chunks * cache.layer.tile_beats * c.port_width // 8,
-        "exponent_pitch": cache.exponent_pitch,
     }
 
 
