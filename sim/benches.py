@@ -133,6 +133,7 @@ BENCHES: list[Bench] = [
     _bench("piece_maximum", dict(_SMALL_DECODER, lanes=4)),
     _bench("unit_float", _SMALL),
     *(_bench(block, dict(_SMALL_DECODER, lanes=4, score_words=2048)) for block in ("score_banks", "value_rows")),
+    _bench("chunk_sums", dict(_TWO_PORTS_DECODER, lanes=2, score_words=2048)),
     *(_bench(block, _SMALL_DECODER) for block in ("merge", "rows")),
     _bench("scales", dict(_SMALL_DECODER, lanes=4)),
     *(_bench(block, _SMALL) for block in ("pair", "completion", "progress")),
@@ -162,6 +163,11 @@ BENCHES: list[Bench] = [
     *(
         _bench(block, dict(_TILE_16, operators="decoder", lanes=2, score_words=8192), full=True)
         for block in ("score_banks", "value_rows")
+    ),
+    # All transfers of a token are the same sums; one lane; many lanes and tokens.
+    *(
+        _bench("chunk_sums", dict(params, score_words=2048), full=True)
+        for params in (dict(_SMALL_DECODER, lanes=4), _SMALL_DECODER, dict(_TILE_16, operators="decoder", lanes=4))
     ),
     _bench("activation_fetch", _SMALL, full=True),
     _bench("accelerator", _SMALL, full=True),
