@@ -130,6 +130,7 @@ BENCHES: list[Bench] = [
     *(_bench(block, _SMALL) for block in ("float_adder", "float_multiplier", "reciprocal", "exp", "sigma", "silu")),
     _bench("head_float_4", _SMALL, tb="head_float"),
     _bench("epilogue", dict(_SMALL_DECODER, lanes=4)),
+    _bench("epilogue", dict(_SMALL_DECODER, lanes=4, score_words=2048)),
     _bench("piece_maximum", dict(_SMALL_DECODER, lanes=4)),
     _bench("unit_float", _SMALL),
     *(_bench(block, dict(_SMALL_DECODER, lanes=4, score_words=2048)) for block in ("score_banks", "value_rows")),
@@ -177,6 +178,10 @@ BENCHES: list[Bench] = [
     *(_bench("descriptor_check", params, full=True, long=True) for params in (_NARROW, _TILE_16, _DECODER)),
     *(_bench("epilogue", dict(_SMALL_DECODER, lanes=lanes), full=True) for lanes in (1, 2)),
     _bench("epilogue", dict(_DECODER, lanes=8), full=True),
+    *(
+        _bench("epilogue", dict(params, score_words=2048), full=True)
+        for params in (_SMALL_DECODER, dict(_TWO_PORTS_DECODER, lanes=2), dict(_DECODER, lanes=4))
+    ),
     *(
         _bench("accelerator", params, tb=tb, full=True, long=True)
         for params in (dict(_SMALL_DECODER, lanes=4), dict(_TWO_PORTS_DECODER, lanes=8))
