@@ -132,11 +132,13 @@ BENCHES: list[Bench] = [
     *(_bench(block, _SMALL) for block in ("float_adder", "float_multiplier", "reciprocal", "exp", "sigma", "silu")),
     _bench("head_float_4", _SMALL, tb="head_float"),
     _bench("epilogue", dict(_SMALL_DECODER, lanes=4)),
+    _bench("epilogue", _SMALL_ATTENTION),
     _bench("piece_maximum", dict(_SMALL_DECODER, lanes=4)),
     _bench("unit_float", _SMALL),
     *(_bench(block, _SMALL_ATTENTION) for block in ("score_banks", "value_rows")),
     _bench("value_layers", _SMALL_ATTENTION, tb="value_walk"),
     _bench("value_regions", _SMALL_ATTENTION, tb="value_walk", regions=True),
+    _bench("chunk_sums", dict(_TWO_PORTS_DECODER, lanes=2, score_words=2048)),
     *(_bench(block, _SMALL_DECODER) for block in ("merge", "rows")),
     _bench("scales", dict(_SMALL_DECODER, lanes=4)),
     *(_bench(block, _SMALL) for block in ("pair", "completion", "progress")),
@@ -154,6 +156,7 @@ BENCHES: list[Bench] = [
     _bench("watchdog", _TWO_PORTS),
     *(_bench("selftest", params) for params in (_ULX3S, _ULX3S_8)),
     *(_bench("accelerator", _SMALL_DECODER, tb=tb) for tb in ("decoder", "program")),
+    _bench("accelerator", _SMALL_ATTENTION, tb="attention"),
     _bench("accelerator", _SMALL_DECODER, tb="gap", limit=560),
     _bench("accelerator", _TWO_PORTS),
     _bench("accelerator", _TWO_PORTS, tb="accelerator_faults"),
@@ -166,6 +169,15 @@ BENCHES: list[Bench] = [
     _bench("scales", _SMALL_DECODER, full=True),
     *(_bench(f"head_float_{lanes}", _SMALL, tb="head_float", full=True) for lanes in (1, 8)),
     *(_bench(block, _ATTENTION, full=True) for block in ("score_banks", "value_rows")),
+    *(
+        _bench(block, dict(_TILE_16, operators="decoder", lanes=2, score_words=8192), full=True)
+        for block in ("score_banks", "value_rows")
+    ),
+    # All transfers of a token are the same sums; one lane; many lanes and tokens.
+    *(
+        _bench("chunk_sums", dict(params, score_words=2048), full=True)
+        for params in (dict(_SMALL_DECODER, lanes=4), _SMALL_DECODER, dict(_TILE_16, operators="decoder", lanes=4))
+    ),
     _bench("activation_fetch", _SMALL, full=True),
     _bench("row_blocks", _ATTENTION, full=True),
     _bench("accelerator", _SMALL, full=True),
@@ -175,6 +187,10 @@ BENCHES: list[Bench] = [
     *(_bench("descriptor_check", params, full=True, long=True) for params in (_SMALL, _NARROW, _TILE_16, _DECODER)),
     *(_bench("epilogue", dict(_SMALL_DECODER, lanes=lanes), full=True) for lanes in (1, 2)),
     _bench("epilogue", dict(_DECODER, lanes=8), full=True),
+    *(
+        _bench("epilogue", dict(params, score_words=2048), full=True)
+        for params in (_SMALL_DECODER, dict(_TWO_PORTS_DECODER, lanes=2), dict(_DECODER, lanes=4))
+    ),
     *(
         _bench("accelerator", params, tb=tb, full=True, long=True)
         for params in (dict(_SMALL_DECODER, lanes=4), dict(_TWO_PORTS_DECODER, lanes=8))

@@ -15,7 +15,9 @@ from hw.rtl.arithmetic.float_multiplier import FloatMultiplier
 from hw.rtl.arithmetic.reciprocal import Reciprocal
 from hw.rtl.arithmetic.sigma import Sigma
 from hw.rtl.arithmetic.silu import Silu
+from hw.rtl.attention.chunk_sums import ChunkSums
 from hw.rtl.attention.head_float import HeadFloat
+from hw.rtl.attention.probabilities import Probabilities
 from hw.rtl.attention.score_banks import ScoreBanks
 from hw.rtl.attention.unit_float import UnitFloat
 from hw.rtl.attention.value_rows import ValueRows
@@ -97,6 +99,8 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "value_rows": ValueRows,
     "value_layers": ValueLayers,
     "value_regions": ValueRegions,
+    "probabilities": Probabilities,
+    "chunk_sums": ChunkSums,
     "activations": ActivationBuffer,
     "activation_unit": ActivationUnit,
     "splitter": WeightSplitter,

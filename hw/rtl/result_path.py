@@ -5,9 +5,11 @@ from amaranth.hdl import Cat, Module
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.attention.chunk_sums import ChunkSums, sums_layout
 from hw.rtl.common.block import Block
 from hw.rtl.common.clock_gate import SETTLING, gate
-from hw.rtl.common.results import result_payload
+from hw.rtl.common.float32 import FLOAT
+from hw.rtl.common.results import output_payload, result_payload
 from hw.rtl.memory.axi import ADDRESS_BITS, owed_layout, write_signature
 from hw.rtl.memory.burst_cutter import burst_layout
 from hw.rtl.memory.completion import Completion, expected_layout
@@ -16,9 +18,10 @@ from hw.rtl.memory.operand_fetch import OperandFetch, operand_layout
 from hw.rtl.memory.progress import Progress
 from hw.rtl.memory.write_manager import WriteClient, WriteManager
 from hw.rtl.vector.epilogue import Epilogue
-from hw.rtl.vector.layouts import MAX_PIECES, SECOND_UNIT, Operand, epilogue_layout, result_unit
+from hw.rtl.vector.layouts import MAX_PIECES, SECOND_UNIT, Operand, epilogue_layout, result_unit, row_layout
 from hw.spec.config import AcceleratorConfig
 from hw.spec.memory.access import OUTSTANDING
+from hw.spec.ops.scores import BANKS
 
 EXPECTED = 16
 """Number of descriptors with outputs on their way to memory that :class:`hw.rtl.memory.completion.Completion` holds."""
@@ -46,6 +49,12 @@ class ResultPath(Block):
         descriptor that is not complete is in memory
     operands, bursts, beats : by :class:`hw.rtl.vector.layouts.Operand`: the places of the operands, and the read ports'
         bursts and data for them
+
+    and with attention
+
+    sums : one for each descriptor that uses the array, see :class:`hw.rtl.attention.chunk_sums.ChunkSums`
+    scores, cached : results that do not go to memory, see :class:`hw.rtl.vector.epilogue.Epilogue`
+    row, inverse, inverted, release : 1/S of the rows of both banks of scores, and the release of a bank
     """
 
     container = True
@@ -72,6 +81,17 @@ class ResultPath(Block):
                 "operands": In(stream.Signature(operand_layout(config.max_tokens))).array(operands),
                 "bursts": Out(stream.Signature(burst_layout(config.port_width))).array(operands),
                 "beats": In(stream.Signature(config.port_width)).array(operands),
+            }
+        if config.has_attention:
+            output = stream.Signature(output_payload(config, config.vector_lanes, result_unit(config)))
+            members |= {
+                "sums": In(stream.Signature(sums_layout(config))),
+                "scores": Out(output),
+                "cached": Out(output),
+                "row": Out(row_layout(config)),
+                "inverse": In(FLOAT),
+                "inverted": In(BANKS),
+                "release": Out(BANKS),
             }
         super().__init__(members)
 
@@ -123,12 +143,15 @@ class ResultPath(Block):
             epilogue,
             name="epilogue",
             cycles=SETTLING,
-            watch=[epilogue.available],
+            watch=[epilogue.available, *([epilogue.inverted] if config.has_attention else [])],
             pipeline=(epilogue.works, epilogue.settling),
         )
         m.submodules.completion = completion = Completion(self.clients, EXPECTED)
         m.submodules.progress = progress = Progress(self.clients)
-        wiring.connect(m, wiring.flipped(self.results), epilogue.results)
+        if config.has_attention:
+            self._attention(m, epilogue, platform)
+        else:
+            wiring.connect(m, wiring.flipped(self.results), epilogue.results)
         wiring.connect(m, wiring.flipped(self.epilogue), epilogue.job)
         wiring.connect(m, wiring.flipped(self.expected), completion.expected)
         outputs = {
@@ -150,6 +173,22 @@ class ResultPath(Block):
         ]
         fetches = [self._fetch(m, operand, epilogue, platform) for operand in Operand]
         m.d.comb += epilogue.available.eq(Cat(fetch.available for fetch in fetches))
+
+    def _attention(self, m: Module, epilogue: Epilogue, platform) -> None:
+        """Chunks of values are added before the epilogue, and some of its results do not go to memory."""
+        sums = ChunkSums(self.config)
+        (m.submodules.chunk_sums,) = gate(m, platform, sums, name="chunk_sums", cycles=sums.sum_latency + SETTLING)
+        wiring.connect(m, wiring.flipped(self.results), sums.i)
+        wiring.connect(m, wiring.flipped(self.sums), sums.job)
+        wiring.connect(m, sums.o, epilogue.results)
+        wiring.connect(m, epilogue.scores, wiring.flipped(self.scores))
+        wiring.connect(m, epilogue.cached, wiring.flipped(self.cached))
+        m.d.comb += [
+            self.row.eq(epilogue.row),
+            epilogue.inverse.eq(self.inverse),
+            epilogue.inverted.eq(self.inverted),
+            self.release.eq(epilogue.released),
+        ]
 
     def _fetch(self, m: Module, operand: Operand, epilogue: Epilogue, platform) -> OperandFetch:
         """One of the epilogue's operands. The factor of the second output is one row for all tokens."""
