@@ -133,6 +133,10 @@ BENCHES: list[Bench] = [
     _bench("piece_maximum", dict(_SMALL_DECODER, lanes=4)),
     _bench("unit_float", _SMALL),
     *(_bench(block, dict(_SMALL_DECODER, lanes=4, score_words=2048)) for block in ("score_banks", "value_rows")),
+    *(
+        _bench("cache_path", dict(params, score_words=2048), tb="cache_writer")
+        for params in (dict(_SMALL_DECODER, ports=2, port_width=128), dict(_DECODER, lanes=2))
+    ),
     *(_bench(block, _SMALL_DECODER) for block in ("merge", "rows")),
     _bench("scales", dict(_SMALL_DECODER, lanes=4)),
     *(_bench(block, _SMALL) for block in ("pair", "completion", "progress")),
@@ -162,6 +166,20 @@ BENCHES: list[Bench] = [
     *(
         _bench(block, dict(_TILE_16, operators="decoder", lanes=2, score_words=8192), full=True)
         for block in ("score_banks", "value_rows")
+    ),
+    *(
+        _bench("cache_path", dict(params, operators="decoder", score_words=2048), tb="cache_writer", full=True)
+        for params in (
+            _SMALL,
+            _TWO_PORTS,
+            _NARROW,
+            dict(_TILE_32, lanes=8),
+            dict(_TILE_32, weight_bits=8, ports=1, port_width=64, max_tokens=5),
+            dict(_TILE_16, weight_bits=8, ports=2, port_width=64),
+            dict(_TILE_16, zero_point="fixed", port_width=32, max_group_size=32),
+            dict(_TILE_32, ports=2, max_k=512, max_group_size=256),
+            dict(_SMALL, weight_bits=8, ports=4, port_width=32, lanes=4),
+        )
     ),
     _bench("activation_fetch", _SMALL, full=True),
     _bench("accelerator", _SMALL, full=True),
