@@ -65,6 +65,7 @@ _TWO_PORTS, _TILE_16, _TILE_32 = (PRESETS[name] for name in ("two_ports", "tile1
 _SMALL_DECODER, _TWO_PORTS_DECODER, _DECODER = (
     dict(params, operators="decoder") for params in (_SMALL, _TWO_PORTS, _TILE_16)
 )
+_ATTENTION = dict(operators="decoder", score_words=2048)
 # The largest layer of Qwen2.5-0.5B fits.
 _BLOCK = dict(_DECODER, lanes=2, max_k=4864)
 _ULX3S, _ULX3S_8 = (dict(target="ecp5", **PRESETS[name]) for name in ("ulx3s4", "ulx3s8"))
@@ -124,7 +125,7 @@ BENCHES: list[Bench] = [
     *(_bench("gatherer", params) for params in (_SMALL, _LANES_4)),
     _bench("operand_fetch", _SMALL),
     _bench("table_fetch", _SMALL, tb="operand_fetch", periodic=True),
-    _bench("write_manager", _SMALL),
+    _bench("write_manager", dict(_SMALL, **_ATTENTION)),
     _bench("register_bank", _SMALL_DECODER),
     _bench("program_fetch", _SMALL),
     *(_bench(block, _SMALL) for block in ("float_adder", "float_multiplier", "reciprocal", "exp", "sigma", "silu")),
@@ -134,8 +135,8 @@ BENCHES: list[Bench] = [
     _bench("unit_float", _SMALL),
     *(_bench(block, dict(_SMALL_DECODER, lanes=4, score_words=2048)) for block in ("score_banks", "value_rows")),
     *(
-        _bench("cache_path", dict(params, score_words=2048), tb="cache_writer")
-        for params in (dict(_SMALL_DECODER, ports=2, port_width=128), dict(_DECODER, lanes=2))
+        _bench("cache_path", dict(params, **_ATTENTION), tb="cache_writer")
+        for params in (dict(_SMALL, ports=2, port_width=128), dict(_TILE_16, lanes=2))
     ),
     *(_bench(block, _SMALL_DECODER) for block in ("merge", "rows")),
     _bench("scales", dict(_SMALL_DECODER, lanes=4)),
@@ -168,7 +169,7 @@ BENCHES: list[Bench] = [
         for block in ("score_banks", "value_rows")
     ),
     *(
-        _bench("cache_path", dict(params, operators="decoder", score_words=2048), tb="cache_writer", full=True)
+        _bench("cache_path", dict(params, **_ATTENTION), tb="cache_writer", full=True)
         for params in (
             _SMALL,
             _TWO_PORTS,
@@ -185,7 +186,8 @@ BENCHES: list[Bench] = [
     _bench("accelerator", _SMALL, full=True),
     _bench("accelerator", _SMALL, tb="accelerator_faults", full=True),
     _bench("program_fetch", _TILE_16, full=True),
-    _bench("register_bank", _SMALL, full=True),
+    *(_bench("register_bank", params, full=True) for params in (_SMALL, dict(_SMALL, **_ATTENTION))),
+    _bench("first_error", dict(_SMALL, **_ATTENTION), full=True),
     *(_bench("descriptor_check", params, full=True, long=True) for params in (_NARROW, _TILE_16, _DECODER)),
     *(_bench("epilogue", dict(_SMALL_DECODER, lanes=lanes), full=True) for lanes in (1, 2)),
     _bench("epilogue", dict(_DECODER, lanes=8), full=True),
@@ -200,7 +202,10 @@ BENCHES: list[Bench] = [
     _bench("accelerator", _BLOCK, tb="gap", full=True, memory=1 << 24, hidden=896, inner=4864),
     _bench("core", _TILE_32, tb="core_speed", full=True),
     *(_bench("read_manager", params, full=True) for params in (_NARROW, _TILE_16)),
-    *(_bench("write_manager", params, full=True) for params in (_NARROW, _TILE_16)),
+    *(
+        _bench("write_manager", params, full=True)
+        for params in (_SMALL, _NARROW, _TILE_16, *(dict(params, **_ATTENTION) for params in (_NARROW, _TILE_16)))
+    ),
     *(_bench("gatherer", params, full=True) for params in (_NARROW, _LANES_8, _TILE_16, dict(_TILE_32, port_width=32))),
     _bench("selftest", dict(_ULX3S, lanes=4), full=True),
     *(_bench("drain", params, full=True) for params in (_LANES_8, _FIXED, _TILE_16)),

@@ -52,7 +52,7 @@ class CacheWriter(Block):
     ConfigError : hardware of this config cannot have a KV cache, see :func:`hw.spec.memory.kv_cache.check_cache`
     """
 
-    job_gap, row_gap = CacheSteps.SETTLING + 2, 3
+    job_gap = CacheSteps.SETTLING + 2
     _JOBS_AHEAD, _FIFO = 2, 16
 
     def __init__(self, config: AcceleratorConfig):
@@ -77,6 +77,11 @@ class CacheWriter(Block):
     def latency(self) -> int:
         """See the class."""
         return self.float.exponent_latency + 15
+
+    @property
+    def row_gap(self) -> int:
+        """See the class. HeadFloat holds two heads, each of them until its exponents are known and its rows have left."""
+        return (self.float.exponent_latency + 3) // 2
 
     def properties(self) -> dict[str, int]:
         """See :class:`hw.rtl.common.block.Block`."""
