@@ -24,6 +24,7 @@ from hw.spec.control.registers import (
     VERSION,
     ErrorCode,
     config_digest,
+    errors_of,
 )
 from hw.spec.memory.access import OUTSTANDING
 
@@ -113,12 +114,13 @@ class Accelerator(Block):
 
     def _find_faults(self, m: Module, bank: RegisterBank, datapath: Datapath, supervisor: Supervisor) -> FirstError:
         """Every error, with its address if it has one."""
-        first = FirstError()
+        codes = errors_of(self.config)
+        first = FirstError(codes)
         m.submodules.first_error = DomainRenamer("datapath")(first)
         late_read, late_write = self._watch(m, bank, datapath)
         m.d.comb += [
             first.refused.eq(datapath.refused),
-            *(first.faults[code].eq(datapath.faults[code]) for code in ErrorCode),
+            *(first.faults[code].eq(datapath.faults[code]) for code in codes),
             first.faults[ErrorCode.READ_TIMEOUT].eq(late_read),
             first.faults[ErrorCode.WRITE_TIMEOUT].eq(late_write),
             supervisor.stops.eq(first.stops),

@@ -29,7 +29,7 @@ from hw.rtl.result_path import ResultPath
 from hw.rtl.vector.layouts import Operand
 from hw.spec.config import AcceleratorConfig
 from hw.spec.control.program import LENGTH_BITS
-from hw.spec.control.registers import QUEUE_DEPTH, ErrorCode
+from hw.spec.control.registers import QUEUE_DEPTH, ErrorCode, errors_of
 from hw.spec.memory.access import EARLY_BURSTS, OUTSTANDING
 
 
@@ -102,7 +102,7 @@ class Datapath(Block):
                 "complete": Out(1),
                 "complete_interrupt": Out(1),
                 "refused": Out(ERROR_BITS),
-                "faults": Out(fault_layout()).array(len(ErrorCode)),
+                "faults": Out(fault_layout()).array(len(errors_of(config))),
                 "events": Out(event_layout()),
                 "reads_owed": Out(owed_layout(OUTSTANDING)).array(config.ports),
                 "write_owed": Out(owed_layout(OUTSTANDING)),

@@ -16,7 +16,7 @@ from hw.rtl.memory.completion import Completion, expected_layout
 from hw.rtl.memory.gatherer import Gatherer, gather_layout
 from hw.rtl.memory.operand_fetch import OperandFetch, operand_layout
 from hw.rtl.memory.progress import Progress
-from hw.rtl.memory.write_manager import WriteClient, WriteManager
+from hw.rtl.memory.write_manager import WriteClient, WriteManager, write_clients
 from hw.rtl.vector.epilogue import Epilogue
 from hw.rtl.vector.layouts import MAX_PIECES, SECOND_UNIT, Operand, epilogue_layout, result_unit, row_layout
 from hw.spec.config import AcceleratorConfig
@@ -61,7 +61,7 @@ class ResultPath(Block):
 
     def __init__(self, config: AcceleratorConfig):
         self.config = config
-        self.clients = len(WriteClient) if config.has_vector_unit else 1
+        self.clients = write_clients(config)
         members = {
             "results": In(stream.Signature(result_payload(config, config.lanes))),
             "jobs": In(stream.Signature(gather_layout())).array(self.clients),
