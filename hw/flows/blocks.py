@@ -16,8 +16,8 @@ from hw.rtl.arithmetic.float_multiplier import FloatMultiplier
 from hw.rtl.arithmetic.reciprocal import Reciprocal
 from hw.rtl.arithmetic.sigma import Sigma
 from hw.rtl.arithmetic.silu import Silu
-from hw.rtl.attention.chunk_sums import ChunkSums
 from hw.rtl.attention.cache_writer import CacheWriter
+from hw.rtl.attention.chunk_sums import ChunkSums
 from hw.rtl.attention.head_float import HeadFloat
 from hw.rtl.attention.probabilities import Probabilities
 from hw.rtl.attention.score_banks import ScoreBanks

@@ -5,6 +5,9 @@ from amaranth.hdl import Cat, Module
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.attention.cache.layouts import job_layout
+from hw.rtl.attention.cache.places import PAGE_BITS
+from hw.rtl.attention.cache_writer import CacheWriter
 from hw.rtl.attention.chunk_sums import ChunkSums, sums_layout
 from hw.rtl.common.block import Block
 from hw.rtl.common.clock_gate import SETTLING, gate
@@ -23,6 +26,8 @@ from hw.spec.config import AcceleratorConfig
 from hw.spec.memory.access import OUTSTANDING
 from hw.spec.ops.scores import BANKS
 
+CACHE_SETTLING = 1024
+"""Cycles that are enough for the cache writer to come to rest: a head, with room for its bursts."""
 EXPECTED = 16
 """Number of descriptors with outputs on their way to memory that :class:`hw.rtl.memory.completion.Completion` holds."""
 
@@ -53,7 +58,12 @@ class ResultPath(Block):
     and with attention
 
     sums : one for each descriptor that uses the array, see :class:`hw.rtl.attention.chunk_sums.ChunkSums`
-    scores, cached : results that do not go to memory, see :class:`hw.rtl.vector.epilogue.Epilogue`
+    append_job : the appends to a cache
+    cache_first, cache_end, outside, outside_address, non_finite :
+        see :class:`hw.rtl.attention.cache_writer.CacheWriter`
+    scores : results that stay on chip
+    stored : the scores of a descriptor are on chip; one cycle. This is an output of their descriptor, the last one of
+        ``expected``
     row, inverse, inverted, release : 1/S of the rows of both banks of scores, and the release of a bank
     """
 
@@ -64,7 +74,7 @@ class ResultPath(Block):
         self.clients = write_clients(config)
         members = {
             "results": In(stream.Signature(result_payload(config, config.lanes))),
-            "jobs": In(stream.Signature(gather_layout())).array(self.clients),
+            "jobs": In(stream.Signature(gather_layout())).array(self.clients - config.has_attention),
             "axi": Out(write_signature(config.port_width)),
             "halt": In(1),
             **dict.fromkeys(("complete", "complete_interrupt", "error"), Out(1)),
@@ -75,7 +85,7 @@ class ResultPath(Block):
             operands = len(Operand)
             members |= {
                 "epilogue": In(stream.Signature(epilogue_layout(config))),
-                "expected": In(stream.Signature(expected_layout(self.clients))),
+                "expected": In(stream.Signature(expected_layout(self.clients + config.has_attention))),
                 "pieces": Out(range(MAX_PIECES + 1)).array(self.clients),
                 "whole": Out(self.clients),
                 "operands": In(stream.Signature(operand_layout(config.max_tokens))).array(operands),
@@ -86,8 +96,14 @@ class ResultPath(Block):
             output = stream.Signature(output_payload(config, config.vector_lanes, result_unit(config)))
             members |= {
                 "sums": In(stream.Signature(sums_layout(config))),
+                "append_job": In(stream.Signature(job_layout(config))),
+                "cache_first": In(PAGE_BITS),
+                "cache_end": In(PAGE_BITS),
+                "outside": Out(1),
+                "outside_address": Out(ADDRESS_BITS),
+                "non_finite": Out(1),
                 "scores": Out(output),
-                "cached": Out(output),
+                "stored": In(1),
                 "row": Out(row_layout(config)),
                 "inverse": In(FLOAT),
                 "inverted": In(BANKS),
@@ -146,10 +162,10 @@ class ResultPath(Block):
             watch=[epilogue.available, *([epilogue.inverted] if config.has_attention else [])],
             pipeline=(epilogue.works, epilogue.settling),
         )
-        m.submodules.completion = completion = Completion(self.clients, EXPECTED)
+        m.submodules.completion = completion = Completion(self.clients + config.has_attention, EXPECTED)
         m.submodules.progress = progress = Progress(self.clients)
         if config.has_attention:
-            self._attention(m, epilogue, platform)
+            self._attention(m, writer, epilogue, platform)
         else:
             wiring.connect(m, wiring.flipped(self.results), epilogue.results)
         wiring.connect(m, wiring.flipped(self.epilogue), epilogue.job)
@@ -163,7 +179,7 @@ class ResultPath(Block):
             self._gather(m, writer, client, gatherer, platform)
             wiring.connect(m, output, gatherer.results)
         m.d.comb += [
-            completion.written.eq(writer.complete),
+            completion.written.eq(Cat(writer.complete, self.stored) if config.has_attention else writer.complete),
             self.whole.eq(completion.whole),
             progress.written.eq(writer.written),
             progress.complete.eq(writer.complete),
@@ -174,7 +190,7 @@ class ResultPath(Block):
         fetches = [self._fetch(m, operand, epilogue, platform) for operand in Operand]
         m.d.comb += epilogue.available.eq(Cat(fetch.available for fetch in fetches))
 
-    def _attention(self, m: Module, epilogue: Epilogue, platform) -> None:
+    def _attention(self, m: Module, writer: WriteManager, epilogue: Epilogue, platform) -> None:
         """Chunks of values are added before the epilogue, and some of its results do not go to memory."""
         sums = ChunkSums(self.config)
         (m.submodules.chunk_sums,) = gate(m, platform, sums, name="chunk_sums", cycles=sums.sum_latency + SETTLING)
@@ -182,8 +198,18 @@ class ResultPath(Block):
         wiring.connect(m, wiring.flipped(self.sums), sums.job)
         wiring.connect(m, sums.o, epilogue.results)
         wiring.connect(m, epilogue.scores, wiring.flipped(self.scores))
-        wiring.connect(m, epilogue.cached, wiring.flipped(self.cached))
+        cache = CacheWriter(self.config)
+        (m.submodules.cache,) = gate(m, platform, cache, name="cache", cycles=CACHE_SETTLING)
+        wiring.connect(m, wiring.flipped(self.append_job), cache.job)
+        wiring.connect(m, epilogue.cached, cache.rows)
+        wiring.connect(m, cache.pieces, writer.pieces[WriteClient.CACHE])
+        wiring.connect(m, cache.beats, writer.cache_beats)
         m.d.comb += [
+            cache.first.eq(self.cache_first),
+            cache.end.eq(self.cache_end),
+            self.outside.eq(cache.outside),
+            self.outside_address.eq(cache.outside_address),
+            self.non_finite.eq(cache.non_finite),
             self.row.eq(epilogue.row),
             epilogue.inverse.eq(self.inverse),
             epilogue.inverted.eq(self.inverted),

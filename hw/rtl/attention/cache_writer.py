@@ -85,7 +85,12 @@ class CacheWriter(Block):
 
     def properties(self) -> dict[str, int]:
         """See :class:`hw.rtl.common.block.Block`."""
-        return {"latency": self.latency, "job_gap": self.job_gap, "row_gap": self.row_gap, "lanes": self.config.vector_lanes}
+        return {
+            "latency": self.latency,
+            "job_gap": self.job_gap,
+            "row_gap": self.row_gap,
+            "lanes": self.config.vector_lanes,
+        }
 
     def elaborate(self, platform) -> Module:
         m = Module()

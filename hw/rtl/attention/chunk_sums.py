@@ -2,7 +2,7 @@
 """Adds the chunks of values, between the array and the epilogue."""
 
 from amaranth.hdl import Cat, Module, Mux, Signal, Value, unsigned
-from amaranth.lib import data, stream, wiring
+from amaranth.lib import data, stream
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
@@ -12,7 +12,6 @@ from hw.rtl.common.delay import delay
 from hw.rtl.common.fifo import CreditFifo, Credits, StreamFifo
 from hw.rtl.common.results import result_payload
 from hw.spec.config import FLOAT_BITS, AcceleratorConfig
-from hw.spec.memory.access import PIECE_FLOATS
 from hw.spec.memory.kv_cache import LONGEST_CONTEXT
 from hw.spec.numerics.attention import CHUNK
 from hw.spec.ops.epilogue import MAX_HEAD
@@ -166,7 +165,12 @@ class ChunkSums(Block):
         """
         given, end = self.job.payload, Signal(name="job_end")
         limit = Signal(range(self.interval + 1))
-        layout = {"values": 1, "passes": 1, "chunks": given.chunks.shape(), "last_tile": range(MAX_HEAD // self.config.tile)}
+        layout = {
+            "values": 1,
+            "passes": 1,
+            "chunks": given.chunks.shape(),
+            "last_tile": range(MAX_HEAD // self.config.tile),
+        }
         layout["entries"] = limit.shape()
         m.submodules.jobs = jobs = StreamFifo(data.StructLayout(layout), self._JOBS)
         entries = given.tokens << (per_row.bit_length() - 1)

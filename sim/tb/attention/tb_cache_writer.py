@@ -172,7 +172,9 @@ class Bench:
         self.image = np.frombuffer(rng(99).bytes(MEMORY), np.uint8).copy()
         self.memory.write(0, self.image.tobytes())
         dut.first.value, dut.end.value = (HIGH + first) // PAGE, (HIGH + end) // PAGE
-        self.monitor = Monitor(dut, ("rows",), ("complete", "m_axi_axi_awvalid", "m_axi_axi_wvalid", "m_axi_axi_bvalid"))
+        self.monitor = Monitor(
+            dut, ("rows",), ("complete", "m_axi_axi_awvalid", "m_axi_axi_wvalid", "m_axi_axi_bvalid")
+        )
 
     def send(self, *appends: Append) -> None:
         for one in appends:

@@ -5,7 +5,7 @@ from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, Value
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from hw.rtl.attention.cache.geometry import SLOT_BITS, CacheGeometry, log2
+from hw.rtl.attention.cache.geometry import CacheGeometry, log2
 from hw.rtl.attention.cache.layouts import GROUP_BITS, PLANE_BITS, Part, placed_layout, region_layout, step_layout
 from hw.rtl.attention.head_float import head_layout
 from hw.rtl.memory.write_manager import PIECE_BYTES
