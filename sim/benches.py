@@ -134,6 +134,7 @@ BENCHES: list[Bench] = [
     _bench("piece_maximum", dict(_SMALL_DECODER, lanes=4)),
     _bench("unit_float", _SMALL),
     *(_bench(block, dict(_SMALL_DECODER, lanes=4, score_words=2048)) for block in ("score_banks", "value_rows")),
+    _bench("probabilities", dict(_SMALL_DECODER, lanes=4, score_words=2048)),
     _bench("chunk_sums", dict(_TWO_PORTS_DECODER, lanes=2, score_words=2048)),
     *(_bench(block, _SMALL_DECODER) for block in ("merge", "rows")),
     _bench("scales", dict(_SMALL_DECODER, lanes=4)),
@@ -163,8 +164,9 @@ BENCHES: list[Bench] = [
     *(_bench(f"head_float_{lanes}", _SMALL, tb="head_float", full=True) for lanes in (1, 8)),
     *(
         _bench(block, dict(_TILE_16, operators="decoder", lanes=2, score_words=8192), full=True)
-        for block in ("score_banks", "value_rows")
+        for block in ("score_banks", "value_rows", "probabilities")
     ),
+    _bench("probabilities", dict(_TWO_PORTS_DECODER, score_words=4096), full=True),
     # All transfers of a token are the same sums; one lane; many lanes and tokens.
     *(
         _bench("chunk_sums", dict(params, score_words=2048), full=True)

@@ -2,7 +2,7 @@
 """Adds the chunks of values, between the array and the epilogue."""
 
 from amaranth.hdl import Cat, Module, Mux, Signal, Value, unsigned
-from amaranth.lib import data, stream, wiring
+from amaranth.lib import data, stream
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
@@ -12,7 +12,6 @@ from hw.rtl.common.delay import delay
 from hw.rtl.common.fifo import CreditFifo, Credits, StreamFifo
 from hw.rtl.common.results import result_payload
 from hw.spec.config import FLOAT_BITS, AcceleratorConfig
-from hw.spec.memory.access import PIECE_FLOATS
 from hw.spec.memory.kv_cache import LONGEST_CONTEXT
 from hw.spec.numerics.attention import CHUNK
 from hw.spec.ops.epilogue import MAX_HEAD
@@ -39,9 +38,9 @@ def sums_layout(config: AcceleratorConfig) -> data.StructLayout:
 class ChunkSums(Block):
     """Adds the chunks of each column tile in ascending order, as float32; all other results pass.
 
-    Of values, the core gives one layer of ``tile`` columns for each chunk of each column tile. The first chunk's results
-    are stored, those of the others are added to them, and the sums of the last chunk leave. They have the places of one
-    layer with all column tiles, which is a single piece. Bit for bit
+    Of values, the core gives one layer of ``tile`` columns for each chunk of each column tile. The first chunk's
+    results are stored, those of the others are added to them, and the sums of the last chunk leave. They have the
+    places of one layer with all column tiles, which is a single piece. Bit for bit
     :func:`hw.spec.numerics.attention.weighted_values` before its product with 1/S.
 
     Members
@@ -166,8 +165,13 @@ class ChunkSums(Block):
         """
         given, end = self.job.payload, Signal(name="job_end")
         limit = Signal(range(self.interval + 1))
-        layout = {"values": 1, "passes": 1, "chunks": given.chunks.shape(), "last_tile": range(MAX_HEAD // self.config.tile)}
-        layout["entries"] = limit.shape()
+        layout = {
+            "values": 1,
+            "passes": 1,
+            "chunks": given.chunks.shape(),
+            "last_tile": range(MAX_HEAD // self.config.tile),
+            "entries": limit.shape(),
+        }
         m.submodules.jobs = jobs = StreamFifo(data.StructLayout(layout), self._JOBS)
         entries = given.tokens << (per_row.bit_length() - 1)
         m.d.comb += [
@@ -186,8 +190,8 @@ class ChunkSums(Block):
     def _wait(self, m: Module, entries: Value, add: Signal, added: Value, free: Signal) -> None:
         """Whether the sums of the next transfer are stored.
 
-        Transfers go round the entries of a chunk, so it is the case if there are fewer of them in the pipeline. The
-        result is a register. It has the right value when a job's first transfer is added, because one was stored before.
+        Transfers go round the entries of a chunk, so it is the case if fewer transfers are in the pipeline. The result
+        is a register. When a job's first transfer is added it is right, because a transfer was stored before.
         """
         count = Signal(range(self.interval))
         with m.If(add != added):
