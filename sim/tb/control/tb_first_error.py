@@ -13,7 +13,12 @@ BUS = (ErrorCode.READ_BUS, ErrorCode.WRITE_BUS, ErrorCode.READ_TIMEOUT, ErrorCod
 ACTIVATIONS = (ErrorCode.NON_FINITE, ErrorCode.EXPONENT)
 STOPPING = (*BUS, ErrorCode.UNDERRUN)
 """After these errors no descriptor that is under way completes."""
-SERIOUS_FIRST = (*STOPPING, *ACTIVATIONS, ErrorCode.PROGRAM, *(code for code in errors_of(config()) if code in OF_ATTENTION))
+SERIOUS_FIRST = (
+    *STOPPING,
+    *ACTIVATIONS,
+    ErrorCode.PROGRAM,
+    *(code for code in errors_of(config()) if code in OF_ATTENTION),
+)
 """A driver may rely on this order: a bus error hides a data error, and both hide a refused descriptor."""
 REFUSALS = (ErrorCode.OPCODE, ErrorCode.SHAPE)
 ADDRESS_BITS = 40

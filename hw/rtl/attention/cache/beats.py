@@ -84,7 +84,9 @@ class CacheBeats(wiring.Component):
             row.eq(step.largest + Mux(step.wide, offset[1], offset[0])),
             exponent.eq(step.exponent),
         ]
-        is_row, is_scale = (delay(m, part[index], 1, name=f"is_{index.name.lower()}") for index in (Part.EXPONENT, Part.SCALES))
+        is_row, is_scale = (
+            delay(m, part[index], 1, name=f"is_{index.name.lower()}") for index in (Part.EXPONENT, Part.SCALES)
+        )
         shift, byte = Signal(_SCALE_SHIFT_BITS), Signal(EXPONENT_BITS)
         m.d.sync += [
             shift.eq(place - distance),

@@ -49,7 +49,11 @@ class CacheJobs(wiring.Component):
         tile, chunks = Signal(self.bits, reset_less=True), Signal(self.bits, reset_less=True)
         last_group = (job.columns >> log2(BLOCK)) - 1
         top = job.planes - 1
-        records = Mux(top[1], Cat(Const(3, 2), last_group[:GROUP_BITS]), Mux(top[0], Cat(Const(1, 1), last_group[:GROUP_BITS]), last_group[:GROUP_BITS]))
+        records = Mux(
+            top[1],
+            Cat(Const(3, 2), last_group[:GROUP_BITS]),
+            Mux(top[0], Cat(Const(1, 1), last_group[:GROUP_BITS]), last_group[:GROUP_BITS]),
+        )
         count = (job.slots + CHUNK - 1) >> log2(CHUNK)
         m.d.comb += self.job.ready.eq(idle)
         m.d.sync += turns.eq(Cat(take, turns))
