@@ -160,7 +160,7 @@ enum gristmill_error {
     GRISTMILL_ERROR_WRITE_TIMEOUT = 8, /* memory did not answer a write in time */
     GRISTMILL_ERROR_UNDERRUN = 9, /* the core read a scale before it was available: an error of the hardware */
     GRISTMILL_ERROR_PROGRAM = 10, /* a program's address is too high, or not a multiple of its alignment */
-    GRISTMILL_ERROR_CACHE = 11, /* an append to a KV cache outside of the addresses from cache_first to cache_end */
+    GRISTMILL_ERROR_CACHE = 11, /* an append to a KV cache outside of the addresses from cache_first to cache_end; only with score_words */
 };
 
 /* Descriptors. A field holds a raw value: for an address or a pitch the number of bytes divided by the unit.
