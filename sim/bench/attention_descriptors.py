@@ -156,8 +156,10 @@ def attention_rules(config: AcceleratorConfig) -> Iterator[AttentionRule]:
     yield rule("scores that are read", scores, {}, dict(bank=1), replace(scores, bank=1), scores, output)
     yield rule("values of no scores", output, {}, dict(bank=1), scores)
     yield rule("positions of values", output, {}, dict(positions=slots - 1), scores)
-    yield rule("rows of values", output, {}, dict(tokens=tokens % config.max_tokens + 1), scores) if tokens > 1 else (
-        rule("values", output, {}, dict(bank=1), scores)
+    yield (
+        rule("rows of values", output, {}, dict(tokens=tokens % config.max_tokens + 1), scores)
+        if tokens > 1
+        else (rule("values", output, {}, dict(bank=1), scores))
     )
     yield rule("slots of values", output, {}, dict(slots=slots - 1), scores)
     yield rule("head of values", output, dict(out_features=32), dict(out_features=40), scores)

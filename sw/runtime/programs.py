@@ -177,9 +177,9 @@ class ProgramDecoder(BaseDecoder):
         self._begin(ids, total)
         if self.whole:
             start = time.perf_counter()
-            jobs = self._programs.whole(tokens, self.length, output)
+            batch = self._programs.call(tokens, self.length, output)
             self.usage.driver += time.perf_counter() - start
-            run_batch(self._device, jobs, self.usage)
+            run_batch(self._device, batch, self.usage)
         else:
             for index in range(self._programs.count - 1):
                 self._submit(index, tokens, output)

@@ -201,4 +201,3 @@ def attention_shares(config: AcceleratorConfig) -> tuple[Share, ...]:
             },
         ),
     )
-

@@ -30,6 +30,7 @@ from hw.spec.control.program import LENGTH_BITS
 from hw.spec.ops.command import command_fields
 from hw.spec.ops.epilogue import FLAGS
 
+
 def side_names(config: AcceleratorConfig, side: Side) -> tuple[str, ...]:
     """The fields of the checked descriptor that a side needs."""
     vector = ("vector",) if config.has_vector_unit else ()

@@ -73,7 +73,9 @@ async def regions(dut, stalls):
         tiles = int(random.choice([1, 1, 2, 256 // c.tile]))
         address, stride = 4096 * int(random.integers(1 << 27)), 4096 * int(random.integers(1 << 20))
         beats, step = (int(random.integers(1, 1 << width)) for width in (13, payload("tiles").fields["step"].width))
-        source.send(payload("tiles").pack(address=[address], stride=[stride], beats=[beats], tiles=[tiles], step=[step]))
+        source.send(
+            payload("tiles").pack(address=[address], stride=[stride], beats=[beats], tiles=[tiles], step=[step])
+        )
         expected += [(address + index * step, stride, beats) for index in range(tiles)]
     got = payload("regions").unpack(await sink.take(len(expected)))
     assert list(zip(*(got[name].tolist() for name in ("address", "stride", "beats")), strict=True)) == expected

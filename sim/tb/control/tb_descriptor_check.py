@@ -288,7 +288,9 @@ async def attention_rules_hold(dut):
         for last, code in ((case.good, ErrorCode.NONE), (case.bad, ErrorCode.SHAPE)):
             accepted = Accepted()
             for made in case.before:
-                assert accepted.take(config(), made.to_words()) == ErrorCode.NONE == await bench.outcome(made.to_words())
+                assert (
+                    accepted.take(config(), made.to_words()) == ErrorCode.NONE == await bench.outcome(made.to_words())
+                )
             assert accepted.take(config(), last.to_words()) == code, case
             assert await bench.outcome(last.to_words()) == code, case
             bench = await bench.reset()
