@@ -19,7 +19,7 @@ from hw.interface.svd import svd
 from hw.rtl.control.register_bank import CONTROL_ADDRESS_BITS
 from hw.rtl.memory.axi import AxiSignature, lite_signature, read_signature, write_signature
 from hw.spec.cli import Parser, run_cli
-from hw.spec.config import MAX_N, AcceleratorConfig
+from hw.spec.config import ATTENTION_K, MAX_N, AcceleratorConfig
 from hw.spec.control import registers
 from hw.spec.control.descriptor import (
     ADDRESS_BITS,
@@ -212,6 +212,7 @@ def attention_page() -> str:
         "operations": "\n\n".join(operation(op) for op in ATTENTION.values()),
         "cache": cache_table(),
         "chunk": CHUNK,
+        "attention_max_k": 2 * ATTENTION_K,
         "block": BLOCK,
         "value_group": VALUE_GROUP,
         "longest": f"{LONGEST_CONTEXT:,}",

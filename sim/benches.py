@@ -67,6 +67,7 @@ _SMALL_DECODER, _TWO_PORTS_DECODER, _DECODER = (
 )
 _ATTENTION = dict(_DECODER, lanes=2, score_words=8192)
 _SMALL_ATTENTION = dict(_SMALL_DECODER, lanes=4, score_words=2048)
+_WITH_ATTENTION = dict(operators="decoder", score_words=2048)
 # The largest layer of Qwen2.5-0.5B fits.
 _BLOCK = dict(_DECODER, lanes=2, max_k=4864)
 _ULX3S, _ULX3S_8 = (dict(target="ecp5", **PRESETS[name]) for name in ("ulx3s4", "ulx3s8"))
@@ -120,23 +121,29 @@ BENCHES: list[Bench] = [
     *(_bench(block, _SMALL) for block in ("pe", "array", "float_out", "fifo", "fork", "walker", "splitter", "header")),
     *(_bench(block, _SMALL) for block in ("columns", "activations", "sequencer", "column_control", "drain")),
     _bench("assembler", _NARROW),
-    *(_bench("activation_unit", params) for params in (_SMALL, _NARROW, _ATTENTION)),
+    *(_bench("activation_unit", params) for params in (_SMALL, _NARROW, _SMALL_ATTENTION, _ATTENTION)),
     *(_bench(block, _SMALL) for block in ("burst_cutter", "burst_splitter", "read_manager", "dispatcher")),
     *(_bench("weight_fetch", params) for params in (_SMALL, _TILE_16)),
     *(_bench("gatherer", params) for params in (_SMALL, _LANES_4)),
     _bench("operand_fetch", _SMALL),
     _bench("table_fetch", _SMALL, tb="operand_fetch", periodic=True),
-    _bench("write_manager", _SMALL),
+    _bench("write_manager", dict(_SMALL, **_WITH_ATTENTION)),
     _bench("register_bank", _SMALL_DECODER),
     _bench("program_fetch", _SMALL),
     *(_bench(block, _SMALL) for block in ("float_adder", "float_multiplier", "reciprocal", "exp", "sigma", "silu")),
     _bench("head_float_4", _SMALL, tb="head_float"),
     _bench("epilogue", dict(_SMALL_DECODER, lanes=4)),
+    _bench("epilogue", _SMALL_ATTENTION),
     _bench("piece_maximum", dict(_SMALL_DECODER, lanes=4)),
     _bench("unit_float", _SMALL),
     *(_bench(block, _SMALL_ATTENTION) for block in ("score_banks", "value_rows")),
     _bench("value_layers", _SMALL_ATTENTION, tb="value_walk"),
     _bench("value_regions", _SMALL_ATTENTION, tb="value_walk", regions=True),
+    _bench("chunk_sums", dict(_TWO_PORTS_DECODER, lanes=2, score_words=2048)),
+    *(
+        _bench("cache_path", dict(params, **_WITH_ATTENTION), tb="cache_writer")
+        for params in (dict(_SMALL, ports=2, port_width=128), dict(_TILE_16, lanes=2))
+    ),
     *(_bench(block, _SMALL_DECODER) for block in ("merge", "rows")),
     _bench("scales", dict(_SMALL_DECODER, lanes=4)),
     *(_bench(block, _SMALL) for block in ("pair", "completion", "progress")),
@@ -154,6 +161,7 @@ BENCHES: list[Bench] = [
     _bench("watchdog", _TWO_PORTS),
     *(_bench("selftest", params) for params in (_ULX3S, _ULX3S_8)),
     *(_bench("accelerator", _SMALL_DECODER, tb=tb) for tb in ("decoder", "program")),
+    _bench("accelerator", _SMALL_ATTENTION, tb="attention"),
     _bench("accelerator", _SMALL_DECODER, tb="gap", limit=560),
     _bench("accelerator", _TWO_PORTS),
     _bench("accelerator", _TWO_PORTS, tb="accelerator_faults"),
@@ -161,20 +169,48 @@ BENCHES: list[Bench] = [
     *(_bench("core", params, full=True) for params in (_SMALL, _NARROW, _TILE_32)),
     _bench("core", _ATTENTION, full=True),
     *(_bench(block, _FIXED, full=True) for block in ("array", "columns", "float_out")),
-    *(_bench("activation_unit", params, full=True) for params in (_TILE_32, _SMALL_ATTENTION)),
+    _bench("activation_unit", _TILE_32, full=True),
     *(_bench("sequencer", params, full=True) for params in (_NARROW, _WIDE)),
     _bench("scales", _SMALL_DECODER, full=True),
     *(_bench(f"head_float_{lanes}", _SMALL, tb="head_float", full=True) for lanes in (1, 8)),
     *(_bench(block, _ATTENTION, full=True) for block in ("score_banks", "value_rows")),
+    *(
+        _bench(block, dict(_TILE_16, operators="decoder", lanes=2, score_words=8192), full=True)
+        for block in ("score_banks", "value_rows")
+    ),
+    # All transfers of a token are the same sums; one lane; many lanes and tokens.
+    *(
+        _bench("chunk_sums", dict(params, score_words=2048), full=True)
+        for params in (dict(_SMALL_DECODER, lanes=4), _SMALL_DECODER, dict(_TILE_16, operators="decoder", lanes=4))
+    ),
+    *(
+        _bench("cache_path", dict(params, **_WITH_ATTENTION), tb="cache_writer", full=True)
+        for params in (
+            _SMALL,
+            _TWO_PORTS,
+            _NARROW,
+            dict(_TILE_32, lanes=8),
+            dict(_TILE_32, weight_bits=8, ports=1, port_width=64, max_tokens=5),
+            dict(_TILE_16, weight_bits=8, ports=2, port_width=64),
+            dict(_TILE_16, zero_point="fixed", port_width=32, max_group_size=32),
+            dict(_TILE_32, ports=2, max_k=512, max_group_size=256),
+            dict(_SMALL, weight_bits=8, ports=4, port_width=32, lanes=4),
+        )
+    ),
     _bench("activation_fetch", _SMALL, full=True),
     _bench("row_blocks", _ATTENTION, full=True),
     _bench("accelerator", _SMALL, full=True),
     _bench("accelerator", _SMALL, tb="accelerator_faults", full=True),
     _bench("program_fetch", _TILE_16, full=True),
-    _bench("register_bank", _SMALL, full=True),
     *(_bench("descriptor_check", params, full=True, long=True) for params in (_SMALL, _NARROW, _TILE_16, _DECODER)),
+    *(_bench("register_bank", params, full=True) for params in (_SMALL, dict(_SMALL, **_WITH_ATTENTION))),
+    _bench("first_error", dict(_SMALL, **_WITH_ATTENTION), full=True),
     *(_bench("epilogue", dict(_SMALL_DECODER, lanes=lanes), full=True) for lanes in (1, 2)),
     _bench("epilogue", dict(_DECODER, lanes=8), full=True),
+    *(
+        _bench("epilogue", dict(params, score_words=2048), full=True)
+        for params in (_SMALL_DECODER, dict(_TWO_PORTS_DECODER, lanes=2), dict(_DECODER, lanes=4))
+    ),
     *(
         _bench("accelerator", params, tb=tb, full=True, long=True)
         for params in (dict(_SMALL_DECODER, lanes=4), dict(_TWO_PORTS_DECODER, lanes=8))
@@ -186,7 +222,10 @@ BENCHES: list[Bench] = [
     _bench("accelerator", _BLOCK, tb="gap", full=True, memory=1 << 24, hidden=896, inner=4864),
     _bench("core", _TILE_32, tb="core_speed", full=True),
     *(_bench("read_manager", params, full=True) for params in (_NARROW, _TILE_16)),
-    *(_bench("write_manager", params, full=True) for params in (_NARROW, _TILE_16)),
+    *(
+        _bench("write_manager", params, full=True)
+        for params in (_SMALL, _NARROW, _TILE_16, *(dict(params, **_WITH_ATTENTION) for params in (_NARROW, _TILE_16)))
+    ),
     *(_bench("gatherer", params, full=True) for params in (_NARROW, _LANES_8, _TILE_16, dict(_TILE_32, port_width=32))),
     _bench("selftest", dict(_ULX3S, lanes=4), full=True),
     *(_bench("drain", params, full=True) for params in (_LANES_8, _FIXED, _TILE_16)),

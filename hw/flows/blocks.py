@@ -7,6 +7,7 @@ from itertools import product
 from amaranth.hdl import Shape, ShapeCastable
 from amaranth.lib import data, stream, wiring
 
+from hw.flows.cache_path import CachePath
 from hw.flows.selftest import selftest
 from hw.rtl.accelerator import Accelerator
 from hw.rtl.arithmetic.exp import Exp
@@ -15,7 +16,10 @@ from hw.rtl.arithmetic.float_multiplier import FloatMultiplier
 from hw.rtl.arithmetic.reciprocal import Reciprocal
 from hw.rtl.arithmetic.sigma import Sigma
 from hw.rtl.arithmetic.silu import Silu
+from hw.rtl.attention.cache_writer import CacheWriter
+from hw.rtl.attention.chunk_sums import ChunkSums
 from hw.rtl.attention.head_float import HeadFloat
+from hw.rtl.attention.probabilities import Probabilities
 from hw.rtl.attention.score_banks import ScoreBanks
 from hw.rtl.attention.unit_float import UnitFloat
 from hw.rtl.attention.value_rows import ValueRows
@@ -51,7 +55,7 @@ from hw.rtl.memory.progress import Progress
 from hw.rtl.memory.read_manager import ReadManager, read_fifo_depths
 from hw.rtl.memory.row_blocks import RowBlocks
 from hw.rtl.memory.weight_fetch import WeightFetch
-from hw.rtl.memory.write_manager import WriteManager
+from hw.rtl.memory.write_manager import WriteClient, WriteManager, write_clients
 from hw.rtl.vector.epilogue import Epilogue
 from hw.rtl.vector.merge import MergePairs
 from hw.rtl.vector.pair import PairUnit
@@ -61,6 +65,7 @@ from hw.rtl.vector.rows import RowWalker
 from hw.rtl.vector.scales import TokenScales
 from hw.rtl.vector.take import TakeTransfers
 from hw.spec.config import AcceleratorConfig, ConfigError
+from hw.spec.control.registers import errors_of
 from hw.spec.manifest import Field, Port
 from hw.spec.memory.access import EARLY_BURST_BEATS
 from hw.spec.memory.geometry import StreamLayout
@@ -93,10 +98,14 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "silu": lambda config: Silu(),
     **{f"head_float_{lanes}": lambda config, lanes=lanes: HeadFloat(lanes) for lanes in VECTOR_LANES},
     "unit_float": lambda config: UnitFloat(),
+    "cache_writer": CacheWriter,
+    "cache_path": CachePath,
     "score_banks": ScoreBanks,
     "value_rows": ValueRows,
     "value_layers": ValueLayers,
     "value_regions": ValueRegions,
+    "probabilities": Probabilities,
+    "chunk_sums": ChunkSums,
     "activations": ActivationBuffer,
     "activation_unit": ActivationUnit,
     "splitter": WeightSplitter,
@@ -112,7 +121,7 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "weight_fetch": lambda config: WeightFetch(config, read_fifo_depths(config)[-1]),
     "dispatcher": Dispatcher,
     "gatherer": Gatherer,
-    "write_manager": lambda config: WriteManager(config.port_width, clients=2),
+    "write_manager": lambda config: WriteManager(config.port_width, max(WriteClient.CACHE, write_clients(config))),
     "operand_fetch": lambda config: OperandFetch(config.port_width, config.max_tokens, lanes=2),
     "operand_fetch_8": lambda config: OperandFetch(config.port_width, config.max_tokens, lanes=8),
     "source_fetch_8": lambda config: OperandFetch(config.port_width, config.max_tokens, lanes=8, chunks=1),
@@ -125,7 +134,7 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "activation_fetch": ActivationFetch,
     "row_blocks": RowBlocks,
     "descriptor_check": DescriptorCheck,
-    "first_error": lambda config: FirstError(),
+    "first_error": lambda config: FirstError(errors_of(config)),
     "watchdog": lambda config: Watchdog(config.ports + 1),
     "fork": lambda config: CommandFork(config, users=3),
     "selftest": selftest,

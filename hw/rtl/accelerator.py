@@ -14,7 +14,7 @@ from hw.rtl.control.register_bank import CONTROL_ADDRESS_BITS, RegisterBank
 from hw.rtl.control.supervisor import Supervisor
 from hw.rtl.datapath import Datapath
 from hw.rtl.memory.axi import lite_signature, read_signature, write_signature
-from hw.spec.config import AcceleratorConfig, ConfigError
+from hw.spec.config import AcceleratorConfig
 from hw.spec.control.registers import (
     BY_NAME,
     COMPLETIONS,
@@ -24,8 +24,10 @@ from hw.spec.control.registers import (
     VERSION,
     ErrorCode,
     config_digest,
+    errors_of,
 )
 from hw.spec.memory.access import OUTSTANDING
+from hw.spec.memory.kv_cache import check_cache
 
 
 class Accelerator(Block):
@@ -42,14 +44,14 @@ class Accelerator(Block):
 
     Raises
     ------
-    ConfigError : a config with attention, which is not generated yet
+    ConfigError : a config with attention, of which no hardware can have a KV cache
     """
 
     container = True
 
     def __init__(self, config: AcceleratorConfig):
         if config.has_attention:
-            raise ConfigError(f"score_words is 0, not {config.score_words}: only the reference device has attention")
+            check_cache(config)
         self.config = config
         super().__init__(
             {
@@ -92,6 +94,8 @@ class Accelerator(Block):
         error = self._find_faults(m, bank, datapath, supervisor)
         if self.config.has_programs:
             self._run_programs(m, bank, datapath, supervisor, error)
+        if self.config.has_attention:
+            m.d.comb += [datapath.cache_first.eq(bank.cache_first), datapath.cache_end.eq(bank.cache_end)]
         self._count(m, bank, datapath, supervisor)
         self._report(m, bank, datapath, supervisor, error)
         return m
@@ -113,12 +117,13 @@ class Accelerator(Block):
 
     def _find_faults(self, m: Module, bank: RegisterBank, datapath: Datapath, supervisor: Supervisor) -> FirstError:
         """Every error, with its address if it has one."""
-        first = FirstError()
+        codes = errors_of(self.config)
+        first = FirstError(codes)
         m.submodules.first_error = DomainRenamer("datapath")(first)
         late_read, late_write = self._watch(m, bank, datapath)
         m.d.comb += [
             first.refused.eq(datapath.refused),
-            *(first.faults[code].eq(datapath.faults[code]) for code in ErrorCode),
+            *(first.faults[code].eq(datapath.faults[code]) for code in codes),
             first.faults[ErrorCode.READ_TIMEOUT].eq(late_read),
             first.faults[ErrorCode.WRITE_TIMEOUT].eq(late_write),
             supervisor.stops.eq(first.stops),

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The datapath: everything between the descriptor queue and the memory ports."""
 
-from amaranth.hdl import Array, Cat, Module, Signal
+from amaranth.hdl import Array, Cat, Module, Signal, Value
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.attention.cache.places import PAGE_BITS
+from hw.rtl.attention.probabilities import Probabilities
+from hw.rtl.attention.value_walk import ValueLayers, ValueRegions
 from hw.rtl.common.block import Block
 from hw.rtl.common.clock_gate import SETTLING, gate
+from hw.rtl.common.delay import delay
 from hw.rtl.control.descriptor_check import DESCRIPTOR_BITS, ERROR_BITS, DescriptorCheck
 from hw.rtl.control.descriptor_queue import DescriptorQueue
 from hw.rtl.control.dispatcher import Dispatcher
@@ -18,13 +22,14 @@ from hw.rtl.memory.activation_fetch import ActivationFetch
 from hw.rtl.memory.axi import ADDRESS_BITS, owed_layout, read_signature, write_signature
 from hw.rtl.memory.gatherer import Gatherer
 from hw.rtl.memory.read_manager import ReadManager, operands_of, read_fifo_depths, weights_ahead
+from hw.rtl.memory.row_blocks import RowBlocks
 from hw.rtl.memory.weight_fetch import WeightFetch
 from hw.rtl.memory.write_manager import WriteClient, WriteManager
 from hw.rtl.result_path import ResultPath
 from hw.rtl.vector.layouts import Operand
 from hw.spec.config import AcceleratorConfig
 from hw.spec.control.program import LENGTH_BITS
-from hw.spec.control.registers import QUEUE_DEPTH, ErrorCode
+from hw.spec.control.registers import QUEUE_DEPTH, ErrorCode, errors_of
 from hw.spec.memory.access import EARLY_BURSTS, OUTSTANDING
 
 
@@ -56,6 +61,11 @@ class Datapath(Block):
     fetching : not all of its descriptors are in the queue
     begun, loading : index of the last descriptor that has left the queue, and of the layer in the activation unit; see
         :class:`hw.rtl.control.descriptor_queue.DescriptorQueue`
+
+    and with attention
+
+    cache_first, cache_end : the addresses to which appends may write, see
+        :class:`hw.rtl.attention.cache_writer.CacheWriter`
     """
 
     container = True
@@ -66,6 +76,10 @@ class Datapath(Block):
 
     def __init__(self, config: AcceleratorConfig):
         self.config, self.path = config, ResultPath(config)
+        attention = {}
+        if config.has_attention:
+            self.probabilities = Probabilities(config)
+            attention = dict.fromkeys(("cache_first", "cache_end"), In(PAGE_BITS))
         programs = {}
         if config.has_programs:
             programs = {
@@ -88,11 +102,12 @@ class Datapath(Block):
                 "complete": Out(1),
                 "complete_interrupt": Out(1),
                 "refused": Out(ERROR_BITS),
-                "faults": Out(fault_layout()).array(len(ErrorCode)),
+                "faults": Out(fault_layout()).array(len(errors_of(config))),
                 "events": Out(event_layout()),
                 "reads_owed": Out(owed_layout(OUTSTANDING)).array(config.ports),
                 "write_owed": Out(owed_layout(OUTSTANDING)),
                 **programs,
+                **attention,
             }
         )
 
@@ -119,26 +134,20 @@ class Datapath(Block):
         wiring.connect(m, wiring.flipped(self.descriptors), queue.window)
         wiring.connect(m, queue.descriptors, check.descriptors)
         wiring.connect(m, check.work, dispatcher.work)
-        wiring.connect(m, dispatcher.core, core.command)
         wiring.connect(m, unit.slices, core.activations)
-        layer = dispatcher.unit
-        m.d.comb += [
-            unit.command.payload.eq(layer.payload.command),
-            unit.command.valid.eq(layer.valid),
-            layer.ready.eq(unit.command.ready),
-        ]
-        # Address of the activations of the layer in the unit, for the error register.
-        activations_address = Signal(ADDRESS_BITS)
-        with m.If(layer.valid & layer.ready & ~layer.payload.command.reuse):
-            m.d.sync += activations_address.eq(layer.payload.address)
-            if config.has_programs:
-                m.d.sync += self.loading.eq(layer.payload.index)
+        if config.has_attention:
+            activations_address = self._layers(m, dispatcher, unit, core)
+        else:
+            wiring.connect(m, dispatcher.core, core.command)
+            activations_address = self._layer(m, dispatcher, unit)
         owed = (*self.reads_owed, self.write_owed)
         m.d.comb += [
             self.accepted.eq(queue.accepted),
             self.queued.eq(queue.level),
             self.refused.eq(check.error),
-            self.faults[ErrorCode.NON_FINITE].raised.eq(unit.non_finite),
+            self.faults[ErrorCode.NON_FINITE].raised.eq(
+                unit.non_finite | self.path.non_finite if config.has_attention else unit.non_finite
+            ),
             self.faults[ErrorCode.EXPONENT].raised.eq(unit.out_of_range),
             self.faults[ErrorCode.UNDERRUN].raised.eq(core.underrun),
             *(self.faults[code].address.eq(activations_address) for code in (ErrorCode.NON_FINITE, ErrorCode.EXPONENT)),
@@ -148,8 +157,47 @@ class Datapath(Block):
             self._programs(m, queue, check)
         self._read(m, queue, dispatcher, unit, core, platform)
         self._write(m, dispatcher, core)
+        if config.has_attention:
+            self._attend(m, dispatcher, unit)
         self._watch(m, core)
         return m
+
+    def _layer(self, m: Module, dispatcher: Dispatcher, unit: ActivationUnit) -> Signal:
+        """Gives the unit its layers. Returns the address of the activations in it, for the error register."""
+        layer, address = dispatcher.unit, Signal(ADDRESS_BITS, name="activations_address")
+        m.d.comb += [
+            unit.command.payload.eq(layer.payload.command),
+            unit.command.valid.eq(layer.valid),
+            layer.ready.eq(unit.command.ready),
+        ]
+        with m.If(layer.valid & layer.ready & ~layer.payload.command.reuse):
+            m.d.sync += address.eq(layer.payload.address)
+            if self.config.has_programs:
+                m.d.sync += self.loading.eq(layer.payload.index)
+        return address
+
+    def _layers(self, m: Module, dispatcher: Dispatcher, unit: ActivationUnit, core: Core) -> Signal:
+        """The same with attention: values are a layer for each chunk of each column tile, for unit and core.
+
+        The unit takes a layer while it looks for errors in the one before, so the address is late.
+        """
+        m.submodules.core_layers = core_layers = ValueLayers(self.config)
+        m.submodules.unit_layers = unit_layers = ValueLayers(self.config, unit=True)
+        wiring.connect(m, dispatcher.core, core_layers.layers)
+        wiring.connect(m, core_layers.commands, core.command)
+        wiring.connect(m, unit_layers.commands, unit.command)
+        layer, given = dispatcher.unit, unit_layers.layers
+        m.d.comb += [
+            *(given.payload[name].eq(layer.payload[name]) for name, _ in given.payload.shape()),
+            given.valid.eq(layer.valid),
+            layer.ready.eq(given.ready),
+        ]
+        address, taken = Signal(ADDRESS_BITS, name="activations_address"), layer.valid & layer.ready
+        began = Cat(layer.payload.address, layer.payload.index, taken & ~layer.payload.command.reuse)
+        late = delay(m, began, unit.exponent_cycles + 1, name="began", reset=True)
+        with m.If(late[-1]):
+            m.d.sync += Cat(address, self.loading).eq(late[:-1])
+        return address
 
     def _programs(self, m: Module, queue: DescriptorQueue, check: DescriptorCheck) -> None:
         m.d.comb += [
@@ -182,12 +230,16 @@ class Datapath(Block):
         early, many = Signal(), Signal()
         m.d.comb += early.eq(dispatcher.waiting & dispatcher.early)
         m.d.sync += many.eq(Cat(port.bursts >= EARLY_BURSTS for port in self.reads_owed).any())
-        wiring.connect(m, dispatcher.blocks, activations.blocks)
-        wiring.connect(m, dispatcher.regions, weights.regions)
+        asking = activations.asking
+        if config.has_attention:
+            asking |= self._read_attention(m, dispatcher, activations, weights)
+        else:
+            wiring.connect(m, dispatcher.blocks, activations.blocks)
+            wiring.connect(m, dispatcher.regions, weights.regions)
         wiring.connect(m, activations.rows, unit.rows)
         wiring.connect(m, weights.beats, core.weights)
         m.d.comb += [
-            dispatcher.asking.eq(activations.asking),
+            dispatcher.asking.eq(asking),
             # After a fault no data enters the core, because data from memory may be wrong.
             weights.halt.eq(self.halt),
             weights.split.eq(early),
@@ -218,6 +270,41 @@ class Datapath(Block):
             ]
             with m.If(reader.error):
                 m.d.comb += [fault.raised.eq(1), fault.address.eq(reader.error_address)]
+
+    def _read_attention(
+        self, m: Module, dispatcher: Dispatcher, activations: ActivationFetch, weights: WeightFetch
+    ) -> Value:
+        """Rows and weights that are apart in memory, and the exponents of values. Returns whether rows are left."""
+        m.submodules.row_blocks = rows = RowBlocks(self.config)
+        m.submodules.value_regions = regions = ValueRegions(self.config)
+        wiring.connect(m, dispatcher.blocks, rows.jobs)
+        wiring.connect(m, rows.blocks, activations.blocks)
+        wiring.connect(m, dispatcher.regions, regions.tiles)
+        wiring.connect(m, regions.regions, weights.regions)
+        wiring.connect(m, activations.exponents, self.probabilities.exponents)
+        return rows.asking
+
+    def _attend(self, m: Module, dispatcher: Dispatcher, unit: ActivationUnit) -> None:
+        """Connects attention: scores on chip, their softmax, and appends to the cache."""
+        path, probabilities = self.path, self.probabilities
+        m.submodules.probabilities = probabilities
+        wiring.connect(m, dispatcher.sums, path.sums)
+        wiring.connect(m, dispatcher.append_job, path.append_job)
+        wiring.connect(m, dispatcher.scores_job, probabilities.scores_job)
+        wiring.connect(m, dispatcher.values_job, probabilities.values_job)
+        wiring.connect(m, path.scores, probabilities.scores)
+        wiring.connect(m, probabilities.rows, unit.values)
+        m.d.comb += [
+            path.stored.eq(probabilities.stored),
+            probabilities.row.eq(path.row),
+            path.inverse.eq(probabilities.inverse),
+            path.inverted.eq(probabilities.inverted),
+            probabilities.release.eq(path.release),
+            path.cache_first.eq(self.cache_first),
+            path.cache_end.eq(self.cache_end),
+            self.faults[ErrorCode.CACHE].raised.eq(path.outside),
+            self.faults[ErrorCode.CACHE].address.eq(path.outside_address),
+        ]
 
     def _write(self, m: Module, dispatcher: Dispatcher, core: Core) -> None:
         path, fault = self.path, self.faults[ErrorCode.WRITE_BUS]

@@ -5,21 +5,29 @@ from amaranth.hdl import Cat, Module
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
+from hw.rtl.attention.cache.layouts import job_layout
+from hw.rtl.attention.cache.places import PAGE_BITS
+from hw.rtl.attention.cache_writer import CacheWriter
+from hw.rtl.attention.chunk_sums import ChunkSums, sums_layout
 from hw.rtl.common.block import Block
 from hw.rtl.common.clock_gate import SETTLING, gate
-from hw.rtl.common.results import result_payload
+from hw.rtl.common.float32 import FLOAT
+from hw.rtl.common.results import output_payload, result_payload
 from hw.rtl.memory.axi import ADDRESS_BITS, owed_layout, write_signature
 from hw.rtl.memory.burst_cutter import burst_layout
 from hw.rtl.memory.completion import Completion, expected_layout
 from hw.rtl.memory.gatherer import Gatherer, gather_layout
 from hw.rtl.memory.operand_fetch import OperandFetch, operand_layout
 from hw.rtl.memory.progress import Progress
-from hw.rtl.memory.write_manager import WriteClient, WriteManager
+from hw.rtl.memory.write_manager import WriteClient, WriteManager, write_clients
 from hw.rtl.vector.epilogue import Epilogue
-from hw.rtl.vector.layouts import MAX_PIECES, SECOND_UNIT, Operand, epilogue_layout, result_unit
+from hw.rtl.vector.layouts import MAX_PIECES, SECOND_UNIT, Operand, epilogue_layout, result_unit, row_layout
 from hw.spec.config import AcceleratorConfig
 from hw.spec.memory.access import OUTSTANDING
+from hw.spec.ops.scores import BANKS
 
+CACHE_SETTLING = 1024
+"""Cycles that are enough for the cache writer to come to rest: a head, with room for its bursts."""
 EXPECTED = 16
 """Number of descriptors with outputs on their way to memory that :class:`hw.rtl.memory.completion.Completion` holds."""
 
@@ -46,16 +54,27 @@ class ResultPath(Block):
         descriptor that is not complete is in memory
     operands, bursts, beats : by :class:`hw.rtl.vector.layouts.Operand`: the places of the operands, and the read ports'
         bursts and data for them
+
+    and with attention
+
+    sums : one for each descriptor that uses the array, see :class:`hw.rtl.attention.chunk_sums.ChunkSums`
+    append_job : the appends to a cache
+    cache_first, cache_end, outside, outside_address, non_finite :
+        see :class:`hw.rtl.attention.cache_writer.CacheWriter`
+    scores : results that stay on chip
+    stored : the scores of a descriptor are on chip; one cycle. This is an output of their descriptor, the last one of
+        ``expected``
+    row, inverse, inverted, release : 1/S of the rows of both banks of scores, and the release of a bank
     """
 
     container = True
 
     def __init__(self, config: AcceleratorConfig):
         self.config = config
-        self.clients = len(WriteClient) if config.has_vector_unit else 1
+        self.clients = write_clients(config)
         members = {
             "results": In(stream.Signature(result_payload(config, config.lanes))),
-            "jobs": In(stream.Signature(gather_layout())).array(self.clients),
+            "jobs": In(stream.Signature(gather_layout())).array(self.clients - config.has_attention),
             "axi": Out(write_signature(config.port_width)),
             "halt": In(1),
             **dict.fromkeys(("complete", "complete_interrupt", "error"), Out(1)),
@@ -66,12 +85,29 @@ class ResultPath(Block):
             operands = len(Operand)
             members |= {
                 "epilogue": In(stream.Signature(epilogue_layout(config))),
-                "expected": In(stream.Signature(expected_layout(self.clients))),
+                "expected": In(stream.Signature(expected_layout(self.clients + config.has_attention))),
                 "pieces": Out(range(MAX_PIECES + 1)).array(self.clients),
                 "whole": Out(self.clients),
                 "operands": In(stream.Signature(operand_layout(config.max_tokens))).array(operands),
                 "bursts": Out(stream.Signature(burst_layout(config.port_width))).array(operands),
                 "beats": In(stream.Signature(config.port_width)).array(operands),
+            }
+        if config.has_attention:
+            output = stream.Signature(output_payload(config, config.vector_lanes, result_unit(config)))
+            members |= {
+                "sums": In(stream.Signature(sums_layout(config))),
+                "append_job": In(stream.Signature(job_layout(config))),
+                "cache_first": In(PAGE_BITS),
+                "cache_end": In(PAGE_BITS),
+                "outside": Out(1),
+                "outside_address": Out(ADDRESS_BITS),
+                "non_finite": Out(1),
+                "scores": Out(output),
+                "stored": In(1),
+                "row": Out(row_layout(config)),
+                "inverse": In(FLOAT),
+                "inverted": In(BANKS),
+                "release": Out(BANKS),
             }
         super().__init__(members)
 
@@ -123,12 +159,15 @@ class ResultPath(Block):
             epilogue,
             name="epilogue",
             cycles=SETTLING,
-            watch=[epilogue.available],
+            watch=[epilogue.available, *([epilogue.inverted] if config.has_attention else [])],
             pipeline=(epilogue.works, epilogue.settling),
         )
-        m.submodules.completion = completion = Completion(self.clients, EXPECTED)
+        m.submodules.completion = completion = Completion(self.clients + config.has_attention, EXPECTED)
         m.submodules.progress = progress = Progress(self.clients)
-        wiring.connect(m, wiring.flipped(self.results), epilogue.results)
+        if config.has_attention:
+            self._attention(m, writer, epilogue, platform)
+        else:
+            wiring.connect(m, wiring.flipped(self.results), epilogue.results)
         wiring.connect(m, wiring.flipped(self.epilogue), epilogue.job)
         wiring.connect(m, wiring.flipped(self.expected), completion.expected)
         outputs = {
@@ -140,7 +179,7 @@ class ResultPath(Block):
             self._gather(m, writer, client, gatherer, platform)
             wiring.connect(m, output, gatherer.results)
         m.d.comb += [
-            completion.written.eq(writer.complete),
+            completion.written.eq(Cat(writer.complete, self.stored) if config.has_attention else writer.complete),
             self.whole.eq(completion.whole),
             progress.written.eq(writer.written),
             progress.complete.eq(writer.complete),
@@ -150,6 +189,32 @@ class ResultPath(Block):
         ]
         fetches = [self._fetch(m, operand, epilogue, platform) for operand in Operand]
         m.d.comb += epilogue.available.eq(Cat(fetch.available for fetch in fetches))
+
+    def _attention(self, m: Module, writer: WriteManager, epilogue: Epilogue, platform) -> None:
+        """Chunks of values are added before the epilogue, and some of its results do not go to memory."""
+        sums = ChunkSums(self.config)
+        (m.submodules.chunk_sums,) = gate(m, platform, sums, name="chunk_sums", cycles=sums.sum_latency + SETTLING)
+        wiring.connect(m, wiring.flipped(self.results), sums.i)
+        wiring.connect(m, wiring.flipped(self.sums), sums.job)
+        wiring.connect(m, sums.o, epilogue.results)
+        wiring.connect(m, epilogue.scores, wiring.flipped(self.scores))
+        cache = CacheWriter(self.config)
+        (m.submodules.cache,) = gate(m, platform, cache, name="cache", cycles=CACHE_SETTLING)
+        wiring.connect(m, wiring.flipped(self.append_job), cache.job)
+        wiring.connect(m, epilogue.cached, cache.rows)
+        wiring.connect(m, cache.pieces, writer.pieces[WriteClient.CACHE])
+        wiring.connect(m, cache.beats, writer.cache_beats)
+        m.d.comb += [
+            cache.first.eq(self.cache_first),
+            cache.end.eq(self.cache_end),
+            self.outside.eq(cache.outside),
+            self.outside_address.eq(cache.outside_address),
+            self.non_finite.eq(cache.non_finite),
+            self.row.eq(epilogue.row),
+            epilogue.inverse.eq(self.inverse),
+            epilogue.inverted.eq(self.inverted),
+            self.release.eq(epilogue.released),
+        ]
 
     def _fetch(self, m: Module, operand: Operand, epilogue: Epilogue, platform) -> OperandFetch:
         """One of the epilogue's operands. The factor of the second output is one row for all tokens."""

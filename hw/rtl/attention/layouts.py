@@ -5,6 +5,7 @@ from amaranth.hdl import unsigned
 from amaranth.lib import data
 
 from hw.rtl.common.float32 import FLOAT
+from hw.rtl.vector.layouts import row_layout
 from hw.spec.config import SCORE_UNIT, AcceleratorConfig
 from hw.spec.memory.kv_cache import LONGEST_CONTEXT
 
@@ -54,11 +55,6 @@ def write_layout(config: AcceleratorConfig) -> data.StructLayout:
     """A write of a part of a word, in this cycle if ``valid``."""
     values = data.ArrayLayout(FLOAT, config.vector_lanes)
     return data.StructLayout({"valid": 1, "place": place_layout(config), "values": values})
-
-
-def row_layout(config: AcceleratorConfig) -> data.StructLayout:
-    """A row of a bank."""
-    return data.StructLayout({"bank": 1, "token": range(config.max_tokens)})
 
 
 def maximum_layout(config: AcceleratorConfig) -> data.StructLayout:

@@ -11,6 +11,7 @@ from hw.rtl.attention.layouts import bank_layout, bank_words, row_layout, scores
 from hw.rtl.attention.score_writer import ScoreWriter
 from hw.rtl.attention.softmax import Softmax
 from hw.rtl.common.block import Block
+from hw.rtl.common.clock_gate import SETTLING
 from hw.rtl.common.fifo import StreamFifo
 from hw.rtl.common.float32 import FLOAT
 from hw.rtl.common.ram import buffer_attributes
@@ -30,6 +31,7 @@ class ScoreBanks(Block):
     -------
     job : the scores of a descriptor; taken when its bank is free
     results : their values, as the vector unit gives them
+    stored : a descriptor's scores are stored, and their maxima are known; one cycle
     ready : by bank: its probabilities can be read
     release : by bank: it is free again; only while it is ``ready`` and ``inverted``
     read, bank, address : read a word in this cycle; rows follow each other, see
@@ -50,6 +52,7 @@ class ScoreBanks(Block):
             {
                 "job": In(stream.Signature(scores_layout(config))),
                 "results": In(stream.Signature(results)),
+                "stored": Out(1),
                 "ready": Out(BANKS),
                 "release": In(BANKS),
                 "read": In(1),
@@ -61,6 +64,16 @@ class ScoreBanks(Block):
                 "inverse": Out(FLOAT),
             }
         )
+
+    @property
+    def works(self) -> Value:
+        """The softmax of a bank is computed, or 1/S of a row: for :func:`hw.rtl.common.clock_gate.gate`."""
+        return ~self.softmax.job.ready | self.softmax.sums.valid | ~self.reciprocal.ready
+
+    @property
+    def settling(self) -> int:
+        """Cycles from ``works``, or from an event, until the state stays as it is, if nothing comes in."""
+        return self.writer.latency + self.softmax.latency + SETTLING
 
     def properties(self) -> dict[str, int]:
         """See :class:`hw.rtl.common.block.Block`."""
@@ -75,7 +88,7 @@ class ScoreBanks(Block):
     def elaborate(self, platform) -> Module:
         m = Module()
         m.submodules.writer, m.submodules.softmax = self.writer, self.softmax
-        m.submodules.stored = stored = StreamFifo(bank_layout(self.config), BANKS)
+        m.submodules.waiting = waiting = StreamFifo(bank_layout(self.config), BANKS)
         free = Signal(BANKS, init=~0)
         writer, softmax, bank = self.writer, self.softmax, self.job.payload.bank
         taken = self.job.valid & self.job.ready
@@ -84,11 +97,12 @@ class ScoreBanks(Block):
             writer.job.valid.eq(self.job.valid & free.bit_select(bank, 1)),
             self.job.ready.eq(writer.job.ready & free.bit_select(bank, 1)),
             # A bank is in it once at most, so it has room.
-            stored.i.valid.eq(writer.done),
-            stored.i.payload.eq(writer.rows),
+            waiting.i.valid.eq(writer.done),
+            waiting.i.payload.eq(writer.rows),
+            self.stored.eq(writer.done),
         ]
         wiring.connect(m, wiring.flipped(self.results), writer.results)
-        wiring.connect(m, stored.o, softmax.job)
+        wiring.connect(m, waiting.o, softmax.job)
         for index in range(BANKS):
             with m.If(taken & (bank == index)):
                 m.d.sync += free[index].eq(0)

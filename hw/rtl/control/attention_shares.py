@@ -7,7 +7,7 @@ from dataclasses import replace
 from amaranth.hdl import Cat, Mux, Value
 from amaranth.lib import data
 
-from hw.rtl.attention.cache_writer import append_layout
+from hw.rtl.attention.cache.layouts import job_layout as append_layout
 from hw.rtl.attention.chunk_sums import sums_layout
 from hw.rtl.attention.layouts import scores_layout
 from hw.rtl.attention.value_rows import values_layout

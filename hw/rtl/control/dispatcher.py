@@ -12,7 +12,7 @@ from hw.rtl.control.descriptor_check import work_layout
 from hw.rtl.control.share import JOBS_AHEAD, Share, Side
 from hw.rtl.control.shares import shares, side_layout, side_names
 from hw.rtl.memory.gatherer import Gatherer
-from hw.rtl.memory.write_manager import WriteClient, WriteManager
+from hw.rtl.memory.write_manager import WriteClient, WriteManager, write_clients
 from hw.spec.config import FLOAT_BITS, AcceleratorConfig
 from hw.spec.ops.base import Wait
 
@@ -139,7 +139,7 @@ class Dispatcher(Block):
         )
 
     def _follow_members(self) -> dict[str, wiring.Member]:
-        clients = len(WriteClient)
+        clients = write_clients(self.config)
         vector = {"whole": In(clients), "follow": Out(1), "followed": Out(range(clients))}
         return vector if self.config.has_vector_unit else {}
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors that stop the accelerator: keeps the first error, and detects memory that does not answer."""
 
+from collections.abc import Sequence
+
 from amaranth.hdl import Cat, Module, Mux, Signal
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
@@ -21,7 +23,7 @@ STOPS_AT_ONCE = (
 """After these errors no descriptor in flight is completed. After the others, earlier descriptors are completed."""
 OF_ACTIVATIONS = (ErrorCode.NON_FINITE, ErrorCode.EXPONENT)
 """Errors of the layer in the activation unit."""
-PRECEDENCE = (*STOPS_AT_ONCE, *OF_ACTIVATIONS, ErrorCode.PROGRAM)
+PRECEDENCE = (*STOPS_AT_ONCE, *OF_ACTIVATIONS, ErrorCode.PROGRAM, ErrorCode.CACHE)
 """Order of errors in the same cycle: the most serious one is kept. Refused descriptors have errors of their own."""
 
 
@@ -33,6 +35,10 @@ def fault_layout() -> data.StructLayout:
 class FirstError(wiring.Component):
     """Keeps the first error until the reset. Of several in one cycle it keeps the first in :data:`PRECEDENCE`.
 
+    Parameters
+    ----------
+    codes : those that the hardware has, see :func:`hw.spec.control.registers.errors_of`
+
     Members
     -------
     faults : the sources of errors, indexed by their code
@@ -43,10 +49,11 @@ class FirstError(wiring.Component):
     stops : it is one of :data:`STOPS_AT_ONCE`; a register, because everything that moves waits for it
     """
 
-    def __init__(self):
+    def __init__(self, codes: Sequence[ErrorCode]):
+        self.codes = codes
         super().__init__(
             {
-                "faults": In(fault_layout()).array(len(ErrorCode)),
+                "faults": In(fault_layout()).array(len(codes)),
                 "refused": In(ERROR_BITS),
                 "begun": In(LENGTH_BITS),
                 "loading": In(LENGTH_BITS),
@@ -64,7 +71,7 @@ class FirstError(wiring.Component):
             with m.If(self.refused != ErrorCode.NONE):
                 m.d.sync += self.failed.eq(self.begun)
             m.d.sync += self.stops.eq(Cat(self.faults[code].raised for code in STOPS_AT_ONCE).any())
-            for code in reversed(PRECEDENCE):
+            for code in reversed([code for code in PRECEDENCE if code in self.codes]):
                 fault = self.faults[code]
                 with m.If(fault.raised):
                     m.d.sync += [

@@ -10,7 +10,7 @@ from amaranth.lib.wiring import In, Out
 from hw.rtl.common.block import Block
 from hw.rtl.common.fifo import StreamFifo
 from hw.rtl.memory.axi import ADDRESS_BITS, constant_address_fields, is_error, write_layout, write_signature
-from hw.spec.config import FLOAT_BITS
+from hw.spec.config import FLOAT_BITS, AcceleratorConfig
 from hw.spec.memory.access import BURST_BOUNDARY, OUTSTANDING, PIECE_FLOATS
 
 PIECE_BYTES = PIECE_FLOATS * FLOAT_BITS // 8
@@ -22,19 +22,33 @@ class WriteClient(enum.IntEnum):
     RESULTS = 0
     SECOND = 1
     """The second output of the vector unit."""
+    CACHE = 2
+    """Bytes of a KV cache."""
+
+
+def write_clients(config: AcceleratorConfig) -> int:
+    """Number of clients of the write port in hardware of this config: the first ones of :class:`WriteClient`."""
+    if config.has_attention:
+        return len(WriteClient)
+    return WriteClient.CACHE if config.has_vector_unit else WriteClient.SECOND
 
 
 def piece_layout() -> data.StructLayout:
     """A piece of memory to write.
 
-    address : address of its first byte, a multiple of 128
-    last_float : index of its last float: its length minus 1
+    address : address of its first byte, a multiple of 128; of CACHE, a multiple of a beat
+    last_float : index of its last float: its length minus 1; pieces of CACHE are whole beats
     last : it is the last piece of its descriptor
     interrupt : the descriptor requests an interrupt
     """
     return data.StructLayout(
         {"address": unsigned(ADDRESS_BITS), "last_float": range(PIECE_FLOATS), "last": 1, "interrupt": 1}
     )
+
+
+def strobed_layout(width: int) -> data.StructLayout:
+    """A beat of CACHE on a port of ``width`` bits: its data, and which of its bytes are written."""
+    return data.StructLayout({"data": unsigned(width), "strobe": unsigned(width // 8)})
 
 
 def last_beat(last_float, width: int):
@@ -59,6 +73,7 @@ class WriteManager(Block):
     -------
     pieces : the pieces of each client
     beats : the data of each client's pieces; every piece starts with a new beat
+    cache_beats : with CACHE, its beats, of which it chooses the bytes that are written
     axi : AW, W and B
     halt : send no further burst; bursts that were sent to AW still get their data
     under_way : bursts sent to AW and not yet acknowledged
@@ -86,10 +101,13 @@ class WriteManager(Block):
         if outstanding < 2 or outstanding & (outstanding - 1):
             raise ValueError(f"outstanding bursts are a power of two from 2 up, not {outstanding}")
         self.width, self.clients, self.outstanding = width, clients, outstanding
+        self.has_cache = clients > WriteClient.CACHE
+        strobed = {"cache_beats": In(stream.Signature(strobed_layout(width)))} if self.has_cache else {}
         super().__init__(
             {
                 "pieces": In(stream.Signature(piece_layout())).array(clients),
-                "beats": In(stream.Signature(width)).array(clients),
+                "beats": In(stream.Signature(width)).array(clients - self.has_cache),
+                **strobed,
                 "axi": Out(write_signature(width)),
                 "halt": In(1),
                 "under_way": Out(range(outstanding + 1)),
@@ -218,6 +236,15 @@ class WriteManager(Block):
                     beats.ready.eq(shares.o.valid & fifo.i.ready),
                     fifo.i.valid.eq(beats.valid & shares.o.valid),
                     fifo.i.payload.data.eq(beats.payload),
+                ]
+        if self.has_cache:
+            beats = self.cache_beats
+            with m.If(share.client == WriteClient.CACHE):
+                m.d.comb += [
+                    beats.ready.eq(shares.o.valid & fifo.i.ready),
+                    fifo.i.valid.eq(beats.valid & shares.o.valid),
+                    fifo.i.payload.data.eq(beats.payload.data),
+                    fifo.i.payload.strb.eq(beats.payload.strobe),
                 ]
         with m.If(push):
             m.d.sync += [beat.eq(Mux(last, 0, beat + 1)), first.eq(last), ends.eq(beat + 1 == share.last_beat)]

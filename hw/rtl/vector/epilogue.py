@@ -18,9 +18,11 @@ from hw.rtl.vector.layouts import (
     OPERAND_LATENCY,
     SECOND_UNIT,
     Operand,
+    Target,
     epilogue_layout,
     operand_members,
     result_unit,
+    row_layout,
 )
 from hw.rtl.vector.merge import MergePairs
 from hw.rtl.vector.pair import PairUnit
@@ -29,6 +31,7 @@ from hw.rtl.vector.scales import TokenScales
 from hw.rtl.vector.take import TakeTransfers
 from hw.spec.config import FLOAT_BITS, AcceleratorConfig
 from hw.spec.memory.access import PIECE_FLOATS
+from hw.spec.ops.scores import BANKS
 
 
 class Epilogue(Block):
@@ -44,6 +47,14 @@ class Epilogue(Block):
     available, read, release, token, column, data : the operands; see :func:`hw.rtl.vector.layouts.operand_members`
     first, second : the results; and the second output: products with a row, or maximum and argmax of each piece
 
+    and with attention
+
+    first, scores, cached : the results, by :class:`hw.rtl.vector.layouts.Target`. They leave in the order of the jobs,
+        so one that is not taken blocks the others
+    row, inverse : a row of a bank of scores, and its 1/S in the same cycle
+    inverted : by bank: 1/S of all of its rows is known. Transfers of a job with ``inverse`` wait for it
+    released : by bank: all rows of a job with ``inverse`` are scaled; one cycle, in which the bank is ``inverted``
+
     Throughput 1 transfer per cycle; with ``squares`` 1 in ``interval`` cycles.
     """
 
@@ -56,13 +67,25 @@ class Epilogue(Block):
         self.scales = TokenScales(config)
         self.maximum = PieceMaximum(config)
         self.take = TakeTransfers(config, self.scales.interval)
+        output = stream.Signature(output_payload(config, self.lanes, result_unit(config)))
+        attention = {}
+        if config.has_attention:
+            attention = {
+                "scores": Out(output),
+                "cached": Out(output),
+                "row": Out(row_layout(config)),
+                "inverse": In(FLOAT),
+                "inverted": In(BANKS),
+                "released": Out(BANKS),
+            }
         super().__init__(
             {
                 "job": In(stream.Signature(epilogue_layout(config))),
                 "results": In(stream.Signature(result_payload(config, config.lanes))),
                 **operand_members(config),
-                "first": Out(stream.Signature(output_payload(config, self.lanes, result_unit(config)))),
+                "first": Out(output),
                 "second": Out(stream.Signature(output_payload(config, self.lanes, SECOND_UNIT))),
+                **attention,
             }
         )
 
@@ -115,12 +138,18 @@ class Epilogue(Block):
     def elaborate(self, platform) -> Module:
         m = Module()
         m.submodules.take = take = self.take
-        m.submodules.first_fifo = first = CreditFifo(self.first.payload.shape(), self.fifo_depth)
+        shape = self.first.payload.shape()
+        if self.config.has_attention:
+            shape = data.StructLayout({**shape.members, "target": Target})
+        m.submodules.first_fifo = first = CreditFifo(shape, self.fifo_depth)
         m.submodules.second_fifo = second = CreditFifo(self.second.payload.shape(), self.fifo_depth)
         wiring.connect(m, wiring.flipped(self.job), take.job)
         m.d.comb += [take.available.eq(self.available), *(a.eq(b) for a, b in zip(take.data, self.data, strict=True))]
         m.d.comb += [getattr(self, name).eq(getattr(take, name)) for name in ("read", "release", "token", "column")]
-        wiring.connect(m, first.o, wiring.flipped(self.first))
+        if self.config.has_attention:
+            self._split(m, first)
+        else:
+            wiring.connect(m, first.o, wiring.flipped(self.first))
         wiring.connect(m, second.o, wiring.flipped(self.second))
         self._widen(m, take)
         flags = take.taken.flags
@@ -136,6 +165,18 @@ class Epilogue(Block):
         self._put_second(m, platform, second, about, values, self.data[Operand.FACTOR])
         return m
 
+    def _split(self, m: Module, fifo: CreditFifo) -> None:
+        """Each of the results goes to its target."""
+        target, given = fifo.o.payload.target, fifo.o.payload
+        for value, output in zip(Target, (self.first, self.scores, self.cached), strict=True):
+            chosen = target == value
+            m.d.comb += [
+                output.valid.eq(fifo.o.valid & chosen),
+                *(output.payload[name].eq(given[name]) for name, _ in output.payload.shape()),
+            ]
+            with m.If(chosen):
+                m.d.comb += fifo.o.ready.eq(output.ready)
+
     def _widen(self, m: Module, take: TakeTransfers) -> None:
         """Connects the array's results with the lanes of the vector unit."""
         if self.config.lanes == self.lanes:
@@ -146,7 +187,7 @@ class Epilogue(Block):
             wiring.connect(m, merge.o, take.results)
 
     def _scale(self, m: Module, platform, take: TakeTransfers) -> tuple[data.View, list[Signal]]:
-        """The values times r of their token."""
+        """The values times r of their token, or with attention another factor."""
         scales = self.scales
         (m.submodules.scales,) = gate(
             m,
@@ -172,8 +213,23 @@ class Epilogue(Block):
             scales.eps.eq(take.current.eps),
             scales.columns.eq(take.current.columns),
         ]
-        r = delay(m, read.data, OPERAND_LATENCY - 1, name="r")
+        factor = self._factor(m, take, read.data) if self.config.has_attention else read.data
+        r = delay(m, factor, OPERAND_LATENCY - 1, name="r")
         return self._each(m, platform, "scale", self.scalers, about, about.flags.scale, take.values, [r] * self.lanes)
+
+    def _factor(self, m: Module, take: TakeTransfers, r) -> Value:
+        """The factor of the transfer that was taken one cycle ago: r of its token, the scores' constant, or 1/S."""
+        job, taken = take.current, take.taken
+        last = taken.valid & taken.place.last & job.inverse
+        m.d.comb += [
+            take.inverted.eq(self.inverted),
+            self.row.bank.eq(job.bank),
+            self.row.token.eq(taken.place.token),
+            *(self.released[bank].eq(last & (job.bank == bank)) for bank in range(BANKS)),
+        ]
+        other = delay(m, Mux(job.inverse, Cat(self.inverse), Cat(job.factor)), 1, name="other_factor")
+        chosen = delay(m, job.inverse | (job.target == Target.SCORES), 1, name="other_chosen")
+        return Mux(chosen, other, Cat(r))
 
     def _add(self, m: Module, platform, about, values, addend) -> tuple[data.View, list[Signal]]:
         """The values plus the addend."""
@@ -223,6 +279,8 @@ class Epilogue(Block):
     def _put_first(self, m: Module, fifo: CreditFifo, about, values) -> None:
         """The results. After SiLU a transfer has half as many columns, which are in both halves of the payload."""
         place, half, silu, out = about.place, self.lanes // 2, about.flags.silu, fifo.i.payload
+        if self.config.has_attention:
+            m.d.comb += out.target.eq(about.target)
         for lane in range(self.lanes):
             m.d.comb += out.values[lane].eq(Mux(silu, values[2 * (lane % half)], values[lane]))
         kept = Cat(place.keep[2 * lane] for lane in range(half))

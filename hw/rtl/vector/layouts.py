@@ -28,6 +28,14 @@ class Operand(enum.IntEnum, shape=2):
     FACTOR = 3
 
 
+class Target(enum.IntEnum, shape=2):
+    """Where the results of an epilogue go, in hardware with attention."""
+
+    MEMORY = 0
+    SCORES = 1
+    CACHE = 2
+
+
 def result_unit(config: AcceleratorConfig) -> int:
     """Columns that the place of a transfer of results counts: SiLU makes half a transfer of a whole one."""
     return config.vector_lanes // 2
@@ -40,6 +48,11 @@ SECOND_UNIT = 2
 def rows_layout(config: AcceleratorConfig) -> data.StructLayout:
     """Rows: their number, and their columns."""
     return data.StructLayout({"tokens": unsigned(config.max_tokens.bit_length()), "columns": unsigned(COLUMN_BITS)})
+
+
+def row_layout(config: AcceleratorConfig) -> data.StructLayout:
+    """A row of a bank of scores."""
+    return data.StructLayout({"bank": 1, "token": range(config.max_tokens)})
 
 
 def flag_layout() -> data.StructLayout:
@@ -55,7 +68,15 @@ def epilogue_layout(config: AcceleratorConfig) -> data.StructLayout:
     tokens, columns : M and N
     rotated : with ``rotary``: the first columns, which are rotated; a multiple of 16
     eps : float32
+
+    and with attention
+
+    target : where the results go; those that do not go to memory have neither a second output nor squares
+    factor : float32: with ``scale``, scores are multiplied by it instead of r
+    inverse, bank : with ``scale``, multiply by 1/S of the row in this bank of scores instead of r, and release the bank
+        after the last transfer
     """
+    attention = {"target": Target, "factor": FLOAT, "inverse": 1, "bank": 1} if config.has_attention else {}
     return data.StructLayout(
         {
             "flags": flag_layout(),
@@ -63,6 +84,7 @@ def epilogue_layout(config: AcceleratorConfig) -> data.StructLayout:
             **rows_layout(config).members,
             "rotated": unsigned(COLUMN_BITS),
             "eps": FLOAT,
+            **attention,
         }
     )
 
@@ -81,6 +103,7 @@ def taken_layout(config: AcceleratorConfig) -> data.StructLayout:
     place, piece : its place, and the number of its piece in the row
     rotate : rotate its columns
     head : its columns are among the first 16 of the row
+    target : with attention: where its results go
     """
     return data.StructLayout(
         {
@@ -91,6 +114,7 @@ def taken_layout(config: AcceleratorConfig) -> data.StructLayout:
             "piece": range(MAX_PIECES),
             "rotate": 1,
             "head": 1,
+            **({"target": Target} if config.has_attention else {}),
         }
     )
 

@@ -12,6 +12,7 @@ from hw.rtl.common.results import result_payload
 from hw.rtl.vector.layouts import (
     OPERAND_LATENCY,
     Operand,
+    Target,
     epilogue_layout,
     operand_members,
     taken_layout,
@@ -19,6 +20,7 @@ from hw.rtl.vector.layouts import (
 from hw.rtl.vector.rows import RowWalker
 from hw.spec.config import FLOAT_BITS, AcceleratorConfig
 from hw.spec.numerics.vector import PARTIAL_SUMS
+from hw.spec.ops.scores import BANKS
 
 
 class TakeTransfers(Block):
@@ -38,6 +40,7 @@ class TakeTransfers(Block):
     taken : the transfer that is taken in this cycle
     values : float32 of the transfer taken ``OPERAND_LATENCY`` cycles ago, together with its operands in ``data``
     current : the current job
+    inverted : with attention, by bank of scores: 1/S of its rows is known
 
     Latency 1 cycle from a transfer to ``taken``; throughput 1 transfer per cycle, also from one job to the next one if
     jobs have two transfers or more. Transfers and jobs first enter FIFOs of two entries, which are registers: the
@@ -50,6 +53,7 @@ class TakeTransfers(Block):
     def __init__(self, config: AcceleratorConfig, interval: int):
         self.config, self.interval, self.lanes = config, interval, config.vector_lanes
         self.walker = RowWalker(config, self.lanes)
+        attention = {"inverted": In(BANKS)} if config.has_attention else {}
         super().__init__(
             {
                 "job": In(stream.Signature(epilogue_layout(config))),
@@ -60,6 +64,7 @@ class TakeTransfers(Block):
                 "taken": Out(taken_layout(config)),
                 "values": Out(data.ArrayLayout(FLOAT_BITS, self.lanes)),
                 "current": Out(epilogue_layout(config)),
+                **attention,
             }
         )
 
@@ -83,7 +88,7 @@ class TakeTransfers(Block):
                 & Cat(~wanted[operand] | self.available[operand] for operand in Operand).all()
                 & self.room
                 & (pause == 0)
-                & ~(self.pending & (job.flags.scale | job.flags.squares))
+                & ~self._unknown(job)
             ),
             transfers.o.ready.eq(go),
             taken.valid.eq(go),
@@ -91,6 +96,8 @@ class TakeTransfers(Block):
             taken.vector.eq(job.vector),
             *(taken.place[name].eq(transfer[name]) for name, _ in taken.place.shape()),
         ]
+        if self.config.has_attention:
+            m.d.comb += taken.target.eq(job.target)
         with m.If(go & job.flags.squares):
             m.d.sync += pause.eq(self.interval - 1)
         with m.Elif(pause != 0):
@@ -132,6 +139,16 @@ class TakeTransfers(Block):
             m.d.sync += active.eq(load)
         with m.If(load):
             m.d.sync += vector.eq(job.vector)
+
+    def _unknown(self, job) -> Value:
+        """Whether the factor of the job's rows is not known yet, or the sums of squares are in use."""
+        flags = job.flags
+        if not self.config.has_attention:
+            return self.pending & (flags.scale | flags.squares)
+        other = job.inverse | (job.target == Target.SCORES)
+        return (self.pending & ((flags.scale & ~other) | flags.squares)) | (
+            job.inverse & ~self.inverted.bit_select(job.bank, 1)
+        )
 
     def _wanted(self, job) -> dict[Operand, Value]:
         """Whether the job has an operand."""

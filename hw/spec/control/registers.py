@@ -6,6 +6,7 @@ if only the hardware writes it, reading its low word freezes its high word until
 are from the same cycle.
 
 Hardware without the vector unit runs no programs. It does not have the registers and fields with ``programs``.
+Hardware without attention does not have the registers with ``attention``, nor its error codes.
 """
 
 import enum
@@ -15,6 +16,7 @@ from functools import cache
 from hw.spec.config import AcceleratorConfig
 from hw.spec.control.descriptor import DESCRIPTOR_WORDS
 from hw.spec.control.program import LENGTH_BITS, PROGRAM_ALIGNMENT
+from hw.spec.memory.access import BURST_BOUNDARY
 
 IDENTIFICATION = int.from_bytes(b"GRST", "big")
 """The value of the first register."""
@@ -44,6 +46,7 @@ class ErrorCode(enum.IntEnum):
     WRITE_TIMEOUT = 8
     UNDERRUN = 9
     PROGRAM = 10
+    CACHE = 11
 
 
 ERROR_TEXTS = {
@@ -58,7 +61,10 @@ ERROR_TEXTS = {
     ErrorCode.WRITE_TIMEOUT: "memory did not answer a write in time",
     ErrorCode.UNDERRUN: "the core read a scale before it was available: an error of the hardware",
     ErrorCode.PROGRAM: "a program's address is too high, or not a multiple of its alignment",
+    ErrorCode.CACHE: "an append to a KV cache outside of the addresses from cache_first to cache_end",
 }
+OF_ATTENTION = frozenset((ErrorCode.CACHE,))
+"""Errors that only hardware with attention has; the last codes."""
 ONE_DESCRIPTOR = frozenset((ErrorCode.OPCODE, ErrorCode.SHAPE, ErrorCode.NON_FINITE, ErrorCode.EXPONENT))
 """Errors of one descriptor, whose index is in the register ``failed``. After other errors it has that of the last one
 that was begun."""
@@ -78,6 +84,9 @@ class Access(enum.Enum):
 
 
 _ONLY = "; only with operators decoder"
+_ONLY_ATTENTION = "; only with score_words"
+CACHE_UNIT = BURST_BOUNDARY
+"""Bytes of a unit of the registers cache_first and cache_end."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,7 @@ class Register:
     reset : value after reset, if it is a constant
     wide : 64 bits, low word first
     programs : only in hardware that runs programs
+    attention : only in hardware with attention
     """
 
     name: str
@@ -126,11 +136,12 @@ class Register:
     words: int = 1
     wide: bool = False
     programs: bool = False
+    attention: bool = False
 
     @property
     def description(self) -> str:
         """The text, and which hardware has it."""
-        return self.text + _ONLY * self.programs
+        return self.text + _ONLY * self.programs + _ONLY_ATTENTION * self.attention
 
     @property
     def end(self) -> int:
@@ -211,10 +222,14 @@ REGISTERS: tuple[Register, ...] = (
     Register("failed", 0x0CC, _R, "after an error: the descriptor that failed, or the last one that was begun", (
         Field("index", 0, LENGTH_BITS, f"counted from its program's start or the reset, modulo 2^{LENGTH_BITS}"),
     ), programs=True),
+    Register("cache_first", 0x0D0, _RW, f"first address to which appends to KV caches write, in units of"
+             f" {CACHE_UNIT:,} bytes", attention=True),
+    Register("cache_end", 0x0D4, _RW, f"address after the last one to which they write, in units of {CACHE_UNIT:,}"
+             " bytes; with 0 they write nothing", attention=True),
     Register("completion_cycles", 0x100, _R, "entry c modulo 32: low word of cycles when descriptor c was complete",
              words=COMPLETIONS),
 )  # fmt: skip
-"""The complete map, in order of offsets: that of hardware that runs programs."""
+"""The complete map, in order of offsets: that of hardware with attention."""
 
 BY_NAME = {register.name: register for register in REGISTERS}
 
@@ -229,8 +244,14 @@ def registers_of(config: AcceleratorConfig) -> tuple[Register, ...]:
     return tuple(
         replace(item, fields=tuple(field for field in item.fields if config.has_programs or not field.programs))
         for item in REGISTERS
-        if config.has_programs or not item.programs
+        if (config.has_programs or not item.programs) and (config.has_attention or not item.attention)
     )
+
+
+@cache
+def errors_of(config: AcceleratorConfig) -> tuple[ErrorCode, ...]:
+    """The error codes that hardware of this config has, in order, from 0 on."""
+    return tuple(code for code in ErrorCode if config.has_attention or code not in OF_ATTENTION)
 
 
 def offset(name: str, word: int = 0) -> int:

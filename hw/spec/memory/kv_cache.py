@@ -89,6 +89,25 @@ def tile_step_bits(config: AcceleratorConfig) -> int:
     return value_beats_bits(config) + (config.port_width // 8).bit_length() - 1
 
 
+def key_layer(config: AcceleratorConfig, groups: int) -> LayerLayout | None:
+    """An output tile of keys with this number of groups, over all planes; None if there is no such stream."""
+    try:
+        return LayerLayout(config, groups * BLOCK, config.tile, BLOCK)
+    except ConfigError:
+        return None
+
+
+def check_cache(config: AcceleratorConfig) -> None:
+    """Raises ConfigError, with rule and value, unless hardware of this config can have a KV cache at all.
+
+    The smallest caches exist: ``weight_bits`` is 4 or 8, with 8 zero points are integer; with 4 a beat over all ports
+    holds two rows of an output tile; a group of 32 elements has time for its scales; and ``max_k`` is at least a chunk
+    of 256 positions for all planes of a value. The ports may have any width.
+    """
+    for cache in (KeyCache(config, BLOCK, 1, max(KEY_BITS)), ValueCache(config, BLOCK, 1)):
+        _ = cache.layer
+
+
 class Bytes(NamedTuple):
     """Bytes to write: ``offsets``, int64 [B], from the beginning of a region; ``values``, uint8 [B]."""
 
@@ -238,7 +257,7 @@ class KeyCache(CacheStream):
         return LayerLayout(self.config, self.head_size * self.planes, self.positions, BLOCK)
 
     @property
-    def _factor_bits(self) -> int:
+    def factor_bits(self) -> int:
         """log2 of the lowest plane's scale in the group with the largest exponent: then the highest plane's fits."""
         return SCALE_BITS - 2 - (self.bits - self.config.weight_bits)
 
@@ -254,8 +273,8 @@ class KeyCache(CacheStream):
         stream, (tile, column) = self.layer.stream, divmod(slot, self.config.tile)
         largest = int(key.exponents.max())
         # A scale mantissa is worth 2**(E - 15).
-        exponent = largest - self._factor_bits + SCALE_BITS - 1
-        factors = (1 << self._factor_bits) >> (largest - key.exponents)
+        exponent = largest - self.factor_bits + SCALE_BITS - 1
+        factors = (1 << self.factor_bits) >> (largest - key.exponents)
         scales = (factors[:, None] * self.plane_factors).reshape(-1).astype("<i2")
         records = (stream.exponents_bits + np.arange(self.layer.groups) * stream.record_bits) // 8
         scale_bytes = SCALE_BITS // 8

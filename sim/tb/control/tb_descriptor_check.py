@@ -92,7 +92,8 @@ def _expected(descriptor: AnyDescriptor, layer: LayerLayout | None) -> dict[str,
         found["vector"] = int(layer is None)
     if c.has_attention and layer:
         found |= {"fetch_rows": 1, "weight_tiles": 1, "planes": 1, "unit_groups": layer.groups}
-    return found | {f"command.{name}": int(value) for name, value in counts.items()}
+    present = command_fields(c)
+    return found | {f"command.{name}": int(value) for name, value in counts.items() if name in present}
 
 
 def _attention(descriptor: AttentionDescriptor) -> dict[str, int]:

@@ -5,15 +5,20 @@ import cocotb
 import numpy as np
 
 from hw.spec.control.program import LENGTH_BITS
-from hw.spec.control.registers import ErrorCode
-from sim.bench.dut import begin, trace
+from hw.spec.control.registers import OF_ATTENTION, ErrorCode, errors_of
+from sim.bench.dut import begin, config, trace
 from sim.bench.streams import rng
 
 BUS = (ErrorCode.READ_BUS, ErrorCode.WRITE_BUS, ErrorCode.READ_TIMEOUT, ErrorCode.WRITE_TIMEOUT)
 ACTIVATIONS = (ErrorCode.NON_FINITE, ErrorCode.EXPONENT)
 STOPPING = (*BUS, ErrorCode.UNDERRUN)
 """After these errors no descriptor that is under way completes."""
-SERIOUS_FIRST = (*STOPPING, *ACTIVATIONS, ErrorCode.PROGRAM)
+SERIOUS_FIRST = (
+    *STOPPING,
+    *ACTIVATIONS,
+    ErrorCode.PROGRAM,
+    *(code for code in errors_of(config()) if code in OF_ATTENTION),
+)
 """A driver may rely on this order: a bus error hides a data error, and both hide a refused descriptor."""
 REFUSALS = (ErrorCode.OPCODE, ErrorCode.SHAPE)
 ADDRESS_BITS = 40
@@ -48,7 +53,7 @@ async def _compare(dut, rst, faults, refused) -> None:
     # Both change in every cycle.
     begun, loading = (random.integers(0, 1 << LENGTH_BITS, len(rst)).tolist() for _ in range(2))
     inputs = {"rst": rst, "refused": refused, "begun": begun, "loading": loading}
-    for code in ErrorCode:
+    for code in errors_of(config()):
         inputs[f"faults_{code}"] = [raised | at << 1 for raised, at in faults.get(code, [(0, 0)] * len(rst))]
     for name, values in inputs.items():
         getattr(dut, name).value = values[0]

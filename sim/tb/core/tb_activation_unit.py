@@ -245,7 +245,7 @@ async def short_and_long_layers(dut, stall, short):
     rules = [randomly(stall, rng(2, index)) if stall else never for index in range(3)]
     bench = _Bench(dut, *rules)
     await begin(dut)
-    layers = [_attention_layer(random, random.random() < short) for _ in range(24)]
+    layers = [_attention_layer(random, random.random() < short) for _ in range(16)]
     for layer in layers:
         bench.send(layer)
         if random.random() < 0.2:
@@ -322,3 +322,19 @@ async def error_between_layers(dut, values, single, token):
     await bench.slices.quiet(512)
     assert bench.command.transfers - 1 - read(dut.earlier) == wrong
     assert read(dut.non_finite) + read(dut.out_of_range) == 1
+
+
+@cocotb.test(skip=not ATTENTION)
+@cocotb.parametrize(wait=range(12))
+async def error_as_a_layer_begins(dut, wait):
+    """The next command comes before, with, or after the error; ``earlier`` names the layer in each case."""
+    random, bench = rng(1), _Bench(dut)
+    await begin(dut)
+    layers = [_Layer(_layer(random, 1), _random_x(random, 1, 32)) for _ in range(2)]
+    layers[0].x[0, -1] = np.inf
+    bench.send(layers[0])
+    await until(dut.clk, lambda: bench.rows.transfers == layers[0].rows, "the layer")
+    await cycle(dut.clk, wait)
+    bench.send(layers[1])
+    await bench.slices.quiet(64)
+    assert read(dut.non_finite) and bench.command.transfers - 1 - read(dut.earlier) == 0

@@ -2,7 +2,7 @@
 """The AXI4 write manager with cocotbext-axi's memory, and a check that its bursts follow the rules."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import cocotb
@@ -12,7 +12,7 @@ from cocotbext.axi import AxiResp, AxiWriteBus
 
 from hw.spec.memory.access import BURST_BOUNDARY as BOUNDARY
 from hw.spec.memory.access import OUTSTANDING, PIECE_FLOATS
-from sim.bench.dut import begin, config, latency, payload
+from sim.bench.dut import begin, config, latency, payload, ports
 from sim.bench.faulty_memory import FaultyWrite
 from sim.bench.monitor import Monitor, consecutive
 from sim.bench.streams import Stall, StreamSource, cycle, never, randomly, rng, until
@@ -20,7 +20,10 @@ from sim.bench.streams import Stall, StreamSource, cycle, never, randomly, rng, 
 MEMORY = 1 << 20
 PIECE = PIECE_FLOATS
 """The maximum number of floats in a piece."""
-CLIENTS = range(2)
+CACHE = 2
+"""The client whose beats have strobes; only hardware with attention has it."""
+HAS_CACHE = f"pieces_{CACHE}" in ports()
+CLIENTS = range(CACHE + HAS_CACHE)
 """The clients, by priority."""
 
 
@@ -30,6 +33,13 @@ class _Piece:
     floats: np.ndarray
     last: int = 0
     interrupt: int = 0
+    strobes: np.ndarray | None = None
+    """bool [bytes]: the bytes that are written; None: all."""
+
+    @property
+    def written(self) -> np.ndarray:
+        """bool [bytes]"""
+        return np.ones(self.floats.nbytes, bool) if self.strobes is None else self.strobes
 
     def bursts(self, size: int) -> list[tuple[int, int]]:
         """Address and beats of ``size`` bytes of each burst."""
@@ -40,6 +50,15 @@ class _Piece:
 
 def _piece(random: np.random.Generator, address: int, floats: int, last: int = 0, interrupt: int = 0) -> _Piece:
     return _Piece(address, random.integers(0, 1 << 32, floats, np.uint32), last, interrupt)
+
+
+def _strobed(random: np.random.Generator, piece: _Piece) -> _Piece:
+    """The piece in whole beats, some of whose bytes are written; in a few beats none or all of them."""
+    size = config().port_width // 8
+    count = -(-piece.floats.nbytes // size)
+    floats = np.resize(piece.floats, count * size // 4)
+    likely = random.choice([0, 0.1, 0.5, 1], (count, 1))
+    return replace(piece, floats=floats, strobes=(random.random((count, size)) < likely).reshape(-1))
 
 
 class _Watcher:
@@ -126,7 +145,8 @@ class _Bench:
     def __init__(self, dut: Any, stall: Stall = never, pieces_stall: Stall = never, beats_stall: Stall = never):
         self.dut, self.size = dut, config().port_width // 8
         self.pieces = [StreamSource(dut, f"pieces_{client}", dut.clk, pieces_stall) for client in CLIENTS]
-        self.beats = [StreamSource(dut, f"beats_{client}", dut.clk, beats_stall) for client in CLIENTS]
+        names = [f"beats_{client}" for client in range(CACHE)] + ["cache_beats"] * HAS_CACHE
+        self.beats = [StreamSource(dut, name, dut.clk, beats_stall) for name in names]
         self.faults: dict[int, AxiResp] = {}
         bus = AxiWriteBus.from_prefix(dut, "m_axi_axi")
         self.memory = FaultyWrite(bus, dut.clk, dut.rst, size=MEMORY, faults=self.faults)
@@ -155,8 +175,12 @@ class _Bench:
         for piece in pieces:
             data = piece.floats.tobytes()
             data += random.bytes(-len(data) % self.size)
-            beats = range(0, len(data), self.size)
-            self.beats[client].send(int.from_bytes(data[i : i + self.size], "little") for i in beats)
+            beats = [int.from_bytes(data[i : i + self.size], "little") for i in range(0, len(data), self.size)]
+            if piece.strobes is not None:
+                bits = np.packbits(piece.strobes.reshape(-1, self.size), axis=1, bitorder="little")
+                strobes = [int.from_bytes(row.tobytes(), "little") for row in bits]
+                beats = payload("cache_beats").pack(data=beats, strobe=strobes)
+            self.beats[client].send(beats)
 
     @property
     def bursts(self) -> list[tuple[int, int]]:
@@ -186,7 +210,8 @@ class _Bench:
         image = self.image.copy()
         for piece in self.sent:
             at = piece.address % MEMORY
-            image[at : at + piece.floats.nbytes] = piece.floats.view(np.uint8)
+            place = image[at : at + piece.floats.nbytes]
+            place[piece.written] = piece.floats.view(np.uint8)[piece.written]
         self._compare(image)
 
     def check_partly(self) -> None:
@@ -326,6 +351,8 @@ async def errors(dut, response):
     """SLVERR and DECERR are reported with the burst's address, and the descriptor does not complete."""
     pieces, beats = StreamSource(dut, "pieces_0", dut.clk), StreamSource(dut, "beats_0", dut.clk)
     dut.pieces_1_valid.value = dut.beats_1_valid.value = 0
+    if HAS_CACHE:
+        dut.pieces_2_valid.value = dut.cache_beats_valid.value = 0
     dut.halt.value = dut.m_axi_axi_bvalid.value = dut.m_axi_axi_bresp.value = dut.m_axi_axi_bid.value = 0
     dut.m_axi_axi_awready.value = dut.m_axi_axi_wready.value = 1
     watcher = _Watcher(dut)
@@ -353,11 +380,14 @@ async def errors(dut, response):
 
 @cocotb.test()
 @cocotb.parametrize(speeds=[(0, 0, 0), (0.4, 0.3, 0.5)])
-async def two_clients(dut, speeds):
+async def all_clients(dut, speeds):
     """The pieces of each client are written in its order, with its data, and complete its descriptors."""
     bench, random = _Bench(dut, *(randomly(p, rng(2, n)) if p else never for n, p in enumerate(speeds))), rng(1)
     await begin(dut)
     pieces = _pieces(random, 20)
+    pieces[CACHE :: len(CLIENTS)] = [
+        _strobed(random, piece) if HAS_CACHE else piece for piece in pieces[CACHE :: len(CLIENTS)]
+    ]
     shares = [pieces[client :: len(CLIENTS)] for client in CLIENTS]
     for client, share in enumerate(shares):
         share[-1].last = 1
@@ -380,18 +410,37 @@ async def two_clients(dut, speeds):
 
 @cocotb.test()
 async def precedence(dut):
-    """The second client waits while the first one has pieces."""
+    """A client waits while one before it has pieces."""
     bench, random = _Bench(dut), rng(1)
     dut.halt.value = 1
     await begin(dut)
     for client in CLIENTS:
-        bench.send([_piece(random, BOUNDARY * (10 * client + i), 64, last=1) for i in range(6)], random, client)
+        pieces = [_piece(random, BOUNDARY * (10 * client + i), 64, last=1) for i in range(6)]
+        bench.send([_strobed(random, piece) for piece in pieces] if client == CACHE else pieces, random, client)
     await cycle(dut.clk, 20)
     dut.halt.value = 0
     await bench.quiet()
     clients = [address // BOUNDARY // 10 for address, _ in bench.watcher.offered]
-    assert clients == [0] * 6 + [1] * 6
+    assert clients == [client for client in CLIENTS for _ in range(6)]
     bench.check_memory()
+
+
+@cocotb.test(skip=not HAS_CACHE)
+@cocotb.parametrize(beats=[1, 3, 16], stall=[0, 0.5])
+async def strobes(dut, beats, stall):
+    """Pieces of any number of beats, that begin at any beat; a beat in every cycle if nothing stalls."""
+    bench, random = _Bench(dut, *(randomly(stall, rng(2, n)) if stall else never for n in range(3))), rng(1)
+    await begin(dut)
+    monitor = Monitor(dut, ("cache_beats",), ("m_axi_axi_wvalid",))
+    count = beats * bench.size // 4
+    at = [16 * BOUNDARY * index + bench.size * int(random.integers(0, BOUNDARY // bench.size)) for index in range(12)]
+    bench.send([_strobed(random, _piece(random, address, count)) for address in at], random, CACHE)
+    last = _strobed(random, _piece(random, 0, count, last=1, interrupt=1))
+    bench.send([last], random, CACHE)
+    await bench.quiet()
+    bench.check()
+    data = monitor["m_axi_axi_wvalid"]
+    assert stall or (consecutive(data) and data[0] - monitor["cache_beats"][0] == latency("data_latency"))
 
 
 @cocotb.test()

@@ -12,7 +12,7 @@ from cocotb.triggers import RisingEdge
 from hw.spec.memory.transfers import result_transfers
 from hw.spec.ops.epilogue import Outputs, apply_epilogue
 from sim.bench.dut import begin, config, latency, payload
-from sim.bench.epilogues import KINDS, Epilogue, numbers, random_epilogue
+from sim.bench.epilogues import KINDS, Epilogue, InverseBanks, numbers, random_epilogue
 from sim.bench.monitor import Monitor, consecutive
 from sim.bench.streams import Stall, StreamSink, StreamSource, cycle, never, randomly, read, rng
 
@@ -20,6 +20,20 @@ PIECE = 256
 LANES = config().vector_lanes
 """Lanes of the vector unit."""
 SOURCE, ADDEND, TABLE, FACTOR = range(4)
+MEMORY, SCORES, CACHE = range(3)
+TARGETS = ("first", "scores", "cached") if config().has_attention else ("first",)
+"""The outputs of the results."""
+ATTENTION: tuple[tuple[int, bool, tuple[str, ...]], ...] = (
+    (SCORES, False, ("scale",)),
+    (SCORES, False, ("scale", "add")),
+    (SCORES, False, ()),
+    (CACHE, False, ()),
+    (CACHE, False, ("add",)),
+    (MEMORY, True, ("scale",)),
+    (MEMORY, True, ("scale", "add")),
+    (MEMORY, True, ("scale", "add", "second", "squares")),
+)
+"""Epilogues of attention: their target, whether their rows are scaled by 1/S, and their parts."""
 OPERAND_LATENCY = 2
 WAITING = 2
 """Transfers that are accepted before the epilogue takes the first one."""
@@ -32,6 +46,10 @@ SPEEDS = [
     (0, 0, 0, 0, 0.9),
 ]
 """Probabilities of a stall of job, results, both outputs, and the operands."""
+RUNS = [(SPEEDS[0], False), *zip(SPEEDS, itertools.cycle([True, False]))]
+if config().has_attention:
+    # The others are for hardware without it, whose layers take half of the time.
+    RUNS = RUNS[::3]
 
 
 def _bits(values: np.ndarray) -> np.ndarray:
@@ -40,12 +58,17 @@ def _bits(values: np.ndarray) -> np.ndarray:
 
 @dataclass
 class _Layer:
-    """A layer's results before the epilogue, its epilogue, and r of the layers before."""
+    """A layer's results before the epilogue, its epilogue, and r of the layers before.
+
+    With attention r may be something else: the constant of scores, or with ``bank`` 1/S of the rows in this bank.
+    """
 
     values: np.ndarray
     epilogue: Epilogue
     r: np.ndarray | None
     vector: bool = False
+    target: int = MEMORY
+    bank: int | None = None
     outputs: Outputs = field(init=False)
 
     def __post_init__(self):
@@ -61,7 +84,19 @@ class _Layer:
             columns=[fields["out_features"]],
             rotated=[fields["head"] * fields["rotary_heads"]],
             eps=[fields["eps"]],
+            **(self._attention if config().has_attention else {}),
         )
+
+    @property
+    def _attention(self) -> dict[str, list[int]]:
+        """The constant and the bank have any value if they are not used."""
+        scores = self.target == SCORES and self.r is not None
+        return {
+            "target": [self.target],
+            "factor": [int(_bits(self.r)[0]) if scores else 0x4048F5C3],
+            "inverse": [int(self.bank is not None)],
+            "bank": [1 if self.bank is None else self.bank],
+        }
 
     def transfers(self, random: np.random.Generator) -> list[int]:
         """The array's results. Columns that do not exist have random values."""
@@ -128,7 +163,10 @@ class _Bench:
         self.dut, self.layers = dut, layers
         self.job = StreamSource(dut, "job", dut.clk, job)
         self.results = StreamSource(dut, "results", dut.clk, results)
-        self.first = StreamSink(dut, "first", dut.clk, first)
+        self.outputs = [StreamSink(dut, name, dut.clk, first) for name in TARGETS]
+        self.left = Monitor(dut, TARGETS)
+        self.counts: list[tuple[str, int]] = []
+        """For each layer with results: where they leave, and the number of transfers."""
         self.second = StreamSink(dut, "second", dut.clk, second)
         kinds = {TABLE: _Table}
         self.operands = [kinds.get(index, _Operand)(dut, index, operands) for index in range(4)]
@@ -144,6 +182,13 @@ class _Bench:
             if parts.factor is not None:
                 self.operands[FACTOR].send(parts.factor[None], True)
         cocotb.start_soon(self._serve())
+        self.banks = None
+        if config().has_attention:
+            self.banks = InverseBanks(dut, operands)
+            for layer in layers:
+                if layer.bank is not None and layer.r is not None:
+                    self.banks.send(layer.bank, layer.r)
+            cocotb.start_soon(self.banks.run())
 
     async def _serve(self) -> None:
         """Answers reads after ``OPERAND_LATENCY`` cycles; an operand that is available stays so until the release."""
@@ -185,19 +230,32 @@ class _Bench:
             fields, outputs = layer.epilogue.fields, layer.outputs
             where = f"layer {number}, {fields}"
             if not fields["quiet"]:
-                await self._check(self.first, "first", LANES // 2, _bits(outputs.results), where, cycles)
+                name, sink = TARGETS[layer.target], self.outputs[layer.target]
+                count = await self._check(sink, name, LANES // 2, _bits(outputs.results), where, cycles)
+                self.counts.append((name, count))
             if outputs.second is not None:
                 await self._check(self.second, "second", 2, _bits(outputs.second), where, cycles)
-        await self.first.quiet(1)
+        for sink in self.outputs:
+            await sink.quiet(1)
         await self.second.quiet(200)
+        order = self.order()
+        assert order == sorted(set(order)), "results leave in the order of the layers, whatever their targets are"
+        if self.banks is not None:
+            assert not any(self.banks.queues), "every bank is released"
 
-    async def _check(self, sink: StreamSink, name: str, unit: int, rows: np.ndarray, where: str, cycles: int) -> None:
-        """Collects the transfers of one layer as a gatherer does."""
-        tokens, columns = rows.shape
+    def order(self) -> list[int]:
+        """The cycles in which results have left, in the order of the layers."""
+        times = {name: iter(self.left[name]) for name in TARGETS}
+        return [next(times[name]) for name, count in self.counts for _ in range(count)]
+
+    async def _check(self, sink: StreamSink, name: str, unit: int, rows: np.ndarray, where: str, cycles: int) -> int:
+        """Collects the transfers of one layer as a gatherer does. Returns their number."""
+        (tokens, columns), count = rows.shape, 0
         for start in range(0, columns, PIECE):
             chunk, width, ended = np.full((tokens, PIECE), -1, np.int64), min(PIECE, columns - start), False
             while not ended:
                 (raw,) = await sink.take(1, cycles)
+                count += 1
                 seen = {key: values[0] for key, values in payload(name).unpack([raw]).items()}
                 low = payload(name).fields["values"].offset
                 values = [raw >> low + 32 * lane & 0xFFFF_FFFF for lane in range(LANES)]
@@ -217,32 +275,41 @@ class _Bench:
                 f" {chunk[tuple(wrong[0])]:#x}, not {expected[tuple(wrong[0])]:#x}; {len(wrong)} wrong"
             )
             assert (chunk[:, width:] == -1).all(), f"{name} of {where}: columns after the end"
+        return count
 
 
 def _layers(random: np.random.Generator, count: int, hard: bool) -> list[_Layer]:
     """Layers of all kinds. The values of r are those of the last layer with squares."""
     most, layers, r = config().max_tokens, [], None
     # r of all tokens, before it is used.
-    parts = [("quiet", "second", "squares"), *KINDS]
-    parts += [KINDS[int(random.integers(len(KINDS)))] for _ in range(count)]
-    for index, kind in enumerate(parts):
+    parts = [(MEMORY, False, kind) for kind in (("quiet", "second", "squares"), *KINDS)]
+    parts += [(MEMORY, False, KINDS[int(random.integers(len(KINDS)))]) for _ in range(count)]
+    if config().has_attention:
+        later = [*parts[1:], *ATTENTION]
+        parts[1:] = [later[index] for index in random.permutation(len(later))]
+    for index, (target, inverse, kind) in enumerate(parts):
         tokens = most if index == 0 else int(random.integers(1, most, endpoint=True))
         columns = int(random.choice([1, 2, 15, 16, 17, 100, 256, 257, 272, 600]))
         if "rotary" in kind or "squares" in kind:
             columns = max(16, columns // 16 * 16)
         if "silu" in kind:
             columns = max(2, columns // 2 * 2)
-        if "scale" in kind and r is not None:
+        factors, bank = r, int(random.integers(2)) if inverse else None
+        if inverse:
+            factors = numbers(random, tokens, hard=hard)
+        elif target == SCORES:
+            factors = np.repeat(numbers(random, 1, hard=hard), tokens)
+        elif "scale" in kind and r is not None:
             tokens = min(tokens, len(r))
         epilogue = random_epilogue(random, kind, tokens, columns, hard)
         values = numbers(random, tokens, columns, hard=hard)
-        layers.append(_Layer(values, epilogue, r, vector=bool(random.random() < 0.3)))
+        layers.append(_Layer(values, epilogue, factors, bool(random.random() < 0.3), target, bank))
         r = layers[-1].outputs.r if layers[-1].outputs.r is not None else r
     return layers
 
 
 @cocotb.test()
-@cocotb.parametrize((("speeds", "hard"), [(SPEEDS[0], False), *zip(SPEEDS, itertools.cycle([True, False]))]))
+@cocotb.parametrize((("speeds", "hard"), RUNS))
 async def values(dut, speeds, hard):
     """Layers of all kinds one after another, with or without stalls on each stream."""
     stalls = tuple(randomly(p, rng(2, number)) if p else never for number, p in enumerate(speeds))
@@ -277,6 +344,53 @@ async def full_throughput(dut, kind):
         first = monitor["first"][per_layer:]
         assert len(first) == 3 * per_layer and consecutive(first)
         assert first[-1] - later[-1] == latency()
+
+
+@cocotb.test(skip=not config().has_attention)
+async def attention_does_not_wait_for_r(dut):
+    """Scores, values and rows for the cache follow each other without a cycle between them while r is computed."""
+    random, most, columns = rng(1), config().max_tokens, 2 * PIECE
+    kinds = [(SCORES, False), (MEMORY, True), (CACHE, False), (MEMORY, True), (SCORES, False)]
+    first = random_epilogue(random, ("add", "second", "squares"), most, columns)
+    layers = [_Layer(numbers(random, most, columns), first, None)]
+    for index, (target, inverse) in enumerate(kinds):
+        parts = ("add",) if target == CACHE else ("scale",)
+        factors = numbers(random, most) if inverse else np.repeat(numbers(random, 1), most)
+        bank = index // 2 if inverse else None
+        epilogue = random_epilogue(random, parts, most, columns)
+        layers.append(_Layer(numbers(random, most, columns), epilogue, factors, target=target, bank=bank))
+    bench, monitor = _Bench(dut, layers), Monitor(dut, ("results",))
+    await begin(dut)
+    bench.send()
+    await bench.check()
+    per_layer = most * columns // config().lanes
+    taken, order = np.array(monitor["results"]), bench.order()[most * columns // LANES :]
+    # The first layer ends with the transfers that it left waiting.
+    late = taken[per_layer + WAITING * (LANES // config().lanes) + LANES // config().lanes - 1 :].tolist()
+    assert np.diff(taken).max() <= latency("interval"), "no wait for r"
+    assert consecutive(late)
+    assert np.diff(order).max() <= max(latency("interval"), LANES // config().lanes)
+    if config().lanes > 1:
+        assert consecutive(order), "a transfer in every cycle, whatever the targets are"
+
+
+@cocotb.test(skip=not config().has_attention)
+@cocotb.parametrize(blocked=[SCORES, CACHE])
+async def a_target_blocks_the_others(dut, blocked):
+    """Results behind those of a target that takes nothing wait; they are right afterwards."""
+    random, open_now = rng(1), [False]
+    layers = []
+    for target in (blocked, MEMORY, SCORES + CACHE - blocked):
+        epilogue = random_epilogue(random, (), 1, 40)
+        layers.append(_Layer(numbers(random, 1, 40), epilogue, None, target=target))
+    bench = _Bench(dut, layers)
+    bench.outputs[blocked].stall = lambda: not open_now[0]
+    await begin(dut)
+    bench.send()
+    await cycle(dut.clk, 400)
+    assert not any(bench.left[name] for name in TARGETS)
+    open_now[0] = True
+    await bench.check()
 
 
 @cocotb.test()

@@ -12,17 +12,25 @@ from hw.spec.latencies import Latencies
 from hw.spec.presets import PRESETS, preset
 
 
-@pytest.mark.filterwarnings("ignore::amaranth.UnusedElaboratable")
-@pytest.mark.parametrize("name", PRESETS)
-def test_latencies_are_those_of_the_manifests(name: str):
-    # With the vector unit, which has blocks and latencies of its own and changes none of the others.
-    config = replace(preset(name), operators="decoder")
+def compare(config: AcceleratorConfig) -> None:
     figures = Latencies(config).figures()
     assert len(figures) == 19
     for block, figure, cycles in figures:
         assert (block, figure, describe_properties(BLOCKS[block](config))[figure]) == (block, figure, cycles)
     # Objects that were not elaborated are collected here, where their warning is ignored, and not in another test.
     gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore::amaranth.UnusedElaboratable")
+@pytest.mark.parametrize("name", PRESETS)
+def test_latencies_are_those_of_the_manifests(name: str):
+    # With the vector unit, which has blocks and latencies of its own and changes none of the others.
+    compare(replace(preset(name), operators="decoder"))
+
+
+@pytest.mark.filterwarnings("ignore::amaranth.UnusedElaboratable")
+def test_latencies_with_attention():
+    compare(replace(preset("tile16"), operators="decoder", score_words=4096))
 
 
 def test_latencies_depend_on_the_config():

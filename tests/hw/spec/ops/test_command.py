@@ -6,9 +6,11 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from hw.spec.config import MAX_N, AcceleratorConfig, ConfigError
+from hw.spec.config import ATTENTION_K, MAX_N, AcceleratorConfig, ConfigError
 from hw.spec.memory.geometry import LayerLayout, fit_layer
-from hw.spec.ops.command import LayerCommand, command_fields, max_header_beats
+from hw.spec.numerics.attention import CHUNK
+from hw.spec.ops.command import LayerCommand, command_fields, is_short, max_header_beats, stored_slices
+from hw.spec.ops.epilogue import MAX_HEAD
 
 CONFIGS = [
     AcceleratorConfig(),
@@ -84,3 +86,20 @@ def test_a_field_that_overflows_is_named():
     width = command_fields(config)["groups"]
     with pytest.raises(ConfigError, match=f"^command field groups holds {width} bits, not {1 << width}$"):
         replace(command, groups=1 << width).to_int(config)
+
+
+def test_short_layers_take_half():
+    config = AcceleratorConfig(tile=16, max_tokens=3, max_k=1008)
+    assert stored_slices(config) == 189
+    assert is_short(config, 2, 47) and not is_short(config, 3, 32) and is_short(config, 3, 31)
+    assert not is_short(AcceleratorConfig(tile=32, max_tokens=1, max_k=32), 1, 1)
+
+
+@pytest.mark.parametrize("tile", [4, 8, 16, 32])
+def test_layers_of_attention_are_short(tile: int):
+    """Also in the smallest hardware that has attention, with the longest head and a whole chunk of positions."""
+    smallest = AcceleratorConfig(operators="decoder", tile=tile, max_tokens=7, max_k=2 * ATTENTION_K, score_words=512)
+    for k in (CHUNK, MAX_HEAD):
+        assert k <= ATTENTION_K and is_short(smallest, smallest.max_tokens, k // tile)
+    with pytest.raises(ConfigError, match=f"^max_k is at least 512 with score_words, not {512 - tile}$"):
+        replace(smallest, max_k=2 * ATTENTION_K - tile)
