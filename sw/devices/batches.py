@@ -18,9 +18,10 @@ from typing import Any, Generic, Self, TypeVar
 import numpy as np
 
 from hw.spec.config import AcceleratorConfig
+from hw.spec.control.registers import CACHE_UNIT
 from hw.spec.memory.geometry import ceil_div
 from sw.devices.arena import Arena
-from sw.devices.base import PAGE, Buffer, Completion, DeviceError, Job, PreparedBatch
+from sw.devices.base import Buffer, Completion, DeviceError, Job, PreparedBatch
 from sw.devices.jobs import NO_APPENDS, AppendJob, Moving, check_jobs
 
 Code = TypeVar("Code")
@@ -150,8 +151,8 @@ class BatchDevice(ABC, Generic[Code]):
         self._check_open()
         allowed = NO_APPENDS
         if buffer is not None:
-            self.memory.check(buffer)
-            allowed = range(buffer.address, buffer.address + ceil_div(buffer.size, PAGE) * PAGE)
+            self.memory.view(buffer)
+            allowed = range(buffer.address, buffer.address + ceil_div(buffer.size, CACHE_UNIT) * CACHE_UNIT)
         if allowed == self._appends:
             return
         with self._turn:

@@ -8,6 +8,7 @@ from hw.spec.control.descriptor import DESCRIPTOR_WORDS
 from hw.spec.control.program import DESCRIPTOR_BYTES, LENGTH_BITS, program_image
 from hw.spec.control.refusal import Accepted
 from hw.spec.control.registers import (
+    CACHE_UNIT,
     ERROR_TEXTS,
     EVENTS,
     IDENTIFICATION,
@@ -19,6 +20,7 @@ from hw.spec.control.registers import (
 )
 from sw.devices.base import Buffer, Completion, DeviceError, Job
 from sw.devices.batches import BatchDevice, Prepared
+from sw.devices.jobs import NO_APPENDS
 from sw.devices.platform import Platform, Registers, mask
 from sw.devices.programs import Code, Patch, Programs, beats_of
 
@@ -51,6 +53,8 @@ class AcceleratorDevice(BatchDevice[Code]):
         try:
             self._identify(config)
             self._reset()
+            if config.has_attention:
+                self._guard(NO_APPENDS)
             self.registers.set("interrupt_enable", "done", "error")
         except BaseException:
             platform.close()
@@ -116,6 +120,14 @@ class AcceleratorDevice(BatchDevice[Code]):
             self._reset()
         assert code.program is not None, "a patch is that of a program"
         code.patch.apply(self.view(code.program), code.beats, batch.moving.by)
+
+    def appends_changed(self, allowed: range) -> None:
+        """See BatchDevice."""
+        if not self.config.has_attention:
+            return
+        if self._abandoned:
+            self._reset()
+        self._guard(allowed)
 
     def run(self, batch: Prepared[Code]) -> Iterator[Completion | None]:
         """See BatchDevice."""
@@ -201,6 +213,11 @@ class AcceleratorDevice(BatchDevice[Code]):
         self._capabilities = self.registers.fields("capabilities")
         self._error = mask("status", "error")
         self._busy = mask("status", "running", "resetting", "error")
+
+    def _guard(self, allowed: range) -> None:
+        """Writes the addresses of appends to the registers, which a reset does not change."""
+        for name, address in (("cache_first", allowed.start), ("cache_end", allowed.stop)):
+            self.registers.write(name, address // CACHE_UNIT)
 
     def _has_room(self, in_flight: int) -> bool:
         # While fewer descriptors are in flight than the queue holds, the register need not be read.
