@@ -184,8 +184,9 @@ class AcceleratorDevice(BatchDevice[Code]):
     def _read_completions(self, base: int, done: int, code: Code, most: int | None) -> tuple[int, dict[int, int]]:
         """The number of complete jobs of a batch, and by job the cycle of its completion, from job `done` on.
 
-        base: the count of completions at the start. most: read no more cycles than this. The hardware keeps a number of
-        cycles: those of earlier jobs are lost. Then the time of these jobs counts for the next one whose cycle is known.
+        base: the count of completions at the start. most: read no more cycles than this. The hardware keeps a number
+        of cycles: those of earlier jobs are lost. Then the time of these jobs counts for the next one whose cycle is
+        known.
         """
         read, kept = self.registers.read, self._capabilities["completions"]
         self._completed = read("completed")

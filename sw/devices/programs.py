@@ -83,7 +83,7 @@ class Patch:
         self._streams = [(jobs[same[0]], np.array(same)) for same in streams.values()]
 
     def apply(self, image: np.ndarray, beats: np.ndarray, by: int) -> None:
-        """Changes a program's words, uint8 [64 * descriptors] in memory, and the beats of its jobs. It is not running."""
+        """Changes a program's words, uint8 [64 * descriptors] in memory, and its jobs' beats. It is not running."""
         words = image.view("<u4").reshape(-1, DESCRIPTOR_WORDS)
         for group in self._groups:
             words[group.jobs, group.word] = group.words(by)

@@ -8,6 +8,7 @@ order is scores 0, scores 1, values 0, scores 2, values 1, ...
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate, chain
 from typing import NamedTuple
 
@@ -19,10 +20,17 @@ from hw.spec.memory.kv_cache import KEY_BITS, KeyCache, ValueCache
 from hw.spec.memory.operands import FLOAT_BYTES
 from hw.spec.ops import Wait
 from hw.spec.ops.scores import BANKS, bank_words
+from sw.common.errors import UserError
 from sw.devices.base import PAGE, Buffer, Device
 from sw.devices.jobs import AppendJob, Job, Keys, Rows, ScoresJob, Values, ValuesJob, View
-from sw.model.parts import Attention, Mismatch
+from sw.devices.pack import plan_layer
+from sw.graph.file import OnnxFile
+from sw.graph.linears import read_linear
+from sw.model.linear import QuantizedLinear
+from sw.model.parts import Attention, Decoder, Mismatch
+from sw.program.heads import pad_columns, padded_size
 from sw.program.keys import AUTO_BITS, KeyForm
+from sw.program.load import attention_of
 from sw.program.obstacles import Obstacle
 
 KEY_CHOICES = (AUTO_BITS, *map(str, KEY_BITS))
@@ -70,11 +78,31 @@ class _Unit(NamedTuple):
     causal: bool
 
 
-def check_attention(config: AcceleratorConfig, attentions: Sequence[Attention], context: int) -> None:
-    """Raises Obstacle if the hardware cannot compute the attention of a block; context: positions."""
-    for index, attention in enumerate(attentions):
+def check_attention(config: AcceleratorConfig, attentions: Sequence[Attention], context: int) -> list[Attention]:
+    """The attention of each block as the device computes it: heads are padded, see sw.program.heads.
+
+    context: positions. Raises Obstacle if the hardware cannot compute the attention of a block.
+    """
+    padded = [replace(attention, head_size=padded_size(attention.head_size)) for attention in attentions]
+    for index, attention in enumerate(padded):
         if problem := _problem(config, attention, context):
             raise Obstacle(Mismatch(f"layers.{index}.self_attn", problem))
+    return padded
+
+
+def check_padding(config: AcceleratorConfig, file: OnnxFile, decoder: Decoder) -> None:
+    """Raises Obstacle if a layer o does not fit the hardware with the padding of its heads."""
+    for index, block in enumerate(decoder.blocks):
+        size = attention_of(block).head_size
+        if padded_size(size) == size:
+            continue
+        layer = read_linear(file, block.o_proj)
+        assert isinstance(layer, QuantizedLinear), "check_decoder refuses other layers"
+        try:
+            plan_layer(config, pad_columns(layer, size, config.tile))
+        except UserError as error:
+            problem = f"heads of {size} elements with padding to {padded_size(size)}, {error}"
+            raise Obstacle(Mismatch(f"layers.{index}.self_attn", problem)) from None
 
 
 def capacity_of(attention: Attention, context: int, max_tokens: int) -> int:
@@ -212,7 +240,7 @@ class DeviceAttention:
         caches: Sequence[_Caches],
         places: Iterator[Buffer],
     ) -> _Block:
-        """Makes the caches of a block, which are empty. places: of the parts of each, in the order of `_Caches.sizes`."""
+        """Makes the empty caches of a block. places: of the parts of each, in the order of `_Caches.sizes`."""
         device, block = self._device, _Block(name, attention, [], [], [])
         for form, (key_cache, value_cache) in zip(forms, caches, strict=True):
             keys = Keys(key_cache, next(places))

@@ -7,12 +7,14 @@ from itertools import accumulate
 
 import numpy as np
 
+from hw.spec.numerics.block_float import BLOCK
 from sw.devices.base import Buffer, Device
 from sw.devices.pack import LayerPlan, load
 from sw.graph.file import OnnxFile
 from sw.graph.linears import read_linear, read_norm
 from sw.model.linear import QuantizedLinear
 from sw.model.parts import Attention, Block, Decoder, HeadNorm, Mismatch, Norm, Projection
+from sw.program.heads import pad_columns, pad_keys, pad_rows, padded_size
 from sw.program.keys import KeyHeads, key_heads
 from sw.program.obstacles import ALIGNED, Obstacle
 from sw.program.weights import can_join, interleave, join, rotary_rows, rotated_rows
@@ -101,9 +103,13 @@ class LoadedDecoder:
 
 
 class Loader:
-    """Loads a decoder that `check_decoder` accepts. Use `load`; it raises Obstacle if formats do not fit together."""
+    """Loads a decoder that `check_decoder` accepts. Use `load`; it raises Obstacle if formats do not fit together.
 
-    def __init__(self, device: Device, file: OnnxFile, decoder: Decoder, progress: Progress | None):
+    pad: heads are padded to a multiple of 32 elements, for attention on the device.
+    """
+
+    def __init__(self, device: Device, file: OnnxFile, decoder: Decoder, progress: Progress | None, pad: bool = False):
+        self._pad = pad and attention_of(decoder.blocks[0]).head_size % BLOCK > 0
         self._device, self._file, self._decoder, self._progress = device, file, decoder, progress
         self._buffers: list[Buffer] = []
         self._done, self._total = 0, STEPS * len(decoder.blocks) + decoder.head.quantized
@@ -124,18 +130,19 @@ class Loader:
         blocks = tuple(self._block(index, block) for index, block in enumerate(decoder.blocks))
         first = decoder.blocks[0]
         attention, rotary = attention_of(first), first.rotary
+        size = padded_size(attention.head_size) if self._pad else attention.head_size
         table = None
         if rotary:
             cosines, sines = (self._file.constant(name, name).astype(np.float32) for name in (rotary.cos, rotary.sin))
-            table = rotary_rows(cosines, sines, attention.head_size)
+            table = rotary_rows(cosines, sines, size)
         return LoadedDecoder(
             blocks=blocks,
             final_norm=self._norm("norm", decoder.final_norm),
             head=self._place("lm_head", [self._read(decoder.head)]) if decoder.head.quantized else None,
             hidden=decoder.head.k,
-            qkv_columns=sum(part.n for part in (first.q_proj, first.k_proj, first.v_proj)),
+            qkv_columns=(attention.heads + 2 * attention.kv_heads) * size,
             vocab=decoder.head.n,
-            head_size=attention.head_size,
+            head_size=size,
             rotary=table,
         )
 
@@ -145,13 +152,16 @@ class Loader:
         if not can_join(self._device.config, [gate, up]):
             raise Obstacle(Mismatch(f"{name}.mlp", "gate_proj and up_proj have different bits or groups"))
         qkv, keys = self._qkv(f"{name}.self_attn", block)
+        o = self._read(block.o_proj)
+        if self._pad:
+            o = pad_columns(o, attention_of(block).head_size, self._device.config.tile)
         return LoadedBlock(
             name=name,
             input_norm=self._norm(f"{name}.input_layernorm", block.input_norm),
             qkv=qkv,
             keys=keys,
             head_norms=tuple(self._head_norms(f"{name}.self_attn", block)),
-            o=self._place(f"{name}.self_attn.o_proj", [self._read(block.o_proj)]),
+            o=self._place(f"{name}.self_attn.o_proj", [o]),
             post_attention_norm=self._norm(f"{name}.post_attention_layernorm", block.post_attention_norm),
             gate_up=self._place(f"{name}.mlp.gate_up_proj", [interleave("", gate, up)]),
             down=self._place(f"{name}.mlp.down_proj", [self._read(block.down_proj)]),
@@ -172,6 +182,9 @@ class Loader:
         if self._device.config.has_attention:
             norm = read_norm(self._file, block.input_norm)
             keys = key_heads(layers[1], norm, attention.kv_heads, block.k_norm is not None)
+        if self._pad:
+            layers = [pad_rows(layer, attention.head_size) for layer in layers]
+            keys = keys and pad_keys(keys, attention.head_size)
         groups = [[0]]
         for index in (1, 2):
             # The rotated heads of a layer are its first ones.

@@ -26,7 +26,6 @@ from sw.program.head_norms import head_norm_jobs
 from sw.program.load import LoadedBlock, LoadedDecoder, LoadedLayer, LoadedNorm
 from sw.program.memory import Inputs, Matrix, Pieces, Table
 
-
 MOST_CALLS = 32
 """Programs of whole calls that are kept. Each takes some tens of KiB of the device's memory."""
 

@@ -2,21 +2,21 @@
 """What depends on a call's position: fields of its jobs' descriptors, as functions of the position.
 
 A batch for the call at one position is, with other values of these fields, the batch for the same call at another one.
-`Job.moved` makes the job of the other position, and `Job.moves` says which fields differ. Both use the functions here, so
-a driver that changes the words of a descriptor gives what a batch has that is built for this position.
+`Job.moved` makes the job of the other position, and `Job.moves` says which fields differ. Both use the functions here,
+so a driver that changes the words of a descriptor gives what a batch has that is built for this position.
 
 A batch that `check_jobs` accepts is accepted at every other position within its reach, because the check depends on the
 position in the following ways only, and the reach excludes what they refuse:
 
 - slot of APPEND is a remainder, so it is below the number of slots.
 - out_features (slots that are seen), turn and slots of SCORES: seen and turn are 1 to the number of slots. Without a
-  window the reach ends with the last slot, so seen equals turn. All other fields follow from the cache's layout, and the
-  region of fewer positions is not larger.
+  window the reach ends with the last slot, so seen equals turn. All other fields follow from the cache's layout, and
+  the region of fewer positions is not larger.
 - the room of the scores grows with the slots that are seen, and the reach ends where the bank is full.
 - positions of VALUES: the same function of the same position as those of the scores in its bank, so they are equal, and
   the batch's banks are as before.
-- the rotary table's address: the reach ends with the table. It has the same alignment in every row, because the pitch has
-  it; it is read only, and what a job writes overlaps no row of it.
+- the rotary table's address: the reach ends with the table. It has the same alignment in every row, because the pitch
+  has it; it is read only, and what a job writes overlaps no row of it.
 - reads and writes of caches count as those of the whole cache, so no other overlap depends on the position.
 """
 
