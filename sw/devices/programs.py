@@ -3,7 +3,7 @@
 
 import weakref
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -70,12 +70,12 @@ class Patch:
     """
 
     def __init__(self, jobs: Sequence[Job], descriptors: Sequence[Sequence[int]]):
-        found: dict[tuple, list[tuple[int, Move]]] = {}
+        found: dict[tuple[Callable, int, int, int], list[tuple[int, Move]]] = {}
         for index, job in enumerate(jobs):
             for move in job.moves():
                 place = _field(descriptors[index], move.field)
                 found.setdefault((move.law, place.low, place.width, place.unit), []).append((index, move))
-        self._groups = [_group(*place, moves, descriptors) for (_, *place), moves in found.items()]
+        self._groups = [_group(low, width, unit, moves, descriptors) for (_, low, width, unit), moves in found.items()]
         streams: dict[Hashable, list[int]] = {}
         for index, job in enumerate(jobs):
             if (stream := job.moving_stream) is not None:

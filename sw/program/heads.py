@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Heads whose size is no multiple of a group of the KV cache, padded with zeros when weights are packed.
 
-The rows of q, k and v get zero rows after each head, and the columns of o zero columns at the same places. A zero row gives
-elements that are 0, so they add 0 to scores, and the padding of the output is 0: no result changes. The factor of the
-scores stays that of the model's head size.
+The rows of q, k and v get zero rows after each head, and o gets columns at the same places. A zero row gives elements
+that are 0, so they add 0 to scores, and the padding of the output is 0: no result changes. The factor of the scores
+stays that of the model's head size.
 """
 
 from dataclasses import replace

@@ -8,7 +8,8 @@ place where a job becomes the values of hw.spec.ops: the driver sends them, and 
 from sw.devices.jobs.attention import AppendJob, AttentionJob, Keys, ScoresJob, Values, ValuesJob, View
 from sw.devices.jobs.check import NO_APPENDS, check_jobs
 from sw.devices.jobs.layers import Job, LinearJob, VectorJob
-from sw.devices.jobs.moves import Move, Moving, Reach
+from sw.devices.jobs.moves import Move, Reach
+from sw.devices.jobs.moving import Moving
 from sw.devices.jobs.operands import (
     EXPONENTS,
     NOWHERE,

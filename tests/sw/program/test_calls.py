@@ -10,7 +10,7 @@ import pytest
 
 from hw.spec.config import SCORE_UNIT, AcceleratorConfig
 from hw.spec.control.program import program_image
-from hw.spec.control.registers import offset
+from hw.spec.control.registers import offset as at
 from sw.bench_decoder import InstantDevice, InstantPlatform
 from sw.devices.base import DeviceError, PreparedBatch
 from sw.devices.batches import Prepared
@@ -156,15 +156,14 @@ class Stuck(InstantPlatform):
 
     stuck, step = False, 1000
 
-    def write_register(self, place: int, value: int) -> None:
+    def write_register(self, offset: int, value: int) -> None:
         """See Platform."""
-        if self.stuck and place == self._control:
-            return
-        super().write_register(place, value)
+        if not (self.stuck and offset == self._control):
+            super().write_register(offset, value)
 
     def wait_interrupt(self) -> bool:
         """See Platform."""
-        self._values[offset("cycles")] += self.step
+        self._values[at("cycles")] += self.step
         return not self.stuck
 
 
@@ -172,7 +171,7 @@ class StuckDevice(AcceleratorDevice):
     name = "stuck"
 
 
-def test_a_program_that_was_given_up_is_reset_before_it_moves(plain):
+def test_a_program_that_was_given_up_is_reset_before_it_moves(plain, monkeypatch):
     """It may still be running, and reading its descriptors."""
     platform = Stuck(config())
     programs = programs_of(plain, device := StuckDevice(config(), platform))
@@ -182,9 +181,13 @@ def test_a_program_that_was_given_up_is_reset_before_it_moves(plain):
     with pytest.raises(DeviceError, match="nothing moved for"):
         device.wait(device.submit(batch), 10)
     platform.stuck = False
-    resets = []
-    reset, device._reset = device._reset, lambda: (resets.append(code_of(batch)[2].copy()), reset())
-    before = code_of(batch)[2].copy()
+    resets, before, reset = [], code_of(batch)[2].copy(), device._reset
+
+    def watched() -> None:
+        resets.append(code_of(batch)[2].copy())
+        reset()
+
+    monkeypatch.setattr(device, "_reset", watched)
     device.move(batch, 1)
     assert len(resets) == 1 and np.array_equal(resets[0], before)
     device.move(batch, 2)

@@ -122,7 +122,7 @@ def odd(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(("tile", "key_bits"), [(4, 16), (8, 8), (16, 8)])
 def test_padded_heads(odd, tile, key_bits):
-    """Heads of 80 elements are padded to 96: bit for bit the definition, and every other layer is as without padding."""
+    """Heads of 80 elements are padded to 96: bit for bit the definition, and the layers are as without padding."""
     decoder = on_device(odd, key_bits, tile=tile)
     assert decoder._programs.qkv.columns == 8 * 96
     found = in_blocks(decoder)
