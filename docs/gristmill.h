@@ -137,6 +137,12 @@ extern "C" {
 #define GRISTMILL_FAILED_INDEX_SHIFT 0
 #define GRISTMILL_FAILED_INDEX_MASK 0x00ffffffu /* counted from its program's start or the reset, modulo 2^24 */
 
+/* read, write: first address to which appends to KV caches write, in units of 4,096 bytes; only with score_words */
+#define GRISTMILL_REG_CACHE_FIRST 0x0d0u
+
+/* read, write: address after the last one to which they write, in units of 4,096 bytes; with 0 they write nothing; only with score_words */
+#define GRISTMILL_REG_CACHE_END 0x0d4u
+
 /* read, 32 words: entry c modulo 32: low word of cycles when descriptor c was complete */
 #define GRISTMILL_REG_COMPLETION_CYCLES 0x100u
 #define GRISTMILL_COMPLETION_CYCLES_WORDS 32u
@@ -154,6 +160,7 @@ enum gristmill_error {
     GRISTMILL_ERROR_WRITE_TIMEOUT = 8, /* memory did not answer a write in time */
     GRISTMILL_ERROR_UNDERRUN = 9, /* the core read a scale before it was available: an error of the hardware */
     GRISTMILL_ERROR_PROGRAM = 10, /* a program's address is too high, or not a multiple of its alignment */
+    GRISTMILL_ERROR_CACHE = 11, /* an append to a KV cache outside of the addresses from cache_first to cache_end; only with score_words */
 };
 
 /* Descriptors. A field holds a raw value: for an address or a pitch the number of bytes divided by the unit.

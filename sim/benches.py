@@ -139,6 +139,7 @@ BENCHES: list[Bench] = [
     *(_bench(block, _SMALL_ATTENTION) for block in ("score_banks", "value_rows")),
     _bench("value_layers", _SMALL_ATTENTION, tb="value_walk"),
     _bench("value_regions", _SMALL_ATTENTION, tb="value_walk", regions=True),
+    _bench("probabilities", _SMALL_ATTENTION),
     _bench("chunk_sums", dict(_TWO_PORTS_DECODER, lanes=2, score_words=2048)),
     *(
         _bench("cache_path", dict(params, **_WITH_ATTENTION), tb="cache_writer")
@@ -173,11 +174,8 @@ BENCHES: list[Bench] = [
     *(_bench("sequencer", params, full=True) for params in (_NARROW, _WIDE)),
     _bench("scales", _SMALL_DECODER, full=True),
     *(_bench(f"head_float_{lanes}", _SMALL, tb="head_float", full=True) for lanes in (1, 8)),
-    *(_bench(block, _ATTENTION, full=True) for block in ("score_banks", "value_rows")),
-    *(
-        _bench(block, dict(_TILE_16, operators="decoder", lanes=2, score_words=8192), full=True)
-        for block in ("score_banks", "value_rows")
-    ),
+    *(_bench(block, _ATTENTION, full=True) for block in ("score_banks", "value_rows", "probabilities")),
+    _bench("probabilities", dict(_TWO_PORTS_DECODER, score_words=4096), full=True),
     # All transfers of a token are the same sums; one lane; many lanes and tokens.
     *(
         _bench("chunk_sums", dict(params, score_words=2048), full=True)

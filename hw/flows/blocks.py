@@ -7,7 +7,6 @@ from itertools import product
 from amaranth.hdl import Shape, ShapeCastable
 from amaranth.lib import data, stream, wiring
 
-from hw.flows.cache_path import CachePath
 from hw.flows.selftest import selftest
 from hw.rtl.accelerator import Accelerator
 from hw.rtl.arithmetic.exp import Exp
@@ -16,6 +15,7 @@ from hw.rtl.arithmetic.float_multiplier import FloatMultiplier
 from hw.rtl.arithmetic.reciprocal import Reciprocal
 from hw.rtl.arithmetic.sigma import Sigma
 from hw.rtl.arithmetic.silu import Silu
+from hw.rtl.attention.cache_path import CachePath
 from hw.rtl.attention.cache_writer import CacheWriter
 from hw.rtl.attention.chunk_sums import ChunkSums
 from hw.rtl.attention.head_float import HeadFloat

@@ -26,6 +26,10 @@ _PASSES = ("proc", "opt -full", "clean", "check -assert")
 """Processes become registers and multiplexers, then everything is simplified: Verilator runs the result about eight
 times as fast as Verilog that contains Amaranth's processes."""
 
+_SPLIT = "splitnets -driver"
+"""After it no net has several drivers: for Verilator a net in which one bit depends on another one is a loop. Hardware
+with attention has some; in all other hardware it would only change names."""
+
 _MODULE = re.compile(r"^(?:attribute [^\n]*\n)*module \\(\S+)\n(.*?)^end\n", re.MULTILINE | re.DOTALL)
 _MEMORY_INIT = re.compile(r"^  cell \$meminit_v2 .*?^  end\n", re.MULTILINE | re.DOTALL)
 _CELL = re.compile(r"^(  cell )\\(\S+) ", re.MULTILINE)
@@ -189,6 +193,11 @@ def to_rtlil(component: wiring.Component, name: str, platform=None) -> str:
     return _shorten(share_modules(_MEMORY_INIT.sub("", str(design)), name), name)
 
 
+def _has_attention(component: wiring.Component) -> bool:
+    config = getattr(component, "config", None)
+    return config is not None and config.has_attention
+
+
 def to_verilog(component: wiring.Component, name: str, platform=None) -> str:
     """Verilog-2005 of ``component``, the same for simulation and synthesis, and byte-identical in every run.
 
@@ -201,7 +210,8 @@ def to_verilog(component: wiring.Component, name: str, platform=None) -> str:
     with tempfile.TemporaryDirectory() as folder:
         source, target, script = (Path(folder, f"design{ending}") for ending in (".il", ".v", ".ys"))
         source.write_text(to_rtlil(component, name, platform))
-        passes = (f"read_rtlil {source.name}", f"hierarchy -check -top {name}", *_PASSES)
+        split = (_SPLIT,) if _has_attention(component) else ()
+        passes = (f"read_rtlil {source.name}", f"hierarchy -check -top {name}", *_PASSES, *split)
         write = f"write_verilog -noattr -simple-lhs {target.name}"
         if platform is not None and platform.family:
             # This file has black boxes for all primitives that a block may contain.

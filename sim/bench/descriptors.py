@@ -21,7 +21,7 @@ from hw.spec.memory.geometry import LayerLayout
 from hw.spec.numerics.vector import PARTIAL_SUMS, PIECE
 from hw.spec.ops import OPS, Op
 from hw.spec.ops.epilogue import EPILOGUE_FIELDS, FLAGS, HEAD_UNIT, MAX_HEAD, PIECE_BYTES
-from sim.bench.attention_descriptors import AttentionDescriptor
+from sim.bench.attention.descriptors import AttentionDescriptor
 
 __all__ = ["AnyDescriptor", "Case", "cases", "fields_of", "mutations", "op_of", "random_linear", "random_vector"]
 

@@ -38,9 +38,9 @@ def sums_layout(config: AcceleratorConfig) -> data.StructLayout:
 class ChunkSums(Block):
     """Adds the chunks of each column tile in ascending order, as float32; all other results pass.
 
-    Of values, the core gives one layer of ``tile`` columns for each chunk of each column tile. The first chunk's results
-    are stored, those of the others are added to them, and the sums of the last chunk leave. They have the places of one
-    layer with all column tiles, which is a single piece. Bit for bit
+    Of values, the core gives one layer of ``tile`` columns for each chunk of each column tile. The first chunk's
+    results are stored, those of the others are added to them, and the sums of the last chunk leave. They have the
+    places of one layer with all column tiles, which is a single piece. Bit for bit
     :func:`hw.spec.numerics.attention.weighted_values` before its product with 1/S.
 
     Members
@@ -170,8 +170,8 @@ class ChunkSums(Block):
             "passes": 1,
             "chunks": given.chunks.shape(),
             "last_tile": range(MAX_HEAD // self.config.tile),
+            "entries": limit.shape(),
         }
-        layout["entries"] = limit.shape()
         m.submodules.jobs = jobs = StreamFifo(data.StructLayout(layout), self._JOBS)
         entries = given.tokens << (per_row.bit_length() - 1)
         m.d.comb += [
@@ -190,8 +190,8 @@ class ChunkSums(Block):
     def _wait(self, m: Module, entries: Value, add: Signal, added: Value, free: Signal) -> None:
         """Whether the sums of the next transfer are stored.
 
-        Transfers go round the entries of a chunk, so it is the case if there are fewer of them in the pipeline. The
-        result is a register. It has the right value when a job's first transfer is added, because one was stored before.
+        Transfers go round the entries of a chunk, so it is the case if fewer transfers are in the pipeline. The result
+        is a register. When a job's first transfer is added it is right, because a transfer was stored before.
         """
         count = Signal(range(self.interval))
         with m.If(add != added):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From scores to the activations of values."""
 
-from amaranth.hdl import Module
+from amaranth.hdl import Module, Signal
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -19,6 +19,9 @@ from hw.spec.ops.scores import BANKS
 
 class Probabilities(Block):
     """Takes scores, computes their softmax, and gives the activations of values.
+
+    A bank is used by scores, then by their values, until it is released. Jobs may come earlier: those of scores are
+    taken when their bank is free, those of values when the values before in the same bank have released it.
 
     Members
     -------
@@ -81,10 +84,20 @@ class Probabilities(Block):
         )
         wiring.connect(m, wiring.flipped(self.scores_job), banks.job)
         wiring.connect(m, wiring.flipped(self.scores), banks.results)
-        wiring.connect(m, wiring.flipped(self.values_job), values.job)
+        # The bank is ``ready`` with the probabilities of the job before until its release.
+        claimed, bank = Signal(BANKS), self.values_job.payload.bank
+        free = ~claimed.bit_select(bank, 1)
         wiring.connect(m, wiring.flipped(self.exponents), values.exponents)
         wiring.connect(m, values.rows, wiring.flipped(self.rows))
+        for index in range(BANKS):
+            with m.If(values.job.valid & values.job.ready & (bank == index)):
+                m.d.sync += claimed[index].eq(1)
+            with m.Elif(self.release[index]):
+                m.d.sync += claimed[index].eq(0)
         m.d.comb += [
+            values.job.payload.eq(self.values_job.payload),
+            values.job.valid.eq(self.values_job.valid & free),
+            self.values_job.ready.eq(values.job.ready & free),
             self.stored.eq(banks.stored),
             self.ready.eq(banks.ready),
             values.ready.eq(banks.ready),

@@ -232,14 +232,14 @@ class DescriptorCheck(Block):
             ]
             found = [Cat(outside).any(), *(compare(values) for compare in comparisons(self.config)[op.opcode])]
             faults += [self._is(descriptor, op) & fault for fault in found]
-        self._pass_on(m, descriptor, values)
+        self._pass_on(m, descriptor, busy, values)
         return self._register(m, busy, "shape_wrong", Cat(faults), len(faults))
 
-    def _pass_on(self, m: Module, descriptor: Value, values: Mapping[str, Value]) -> None:
+    def _pass_on(self, m: Module, descriptor: Value, busy: Value, values: dict[str, Value]) -> None:
         """The payload of ``work``."""
         work = self.work.payload
         if self.config.has_attention:
-            values = self._of_attention(descriptor, values)
+            values |= self._of_attention(m, descriptor, busy, values)
         m.d.comb += [
             *(work[name].eq(values[name]) for name, _ in work.shape() if name not in ("command", "vector", "index")),
             *(work.command[name].eq(values[name]) for name, _ in work.command.shape()),
@@ -249,8 +249,10 @@ class DescriptorCheck(Block):
         if self.config.has_programs:
             m.d.comb += work.index.eq(self.index)
 
-    def _of_attention(self, descriptor: Value, values: Mapping[str, Value]) -> dict[str, Value]:
-        """The values without those of fields that other operations have in the same places."""
+    def _of_attention(
+        self, m: Module, descriptor: Value, busy: Value, values: Mapping[str, Value]
+    ) -> dict[str, Value]:
+        """What units need instead of fields that several operations have in the same places, each in a register."""
         append, scores, output = (values[f"is_{name}"] for name in ("append", "scores", "values"))
         port_bytes = self.config.port_width // 8
 
@@ -258,8 +260,7 @@ class DescriptorCheck(Block):
             return Mux(scores, of_scores, Mux(output, of_values, otherwise))
 
         head = values["head_groups"] * (BLOCK * FLOAT_BYTES // port_bytes)
-        return {
-            **values,
+        found = {
             "append": append,
             "scores": scores,
             "values": output,
@@ -278,6 +279,9 @@ class DescriptorCheck(Block):
             "weight_beats": Mux(output, values["value_beats"], values["weight_beats"]),
             "weight_tiles": Mux(output, values["out_tiles"], 1),
         }
+        layout = self.work.payload.shape()
+        widths = {name: field.width for name, field in (*layout, *layout["command"].shape)}
+        return {name: self._register(m, busy, f"passed_{name}", value, widths[name]) for name, value in found.items()}
 
     def _differs_from_before(self, m: Module, descriptor: Value, values: Mapping[str, Value]) -> Value:
         """Whether there is no previous linear layer, or it had activations of another shape."""

@@ -74,13 +74,14 @@ class TakeTransfers(Block):
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        m.submodules.jobs = jobs = StreamFifo(self.current.shape(), self._AHEAD)
+        m.submodules.jobs = jobs = StreamFifo(self._stored, self._AHEAD)
         m.submodules.transfers = transfers = StreamFifo(self.results.payload.shape(), self._AHEAD)
         self._collect(m, jobs, transfers)
         job, taken, transfer, go = self.current, self.taken, transfers.o.payload, Signal()
         wanted, pause = self._wanted(job), Signal(range(self.interval))
         m.d.comb += [
-            job.eq(jobs.o.payload),
+            # Without ``needs_r``, which is behind the others.
+            Value.cast(job).eq(Value.cast(jobs.o.payload)),
             jobs.o.ready.eq(go & transfer.last),
             go.eq(
                 # A transfer comes at least one cycle after its job.
@@ -88,7 +89,7 @@ class TakeTransfers(Block):
                 & Cat(~wanted[operand] | self.available[operand] for operand in Operand).all()
                 & self.room
                 & (pause == 0)
-                & ~self._unknown(job)
+                & ~self._unknown(jobs.o.payload)
             ),
             transfers.o.ready.eq(go),
             taken.valid.eq(go),
@@ -117,7 +118,7 @@ class TakeTransfers(Block):
         m.d.comb += [
             free.eq(~active | (transfers.i.valid & transfers.i.ready & transfer.last)),
             jobs.i.valid.eq(self.job.valid & free),
-            jobs.i.payload.eq(job),
+            Value.cast(jobs.i.payload).eq(Cat(job, *([self._needs_r(job)] if self.config.has_attention else []))),
             self.job.ready.eq(jobs.i.ready & free),
             load.eq(self.job.valid & self.job.ready),
             walker.job.valid.eq(self.job.valid & job.vector & ~walking),
@@ -140,15 +141,25 @@ class TakeTransfers(Block):
         with m.If(load):
             m.d.sync += vector.eq(job.vector)
 
-    def _unknown(self, job) -> Value:
-        """Whether the factor of the job's rows is not known yet, or the sums of squares are in use."""
+    @property
+    def _stored(self) -> data.StructLayout:
+        """A job in the FIFO. With attention it is known there whether it needs r, because ``go`` is a long path."""
+        more = {"needs_r": 1} if self.config.has_attention else {}
+        return data.StructLayout({**self.current.shape().members, **more})
+
+    def _needs_r(self, job) -> Value:
+        """Whether the job has a row's factor r, or computes r of later ones."""
         flags = job.flags
         if not self.config.has_attention:
-            return self.pending & (flags.scale | flags.squares)
+            return flags.scale | flags.squares
         other = job.inverse | (job.target == Target.SCORES)
-        return (self.pending & ((flags.scale & ~other) | flags.squares)) | (
-            job.inverse & ~self.inverted.bit_select(job.bank, 1)
-        )
+        return (flags.scale & ~other) | flags.squares
+
+    def _unknown(self, stored) -> Value:
+        """Whether the factor of the job's rows is not known yet, or the sums of squares are in use."""
+        if not self.config.has_attention:
+            return self.pending & self._needs_r(stored)
+        return (self.pending & stored.needs_r) | (stored.inverse & ~self.inverted.bit_select(stored.bank, 1))
 
     def _wanted(self, job) -> dict[Operand, Value]:
         """Whether the job has an operand."""

@@ -32,6 +32,10 @@ WINDOW_BYTES = 0x200
 """Size of the register space in bytes; accesses beyond it get DECERR."""
 
 
+_ONLY = "; only with operators decoder"
+_ONLY_ATTENTION = "; only with score_words"
+
+
 class ErrorCode(enum.IntEnum):
     """The reason why the accelerator stopped. Only a reset starts it again."""
 
@@ -61,7 +65,7 @@ ERROR_TEXTS = {
     ErrorCode.WRITE_TIMEOUT: "memory did not answer a write in time",
     ErrorCode.UNDERRUN: "the core read a scale before it was available: an error of the hardware",
     ErrorCode.PROGRAM: "a program's address is too high, or not a multiple of its alignment",
-    ErrorCode.CACHE: "an append to a KV cache outside of the addresses from cache_first to cache_end",
+    ErrorCode.CACHE: "an append to a KV cache outside of the addresses from cache_first to cache_end" + _ONLY_ATTENTION,
 }
 OF_ATTENTION = frozenset((ErrorCode.CACHE,))
 """Errors that only hardware with attention has; the last codes."""
@@ -83,8 +87,6 @@ class Access(enum.Enum):
     """The hardware sets bits; software clears bits by writing 1 to them."""
 
 
-_ONLY = "; only with operators decoder"
-_ONLY_ATTENTION = "; only with score_words"
 CACHE_UNIT = BURST_BOUNDARY
 """Bytes of a unit of the registers cache_first and cache_end."""
 

@@ -272,7 +272,7 @@ async def test_throughput(dut, kind):
     assert len(data) == tokens * several.beats
     # The second row ends later after the first than the others do, because all parts are empty before.
     took = (data[-1] - data[2 * several.beats - 1]) / max(1, tokens - 2)
-    least = max(several.beats + 1, rows + latency("row_gap"))
+    least = max(several.beats + latency("head_gap"), rows + latency("row_gap"))
     dut._log.info(f"{several.cache}: {several.beats} beats, {took:.1f} cycles for each of {tokens} rows, not {least}")
     assert tokens < 3 or took <= least
     bench.check([single, several])
@@ -354,6 +354,37 @@ async def test_partly_outside(dut, kind, cut):
     dut.rst.value = 1
     await cycle(dut.clk, 5)
     assert read(dut.outside) == 0
+
+
+@cocotb.test(skip=CONFIG.tile > CONFIG.beat_bytes)
+async def test_end_in_a_piece(dut):
+    """A piece that begins before the end and ends after it is not written; all pieces before it are."""
+    bench, piece = Bench(dut), 1024
+    last_port, columns = CONFIG.ports - 1, CONFIG.tile - 1
+    one = Places(bench.random).append(1, 256, 300, 0, 1)
+    assert one
+    for slot in range(columns, 300, CONFIG.tile):
+        one.slot = slot
+        ((_, some),) = one.bytes(0)
+        body = some.offsets[-one.cache.layer.k * CONFIG.weight_bits // 8 :]
+        start = int(body[body >= last_port * one.stride].min()) // (CONFIG.port_width // 8) * (CONFIG.port_width // 8)
+        end = ceil_div(start, PAGE) * PAGE
+        if end < body.max() and (end - start) % piece:
+            break
+    else:
+        raise AssertionError("a key's mantissas on one port cross 4 KiB in some slot")
+    dut.end.value = (HIGH + one.address + end) // PAGE
+    await begin(dut)
+    bench.send(one)
+    await until(dut.clk, lambda: read(dut.outside) == 1, "outside", 20_000)
+    await quiet(bench)
+    start += (end - start) // piece * piece
+    assert read(dut.outside_address) == HIGH + one.address + start
+    image = bench.image.copy()
+    kept = image[one.address + start :].copy()
+    one.write(image)
+    image[one.address + start :] = kept
+    assert np.array_equal(bench.now, image)
 
 
 @cocotb.test()

@@ -102,11 +102,8 @@ class Bench:
     def times(self, number: int) -> tuple[list[int], list[int]]:
         """The cycles of a job's transfers: given, and left."""
         counts = [(self._count(job), len(job.expected(rng(0)))) for job in self.jobs]
-        starts = np.cumsum([(0, 0), *counts], axis=0)
-        return tuple(
-            self.monitor[name][start:end]
-            for name, start, end in zip(("i", "o"), starts[number], starts[number + 1], strict=True)
-        )
+        (given, left), (given_end, left_end) = np.cumsum([(0, 0), *counts], axis=0)[number : number + 2]
+        return self.monitor["i"][given:given_end], self.monitor["o"][left:left_end]
 
 
 def numbers(random: np.random.Generator, *shape: int, hard: bool = False) -> np.ndarray:

@@ -48,15 +48,15 @@ class Job:
             "causal": self.causal,
         }
 
-    @property
-    def payload(self) -> list[int]:
-        return payload("job").pack(bank=[self.bank], **{name: [value] for name, value in self.fields.items()})
+    def command(self, port: str = "job") -> list[int]:
+        """The job."""
+        return payload(port).pack(bank=[self.bank], **{name: [value] for name, value in self.fields.items()})
 
     def expected(self) -> Probabilities:
         seen = visible({**self.fields, "out_features": self.scores.shape[1]})
         return probabilities(np.where(seen, floats(self.scores), np.float32(-np.inf)))
 
-    def transfers(self, random: np.random.Generator) -> list[int]:
+    def transfers(self, random: np.random.Generator, port: str = "results") -> list[int]:
         """The vector unit's results. Lanes without a column have random values."""
         found: dict[str, list[Any]] = {"values": []}
         for transfer in tile_transfers(TILE, LANES, *self.scores.shape):
@@ -67,7 +67,7 @@ class Job:
             for name, value in _fields(transfer).items():
                 found.setdefault(name, []).append(value)
         values = np.array(found.pop("values")).astype(np.uint32).view(np.int32).astype(np.int64)
-        return payload("results").pack(values=values, **{name: np.array(given) for name, given in found.items()})
+        return payload(port).pack(values=values, **{name: np.array(given) for name, given in found.items()})
 
 
 def _fields(transfer: Transfer) -> dict[str, int]:
@@ -130,7 +130,7 @@ async def check(dut: Any, jobs: list[Job], stall: float = 0.0) -> None:
     await begin(dut)
     for index, job in enumerate(jobs):
         job.bank = index % 2
-        sources[0].send(job.payload)
+        sources[0].send(job.command())
         sources[1].send(job.transfers(random))
     for job in jobs:
         await reader.check(job, int(random.integers(0, 30)) if stall else 0)
@@ -186,7 +186,7 @@ async def test_throughput(dut):
     Reader(dut)
     await begin(dut)
     for job in jobs:
-        sources[0].send(job.payload)
+        sources[0].send(job.command())
         sources[1].send(job.transfers(random))
     count = rows * positions // LANES
     ready = [await until(dut.clk, lambda at=at: read(dut.ready) >> at & 1 == 1, f"bank {at}") for at in range(2)]

@@ -37,10 +37,15 @@ class Job:
         padded[:, :positions] = to_float32(self.p, np.array(-UNIT_BITS))
         return padded.view(np.uint32).reshape(-1, TILE)
 
-    @property
-    def payload(self) -> list[int]:
+    def command(self, port: str = "job") -> list[int]:
+        """The job."""
         (rows, positions), tiles = self.p.shape, len(self.exponents)
-        return payload("job").pack(bank=[self.bank], tokens=[rows], positions=[positions], tiles=[tiles])
+        return payload(port).pack(bank=[self.bank], tokens=[rows], positions=[positions], tiles=[tiles])
+
+    @property
+    def exponent_rows(self) -> list[int]:
+        """The exponents as they come from memory: a row of floats holds ``4 * tile`` of them."""
+        return pack_elements(self.exponents.astype(np.int64).reshape(-1, 4 * TILE) & 0xFF, 8)
 
     def expected(self) -> list[np.ndarray]:
         """The rows in order: uint32 [tile] each."""
@@ -90,8 +95,8 @@ async def check(dut: Any, jobs: list[Job], stall: float = 0.0) -> None:
     await begin(dut)
     cocotb.start_soon(banks.run())
     for job in jobs:
-        source.send(job.payload)
-        exponents.send(pack_elements(job.exponents.astype(np.int64).reshape(-1, 4 * TILE) & 0xFF, 8))
+        source.send(job.command())
+        exponents.send(job.exponent_rows)
     expected = [row for job in jobs for row in job.expected()]
     seen = await sink.take(len(expected))
     wanted = pack_elements(np.array(expected), 32)

@@ -20,7 +20,7 @@ from hw.spec.ops import SCORES, VALUES, Opcode
 from hw.spec.ops.append import AppendDescriptor
 from hw.spec.ops.command import LayerCommand, command_fields
 from hw.spec.ops.scores import ScoresDescriptor
-from sim.bench.attention_descriptors import (
+from sim.bench.attention.descriptors import (
     AttentionDescriptor,
     attention_rules,
     random_append,

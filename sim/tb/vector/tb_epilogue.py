@@ -90,10 +90,10 @@ class _Layer:
     @property
     def _attention(self) -> dict[str, list[int]]:
         """The constant and the bank have any value if they are not used."""
-        scores = self.target == SCORES and self.r is not None
+        factor = _bits(self.r)[0] if self.target == SCORES and self.r is not None else 0x4048F5C3
         return {
             "target": [self.target],
-            "factor": [int(_bits(self.r)[0]) if scores else 0x4048F5C3],
+            "factor": [int(factor)],
             "inverse": [int(self.bank is not None)],
             "bank": [1 if self.bank is None else self.bank],
         }
@@ -390,6 +390,25 @@ async def a_target_blocks_the_others(dut, blocked):
     await cycle(dut.clk, 400)
     assert not any(bench.left[name] for name in TARGETS)
     open_now[0] = True
+    await bench.check()
+
+
+@cocotb.test(skip=not config().has_attention)
+async def values_wait_for_the_inverses(dut):
+    """Rows wait until 1/S of their bank is known, also if it is not any more since the job before released the bank."""
+    random, known = rng(1), [False]
+    layers = []
+    for bank in (1, 1, 0, 1):
+        epilogue = random_epilogue(random, ("scale",), 1, 40)
+        layers.append(_Layer(numbers(random, 1, 40), epilogue, numbers(random, 1), bank=bank))
+    bench = _Bench(dut, layers)
+    assert bench.banks is not None
+    bench.banks.stall = lambda: not known[0] or random.random() < 0.9
+    await begin(dut)
+    bench.send()
+    await cycle(dut.clk, 400)
+    assert not bench.left["first"]
+    known[0] = True
     await bench.check()
 
 

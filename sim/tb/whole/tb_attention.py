@@ -11,7 +11,7 @@ from hw.spec.control.registers import ErrorCode
 from hw.spec.numerics.attention import CHUNK
 from hw.spec.ops import Wait
 from sim.bench.accelerator_driver import MEMORY, AcceleratorDriver, pauses
-from sim.bench.attention_programs import AttentionProgram, allow_caches
+from sim.bench.attention.programs import AttentionProgram, allow_caches
 from sim.bench.dut import config
 from sim.bench.streams import rng
 from sim.harness import settings

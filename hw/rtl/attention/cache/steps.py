@@ -26,9 +26,10 @@ class CacheSteps(wiring.Component):
     head, complete : the oldest head, and whether all of its mantissas are there
     room : another step may be made
     valid, step : a step
-    region, header_beats : where the cache is, and beats of a header; they stay for ``SETTLING`` cycles after the last step of a job
+    region, header_beats : where the cache is, and beats of a header; they stay for ``SETTLING`` cycles after the last
+        step of a job
 
-    Latency 1 cycle. Throughput 1 step per cycle, with one cycle between heads.
+    Latency 1 cycle. Throughput 1 step per cycle, with two cycles between heads.
     """
 
     SETTLING = 4
@@ -51,7 +52,7 @@ class CacheSteps(wiring.Component):
     def elaborate(self, platform) -> Module:
         m = Module()
         self.job = Signal(placed_layout(self.config, self.shape), reset_less=True)
-        # Begin a head; make a step; it is the last one of the head.
+        # Begin a head; make a step; the last one of the head was made in the cycle before.
         self.begin, self.move, self.head_end = Signal(), Signal(), Signal()
         self.part = Signal(len(Part))
         m.d.comb += [
@@ -73,7 +74,7 @@ class CacheSteps(wiring.Component):
         m.d.comb += [
             self.jobs.ready.eq(~active & ~settling.any()),
             self.begin.eq(active & ~working & self.complete),
-            self.move.eq(working & self.room),
+            self.move.eq(working & self.room & ~self.head_end),
             job_end.eq(self.head_end & (job.last_token == 0)),
             # The next slot is in another output tile, or in another chunk.
             crosses.eq(Mux(job.keys, job.slot[: log2(self.config.tile)].all(), job.slot[: log2(CHUNK)].all())),
@@ -122,7 +123,9 @@ class CacheSteps(wiring.Component):
         )
         part_end = Signal()
         last_part = part[Part.BODY] | part[Part.TABLE]
-        m.d.comb += [part_end.eq(move & ends.all()), self.head_end.eq(part_end & last_part)]
+        m.d.comb += part_end.eq(move & ends.all())
+        # A register, because long paths end at the FIFO of heads.
+        m.d.sync += self.head_end.eq(part_end & last_part)
         for index, (counter, start) in enumerate(((low, 0), (plane, job.top), (tile, 0), (group, 0), (turn, 0))):
             with m.If(self.begin):
                 m.d.sync += counter.eq(start)

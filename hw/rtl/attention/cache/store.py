@@ -8,7 +8,6 @@ from amaranth.lib.wiring import In, Out
 
 from hw.rtl.attention.cache.geometry import CacheGeometry, log2
 from hw.rtl.attention.head_float import GROUPS, NARROW, WIDE, head_layout
-from hw.rtl.common.delay import delay
 from hw.rtl.common.fifo import Credits, StreamFifo
 from hw.spec.numerics.block_float import BLOCK
 
@@ -22,13 +21,10 @@ class HeadStore(wiring.Component):
     -------
     heads, mantissas : from :class:`hw.rtl.attention.head_float.HeadFloat`
     head : the oldest head; it may not be complete yet
-    complete : all mantissas of the oldest head are there; not in the cycle after ``head`` was taken
+    complete : all mantissas of the oldest head are there
     address, word : a word of the memory, and its mantissas in the next cycle: unsigned, with the offset that the cache
         has. The words of the head are those of the first or the second half, in turn
     """
-
-    _FREE = 4
-    """Cycles in which the words of a head that was taken are still read."""
 
     def __init__(self, shape: CacheGeometry):
         self.shape, self.lanes = shape, shape.config.vector_lanes
@@ -69,7 +65,8 @@ class HeadStore(wiring.Component):
             unused.take.eq(end),
             filled.add.eq(end),
             filled.take.eq(taken),
-            unused.add.eq(delay(m, taken, self._FREE, name="taken", reset=True)),
+            # The next head's first row is written two cycles later or more; then the last word is read at the latest.
+            unused.add.eq(taken),
             self.complete.eq(filled.enough),
         ]
         wiring.connect(m, infos.o, wiring.flipped(self.head))

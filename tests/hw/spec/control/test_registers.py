@@ -14,6 +14,7 @@ from hw.spec.control.registers import (
     Access,
     ErrorCode,
     Register,
+    errors_of,
     registers_of,
 )
 
@@ -83,9 +84,9 @@ def test_bank_has_a_member_for_every_register(operators: str):
 
 def test_registers_of_programs():
     """Hardware without programs has neither their registers nor their fields, and all others at the same places."""
-    assert registers_of(AcceleratorConfig(operators="decoder")) == REGISTERS
+    decoder = {register.name for register in registers_of(AcceleratorConfig(operators="decoder"))}
     linear = {register.name: register for register in registers_of(AcceleratorConfig(operators="linear"))}
-    assert set(BY_NAME) - set(linear) == {"program_address", "program_length", "failed"}
+    assert decoder - set(linear) == {"program_address", "program_length", "failed"}
     gone = {
         (name, field.name)
         for name, register in linear.items()
@@ -93,6 +94,18 @@ def test_registers_of_programs():
     }
     assert gone == {("control", "start"), ("status", "fetching")}
     assert all(register.offset == BY_NAME[name].offset for name, register in linear.items())
+
+
+def test_registers_of_attention():
+    """Hardware without attention has neither its registers nor its error."""
+    decoder, attention = AcceleratorConfig(operators="decoder"), AcceleratorConfig(operators="decoder", score_words=64)
+    assert registers_of(attention) == REGISTERS
+    gone = set(BY_NAME) - {register.name for register in registers_of(decoder)}
+    assert gone == {"cache_first", "cache_end"}
+    assert all(BY_NAME[name].reset == 0 for name in gone), "nothing can be written before software allows it"
+    assert errors_of(attention) == tuple(ErrorCode)
+    assert errors_of(decoder) == tuple(ErrorCode)[:-1]
+    assert set(errors_of(attention)) - set(errors_of(decoder)) == {ErrorCode.CACHE}
 
 
 def test_offset_and_field_by_name():

@@ -8,7 +8,7 @@ import pytest
 
 from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.memory.geometry import LayerLayout
-from hw.spec.memory.kv_cache import Bytes, CacheStream, KeyCache, ValueCache
+from hw.spec.memory.kv_cache import Bytes, CacheStream, KeyCache, ValueCache, check_cache
 from hw.spec.memory.packing import unpack, unstripe
 from hw.spec.numerics.attention import cache_keys, cache_values, scores
 from hw.spec.numerics.block_float import BlockFloat
@@ -141,3 +141,28 @@ def test_refused(changes, arguments, message):
     size, positions = arguments
     with pytest.raises(ConfigError, match=message):
         KeyCache(AcceleratorConfig(**changes), size, positions, 16)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_hardware_with_a_cache(config):
+    check_cache(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight_bits": 5}, "weight_bits of 4 or 8, not 5"),
+        ({"weight_bits": 8, "zero_point": "fixed"}, "integer zero points, not fixed ones"),
+        ({"tile": 32, "ports": 1}, "weight ports of 256 bits together, not 128"),
+        ({"max_k": 256}, "K is at most max_k"),
+        ({"max_group_size": 32, "tile": 4, "ports": 1, "port_width": 32}, None),
+    ],
+)
+def test_hardware_without_a_cache(changes, message):
+    """No cache of any size exists. The width of a port is no reason."""
+    config = AcceleratorConfig(**changes)
+    if message is None:
+        check_cache(config)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            check_cache(config)
