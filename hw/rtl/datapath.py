@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The datapath: everything between the descriptor queue and the memory ports."""
 
-from amaranth.hdl import Array, Cat, Module, Signal, Value
+from amaranth.hdl import Array, Cat, Module, Mux, Signal, Value
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -10,7 +10,6 @@ from hw.rtl.attention.probabilities import Probabilities
 from hw.rtl.attention.value_walk import ValueLayers, ValueRegions
 from hw.rtl.common.block import Block
 from hw.rtl.common.clock_gate import SETTLING, gate
-from hw.rtl.common.delay import delay
 from hw.rtl.control.descriptor_check import DESCRIPTOR_BITS, ERROR_BITS, DescriptorCheck
 from hw.rtl.control.descriptor_queue import DescriptorQueue
 from hw.rtl.control.dispatcher import Dispatcher
@@ -179,7 +178,7 @@ class Datapath(Block):
     def _layers(self, m: Module, dispatcher: Dispatcher, unit: ActivationUnit, core: Core) -> Signal:
         """The same with attention: values are a layer for each chunk of each column tile, for unit and core.
 
-        The unit takes a layer while it looks for errors in the one before, so the address is late.
+        An error may be of the layer before the one that the unit has taken last.
         """
         m.submodules.core_layers = core_layers = ValueLayers(self.config)
         m.submodules.unit_layers = unit_layers = ValueLayers(self.config, unit=True)
@@ -192,11 +191,12 @@ class Datapath(Block):
             given.valid.eq(layer.valid),
             layer.ready.eq(given.ready),
         ]
-        address, taken = Signal(ADDRESS_BITS, name="activations_address"), layer.valid & layer.ready
-        began = Cat(layer.payload.address, layer.payload.index, taken & ~layer.payload.command.reuse)
-        late = delay(m, began, unit.exponent_cycles + 1, name="began", reset=True)
-        with m.If(late[-1]):
-            m.d.sync += Cat(address, self.loading).eq(late[:-1])
+        taken = Cat(layer.payload.address, layer.payload.index)
+        last, before = Signal(len(taken), name="last_taken"), Signal(len(taken), name="taken_before")
+        commands, address = unit_layers.commands, Signal(ADDRESS_BITS, name="activations_address")
+        with m.If(commands.valid & commands.ready & ~commands.payload.reuse):
+            m.d.sync += [last.eq(taken), before.eq(last)]
+        m.d.comb += Cat(address, self.loading).eq(Mux(unit.earlier, before, last))
         return address
 
     def _programs(self, m: Module, queue: DescriptorQueue, check: DescriptorCheck) -> None:
