@@ -197,6 +197,8 @@ class KV260Device(AcceleratorDevice):
         host = host or Host()
         config = board_manifest(host).config
         check_config(config, expected or {})
+        # KV caches that batches of this device have written.
+        self._appended: set[Access] = set()
         super().__init__(config, KV260Platform(host, registers or os.environ.get("GRISTMILL_REGISTERS") or "uio"))
 
     def write(self, buffer: Buffer, values: Any) -> None:
@@ -205,10 +207,11 @@ class KV260Device(AcceleratorDevice):
         self.platform.buffer.sync_for_device(self.platform.buffer.clean_commands([(buffer.address, buffer.size)]))
 
     def read(self, buffer: Buffer, dtype: Any, shape: Sequence[int]) -> np.ndarray:
-        """See Device. Streams and caches that the accelerator wrote are read from memory."""
-        place = [(buffer.address, buffer.size)]
-        self.platform.buffer.sync_for_device(self.platform.buffer.clean_commands(place))
-        self.platform.buffer.sync_for_cpu(self.platform.buffer.invalidate_commands(place))
+        """See Device. What was appended is read from memory: batches do not invalidate the caches over it."""
+        read = Access("", buffer, buffer.size)
+        if read.overlaps(self._appended):
+            commands = self.platform.buffer.invalidate_commands([_range(read)])
+            self.platform.buffer.sync_for_cpu(commands)
         return super().read(buffer, dtype, shape)
 
     def moved(self, batch: Prepared[Code]) -> None:
@@ -222,6 +225,7 @@ class KV260Device(AcceleratorDevice):
         """See AcceleratorDevice."""
         operands = [_range(access) for job in jobs for access in job.reads() if access.what not in STREAMS]
         results = [_range(access) for job in jobs for access in job.writes() if access.what not in STREAMS]
+        self._appended.update(access for job in jobs for access in job.writes() if access.what in STREAMS)
         buffer = self.platform.buffer
         # The results' caches too: otherwise a dirty line there would be written back later and overwrite results.
         clean = buffer.clean_commands(operands + results)
