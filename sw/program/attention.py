@@ -166,10 +166,11 @@ class DeviceAttention:
 
     @property
     def form(self) -> str:
-        """Everything but the config that the contents of the caches depend on: bits and centres of the keys."""
+        """Everything but the config that the contents of the caches depend on: bits, centres and factors of keys."""
         whole = hashlib.sha256()
         for form in chain.from_iterable(self.keys):
             whole.update(b"" if form.centre is None else form.centre.tobytes())
+            whole.update(form.factors.tobytes())
         bits = "".join(str(form.bits // 8) for form in chain.from_iterable(self.keys))
         return f"{bits} {whole.hexdigest()}"
 

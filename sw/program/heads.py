@@ -65,10 +65,11 @@ def pad_columns(layer: QuantizedLinear, head_size: int, tile: int) -> QuantizedL
 
 
 def pad_keys(keys: KeyHeads, head_size: int) -> KeyHeads:
-    """What is known about the keys, with zeros in the padding of their bias."""
-    if keys.bias is None:
-        return keys
-    return keys._replace(bias=np.pad(keys.bias, [(0, 0), (0, padded_size(head_size) - head_size)]))
+    """What is known about the keys, with zeros in the padding, and factors of 1."""
+    extra = [(0, 0), (0, padded_size(head_size) - head_size)]
+    bias = None if keys.bias is None else np.pad(keys.bias, extra)
+    factors = np.pad(keys.factors, extra, constant_values=1)
+    return KeyHeads(bias, np.pad(keys.deviation, extra), np.pad(keys.queries, extra), factors)
 
 
 def _fits(source: np.ndarray, group_size: int, size: int) -> bool:

@@ -15,7 +15,7 @@ from sw.graph.linears import read_linear, read_norm
 from sw.model.linear import QuantizedLinear
 from sw.model.parts import Attention, Block, Decoder, HeadNorm, Mismatch, Norm, Projection
 from sw.program.heads import pad_columns, pad_keys, pad_rows, padded_size
-from sw.program.keys import KeyHeads, key_heads
+from sw.program.keys import KeyHeads, key_heads, pair_factors, scale_rows
 from sw.program.obstacles import ALIGNED, Obstacle
 from sw.program.weights import can_join, interleave, join, rotary_rows, rotated_rows
 
@@ -68,7 +68,7 @@ class LoadedHeadNorm:
 class LoadedBlock:
     """One block. qkv: one layer if q, k and v have the same format, else up to three. head_norms: of q and of k.
 
-    keys: what is known about the keys, for hardware with attention; else None.
+    keys: what is known about the keys, if the device computes attention; else None.
     """
 
     name: str
@@ -105,13 +105,23 @@ class LoadedDecoder:
 class Loader:
     """Loads a decoder that `check_decoder` accepts. Use `load`; it raises Obstacle if formats do not fit together.
 
-    pad: heads are padded to a multiple of 32 elements, for attention on the device.
+    context: positions, if attention is on the device, else None. With it heads are padded to a multiple of 32 elements,
+    and keys with a bias are divided by factors.
     """
 
-    def __init__(self, device: Device, file: OnnxFile, decoder: Decoder, progress: Progress | None, pad: bool = False):
-        self._pad = pad and attention_of(decoder.blocks[0]).head_size % BLOCK > 0
+    def __init__(
+        self,
+        device: Device,
+        file: OnnxFile,
+        decoder: Decoder,
+        progress: Progress | None,
+        context: int | None = None,
+    ):
+        self._context = context
+        self._pad = context is not None and attention_of(decoder.blocks[0]).head_size % BLOCK > 0
         self._device, self._file, self._decoder, self._progress = device, file, decoder, progress
         self._buffers: list[Buffer] = []
+        self._table: np.ndarray | None = None
         self._done, self._total = 0, STEPS * len(decoder.blocks) + decoder.head.quantized
 
     def load(self) -> LoadedDecoder:
@@ -127,14 +137,13 @@ class Loader:
 
     def _load(self) -> LoadedDecoder:
         decoder = self._decoder
-        blocks = tuple(self._block(index, block) for index, block in enumerate(decoder.blocks))
         first = decoder.blocks[0]
         attention, rotary = attention_of(first), first.rotary
         size = padded_size(attention.head_size) if self._pad else attention.head_size
-        table = None
         if rotary:
             cosines, sines = (self._file.constant(name, name).astype(np.float32) for name in (rotary.cos, rotary.sin))
-            table = rotary_rows(cosines, sines, size)
+            self._table = rotary_rows(cosines, sines, size)
+        blocks = tuple(self._block(index, block) for index, block in enumerate(decoder.blocks))
         return LoadedDecoder(
             blocks=blocks,
             final_norm=self._norm("norm", decoder.final_norm),
@@ -143,7 +152,7 @@ class Loader:
             qkv_columns=(attention.heads + 2 * attention.kv_heads) * size,
             vocab=decoder.head.n,
             head_size=size,
-            rotary=table,
+            rotary=self._table,
         )
 
     def _block(self, index: int, block: Block) -> LoadedBlock:
@@ -179,12 +188,17 @@ class Loader:
                 layers[index] = layers[index].with_rows(order)
                 heads[index] = 0 if norm else count
         keys = None
-        if self._device.config.has_attention:
+        if self._context is not None:
             norm = read_norm(self._file, block.input_norm)
-            keys = key_heads(layers[1], norm, attention.kv_heads, block.k_norm is not None)
-        if self._pad:
-            layers = [pad_rows(layer, attention.head_size) for layer in layers]
-            keys = keys and pad_keys(keys, attention.head_size)
+            keys = key_heads(layers[1], layers[0], norm, attention.kv_heads, block.k_norm is not None)
+            if self._pad:
+                layers = [pad_rows(layer, attention.head_size) for layer in layers]
+                keys = pad_keys(keys, attention.head_size)
+            factors = pair_factors(keys, self._table, self._context)
+            if factors is not None:
+                shared = np.repeat(factors, attention.heads // attention.kv_heads, axis=0)
+                layers[:2] = scale_rows(layers[0], shared.reshape(-1)), scale_rows(layers[1], 1 / factors.reshape(-1))
+                keys = keys.folded(factors)
         groups = [[0]]
         for index in (1, 2):
             # The rotated heads of a layer are its first ones.

@@ -86,7 +86,7 @@ class ProgramDecoder(BaseDecoder):
                 tell(f"onnxruntime computes attention, because of {obstacle}")
         self._cache = KvCache(file, context)
         self._attentions = [] if self.whole else _attentions(file, decoder, self._cache)
-        loaded = Loader(device, file, decoder, progress, pad=self.whole).load()
+        loaded = Loader(device, file, decoder, progress, context if self.whole else None).load()
         self._rotary, self._vocab = loaded.rotary, loaded.vocab
         on_device = None
         if self.whole:

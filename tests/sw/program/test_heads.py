@@ -62,8 +62,9 @@ def test_columns(size, group, tile, expected, zero_point):
 
 
 def test_keys():
-    bias = np.arange(10, dtype=np.float32).reshape(2, 5)
-    keys = pad_keys(KeyHeads(bias, np.ones(2)), 5)
-    assert keys.bias is not None and keys.bias.shape == (2, 32)
-    assert np.array_equal(keys.bias[:, :5], bias) and not keys.bias[:, 5:].any()
-    assert pad_keys(KeyHeads(None, np.ones(2)), 5).bias is None
+    bias, ones = np.arange(10, dtype=np.float32).reshape(2, 5), np.ones((2, 5))
+    keys = pad_keys(KeyHeads(bias, ones, 2 * ones, 4 * ones.astype(np.float32)), 5)
+    for values, first, rest in zip(keys, (bias, ones, 2 * ones, 4 * ones), (0, 0, 0, 1), strict=True):
+        assert values is not None and values.shape == (2, 32)
+        assert np.array_equal(values[:, :5], first) and (values[:, 5:] == rest).all()
+    assert pad_keys(KeyHeads(None, ones, ones, ones.astype(np.float32)), 5).bias is None
