@@ -73,7 +73,7 @@ def measure(case: Planted) -> dict[str, float]:
         centre = np.zeros(HEAD, np.float32) if form.centre is None else form.centre
         cached = cache_keys(keys / form.factors, centre, form.bits)
         everything = np.ones(exact.shape, bool)
-        difference = scores(CONFIG, q * form.factors, cached, np.float32(1), everything) - exact
+        difference = scores(CONFIG, q * form.factors, cached, np.array(1, np.float32), everything) - exact
         return float((difference - difference.mean(axis=1, keepdims=True)).std() / usual)
 
     none = KeyForm(None, 8, heads.factors[0])

@@ -112,7 +112,8 @@ def key_forms(heads: KeyHeads, rotary: np.ndarray | None, context: int, bits: in
     if heads.bias is None:
         return [KeyForm(None, 8 if bits == AUTO_BITS else int(bits), factors) for factors in heads.factors]
     forms = []
-    for bias, deviation, queries, factors in zip(*heads, strict=True):
+    parts = heads.bias, heads.deviation, heads.queries, heads.factors
+    for bias, deviation, queries, factors in zip(*parts, strict=True):
         rotated = _rotated(bias, rotary, context)
         centre = rotated.mean(axis=0).astype(np.float32)
         rest = np.abs(rotated - centre).max()

@@ -121,7 +121,8 @@ def test_factors():
     # 50 + 3 deviations of the pair, and 60, against 3.
     expected[0, 3], expected[1, 29] = 16, 16
     assert np.array_equal(factors[:, ::2], expected)
-    assert np.array_equal(heads.folded(factors).bias, bias / factors)
+    folded = heads.folded(factors).bias
+    assert folded is not None and np.array_equal(folded, bias / factors)
 
 
 def test_factors_change_no_score():
