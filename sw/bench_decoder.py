@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Benchmarks of whole models: cycles and host time of a token, peak memory, and whether devices agree.
 
-    python -m sw.bench_decoder MODEL DEVICE OUT.npz [--tokens N] [--operators linear|decoder]
+    python -m sw.bench_decoder MODEL DEVICE OUT.npz [--tokens N] [--operators linear|decoder] [--score-words N]
 
 `sw.bench` starts this command once for every device, because peak memory is measured per process. The command computes
 a short prompt and N tokens one by one, and saves all logits and the figures.
@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,7 +45,10 @@ from sw.runtime.setup import make_decoder
 
 PROMPT = tuple(range(40, 48))
 CONTEXT = 256
-SMOLLM2 = "smollm2"
+SMOLLM2, QWEN = "smollm2", "qwen"
+ATTENTION = "attention"
+"""The operators of hardware with attention, in the figures."""
+SCORE_WORDS = 4096
 HOST_TOKENS = 64
 INSTANT = "instant"
 TIMEOUT = 1800
@@ -56,11 +60,16 @@ class InstantPlatform:
 
     A decoder on it takes the host's time of a token. A board uses no processor time, so the host's time beside a board
     is the same. Implements sw.devices.platform.Platform.
+
+    Members, besides those of Platform
+    -------
+    accesses: number of reads and writes of registers so far.
     """
 
     def __init__(self, config: AcceleratorConfig):
         self.memory = Arena(anonymous_memory(MEMORY_BYTES))
         self.seconds = 0.0
+        self.accesses = 0
         self._control, self._completed = offset("control"), offset("completed")
         self._length = offset("program_length")
         self._push, self._start = mask("control", "push"), mask("control", "start")
@@ -75,10 +84,12 @@ class InstantPlatform:
 
     def read_register(self, offset: int) -> int:
         """See Platform."""
+        self.accesses += 1
         return self._values[offset]
 
     def write_register(self, offset: int, value: int) -> None:
         """See Platform."""
+        self.accesses += 1
         self._values[offset] = value
         if offset == self._control and value & self._push:
             self._values[self._completed] += 1
@@ -106,38 +117,44 @@ class InstantDevice(AcceleratorDevice):
     """The driver on an InstantPlatform."""
 
     name = INSTANT
+    platform: InstantPlatform
 
     def __init__(self, config: AcceleratorConfig):
         super().__init__(config, InstantPlatform(config))
 
 
-def _open(name: str, path: Path, operators: str) -> Device | None:
+def _open(name: str, path: Path, operators: str, score_words: int) -> Device | None:
     if name == ONNXRUNTIME:
         return None
     options: dict[str, int | str] = {**AcceleratorConfig().to_dict(), **dict.fromkeys(AUTO, "auto")}
-    options["operators"] = operators
+    options |= {"operators": operators, "score_words": score_words}
     config = choose_config(layer_shapes(find_linears(path)), options)
     return InstantDevice(config) if name == INSTANT else open_device(name, config)
 
 
-def run(model: str, name: str, out: Path, tokens: int, operators: str) -> None:
+def run(model: str, name: str, out: Path, tokens: int, operators: str, score_words: int = 0) -> None:
     """Runs a model and saves the logits of the prompt's last token and of all tokens after it, [tokens + 1, vocab], and
-    the figures of the tokens. On the device "instant" these are greedy, so the logits are not read, and not saved.
+    the figures of the tokens. On the device "instant" these are greedy, so the logits are not read, and not saved, and
+    the accesses to registers are counted.
     """
     path = resolve_model(model)
-    device = _open(name, path, operators)
+    device = _open(name, path, operators, score_words)
+    platform = device.platform if isinstance(device, InstantDevice) else None
     with make_decoder(path, device, context=CONTEXT) as decoder:
-        logits, usages = [decoder.forward(PROMPT)], []
+        logits, usages, accesses = [decoder.forward(PROMPT)], [], []
         for index in range(tokens):
             before, ids = decoder.usage.copy(), [PROMPT[index % len(PROMPT)]]
-            if name == INSTANT:
+            count = platform.accesses if platform else 0
+            if platform:
                 decoder.greedy(ids)
+                accesses.append(platform.accesses - count)
             else:
                 logits.append(decoder.forward(ids))
             usages.append(asdict(decoder.usage.since(before)))
     if device:
         device.close()
-    np.savez(out, logits=np.concatenate(logits), figures=json.dumps({"usages": usages, "peak_bytes": peak_memory()}))
+    figures = {"usages": usages, "accesses": accesses, "peak_bytes": peak_memory()}
+    np.savez(out, logits=np.concatenate(logits), figures=json.dumps(figures))
 
 
 def peak_memory() -> int:
@@ -148,39 +165,58 @@ def peak_memory() -> int:
     raise UserError("this system does not report the memory of a process (/proc/self/status)")
 
 
+class Measured(NamedTuple):
+    """What a process measured: logits; figures of each token, and its accesses to registers; peak memory in bytes."""
+
+    logits: np.ndarray
+    usages: list[Usage]
+    accesses: list[int]
+    peak: int
+
+
 def measure(
-    model: str, name: str, tokens: int, operators: str = AcceleratorConfig.operators
-) -> tuple[np.ndarray, list[Usage], int]:
-    """Runs a model in a process of its own; returns logits, figures of each token, and peak memory in bytes."""
+    model: str, name: str, tokens: int, operators: str = AcceleratorConfig.operators, score_words: int = 0
+) -> Measured:
+    """Runs a model in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.npz"
         command = [sys.executable, "-m", "sw.bench_decoder", model, name, str(out), "--tokens", str(tokens)]
-        command += ["--operators", operators]
+        command += ["--operators", operators, "--score-words", str(score_words)]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT, check=False)
         if done.returncode:
             raise UserError(f"{model} on {name}: {done.stderr.strip().splitlines()[-1:]}")
         with np.load(out) as saved:
             figures = json.loads(str(saved["figures"]))
-            return saved["logits"], [Usage(**usage) for usage in figures["usages"]], figures["peak_bytes"]
+            usages = [Usage(**usage) for usage in figures["usages"]]
+            return Measured(saved["logits"], usages, figures["accesses"], figures["peak_bytes"])
 
 
 def measure_host() -> list[dict]:
-    """Host milliseconds of a token of SmolLM2, medians: beside a board that answers at once, and beside a simulation.
+    """Host milliseconds of a token, medians, and its accesses to registers: beside a board that answers at once, and of
+    SmolLM2 also beside a simulation.
 
-    With operators "decoder" the model runs as programs. The simulation runs on the same processor and displaces the
-    host's data from its caches.
+    With operators "decoder" the model runs as programs, with "attention" as one, with attention on the device. The
+    simulation runs on the same processor and displaces the host's data from its caches.
     """
     rows = []
-    cases = ((INSTANT, "linear", HOST_TOKENS), (INSTANT, "decoder", HOST_TOKENS), ("rtl", "linear", HOST_TOKENS // 8))
-    for name, operators, tokens in cases:
-        _, usages, peak = measure(SMOLLM2, name, tokens, operators)
+    cases = [
+        (SMOLLM2, INSTANT, "linear", HOST_TOKENS),
+        (SMOLLM2, INSTANT, "decoder", HOST_TOKENS),
+        (SMOLLM2, INSTANT, ATTENTION, HOST_TOKENS),
+        (SMOLLM2, "rtl", "linear", HOST_TOKENS // 8),
+        (QWEN, INSTANT, ATTENTION, HOST_TOKENS),
+    ]
+    for model, name, operators, tokens in cases:
+        path = str(qwen_folder()) if model == QWEN else model
+        hardware = ("decoder", SCORE_WORDS) if operators == ATTENTION else (operators, 0)
+        _, usages, accesses, peak = measure(path, name, tokens, *hardware)
         parts = {
             part: 1e3 * median(getattr(usage, part) for usage in usages)
             for part in ("onnxruntime", "conversion", "driver")
         }
         host = 1e3 * median(usage.host for usage in usages)
-        case = {"model": SMOLLM2, "device": name, "operators": operators}
-        rows.append({**case, **parts, "host": host, "peak_bytes": peak})
+        case = {"model": model, "device": name, "operators": operators}
+        rows.append({**case, **parts, "host": host, "accesses": median(accesses or [0]), "peak_bytes": peak})
     return rows
 
 
@@ -202,7 +238,7 @@ def measure_qwen() -> dict:
     model = str(qwen_folder())
     logits, usages, peaks = {}, {}, {}
     for name in ("rtl", "reference", ONNXRUNTIME):
-        logits[name], usages[name], peaks[name] = measure(model, name, 1)
+        logits[name], usages[name], _, peaks[name] = measure(model, name, 1)
     usage, expected = usages["rtl"][0], logits[ONNXRUNTIME]
     return {
         "cycles": usage.cycles,
@@ -216,7 +252,7 @@ def measure_qwen() -> dict:
 
 def _measure_programs(model: str, expected: np.ndarray) -> dict:
     """A model's token as programs. expected: onnxruntime's logits."""
-    (rtl, usages, peak), (reference, *_) = (measure(model, name, 1, "decoder") for name in ("rtl", "reference"))
+    (rtl, usages, _, peak), (reference, *_) = (measure(model, name, 1, "decoder") for name in ("rtl", "reference"))
     (usage,) = usages
     return {"cycles": usage.cycles, **_token(usage, rtl, reference, expected), "peak_bytes": peak}
 
@@ -238,8 +274,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--tokens", type=int, default=1)
     parser.add_argument("--operators", choices=OPERATORS, default=AcceleratorConfig.operators)
+    parser.add_argument("--score-words", type=int, default=0)
     options = parser.parse_args()
-    run(options.model, options.device, options.out, options.tokens, options.operators)
+    run(options.model, options.device, options.out, options.tokens, options.operators, options.score_words)
 
 
 if __name__ == "__main__":

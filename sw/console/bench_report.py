@@ -107,17 +107,18 @@ def _print_decoders(console: Console, decoders: dict) -> None:
         "A model of that shape in AutoAWQ's format with random weights: 24 blocks of 4 bits in groups of 128, QKV"
         " biases, int8 lm_head. The token follows a prompt of 8.\n"
     )
-    numbers = ("onnxruntime", "conversion", "driver", "all, ms", "peak memory, MB")
-    table = _table(
-        "Host time of a token of SmolLM2 without the device, medians, this machine", ("device", "operators"), numbers
-    )
+    numbers = ("onnxruntime", "conversion", "driver", "all, ms", "register accesses", "peak memory, MB")
+    texts = ("model", "device", "operators")
+    table = _table("Host time of a token without the device, medians, this machine", texts, numbers)
     for row in decoders["host"]:
-        parts = (f"{row[name]:.1f}" for name in ("onnxruntime", "conversion", "driver", "host"))
-        table.add_row(row["device"], row["operators"], *parts, f"{row['peak_bytes'] / 1e6:,.0f}")
+        parts = (f"{row[name]:.2f}" for name in ("onnxruntime", "conversion", "driver", "host"))
+        accesses = f"{row['accesses']:.0f}" if row["accesses"] else ""
+        table.add_row(*(row[name] for name in texts), *parts, accesses, f"{row['peak_bytes'] / 1e6:,.0f}")
     console.print(table)
     console.print(
         "instant: the same runtime and driver on registers that answer at once, as beside a board, which takes no"
-        " processor time. rtl: beside the simulation, in whose milliseconds the processor's caches forget the host.\n"
+        " processor time. rtl: beside the simulation, in whose milliseconds the processor's caches forget the host."
+        " attention: a token is one program. qwen: Qwen2.5-0.5B's shape.\n"
     )
 
 

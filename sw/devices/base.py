@@ -36,21 +36,23 @@ __all__ = [
 
 
 class Completion(NamedTuple):
-    """The cost of a finished job.
+    """The cost of a finished job, or of several that follow each other.
 
     Members
     -------
-    name: the job's name.
-    cycles: cycles from the last result of the previous job (or the start of the batch) to the last result of this
-        job; 0 without hardware.
-    beats: beats of the weight stream.
-    seconds: processor time of a simulation since it finished the previous job; wall time on a board.
+    name: the last job's name.
+    cycles: cycles from the last result of the previous completion (or the start of the batch) to the last result of
+        this one; 0 without hardware.
+    beats: beats of the weight streams.
+    seconds: processor time of a simulation since the previous completion; wall time on a board.
+    jobs: number of jobs; more than one only in batches that were prepared `together`.
     """
 
     name: str
     cycles: int
     beats: int
     seconds: float
+    jobs: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +61,7 @@ class PreparedBatch:
 
     Members
     -------
-    jobs: the batch's jobs, in order.
+    jobs: the batch's jobs, in order, as they were prepared.
     device: the device that prepared it.
     frees: number of buffers that had been freed on this device at that time.
     """
@@ -97,11 +99,11 @@ class Device(Protocol):
         ...
 
     def write(self, buffer: Buffer, values: np.ndarray) -> None:
-        """Copies an array to the start of a buffer."""
+        """Copies an array to the start of a buffer, which may be a part of an allocated one."""
         ...
 
     def read(self, buffer: Buffer, dtype: Any, shape: Sequence[int]) -> np.ndarray:
-        """Copies an array from the start of a buffer."""
+        """Copies an array from the start of a buffer, which may be a part of an allocated one."""
         ...
 
     def view(self, buffer: Buffer) -> np.ndarray:
@@ -112,10 +114,25 @@ class Device(Protocol):
         """
         ...
 
-    def prepare(self, jobs: Sequence[Job]) -> PreparedBatch:
+    def prepare(self, jobs: Sequence[Job], *, together: bool = False) -> PreparedBatch:
         """Checks a batch and computes everything that does not change between submissions.
 
+        together: one completion for all jobs that are complete when the driver looks, so that it reads few registers.
         Raises DeviceError for impossible jobs.
+        """
+        ...
+
+    def move(self, batch: PreparedBatch, by: int) -> None:
+        """Moves a prepared batch to the position `by` after that of its jobs: they are now `job.moved(by)`.
+
+        Raises DeviceError if a job is not possible there, or if the batch was submitted and is not done.
+        """
+        ...
+
+    def allow_appends(self, buffer: Buffer | None) -> None:
+        """Lets AppendJobs write this buffer, and nothing else: a guard for all other memory. None: nothing.
+
+        Raises DeviceError if a batch is not done, or if the buffer is not allocated.
         """
         ...
 

@@ -18,18 +18,31 @@ from typing import Any, Generic, Self, TypeVar
 import numpy as np
 
 from hw.spec.config import AcceleratorConfig
+from hw.spec.control.registers import CACHE_UNIT
+from hw.spec.memory.geometry import ceil_div
 from sw.devices.arena import Arena
 from sw.devices.base import Buffer, Completion, DeviceError, Job, PreparedBatch
-from sw.devices.jobs import check_jobs
+from sw.devices.jobs import NO_APPENDS, AppendJob, Moving, check_jobs
 
 Code = TypeVar("Code")
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared(PreparedBatch, Generic[Code]):
-    """A prepared batch. code: data that the device computed from the jobs in advance."""
+    """A prepared batch.
+
+    Members
+    -------
+    code: data that the device computed from the jobs in advance.
+    moving: the jobs at the position to which the batch was moved.
+    together: whether jobs that are complete at the same look have one completion.
+    appends: the addresses that AppendJobs could write when the batch was checked; None: it has no such jobs.
+    """
 
     code: Code
+    moving: Moving
+    together: bool = False
+    appends: range | None = None
 
 
 @dataclass(eq=False)
@@ -37,7 +50,7 @@ class _Running:
     """A batch that was submitted. work: the result of `run`; failure: the exception if the batch failed."""
 
     ticket: int
-    jobs: Sequence[Job]
+    batch: Prepared
     work: Iterator[Completion | None]
     completions: list[Completion] = field(default_factory=list)
     done: bool = False
@@ -57,6 +70,7 @@ class BatchDevice(ABC, Generic[Code]):
         self._batches: dict[int, _Running] = {}
         self._tickets = count(1)
         self._frees = 0
+        self._appends = NO_APPENDS
         self._closed = False
 
     @property
@@ -77,6 +91,12 @@ class BatchDevice(ABC, Generic[Code]):
         often: the batch was prepared, so it may be submitted several times.
         """
 
+    def moved(self, batch: Prepared[Code]) -> None:
+        """Called after a batch was moved, while it is not running: changes `Prepared.code` in place."""
+
+    def appends_changed(self, allowed: range) -> None:
+        """Called before the addresses of AppendJobs change, while no batch is running."""
+
     def alloc(self, size: int) -> Buffer:
         """See Device."""
         self._check_open()
@@ -85,6 +105,8 @@ class BatchDevice(ABC, Generic[Code]):
     def free(self, buffer: Buffer) -> None:
         """See Device."""
         self._check_open()
+        if buffer.address in self._appends:
+            self.allow_appends(None)
         self._frees += 1
         self.memory.free(buffer)
 
@@ -99,7 +121,7 @@ class BatchDevice(ABC, Generic[Code]):
         raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
         if len(raw) > buffer.size:
             raise DeviceError(f"{len(raw):,} bytes do not fit a buffer of {buffer.size:,}")
-        self.memory.view(buffer)[: len(raw)] = raw
+        self._part(buffer)[: len(raw)] = raw
 
     def read(self, buffer: Buffer, dtype: Any, shape: Sequence[int]) -> np.ndarray:
         """See Device."""
@@ -107,11 +129,37 @@ class BatchDevice(ABC, Generic[Code]):
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         if size > buffer.size:
             raise DeviceError(f"{size:,} bytes cannot be read from a buffer of {buffer.size:,}")
-        return self.memory.view(buffer)[:size].copy().view(dtype).reshape(shape)
+        return self._part(buffer)[:size].copy().view(dtype).reshape(shape)
 
-    def prepare(self, jobs: Sequence[Job]) -> Prepared[Code]:
+    def prepare(self, jobs: Sequence[Job], *, together: bool = False) -> Prepared[Code]:
         """See Device."""
-        return self._prepare(jobs, often=True)
+        return self._prepare(jobs, often=True, together=together)
+
+    def move(self, batch: PreparedBatch, by: int) -> None:
+        """See Device."""
+        self._check_open()
+        assert isinstance(batch, Prepared) and batch.device is self, "this device has prepared it"
+        with self._turn:
+            if any(running.batch is batch for running in tuple(self._queue)):
+                raise DeviceError(f"the batch from layer {batch.jobs[0].name} is not done, and cannot move before")
+            if by != batch.moving.by:
+                batch.moving.move(by)
+                self.moved(batch)
+
+    def allow_appends(self, buffer: Buffer | None) -> None:
+        """See Device."""
+        self._check_open()
+        allowed = NO_APPENDS
+        if buffer is not None:
+            self.memory.view(buffer)
+            allowed = range(buffer.address, buffer.address + ceil_div(buffer.size, CACHE_UNIT) * CACHE_UNIT)
+        if allowed == self._appends:
+            return
+        with self._turn:
+            if self._queue:
+                raise DeviceError("a batch is not done, and the addresses of appends cannot change before")
+            self.appends_changed(allowed)
+            self._appends = allowed
 
     def submit(self, batch: Sequence[Job] | PreparedBatch) -> int:
         """See Device."""
@@ -123,7 +171,9 @@ class BatchDevice(ABC, Generic[Code]):
         elif batch.frees != self._frees:
             self._check_buffers(batch.jobs)
         assert isinstance(batch, Prepared), "this device has prepared it"
-        running = _Running(next(self._tickets), batch.jobs, self.run(batch))
+        if batch.appends is not None and batch.appends != self._appends:
+            check_jobs(self.config, batch.moving.jobs, self._appends)
+        running = _Running(next(self._tickets), batch, self.run(batch))
         self._batches[running.ticket] = running
         self._queue.append(running)
         # The batch starts now if it is the first of the queue; otherwise it starts when the earlier ones are done.
@@ -172,11 +222,19 @@ class BatchDevice(ABC, Generic[Code]):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _prepare(self, jobs: Sequence[Job], often: bool) -> Prepared[Code]:
+    def _prepare(self, jobs: Sequence[Job], often: bool, together: bool = False) -> Prepared[Code]:
         self._check_open()
-        check_jobs(self.config, jobs)
+        jobs = tuple(jobs)
+        check_jobs(self.config, jobs, self._appends)
         self._check_buffers(jobs)
-        return Prepared(tuple(jobs), self, self._frees, self.encode(jobs, often))
+        code = self.encode(jobs, often)
+        appends = self._appends if any(isinstance(job, AppendJob) for job in jobs) else None
+        return Prepared(jobs, self, self._frees, code, Moving(jobs), together, appends)
+
+    def _part(self, buffer: Buffer) -> np.ndarray:
+        """The bytes of a buffer, or of a part of one: uint8 [size]."""
+        self.memory.check(buffer)
+        return self.memory.bytes(buffer.address, buffer.size)
 
     def _step(self, batch: _Running) -> None:
         """Drives the first batch of the queue until it yields None or is done. The caller holds the lock."""
@@ -197,10 +255,10 @@ class BatchDevice(ABC, Generic[Code]):
                 self._queue.popleft()
 
     def _late(self, batch: _Running, timeout: float) -> str:
-        done, total = len(batch.completions), len(batch.jobs)
+        done, jobs = sum(completion.jobs for completion in batch.completions), batch.batch.jobs
         return (
-            f"device {self.name}: batch {batch.ticket} took longer than {timeout:g} s, {done} of {total} jobs are done,"
-            f" waiting for the results of layer {batch.jobs[min(done, total - 1)].name}"
+            f"device {self.name}: batch {batch.ticket} took longer than {timeout:g} s, {done} of {len(jobs)} jobs are"
+            f" done, waiting for the results of layer {jobs[min(done, len(jobs) - 1)].name}"
         )
 
     def _check_open(self) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from hw.spec.config import AcceleratorConfig, ConfigError
 from hw.spec.control.descriptor import DESCRIPTOR_WORDS
 from hw.spec.control.program import DESCRIPTOR_BYTES, LENGTH_BITS, program_image
-from hw.spec.control.refusal import refusal
+from hw.spec.control.refusal import Accepted
 from hw.spec.control.registers import (
+    CACHE_UNIT,
     ERROR_TEXTS,
     EVENTS,
     IDENTIFICATION,
@@ -19,8 +20,9 @@ from hw.spec.control.registers import (
 )
 from sw.devices.base import Buffer, Completion, DeviceError, Job
 from sw.devices.batches import BatchDevice, Prepared
+from sw.devices.jobs import NO_APPENDS
 from sw.devices.platform import Platform, Registers, mask
-from sw.devices.programs import Code, Programs
+from sw.devices.programs import Code, Patch, Programs, beats_of
 
 PATIENCE = 8
 """The driver gives up after this many times the hardware's own timeout without any progress."""
@@ -45,10 +47,14 @@ class AcceleratorDevice(BatchDevice[Code]):
         self.platform, self.registers = platform, Registers(platform)
         self._window: Sequence[int | None] = [None] * DESCRIPTOR_WORDS
         self._program: tuple[Buffer, int] | None = None
+        # Whether an earlier batch may still be running, although nobody waits for it.
+        self._abandoned = False
         self._programs = Programs()
         try:
             self._identify(config)
             self._reset()
+            if config.has_attention:
+                self._guard(NO_APPENDS)
             self.registers.set("interrupt_enable", "done", "error")
         except BaseException:
             platform.close()
@@ -96,16 +102,37 @@ class AcceleratorDevice(BatchDevice[Code]):
             self._programs.keep(code, self.alloc(len(image)))
             assert code.program is not None
             self.write(code.program, image)
+            code.patch = Patch(jobs, words)
         return code
 
     def make_code(self, jobs: Sequence[Job], words: list[list[int]]) -> Code:
         """The code of a batch without its program. words: of each job's descriptor."""
-        return Code(words, [job.beats for job in jobs])
+        return Code(words, beats_of(jobs))
+
+    def moved(self, batch: Prepared[Code]) -> None:
+        """See BatchDevice. The words in memory change; jobs are not built again, unless an error is to be explained."""
+        code = batch.code
+        if code.patch is None:
+            # Hardware without programs has no operation that depends on the position.
+            assert batch.moving.jobs == batch.jobs
+            return
+        if self._abandoned and not self._queue:
+            self._reset()
+        assert code.program is not None, "a patch is that of a program"
+        code.patch.apply(self.view(code.program), code.beats, batch.moving.by)
+
+    def appends_changed(self, allowed: range) -> None:
+        """See BatchDevice."""
+        if not self.config.has_attention:
+            return
+        if self._abandoned:
+            self._reset()
+        self._guard(allowed)
 
     def run(self, batch: Prepared[Code]) -> Iterator[Completion | None]:
         """See BatchDevice."""
         try:
-            yield from self._run(batch.jobs, batch.code)
+            yield from self._run(batch)
         except Exception:
             raise
         except BaseException:
@@ -113,11 +140,13 @@ class AcceleratorDevice(BatchDevice[Code]):
             self._reset()
             raise
 
-    def _run(self, jobs: Sequence[Job], code: Code) -> Iterator[Completion | None]:
+    def _run(self, batch: Prepared[Code]) -> Iterator[Completion | None]:
+        jobs, code = batch.jobs, batch.code
         registers, capabilities, clock = self.registers, self._capabilities, self.platform.clock
         if registers.read("status") & self._busy:
             # An earlier batch was abandoned and is still running, or has failed.
             self._reset()
+        self._abandoned = True
         base, first, pushed, done = self._completed, self._index, 0, 0
         before, then, watch = 0, clock(), None
         if code.program:
@@ -132,30 +161,37 @@ class AcceleratorDevice(BatchDevice[Code]):
             yield None
             if self.platform.wait_interrupt():
                 registers.set("interrupt_pending", "done")
-            completed, cycles = self._read_completions(base, done, code)
-            for index in range(done, completed):
-                cycle, now = cycles.get(index, before), clock()
-                yield Completion(jobs[index].name, (cycle - before) % (1 << 32), code.beats[index], now - then)
-                before, then = cycle, now
+            completed, cycles = self._read_completions(base, done, code, 1 if batch.together else None)
+            ends = range(done + 1, completed + 1)
+            if batch.together:
+                ends = ends[-1:]
+            start = done
+            for end in ends:
+                cycle, now = cycles.get(end - 1, before), clock()
+                beats = int(code.beats[start:end].sum())
+                yield Completion(jobs[end - 1].name, (cycle - before) % (1 << 32), beats, now - then, end - start)
+                before, then, start = cycle, now, end
             # Completed jobs are valid even if a later one has failed.
             if completed < len(jobs):
                 if registers.read("status") & self._error:
-                    self._fail(jobs, code, first, completed)
+                    self._fail(batch, first, completed)
                 if completed == done:
                     watch = watch or _Watch(self)
                     watch.check(jobs[done], done)
             done = completed
+        self._abandoned = False
 
-    def _read_completions(self, base: int, done: int, code: Code) -> tuple[int, dict[int, int]]:
+    def _read_completions(self, base: int, done: int, code: Code, most: int | None) -> tuple[int, dict[int, int]]:
         """The number of complete jobs of a batch, and by job the cycle of its completion, from job `done` on.
 
-        base: the count of completions at the start. The hardware keeps a number of cycles: those of earlier jobs are
-        lost. Then the time of these jobs counts for the next one whose cycle is known.
+        base: the count of completions at the start. most: read no more cycles than this. The hardware keeps a number
+        of cycles: those of earlier jobs are lost. Then the time of these jobs counts for the next one whose cycle is
+        known.
         """
         read, kept = self.registers.read, self._capabilities["completions"]
         self._completed = read("completed")
         completed = (self._completed - base) % (1 << 32)
-        known = range(max(done, completed - kept), completed)
+        known = range(max(done, completed - (most or kept)), completed)
         cycles = {index: read("completion_cycles", (base + index) % kept) for index in known}
         if cycles and code.program and completed < len(code.descriptors):
             # The program goes on, and may have overwritten some of them meanwhile.
@@ -178,6 +214,11 @@ class AcceleratorDevice(BatchDevice[Code]):
         self._capabilities = self.registers.fields("capabilities")
         self._error = mask("status", "error")
         self._busy = mask("status", "running", "resetting", "error")
+
+    def _guard(self, allowed: range) -> None:
+        """Writes the addresses of appends to the registers, which a reset does not change."""
+        for name, address in (("cache_first", allowed.start), ("cache_end", allowed.stop)):
+            self.registers.write(name, address // CACHE_UNIT)
 
     def _has_room(self, in_flight: int) -> bool:
         # While fewer descriptors are in flight than the queue holds, the register need not be read.
@@ -202,8 +243,9 @@ class AcceleratorDevice(BatchDevice[Code]):
         self._index = length
         self.platform.write_registers(new | START)
 
-    def _fail(self, jobs: Sequence[Job], code: Code, first: int, done: int) -> None:
+    def _fail(self, batch: Prepared[Code], first: int, done: int) -> None:
         """Resets the accelerator for the next batch, then raises DeviceError with the reason why it stopped."""
+        jobs, code = batch.moving.jobs, batch.code
         error, address = self.registers.read("error_code"), self.registers.read("error_address")
         try:
             text = ERROR_TEXTS[ErrorCode(error)]
@@ -235,11 +277,10 @@ class AcceleratorDevice(BatchDevice[Code]):
 
     def _culprit(self, jobs: Sequence[Job], descriptors: list[list[int]], address: int) -> str:
         """The layer that failed, as far as it can be known from hardware without the register `failed`."""
-        before = None
+        accepted = Accepted()
         for job, words in zip(jobs, descriptors):
-            if refusal(self.config, words, before):
+            if accepted.take(self.config, words):
                 return f"layer {job.name}"
-            before = words
             if _uses(job, address):
                 return f"layer {job.name}"
         return _one_of(jobs)
@@ -254,6 +295,7 @@ class AcceleratorDevice(BatchDevice[Code]):
         self.registers.set("interrupt_pending", "done", "error")
         self._completed = self.registers.read("completed")
         self._index = 0
+        self._abandoned = False
 
 
 class _Watch:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hw.spec.config import AcceleratorConfig
 from hw.spec.control.registers import WINDOW_BYTES, offset
 from hw.spec.kv260 import APP_NAME, BUFFER_NAME, CONTROL_ADDRESS, CONTROL_BYTES, UIO_NAME
@@ -21,8 +23,8 @@ from sw.devices.base import Buffer, Completion, DeviceError, Job
 from sw.devices.batches import Prepared
 from sw.devices.driver import AcceleratorDevice
 from sw.devices.host import Host
-from sw.devices.jobs import WEIGHTS, Access
-from sw.devices.programs import Code
+from sw.devices.jobs import EXPONENTS, WEIGHTS, Access
+from sw.devices.programs import Code, beats_of
 from sw.devices.udmabuf import FIX, DmaBuffer, find_buffer
 from sw.devices.uio import Uio, find_uio
 
@@ -170,6 +172,10 @@ class KV260Platform:
         self.buffer.close()
 
 
+STREAMS = (WEIGHTS, EXPONENTS)
+"""Operands, and KV caches, that software accesses by `Device.write` and `Device.read` alone."""
+
+
 class KV260Device(AcceleratorDevice):
     """The accelerator on a KV260.
 
@@ -191,6 +197,8 @@ class KV260Device(AcceleratorDevice):
         host = host or Host()
         config = board_manifest(host).config
         check_config(config, expected or {})
+        # KV caches that batches of this device have written.
+        self._appended: set[Access] = set()
         super().__init__(config, KV260Platform(host, registers or os.environ.get("GRISTMILL_REGISTERS") or "uio"))
 
     def write(self, buffer: Buffer, values: Any) -> None:
@@ -198,16 +206,30 @@ class KV260Device(AcceleratorDevice):
         super().write(buffer, values)
         self.platform.buffer.sync_for_device(self.platform.buffer.clean_commands([(buffer.address, buffer.size)]))
 
+    def read(self, buffer: Buffer, dtype: Any, shape: Sequence[int]) -> np.ndarray:
+        """See Device. What was appended is read from memory: batches do not invalidate the caches over it."""
+        read = Access("", buffer, buffer.size)
+        if read.overlaps(self._appended):
+            commands = self.platform.buffer.invalidate_commands([_range(read)])
+            self.platform.buffer.sync_for_cpu(commands)
+        return super().read(buffer, dtype, shape)
+
+    def moved(self, batch: Prepared[Code]) -> None:
+        """See BatchDevice. The caches are cleaned over the program."""
+        super().moved(batch)
+        if program := batch.code.program:
+            commands = self.platform.buffer.clean_commands([(program.address, program.size)])
+            self.platform.buffer.sync_for_device(commands)
+
     def make_code(self, jobs: Sequence[Job], words: list[list[int]]) -> "BoardCode":
         """See AcceleratorDevice."""
-        operands = [_range(access) for job in jobs for access in job.reads() if access.what != WEIGHTS]
-        results = [_range(access) for job in jobs for access in job.writes()]
+        operands = [_range(access) for job in jobs for access in job.reads() if access.what not in STREAMS]
+        results = [_range(access) for job in jobs for access in job.writes() if access.what not in STREAMS]
+        self._appended.update(access for job in jobs for access in job.writes() if access.what in STREAMS)
         buffer = self.platform.buffer
         # The results' caches too: otherwise a dirty line there would be written back later and overwrite results.
         clean = buffer.clean_commands(operands + results)
-        return BoardCode(
-            words, [job.beats for job in jobs], clean=clean, invalidate=buffer.invalidate_commands(results)
-        )
+        return BoardCode(words, beats_of(jobs), clean=clean, invalidate=buffer.invalidate_commands(results))
 
     def run(self, batch: Prepared[Code]) -> Iterator[Completion | None]:
         """See BatchDevice."""

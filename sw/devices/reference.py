@@ -17,7 +17,7 @@ from sw.common.arrays import slices
 from sw.devices.arena import MEMORY_BYTES, Arena, anonymous_memory
 from sw.devices.base import Buffer, Completion, DeviceError, Job, LinearJob, image_beats
 from sw.devices.batches import BatchDevice, Prepared
-from sw.devices.jobs import AttentionJob, VectorJob
+from sw.devices.jobs import Access, AttentionJob, VectorJob
 
 
 class ReferenceDevice(BatchDevice[None]):
@@ -53,7 +53,10 @@ class ReferenceDevice(BatchDevice[None]):
     def write(self, buffer: Buffer, values: np.ndarray) -> None:
         """See Device."""
         super().write(buffer, values)
-        self._unpacked.pop(buffer, None)
+        if self._unpacked.pop(buffer, None) is None:
+            written = Access("", buffer, buffer.size)
+            for other in [other for other in self._unpacked if written.overlaps([Access("", other, other.size)])]:
+                del self._unpacked[other]
 
     def encode(self, jobs: Sequence[Job], often: bool) -> None:
         """See BatchDevice: nothing, jobs are computed as they are."""
@@ -61,7 +64,7 @@ class ReferenceDevice(BatchDevice[None]):
     def run(self, batch: Prepared[None]) -> Iterator[Completion | None]:
         """See BatchDevice."""
         self._state = State()
-        for job in batch.jobs:
+        for job in batch.moving.jobs:
             # The caller of `wait` may have reached its timeout.
             yield None
             start, processor = time.perf_counter(), time.thread_time()

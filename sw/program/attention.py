@@ -8,7 +8,8 @@ order is scores 0, scores 1, values 0, scores 2, values 1, ...
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from dataclasses import replace
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import numpy as np
@@ -19,10 +20,17 @@ from hw.spec.memory.kv_cache import KEY_BITS, KeyCache, ValueCache
 from hw.spec.memory.operands import FLOAT_BYTES
 from hw.spec.ops import Wait
 from hw.spec.ops.scores import BANKS, bank_words
-from sw.devices.base import Buffer, Device
+from sw.common.errors import UserError
+from sw.devices.base import PAGE, Buffer, Device
 from sw.devices.jobs import AppendJob, Job, Keys, Rows, ScoresJob, Values, ValuesJob, View
-from sw.model.parts import Attention, Mismatch
+from sw.devices.pack import plan_layer
+from sw.graph.file import OnnxFile
+from sw.graph.linears import read_linear
+from sw.model.linear import QuantizedLinear
+from sw.model.parts import Attention, Decoder, Mismatch
+from sw.program.heads import pad_columns, padded_size
 from sw.program.keys import AUTO_BITS, KeyForm
+from sw.program.load import attention_of
 from sw.program.obstacles import Obstacle
 
 KEY_CHOICES = (AUTO_BITS, *map(str, KEY_BITS))
@@ -49,6 +57,18 @@ class _Block(NamedTuple):
         return self.attention.heads // self.attention.kv_heads
 
 
+class _Caches(NamedTuple):
+    """The layouts of a KV head's caches."""
+
+    keys: KeyCache
+    values: ValueCache
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Bytes of keys, values, and the values' exponents."""
+        return self.keys.bytes, self.values.bytes, self.values.exponent_bytes
+
+
 class _Unit(NamedTuple):
     """Rows of queries that run at once: heads of token `first`, from `head` on; or, if `causal`, tokens of one head."""
 
@@ -58,11 +78,31 @@ class _Unit(NamedTuple):
     causal: bool
 
 
-def check_attention(config: AcceleratorConfig, attentions: Sequence[Attention], context: int) -> None:
-    """Raises Obstacle if the hardware cannot compute the attention of a block; context: positions."""
-    for index, attention in enumerate(attentions):
+def check_attention(config: AcceleratorConfig, attentions: Sequence[Attention], context: int) -> list[Attention]:
+    """The attention of each block as the device computes it: heads are padded, see sw.program.heads.
+
+    context: positions. Raises Obstacle if the hardware cannot compute the attention of a block.
+    """
+    padded = [replace(attention, head_size=padded_size(attention.head_size)) for attention in attentions]
+    for index, attention in enumerate(padded):
         if problem := _problem(config, attention, context):
             raise Obstacle(Mismatch(f"layers.{index}.self_attn", problem))
+    return padded
+
+
+def check_padding(config: AcceleratorConfig, file: OnnxFile, decoder: Decoder) -> None:
+    """Raises Obstacle if a layer o does not fit the hardware with the padding of its heads."""
+    for index, block in enumerate(decoder.blocks):
+        size = attention_of(block).head_size
+        if padded_size(size) == size:
+            continue
+        layer = read_linear(file, block.o_proj)
+        assert isinstance(layer, QuantizedLinear), "check_decoder refuses other layers"
+        try:
+            plan_layer(config, pad_columns(layer, size, config.tile))
+        except UserError as error:
+            problem = f"heads of {size} elements with padding to {padded_size(size)}, {error}"
+            raise Obstacle(Mismatch(f"layers.{index}.self_attn", problem)) from None
 
 
 def capacity_of(attention: Attention, context: int, max_tokens: int) -> int:
@@ -97,11 +137,27 @@ class DeviceAttention:
     def __init__(
         self, device: Device, attentions: Sequence[Attention], keys: Sequence[Sequence[KeyForm]], context: int
     ):
-        self._device, self._config, self.keys = device, device.config, keys
+        self._device, self._config, self.keys, self.context = device, device.config, keys, context
+        blocks = [self._plan(attention, forms) for attention, forms in zip(attentions, keys, strict=True)]
+        # All caches are in one buffer, which is the only place to which the device may append.
+        sizes = [size for caches in blocks for cache in caches for size in cache.sizes]
+        starts = [0, *accumulate(ceil_div(size, PAGE) * PAGE for size in sizes)]
+        self._region = device.alloc(starts[-1])
+        places = (Buffer(self._region.address + start, size) for start, size in zip(starts, sizes))
         self._blocks = [
-            self._load(f"layers.{index}.self_attn", attention, forms, context)
-            for index, (attention, forms) in enumerate(zip(attentions, keys, strict=True))
+            self._load(f"layers.{index}.self_attn", attention, forms, caches, places)
+            for index, (attention, forms, caches) in enumerate(zip(attentions, keys, blocks, strict=True))
         ]
+        # One block of each kind: how many rows are in a unit depends on nothing else.
+        self._kinds = list({(block.per_kv_head, block.capacity): block for block in self._blocks}.values())
+
+    def use(self) -> None:
+        """Lets the device append to these caches. Another decoder may have used it meanwhile."""
+        self._device.allow_appends(self._region)
+
+    def limits(self, tokens: int, position: int) -> tuple[int, ...]:
+        """Calls of as many tokens with the same limits have the same units, whatever their position is."""
+        return tuple(min(self._most(block, position + tokens), max(block.per_kv_head, tokens)) for block in self._kinds)
 
     @property
     def capacities(self) -> list[int]:
@@ -110,16 +166,17 @@ class DeviceAttention:
 
     @property
     def form(self) -> str:
-        """Everything but the config that the contents of the caches depend on: bits and centres of the keys."""
+        """Everything but the config that the contents of the caches depend on: bits, centres and factors of keys."""
         whole = hashlib.sha256()
         for form in chain.from_iterable(self.keys):
             whole.update(b"" if form.centre is None else form.centre.tobytes())
+            whole.update(form.factors.tobytes())
         bits = "".join(str(form.bits // 8) for form in chain.from_iterable(self.keys))
         return f"{bits} {whole.hexdigest()}"
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The memory of all caches, uint8, by names."""
-        return {name: self._device.view(buffer) for name, buffer in self._buffers()}
+        return {name: self._device.read(buffer, np.uint8, (buffer.size,)) for name, buffer in self._buffers()}
 
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Writes `arrays` of attention with the same form. Raises ValueError if a size differs."""
@@ -141,7 +198,7 @@ class DeviceAttention:
         """Appends the keys and values of tokens from a position on. qkv: rows of q, k and v of the tokens."""
         block, jobs = self._blocks[index], []
         attention = block.attention
-        slot, none = position % block.capacity, [None] * attention.kv_heads
+        none = [None] * attention.kv_heads
         for what, places, centres, first in (
             ("keys", block.keys, block.centres, attention.heads),
             ("values", block.values, none, attention.heads + attention.kv_heads),
@@ -149,7 +206,7 @@ class DeviceAttention:
             for head, (place, centre) in enumerate(zip(places, centres, strict=True)):
                 source = _columns(qkv, (first + head) * attention.head_size)
                 wait = Wait.NOTHING if jobs else Wait.ACTIVATIONS
-                jobs.append(AppendJob(f"{block.name}.{what}.{head}", tokens, source, place, slot, centre, wait))
+                jobs.append(AppendJob(f"{block.name}.{what}.{head}", tokens, source, place, position, centre, wait))
         return jobs
 
     def jobs(self, index: int, tokens: int, position: int, qkv: Rows, output: Rows, *, last: bool) -> list[Job]:
@@ -159,7 +216,7 @@ class DeviceAttention:
         """
         block = self._blocks[index]
         pairs = [
-            self._unit_jobs(block, unit, position, tokens, qkv, output, number % BANKS)
+            self._unit_jobs(block, unit, position, number, qkv, output)
             for number, unit in enumerate(self._units(block, tokens, position + tokens, last))
         ]
         jobs: list[Job] = []
@@ -169,17 +226,27 @@ class DeviceAttention:
                 jobs.append(pairs[number - 1][1])
         return [*jobs, pairs[-1][1]]
 
-    def _load(self, name: str, attention: Attention, forms: Sequence[KeyForm], context: int) -> _Block:
-        config, device = self._config, self._device
-        capacity = capacity_of(attention, context, config.max_tokens)
-        value_cache = ValueCache(config, attention.head_size, capacity)
-        block = _Block(name, attention, [], [], [])
-        for form in forms:
-            key_cache = KeyCache(config, attention.head_size, capacity, form.bits)
-            keys = Keys(key_cache, device.alloc(key_cache.bytes))
+    def _plan(self, attention: Attention, forms: Sequence[KeyForm]) -> list[_Caches]:
+        """The caches of a block, one for each KV head."""
+        config, size = self._config, attention.head_size
+        capacity = capacity_of(attention, self.context, config.max_tokens)
+        values = ValueCache(config, size, capacity)
+        return [_Caches(KeyCache(config, size, capacity, form.bits), values) for form in forms]
+
+    def _load(
+        self,
+        name: str,
+        attention: Attention,
+        forms: Sequence[KeyForm],
+        caches: Sequence[_Caches],
+        places: Iterator[Buffer],
+    ) -> _Block:
+        """Makes the empty caches of a block. places: of the parts of each, in the order of `_Caches.sizes`."""
+        device, block = self._device, _Block(name, attention, [], [], [])
+        for form, (key_cache, value_cache) in zip(forms, caches, strict=True):
+            keys = Keys(key_cache, next(places))
             device.write(keys.stream, key_cache.image())
-            exponents = device.alloc(value_cache.exponent_bytes)
-            values = Values(value_cache, device.alloc(value_cache.bytes), exponents)
+            values = Values(value_cache, next(places), next(places))
             device.write(values.stream, value_cache.image())
             centre = None
             if form.centre is not None:
@@ -190,10 +257,13 @@ class DeviceAttention:
             block.centres.append(centre)
         return block
 
+    def _most(self, block: _Block, total: int) -> int:
+        """Rows of a unit, at most, when the last token sees `total` positions."""
+        return min(self._config.max_tokens, self._config.score_words // bank_words(1, min(total, block.capacity)))
+
     def _units(self, block: _Block, tokens: int, total: int, last: bool) -> Iterator[_Unit]:
         """The fewest units for all heads of the tokens."""
-        attention, shared = block.attention, block.per_kv_head
-        most = min(self._config.max_tokens, self._config.score_words // bank_words(1, min(total, block.capacity)))
+        attention, shared, most = block.attention, block.per_kv_head, self._most(block, total)
         first = tokens - 1 if last else 0
         count = tokens - first
         if count * attention.kv_heads * ceil_div(shared, most) <= attention.heads * ceil_div(count, most):
@@ -207,23 +277,23 @@ class DeviceAttention:
                     yield _Unit(head, token, min(most, tokens - token), True)
 
     def _unit_jobs(
-        self, block: _Block, unit: _Unit, position: int, tokens: int, qkv: Rows, output: Rows, bank: int
+        self, block: _Block, unit: _Unit, position: int, number: int, qkv: Rows, output: Rows
     ) -> tuple[ScoresJob, ValuesJob]:
-        attention = block.attention
+        attention, bank = block.attention, number % BANKS
         size = attention.head_size
         final = unit.first + unit.rows - 1 if unit.causal else unit.first
-        view = View.after(position + final + 1, block.capacity, attention.window or 0, unit.causal)
+        view = View(position + final + 1, attention.window or 0, unit.causal)
         kv_head = unit.head // block.per_kv_head
         name = f"{block.name}.head.{unit.head}"
         places = [_row(_columns(rows, unit.head * size), unit.first) for rows in (qkv, output)]
         if not unit.causal:
             places = [Rows(rows.buffer, FLOAT_BYTES * size) for rows in places]
-        is_first = (unit.head, bank) == (0, 0)
-        wait = Wait.WEIGHTS if is_first else Wait.NOTHING
+        # The first job waits for the appended positions; then those of all are in memory.
+        wait = Wait.NOTHING if number else Wait.WEIGHTS
         scores = ScoresJob(
             f"{name}, scores", unit.rows, places[0], block.keys[kv_head], view, attention.scale, bank, wait
         )
-        values = ValuesJob(f"{name}, values", unit.rows, block.values[kv_head], view.slots, places[1], bank)
+        values = ValuesJob(f"{name}, values", unit.rows, block.values[kv_head], view.total, places[1], bank)
         return scores, values
 
 

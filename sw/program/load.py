@@ -7,13 +7,15 @@ from itertools import accumulate
 
 import numpy as np
 
+from hw.spec.numerics.block_float import BLOCK
 from sw.devices.base import Buffer, Device
 from sw.devices.pack import LayerPlan, load
 from sw.graph.file import OnnxFile
 from sw.graph.linears import read_linear, read_norm
 from sw.model.linear import QuantizedLinear
 from sw.model.parts import Attention, Block, Decoder, HeadNorm, Mismatch, Norm, Projection
-from sw.program.keys import KeyHeads, key_heads
+from sw.program.heads import pad_columns, pad_keys, pad_rows, padded_size
+from sw.program.keys import KeyHeads, key_heads, pair_factors, scale_rows
 from sw.program.obstacles import ALIGNED, Obstacle
 from sw.program.weights import can_join, interleave, join, rotary_rows, rotated_rows
 
@@ -66,7 +68,7 @@ class LoadedHeadNorm:
 class LoadedBlock:
     """One block. qkv: one layer if q, k and v have the same format, else up to three. head_norms: of q and of k.
 
-    keys: what is known about the keys, for hardware with attention; else None.
+    keys: what is known about the keys, if the device computes attention; else None.
     """
 
     name: str
@@ -101,11 +103,25 @@ class LoadedDecoder:
 
 
 class Loader:
-    """Loads a decoder that `check_decoder` accepts. Use `load`; it raises Obstacle if formats do not fit together."""
+    """Loads a decoder that `check_decoder` accepts. Use `load`; it raises Obstacle if formats do not fit together.
 
-    def __init__(self, device: Device, file: OnnxFile, decoder: Decoder, progress: Progress | None):
+    context: positions, if attention is on the device, else None. With it heads are padded to a multiple of 32 elements,
+    and keys with a bias are divided by factors.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        file: OnnxFile,
+        decoder: Decoder,
+        progress: Progress | None,
+        context: int | None = None,
+    ):
+        self._context = context
+        self._pad = context is not None and attention_of(decoder.blocks[0]).head_size % BLOCK > 0
         self._device, self._file, self._decoder, self._progress = device, file, decoder, progress
         self._buffers: list[Buffer] = []
+        self._table: np.ndarray | None = None
         self._done, self._total = 0, STEPS * len(decoder.blocks) + decoder.head.quantized
 
     def load(self) -> LoadedDecoder:
@@ -121,22 +137,22 @@ class Loader:
 
     def _load(self) -> LoadedDecoder:
         decoder = self._decoder
-        blocks = tuple(self._block(index, block) for index, block in enumerate(decoder.blocks))
         first = decoder.blocks[0]
         attention, rotary = attention_of(first), first.rotary
-        table = None
+        size = padded_size(attention.head_size) if self._pad else attention.head_size
         if rotary:
             cosines, sines = (self._file.constant(name, name).astype(np.float32) for name in (rotary.cos, rotary.sin))
-            table = rotary_rows(cosines, sines, attention.head_size)
+            self._table = rotary_rows(cosines, sines, size)
+        blocks = tuple(self._block(index, block) for index, block in enumerate(decoder.blocks))
         return LoadedDecoder(
             blocks=blocks,
             final_norm=self._norm("norm", decoder.final_norm),
             head=self._place("lm_head", [self._read(decoder.head)]) if decoder.head.quantized else None,
             hidden=decoder.head.k,
-            qkv_columns=sum(part.n for part in (first.q_proj, first.k_proj, first.v_proj)),
+            qkv_columns=(attention.heads + 2 * attention.kv_heads) * size,
             vocab=decoder.head.n,
-            head_size=attention.head_size,
-            rotary=table,
+            head_size=size,
+            rotary=self._table,
         )
 
     def _block(self, index: int, block: Block) -> LoadedBlock:
@@ -145,13 +161,16 @@ class Loader:
         if not can_join(self._device.config, [gate, up]):
             raise Obstacle(Mismatch(f"{name}.mlp", "gate_proj and up_proj have different bits or groups"))
         qkv, keys = self._qkv(f"{name}.self_attn", block)
+        o = self._read(block.o_proj)
+        if self._pad:
+            o = pad_columns(o, attention_of(block).head_size, self._device.config.tile)
         return LoadedBlock(
             name=name,
             input_norm=self._norm(f"{name}.input_layernorm", block.input_norm),
             qkv=qkv,
             keys=keys,
             head_norms=tuple(self._head_norms(f"{name}.self_attn", block)),
-            o=self._place(f"{name}.self_attn.o_proj", [self._read(block.o_proj)]),
+            o=self._place(f"{name}.self_attn.o_proj", [o]),
             post_attention_norm=self._norm(f"{name}.post_attention_layernorm", block.post_attention_norm),
             gate_up=self._place(f"{name}.mlp.gate_up_proj", [interleave("", gate, up)]),
             down=self._place(f"{name}.mlp.down_proj", [self._read(block.down_proj)]),
@@ -169,9 +188,17 @@ class Loader:
                 layers[index] = layers[index].with_rows(order)
                 heads[index] = 0 if norm else count
         keys = None
-        if self._device.config.has_attention:
+        if self._context is not None:
             norm = read_norm(self._file, block.input_norm)
-            keys = key_heads(layers[1], norm, attention.kv_heads, block.k_norm is not None)
+            keys = key_heads(layers[1], layers[0], norm, attention.kv_heads, block.k_norm is not None)
+            if self._pad:
+                layers = [pad_rows(layer, attention.head_size) for layer in layers]
+                keys = pad_keys(keys, attention.head_size)
+            factors = pair_factors(keys, self._table, self._context)
+            if factors is not None:
+                shared = np.repeat(factors, attention.heads // attention.kv_heads, axis=0)
+                layers[:2] = scale_rows(layers[0], shared.reshape(-1)), scale_rows(layers[1], 1 / factors.reshape(-1))
+                keys = keys.folded(factors)
         groups = [[0]]
         for index in (1, 2):
             # The rotated heads of a layer are its first ones.

@@ -11,6 +11,7 @@ head_norms.
 """
 
 import enum
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,7 +24,10 @@ from sw.devices.jobs import NOWHERE, Epilogue, Job, LinearJob, Rotation, Rows, S
 from sw.program.attention import DeviceAttention
 from sw.program.head_norms import head_norm_jobs
 from sw.program.load import LoadedBlock, LoadedDecoder, LoadedLayer, LoadedNorm
-from sw.program.memory import Inputs, Matrix, Pieces
+from sw.program.memory import Inputs, Matrix, Pieces, Table
+
+MOST_CALLS = 32
+"""Programs of whole calls that are kept. Each takes some tens of KiB of the device's memory."""
 
 
 class Output(enum.Enum):
@@ -46,7 +50,8 @@ class Programs:
     -------
     count: number of programs: the blocks and one more.
     embedded: the embedding's rows; the host writes them before program 0.
-    rotary: the rotary table's rows of the tokens; the host writes them before program 0. None without a rotation.
+    rotary: the rotary table's rows of the tokens; the host writes them before program 0. None without a rotation, and
+        with attention on the device: then the whole table is in the device's memory.
     qkv: q, k and v of the last program; heads of q and k have the order of `rotated_rows`.
     attention: attention on the device, or None.
     results: the logits, or the norm before a head that is not quantized: one row or all.
@@ -59,7 +64,11 @@ class Programs:
         self.count = len(decoder.blocks) + 1
         self.embedded, self._middle = Matrix(device, decoder.hidden), Matrix(device, decoder.hidden)
         self.qkv = Matrix(device, decoder.qkv_columns)
-        self.rotary = None if decoder.rotary is None else Matrix(device, decoder.head_size)
+        self.rotary = self._table = None
+        if decoder.rotary is not None and attention:
+            self._table = Table(device, decoder.rotary[: attention.context])
+        elif decoder.rotary is not None:
+            self.rotary = Matrix(device, decoder.head_size)
         # A head's norm between its two jobs.
         self._heads = Matrix(device, decoder.head_size) if any(block.head_norms for block in decoder.blocks) else None
         self.results = Matrix(device, decoder.vocab if decoder.head else decoder.hidden)
@@ -68,6 +77,8 @@ class Programs:
         # The last norm's input times its weight, if no layer on the device reads it.
         self._unscaled = Matrix(device, decoder.hidden)
         self._prepared: dict[tuple[int, int, Output | None], PreparedBatch] = {}
+        # The calls with attention on the device, the latest used last: batches, and the positions of their jobs.
+        self._calls: OrderedDict[tuple, tuple[PreparedBatch, int]] = OrderedDict()
 
     def attended(self, index: int, tokens: int) -> np.ndarray:
         """The place for the output of attention `index`, which the host writes: float32 [tokens, planes, columns]."""
@@ -77,18 +88,37 @@ class Programs:
         """A program, ready to submit. output: has a meaning for the last program alone."""
         key = index, tokens, output if index == self.count - 1 else None
         if key not in self._prepared:
-            self._prepared[key] = self._device.prepare(self.jobs(index, tokens, output))
+            self._prepared[key] = self._device.prepare(self.jobs(index, tokens, output), together=True)
         return self._prepared[key]
 
-    def jobs(self, index: int, tokens: int, output: Output) -> list[Job]:
-        """The jobs of a program."""
+    def call(self, tokens: int, position: int, output: Output | None) -> PreparedBatch:
+        """The program of a call with attention on the device, ready to submit; see `whole`.
+
+        Calls of the same tokens, output and units of attention are one program, which is moved to the position. No
+        earlier call may be running.
+        """
+        attention = self.attention
+        assert attention is not None
+        attention.use()
+        key = tokens, output, attention.limits(tokens, position)
+        batch, first = self._calls.pop(key, (None, position))
+        if batch is None:
+            while len(self._calls) >= MOST_CALLS:
+                self._calls.popitem(last=False)
+            batch = self._device.prepare(self.whole(tokens, position, output), together=True)
+        self._calls[key] = batch, first
+        self._device.move(batch, position - first)
+        return batch
+
+    def jobs(self, index: int, tokens: int, output: Output, position: int = 0) -> list[Job]:
+        """The jobs of a program. position: that of the first token, if attention is on the device."""
         blocks = self._decoder.blocks
         if index == 0:
-            return self._begin(blocks[0], tokens)
+            return self._begin(blocks[0], tokens, position)
         if index < self.count - 1:
             block = blocks[index]
             norm, readers = block.input_norm, block.qkv
-            return self._rest(blocks[index - 1], norm, readers, tokens) + self._qkv(block, tokens)
+            return self._rest(blocks[index - 1], norm, readers, tokens) + self._qkv(block, tokens, position)
         # After the last attention, only the tokens whose logits are needed.
         first = 0 if output is Output.ALL else tokens - 1
         readers = (self._decoder.head,) if self._decoder.head else ()
@@ -102,7 +132,7 @@ class Programs:
         jobs: list[Job] = []
         for index, block in enumerate(blocks):
             is_last = index == len(blocks) - 1
-            jobs += self.jobs(index, tokens, Output.ALL)
+            jobs += self.jobs(index, tokens, Output.ALL, position)
             jobs += attention.append_jobs(index, tokens, position, qkv)
             if is_last and output is None:
                 return jobs
@@ -131,11 +161,11 @@ class Programs:
             place[: len(part)] = part
         return found
 
-    def _begin(self, block: LoadedBlock, tokens: int) -> list[Job]:
+    def _begin(self, block: LoadedBlock, tokens: int, position: int) -> list[Job]:
         second, copies = self._scaled(block.input_norm, block.qkv, tokens)
         epilogue = Epilogue(second=second, epsilon=block.input_norm.epsilon)
         norm = VectorJob(block.input_norm.name, tokens, self._decoder.hidden, self.embedded.rows, epilogue=epilogue)
-        return [norm, *copies, *self._qkv(block, tokens)]
+        return [norm, *copies, *self._qkv(block, tokens, position)]
 
     def _scaled(self, norm: LoadedNorm, readers: Sequence[LoadedLayer], tokens: int) -> tuple[Second, list[VectorJob]]:
         """The second output of a job before a norm, and the copies of it. readers: the layers after the norm."""
@@ -144,15 +174,20 @@ class Programs:
         place, copies = self._normed.spread(norm.name, [layer.plan for layer in readers], tokens)
         return Second(norm.weight, place), copies
 
-    def _qkv(self, block: LoadedBlock, tokens: int) -> list[Job]:
+    def _rotation(self, heads: int, position: int) -> Rotation | None:
+        """The rotation of heads of the tokens from a position on."""
+        size = self._decoder.head_size
+        if self._table:
+            return Rotation(self._table.rows(position), size, heads, self._table.row(position))
+        return Rotation(self.rotary.rows, size, heads) if self.rotary else None
+
+    def _qkv(self, block: LoadedBlock, tokens: int, position: int) -> list[Job]:
         jobs: list[Job] = []
         # Layers with the same activations are adjacent.
         layers = sorted(block.qkv, key=lambda layer: (layer.plan.planes, layer.plan.layout.k, layer.plan.layout.groups))
         before: LoadedLayer | None = None
         for layer in layers:
-            rotation = None
-            if layer.rotated and self.rotary:
-                rotation = Rotation(self.rotary.rows, self._decoder.head_size, layer.rotated)
+            rotation = self._rotation(layer.rotated, position) if layer.rotated else None
             job = self._linear(
                 layer,
                 self._normed,
@@ -166,9 +201,8 @@ class Programs:
             jobs.append(job)
             before = layer
         if self._heads:
-            table = self.rotary.rows if self.rotary else None
-            max_rows = self._device.config.max_tokens
-            jobs += head_norm_jobs(block.head_norms, tokens, max_rows, self.qkv.rows, self._heads.rows, table)
+            rotation, max_rows = self._rotation(1, position), self._device.config.max_tokens
+            jobs += head_norm_jobs(block.head_norms, tokens, max_rows, self.qkv.rows, self._heads.rows, rotation)
         return jobs
 
     def _rest(

@@ -11,7 +11,7 @@ from hw.spec.numerics.vector import PIECE
 from hw.spec.ops import Wait
 from hw.spec.ops.epilogue import PIECE_BYTES
 from sw.devices.base import Buffer, Device
-from sw.devices.jobs import Rows, VectorJob
+from sw.devices.jobs import Rows, TableRow, VectorJob
 from sw.devices.pack import LayerPlan
 
 
@@ -31,6 +31,29 @@ class Matrix:
         """The memory itself: float32 [tokens, columns]."""
         rows = self._device.view(self.rows.buffer)[: tokens * self.rows.pitch].view(np.float32)
         return rows.reshape(tokens, -1)[:, : self.columns]
+
+
+class Table:
+    """A table in a device's memory that has a row for every position: float32 [positions, columns].
+
+    Rows are whole units of DATA_ALIGNMENT apart, so a descriptor can have the address of any of them.
+    """
+
+    def __init__(self, device: Device, values: np.ndarray):
+        self._count, columns = values.shape
+        self._pitch = result_pitch(columns)
+        padded = np.zeros((self._count, self._pitch // FLOAT_BYTES), np.float32)
+        padded[:, :columns] = values
+        self._buffer = device.alloc(padded.nbytes)
+        device.write(self._buffer, padded)
+
+    def rows(self, position: int) -> Rows:
+        """The rows from a position on."""
+        return Rows(self._buffer.part(position * self._pitch), self._pitch)
+
+    def row(self, position: int) -> TableRow:
+        """The place of a row in the table."""
+        return TableRow(position, self._pitch, self._count)
 
 
 class Activations:

@@ -22,7 +22,7 @@ from sw.ort.cache import KvCache
 from sw.ort.cut import cut
 from sw.ort.feeds import LOGITS_TO_KEEP, every_token
 from sw.ort.stages import Constants, StageSession, open_stage
-from sw.program.attention import DeviceAttention, check_attention
+from sw.program.attention import DeviceAttention, check_attention, check_padding
 from sw.program.keys import AUTO_BITS, key_forms
 from sw.program.load import Loader, Progress, attention_of
 from sw.program.lower import Output, Programs
@@ -79,13 +79,14 @@ class ProgramDecoder(BaseDecoder):
         self.whole = device.config.has_attention
         if self.whole:
             try:
-                check_attention(device.config, attentions, context)
+                attentions = check_attention(device.config, attentions, context)
+                check_padding(device.config, file, decoder)
             except Obstacle as obstacle:
                 self.whole = False
                 tell(f"onnxruntime computes attention, because of {obstacle}")
         self._cache = KvCache(file, context)
         self._attentions = [] if self.whole else _attentions(file, decoder, self._cache)
-        loaded = Loader(device, file, decoder, progress).load()
+        loaded = Loader(device, file, decoder, progress, context if self.whole else None).load()
         self._rotary, self._vocab = loaded.rotary, loaded.vocab
         on_device = None
         if self.whole:
@@ -177,9 +178,9 @@ class ProgramDecoder(BaseDecoder):
         self._begin(ids, total)
         if self.whole:
             start = time.perf_counter()
-            jobs = self._programs.whole(tokens, self.length, output)
+            batch = self._programs.call(tokens, self.length, output)
             self.usage.driver += time.perf_counter() - start
-            run_batch(self._device, jobs, self.usage)
+            run_batch(self._device, batch, self.usage)
         else:
             for index in range(self._programs.count - 1):
                 self._submit(index, tokens, output)

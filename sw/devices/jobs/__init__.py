@@ -6,9 +6,12 @@ place where a job becomes the values of hw.spec.ops: the driver sends them, and 
 """
 
 from sw.devices.jobs.attention import AppendJob, AttentionJob, Keys, ScoresJob, Values, ValuesJob, View
-from sw.devices.jobs.check import check_jobs
+from sw.devices.jobs.check import NO_APPENDS, check_jobs
 from sw.devices.jobs.layers import Job, LinearJob, VectorJob
+from sw.devices.jobs.moves import Move, Reach
+from sw.devices.jobs.moving import Moving
 from sw.devices.jobs.operands import (
+    EXPONENTS,
     NOWHERE,
     PAGE,
     WEIGHTS,
@@ -19,10 +22,13 @@ from sw.devices.jobs.operands import (
     Rotation,
     Rows,
     Second,
+    TableRow,
 )
 
 __all__ = [
+    "EXPONENTS",
     "NOWHERE",
+    "NO_APPENDS",
     "PAGE",
     "WEIGHTS",
     "Access",
@@ -34,10 +40,14 @@ __all__ = [
     "Job",
     "Keys",
     "LinearJob",
+    "Move",
+    "Moving",
+    "Reach",
     "Rotation",
     "Rows",
     "ScoresJob",
     "Second",
+    "TableRow",
     "Values",
     "ValuesJob",
     "VectorJob",

@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention as jobs: keys and values are appended to a cache, and read from it. hw.spec.ops has the definitions."""
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
+from hw.spec.config import SCORE_UNIT
+from hw.spec.memory.geometry import ceil_div
 from hw.spec.memory.kv_cache import KeyCache, ValueCache
 from hw.spec.memory.operands import FLOAT_BYTES, result_pitch
 from hw.spec.ops import APPEND, SCORES, VALUES, Op, Wait
 from hw.spec.ops.append import AppendDescriptor
 from hw.spec.ops.epilogue import float_bits
-from hw.spec.ops.scores import ScoresDescriptor
+from hw.spec.ops.scores import ScoresDescriptor, bank_words
 from hw.spec.ops.values import ValuesDescriptor
 from sw.devices.jobs.layers import Job
-from sw.devices.jobs.operands import NO_EPILOGUE, NOWHERE, WEIGHTS, Access, Buffer, Rows
+from sw.devices.jobs.moves import Move, Reach, seen_of, slot_of, turn_of
+from sw.devices.jobs.operands import EXPONENTS, NO_EPILOGUE, NOWHERE, WEIGHTS, Access, Buffer, Rows
 
 
 class Keys(NamedTuple):
@@ -31,25 +35,22 @@ class Values(NamedTuple):
 
 
 class View(NamedTuple):
-    """The slots of a cache that each row sees; hw.spec.ops.scores has the definition.
+    """The positions that each row sees.
 
     Members
     -------
-    slots: slots that are read, from the first one on.
-    turn: the last row sees the slots below it, which hold the latest positions.
+    total: the last row sees position `total - 1`, and no later one.
     window: positions that a row sees; 0: all.
     causal: each row sees one position more than the row before.
     """
 
-    slots: int
-    turn: int
+    total: int
     window: int = 0
     causal: bool = False
 
-    @classmethod
-    def after(cls, total: int, capacity: int, window: int = 0, causal: bool = False) -> "View":
-        """The view of a last row that sees position `total - 1`, in a cache for `capacity` positions."""
-        return cls(min(total, capacity), (total - 1) % capacity + 1, window, causal)
+    def moved(self, by: int) -> "View":
+        """The view `by` positions later."""
+        return self._replace(total=self.total + by)
 
 
 class AttentionJob(Job):
@@ -69,7 +70,7 @@ class AppendJob(AttentionJob):
     -------
     source: float32 [tokens, head_size].
     place: the cache.
-    slot: slot of the first token.
+    position: position of the first token; its slot is this modulo the positions of the cache.
     centre: keys: float32 [head_size], which is added to each of them.
     """
 
@@ -78,7 +79,7 @@ class AppendJob(AttentionJob):
     tokens: int
     source: Rows
     place: Keys | Values
-    slot: int
+    position: int
     centre: Buffer | None = None
     wait: Wait = Wait.NOTHING
 
@@ -104,7 +105,7 @@ class AppendJob(AttentionJob):
             activation_pitch=self.source.pitch,
             weights=place.stream.address,
             weights_stride=cache.stride,
-            slot=self.slot,
+            slot=slot_of(self.position, cache.positions),
             slots=cache.positions,
             add=int(self.centre is not None),
             addend=self.centre.address if self.centre else 0,
@@ -112,6 +113,18 @@ class AppendJob(AttentionJob):
             interrupt=int(interrupt),
             wait=self.wait,
         )
+
+    def moved(self, by: int) -> "AppendJob":
+        """See Job."""
+        return replace(self, position=self.position + by)
+
+    def moves(self) -> list[Move]:
+        """See Job."""
+        return [Move("slot", slot_of, self.position, self.place.cache.positions)]
+
+    def reach(self) -> Reach:
+        """See Job."""
+        return Reach(-self.position)
 
     def sources(self) -> list[Access]:
         """See Job."""
@@ -134,7 +147,7 @@ class ScoresJob(AttentionJob):
     tokens: rows: query heads of a token, or tokens of a query head.
     source: float32 [rows, head_size].
     place: the keys.
-    view: the slots that each row sees.
+    view: the positions that each row sees.
     factor: the float32 by which the products are multiplied.
     bank: the place of the scores.
     """
@@ -150,27 +163,32 @@ class ScoresJob(AttentionJob):
     wait: Wait = Wait.NOTHING
 
     @property
+    def slots(self) -> int:
+        """Slots that are read, from the first one on."""
+        return seen_of(self.view.total, self.place.cache.positions)
+
+    @property
     def values(self) -> int:
         """See Job."""
-        return self.view.slots
+        return self.slots
 
     @property
     def beats(self) -> int:
         """See Job."""
         cache = self.place.cache
-        return -(-self.view.slots // cache.config.tile) * cache.layer.tile_beats
+        return ceil_div(self.slots, cache.config.tile) * cache.layer.tile_beats
 
     def descriptor(self, interrupt: bool = False) -> ScoresDescriptor:
         """See Job."""
-        view = self.view
+        view, cache = self.view, self.place.cache
         return ScoresDescriptor.from_cache(
-            self.place.cache,
-            view.slots,
+            cache,
+            self.slots,
             tokens=self.tokens,
             activations=self.source.buffer.address,
             activation_pitch=self.source.pitch,
             weights=self.place.stream.address,
-            turn=view.turn,
+            turn=turn_of(view.total, cache.positions),
             window=view.window,
             causal=int(view.causal),
             score_factor=float_bits(self.factor),
@@ -178,6 +196,31 @@ class ScoresJob(AttentionJob):
             interrupt=int(interrupt),
             wait=self.wait,
         )
+
+    def moved(self, by: int) -> "ScoresJob":
+        """See Job."""
+        return replace(self, view=self.view.moved(by))
+
+    def moves(self) -> list[Move]:
+        """See Job."""
+        total, capacity = self.view.total, self.place.cache.positions
+        return [Move("out_features", seen_of, total, capacity), Move("turn", turn_of, total, capacity)]
+
+    @property
+    def moving_stream(self) -> Hashable:
+        """See Job."""
+        return self.place.cache, self.view.total
+
+    def reach(self) -> Reach:
+        """See Job. Without a window the cache does not begin again; and the scores fit their bank."""
+        (total, window, causal), cache = self.view, self.place.cache
+        room = cache.config.score_words // bank_words(self.tokens, 1) * SCORE_UNIT
+        ends = [Reach().most]
+        if not window:
+            ends.append(cache.positions - total)
+        if room < cache.positions:
+            ends.append(room - total)
+        return Reach((self.tokens if causal else 1) - total, min(ends))
 
     def sources(self) -> list[Access]:
         """See Job."""
@@ -196,7 +239,7 @@ class ValuesJob(AttentionJob):
     -------
     tokens: rows, as many as the scores have.
     place: the values.
-    slots: slots that are read, as many as the scores have.
+    total: positions so far, as in the view of the scores.
     output: float32 [rows, head_size].
     bank: the place of the scores.
     """
@@ -205,10 +248,15 @@ class ValuesJob(AttentionJob):
     name: str
     tokens: int
     place: Values
-    slots: int
+    total: int
     output: Rows
     bank: int = 0
     wait: Wait = Wait.NOTHING
+
+    @property
+    def slots(self) -> int:
+        """Slots that are read, as many as the scores have."""
+        return seen_of(self.total, self.place.cache.positions)
 
     @property
     def values(self) -> int:
@@ -238,6 +286,23 @@ class ValuesJob(AttentionJob):
             wait=self.wait,
         )
 
+    def moved(self, by: int) -> "ValuesJob":
+        """See Job."""
+        return replace(self, total=self.total + by)
+
+    def moves(self) -> list[Move]:
+        """See Job."""
+        return [Move("positions", seen_of, self.total, self.place.cache.positions)]
+
+    @property
+    def moving_stream(self) -> Hashable:
+        """See Job."""
+        return self.place.cache, self.total
+
+    def reach(self) -> Reach:
+        """See Job. Its scores have the same bounds."""
+        return Reach(1 - self.total)
+
     def sources(self) -> list[Access]:
         """See Job."""
         return _cache_accesses(self.place)
@@ -252,5 +317,5 @@ def _cache_accesses(place: Keys | Values) -> list[Access]:
     """The bytes of a cache. Its exponents are activations for the hardware, and the stream is weights."""
     found = [Access(WEIGHTS, place.stream, place.cache.bytes)]
     if isinstance(place, Values):
-        found.append(Access("exponents", place.exponents, place.cache.exponent_bytes))
+        found.append(Access(EXPONENTS, place.exponents, place.cache.exponent_bytes))
     return found

@@ -10,9 +10,15 @@ from sw.devices.jobs.attention import AppendJob, AttentionJob, ScoresJob, Values
 from sw.devices.jobs.layers import Job, LinearJob, VectorJob
 from sw.devices.jobs.operands import NO_EPILOGUE, WEIGHTS, Access, DeviceError
 
+NO_APPENDS = range(0)
+"""No addresses for keys and values."""
 
-def check_jobs(config: AcceleratorConfig, jobs: Sequence[Job]) -> None:
-    """Raises DeviceError, with the layer's name, if a batch is impossible on every device."""
+
+def check_jobs(config: AcceleratorConfig, jobs: Sequence[Job], appends: range = NO_APPENDS) -> None:
+    """Raises DeviceError, with the layer's name, if a batch is impossible on every device.
+
+    appends: the addresses that AppendJobs may write.
+    """
     if not jobs:
         raise DeviceError("a batch has at least one job")
     before: LinearJob | None = None
@@ -20,9 +26,12 @@ def check_jobs(config: AcceleratorConfig, jobs: Sequence[Job]) -> None:
     data: list[Access] = []
     weights: list[Access] = []
     scaled = 0
-    scores: dict[int, tuple[int, int]] = {}
+    # Name, rows and positions of the scores in each bank.
+    scores: dict[int, tuple[str, int, int]] = {}
     for job in jobs:
         _check_job(config, job)
+        if isinstance(job, AppendJob):
+            _check_append(job, appends)
         if job.wait != Wait.NOTHING:
             data = []
         if job.wait == Wait.WEIGHTS:
@@ -40,8 +49,10 @@ def check_jobs(config: AcceleratorConfig, jobs: Sequence[Job]) -> None:
         if job.epilogue.scale and scaled < job.tokens:
             raise DeviceError(f"layer {job.name} scales its tokens, and no job before it computes their scales")
         if isinstance(job, ScoresJob):
-            scores[job.bank] = job.tokens, job.view.slots
-        if isinstance(job, ValuesJob) and scores.get(job.bank) != (job.tokens, job.slots):
+            if job.bank in scores:
+                raise DeviceError(f"layer {job.name} overwrites scores of bank {job.bank} that no job has read")
+            scores[job.bank] = job.name, job.tokens, job.slots
+        if isinstance(job, ValuesJob) and scores.pop(job.bank, ("",))[1:] != (job.tokens, job.slots):
             raise DeviceError(f"layer {job.name} reads scores that no job before it computes")
         if not isinstance(job, (LinearJob, VectorJob, AppendJob)):
             # The array has other activations now.
@@ -50,6 +61,9 @@ def check_jobs(config: AcceleratorConfig, jobs: Sequence[Job]) -> None:
             scaled = max(scaled, job.tokens)
         data = data + writes
         weights = weights + writes
+    for name, *_ in scores.values():
+        # The next batch would find its bank full.
+        raise DeviceError(f"layer {name} computes scores, and no job of its batch reads them")
 
 
 def _check_job(config: AcceleratorConfig, job: Job) -> None:
@@ -73,6 +87,16 @@ def _check_job(config: AcceleratorConfig, job: Job) -> None:
         raise DeviceError(f"layer {job.name} has an epilogue, and hardware with --operators linear has none")
     if epilogue_is_wrong(config, vars(job.descriptor())):
         raise DeviceError(f"layer {job.name}: no hardware has its epilogue")
+
+
+def _check_append(job: AppendJob, appends: range) -> None:
+    for _, buffer, size, *_ in job.writes():
+        if not appends.start <= buffer.address <= buffer.address + size <= appends.stop:
+            allowed = f"{appends.start:#x} to {appends.stop - 1:#x}" if appends else "none"
+            raise DeviceError(
+                f"layer {job.name} appends to a cache at the addresses {buffer.address:#x} to"
+                f" {buffer.address + size - 1:#x}, and those that allow_appends has given are {allowed}"
+            )
 
 
 def _operands(job: LinearJob) -> tuple:

@@ -2,7 +2,9 @@
 """Linear layers and epilogues as jobs."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from typing import Self
 
 from hw.spec.control.descriptor import FLOAT_BYTES, Descriptor, VectorDescriptor, result_pitch, weight_bytes
 from hw.spec.memory.geometry import LayerLayout, ceil_div
@@ -10,6 +12,7 @@ from hw.spec.numerics.vector import PIECE
 from hw.spec.ops import Wait
 from hw.spec.ops.base import DescriptorWords
 from hw.spec.ops.epilogue import PIECE_BYTES
+from sw.devices.jobs.moves import Move, Reach, row_of
 from sw.devices.jobs.operands import NO_EPILOGUE, NOWHERE, WEIGHTS, Access, Buffer, Epilogue, Rows
 
 
@@ -49,6 +52,36 @@ class Job(ABC):
     @abstractmethod
     def sources(self) -> list[Access]:
         """The operands of the operation itself, weights first."""
+
+    def moved(self, by: int) -> Self:
+        """The job of the same call `by` positions later (earlier if it is negative), see sw.devices.jobs.moves."""
+        rotation = self.epilogue.rotation
+        if rotation is None or rotation.first is None:
+            return self
+        epilogue = replace(self.epilogue, rotation=rotation.moved(by))
+        return replace(self, epilogue=epilogue)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+    def moves(self) -> list[Move]:
+        """The fields of the descriptor that depend on the position."""
+        rotation = self.epilogue.rotation
+        if rotation is None or rotation.first is None:
+            return []
+        position, pitch, _ = rotation.first
+        return [Move("table", row_of, position, pitch, rotation.table.buffer.address - row_of(position, pitch))]
+
+    @property
+    def moving_stream(self) -> Hashable:
+        """Jobs with the same value have as many beats at every position. None: they do not depend on the position."""
+        return None
+
+    def reach(self) -> Reach:
+        """How far the job can move."""
+        rotation = self.epilogue.rotation
+        if rotation is None or rotation.first is None:
+            return Reach()
+        position, _, count = rotation.first
+        rows = self.tokens if rotation.table.pitch else 1
+        return Reach(-position, count - rows - position)
 
     @property
     def columns(self) -> int:

@@ -33,6 +33,8 @@ class Buffer:
 
 WEIGHTS = "weights"
 """The operand that is read ahead of all others."""
+EXPONENTS = "exponents"
+"""The powers of two of cached values."""
 NOWHERE = Buffer(0, 0)
 """The results of a job that writes only the other outputs of its epilogue."""
 
@@ -46,15 +48,40 @@ class Rows(NamedTuple):
     pitch: int = 0
 
 
+class TableRow(NamedTuple):
+    """A row of a table that has one for every position. position: its number; pitch: bytes from one row to the next;
+    count: number of rows.
+    """
+
+    position: int
+    pitch: int
+    count: int
+
+
 class Rotation(NamedTuple):
     """The rotation of the pairs of neighbouring columns of the first `heads` heads.
 
-    table: cosine and sine of pair 0, of pair 1, ... of a head. head: columns of a head.
+    table: cosine and sine of pair 0, of pair 1, ... of a head. head: columns of a head. first: the table's first row is
+    this one of a table of all positions; None: the host writes the rows of each call to the same place.
     """
 
     table: Rows
     head: int
     heads: int
+    first: TableRow | None = None
+
+    def row(self, index: int) -> "Rotation":
+        """The rotation of all rows by row `index`."""
+        first = self.first and self.first._replace(position=self.first.position + index)
+        return self._replace(table=Rows(self.table.buffer.part(index * self.table.pitch)), first=first)
+
+    def moved(self, by: int) -> "Rotation":
+        """The rotation of rows whose positions are `by` later."""
+        if self.first is None:
+            return self
+        buffer, step = self.table.buffer, by * self.first.pitch
+        table = Rows(Buffer(buffer.address + step, buffer.size - step), self.table.pitch)
+        return self._replace(table=table, first=self.first._replace(position=self.first.position + by))
 
 
 class Second(NamedTuple):
@@ -92,7 +119,7 @@ class Epilogue:
         if self.addend:
             values |= {"add": 1, "addend": self.addend.buffer.address, "addend_pitch": self.addend.pitch}
         if self.rotation:
-            table, head, heads = self.rotation
+            table, head, heads, _ = self.rotation
             values |= {"rotary": 1, "head": head, "rotary_heads": heads}
             values |= {"table": table.buffer.address, "table_pitch": table.pitch}
         if self.second:

@@ -368,8 +368,12 @@ def test_write_and_read(device):
         device.write(neighbour, values[0, :11])
     with pytest.raises(DeviceError, match=r"^12 bytes cannot be read from a buffer of 10$"):
         device.read(neighbour, np.float32, [3])
-    with pytest.raises(DeviceError, match=r"^no buffer of 9 bytes is allocated at address"):
-        device.write(replace(neighbour, size=9), np.zeros(1, np.uint8))
+    with pytest.raises(DeviceError, match=r"^no buffer of 11 bytes is allocated at address"):
+        device.write(replace(neighbour, size=11), np.zeros(1, np.uint8))
+    # A part of a buffer.
+    device.write(buffer.part(8), values[1, :3])
+    assert np.array_equal(device.read(buffer, np.int32, [6])[2:5], values[1, :3])
+    assert np.array_equal(device.read(replace(buffer.part(8), size=12), np.int32, [3]), values[1, :3])
     for used in (buffer, neighbour):
         device.free(used)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hw.spec.control.descriptor import ADDRESS_LIMIT, DESCRIPTOR_WORDS, FIELDS, weights_stride
-from hw.spec.control.refusal import refusal
+from hw.spec.control.refusal import Accepted
 from hw.spec.control.registers import (
     BY_NAME,
     COMPLETIONS,
@@ -70,7 +70,7 @@ class FakePlatform:
             at("timeout"): DEFAULT_TIMEOUT,
         }
         self.queue: deque[list[int]] = deque()
-        self.accepted: list[int] | None = None
+        self.accepted = Accepted()
         self.resetting: deque[int] | None = None
         self.cycles = self.completed = self.error = self.unread = self.most_queued = 0
         self.written: list[tuple[str, int]] = []
@@ -127,15 +127,15 @@ class FakePlatform:
     def _reset(self):
         self.cycles += self.resetting.popleft() if self.resetting else self.step
         if not self.resetting and self.reset_steps is not None:
-            self.resetting, self.error, self.accepted, self.completed = None, 0, None, 0
+            self.resetting, self.error, self.accepted, self.completed = None, 0, Accepted(), 0
 
     def _complete(self):
         if self.error or not self.queue:
             return
-        self.error = refusal(CONFIG, self.queue[0], self.accepted)
+        self.error = self.accepted.take(CONFIG, self.queue[0])
         if self.error:
             return
-        self.accepted = self.queue.popleft()
+        self.queue.popleft()
         self.cycles += self.took
         self.values[at("completion_cycles", self.completed % COMPLETIONS)] = self.cycles % (1 << 32)
         self.completed = (self.completed + 1) % (1 << 32)
