@@ -133,12 +133,10 @@ class Datapath(Block):
         wiring.connect(m, wiring.flipped(self.descriptors), queue.window)
         wiring.connect(m, queue.descriptors, check.descriptors)
         wiring.connect(m, check.work, dispatcher.work)
-        wiring.connect(m, unit.slices, core.activations)
         if config.has_attention:
             activations_address = self._layers(m, dispatcher, unit, core)
         else:
-            wiring.connect(m, dispatcher.core, core.command)
-            activations_address = self._layer(m, dispatcher, unit)
+            activations_address = self._layer(m, dispatcher, unit, core)
         owed = (*self.reads_owed, self.write_owed)
         m.d.comb += [
             self.accepted.eq(queue.accepted),
@@ -161,8 +159,10 @@ class Datapath(Block):
         self._watch(m, core)
         return m
 
-    def _layer(self, m: Module, dispatcher: Dispatcher, unit: ActivationUnit) -> Signal:
-        """Gives the unit its layers. Returns the address of the activations in it, for the error register."""
+    def _layer(self, m: Module, dispatcher: Dispatcher, unit: ActivationUnit, core: Core) -> Signal:
+        """Gives unit and core their layers. Returns the address of the unit's activations, for the error register."""
+        wiring.connect(m, dispatcher.core, core.command)
+        wiring.connect(m, unit.slices, core.activations)
         layer, address = dispatcher.unit, Signal(ADDRESS_BITS, name="activations_address")
         m.d.comb += [
             unit.command.payload.eq(layer.payload.command),
@@ -185,6 +185,7 @@ class Datapath(Block):
         wiring.connect(m, dispatcher.core, core_layers.layers)
         wiring.connect(m, core_layers.commands, core.command)
         wiring.connect(m, unit_layers.commands, unit.command)
+        wiring.connect(m, unit.slices, core.activations)
         layer, given = dispatcher.unit, unit_layers.layers
         m.d.comb += [
             *(given.payload[name].eq(layer.payload[name]) for name, _ in given.payload.shape()),

@@ -132,12 +132,15 @@ class Linear(Op):
 
     def bounds(self, config: AcceleratorConfig) -> dict[str, tuple[int, int]]:
         """See :class:`Op`."""
-        return {
+        bounds = {
             "tokens": (1, config.max_tokens),
             "out_features": (1, MAX_N),
             "wait": (min(Wait), max(Wait)),
             **stream_bounds(config),
         }
+        # The generated hardware has its comparisons in this order.
+        names = ("tokens", "groups", "group_slices", "out_features", "header_beats", "body_words", "wait")
+        return {name: bounds[name] for name in names}
 
     def shape_is_wrong(
         self, config: AcceleratorConfig, fields: Mapping[str, int], before: Mapping[str, int] | None
