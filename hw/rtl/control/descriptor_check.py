@@ -249,9 +249,7 @@ class DescriptorCheck(Block):
         if self.config.has_programs:
             m.d.comb += work.index.eq(self.index)
 
-    def _of_attention(
-        self, m: Module, descriptor: Value, busy: Value, values: Mapping[str, Value]
-    ) -> dict[str, Value]:
+    def _of_attention(self, m: Module, descriptor: Value, busy: Value, values: Mapping[str, Value]) -> dict[str, Value]:
         """What units need instead of fields that several operations have in the same places, each in a register."""
         append, scores, output = (values[f"is_{name}"] for name in ("append", "scores", "values"))
         port_bytes = self.config.port_width // 8
