@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Checks in every cycle that AXI4 ports follow the rules. The rules are those of AXI4 (Arm IHI 0022), and what our
-// managers promise in addition: bursts of the port's width, ID 0, no W before its AW, contiguous strobes.
+// managers promise in addition: bursts of the port's width, ID 0, no W before its AW.
 //
 // The checks are inline and cost almost nothing while the rules hold. The first broken rule is reported, with port,
 // cycle and values; later ones are ignored.

@@ -292,7 +292,17 @@ class Dispatcher(Block):
     def _order(self, m: Module, weights: Cursor, activations: Cursor, apart: Signal) -> None:
         """Whether each share of the weights side may be sent."""
         ahead = self.waiting & (weights.work.wait != Wait.WEIGHTS)
-        m.d.sync += self.early.eq(apart | weights.sent["regions"])
+        if self.config.has_attention:
+            # Many descriptors have no weights, so the cursors are often apart while those of a running layer are read.
+            m.submodules.ahead = layers = Credits(TABLE_DEPTH)
+            (regions,) = (share for share in weights.shares if share.name == "regions")
+            m.d.comb += [
+                layers.add.eq(weights.regions.valid & weights.regions.ready),
+                layers.take.eq(activations.step & regions.wanted(activations.work)),
+                self.early.eq(layers.enough),
+            ]
+        else:
+            m.d.sync += self.early.eq(apart | weights.sent["regions"])
         for share in weights.shares:
             if not share.after:
                 m.d.comb += weights.may[share.name].eq(1)
