@@ -119,7 +119,7 @@ class AcceleratorDevice(BatchDevice[Code]):
         if self._abandoned and not self._queue:
             self._reset()
         assert code.program is not None, "a patch is that of a program"
-        code.patch.apply(self.view(code.program), code.beats, batch.moving.by)
+        code.patch.apply(self.memory.view(code.program), code.beats, batch.moving.by)
 
     def appends_changed(self, allowed: range) -> None:
         """See BatchDevice."""

@@ -197,9 +197,15 @@ class KV260Device(AcceleratorDevice):
         host = host or Host()
         config = board_manifest(host).config
         check_config(config, expected or {})
-        # KV caches that batches of this device have written.
+        # KV caches that batches of this device have written, and all places of which there was a view, also freed ones.
         self._appended: set[Access] = set()
+        self._viewed: set[Access] = set()
         super().__init__(config, KV260Platform(host, registers or os.environ.get("GRISTMILL_REGISTERS") or "uio"))
+
+    def view(self, buffer: Buffer) -> np.ndarray:
+        """See Device. Batches clean the caches over it from now on."""
+        self._viewed.add(Access("", buffer, buffer.size))
+        return super().view(buffer)
 
     def write(self, buffer: Buffer, values: Any) -> None:
         """See Device. The caches are cleaned, so the data reaches memory."""
@@ -223,29 +229,45 @@ class KV260Device(AcceleratorDevice):
 
     def make_code(self, jobs: Sequence[Job], words: list[list[int]]) -> "BoardCode":
         """See AcceleratorDevice."""
-        operands = [_range(access) for job in jobs for access in job.reads() if access.what not in STREAMS]
+        used = [access for job in jobs for access in (*job.reads(), *job.writes()) if access.what not in STREAMS]
         results = [_range(access) for job in jobs for access in job.writes() if access.what not in STREAMS]
         self._appended.update(access for job in jobs for access in job.writes() if access.what in STREAMS)
-        buffer = self.platform.buffer
         # The results' caches too: otherwise a dirty line there would be written back later and overwrite results.
-        clean = buffer.clean_commands(operands + results)
-        return BoardCode(words, beats_of(jobs), clean=clean, invalidate=buffer.invalidate_commands(results))
+        buffer, used = self.platform.buffer, list(dict.fromkeys(used))
+        clean = buffer.clean_commands(map(_range, used))
+        invalidate = buffer.invalidate_commands(results)
+        return BoardCode(words, beats_of(jobs), used=used, clean=clean, invalidate=invalidate)
 
     def run(self, batch: Prepared[Code]) -> Iterator[Completion | None]:
         """See BatchDevice."""
         code = batch.code
         assert isinstance(code, BoardCode), "make_code made it"
+        if code.views not in (None, len(self._viewed)):
+            # Only a view can have made a line dirty since then: `write` cleans the caches itself.
+            dirty = [_range(access) for access in code.used if access.overlaps(self._viewed)]
+            code.clean, code.views = self.platform.buffer.clean_commands(dirty), len(self._viewed)
         self.platform.buffer.sync_for_device(code.clean)
+        if code.views is None:
+            code.views = -1
         yield from super().run(batch)
         self.platform.buffer.sync_for_cpu(code.invalidate)
 
 
 @dataclass(eq=False, kw_only=True)
 class BoardCode(Code):
-    """The code of a batch for the board. clean, invalidate: commands for the caches before and after the batch."""
+    """The code of a batch for the board.
 
+    Members
+    -------
+    used: operands and results, without streams.
+    clean, invalidate: commands for the caches before and after the batch.
+    views: number of views that `clean` knows; None: the first batch cleans everything.
+    """
+
+    used: list[Access]
     clean: list[bytes]
     invalidate: list[bytes]
+    views: int | None = None
 
 
 def _range(access: Access) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from hw.spec.manifest import Manifest
 from sw.common.errors import UserError
 from sw.console import options as hardware_options
 from sw.devices import kv260, make_config, open_device
-from sw.devices.base import DeviceError, read_results, view_results
+from sw.devices.base import Buffer, DeviceError, read_results, view_results
 from sw.devices.host import Host
 from sw.devices.kv260 import FIRMWARE, WAIT_SECONDS, KV260Device, KV260Platform
 from sw.devices.udmabuf import LINE, _merge
@@ -183,6 +183,39 @@ def test_caches(fake):
         for job in jobs:
             for buffer in (job.activations, job.results):
                 assert start <= buffer.address - ADDRESS < buffer.address - ADDRESS + buffer.size <= start + size
+
+
+def test_later_batches_clean_what_was_viewed(fake):
+    """The first batch cleans the caches over everything; later ones only over what the processor may have written."""
+    linear, x = case(tokens=2)
+    with KV260Device(host=fake) as device:
+        job = make_job(device, linear, x)
+        batch = device.prepare([job])
+
+        def cleaned() -> list[tuple[int, int]]:
+            fake.commands.clear()
+            device.wait(device.submit(batch), TIMEOUT)
+            assert equal(
+                device.read(job.results, np.float32, (2, job.pitch // 4))[:, : linear.n], expected(CONFIG, linear, x)
+            )
+            return [(start, size) for name, start, size, _ in fake.commands if name == "sync_for_device"]
+
+        def covers(commands: list[tuple[int, int]], buffer: Buffer) -> bool:
+            first = buffer.address - ADDRESS
+            return any(start <= first and first + buffer.size <= start + size for start, size in commands)
+
+        first = cleaned()
+        assert covers(first, job.activations) and covers(first, job.results)
+        assert cleaned() == []
+        for seed in (3, 4):
+            x = random_activations(np.random.default_rng(seed), 2, linear.k)
+            device.view(job.activations).view(np.float32).reshape(2, -1)[:, : linear.k] = x
+            later = cleaned()
+            assert covers(later, job.activations) and not covers(later, job.results)
+        x = random_activations(np.random.default_rng(5), 2, linear.k)
+        device.write(job.activations, x)
+        device.view(job.results)
+        assert covers(cleaned(), job.results)
 
 
 def test_the_fake_board_has_caches(fake):
