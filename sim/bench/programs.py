@@ -6,6 +6,7 @@ hardware has executed them, the whole memory must be equal to that image.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +44,7 @@ class Program:
 
     def __init__(self, driver: AcceleratorDriver, random: np.random.Generator):
         self.driver, self.random, self.c = driver, random, config()
-        self.descriptors: list[AnyDescriptor] = []
+        self.descriptors: list[Any] = []
         self.scaled_tokens = 0
         """Tokens for which r is known."""
         self.linear: Work | None = None

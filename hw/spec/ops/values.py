@@ -101,7 +101,7 @@ class Values(AttentionOp):
         if self.outside_bounds(config, fields):
             return True
         try:
-            cache = self.cache(config, fields)
+            self.cache(config, fields)
         except ConfigError:
             return True
         return (

@@ -10,7 +10,7 @@ from hw.spec.control.descriptor import ADDRESS_LIMIT
 from hw.spec.control.registers import ErrorCode
 from hw.spec.numerics.attention import CHUNK
 from hw.spec.ops import Wait
-from sim.bench.accelerator_driver import MEMORY, AcceleratorDriver, pauses
+from sim.bench.accelerator_driver import MEMORY, AcceleratorDriver, fit, pauses
 from sim.bench.attention.programs import AttentionProgram, allow_caches
 from sim.bench.dut import config
 from sim.bench.streams import rng
@@ -95,11 +95,8 @@ async def results_become_activations(dut):
     program.append_positions(head, 5)
     program.scores(head, 1, 1)
     results = program.values(head, 1, 1)
-    program.add((), 1, 2 * c.tile, wait=Wait.ACTIVATIONS)
-    last = program.descriptors[-1]
-    assert last.groups * last.group_slices * c.tile >= 64 or True
-    if last.groups * last.group_slices * c.tile == 64:
-        program.descriptors[-1] = replace(last, activations=results)
+    work = driver.place(fit(64, 2 * c.tile, 32), 1)
+    program.append(replace(work.descriptor, activations=results, wait=Wait.ACTIVATIONS))
     await program.run()
 
 
