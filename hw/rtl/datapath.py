@@ -197,7 +197,10 @@ class Datapath(Block):
         commands, address = unit_layers.commands, Signal(ADDRESS_BITS, name="activations_address")
         with m.If(commands.valid & commands.ready & ~commands.payload.reuse):
             m.d.sync += [last.eq(taken), before.eq(last)]
-        m.d.comb += Cat(address, self.loading).eq(Mux(unit.earlier, before, last))
+        failed = Cat(self.path.failed_rows, self.path.failed_index)
+        m.d.comb += Cat(address, self.loading).eq(
+            Mux(self.path.non_finite & ~unit.non_finite, failed, Mux(unit.earlier, before, last))
+        )
         return address
 
     def _programs(self, m: Module, queue: DescriptorQueue, check: DescriptorCheck) -> None:

@@ -5,12 +5,13 @@ from amaranth.hdl import Cat, Module
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from hw.rtl.attention.cache.layouts import job_layout
+from hw.rtl.attention.cache.layouts import append_layout
 from hw.rtl.attention.cache.places import PAGE_BITS
 from hw.rtl.attention.cache_writer import CacheWriter
 from hw.rtl.attention.chunk_sums import ChunkSums, sums_layout
 from hw.rtl.common.block import Block
 from hw.rtl.common.clock_gate import SETTLING, gate
+from hw.rtl.common.delay import delay
 from hw.rtl.common.float32 import FLOAT
 from hw.rtl.common.results import output_payload, result_payload
 from hw.rtl.memory.axi import ADDRESS_BITS, owed_layout, write_signature
@@ -23,6 +24,7 @@ from hw.rtl.memory.write_manager import WriteClient, WriteManager, write_clients
 from hw.rtl.vector.epilogue import Epilogue
 from hw.rtl.vector.layouts import MAX_PIECES, SECOND_UNIT, Operand, epilogue_layout, result_unit, row_layout
 from hw.spec.config import AcceleratorConfig
+from hw.spec.control.program import LENGTH_BITS
 from hw.spec.memory.access import OUTSTANDING
 from hw.spec.ops.scores import BANKS
 
@@ -59,6 +61,7 @@ class ResultPath(Block):
 
     sums : one for each descriptor that uses the array, see :class:`hw.rtl.attention.chunk_sums.ChunkSums`
     append_job : the appends to a cache
+    failed_rows, failed_index : with ``non_finite``: address and index of its append
     cache_first, cache_end, outside, outside_address, non_finite :
         see :class:`hw.rtl.attention.cache_writer.CacheWriter`
     scores : results that stay on chip
@@ -96,12 +99,14 @@ class ResultPath(Block):
             output = stream.Signature(output_payload(config, config.vector_lanes, result_unit(config)))
             members |= {
                 "sums": In(stream.Signature(sums_layout(config))),
-                "append_job": In(stream.Signature(job_layout(config))),
+                "append_job": In(stream.Signature(append_layout(config))),
                 "cache_first": In(PAGE_BITS),
                 "cache_end": In(PAGE_BITS),
                 "outside": Out(1),
                 "outside_address": Out(ADDRESS_BITS),
                 "non_finite": Out(1),
+                "failed_rows": Out(ADDRESS_BITS),
+                "failed_index": Out(LENGTH_BITS),
                 "scores": Out(output),
                 "stored": In(1),
                 "row": Out(row_layout(config)),
@@ -200,11 +205,19 @@ class ResultPath(Block):
         wiring.connect(m, epilogue.scores, wiring.flipped(self.scores))
         cache = CacheWriter(self.config)
         (m.submodules.cache,) = gate(m, platform, cache, name="cache", cycles=CACHE_SETTLING)
-        wiring.connect(m, wiring.flipped(self.append_job), cache.job)
+        append = self.append_job
+        taken = append.valid & append.ready
+        # The next append is taken before the last rows of this one are checked.
+        late = delay(m, Cat(taken, append.payload.rows, append.payload.index), cache.error_latency, name="append")
+        with m.If(late[0]):
+            m.d.sync += Cat(self.failed_rows, self.failed_index).eq(late[1:])
         wiring.connect(m, epilogue.cached, cache.rows)
         wiring.connect(m, cache.pieces, writer.pieces[WriteClient.CACHE])
         wiring.connect(m, cache.beats, writer.cache_beats)
         m.d.comb += [
+            cache.job.payload.eq(append.payload.job),
+            cache.job.valid.eq(append.valid),
+            append.ready.eq(cache.job.ready),
             cache.first.eq(self.cache_first),
             cache.end.eq(self.cache_end),
             self.outside.eq(cache.outside),

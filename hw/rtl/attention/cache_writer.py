@@ -86,6 +86,11 @@ class CacheWriter(Block):
         """See the class. HeadFloat holds two heads, each until its exponents are known and its rows have left."""
         return self.float.exponent_latency // 2 + 2
 
+    @property
+    def error_latency(self) -> int:
+        """Cycles from a job's last row to ``non_finite``."""
+        return self.float.exponent_latency
+
     def properties(self) -> dict[str, int]:
         """See :class:`hw.rtl.common.block.Block`."""
         return {

@@ -4,10 +4,10 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from amaranth.hdl import Cat, Mux, Value
+from amaranth.hdl import Cat, Const, Mux, Value
 from amaranth.lib import data
 
-from hw.rtl.attention.cache.layouts import job_layout as append_layout
+from hw.rtl.attention.cache.layouts import append_layout, job_layout
 from hw.rtl.attention.chunk_sums import sums_layout
 from hw.rtl.attention.layouts import scores_layout
 from hw.rtl.attention.value_rows import values_layout
@@ -151,6 +151,23 @@ _CHANGES = {
 }
 
 
+def _job(config: AcceleratorConfig, work: data.View) -> Value:
+    """An append, for the cache writer."""
+    fields = {
+        **{name: work[name] for name in ("keys", "planes", "slot", "slots", "exponents")},
+        "tokens": work.command.tokens,
+        "columns": work.out_features,
+        "address": work.weights,
+        "stride": work.weights_stride,
+    }
+    return Cat(_sized(fields[name], field.width) for name, field in job_layout(config))
+
+
+def _sized(value: Value, width: int) -> Value:
+    """A number that fits so many bits, in exactly so many."""
+    return value[:width] if len(value) >= width else Cat(value, Const(0, width - len(value)))
+
+
 def attention_shares(config: AcceleratorConfig) -> tuple[Share, ...]:
     """The shares of the units that only attention has."""
 
@@ -192,12 +209,6 @@ def attention_shares(config: AcceleratorConfig) -> tuple[Share, ...]:
             "append_job",
             append_layout(config),
             lambda work: work.append,
-            lambda work: {
-                **{name: work[name] for name in ("keys", "planes", "slot", "slots", "exponents")},
-                "tokens": work.command.tokens,
-                "columns": work.out_features,
-                "address": work.weights,
-                "stride": work.weights_stride,
-            },
+            lambda work: {"job": _job(config, work), "rows": work.activations, "index": work.index},
         ),
     )

@@ -101,6 +101,24 @@ async def results_become_activations(dut):
 
 
 @cocotb.test()
+@cocotb.parametrize(bad=[0, 1, 3])
+async def numbers_that_are_not_finite(dut, bad):
+    """An append with an infinity in its last row stops the accelerator, and is named; those before it are complete."""
+    driver = await _driver(dut, False, 7)
+    program = AttentionProgram(driver, rng(38))
+    head = program.head(32, 32, 8)
+    for _ in range(2):
+        program.append_positions(head, 3)
+    made = program.descriptors[bad]
+    row = made.activations + 2 * made.activation_pitch + 4 * 31
+    driver.write(row, np.array([np.inf], np.float32).tobytes())
+    program.store()
+    await program.start()
+    await driver.failed(ErrorCode.NON_FINITE, made.activations, bad)
+    await driver.calm()
+
+
+@cocotb.test()
 @cocotb.parametrize(what=["below", "above", "closed"])
 async def guarded(dut, what):
     """An append outside of the allowed addresses writes nothing, and stops the accelerator."""

@@ -9,6 +9,7 @@ from amaranth.lib import data
 from hw.rtl.attention.cache.geometry import PAGE_SHIFT, SLOT_BITS, TABLE_SHIFT, CacheGeometry, log2
 from hw.rtl.memory.axi import ADDRESS_BITS
 from hw.spec.config import EXPONENT_BITS, AcceleratorConfig
+from hw.spec.control.program import LENGTH_BITS
 from hw.spec.memory.access import PIECE_FLOATS
 from hw.spec.memory.kv_cache import PLANE_COUNTS
 from hw.spec.memory.operands import FLOAT_BYTES
@@ -70,6 +71,11 @@ def job_layout(config: AcceleratorConfig) -> data.StructLayout:
             "exponents": unsigned(ADDRESS_BITS),
         }
     )
+
+
+def append_layout(config: AcceleratorConfig) -> data.StructLayout:
+    """An append, the address of its rows, and the index of its descriptor: for error messages."""
+    return data.StructLayout({"job": job_layout(config), "rows": ADDRESS_BITS, "index": LENGTH_BITS})
 
 
 def region_layout() -> data.StructLayout:
