@@ -8,11 +8,28 @@ import pytest
 
 from hw.spec.config import option
 from hw.spec.memory.faults import Fault
+from hw.spec.memory.kv_cache import KEY_BITS, KeyCache, ValueCache
 from hw.spec.ops import Wait
 from sim.device.build import build
 from sw.devices import make_config
 from sw.devices.base import DeviceError
-from sw.devices.jobs import NOWHERE, Epilogue, Job, LinearJob, Rotation, Rows, Second, VectorJob
+from sw.devices.jobs import (
+    NOWHERE,
+    AppendJob,
+    Epilogue,
+    Job,
+    Keys,
+    LinearJob,
+    Rotation,
+    Rows,
+    ScoresJob,
+    Second,
+    Values,
+    ValuesJob,
+    VectorJob,
+    View,
+)
+from sw.devices.jobs.operands import PAGE, Buffer
 from sw.devices.rtl import RtlDevice
 from tests.sw.devices.test_jobs import Bench
 from tests.sw.fixtures.linears import TIMEOUT
@@ -22,10 +39,13 @@ pytestmark = [pytest.mark.simulator, pytest.mark.full]
 CONFIGS = {
     "decoder": make_config(operators="decoder", tile=4, ports=1, max_k=1024, max_tokens=5),
     "linear": make_config(operators="linear", tile=4, ports=2, max_k=1024, max_tokens=5),
+    "attention": make_config(operators="decoder", tile=4, ports=1, max_k=1024, max_tokens=5, score_words=2048),
 }
 PARTS = ("scale", "add", "rotation", "silu", "second", "squares", "pieces", "quiet")
 FAULTS = (Fault.NONE, Fault.READ_ERROR, Fault.NONE, Fault.WRITE_ERROR, Fault.READ_SILENT, Fault.WRITE_SILENT)
 EPSILON = 1e-5
+CACHES = 1 << 21
+"""Bytes of all caches of a batch."""
 
 
 class RandomJobs(Bench):
@@ -34,12 +54,40 @@ class RandomJobs(Bench):
     def __init__(self, device, seed: int):
         super().__init__(device, seed)
         self.scaled, self.outputs = 0, []
+        self.caches, self.used = device.alloc(CACHES), 0
 
     def output(self, columns: int, tokens: int) -> Rows:
         columns = -(-columns // 32) * 32
         buffer = self.space(columns, tokens)
         self.outputs.append((buffer, columns, tokens))
         return Rows(buffer, 4 * columns)
+
+    def cache(self, size: int) -> Buffer:
+        """A part of the buffer of all caches."""
+        start = self.used
+        self.used += -(-size // PAGE) * PAGE
+        self.outputs.append((self.caches.part(start), size // 4, 1))
+        return self.caches.part(start)
+
+    def attention(self, index: int) -> list[Job]:
+        """Some positions of a KV head are appended to an empty cache; then scores and values of all rows."""
+        config, tokens, size = self.device.config, int(self.rng.integers(1, 6)), 32 * int(self.rng.integers(1, 3))
+        positions, bank, name = int(self.rng.integers(tokens, 300)), int(self.rng.integers(2)), f"attention {index}"
+        keys = KeyCache(config, size, positions, int(self.rng.choice(KEY_BITS)))
+        values = ValueCache(config, size, positions)
+        places = [self.cache(keys.bytes), self.cache(values.bytes), self.cache(values.exponent_bytes)]
+        for place, image in zip(places, (keys.image(), values.image(), np.zeros(values.exponent_bytes, np.uint8))):
+            self.device.write(place, image)
+        of_keys, of_values = Keys(keys, places[0]), Values(values, *places[1:])
+        rows = [Rows(self.write(self.rows(size, tokens)), 4 * size) for _ in range(3)]
+        output, slots = self.output(size, tokens), int(self.rng.integers(tokens, positions + 1))
+        slot = int(self.rng.integers(positions - tokens + 1))
+        return [
+            AppendJob(f"{name}, keys", tokens, rows[0], of_keys, slot),
+            AppendJob(f"{name}, values", tokens, rows[1], of_values, slot),
+            ScoresJob(f"{name}, scores", tokens, rows[2], of_keys, View(slots, slots), 0.125, bank, Wait.WEIGHTS),
+            ValuesJob(f"{name}, output", tokens, of_values, slots, output, bank),
+        ]
 
     def operand(self, columns: int, tokens: int) -> Rows:
         columns = -(-columns // 32) * 32
@@ -91,7 +139,11 @@ def observe(device: RtlDevice, seed: int, fault: Fault) -> list:
     """What can be seen of random jobs: cycles, outputs, bus accesses, and the error if a part of memory has a fault."""
     device.registers.write("timeout", 20_000)
     jobs = RandomJobs(device, seed)
-    batch, seen = [jobs.job(index) for index in range(12)], []
+    batch, seen = [], []
+    for index in range(12):
+        batch += jobs.attention(index) if device.config.has_attention and index % 3 == 1 else [jobs.job(index)]
+    if device.config.has_attention:
+        device.allow_appends(jobs.caches)
     if fault != Fault.NONE:
         writes = fault in (Fault.WRITE_ERROR, Fault.WRITE_SILENT)
         broken = (batch[6].writes() if writes else batch[6].reads())[-1].buffer
