@@ -116,11 +116,14 @@ class ChunkSums(Block):
             left.add.eq(fifo.o.valid & fifo.o.ready),
         ]
         tile_end = i.last & (job.passes | final)
-        last_tile, tile = Signal(), Signal.like(job.last_tile)
+        # Whether the tile is the last one: a register, but for the first tile of a job.
+        later, later_last = Signal(), Signal()
+        last_tile, tile, following_tile = Signal(), Signal.like(job.last_tile), Signal.like(job.last_tile)
         place = Signal(data.StructLayout({name: out[name] for name in ("token", "column", "piece_end", "last")}))
         column_bits = per_row.bit_length() - 1
         m.d.comb += [
-            last_tile.eq(~job.values | (tile == job.last_tile)),
+            following_tile.eq(tile + 1),
+            last_tile.eq(Mux(later, later_last, job.one_tile)),
             place.token.eq(i.token),
             place.column.eq(Mux(job.values, Cat(i.column[:column_bits], tile), i.column)),
             place.piece_end.eq(i.piece_end & last_tile),
@@ -128,7 +131,11 @@ class ChunkSums(Block):
             job_end.eq(step & tile_end & last_tile),
         ]
         with m.If(step & tile_end & job.values):
-            m.d.sync += tile.eq(Mux(last_tile, 0, tile + 1))
+            m.d.sync += [
+                tile.eq(Mux(last_tile, 0, following_tile)),
+                later.eq(~last_tile),
+                later_last.eq(following_tile == job.last_tile),
+            ]
         # The number of the chunk after this one, from 1.
         following = Signal.like(job.chunks, init=2)
         with m.If(step & ~job.passes & i.last):
@@ -160,7 +167,7 @@ class ChunkSums(Block):
         """The current job with what follows from it, whether there is one, and the signal that ends it.
 
         passes : its results pass
-        last_tile : index of its last column tile
+        last_tile, one_tile : index of its last column tile; there is only one, or it has none
         entries : of a chunk in the memory, or any higher number if a transfer need not wait for the one before
         """
         given, end = self.job.payload, Signal(name="job_end")
@@ -170,6 +177,7 @@ class ChunkSums(Block):
             "passes": 1,
             "chunks": given.chunks.shape(),
             "last_tile": range(MAX_HEAD // self.config.tile),
+            "one_tile": 1,
             "entries": limit.shape(),
         }
         m.submodules.jobs = jobs = StreamFifo(data.StructLayout(layout), self._JOBS)
@@ -182,6 +190,7 @@ class ChunkSums(Block):
             jobs.i.payload.passes.eq(~given.values | (given.chunks == 1)),
             jobs.i.payload.chunks.eq(given.chunks),
             jobs.i.payload.last_tile.eq(given.tiles - 1),
+            jobs.i.payload.one_tile.eq(~given.values | (given.tiles == 1)),
             jobs.i.payload.entries.eq(limit),
             jobs.o.ready.eq(end),
         ]

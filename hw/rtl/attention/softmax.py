@@ -171,7 +171,7 @@ class Softmax(Block):
         for lane, (adder, exp) in enumerate(zip(self.adders, self.exps, strict=True)):
             m.submodules[f"adder_{lane}"], m.submodules[f"exp_{lane}"] = adder, exp
             m.submodules[f"unit_{lane}"] = unit = UnitFloat()
-            number = Signal(UNIT_BITS + 1, name=f"number_{lane}")
+            number, probability = Signal(UNIT_BITS + 1, name=f"number_{lane}"), Signal(FLOAT, name=f"p_{lane}")
             m.d.comb += [
                 adder.valid.eq(valid),
                 Cat(adder.a).eq(taken.values.word_select(lane, FLOAT.size)),
@@ -180,8 +180,9 @@ class Softmax(Block):
                 Cat(exp.x).eq(Cat(adder.result)),
                 number.eq(Mux(found.inside[lane], exp.result, 0)),
                 unit.valid.eq(found.valid),
-                unit.value.eq(number),
-                Cat(self.write.values[lane]).eq(Cat(unit.result)),
+                unit.value.eq(exp.result),
+                Cat(probability).eq(Cat(unit.result)),
+                Cat(self.write.values[lane]).eq(Mux(out.inside[lane], probability.as_value(), 0)),
             ]
             numbers.append(number)
         m.d.comb += [self.write.valid.eq(out.valid), self.write.place.eq(out.place)]

@@ -193,7 +193,9 @@ class ActivationFetch(Block):
         # A chunk is requested only if it is written, so the pieces are never fewer than what is requested of the row: a
         # difference means more. After the row's last piece they count from 0 again, and all of the row is in memory.
         requested = chunks[PIECE_CHUNKS.bit_length() - 1 :]
-        m.d.sync += written.eq(~load & ~taken & (written | (requested != self.pieces)))
+        # While no block is requested it may be 0 in any case; then no long path ends here.
+        begins = self.blocks.ready if self.config.has_attention else load
+        m.d.sync += written.eq(~begins & ~taken & (written | (requested != self.pieces)))
         with m.If(load):
             m.d.sync += chunks.eq(0)
         with m.Elif(taken):
