@@ -170,13 +170,14 @@ def test_small_limits_are_legal(options: tuple[str, ...], tmp_path: Path):
         (("--max-k", "32784"), "max_k is a whole number from 32 to 32,768, not 32784"),
         (("--max-k", "100"), "max_k is a multiple of the tile (16), not 100"),
         (("--score-words", "100"), "score_words is a multiple of 64, not 100"),
-        (("--score-words", "4096"), "score_words is 0, not 4096: only the reference device has attention"),
+        (("--score-words", "4096", "--weight-bits", "5"), "a KV cache takes weight_bits of 4 or 8, not 5"),
+        (("--score-words", "4096", "--max-k", "256"), "max_k is at least 512 with score_words, not 256"),
         (("--max-group-size", "48"), "max_group_size is one of 32, 64, 128, 256, not 48"),
         (("--top", "wheel"), "block is one of accelerator, core, pe, "),
         (("--target", "asic"), "target is one of generic, ultrascaleplus, ecp5, simulation, not 'asic'"),
     ],
 )
-def test_bad_value_is_one_line(options: tuple[str, str], message: str, tmp_path: Path):
+def test_bad_value_is_one_line(options: tuple[str, ...], message: str, tmp_path: Path):
     done = run(*options, "--out", str(tmp_path / "out"))
     assert done.returncode == 2
     assert done.stdout == ""
