@@ -74,7 +74,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "sw.graph": ("numpy", "onnx"),
     "sw.ort": ("numpy", "onnx", "onnxruntime"),
     "sw.text": ("numpy", "tokenizers", "jinja2"),
-    "sw.checkpoints": ("numpy", "onnx", "gguf", "tokenizers"),
+    "sw.checkpoints": ("hw.spec", "numpy", "onnx", "gguf", "tokenizers"),
     "sw.export": ("numpy",),
     "sw.devices": ("hw.spec", "numpy"),
     "sw.program": ("hw.spec", "numpy"),

@@ -9,7 +9,7 @@ multiplies with the embedding's table, which is stored once. A float ONNX export
 from pathlib import Path
 
 from sw.checkpoints.autoawq import quantization
-from sw.checkpoints.gguf_reader import GgufFile
+from sw.checkpoints.gguf.reader import GgufFile
 from sw.checkpoints.huggingface import read_settings
 from sw.common.errors import UserError
 from sw.common.status_line import Progress

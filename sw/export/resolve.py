@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from sw.checkpoints.gguf_parts import gguf_parts
+from sw.checkpoints.gguf.parts import gguf_parts
 from sw.common.errors import UserError, one_line
 from sw.common.text_files import SUBFOLDER
 from sw.export.kind import NOT_PYTORCH, Kind, file_kind

@@ -14,12 +14,12 @@ from gguf.constants import Keys
 from tokenizers import Tokenizer
 
 from sw import generate
-from sw.checkpoints.gguf_keys import HONOURED, NEUTRAL, general, status
-from sw.checkpoints.gguf_parts import gguf_parts
-from sw.checkpoints.gguf_pre_tokenizers import PRE_TOKENIZERS
-from sw.checkpoints.gguf_reader import GgufFile
-from sw.checkpoints.gguf_sentencepiece import SPACE, sentencepiece
-from sw.checkpoints.gguf_tokenizer import read_gguf_tokenizer
+from sw.checkpoints.gguf.keys import HONOURED, NEUTRAL, general, status
+from sw.checkpoints.gguf.parts import gguf_parts
+from sw.checkpoints.gguf.pre_tokenizers import PRE_TOKENIZERS
+from sw.checkpoints.gguf.reader import GgufFile
+from sw.checkpoints.gguf.sentencepiece import SPACE, sentencepiece
+from sw.checkpoints.gguf.tokenizer import read_gguf_tokenizer
 from sw.common.errors import UserError
 from sw.export.gguf import FAMILIES, decoder_config, export_gguf, gguf_source
 from sw.export.resolve import find_model, resolve_model
@@ -322,10 +322,10 @@ def test_big_endian_and_unknown_tensors(tmp_path):
         gguf_source(GgufFile(tmp_path / "m.gguf"))
 
 
-def test_k_quants_name_the_command(tmp_path):
+def test_other_formats_name_the_command(tmp_path):
     """The message for a format that cannot be run names the command that converts it."""
-    write_gguf(tmp_path / "m.gguf", kind="Q5_0")
-    with pytest.raises(UserError, match=r"is Q5_0; linear layers may be .* \(python -m sw\.quantize makes a model"):
+    write_gguf(tmp_path / "m.gguf", kind="MXFP4")
+    with pytest.raises(UserError, match=r"is MXFP4; layers may be .* \(python -m sw\.quantize makes a model"):
         resolve_model(tmp_path / "m.gguf")
 
 

@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 from tokenizers import Tokenizer
 
-from sw.checkpoints.gguf_reader import GgufFile
+from sw.checkpoints.gguf.reader import GgufFile
 from sw.common.errors import UserError
 from sw.export.resolve import packaged_gguf, resolve_model
 from sw.graph.linears import find_linears

@@ -10,7 +10,7 @@ import pytest
 from onnx import numpy_helper
 
 from sw.checkpoints.autoawq import awq_format
-from sw.checkpoints.gguf_reader import GgufFile
+from sw.checkpoints.gguf.reader import GgufFile
 from sw.checkpoints.huggingface import decoder_config, read_settings
 from sw.common.errors import UserError
 from sw.export.autoawq import checkpoint_source, export_awq

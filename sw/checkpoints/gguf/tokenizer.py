@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from sw.checkpoints.gguf_pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
-from sw.checkpoints.gguf_reader import GgufFile
-from sw.checkpoints.gguf_sentencepiece import sentencepiece
+from sw.checkpoints.gguf.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
+from sw.checkpoints.gguf.reader import GgufFile
+from sw.checkpoints.gguf.sentencepiece import sentencepiece
 from sw.common.errors import UserError
 from sw.text.folder import begin_with
 
