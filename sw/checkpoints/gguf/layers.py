@@ -2,15 +2,15 @@
 """GGUF's quantized tensors as linear layers in the number formats that the hardware has (docs/numerics.md).
 
 A minimum m becomes the zero point z = m / s, so w = s (q - z). It is float32 here and gets 11 fraction bits on the
-hardware (zero_point="fixed"). Its range is -16 to 16 for weights of 4 bits, and -256 to 256 for weights of 8 bits, which
-run as two planes. Of the formats with minimums, Q4_1, Q4_K and Q2_K have 4 bits here, Q5_1 and Q5_K 8.
+hardware (zero_point="fixed"). Its range is -16 to 16 for weights of 4 bits, and -256 to 256 for weights of 8 bits,
+which run as two planes. Of the formats with minimums, Q4_1, Q4_K and Q2_K have 4 bits here, Q5_1 and Q5_K 8.
 
 For z outside this range:
-- A group that is mirrored (q becomes top - q, s becomes -s) has the zero point top - z. So z up to 31, or 511, is exact.
+- A group that is mirrored (q becomes top - q, s becomes -s) has the zero point top - z. So z up to 31 or 511 is exact.
 - If that is not enough, a tensor of 4 bits becomes one of 8 bits, which is exact too.
 - The remaining groups, with abs(z) above 256, have weights of one sign whose differences are small. Each of these
   weights is rounded to 1/511 of the group's largest one. Such groups are not known from real models.
-A group with s = 0 has equal weights -m, and no zero point: it becomes q = 0, z = h and s = m / h, with h a power of two.
+A group with s = 0 has equal weights -m, and no zero point: it becomes q = 0, z = h, s = m / h, with h a power of two.
 """
 
 import numpy as np
@@ -35,7 +35,8 @@ HALF_STEP = 0.5 / (1 << FIXED_FRACTION_BITS)
 def quantized_layer(name: str, tensor: GgufTensor, bias: np.ndarray | None = None) -> QuantizedLinear:
     """A tensor [N, K] in one of the formats of sw.checkpoints.gguf.blocks as a layer; some rows are read at a time.
 
-    bias: float32 [N] or None. Raises UserError if a scale or a minimum is not finite, or if the tensor has not two axes.
+    bias: float32 [N] or None. Raises UserError if a scale or a minimum is not finite, and for a tensor that is not a
+    matrix.
     """
     if len(tensor.shape) != 2:
         raise UserError(f"{tensor.path}: tensor {tensor.name} is {list(tensor.shape)}, not a matrix")

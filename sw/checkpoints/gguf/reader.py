@@ -7,11 +7,11 @@ from typing import Any
 import gguf
 import numpy as np
 
-from sw.checkpoints.gguf.blocks import FORMATS
+from sw.checkpoints.gguf.blocks import FORMATS, dequantize_groups, unpack_groups
 from sw.checkpoints.gguf.header import GgufTensor, read_header
-from sw.checkpoints.gguf.layers import quantized_layer
+from sw.checkpoints.gguf.layers import AT_ONCE, quantized_layer
 from sw.checkpoints.gguf.parts import expect_part, gguf_parts
-from sw.common.arrays import is_finite
+from sw.common.arrays import is_finite, slices
 from sw.common.errors import UserError, one_line
 from sw.model.linear import FloatLinear, QuantizedLinear
 
@@ -103,15 +103,18 @@ class GgufFile:
         return value
 
     def float_tensor(self, name: str) -> np.ndarray:
-        """Any tensor that the gguf package can dequantize, as float32 [N, K] or [N]."""
+        """Any tensor that the gguf package can dequantize, as float32 [N, K] or [N]; some rows are read at a time."""
         tensor = self._tensor(name)
-        try:
-            values = gguf.quants.dequantize(tensor.read(), gguf.GGMLQuantizationType[tensor.kind])
-        except NotImplementedError:
-            raise UserError(f"{self.path}: tensor {name} is {tensor.kind}, which cannot be read") from None
-        if not np.isfinite(values).all():
-            raise UserError(f"{self.path}: tensor {name} holds values that are not finite")
-        return np.ascontiguousarray(values, dtype=np.float32)
+        values = np.empty(tensor.shape, np.float32)
+        rows_at_once = max(1, AT_ONCE // max(1, values[:1].size))
+        for rows in slices(len(values), rows_at_once) if values.ndim > 1 else [slice(None)]:
+            try:
+                values[rows] = _dequantized(tensor.read(rows), tensor.kind)
+            except NotImplementedError:
+                raise UserError(f"{self.path}: tensor {name} is {tensor.kind}, which cannot be read") from None
+            if not np.isfinite(values[rows]).all():
+                raise UserError(f"{self.path}: tensor {name} holds values that are not finite")
+        return values
 
     def linear(self, name: str) -> QuantizedLinear | FloatLinear:
         """The linear layer of the tensors `name`.weight and, if present, `name`.bias; see sw.checkpoints.gguf.layers.
@@ -149,6 +152,15 @@ class GgufFile:
         if name not in self._tensors:
             raise UserError(f"{self.path} has no tensor {name}")
         return self._tensors[name]
+
+
+def _dequantized(data: np.ndarray, kind: str) -> np.ndarray:
+    """Raw data as floats. Raises NotImplementedError for formats that the gguf package cannot dequantize."""
+    # A damaged block may hold an infinity; the caller refuses what comes of it.
+    with np.errstate(invalid="ignore", over="ignore"):
+        if kind in FORMATS and data.ndim == 2:
+            return dequantize_groups(unpack_groups(data, kind))
+        return gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
 
 
 def _decoded(value: Any) -> Any:

@@ -135,6 +135,45 @@ def test_parts_that_do_not_fit(tmp_path):
         gguf_parts(tmp_path / "m-00003-of-00002.gguf")
 
 
+def rewritten(path, keys=None, tensors=None):
+    """Writes one part again, with other values of its split.* keys, or with the tensors of another file."""
+    reader = gguf.GGUFReader(path)
+    items = [(item.name, np.array(item.data), item.tensor_type) for item in (tensors or reader).tensors]
+    fields = {key: (value.types[0], value.contents()) for key, value in reader.fields.items() if "split." in key}
+    del reader
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, (kind, value) in fields.items():
+        writer.add_key_value(key, (keys or {}).get(key, value), kind)
+    for name, data, kind in items:
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_mixed_parts(tmp_path):
+    """Three parts; then a part of another model, a part twice, and parts that are not all of the model."""
+    write_gguf(tmp_path / "m.gguf")
+    parts = split_gguf(tmp_path / "m.gguf", tmp_path, count=3)
+    assert len(GgufFile(parts[2]).tensors) == len(gguf.GGUFReader(tmp_path / "m.gguf").tensors) == 20
+    rewritten(parts[1], {"split.tensors.count": 21})
+    with pytest.raises(UserError, match=r"m-00002-of-00003\.gguf is of another model: m-00001.* 20 tensors.* part 21"):
+        GgufFile(parts[0])
+    rewritten(parts[1], {"split.tensors.count": 20}, gguf.GGUFReader(parts[2]))
+    with pytest.raises(UserError, match=r"m-00003-of-00003\.gguf: tensor .* is in another part as well"):
+        GgufFile(parts[0])
+    parts[1].write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=r"m-00002-of-00003\.gguf is not a complete GGUF file"):
+        GgufFile(parts[0])
+    (tmp_path / "two").mkdir()
+    parts = split_gguf(tmp_path / "m.gguf", tmp_path / "two")
+    for part in parts:
+        rewritten(part, {"split.tensors.count": 21})
+    with pytest.raises(UserError, match="its parts have 20 tensors, and 21 are announced"):
+        GgufFile(parts[0])
+
+
 def test_names(tmp_path):
     """Ollama's blobs, an upper-case suffix, a folder with one model and a projector."""
     (tmp_path / "folder").mkdir()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GGUF tensors as layers: the hardware's integers against the gguf package's weights, and groups with distant minimums."""
+"""GGUF tensors as layers: the hardware's integers against the gguf package's weights, and distant minimums."""
 
 import gguf
 import numpy as np
