@@ -368,6 +368,28 @@ def test_other_formats_name_the_command(tmp_path):
         resolve_model(tmp_path / "m.gguf")
 
 
+def test_special_tokens_of_phi_3(tmp_path):
+    """By the name of the model, as in llama.cpp: most special tokens take the white space after them."""
+    scores = {"tokenizer.ggml.scores": [-float(i) for i in range(len(TOKENS))]} | START
+    found = {}
+    for name in ("Phi-3 mini", "Llama 2"):
+        write_gguf(tmp_path / "m.gguf", tokenizer="llama", changes=scores | {"general.name": name})
+        found[name] = raw_ids(tmp_path / "m.gguf", "<|im_end|> \n<|im_end|>")
+    assert found["Phi-3 mini"] == [BOS, len(TOKENS) - 1, len(TOKENS) - 1]
+    assert len(found["Llama 2"]) > 3
+
+
+def test_unknown_token_in_a_text(tmp_path):
+    """The unknown token's own text is this token, as in llama.cpp, and not its letters."""
+    unknown = TOKENS.index("ab")
+    types = [2 if number == unknown else 1 for number in range(len(TOKENS))]
+    changes = {"tokenizer.ggml.scores": [0.0] * len(TOKENS), "tokenizer.ggml.unknown_token_id": unknown} | START
+    write_gguf(tmp_path / "m.gguf", tokenizer="llama", changes=changes)
+    model = GgufFile(tmp_path / "m.gguf")
+    model._fields["tokenizer.ggml.token_type"] = types
+    assert read_gguf_tokenizer(model).tokenizer.encode("ab").ids == [BOS, unknown]
+
+
 def test_end_tokens(tmp_path):
     """Tokens that llama.cpp recognises by their text end an answer, and are not shown."""
     write_gguf(tmp_path / "m.gguf")

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """GGUF models that mix block formats, as llama.cpp's Q4_K_M and its relatives do, from the file to the logits."""
 
+from typing import Any
+
 import onnxruntime
 import pytest
 
@@ -18,7 +20,7 @@ from sw.runtime.hardware import choose_config, layer_shapes
 from tests.sw.export.test_gguf import gguf_logits, write_gguf
 from tests.sw.fixtures.checkpoints import IDS, empty_cache, relative_error, step
 
-SHAPE = {"hidden": 256, "ffn": 512}
+SHAPE: dict[str, Any] = {"hidden": 256, "ffn": 512}
 MIXTURES: dict[str, dict] = {
     # Half of attn_v and ffn_down have more bits; a head that is also the embedding is Q6_K, an embedding alone Q4_K.
     "Q4_K_M": {"kind": "Q4_K", "table": "Q6_K", "kinds": {"blk.0.attn_v": "Q6_K", "blk.0.ffn_down": "Q6_K"}},
@@ -44,6 +46,8 @@ MIXTURES: dict[str, dict] = {
     # What llama.cpp takes if K is no multiple of 256.
     "blocks of 32": {"kind": "Q5_0", "table": "Q8_0", "kinds": {"blk.0.attn_v": "Q5_1", "blk.1.ffn_down": "Q4_1"}},
     "one format": {"kind": "Q5_K", "table": "Q5_K"},
+    "biases": {"family": "qwen2", "kind": "Q5_K", "table": "Q3_K", "kinds": {"blk.1.attn_k": "Q4_K"}},
+    "Q2_K table": {"kind": "Q4_K", "table": "Q2_K", "tied": False},
 }
 
 
