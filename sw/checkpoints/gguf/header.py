@@ -68,7 +68,7 @@ class GgufTensor:
     @property
     def _row_items(self) -> int:
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType[self.kind]]
-        k = self.shape[-1] if self.shape else 1
+        k = self.shape[-1]
         return k if self.kind in PLAIN else k // block * size
 
     def read(self, rows: slice = slice(None)) -> np.ndarray:
@@ -225,7 +225,8 @@ def _tensor(path: Path, cursor: _Cursor) -> GgufTensor:
     axes = cursor.number("<I", what)
     if axes > MAX_AXES:
         raise Damaged(f"tensor {name[:80]} has {axes:,} axes, at most {MAX_AXES} are possible")
-    shape = tuple(cursor.number("<Q", what) for _ in range(axes))[::-1]
+    # ggml's sizes are 1 beyond the last axis.
+    shape = tuple(cursor.number("<Q", what) for _ in range(axes))[::-1] or (1,)
     if 0 in shape:
         raise Damaged(f"tensor {name[:80]} is {list(shape)}, and has no elements")
     number = cursor.number("<I", what)
@@ -234,6 +235,6 @@ def _tensor(path: Path, cursor: _Cursor) -> GgufTensor:
     except ValueError:
         raise Damaged(f"tensor {name[:80]} has the format {number}, which is not known") from None
     block = GGML_QUANT_SIZES[kind][0]
-    if (shape[-1] if shape else 1) % block:
+    if shape[-1] % block:
         raise Damaged(f"tensor {name[:80]} is {list(shape)}, and {kind.name} has blocks of {block} along the last axis")
     return GgufTensor(path, name, kind.name, shape, cursor.number("<Q", what))

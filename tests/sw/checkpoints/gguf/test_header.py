@@ -58,6 +58,11 @@ def test_values_are_those_of_the_gguf_package(tmp_path):
             assert np.array_equal(found.read(slice(3, 9)), item.data[3:9])
 
 
+def test_tensor_without_axes(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(header(b"", 0, tensor(shape=()), 1).ljust(64, b"\0") + np.float32(2.5).tobytes())
+    assert np.array_equal(GgufFile(tmp_path / "m.gguf").float_tensor("x"), [2.5])
+
+
 HUGE = 1 << 60
 DAMAGE = {
     "empty": (b"", "cannot mmap an empty file"),
