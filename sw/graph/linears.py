@@ -20,7 +20,7 @@ from sw.graph.float_linears import constant, float_form
 from sw.graph.nodes import name_of, separate_bias
 from sw.graph.nodes import read as read_input
 from sw.model.decoder import PROJECTIONS, DecoderLayer
-from sw.model.linear import FloatLinear, QuantizedLinear
+from sw.model.linear import FloatLinear, Outline, QuantizedLinear
 from sw.model.lm_head import Linear
 from sw.model.parts import Block, Norm, Projection
 
@@ -77,6 +77,15 @@ class Linears(Sequence[QuantizedLinear]):
             return Linears(self.file, self._sites[index])
         site = self._sites[index]
         return _with_separate_bias(self.file, site.read(self.file, site.node, site.name))
+
+    def outlines(self) -> Iterator[Outline]:
+        """The layers without their weights. Raises UserError as reading them does, if zero points are damaged."""
+        for site in self._sites:
+            if matmul_nbits.matches(site.node):
+                yield matmul_nbits.outline(self.file, site.node, site.name)
+            else:
+                layer = site.read(self.file, site.node, site.name)
+                yield Outline(layer.name, layer.n, layer.k, layer.group_size, layer.bits, layer.zero_points)
 
     def __iter__(self) -> Iterator[QuantizedLinear]:
         return (self[i] for i in range(len(self)))

@@ -22,7 +22,7 @@ from sw.common.errors import UserError
 from sw.graph.file import OnnxFile
 from sw.graph.nodes import CONTRIB, attributes, is_pair
 from sw.graph.nodes import read as input_of
-from sw.model.linear import QuantizedLinear
+from sw.model.linear import Outline, QuantizedLinear
 
 PLANE_BITS = 4
 """Bits of each of the two planes of an 8-bit layer."""
@@ -53,6 +53,19 @@ def shape(file: OnnxFile, node: onnx.NodeProto, name: str) -> tuple[int, int]:
     """(N, K). Raises UserError if the attributes do not define a layer."""
     n, k, _, _ = _attributes(file, node, name)
     return n, k if activations(file, node) == input_of(node, 0) else k // 2
+
+
+def outline(file: OnnxFile, node: onnx.NodeProto, name: str) -> Outline:
+    """What decides which hardware the layer needs; of its tensors only the zero points are read.
+
+    Raises UserError as `check` does, and for missing data.
+    """
+    check(file, node, name)
+    n, k, bits, block = _attributes(file, node, name)
+    zero_points = _zero_points(file, node, name, (n, -(-k // block)), bits)
+    if activations(file, node) == node.input[0]:
+        return Outline(name, n, k, block, bits, zero_points)
+    return Outline(name, n, k // 2, block, 2 * PLANE_BITS, _joined_zeros(zero_points))
 
 
 def activations(file: OnnxFile, node: onnx.NodeProto) -> str:
@@ -101,14 +114,19 @@ def planes(layer: QuantizedLinear) -> QuantizedLinear:
 
 def _joined(layer: QuantizedLinear) -> QuantizedLinear:
     """The inverse of `planes`."""
-    (high, low), (high_zeros, low_zeros) = (np.split(v, 2, axis=1) for v in (layer.q, layer.zero_points))
+    high, low = np.split(layer.q, 2, axis=1)
     return replace(
         layer,
         q=high << PLANE_BITS | low,
         scales=np.split(layer.scales, 2, axis=1)[1],
-        zero_points=np.float32(1 << PLANE_BITS) * high_zeros + low_zeros,
+        zero_points=_joined_zeros(layer.zero_points),
         bits=2 * PLANE_BITS,
     )
+
+
+def _joined_zeros(zero_points: np.ndarray) -> np.ndarray:
+    high, low = np.split(zero_points, 2, axis=1)
+    return np.float32(1 << PLANE_BITS) * high + low
 
 
 def read(file: OnnxFile, node: onnx.NodeProto, name: str) -> QuantizedLinear:

@@ -35,9 +35,9 @@ class LayerShape:
 
 
 def layer_shapes(linears: Linears) -> list[LayerShape]:
-    """Reads every layer once; keeps no weights."""
+    """Reads the zero points of every layer, and keeps none."""
     shapes = []
-    for layer in linears:
+    for layer in linears.outlines():
         zeros = layer.zero_points
         fractions = zeros[zeros != np.rint(zeros)]
         extremes = np.array([zeros.min(), zeros.max(), *fractions[:1]], np.float64)

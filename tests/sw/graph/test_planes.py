@@ -50,6 +50,9 @@ def test_round_trip(zero_points, tmp_path):
     assert np.array_equal(found.q, linear.q)
     assert np.array_equal(found.scales, linear.scales)
     assert np.abs(found.zero_points - linear.zero_points).max() <= 1e-6
+    (outline,) = find_linears(path).outlines()
+    assert (outline.name, outline.n, outline.k, outline.group_size, outline.bits) == (found.name, N, K, GROUP, 8)
+    assert np.array_equal(outline.zero_points, found.zero_points)
     x = noise(K)
     assert relative_error(run(path, x), linear.float_output(np.maximum(x, 0))) < 1e-5
     (part,) = find_projections(OnnxFile(path))

@@ -2,6 +2,7 @@
 """The hardware that a model needs, from the shapes of its layers; and layers longer than the default hardware's."""
 
 import json
+from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
@@ -14,7 +15,7 @@ from sw.common.errors import UserError
 from sw.devices import make_config
 from sw.devices.pack import plan_layer
 from sw.graph.linears import Linears
-from sw.model.linear import QuantizedLinear
+from sw.model.linear import Outline
 from sw.runtime.hardware import LayerShape, choose_config, layer_shapes
 from tests.sw.fixtures.checkpoints import awq_config, make_checkpoint
 
@@ -56,8 +57,8 @@ def test_auto_zero_point():
 
     def found(zero_points, bits=4):
         values = np.array([zero_points], np.float32)
-        q, scales = np.zeros((1, 32 * len(zero_points)), np.uint8), np.ones(values.shape, np.float32)
-        (item,) = layer_shapes(cast(Linears, [QuantizedLinear("l", q, scales, values, 32, bits)]))
+        outline = Outline("l", 1, 32 * len(zero_points), 32, bits, values)
+        (item,) = layer_shapes(cast(Linears, SimpleNamespace(outlines=lambda: [outline])))
         return item.needs_fixed
 
     assert found([0.5, 3]) and found([-1, 3]) and found([3, 16]) and found([3, 256], 8)
