@@ -8,14 +8,14 @@ multiplies with the embedding's table, which is stored once. A float ONNX export
 
 from pathlib import Path
 
-from sw.checkpoints.autoawq import quantization
 from sw.checkpoints.gguf_reader import GgufFile
 from sw.checkpoints.huggingface import read_settings
+from sw.checkpoints.packed.formats import quantization
 from sw.common.errors import UserError
 from sw.common.status_line import Progress
-from sw.export.autoawq import checkpoint_source
 from sw.export.folder import EXPORTER_VERSION, write_folder
 from sw.export.gguf import gguf_source
+from sw.export.huggingface import checkpoint_source
 from sw.export.kind import Kind, file_kind
 from sw.export.resolve import find_model
 from sw.graph import dequantize_linear

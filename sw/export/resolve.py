@@ -141,15 +141,15 @@ def packaged_gguf(word: str) -> Path:
 
 def _exported(source: Path, key: str) -> Path:
     # Imported here, because reading an ONNX file does not need the packages that an export needs.
-    from sw.export.autoawq import export_awq
     from sw.export.folder import EXPORTER_VERSION, export_status
     from sw.export.gguf import export_gguf
+    from sw.export.huggingface import export_checkpoint
 
     folder = cache_directory() / f"{key}-v{EXPORTER_VERSION}"
     if (folder / "model.onnx").is_file():
         return folder / "model.onnx"
     with export_status() as progress:
-        return (export_awq if source.is_dir() else export_gguf)(source, folder, progress=progress)
+        return (export_checkpoint if source.is_dir() else export_gguf)(source, folder, progress=progress)
 
 
 def _key(source: Path, files: Iterable[Path]) -> str:

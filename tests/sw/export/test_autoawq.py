@@ -17,7 +17,7 @@ import pytest
 from sw.checkpoints.autoawq import pack_words, unpack_words
 from sw.checkpoints.huggingface import decoder_config, read_settings
 from sw.common.errors import UserError
-from sw.export.autoawq import export_awq
+from sw.export.huggingface import export_checkpoint
 from sw.graph.linears import find_linears
 from sw.text.folder import TextFolder
 from tests.sw.fixtures.checkpoints import (
@@ -69,7 +69,7 @@ def test_weights_are_exact(group_size, zero_point, qzeros, tmp_path):
     if not qzeros:
         tensors = {name: values for name, values in tensors.items() if not name.endswith("qzeros")}
         write_tensors(tmp_path / "in" / "model.safetensors", tensors)
-    linears = find_linears(export_awq(tmp_path / "in", tmp_path / "out"))
+    linears = find_linears(export_checkpoint(tmp_path / "in", tmp_path / "out"))
     names = [f"model.layers.{i}.{linear}" for i in range(LAYERS) for linear in LINEARS]
     plain = [name.strip("/").replace("/", ".").removesuffix(".MatMulNBits") for name in linears.names]
     assert plain == [*names, "lm_head"]
@@ -93,10 +93,10 @@ def test_logits(dtype, shards, family, tied, tmp_path):
     config = awq_config(family, tie_word_embeddings=tied, head_dim=None if tied else 32)
     tensors = make_checkpoint(tmp_path / "in", config, dtype=dtype, shards=shards)
     assert len(list((tmp_path / "in").glob("*.safetensors"))) == shards
-    path = export_awq(tmp_path / "in", tmp_path / "float", lm_head="float")
+    path = export_checkpoint(tmp_path / "in", tmp_path / "float", lm_head="float")
     expected = decoder_logits(tmp_path / "in", tensors)
     assert relative_error(onnx_logits(path), expected) < 1e-5
-    path = export_awq(tmp_path / "in", tmp_path / "out")
+    path = export_checkpoint(tmp_path / "in", tmp_path / "out")
     linears = find_linears(path)
     assert (len(linears), linears.names[-1], linears[-1].bits) == (7 * LAYERS + 1, "/lm_head/MatMulNBits", 8)
     with_head = decoder_logits(tmp_path / "in", tensors, linears[-1].dequantize())
@@ -111,7 +111,7 @@ def test_logits(dtype, shards, family, tied, tmp_path):
 @pytest.mark.parametrize(("dtype", "stored"), [("F16", "FLOAT16"), ("BF16", "FLOAT"), ("F32", "FLOAT")])
 def test_embedding_is_exact(dtype, stored, tmp_path):
     tensors = make_checkpoint(tmp_path / "in", dtype=dtype)
-    path = export_awq(tmp_path / "in", tmp_path / "out")
+    path = export_checkpoint(tmp_path / "in", tmp_path / "out")
     model = onnx.load(path, load_external_data=False)
     (table,) = [tensor for tensor in model.graph.initializer if tensor.name == "model.embed_tokens.weight"]
     assert table.data_type == getattr(onnx.TensorProto, stored)
@@ -136,7 +136,7 @@ def test_layers_that_are_not_quantized(tmp_path):
             del tensors[f"{name}.{part}"]
         tensors[f"{name}.weight"] = weights[f"{name}.weight"].astype(np.float16)
     write_tensors(tmp_path / "in" / "model.safetensors", tensors)
-    path = export_awq(tmp_path / "in", tmp_path / "out", lm_head="float")
+    path = export_checkpoint(tmp_path / "in", tmp_path / "out", lm_head="float")
     assert len(find_linears(path)) == 7 * LAYERS - len(plain)
     assert relative_error(onnx_logits(path), decoder_logits(tmp_path / "in", tensors)) < 1e-5
 
@@ -151,7 +151,7 @@ def test_quantized_head(tmp_path):
         source = np.concatenate([tensors[f"model.layers.{i % 2}.mlp.up_proj.{part}"] for i in range(3)], axis=1)
         tensors[f"lm_head.{part}"] = np.ascontiguousarray(source[:, : 264 if part == "scales" else 33])
     write_tensors(tmp_path / "in" / "model.safetensors", tensors)
-    head = find_linears(export_awq(tmp_path / "in", tmp_path / "out"))[-1]
+    head = find_linears(export_checkpoint(tmp_path / "in", tmp_path / "out"))[-1]
     q, zero_points, scales = slow_linear(tensors, "lm_head")
     assert (head.name, head.bits) == ("/lm_head/MatMulNBits", 4)
     assert np.array_equal(head.q, q)
@@ -185,7 +185,7 @@ def test_llama3_rotary_scaling(place, tmp_path):
             frequency = (1 - smooth) * frequency / 8 + smooth * frequency
         frequencies.append(frequency)
     assert kinds == {"high", "low", "between"}
-    logits = onnx_logits(export_awq(tmp_path / "in", tmp_path / "out", lm_head="float"))
+    logits = onnx_logits(export_checkpoint(tmp_path / "in", tmp_path / "out", lm_head="float"))
     expected = decoder_logits(tmp_path / "in", tensors, frequencies=np.array(frequencies))
     assert relative_error(logits, expected) < 1e-5
     assert relative_error(logits, decoder_logits(tmp_path / "in", tensors)) > 1e-3
@@ -193,7 +193,7 @@ def test_llama3_rotary_scaling(place, tmp_path):
 
 def test_files(tmp_path):
     make_checkpoint(tmp_path / "in", awq_config(max_position_embeddings=131072))
-    path = export_awq(tmp_path / "in", tmp_path / "out")
+    path = export_checkpoint(tmp_path / "in", tmp_path / "out")
     names = ["config.json", "model.onnx", "model.onnx.data", "tokenizer.json"]
     assert sorted(item.name for item in path.parent.iterdir()) == names
     assert (path.parent / "tokenizer.json").read_bytes() == (tmp_path / "in" / "tokenizer.json").read_bytes()
@@ -229,7 +229,7 @@ def test_files(tmp_path):
         assert (ids[0], ids[-1]) == (257, text.tokenizer.token_to_id("Ċ"))
         assert text.tokenizer.decode(ids, False) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     first = [path.with_name(name).read_bytes() for name in names]
-    export_awq(tmp_path / "in", tmp_path / "out")
+    export_checkpoint(tmp_path / "in", tmp_path / "out")
     assert [path.with_name(name).read_bytes() for name in names] == first
 
 
@@ -240,7 +240,7 @@ def test_text_settings(tmp_path):
     settings = tmp_path / "in" / "tokenizer_config.json"
 
     def exported() -> list[Any]:
-        path = export_awq(tmp_path / "in", tmp_path / "out")
+        path = export_checkpoint(tmp_path / "in", tmp_path / "out")
         config = json.loads(path.with_name("config.json").read_text())
         return [config[key] for key in ("bos_token", "eos_token", "eos_token_id", "chat_template")]
 
@@ -294,17 +294,20 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "stops": ({"eos_token_id": [1, -1]}, "eos_token_id is a token id or a list of them"),
 }
 REFUSED_FORMATS: dict[str, tuple[dict[str, Any], str]] = {
-    "method": ({"quant_method": "gptq"}, "is quantized by 'gptq', which is not supported (of quantized"),
+    "method": (
+        {"quant_method": "hqq"},
+        "is quantized by 'hqq', which is not supported: awq, gptq, compressed-tensors are",
+    ),
     "no method": ({"quant_method": None}, "is quantized by 'None', which is not supported"),
     "version": ({"version": "gemv"}, "is AutoAWQ's version 'gemv', and only GEMM is read"),
     "marlin": ({"version": "marlin"}, "is AutoAWQ's version 'marlin', and only GEMM is read"),
     "exllama": ({"version": "exllama"}, "is AutoAWQ's version 'exllama', and only GEMM is read"),
     "bits": ({"bits": 8}, "quantization_config's bits is 4, not 8"),
     "group": (
-        {"group_size": 48},
-        "a power of two from 16 (ONNX MatMulNBits has no others), not 48",
+        {"group_size": 40},
+        "group_size is -1 or a multiple of 16, not 40",
     ),
-    "group of 8": ({"group_size": 8}, "group_size is -1 or a power of two from 16"),
+    "group of 8": ({"group_size": 8}, "group_size is -1 or a multiple of 16, not 8"),
     "other group": ({"group_size": 16}, "scales hold [2, 64] values, qweight [64, 64], and group_size is 16"),
     "long group": ({"group_size": 128}, "scales hold [2, 64] values, qweight [64, 64], and group_size is 128"),
     "zero point": ({"zero_point": 1}, "zero_point is true or false, not 1"),
@@ -315,7 +318,7 @@ def refused(folder: Path, message: str) -> None:
     """The error is one line, and no file remains."""
     before = sorted(item.name for item in folder.parent.iterdir())
     with pytest.raises(UserError) as error:
-        export_awq(folder, folder.parent / "out")
+        export_checkpoint(folder, folder.parent / "out")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert sorted(item.name for item in folder.parent.iterdir()) == before
