@@ -61,9 +61,7 @@ def quantization(config: Settings) -> Settings | None:
     config.json.
     """
     if config.get("quantization") is not None:
-        raise UserError(
-            f"{config.path}: quantization is not supported, only quantization_config (is this an MLX model?)"
-        )
+        raise UserError(f"{config.path}: quantization, which MLX writes, is not supported, only quantization_config")
     settings = next((config.part(key) for key in KEYS if config.get(key) is not None), None)
     older = read_settings(config.path.with_name("quant_config.json"))
     if older.values:

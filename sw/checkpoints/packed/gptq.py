@@ -116,7 +116,7 @@ def gptq_format(settings: Settings) -> GptqFormat:
         if not isinstance(value, str) or value.lower() not in VERSIONS:
             raise settings.wrong(f"quantization_config's {key}", " or ".join(VERSIONS), value)
         if value.lower() != version.lower():
-            raise settings.wrong("quantization_config's format", f"{version}, as checkpoint_format is,", value)
+            raise settings.wrong("quantization_config's format", f"{version}, as checkpoint_format is", value)
     pack_type = settings.get("pack_dtype")
     if pack_type not in (None, "int32"):
         raise settings.wrong("quantization_config's pack_dtype", "int32", pack_type)
