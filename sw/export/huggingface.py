@@ -18,6 +18,7 @@ from sw.checkpoints.safetensors_file import Checkpoint
 from sw.common.errors import UserError
 from sw.common.status_line import Progress
 from sw.export.folder import EXPORTER_VERSION, write_folder
+from sw.export.hub import repository
 from sw.model.decoder import PROJECTIONS, DecoderConfig, DecoderLayer
 from sw.model.lm_head import Table
 from sw.model.source import DecoderSource
@@ -50,7 +51,7 @@ def checkpoint_source(folder: Path, settings: Settings, form: LayerFormat | None
     _check_biases(checkpoint, settings)
     tied = settings.flag("tie_word_embeddings", False)
     return DecoderSource(
-        name=folder.resolve().name,
+        name=repository(folder.resolve()) or folder.resolve().name,
         family=settings.get("model_type"),
         config=config,
         embedding=_table(checkpoint, settings, form, "model.embed_tokens.weight"),
