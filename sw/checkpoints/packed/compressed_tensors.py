@@ -6,7 +6,7 @@ fields in a word and groups of G features:
     weight_packed int32 [N, ceil(K / F)]   field i of word [n, c] is q[n, F c + i]
     weight_scale float [N, ceil(K / G)]; weight_shape int64 [2], the values N and K
     weight_zero_point int32 [ceil(N / F), ceil(K / G)], if asymmetric   field i of word [r, g] is z[F r + i, g];
-        before version 0.10: int8 [N, ceil(K / G)], less 2^(bits - 1)
+        in early versions (0.6): int8 [N, ceil(K / G)], less 2^(bits - 1)
     weight_g_idx int32 [K] with actorder "group" (see sw.checkpoints.packed.order); bias [N] or absent
     w[n, k] = (q[n, k] - z[n, k // G]) * s[n, k // G], where symmetric layers have z = 2^(bits - 1)
 """

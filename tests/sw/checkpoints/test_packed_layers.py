@@ -16,7 +16,7 @@ from sw.checkpoints.packed.words import BITS, block_size, split_groups, unpack_r
 from sw.checkpoints.safetensors_file import Checkpoint
 from sw.common.errors import UserError
 from tests.sw.fixtures.checkpoints import write_tensors
-from tests.sw.fixtures.packed import Form, gptq_config, gptq_tensors, make_layer, pack
+from tests.sw.fixtures.huggingface.packed import Form, gptq_config, gptq_tensors, make_layer, pack
 
 DATA = Path(__file__).parents[1] / "fixtures" / "data" / "packed"
 COMPRESSED = [

@@ -16,7 +16,7 @@ from sw.common.errors import UserError
 from sw.export.hub import HubName, hub_name
 from sw.export.resolve import find_model, resolve_model
 from tests.sw.fixtures.checkpoints import make_checkpoint, read_tensors, write_tensors
-from tests.sw.fixtures.hub_server import TOKEN, commit, hub_server
+from tests.sw.fixtures.huggingface.hub_server import TOKEN, commit, hub_server
 
 ROOT = Path(__file__).resolve().parents[3]
 TEXTS = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]

@@ -15,7 +15,7 @@ from sw.graph.file import OnnxFile
 from sw.graph.linears import find_linears
 from sw.runtime import Decoder, ProgramDecoder
 from tests.sw.fixtures.checkpoints import IDS, LLAMA, QWEN2, empty_cache, relative_error, step
-from tests.sw.fixtures.packed import (
+from tests.sw.fixtures.huggingface.packed import (
     Form,
     Packer,
     compressed_config,

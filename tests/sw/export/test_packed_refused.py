@@ -16,7 +16,7 @@ from sw.export.floats import float_model
 from sw.export.huggingface import export_checkpoint
 from sw.export.resolve import resolve_model
 from tests.sw.fixtures.checkpoints import QWEN2, read_tensors, write_tensors
-from tests.sw.fixtures.packed import (
+from tests.sw.fixtures.huggingface.packed import (
     Form,
     compressed_config,
     compressed_tensors,
