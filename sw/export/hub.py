@@ -8,7 +8,7 @@ by itself; `hf download org/name` updates it. Otherwise the files that an export
 
 import glob
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -59,11 +59,12 @@ def hub_name(text: str) -> HubName | None:
     return HubName(match["repo"], match["revision"], match["file"])
 
 
-def fetch(name: HubName, floats: bool) -> Path:
+def fetch(name: HubName, floats: bool, check: Callable[[Path], None]) -> Path:
     """The local path of a model: an ONNX file, a GGUF file, or a folder with *.safetensors.
 
-    floats: of several graphs take the float one. Raises UserError if there is no such model, if it cannot be reached or
-    read, and if it is unclear which of its files is meant.
+    floats: of several graphs take the float one. check: called with a folder that has a checkpoint's settings, but not
+    yet its tensors; it raises UserError if the checkpoint cannot be used. Raises UserError if there is no such model,
+    if it cannot be reached or read, and if it is unclear which of its files is meant.
     """
     try:
         import huggingface_hub as hub
@@ -85,8 +86,15 @@ def fetch(name: HubName, floats: bool) -> Path:
             raise
         return snapshot
     model, files = _needed(name, [item.rfilename for item in info.siblings or []], floats)
+    if not model:
+        check(_download(hub, name, [file for file in files if file.endswith(TEXTS)]))
+    return _download(hub, name, files) / model
+
+
+def _download(hub: Any, name: HubName, files: Sequence[str]) -> Path:
+    """The snapshot's folder, in which these files are now."""
     with _errors(hub, name, begun=True):
-        return Path(hub.snapshot_download(name.repo, revision=name.revision, allow_patterns=_patterns(files)), model)
+        return Path(hub.snapshot_download(name.repo, revision=name.revision, allow_patterns=_patterns(files)))
 
 
 def repository(path: Path) -> str | None:

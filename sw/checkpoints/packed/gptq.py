@@ -18,6 +18,7 @@ import numpy as np
 from sw.checkpoints.huggingface import Settings
 from sw.checkpoints.packed.layers import has_words, read_bias
 from sw.checkpoints.packed.order import read_order
+from sw.checkpoints.packed.patterns import read_pattern
 from sw.checkpoints.packed.words import BITS, MIN_BLOCK, WORD_BITS, block_size, matrix, split_groups, unpack_rows
 from sw.checkpoints.safetensors_file import Checkpoint
 from sw.common.errors import UserError
@@ -149,10 +150,7 @@ def _override(
 ) -> tuple[re.Pattern[str], GptqFormat | None]:
     """One entry of `dynamic`: "-:pattern" are float layers, "+:pattern" or "pattern" have settings of their own."""
     where = f"quantization_config's dynamic {key[:80]}"
-    try:
-        pattern = re.compile(key[2:] if key.startswith(("-:", "+:")) else key)
-    except (re.error, RecursionError, OverflowError):
-        raise UserError(f"{settings.path}: {where} is no regular expression") from None
+    pattern = read_pattern(settings.path, "quantization_config's dynamic", key.removeprefix("-:").removeprefix("+:"))
     if key.startswith("-:") or values is False:
         return pattern, None
     if not isinstance(values, Mapping):

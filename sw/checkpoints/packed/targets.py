@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from sw.checkpoints.huggingface import Settings
-from sw.common.errors import UserError
+from sw.checkpoints.packed.patterns import read_pattern
 
 PATTERN = "re:"
 LINEAR = ("Linear", "Module")
@@ -60,11 +60,8 @@ def read_targets(settings: Settings, key: str, where: str) -> list[Target]:
     texts = [] if texts is None else texts
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise settings.wrong(where, "a list of names", texts)
-    found = []
-    for text in texts:
-        try:
-            pattern = re.compile(text.removeprefix(PATTERN)) if text.startswith(PATTERN) else None
-        except (re.error, RecursionError, OverflowError):
-            raise UserError(f"{settings.path}: {where} has {text[:80]!r}, which is no regular expression") from None
-        found.append(Target(text, pattern))
-    return found
+    return [Target(text, _pattern(settings, where, text)) for text in texts]
+
+
+def _pattern(settings: Settings, where: str, text: str) -> re.Pattern[str] | None:
+    return read_pattern(settings.path, where, text.removeprefix(PATTERN)) if text.startswith(PATTERN) else None

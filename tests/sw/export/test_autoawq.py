@@ -19,6 +19,7 @@ from sw.checkpoints.huggingface import decoder_config, read_settings
 from sw.common.errors import UserError
 from sw.export.huggingface import export_checkpoint
 from sw.graph.linears import find_linears
+from sw.synthetic import encode
 from sw.text.folder import TextFolder
 from tests.sw.fixtures.checkpoints import (
     IDS,
@@ -30,6 +31,7 @@ from tests.sw.fixtures.checkpoints import (
     float_tensors,
     make_checkpoint,
     nibble,
+    read_tensors,
     reference_logits,
     relative_error,
     slow_linear,
@@ -122,6 +124,26 @@ def test_embedding_is_exact(dtype, stored, tmp_path):
     feeds = {"input_ids": np.array([IDS]), "attention_mask": np.ones((1, len(IDS)), np.int64)}
     (values,) = session.run([rows], feeds | empty_cache(session))
     assert np.array_equal(np.asarray(values)[0], tensors["model.embed_tokens.weight"][IDS])
+
+
+def test_brain_floats(tmp_path):
+    """Scales in bfloat16 become float32 without a change, as norms, biases and the embedding do."""
+    make_checkpoint(tmp_path / "in", dtype="BF16")
+    tensors = read_tensors(tmp_path / "in")
+    stored = {name: encode(v.astype(np.float32), "BF16") if v.dtype.kind == "f" else v for name, v in tensors.items()}
+    write_tensors(tmp_path / "in" / "model.safetensors", stored)
+    tensors = read_tensors(tmp_path / "in")
+    path = export_checkpoint(tmp_path / "in", tmp_path / "out", lm_head="float")
+    for name, layer in zip(graph_names(path), find_linears(path)):
+        scales = tensors[f"{name}.scales"]
+        assert scales.dtype == np.float32
+        assert np.array_equal(layer.scales, scales.T)
+    assert relative_error(onnx_logits(path), decoder_logits(tmp_path / "in", tensors)) < 1e-5
+
+
+def graph_names(path: Path) -> list[str]:
+    """The checkpoint's names of a graph's quantized layers."""
+    return [name.strip("/").replace("/", ".").removesuffix(".MatMulNBits") for name in find_linears(path).names]
 
 
 def test_layers_that_are_not_quantized(tmp_path):

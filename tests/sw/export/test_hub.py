@@ -107,6 +107,28 @@ def test_revisions(hub, files, tmp_path):
     one_line("org/tiny@v9", f"org/tiny has no revision v9 ({hub.endpoint})")
 
 
+def test_settings_come_first(hub, files, tmp_path, capfd):
+    """A checkpoint that is refused costs no download of tensors."""
+    shutil.copytree(files, tmp_path / "in")
+    path = tmp_path / "in" / "config.json"
+    config = json.loads(path.read_text())
+    for name, changes, floats, problem in (
+        ("family", {"model_type": "gemma"}, False, "model_type 'gemma' is not supported"),
+        ("method", {"quantization_config": {"quant_method": "fp8"}}, False, "is quantized by 'fp8'"),
+        ("float", {"quantization_config": None}, False, "is not quantized"),
+        ("quantized", {}, True, "is quantized already"),
+    ):
+        path.write_text(json.dumps({**config, **changes}))
+        hub.add(f"org/{name}", tmp_path / "in")
+        with pytest.raises(UserError, match=problem):
+            find_model(f"org/{name}", floats=floats)
+    path.write_text(json.dumps({**config, "quantization_config": None}))
+    hub.add("org/good", tmp_path / "in")
+    assert not [name for name in hub.downloads() if name.endswith(".safetensors")]
+    assert len(list(find_model("org/good", floats=True).glob("*.safetensors"))) == 2
+    capfd.readouterr()
+
+
 def test_local_path_has_priority(hub, files, tmp_path, monkeypatch):
     hub.add("org/tiny", files)
     monkeypatch.chdir(tmp_path)

@@ -14,7 +14,16 @@ from sw.export.resolve import resolve_model
 from sw.graph.file import OnnxFile
 from sw.graph.linears import find_linears
 from sw.runtime import Decoder, ProgramDecoder
-from tests.sw.fixtures.checkpoints import IDS, LLAMA, QWEN2, empty_cache, relative_error, step
+from tests.sw.fixtures.checkpoints import (
+    IDS,
+    LLAMA,
+    QWEN2,
+    empty_cache,
+    read_tensors,
+    relative_error,
+    step,
+    write_tensors,
+)
 from tests.sw.fixtures.huggingface.packed import (
     Form,
     Packer,
@@ -23,6 +32,7 @@ from tests.sw.fixtures.huggingface.packed import (
     float_logits,
     gptq_config,
     gptq_tensors,
+    make_layer,
     write_packed,
 )
 
@@ -30,6 +40,7 @@ LAYERS = QWEN2["num_hidden_layers"]
 GPTQ_V2 = functools.partial(gptq_tensors, version=2)
 WITHOUT_ORDER = functools.partial(gptq_tensors, g_idx=False)
 OLD_ZEROS = functools.partial(compressed_tensors, old_zeros=True)
+UNTIED = QWEN2 | {"tie_word_embeddings": False}
 ASYMMETRIC = Form(symmetric=False)
 CASES: dict[str, tuple[Packer, dict, Form]] = {
     "gptq": (gptq_tensors, gptq_config(Form()), Form()),
@@ -188,6 +199,19 @@ def test_biases_of_zeros(tmp_path):
     check_layers(path, layers, head=False)
     assert not any(node.op_type == "Add" for node in OnnxFile(path).graph.node)
     assert relative_error(onnx_logits(path), float_logits(tmp_path / "in", weights)) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["gptq 8 bits asymmetric", "gptq v2", "compressed asymmetric", "compressed channel"])
+def test_quantized_head(case, tmp_path):
+    """A head that is quantized in the file is not changed; compressed-tensors names it by the class Linear."""
+    packer, quantization, form = CASES[case]
+    write_packed(tmp_path / "in", packer, quantization | {"ignore": []}, form, base=UNTIED)
+    tensors, head = read_tensors(tmp_path / "in"), make_layer(np.random.default_rng(8), 264, 64, form)
+    del tensors["lm_head.weight"]
+    write_tensors(tmp_path / "in" / "model.safetensors", tensors | packer("lm_head", head, form))
+    found = find_linears(export_checkpoint(tmp_path / "in", tmp_path / "out"))[-1]
+    assert (found.name, found.bits) == ("/lm_head/MatMulNBits", form.bits)
+    assert np.array_equal(found.dequantize(), head.weight.astype(np.float32))
 
 
 @pytest.mark.parametrize(("packer", "config"), [(gptq_tensors, gptq_config), (compressed_tensors, compressed_config)])
