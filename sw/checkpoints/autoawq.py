@@ -56,10 +56,13 @@ class AwqFormat:
 
 def awq_format(settings: Settings) -> AwqFormat:
     """The format of a folder. settings: its quantization_config. Raises UserError if it is not GEMM with 4 bits."""
-    # AutoAWQ writes the version in upper or lower case; in transformers a missing version means gemm.
-    version = settings.get("version") or "gemm"
-    if not isinstance(version, str) or version.lower() != "gemm":
-        raise UserError(f"{settings.path.parent} is AutoAWQ's version {str(version)[:80]!r}, and only GEMM is read")
+    # AutoAWQ writes the version in upper or lower case, GPTQModel the others; in transformers a missing one means gemm.
+    for key in ("version", "checkpoint_format", "format"):
+        version = settings.get(key) or "gemm"
+        if not isinstance(version, str) or version.lower() != "gemm":
+            raise UserError(f"{settings.path.parent} is AutoAWQ's {key} {str(version)[:80]!r}, and only GEMM is read")
+    if settings.get("backend") == "llm-awq":
+        raise settings.wrong("quantization_config's backend", "autoawq", "llm-awq")
     bits = settings.integer("bits", BITS)
     if bits != BITS:
         raise settings.wrong("quantization_config's bits", f"{BITS}", bits)

@@ -323,6 +323,9 @@ REFUSED_FORMATS: dict[str, tuple[dict[str, Any], str]] = {
     "no method": ({"quant_method": None}, "is quantized by 'None', which is not supported"),
     "version": ({"version": "gemv"}, "is AutoAWQ's version 'gemv', and only GEMM is read"),
     "marlin": ({"version": "marlin"}, "is AutoAWQ's version 'marlin', and only GEMM is read"),
+    "other key": ({"version": None, "checkpoint_format": "gemv"}, "is AutoAWQ's checkpoint_format 'gemv', and only"),
+    "format": ({"format": "llm-awq"}, "is AutoAWQ's format 'llm-awq', and only GEMM is read"),
+    "backend": ({"backend": "llm-awq"}, 'quantization_config\'s backend is autoawq, not "llm-awq"'),
     "exllama": ({"version": "exllama"}, "is AutoAWQ's version 'exllama', and only GEMM is read"),
     "bits": ({"bits": 8}, "quantization_config's bits is 4, not 8"),
     "group": (
