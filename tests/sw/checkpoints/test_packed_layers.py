@@ -3,6 +3,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def test_layers_of_the_packages(folder):
         return
     for layer in GPTQ:
         version, bits, size = layer.split("_")
-        changes = {"bits": int(bits), "group_size": -1 if size == "channel" else 32}
+        changes: dict[str, Any] = {"bits": int(bits), "group_size": -1 if size == "channel" else 32}
         if version == "v2":
             changes |= {"format": "gptq_v2", "checkpoint_format": "gptq_v2"}
         if version == "zeros":
@@ -127,6 +128,7 @@ def targets(schemes: dict[str, str], *ignored: str) -> Targets[str]:
         ({"Linear": "a", "re:.*x": "b", "model.x": "c"}, [], "model.x", "c"),
         ({"Linear": "a", "re:.*x": "b"}, [], "model.x", "b"),
         ({"re:.*": "a", "re:.*x": "b"}, [], "model.x", "a"),
+        ({"re:.*": "a", "z.x": "b"}, [], "z.x", "b"),
     ],
 )
 def test_targets(schemes, ignored, name, scheme):
