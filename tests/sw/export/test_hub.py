@@ -104,6 +104,11 @@ def test_revisions(hub, files, tmp_path):
         assert path.name == commit(revision)
         assert json.loads((path / "generation_config.json").read_text()) == {"eos_token_id": 7}
     assert find_model("org/tiny").name == commit("main")
+    # The files of a revision may be others.
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "m.gguf").write_bytes(b"GGUF")
+    hub.add("org/tiny", tmp_path / "gguf", "gguf")
+    assert find_model("org/tiny@gguf").name == "m.gguf"
     one_line("org/tiny@v9", f"org/tiny has no revision v9 ({hub.endpoint})")
 
 
