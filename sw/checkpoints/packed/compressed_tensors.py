@@ -20,7 +20,17 @@ from sw.checkpoints.huggingface import Settings
 from sw.checkpoints.packed.layers import has_words, read_bias
 from sw.checkpoints.packed.order import read_order
 from sw.checkpoints.packed.targets import Target, Targets, read_targets
-from sw.checkpoints.packed.words import BITS, MIN_BLOCK, WORD_BITS, block_size, matrix, split_groups, unpack_rows
+from sw.checkpoints.packed.words import (
+    BITS,
+    MIN_BLOCK,
+    WORD_BITS,
+    block_size,
+    is_group,
+    is_width,
+    matrix,
+    split_groups,
+    unpack_rows,
+)
 from sw.checkpoints.safetensors_file import Checkpoint
 from sw.common.errors import UserError
 from sw.model.linear import QuantizedLinear
@@ -73,7 +83,7 @@ class CompressedFormat:
         words = matrix(checkpoint, f"{name}.weight_packed")
         n, k = _shape(checkpoint, f"{name}.weight_shape")
         fields = WORD_BITS // scheme.bits
-        group = scheme.group_size or k
+        group = min(scheme.group_size or k, k)
         scales = checkpoint.floats(f"{name}.weight_scale")
         for what, shape, wanted in (
             ("weight_packed", words.shape, (n, -(-k // fields))),
@@ -178,7 +188,7 @@ def _scheme(group: Settings, where: str) -> Scheme:
     if unknown := sorted(key for key in set(weights.values) - known if weights.get(key) is not None):
         raise weights.wrong(f"{where}.{unknown[0][:80]}", "absent: it is unknown", weights.get(unknown[0]))
     bits = weights.get("num_bits")
-    if bits not in BITS or isinstance(bits, bool):
+    if not is_width(bits):
         raise weights.wrong(f"{where}.num_bits", " or ".join(map(str, BITS)), bits)
     actorder = weights.get("actorder")
     if actorder not in (*IN_ORDER, True, "group", "dynamic"):
@@ -195,6 +205,6 @@ def _group_size(weights: Settings, where: str) -> int:
         return 0
     if strategy != "group":
         raise weights.wrong(f"{where}.strategy", "group, or channel without group_size", strategy)
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1 or size % MIN_BLOCK:
+    if not is_group(size):
         raise weights.wrong(f"{where}.group_size", f"a multiple of {MIN_BLOCK}", size)
     return size

@@ -19,13 +19,24 @@ from sw.checkpoints.huggingface import Settings
 from sw.checkpoints.packed.layers import has_words, read_bias
 from sw.checkpoints.packed.order import read_order
 from sw.checkpoints.packed.patterns import read_pattern
-from sw.checkpoints.packed.words import BITS, MIN_BLOCK, WORD_BITS, block_size, matrix, split_groups, unpack_rows
+from sw.checkpoints.packed.words import (
+    BITS,
+    MIN_BLOCK,
+    WORD_BITS,
+    block_size,
+    is_group,
+    is_width,
+    matrix,
+    split_groups,
+    unpack_rows,
+)
 from sw.checkpoints.safetensors_file import Checkpoint
 from sw.common.errors import UserError
 from sw.model.linear import QuantizedLinear
 
 VERSIONS = {"gptq": True, "gptq_v2": False}
 """Values of checkpoint_format that are read -> whether zero points are stored less 1."""
+DEFAULT_GROUP = 128
 REFUSED = ("adapter", "rotation", "is_marlin_format")
 """Settings of GPTQModel and AutoGPTQ that change a layer's result or its layout."""
 WRITER = "gptqmodel"
@@ -66,7 +77,7 @@ class GptqFormat:
     def _read(self, checkpoint: Checkpoint, name: str) -> QuantizedLinear:
         q = unpack_rows(matrix(checkpoint, f"{name}.qweight").T, self.bits)
         n, k = q.shape
-        group = self.group_size or k
+        group = min(self.group_size or k, k)
         groups, fields = -(-k // group), WORD_BITS // self.bits
         scales = np.ascontiguousarray(checkpoint.floats(f"{name}.scales").T)
         words = matrix(checkpoint, f"{name}.qzeros")
@@ -124,25 +135,22 @@ def gptq_format(settings: Settings) -> GptqFormat:
     writer = settings.part("meta").get("quantizer")
     writers = writer if isinstance(writer, list) else [writer]
     borrows = any(isinstance(item, str) and item.lower().startswith(WRITER) for item in writers)
-    form = GptqFormat(4, 0, VERSIONS[version.lower()], borrows)
-    form = _sizes(form, settings, "quantization_config's ")
+    if settings.get("bits") is None:
+        raise settings.wrong("quantization_config's bits", " or ".join(map(str, BITS)))
+    default = GptqFormat(BITS[0], DEFAULT_GROUP, VERSIONS[version.lower()], borrows)
+    form = _sizes(default, settings, "quantization_config's ")
     overrides = settings.part("dynamic").values
     return replace(form, overrides=tuple(_override(form, settings, key, overrides[key]) for key in overrides))
 
 
 def _sizes(form: GptqFormat, settings: Settings, where: str) -> GptqFormat:
-    """`form` with the bits and the group size of these settings."""
+    """`form` with the bits and the group size of these settings, as far as they have them."""
     bits, group = settings.get("bits"), settings.get("group_size")
-    if bits is None and where.startswith("quantization_config"):
-        raise settings.wrong(f"{where}bits", " or ".join(map(str, BITS)))
-    if bits is not None and (bits not in BITS or isinstance(bits, bool)):
+    if bits is not None and not is_width(bits):
         raise settings.wrong(f"{where}bits", " or ".join(map(str, BITS)), bits)
-    if group is None and where.startswith("quantization_config"):
-        group = 128
-    whole = isinstance(group, int) and not isinstance(group, bool)
-    if group is not None and group != -1 and (not whole or group < 1 or group % MIN_BLOCK):
+    if group is not None and group != -1 and not is_group(group):
         raise settings.wrong(f"{where}group_size", f"-1 or a multiple of {MIN_BLOCK}", group)
-    return replace(form, bits=bits or form.bits, group_size=form.group_size if group is None else max(group, 0))
+    return replace(form, bits=bits or form.bits, group_size=form.group_size if group is None else max(int(group), 0))
 
 
 def _override(

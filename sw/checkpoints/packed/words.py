@@ -37,6 +37,16 @@ def unpack_rows(words: np.ndarray, bits: int) -> np.ndarray:
     return fields.reshape(len(words), -1)
 
 
+def is_width(bits: object) -> bool:
+    """Whether a setting is one of BITS; true and 4.0 are not."""
+    return type(bits) is int and bits in BITS
+
+
+def is_group(size: object) -> bool:
+    """Whether a setting is a size of groups that can be read."""
+    return type(size) is int and size > 0 and size % MIN_BLOCK == 0
+
+
 def block_size(k: int, group_size: int) -> int:
     """The size of the groups in which a layer is written whose groups have `group_size` features.
 

@@ -173,6 +173,7 @@ def test_dynamic_gptq(tmp_path):
     dynamic = {
         "-:.*layers\\.0\\.mlp\\.down": {},
         "+:.*down_proj": {"bits": 8, "group_size": 16},
+        "+:.*o_proj": {"bits": 8, "sym": True},
         ".*layers\\.[01]\\..*down_proj": {"bits": 4},
     }
     weights, layers = write_packed(
@@ -181,11 +182,19 @@ def test_dynamic_gptq(tmp_path):
         gptq_config(Form(), dynamic=dynamic),
         Form(),
         floats=("layers.0.mlp.down_proj",),
-        forms={"layers.1.mlp.down_proj": eight},
+        forms={"layers.1.mlp.down_proj": eight, "o_proj": Form(bits=8)},
     )
     path = export_checkpoint(tmp_path / "in", tmp_path / "out", lm_head="float")
     check_layers(path, layers, head=False)
     assert relative_error(onnx_logits(path), float_logits(tmp_path / "in", weights)) < 1e-5
+
+
+@pytest.mark.parametrize(("packer", "config"), [(gptq_tensors, gptq_config), (compressed_tensors, compressed_config)])
+def test_group_beyond_the_layer(packer, config, tmp_path):
+    """One group for all of K, whatever its size is."""
+    form = Form(group=-1)
+    _, layers = write_packed(tmp_path / "in", packer, config(Form(group=1 << 70)), form)
+    check_layers(export_checkpoint(tmp_path / "in", tmp_path / "out"), layers)
 
 
 def test_biases_of_zeros(tmp_path):

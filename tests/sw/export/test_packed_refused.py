@@ -70,7 +70,8 @@ GPTQ: dict[str, tuple[dict[str, Any], str]] = {
     "bits": ({"bits": 3}, "quantization_config's bits is 4 or 8, not 3"),
     "no bits": ({"bits": None}, "quantization_config's bits is 4 or 8, not null"),
     "truth": ({"bits": True}, "quantization_config's bits is 4 or 8, not true"),
-    "float": ({"bits": 4.5}, "quantization_config's bits is 4 or 8, not 4.5"),
+    "float": ({"bits": 4.0}, "quantization_config's bits is 4 or 8, not 4.0"),
+    "float group": ({"group_size": 32.0}, "group_size is -1 or a multiple of 16, not 32.0"),
     "other bits": ({"bits": 8}, "scales is [2, 64], not [1, 64]: qweight holds [32, 64] weights of 8 bits"),
     "group": ({"group_size": 40}, "quantization_config's group_size is -1 or a multiple of 16, not 40"),
     "no group": ({"group_size": 0}, "group_size is -1 or a multiple of 16, not 0"),
@@ -131,6 +132,7 @@ COMPRESSED: dict[str, tuple[dict[str, Any], str]] = {
     "rotated": ({"transform_config": {"config_groups": {"u": {}}}}, 'transform_config is null, not {"u": {}}'),
     "no weights": ({"config_groups": group(weights=None)}, "config_groups.group_0.weights is an object, not null"),
     "floats": ({"config_groups": weights(type="float")}, 'config_groups.group_0.weights.type is int, not "float"'),
+    "float": ({"config_groups": weights(num_bits=4.0)}, "config_groups.group_0.weights.num_bits is 4 or 8, not 4.0"),
     "bits": ({"config_groups": weights(num_bits=3)}, "config_groups.group_0.weights.num_bits is 4 or 8, not 3"),
     "tensor": (
         {"config_groups": weights(strategy=None, group_size=None)},
