@@ -1,21 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPTQ and compressed-tensors folders that are not read: one line that names the setting or the tensor, and no file."""
 
+import copy
+import functools
 import json
+import operator
 import os
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from sw.checkpoints.huggingface import Settings
+from sw.checkpoints.packed.formats import layer_format
+from sw.checkpoints.packed.layers import read_linear
+from sw.checkpoints.safetensors_file import Checkpoint
 from sw.common.errors import UserError
 from sw.export.floats import float_model
 from sw.export.huggingface import export_checkpoint
 from sw.export.resolve import resolve_model
-from tests.sw.fixtures.checkpoints import QWEN2, read_tensors, write_tensors
+from tests.sw.fixtures.checkpoints import QWEN2, make_checkpoint, read_tensors, write_tensors
 from tests.sw.fixtures.huggingface.packed import (
     Form,
     compressed_config,
@@ -339,6 +348,44 @@ def test_older_key(tmp_path, monkeypatch):
     expected = resolve_model(tmp_path / "in").with_name("model.onnx.data").read_bytes()
     with_config(tmp_path / "in", None, compression_config=compressed_config(Form()))
     assert resolve_model(tmp_path / "in").with_name("model.onnx.data").read_bytes() == expected
+
+
+ODD = [None, True, False, -1, 0, 3, 1 << 70, 1.5, 4.0, float("nan"), "", "x", [], [1], ["re:"], {}, {"a": {"b": 1}}]
+
+
+def places(values: Any, path: tuple = ()) -> Iterator[tuple]:
+    """The path of every value in nested objects and lists."""
+    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in items:
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+@pytest.mark.parametrize("method", ["gptq", "compressed", "awq"])
+def test_odd_values(method, checkpoint, compressed, tmp_path):
+    """Any value in any place of the settings is read, or refused in one line."""
+    folder = {"gptq": checkpoint, "compressed": compressed, "awq": tmp_path / "in"}[method]
+    if method == "awq":
+        make_checkpoint(folder)
+    config = {
+        "gptq": gptq_config(Form(), meta={"quantizer": ["gptqmodel:1"]}, dynamic={"-:x": {}, "q_proj": {"bits": 4}}),
+        "compressed": compressed_config(Form(), sparsity_config={"format": "dense"}, transform_config={"a": 1}),
+        "awq": dict(QWEN2["quantization_config"]),
+    }[method]
+    tensors, outcomes = Checkpoint(folder), Counter()
+    for place in places(config):
+        for value in ODD:
+            changed = copy.deepcopy(config)
+            functools.reduce(operator.getitem, place[:-1], changed)[place[-1]] = value
+            try:
+                form = layer_format(Settings(folder / "config.json", {"quantization_config": changed}))
+                read_linear(tensors, FIRST, form)
+            except UserError as error:
+                assert "\n" not in str(error)
+                outcomes["refused"] += 1
+            else:
+                outcomes["read"] += 1
+    assert min(outcomes["refused"], outcomes["read"]) > 10
 
 
 def test_command_line(tmp_path):
