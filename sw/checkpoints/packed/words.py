@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the formats of packed layers share: fields of 32-bit words, and groups that ONNX's MatMulNBits can hold."""
 
+from typing import TypeGuard
+
 import numpy as np
 
 from sw.checkpoints.safetensors_file import Checkpoint
@@ -37,12 +39,12 @@ def unpack_rows(words: np.ndarray, bits: int) -> np.ndarray:
     return fields.reshape(len(words), -1)
 
 
-def is_width(bits: object) -> bool:
+def is_width(bits: object) -> TypeGuard[int]:
     """Whether a setting is one of BITS; true and 4.0 are not."""
     return type(bits) is int and bits in BITS
 
 
-def is_group(size: object) -> bool:
+def is_group(size: object) -> TypeGuard[int]:
     """Whether a setting is a size of groups that can be read."""
     return type(size) is int and size > 0 and size % MIN_BLOCK == 0
 

@@ -375,7 +375,7 @@ def test_odd_values(method, checkpoint, compressed, tmp_path):
     tensors, outcomes = Checkpoint(folder), Counter()
     for place in places(config):
         for value in ODD:
-            changed = copy.deepcopy(config)
+            changed: Any = copy.deepcopy(config)
             functools.reduce(operator.getitem, place[:-1], changed)[place[-1]] = value
             try:
                 form = layer_format(Settings(folder / "config.json", {"quantization_config": changed}))
