@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sw.checkpoints.autoawq import awq_format
 from sw.checkpoints.huggingface import Settings, read_settings
+from sw.checkpoints.packed.auto_round import auto_round_format
 from sw.checkpoints.packed.compressed_tensors import compressed_format
 from sw.checkpoints.packed.gptq import gptq_format
 from sw.checkpoints.packed.layers import LayerFormat
@@ -25,6 +26,8 @@ READERS: dict[str, Callable[[Settings], LayerFormat]] = {
     "awq": awq_format,
     "gptq": gptq_format,
     "compressed-tensors": compressed_format,
+    "auto-round": auto_round_format,
+    "intel/auto-round": auto_round_format,
 }
 """quant_method -> the reader of its settings."""
 HINT = "python -m sw.quantize quantizes the float model"

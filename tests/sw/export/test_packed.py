@@ -2,6 +2,7 @@
 """GPTQ and compressed-tensors folders: exact weights, the logits of a plain numpy decoder on host and device."""
 
 import functools
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from tests.sw.fixtures.checkpoints import (
     LLAMA,
     QWEN2,
     empty_cache,
+    make_checkpoint,
     read_tensors,
     relative_error,
     step,
@@ -27,6 +29,7 @@ from tests.sw.fixtures.checkpoints import (
 from tests.sw.fixtures.huggingface.packed import (
     Form,
     Packer,
+    auto_round_config,
     compressed_config,
     compressed_tensors,
     float_logits,
@@ -62,6 +65,12 @@ CASES: dict[str, tuple[Packer, dict, Form]] = {
         Form(order="blocks"),
     ),
     "gptq bf16": (gptq_tensors, gptq_config(Form()), Form(scales="BF16", floats="BF16")),
+    "auto-round": (WITHOUT_ORDER, auto_round_config(Form()), Form()),
+    "auto-round asymmetric": (
+        functools.partial(gptq_tensors, version=2, g_idx=False),
+        auto_round_config(ASYMMETRIC, "auto_round", act_bits=16),
+        ASYMMETRIC,
+    ),
     "compressed": (compressed_tensors, compressed_config(Form()), Form()),
     "compressed asymmetric": (compressed_tensors, compressed_config(ASYMMETRIC), ASYMMETRIC),
     "compressed old zeros": (OLD_ZEROS, compressed_config(ASYMMETRIC), ASYMMETRIC),
@@ -187,6 +196,33 @@ def test_dynamic_gptq(tmp_path):
     path = export_checkpoint(tmp_path / "in", tmp_path / "out", lm_head="float")
     check_layers(path, layers, head=False)
     assert relative_error(onnx_logits(path), float_logits(tmp_path / "in", weights)) < 1e-5
+
+
+def test_auto_round_layers(tmp_path):
+    """extra_config: layers of other sizes by name, and float layers by name or pattern."""
+    eight = {"bits": 8, "group_size": 16, "sym": True}
+    extra = {"model.layers.1.mlp.down_proj": eight, ".*layers\\.0\\.mlp\\.up.*": {"bits": 16, "data_type": "float"}}
+    weights, layers = write_packed(
+        tmp_path / "in",
+        WITHOUT_ORDER,
+        auto_round_config(Form(), extra_config=extra | {".*o_proj.*": {"bits": 4}}),
+        Form(),
+        floats=("layers.0.mlp.up_proj",),
+        forms={"layers.1.mlp.down_proj": Form(bits=8, group=16)},
+    )
+    path = export_checkpoint(tmp_path / "in", tmp_path / "out", lm_head="float")
+    check_layers(path, layers, head=False)
+    assert relative_error(onnx_logits(path), float_logits(tmp_path / "in", weights)) < 1e-5
+
+
+def test_auto_round_awq(tmp_path):
+    """The same words as AutoAWQ's."""
+    make_checkpoint(tmp_path / "in")
+    expected = export_checkpoint(tmp_path / "in", tmp_path / "awq").with_name("model.onnx.data").read_bytes()
+    config = auto_round_config(ASYMMETRIC, "auto_round:auto_awq")
+    (tmp_path / "in" / "config.json").write_text(json.dumps(QWEN2 | {"quantization_config": config}))
+    path = export_checkpoint(tmp_path / "in", tmp_path / "out")
+    assert path.with_name("model.onnx.data").read_bytes() == expected
 
 
 @pytest.mark.parametrize(("packer", "config"), [(gptq_tensors, gptq_config), (compressed_tensors, compressed_config)])

@@ -27,6 +27,7 @@ from sw.export.resolve import resolve_model
 from tests.sw.fixtures.checkpoints import QWEN2, make_checkpoint, read_tensors, write_tensors
 from tests.sw.fixtures.huggingface.packed import (
     Form,
+    auto_round_config,
     compressed_config,
     compressed_tensors,
     gptq_config,
@@ -105,6 +106,36 @@ GPTQ: dict[str, tuple[dict[str, Any], str]] = {
     "override bits": ({"dynamic": {".*q_proj": {"bits": 2}}}, "dynamic .*q_proj's bits is 4 or 8, not 2"),
     "not packed": ({"dynamic": {"-:.*q_proj": {}}}, f"layer {FIRST} has qweight, and dynamic says that it is float"),
 }
+
+
+AUTO_ROUND: dict[str, tuple[dict[str, Any], str]] = {
+    "layout": (
+        {"packing_format": "auto_round:llm_compressor"},
+        "quantization_config's packing_format is auto_round:auto",
+    ),
+    "no layout": ({"packing_format": None}, "auto_round:auto_awq, not null"),
+    "bits": ({"bits": 2}, "quantization_config's bits is 4 or 8, not 2"),
+    "floats": ({"data_type": "mx_fp"}, 'quantization_config\'s data_type is int, not "mx_fp"'),
+    "activations": ({"act_bits": 8}, "quantization_config's act_bits is 16 (only weights may be quantized), not 8"),
+    "rotated": ({"rotation_config": {"a": 1}}, 'quantization_config\'s rotation_config is null, not {"a": 1}'),
+    "cache": ({"static_kv_dtype": "fp8"}, 'static_kv_dtype is null, not "fp8"'),
+    "layer": ({"extra_config": {"a": 3}}, "quantization_config's extra_config a is an object, not 3"),
+    "pattern": (
+        {"extra_config": {".*q_proj": {"bits": 8}}},
+        "extra_config .*q_proj is a layer's name if its sizes are",
+    ),
+    "layer bits": ({"extra_config": {FIRST: {"bits": 2}}}, "q_proj$'s bits is 4 or 8, not 2"),
+    "layer type": ({"extra_config": {FIRST: {"data_type": "fp"}}}, f"extra_config {FIRST}'s data_type is int, not"),
+    "AWQ": (
+        {"packing_format": "auto_round:auto_awq", "extra_config": {FIRST: {"bits": 8}}},
+        "quantization_config's extra_config is without layers of other sizes, not",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), AUTO_ROUND.values(), ids=AUTO_ROUND.keys())
+def test_auto_round_settings(changes, message, checkpoint):
+    refused(with_config(checkpoint, auto_round_config(Form(), **changes)), message)
 
 
 def group(**changes: Any) -> dict[str, Any]:
@@ -361,15 +392,16 @@ def places(values: Any, path: tuple = ()) -> Iterator[tuple]:
         yield from places(value, (*path, key))
 
 
-@pytest.mark.parametrize("method", ["gptq", "compressed", "awq"])
+@pytest.mark.parametrize("method", ["gptq", "auto-round", "compressed", "awq"])
 def test_odd_values(method, checkpoint, compressed, tmp_path):
     """Any value in any place of the settings is read, or refused in one line."""
-    folder = {"gptq": checkpoint, "compressed": compressed, "awq": tmp_path / "in"}[method]
+    folder = {"compressed": compressed, "awq": tmp_path / "in"}.get(method, checkpoint)
     if method == "awq":
         make_checkpoint(folder)
     config = {
         "gptq": gptq_config(Form(), meta={"quantizer": ["gptqmodel:1"]}, dynamic={"-:x": {}, "q_proj": {"bits": 4}}),
         "compressed": compressed_config(Form(), sparsity_config={"format": "dense"}, transform_config={"a": 1}),
+        "auto-round": auto_round_config(Form(), extra_config={FIRST: {"bits": 4}}, act_bits=16),
         "awq": dict(QWEN2["quantization_config"]),
     }[method]
     tensors, outcomes = Checkpoint(folder), Counter()
