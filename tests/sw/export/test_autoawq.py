@@ -318,7 +318,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 REFUSED_FORMATS: dict[str, tuple[dict[str, Any], str]] = {
     "method": (
         {"quant_method": "hqq"},
-        "is quantized by 'hqq', which is not supported: awq, gptq, compressed-tensors are",
+        "is quantized by 'hqq', which is not supported: awq, gptq, compressed-tensors, auto",
     ),
     "no method": ({"quant_method": None}, "is quantized by 'None', which is not supported"),
     "version": ({"version": "gemv"}, "is AutoAWQ's version 'gemv', and only GEMM is read"),
