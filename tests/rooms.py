@@ -75,7 +75,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "sw.ort": ("numpy", "onnx", "onnxruntime"),
     "sw.text": ("numpy", "tokenizers", "jinja2"),
     "sw.checkpoints": ("hw.spec", "numpy", "onnx", "gguf", "tokenizers"),
-    "sw.export": ("numpy",),
+    "sw.export": ("numpy", "huggingface_hub"),
     "sw.devices": ("hw.spec", "numpy"),
     "sw.program": ("hw.spec", "numpy"),
     "sw.runtime": ("hw.spec", "numpy", "onnxruntime"),
