@@ -3,9 +3,10 @@
 
     python -m sw.quantize SRC --out DIR [--bits 4 --group-size 64] [--calibration FILE] [--perplexity FILE]
 
-SRC is a Hugging Face folder with float weights, a GGUF file (its quantized tensors are converted to float), smollm2, or
-a float ONNX export of a decoder. AWQ (activation-aware weight quantization, Lin et al. 2023, arXiv 2306.00978) searches
-scales and ranges that keep the outputs of the layers on a calibration text; see sw.awq.search and sw.awq.clipping.
+SRC is a Hugging Face folder with float weights or its name on the hub, a GGUF file (its quantized tensors are converted
+to float), smollm2, or a float ONNX export of a decoder. AWQ (activation-aware weight quantization, Lin et al. 2023,
+arXiv 2306.00978) searches scales and ranges that keep the outputs of the layers on a calibration text; see
+sw.awq.search and sw.awq.clipping.
 The command writes into DIR: model.onnx with MatMulNBits layers, or an AutoAWQ GEMM folder; the source's text files; and
 the report, quantize.json.
 """
@@ -76,7 +77,9 @@ def _parser() -> Parser:
         prog="python -m sw.quantize", description="Quantize a float decoder to 3-, 4- or 8-bit weights by AWQ."
     )
     parser.add_argument(
-        "source", metavar="SRC", help="a folder with a float checkpoint, a GGUF file, smollm2, or a float ONNX export"
+        "source",
+        metavar="SRC",
+        help="a folder with a float checkpoint, a GGUF file, org/name on the hub, smollm2, or a float ONNX export",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty directory")
     parser.add_argument(

@@ -136,7 +136,8 @@ class AcceleratorConfig:
     zero_point: str = _parameter(
         "integer",
         Choice(
-            "zero points, fixed with 11 fraction bits for GGUF Q4_1 and other float zero points", ("integer", "fixed")
+            "zero points, fixed with 11 fraction bits for GGUF Q4_K and other float zero points",
+            ("integer", "fixed"),
         ),
     )
     ports: int = _parameter(4, Choice("weight ports", (1, 2, 4)))

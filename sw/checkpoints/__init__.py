@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoint formats: safetensors, Hugging Face folders, AutoAWQ, GGUF."""
+"""Checkpoint formats: safetensors, Hugging Face folders, AutoAWQ, GPTQ, compressed-tensors, GGUF."""

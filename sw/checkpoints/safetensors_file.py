@@ -27,7 +27,7 @@ MAX_HEADER = 100_000_000
 """Maximum length of a header in bytes, as in the format's own reader."""
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-DTYPES = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "I32": "<i4"}
+DTYPES = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "I32": "<i4", "I64": "<i8", "I8": "|i1"}
 FLOATS = ("F16", "BF16", "F32")
 
 
@@ -69,7 +69,7 @@ class SafetensorsFile:
     def tensor(self, name: str) -> np.ndarray:
         """A view of the file; for BF16, which numpy does not support, a float32 copy.
 
-        Raises UserError for other element types than F16, BF16, F32 and I32.
+        Raises UserError for element types that are not in DTYPES.
         """
         kind, shape, begin, end = self._tensors[name]
         if kind not in DTYPES:
@@ -164,11 +164,11 @@ class Checkpoint:
         """See SafetensorsFile.tensor. Raises UserError if there is no tensor of this name."""
         return self._file(name).tensor(name)
 
-    def integers(self, name: str) -> np.ndarray:
-        """A tensor of int32. Raises UserError for other types."""
+    def integers(self, name: str, kinds: Sequence[str] = ("I32",)) -> np.ndarray:
+        """A tensor of integers. kinds: the format's names of the types. Raises UserError for other types."""
         kind = self._file(name).kind(name)
-        if kind != "I32":
-            raise UserError(f"{self.folder}: tensor {name} is {kind}, not I32")
+        if kind not in kinds:
+            raise UserError(f"{self.folder}: tensor {name} is {kind}, not {' or '.join(kinds)}")
         return self.tensor(name)
 
     def table(self, name: str) -> np.ndarray:

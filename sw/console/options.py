@@ -18,7 +18,7 @@ from sw.program.attention import KEY_CHOICES
 from sw.program.keys import AUTO_BITS
 from sw.runtime.hardware import AUTO
 
-MODEL_HELP = "an ONNX or GGUF file, a folder with an ONNX file or an AutoAWQ checkpoint, or smollm2"
+MODEL_HELP = "an ONNX or GGUF file, a folder with a model, org/name on the Hugging Face Hub, or smollm2"
 """See sw.export.resolve."""
 
 

@@ -8,14 +8,13 @@ multiplies with the embedding's table, which is stored once. A float ONNX export
 
 from pathlib import Path
 
-from sw.checkpoints.autoawq import quantization
-from sw.checkpoints.gguf_reader import GgufFile
+from sw.checkpoints.gguf.reader import GgufFile
 from sw.checkpoints.huggingface import read_settings
 from sw.common.errors import UserError
 from sw.common.status_line import Progress
-from sw.export.autoawq import checkpoint_source
 from sw.export.folder import EXPORTER_VERSION, write_folder
 from sw.export.gguf import gguf_source
+from sw.export.huggingface import checkpoint_source, expect_float
 from sw.export.kind import Kind, file_kind
 from sw.export.resolve import find_model
 from sw.graph import dequantize_linear
@@ -48,9 +47,7 @@ def float_model(source: str | Path, work: Path, progress: Progress | None = None
 
 def _checkpoint(folder: Path) -> DecoderSource:
     settings = read_settings(folder / "config.json", required=True)
-    found = quantization(settings)
-    if found is not None:
-        raise UserError(f"{folder} is quantized already: {found.path.name} says {str(found.get('quant_method'))[:80]}")
+    expect_float(settings)
     return checkpoint_source(folder, settings, None)
 
 

@@ -15,7 +15,7 @@ from sw.graph.decoder import write_decoder
 from sw.model.source import DecoderSource
 
 # This is part of the key of cached exports: increase it when the output of an exporter changes.
-EXPORTER_VERSION = 4
+EXPORTER_VERSION = 5
 QUIET_SECONDS = 2.0
 """A shorter export shows no progress."""
 

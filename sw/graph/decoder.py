@@ -17,6 +17,7 @@ import numpy as np
 from onnx import TensorProto
 
 from sw.common.errors import UserError
+from sw.graph.matmul_nbits import PLANE_BITS, planes
 from sw.graph.nodes import CONTRIB, LOGITS, TOKEN_IDS
 from sw.graph.writer import GraphBuilder, OnnxWriter, tensor_name
 from sw.model.decoder import PROJECTIONS, DecoderConfig, DecoderLayer, expect_shape
@@ -200,8 +201,14 @@ class _DecoderGraph:
 def matmul_node(
     w: GraphBuilder, name: str, x: str, layer: QuantizedLinear, weights: Sequence[str], outputs: Sequence[str] = ()
 ) -> str:
-    """Adds the MatMulNBits node that multiplies `x` with the tensors of `layer`, and returns its output."""
+    """Adds the MatMulNBits node that multiplies `x` with the tensors of `layer`, and returns its output.
+
+    weights: what `layer_tensors` returned. Two planes (see sw.graph.matmul_nbits) have a Concat node before it.
+    """
     shape = {"K": layer.k, "N": layer.n, "bits": layer.bits, "block_size": layer.group_size, "accuracy_level": 0}
+    if _in_planes(layer):
+        shape |= {"K": 2 * layer.k, "bits": PLANE_BITS}
+        x = w.node(f"{name.removesuffix('/MatMulNBits')}/Concat", "Concat", [x, x], axis=-1)
     return w.node(name, "MatMulNBits", [x, *weights], outputs, CONTRIB, **shape)
 
 
@@ -237,6 +244,8 @@ def layer_tensors(
     so of scales and float zero points; float16 must hold them exactly. Returns the tensors' names. Raises UserError for
     a layer that MatMulNBits cannot hold.
     """
+    if _in_planes(layer):
+        layer = planes(layer)
     if layer.bits not in (2, 4, 8):
         raise UserError(f"{path}: MatMulNBits stores 2, 4 or 8 bits, not {layer.bits}")
     block = layer.group_size
@@ -255,6 +264,11 @@ def layer_tensors(
     elif not _has_default_zero_points(layer):
         names.append(w.tensor(f"{tensor}.qzeros", pack_bits(layer.zero_points, layer.bits)))
     return names
+
+
+def _in_planes(layer: QuantizedLinear) -> bool:
+    """Whether onnxruntime's MatMulNBits needs two planes for a layer: 8 bits with float zero points."""
+    return layer.bits == 2 * PLANE_BITS and not layer.has_integer_zero_points
 
 
 def _has_default_zero_points(layer: QuantizedLinear) -> bool:

@@ -18,8 +18,9 @@ from sw.graph import dequantize_linear, matmul_nbits
 from sw.graph.file import OnnxFile
 from sw.graph.float_linears import constant, float_form
 from sw.graph.nodes import name_of, separate_bias
+from sw.graph.nodes import read as read_input
 from sw.model.decoder import PROJECTIONS, DecoderLayer
-from sw.model.linear import FloatLinear, QuantizedLinear
+from sw.model.linear import FloatLinear, Outline, QuantizedLinear
 from sw.model.lm_head import Linear
 from sw.model.parts import Block, Norm, Projection
 
@@ -33,6 +34,7 @@ class _Site:
 
     name: str
     node: onnx.NodeProto
+    activations: str
     read: Callable[[OnnxFile, onnx.NodeProto, str], QuantizedLinear]
 
 
@@ -56,13 +58,13 @@ class Linears(Sequence[QuantizedLinear]):
 
     @property
     def nodes(self) -> list[onnx.NodeProto]:
-        """The graph's nodes that compute the layers."""
-        return [site.node for site in self._sites]
+        """The graph's nodes that compute the layers. The first input of each is the tensor of activations."""
+        return [_reading(site.node, site.activations) for site in self._sites]
 
     @property
     def tensors(self) -> list[tuple[str, str]]:
         """(input_name, output_name) of every layer, without reading weights."""
-        return [(site.node.input[0], site.node.output[0]) for site in self._sites]
+        return [(site.activations, site.node.output[0]) for site in self._sites]
 
     @overload
     def __getitem__(self, index: int) -> QuantizedLinear: ...
@@ -75,6 +77,15 @@ class Linears(Sequence[QuantizedLinear]):
             return Linears(self.file, self._sites[index])
         site = self._sites[index]
         return _with_separate_bias(self.file, site.read(self.file, site.node, site.name))
+
+    def outlines(self) -> Iterator[Outline]:
+        """The layers without their weights. Raises UserError as reading them does, if zero points are damaged."""
+        for site in self._sites:
+            if matmul_nbits.matches(site.node):
+                yield matmul_nbits.outline(self.file, site.node, site.name)
+            else:
+                layer = site.read(self.file, site.node, site.name)
+                yield Outline(layer.name, layer.n, layer.k, layer.group_size, layer.bits, layer.zero_points)
 
     def __iter__(self) -> Iterator[QuantizedLinear]:
         return (self[i] for i in range(len(self)))
@@ -90,13 +101,14 @@ def find_linears(model_path: Path | str) -> Linears:
     sites: list[_Site] = []
     taken: set[str] = set()
     for node in file.graph.node:
+        activations = read_input(node, 0)
         if matmul_nbits.matches(node):
-            read = matmul_nbits.read
+            read, activations = matmul_nbits.read, matmul_nbits.activations(file, node)
         elif dequantize_linear.matches(file, node):
             read = dequantize_linear.read
         else:
             continue
-        sites.append(_Site(_unique(name_of(node), taken), node, read))
+        sites.append(_Site(_unique(name_of(node), taken), node, activations, read))
     if not sites:
         others = sorted({node.op_type for node in file.graph.node if node.op_type in UNSUPPORTED})
         hint = f" (it has {', '.join(others)}, which are not supported)" if others else ""
@@ -105,6 +117,16 @@ def find_linears(model_path: Path | str) -> Linears:
         if matmul_nbits.matches(site.node):
             matmul_nbits.check(file, site.node, site.name)
     return Linears(file, sites)
+
+
+def _reading(node: onnx.NodeProto, activations: str) -> onnx.NodeProto:
+    """A node, with other activations if it has others."""
+    if node.input[0] == activations:
+        return node
+    changed = onnx.NodeProto()
+    changed.CopyFrom(node)
+    changed.input[0] = activations
+    return changed
 
 
 def _unique(name: str, taken: set[str]) -> str:

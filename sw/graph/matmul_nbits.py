@@ -7,17 +7,25 @@
     g_idx        deprecated; accepted if it says k // block_size
     bias         float [N]
 nb = ceil(K / block_size) is the number of groups.
+
+onnxruntime has no kernel for 8 bits with float zero points. Such a layer is Concat(A, A) -> MatMulNBits with 4 bits and
+2 K columns: first the high 4 bits of q with scales 16 s and whole zero points, then the low 4 bits with scales s. Both
+zero points together, 16 high + low, are that of q. `read` returns the layer of 8 bits with the activations A.
 """
+
+from dataclasses import replace
 
 import numpy as np
 import onnx
 
 from sw.common.errors import UserError
 from sw.graph.file import OnnxFile
-from sw.graph.nodes import CONTRIB, attributes
+from sw.graph.nodes import CONTRIB, attributes, is_pair
 from sw.graph.nodes import read as input_of
-from sw.model.linear import QuantizedLinear
+from sw.model.linear import Outline, QuantizedLinear
 
+PLANE_BITS = 4
+"""Bits of each of the two planes of an 8-bit layer."""
 B, SCALES, ZERO_POINTS, G_IDX, BIAS = 1, 2, 3, 4, 5
 
 
@@ -44,12 +52,92 @@ def check(file: OnnxFile, node: onnx.NodeProto, name: str) -> None:
 def shape(file: OnnxFile, node: onnx.NodeProto, name: str) -> tuple[int, int]:
     """(N, K). Raises UserError if the attributes do not define a layer."""
     n, k, _, _ = _attributes(file, node, name)
-    return n, k
+    return n, k if activations(file, node) == input_of(node, 0) else k // 2
+
+
+def outline(file: OnnxFile, node: onnx.NodeProto, name: str) -> Outline:
+    """What decides which hardware the layer needs; of its tensors only the zero points are read.
+
+    Raises UserError as `check` does, and for missing data.
+    """
+    check(file, node, name)
+    n, k, bits, block = _attributes(file, node, name)
+    zero_points = _zero_points(file, node, name, (n, -(-k // block)), bits)
+    if activations(file, node) == node.input[0]:
+        return Outline(name, n, k, block, bits, zero_points)
+    return Outline(name, n, k // 2, block, 2 * PLANE_BITS, _joined_zeros(zero_points))
+
+
+def activations(file: OnnxFile, node: onnx.NodeProto) -> str:
+    """The tensor that the layer multiplies: the node's input or, if that is two planes, the tensor that they share.
+
+    Reads the scales of a node whose input is a tensor beside itself.
+    """
+    own = input_of(node, 0)
+    source = file.producers.get(own)
+    if source is None or not is_pair(source) or not _has(node, ZERO_POINTS):
+        return own
+    name, values = node.name or node.output[0], attributes(node)
+    size, block = values.get("K", 0), values.get("block_size", 0)
+    if values.get("bits", 4) != PLANE_BITS or not block or size % (2 * block):
+        return own
+    if not all(file.is_constant(node.input[index]) for index in (SCALES, ZERO_POINTS)):
+        return own
+    scales, zeros = (file.constant(node.input[index], name) for index in (SCALES, ZERO_POINTS))
+    groups = 2 * (size // block // 2)
+    if zeros.dtype == np.uint8 or scales.size != zeros.size or scales.size != values.get("N", 0) * groups:
+        return own
+    (high, low), (high_zeros, low_zeros) = (np.split(v.reshape(-1, groups), 2, axis=1) for v in (scales, zeros))
+    whole = 1 << PLANE_BITS
+    paired = np.array_equal(high, whole * low) and np.array_equal(high_zeros, np.floor(high_zeros))
+    return source.input[0] if paired and low_zeros.min() >= 0 and low_zeros.max() <= whole else own
+
+
+def planes(layer: QuantizedLinear) -> QuantizedLinear:
+    """A layer of 8 bits with float zero points as one of 4 bits and 2 K columns: the high plane, then the low one.
+
+    Raises UserError if K is no whole number of groups.
+    """
+    if layer.k % layer.group_size:
+        raise UserError(f"layer {layer.name}: K {layer.k} is no whole number of groups of {layer.group_size}")
+    whole = np.float32(1 << PLANE_BITS)
+    high = np.floor(layer.zero_points / whole)
+    return replace(
+        layer,
+        q=np.concatenate([layer.q >> PLANE_BITS, layer.q & ((1 << PLANE_BITS) - 1)], axis=1),
+        scales=np.concatenate([whole * layer.scales, layer.scales], axis=1),
+        # A tiny negative zero point is -1 and, rounded, 16: `activations` allows for it.
+        zero_points=np.concatenate([high, layer.zero_points - whole * high], axis=1),
+        bits=PLANE_BITS,
+    )
+
+
+def _joined(layer: QuantizedLinear) -> QuantizedLinear:
+    """The inverse of `planes`."""
+    high, low = np.split(layer.q, 2, axis=1)
+    return replace(
+        layer,
+        q=high << PLANE_BITS | low,
+        scales=np.split(layer.scales, 2, axis=1)[1],
+        zero_points=_joined_zeros(layer.zero_points),
+        bits=2 * PLANE_BITS,
+    )
+
+
+def _joined_zeros(zero_points: np.ndarray) -> np.ndarray:
+    high, low = np.split(zero_points, 2, axis=1)
+    return np.float32(1 << PLANE_BITS) * high + low
 
 
 def read(file: OnnxFile, node: onnx.NodeProto, name: str) -> QuantizedLinear:
     """The layer, its weights read from the file. Raises UserError as `check` does, and for missing data."""
     check(file, node, name)
+    layer = _read_node(file, node, name)
+    source = activations(file, node)
+    return layer if source == node.input[0] else replace(_joined(layer), input_name=source)
+
+
+def _read_node(file: OnnxFile, node: onnx.NodeProto, name: str) -> QuantizedLinear:
     n, k, bits, block = _attributes(file, node, name)
     groups = -(-k // block)
     packed = file.constant(node.input[B], name)

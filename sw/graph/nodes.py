@@ -53,6 +53,16 @@ def incomplete(file: OnnxFile) -> onnx.NodeProto | None:
     return next((node for node in file.graph.node if len(node.input) < LEAST_INPUTS.get(node.op_type, 0)), None)
 
 
+def is_pair(node: onnx.NodeProto) -> bool:
+    """Whether a node puts a tensor beside itself, along the last axis: the activations of two planes of weights."""
+    return (
+        node.op_type == "Concat"
+        and len(node.input) == 2
+        and node.input[0] == node.input[1] != ""
+        and attributes(node).get("axis") == -1
+    )
+
+
 def is_output(file: OnnxFile, name: str) -> bool:
     """Whether a tensor is an output of the graph."""
     return any(item.name == name for item in file.graph.output)

@@ -9,7 +9,7 @@ import onnx
 from sw.graph import dequantize_linear, matmul_nbits
 from sw.graph.file import OnnxFile
 from sw.graph.float_linears import float_form
-from sw.graph.nodes import SHAPES, attributes, incomplete, name_of, read, readers, separate_bias
+from sw.graph.nodes import SHAPES, attributes, incomplete, is_pair, name_of, read, readers, separate_bias
 from sw.graph.norms import find_norms
 from sw.model.parts import Mismatch, Norm, Projection
 
@@ -38,7 +38,8 @@ def _projection(file: OnnxFile, node: onnx.NodeProto, n: int, k: int, place: int
     bias = read(node, place) if place is not None else ""
     if not bias and (found := separate_bias(file, product, n)):
         bias, output = found[0], found[1].output[0]
-    return Projection(name_of(node), node.input[0], product, output, k, n, 0, n, bias, quantized)
+    activations = matmul_nbits.activations(file, node) if matmul_nbits.matches(node) else node.input[0]
+    return Projection(name_of(node), activations, product, output, k, n, 0, n, bias, quantized)
 
 
 class NotThisShape(Exception):
@@ -105,14 +106,15 @@ class Layers:
         return self.uncast(tensor) in self._by_output
 
     def readers(self, tensor: str) -> list[onnx.NodeProto]:
-        """The nodes that read a tensor or a cast of it."""
+        """The nodes that read a tensor or a cast of it, or it beside itself (see sw.graph.matmul_nbits)."""
         found, left, seen = [], [tensor], set()
         while left:
             name = left.pop()
             for node in readers(self.file, name):
-                if node.op_type in ("Cast", "Identity") and node.output[0] not in seen:
-                    left.append(node.output[0])
-                    seen.add(node.output[0])
+                if node.op_type in ("Cast", "Identity") or is_pair(node):
+                    if node.output[0] not in seen:
+                        left.append(node.output[0])
+                        seen.add(node.output[0])
                 elif node.op_type not in SHAPES:
                     found.append(node)
         return found

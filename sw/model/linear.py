@@ -113,6 +113,18 @@ class QuantizedLinear:
 
 
 @dataclass(frozen=True, eq=False)
+class Outline:
+    """What decides which hardware a quantized layer needs: see QuantizedLinear."""
+
+    name: str
+    n: int
+    k: int
+    group_size: int
+    bits: int
+    zero_points: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
 class FloatLinear:
     """A linear layer that is not quantized: weight float32 [N, K], bias float32 [N] or None."""
 

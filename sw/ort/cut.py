@@ -37,11 +37,11 @@ def cut(file: OnnxFile, accelerated: Sequence[onnx.NodeProto], outputs: Sequence
     """The stages of a graph, in order; after each stage its accelerated nodes run. Nodes that `outputs` do not need are
     removed.
 
-    accelerated: nodes of the graph, with their activations as first input and their product as first output. A node
-    with a constant input is not accelerated.
+    accelerated: nodes of the graph, with their activations as first input (which may differ from the graph's, if the
+    device makes that one itself) and their product as first output. A node with a constant input is not accelerated.
     """
     places = {node.output[0]: index for index, node in enumerate(accelerated)}
-    needed = _needed(file, places, outputs)
+    needed = _needed(file, {name: accelerated[index].input[0] for name, index in places.items()}, outputs)
     initializers = {tensor.name for tensor in file.graph.initializer}
     constant: dict[str, onnx.NodeProto] = {}
     made = {item.name: 0 for item in file.inputs}
@@ -50,7 +50,7 @@ def cut(file: OnnxFile, accelerated: Sequence[onnx.NodeProto], outputs: Sequence
         if not needed.intersection(node.output):
             continue
         index = next((places[name] for name in node.output if name in places), None)
-        read = node.input[:1] if index is not None else list(reads(node))
+        read = accelerated[index].input[:1] if index is not None else list(reads(node))
         dynamic = [made[name] for name in read if name in made]
         if not dynamic:
             constant.update(dict.fromkeys(node.output, node))
@@ -81,7 +81,8 @@ def reads(node: onnx.NodeProto) -> Iterable[str]:
             yield from (name for part in graph.node for name in reads(part) if name not in inner)
 
 
-def _needed(file: OnnxFile, places: dict[str, int], outputs: Sequence[str]) -> set[str]:
+def _needed(file: OnnxFile, activations: dict[str, str], outputs: Sequence[str]) -> set[str]:
+    """activations: product of an accelerated node -> its activations."""
     needed: set[str] = set()
     ahead = list(outputs)
     while ahead:
@@ -91,7 +92,7 @@ def _needed(file: OnnxFile, places: dict[str, int], outputs: Sequence[str]) -> s
         needed.add(name)
         node = file.producers.get(name)
         if node is not None:
-            ahead += [node.input[0]] if name in places else reads(node)
+            ahead += [activations[name]] if name in activations else reads(node)
     return needed
 
 

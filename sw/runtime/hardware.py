@@ -20,7 +20,10 @@ NATIVE_BITS = 4
 
 @dataclass(frozen=True)
 class LayerShape:
-    """The properties of a layer that decide whether it fits the hardware. zero_points: the least and the greatest."""
+    """The properties of a layer that decide whether it fits the hardware.
+
+    zero_points: the least and the greatest. needs_fixed: they are no unsigned integers of the weights' width.
+    """
 
     name: str
     k: int
@@ -28,18 +31,19 @@ class LayerShape:
     group_size: int
     bits: int
     zero_points: np.ndarray
-    has_fractions: bool
+    needs_fixed: bool
 
 
 def layer_shapes(linears: Linears) -> list[LayerShape]:
-    """Reads every layer once; keeps no weights."""
+    """Reads the zero points of every layer, and keeps none."""
     shapes = []
-    for layer in linears:
+    for layer in linears.outlines():
         zeros = layer.zero_points
         fractions = zeros[zeros != np.rint(zeros)]
         extremes = np.array([zeros.min(), zeros.max(), *fractions[:1]], np.float64)
         values = (layer.name, layer.k, layer.n, layer.group_size, layer.bits)
-        shapes.append(LayerShape(*values, extremes, bool(len(fractions))))
+        needs_fixed = bool(len(fractions)) or extremes[0] < 0 or extremes[1] >= 1 << layer.bits
+        shapes.append(LayerShape(*values, extremes, needs_fixed))
     return shapes
 
 
@@ -48,10 +52,11 @@ def choose_config(shapes: Sequence[LayerShape], options: dict[str, int | str]) -
 
     Raises UserError if that hardware does not exist or a layer does not fit it.
     """
-    if options["weight_bits"] == "auto":
-        options = options | {"weight_bits": _least_weight_bits([shape.bits for shape in shapes])}
     if options["zero_point"] == "auto":
-        options = options | {"zero_point": "fixed" if any(shape.has_fractions for shape in shapes) else "integer"}
+        options = options | {"zero_point": "fixed" if any(shape.needs_fixed for shape in shapes) else "integer"}
+    if options["weight_bits"] == "auto":
+        is_fixed = options["zero_point"] == "fixed"
+        options = options | {"weight_bits": _least_weight_bits([shape.bits for shape in shapes], is_fixed)}
     auto_k = options.get("max_k") == "auto"
     config = make_config(**{name: value for name, value in options.items() if name != "max_k" or not auto_k})
     if auto_k:
@@ -62,7 +67,12 @@ def choose_config(shapes: Sequence[LayerShape], options: dict[str, int | str]) -
     return config
 
 
-def _least_weight_bits(bits: Sequence[int]) -> int:
-    """The least weight_bits: layers have few bits and stream at full density; the head may have twice as many bits."""
+def _least_weight_bits(bits: Sequence[int], is_fixed: bool) -> int:
+    """The least weight_bits: layers have few bits and stream at full density; the head may have twice as many bits.
+
+    If all layers have many bits and zero points are fixed, they run as two planes, too: a fixed zero point is small.
+    """
     native = [value for value in bits if value <= NATIVE_BITS]
+    if not native and is_fixed:
+        return max(2, -(-max(bits) // 2))
     return max(2, *native, -(-max(bits) // 2)) if native else max(bits)

@@ -22,9 +22,9 @@ from sw.awq.rounding import Form, nearest
 from sw.awq.sizes import Sizes
 from sw.common.errors import UserError
 from sw.console.quantize_report import Report
-from sw.export.autoawq import export_awq
 from sw.export.floats import float_model
 from sw.export.gguf import export_gguf
+from sw.export.huggingface import export_checkpoint
 from sw.graph.file import OnnxFile
 from sw.graph.float_linears import find_sites
 from sw.graph.linears import find_linears
@@ -170,7 +170,7 @@ def test_autoawq_and_back(source, texts, tmp_path, capsys):
     other = run(capsys, source, tmp_path / "awq", *texts, "--format", "autoawq")
     assert (tmp_path / "awq" / "model.safetensors").is_file() and not (tmp_path / "awq" / "model.onnx").exists()
     assert other["perplexity"] == report["perplexity"] and other["layers"] == report["layers"]
-    again = export_awq(tmp_path / "awq", tmp_path / "again")
+    again = export_checkpoint(tmp_path / "awq", tmp_path / "again")
     assert_equal(layers(again), layers(tmp_path / "onnx" / "model.onnx"))
     options = ["--text", texts[3], "--device", "onnxruntime", "--windows", "3", "--length", "16", "--json"]
     assert perplexity.main([str(again), *options]) == 0

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sw.checkpoints.autoawq_writer import write_autoawq_folder
-from sw.export.autoawq import export_awq
+from sw.export.huggingface import export_checkpoint
 from sw.graph.linears import find_linears
 from sw.synthetic import QWEN2_5_0_5B, write_float
 
@@ -44,7 +44,7 @@ def test_smollm2(tmp_path):
     assert len(report["layers"]) == 210 and all(layer["fold"] for layer in report["layers"])
     assert sum(layer["error"] < layer["error_rtn"] for layer in report["layers"]) == 210
     write_autoawq_folder(tmp_path / "onnx" / "model.onnx", tmp_path / "awq")
-    found = find_linears(export_awq(tmp_path / "awq", tmp_path / "again"))
+    found = find_linears(export_checkpoint(tmp_path / "awq", tmp_path / "again"))
     for layer, expected in zip(found, find_linears(tmp_path / "onnx" / "model.onnx"), strict=True):
         for field in ("q", "scales", "zero_points"):
             assert np.array_equal(getattr(layer, field), getattr(expected, field)), (layer.name, field)

@@ -11,7 +11,7 @@ Everything is little-endian: the first element is in the lowest bits of the firs
 *words*: as many whole K rows as a beat holds, and at least one; with narrow ports a word takes several beats.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import gcd
 
@@ -241,6 +241,28 @@ def fit_layer(config: AcceleratorConfig, k: int, n: int, group_size: int) -> Lay
     ------
     ConfigError : no layout fits; the message names rule and value
     """
+    try:
+        return _cheapest(config, k, n, group_size)
+    except ConfigError as error:
+        if (tile := _smaller_tile(config, k, n, group_size)) is None:
+            raise
+        raise ConfigError(f"{error}; hardware built with --tile {tile} takes it") from None
+
+
+def _smaller_tile(config: AcceleratorConfig, k: int, n: int, group_size: int) -> int | None:
+    """The largest smaller tile on which a layer fits, for example one with short groups."""
+    tile = config.tile // 2
+    while tile:
+        try:
+            _cheapest(replace(config, tile=tile, lanes=min(tile, config.lanes)), k, n, group_size)
+        except ConfigError:
+            tile //= 2
+        else:
+            return tile
+    return None
+
+
+def _cheapest(config: AcceleratorConfig, k: int, n: int, group_size: int) -> LayerLayout:
     if k < 1 or group_size < 1:
         raise ConfigError(f"K and group_size are at least 1, not {k} and {group_size}")
     if group_size >= k:

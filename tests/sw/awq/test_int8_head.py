@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sw.awq.int8_head import quantize_head
-from sw.checkpoints.gguf_reader import decode_blocks
+from sw.checkpoints.gguf.blocks import unpack_groups
 from sw.common.arrays import ROWS_AT_ONCE
 from sw.common.errors import UserError
 from sw.model.lm_head import quantize_int8
@@ -20,12 +20,12 @@ def test_q8_0_is_recovered():
     weight = rng.standard_normal((ROWS_AT_ONCE + 40, 96)) * np.exp(rng.uniform(-9, 7, (ROWS_AT_ONCE + 40, 1)))
     weight[5, 32:64] = 0
     blocks = gguf.quants.quantize(weight.astype(np.float32), Q8_0)
-    q, scales, zero_points, _ = decode_blocks(blocks, "Q8_0")
+    groups = unpack_groups(blocks, "Q8_0")
     layer = quantize_head(gguf.quants.dequantize(blocks, Q8_0), "head")
     assert (layer.name, layer.bits, layer.group_size) == ("head", 8, 32)
-    assert np.array_equal(layer.q, q)
-    assert np.array_equal(layer.scales, scales)
-    assert np.array_equal(layer.zero_points, zero_points)
+    assert np.array_equal(layer.q, groups.q)
+    assert np.array_equal(layer.scales, groups.scales)
+    assert np.all(layer.zero_points == groups.zero)
 
 
 @pytest.mark.parametrize("k", [64, 72, 128])

@@ -17,9 +17,9 @@ from sw.awq.int8_head import quantize_head
 from sw.checkpoints.autoawq_writer import write_autoawq_folder
 from sw.checkpoints.huggingface import decoder_config, read_settings
 from sw.common.errors import UserError
-from sw.export.autoawq import export_awq
 from sw.export.floats import float_model
 from sw.export.gguf import export_gguf
+from sw.export.huggingface import export_checkpoint
 from sw.export.resolve import resolve_model
 from sw.graph.linears import find_linears
 from sw.model.linear import QuantizedLinear
@@ -111,7 +111,7 @@ def test_round_trip(family, tied, dtype, tmp_path):
     found = step(session, IDS, empty_cache(session), len(IDS))[0]
     # For other programs the integer table is rounded to float16, but not more.
     assert relative_error(found, expected) < 2e-3
-    same(path, export_awq(tmp_path / "awq", tmp_path / "back"))
+    same(path, export_checkpoint(tmp_path / "awq", tmp_path / "back"))
     same(path, resolve_model_in(tmp_path, tmp_path / "awq"))
 
 
@@ -127,7 +127,7 @@ def test_a_checkpoint_comes_back(dtype, tied, tmp_path):
     """AutoAWQ -> ONNX -> AutoAWQ: the same tensors, bit for bit, except an untied head, which has become int8."""
     config = awq_config(tie_word_embeddings=tied)
     before = make_checkpoint(tmp_path / "in", config, dtype=dtype)
-    path = export_awq(tmp_path / "in", tmp_path / "onnx")
+    path = export_checkpoint(tmp_path / "in", tmp_path / "onnx")
     write_autoawq_folder(path, tmp_path / "awq")
     after = read_tensors(tmp_path / "awq")
     head = after.pop("lm_head.weight", None)
@@ -140,7 +140,7 @@ def test_a_checkpoint_comes_back(dtype, tied, tmp_path):
         assert head.dtype == np.float16
     # A tied head is made from the table again, so there is no file of scales.
     assert len(list((tmp_path / "awq").glob("*.npy"))) == (0 if tied else 1)
-    same(path, export_awq(tmp_path / "awq", tmp_path / "back"))
+    same(path, export_checkpoint(tmp_path / "awq", tmp_path / "back"))
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -151,7 +151,7 @@ def test_gguf_tables(table, tied, tmp_path):
     write_gguf(source, "qwen2", "Q4_0", tied, table=table)
     path = export_gguf(source, tmp_path / "onnx")
     write_autoawq_folder(path, tmp_path / "awq")
-    same(path, export_awq(tmp_path / "awq", tmp_path / "back"))
+    same(path, export_checkpoint(tmp_path / "awq", tmp_path / "back"))
     config = json.loads((tmp_path / "awq" / "config.json").read_text())
     names = ["model.embed_tokens.weight"] + ([] if tied else ["lm_head.weight"])
     tables = config.get("integer_tables", {})
@@ -171,7 +171,7 @@ def test_q8_0_of_a_gguf_is_kept(tmp_path):
     for name in ("config.json", "tokenizer.json"):
         shutil.copyfile(source.with_name(name), path.with_name(name))
     write_autoawq_folder(path, tmp_path / "awq")
-    back = find_linears(export_awq(tmp_path / "awq", tmp_path / "back"))[-1]
+    back = find_linears(export_checkpoint(tmp_path / "awq", tmp_path / "back"))[-1]
     original = find_linears(export_gguf(tmp_path / "m.gguf", tmp_path / "direct"))[-1]
     assert np.array_equal(back.q, original.q)
     assert np.array_equal(back.scales, original.scales)
@@ -221,9 +221,9 @@ def test_rotary_scaling(place, tmp_path):
         path = quantized(tmp_path, config)
     else:
         make_checkpoint(tmp_path / "in", config)
-        path = export_awq(tmp_path / "in", tmp_path / "onnx")
+        path = export_checkpoint(tmp_path / "in", tmp_path / "onnx")
     write_autoawq_folder(path, tmp_path / "awq")
-    same(path, export_awq(tmp_path / "awq", tmp_path / "back"))
+    same(path, export_checkpoint(tmp_path / "awq", tmp_path / "back"))
     values = json.loads(path.with_name("config.json").read_text())
     del values["rope_scaling"]
     path.with_name("config.json").write_text(json.dumps(values))
@@ -242,7 +242,7 @@ def test_layers_that_stay_float(tmp_path):
     floats = [f"model.layers.{i}.self_attn.v_proj" for i in range(LAYERS)]
     assert config["quantization_config"]["modules_to_not_convert"] == floats
     assert config["tie_word_embeddings"]
-    back = export_awq(tmp_path / "awq", tmp_path / "back", lm_head="float")
+    back = export_checkpoint(tmp_path / "awq", tmp_path / "back", lm_head="float")
     assert relative_error(logits(back), logits(path)) < 1e-6
 
 
@@ -264,7 +264,7 @@ def test_biases_of_a_llama(tmp_path):
         write_autoawq_folder(path, tmp_path / "awq")
         written = json.loads((tmp_path / "awq" / "config.json").read_text())
         assert (written["architectures"], written["attention_bias"]) == (["LlamaForCausalLM"], biased)
-        same(path, export_awq(tmp_path / "awq", tmp_path / "back"))
+        same(path, export_checkpoint(tmp_path / "awq", tmp_path / "back"))
 
 
 def test_head_of_four_bits(tmp_path):
@@ -273,7 +273,7 @@ def test_head_of_four_bits(tmp_path):
     write_autoawq_folder(path, tmp_path / "awq")
     tensors = read_tensors(tmp_path / "awq")
     assert {"model.embed_tokens.weight", "lm_head.qweight", "lm_head.qzeros", "lm_head.scales"} <= set(tensors)
-    same(path, export_awq(tmp_path / "awq", tmp_path / "back"))
+    same(path, export_checkpoint(tmp_path / "awq", tmp_path / "back"))
 
 
 def test_same_weights(tmp_path):
@@ -283,7 +283,7 @@ def test_same_weights(tmp_path):
     shutil.copytree(folder / "genai", tmp_path / "genai")
     shutil.copyfile(folder / "autoawq" / "config.json", tmp_path / "genai" / "config.json")
     sources = {
-        "autoawq": export_awq(folder / "autoawq", tmp_path / "a"),
+        "autoawq": export_checkpoint(folder / "autoawq", tmp_path / "a"),
         "gguf": export_gguf(folder / "model.gguf", tmp_path / "g"),
         "genai": tmp_path / "genai" / "model.onnx",
     }
@@ -308,7 +308,7 @@ def test_a_foreign_graph(tied, tmp_path):
     beside(path, intermediate_size=64 if tied else 96, tie_word_embeddings=tied)
     write_autoawq_folder(path, tmp_path / "awq")
     assert ("lm_head.weight" in read_tensors(tmp_path / "awq")) == (not tied)
-    back = export_awq(tmp_path / "awq", tmp_path / "back")
+    back = export_checkpoint(tmp_path / "awq", tmp_path / "back")
     assert relative_error(logits(back), logits(path)) < 1e-5
 
 
@@ -333,7 +333,7 @@ def test_layers_without_names(name, tmp_path):
     llama = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
     beside(path, **(llama if "llama" in name else {}))
     write_autoawq_folder(path, tmp_path / "awq")
-    back = export_awq(tmp_path / "awq", tmp_path / "back")
+    back = export_checkpoint(tmp_path / "awq", tmp_path / "back")
     assert relative_error(logits(back), logits(path)) < 1e-5
 
 

@@ -47,7 +47,7 @@ def test_types(tmp_path):
         assert np.array_equal(file.tensor("single"), np.array([[3.25, -1e30]], np.float32))
         assert file.tensor("scalar") == np.float32(-1e30)
         assert file.tensor("empty").shape == (0, 4)
-        with pytest.raises(UserError, match="tensor other is F8_E4M3; F16, BF16, F32, I32 are read"):
+        with pytest.raises(UserError, match="tensor other is F8_E4M3; F16, BF16, F32, I32, I64, I8 are read"):
             file.tensor("other")
 
 

@@ -17,8 +17,9 @@ import pytest
 from sw.checkpoints.autoawq import pack_words, unpack_words
 from sw.checkpoints.huggingface import decoder_config, read_settings
 from sw.common.errors import UserError
-from sw.export.autoawq import export_awq
+from sw.export.huggingface import export_checkpoint
 from sw.graph.linears import find_linears
+from sw.synthetic import encode
 from sw.text.folder import TextFolder
 from tests.sw.fixtures.checkpoints import (
     IDS,
@@ -30,6 +31,7 @@ from tests.sw.fixtures.checkpoints import (
     float_tensors,
     make_checkpoint,
     nibble,
+    read_tensors,
     reference_logits,
     relative_error,
     slow_linear,
@@ -69,7 +71,7 @@ def test_weights_are_exact(group_size, zero_point, qzeros, tmp_path):
     if not qzeros:
         tensors = {name: values for name, values in tensors.items() if not name.endswith("qzeros")}
         write_tensors(tmp_path / "in" / "model.safetensors", tensors)
-    linears = find_linears(export_awq(tmp_path / "in", tmp_path / "out"))
+    linears = find_linears(export_checkpoint(tmp_path / "in", tmp_path / "out"))
     names = [f"model.layers.{i}.{linear}" for i in range(LAYERS) for linear in LINEARS]
     plain = [name.strip("/").replace("/", ".").removesuffix(".MatMulNBits") for name in linears.names]
     assert plain == [*names, "lm_head"]
@@ -93,10 +95,10 @@ def test_logits(dtype, shards, family, tied, tmp_path):
     config = awq_config(family, tie_word_embeddings=tied, head_dim=None if tied else 32)
     tensors = make_checkpoint(tmp_path / "in", config, dtype=dtype, shards=shards)
     assert len(list((tmp_path / "in").glob("*.safetensors"))) == shards
-    path = export_awq(tmp_path / "in", tmp_path / "float", lm_head="float")
+    path = export_checkpoint(tmp_path / "in", tmp_path / "float", lm_head="float")
     expected = decoder_logits(tmp_path / "in", tensors)
     assert relative_error(onnx_logits(path), expected) < 1e-5
-    path = export_awq(tmp_path / "in", tmp_path / "out")
+    path = export_checkpoint(tmp_path / "in", tmp_path / "out")
     linears = find_linears(path)
     assert (len(linears), linears.names[-1], linears[-1].bits) == (7 * LAYERS + 1, "/lm_head/MatMulNBits", 8)
     with_head = decoder_logits(tmp_path / "in", tensors, linears[-1].dequantize())
@@ -111,7 +113,7 @@ def test_logits(dtype, shards, family, tied, tmp_path):
 @pytest.mark.parametrize(("dtype", "stored"), [("F16", "FLOAT16"), ("BF16", "FLOAT"), ("F32", "FLOAT")])
 def test_embedding_is_exact(dtype, stored, tmp_path):
     tensors = make_checkpoint(tmp_path / "in", dtype=dtype)
-    path = export_awq(tmp_path / "in", tmp_path / "out")
+    path = export_checkpoint(tmp_path / "in", tmp_path / "out")
     model = onnx.load(path, load_external_data=False)
     (table,) = [tensor for tensor in model.graph.initializer if tensor.name == "model.embed_tokens.weight"]
     assert table.data_type == getattr(onnx.TensorProto, stored)
@@ -122,6 +124,26 @@ def test_embedding_is_exact(dtype, stored, tmp_path):
     feeds = {"input_ids": np.array([IDS]), "attention_mask": np.ones((1, len(IDS)), np.int64)}
     (values,) = session.run([rows], feeds | empty_cache(session))
     assert np.array_equal(np.asarray(values)[0], tensors["model.embed_tokens.weight"][IDS])
+
+
+def test_brain_floats(tmp_path):
+    """Scales in bfloat16 become float32 without a change, as norms, biases and the embedding do."""
+    make_checkpoint(tmp_path / "in", dtype="BF16")
+    tensors = read_tensors(tmp_path / "in")
+    stored = {name: encode(v.astype(np.float32), "BF16") if v.dtype.kind == "f" else v for name, v in tensors.items()}
+    write_tensors(tmp_path / "in" / "model.safetensors", stored)
+    tensors = read_tensors(tmp_path / "in")
+    path = export_checkpoint(tmp_path / "in", tmp_path / "out", lm_head="float")
+    for name, layer in zip(graph_names(path), find_linears(path)):
+        scales = tensors[f"{name}.scales"]
+        assert scales.dtype == np.float32
+        assert np.array_equal(layer.scales, scales.T)
+    assert relative_error(onnx_logits(path), decoder_logits(tmp_path / "in", tensors)) < 1e-5
+
+
+def graph_names(path: Path) -> list[str]:
+    """The checkpoint's names of a graph's quantized layers."""
+    return [name.strip("/").replace("/", ".").removesuffix(".MatMulNBits") for name in find_linears(path).names]
 
 
 def test_layers_that_are_not_quantized(tmp_path):
@@ -136,7 +158,7 @@ def test_layers_that_are_not_quantized(tmp_path):
             del tensors[f"{name}.{part}"]
         tensors[f"{name}.weight"] = weights[f"{name}.weight"].astype(np.float16)
     write_tensors(tmp_path / "in" / "model.safetensors", tensors)
-    path = export_awq(tmp_path / "in", tmp_path / "out", lm_head="float")
+    path = export_checkpoint(tmp_path / "in", tmp_path / "out", lm_head="float")
     assert len(find_linears(path)) == 7 * LAYERS - len(plain)
     assert relative_error(onnx_logits(path), decoder_logits(tmp_path / "in", tensors)) < 1e-5
 
@@ -151,7 +173,7 @@ def test_quantized_head(tmp_path):
         source = np.concatenate([tensors[f"model.layers.{i % 2}.mlp.up_proj.{part}"] for i in range(3)], axis=1)
         tensors[f"lm_head.{part}"] = np.ascontiguousarray(source[:, : 264 if part == "scales" else 33])
     write_tensors(tmp_path / "in" / "model.safetensors", tensors)
-    head = find_linears(export_awq(tmp_path / "in", tmp_path / "out"))[-1]
+    head = find_linears(export_checkpoint(tmp_path / "in", tmp_path / "out"))[-1]
     q, zero_points, scales = slow_linear(tensors, "lm_head")
     assert (head.name, head.bits) == ("/lm_head/MatMulNBits", 4)
     assert np.array_equal(head.q, q)
@@ -185,7 +207,7 @@ def test_llama3_rotary_scaling(place, tmp_path):
             frequency = (1 - smooth) * frequency / 8 + smooth * frequency
         frequencies.append(frequency)
     assert kinds == {"high", "low", "between"}
-    logits = onnx_logits(export_awq(tmp_path / "in", tmp_path / "out", lm_head="float"))
+    logits = onnx_logits(export_checkpoint(tmp_path / "in", tmp_path / "out", lm_head="float"))
     expected = decoder_logits(tmp_path / "in", tensors, frequencies=np.array(frequencies))
     assert relative_error(logits, expected) < 1e-5
     assert relative_error(logits, decoder_logits(tmp_path / "in", tensors)) > 1e-3
@@ -193,7 +215,7 @@ def test_llama3_rotary_scaling(place, tmp_path):
 
 def test_files(tmp_path):
     make_checkpoint(tmp_path / "in", awq_config(max_position_embeddings=131072))
-    path = export_awq(tmp_path / "in", tmp_path / "out")
+    path = export_checkpoint(tmp_path / "in", tmp_path / "out")
     names = ["config.json", "model.onnx", "model.onnx.data", "tokenizer.json"]
     assert sorted(item.name for item in path.parent.iterdir()) == names
     assert (path.parent / "tokenizer.json").read_bytes() == (tmp_path / "in" / "tokenizer.json").read_bytes()
@@ -229,7 +251,7 @@ def test_files(tmp_path):
         assert (ids[0], ids[-1]) == (257, text.tokenizer.token_to_id("Ċ"))
         assert text.tokenizer.decode(ids, False) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     first = [path.with_name(name).read_bytes() for name in names]
-    export_awq(tmp_path / "in", tmp_path / "out")
+    export_checkpoint(tmp_path / "in", tmp_path / "out")
     assert [path.with_name(name).read_bytes() for name in names] == first
 
 
@@ -240,7 +262,7 @@ def test_text_settings(tmp_path):
     settings = tmp_path / "in" / "tokenizer_config.json"
 
     def exported() -> list[Any]:
-        path = export_awq(tmp_path / "in", tmp_path / "out")
+        path = export_checkpoint(tmp_path / "in", tmp_path / "out")
         config = json.loads(path.with_name("config.json").read_text())
         return [config[key] for key in ("bos_token", "eos_token", "eos_token_id", "chat_template")]
 
@@ -294,17 +316,23 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "stops": ({"eos_token_id": [1, -1]}, "eos_token_id is a token id or a list of them"),
 }
 REFUSED_FORMATS: dict[str, tuple[dict[str, Any], str]] = {
-    "method": ({"quant_method": "gptq"}, "is quantized by 'gptq', which is not supported (of quantized"),
+    "method": (
+        {"quant_method": "hqq"},
+        "is quantized by 'hqq', which is not supported: awq, gptq, compressed-tensors, auto",
+    ),
     "no method": ({"quant_method": None}, "is quantized by 'None', which is not supported"),
     "version": ({"version": "gemv"}, "is AutoAWQ's version 'gemv', and only GEMM is read"),
     "marlin": ({"version": "marlin"}, "is AutoAWQ's version 'marlin', and only GEMM is read"),
+    "other key": ({"version": None, "checkpoint_format": "gemv"}, "is AutoAWQ's checkpoint_format 'gemv', and only"),
+    "format": ({"format": "llm-awq"}, "is AutoAWQ's format 'llm-awq', and only GEMM is read"),
+    "backend": ({"backend": "llm-awq"}, 'quantization_config\'s backend is autoawq, not "llm-awq"'),
     "exllama": ({"version": "exllama"}, "is AutoAWQ's version 'exllama', and only GEMM is read"),
     "bits": ({"bits": 8}, "quantization_config's bits is 4, not 8"),
     "group": (
-        {"group_size": 48},
-        "a power of two from 16 (ONNX MatMulNBits has no others), not 48",
+        {"group_size": 40},
+        "group_size is -1 or a multiple of 16, not 40",
     ),
-    "group of 8": ({"group_size": 8}, "group_size is -1 or a power of two from 16"),
+    "group of 8": ({"group_size": 8}, "group_size is -1 or a multiple of 16, not 8"),
     "other group": ({"group_size": 16}, "scales hold [2, 64] values, qweight [64, 64], and group_size is 16"),
     "long group": ({"group_size": 128}, "scales hold [2, 64] values, qweight [64, 64], and group_size is 128"),
     "zero point": ({"zero_point": 1}, "zero_point is true or false, not 1"),
@@ -315,7 +343,7 @@ def refused(folder: Path, message: str) -> None:
     """The error is one line, and no file remains."""
     before = sorted(item.name for item in folder.parent.iterdir())
     with pytest.raises(UserError) as error:
-        export_awq(folder, folder.parent / "out")
+        export_checkpoint(folder, folder.parent / "out")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert sorted(item.name for item in folder.parent.iterdir()) == before

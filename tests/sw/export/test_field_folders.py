@@ -12,8 +12,8 @@ from onnx import TensorProto, helper
 from sw import generate, layers
 from sw.checkpoints.huggingface import FIXED, HARMLESS, decoder_config, read_settings
 from sw.common.errors import UserError
-from sw.export.autoawq import export_awq
 from sw.export.floats import float_model
+from sw.export.huggingface import export_checkpoint
 from sw.export.resolve import find_model, resolve_model
 from sw.graph.file import OnnxFile
 from sw.text.folder import TextFolder
@@ -32,7 +32,7 @@ def exported(tmp_path_factory):
     """An export of a small tied AutoAWQ model."""
     folder = tmp_path_factory.mktemp("exported")
     make_checkpoint(folder / "awq", awq_config(tie_word_embeddings=True))
-    export_awq(folder / "awq", folder / "out")
+    export_checkpoint(folder / "awq", folder / "out")
     return folder / "out"
 
 
@@ -154,17 +154,6 @@ def test_older_autoawq(tmp_path):
         resolve_model(tmp_path / "new")
 
 
-@pytest.mark.parametrize("older", [True, False])
-def test_gptq(older, tmp_path):
-    make_checkpoint(tmp_path / "m")
-    config = {**QWEN2, "quantization_config": None if older else {"quant_method": "gptq", "bits": 4}}
-    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
-    if older:
-        (tmp_path / "m" / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 128}))
-    with pytest.raises(UserError, match="is quantized by 'gptq', which is not supported"):
-        resolve_model(tmp_path / "m")
-
-
 def test_pytorch_folder(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
     with pytest.raises(
@@ -262,7 +251,7 @@ def test_linear_scaling_of_a_checkpoint(tmp_path):
 def test_bias_that_contradicts(base, tensor, problem, tmp_path):
     make_checkpoint(tmp_path / "m", base)
     tensors = read_tensors(tmp_path / "m")
-    tensors[f"model.layers.0.{tensor}"] = np.zeros(64, np.float32)
+    tensors[f"model.layers.0.{tensor}"] = np.ones(64, np.float32)
     write_tensors(tmp_path / "m" / "model.safetensors", tensors)
     with pytest.raises(UserError, match=problem):
         resolve_model(tmp_path / "m")

@@ -14,12 +14,12 @@ from gguf.constants import Keys
 from tokenizers import Tokenizer
 
 from sw import generate
-from sw.checkpoints.gguf_keys import HONOURED, NEUTRAL, general, status
-from sw.checkpoints.gguf_parts import gguf_parts
-from sw.checkpoints.gguf_pre_tokenizers import PRE_TOKENIZERS
-from sw.checkpoints.gguf_reader import GgufFile
-from sw.checkpoints.gguf_sentencepiece import SPACE, sentencepiece
-from sw.checkpoints.gguf_tokenizer import read_gguf_tokenizer
+from sw.checkpoints.gguf.keys import HONOURED, NEUTRAL, general, status
+from sw.checkpoints.gguf.parts import gguf_parts
+from sw.checkpoints.gguf.pre_tokenizers import PRE_TOKENIZERS
+from sw.checkpoints.gguf.reader import GgufFile
+from sw.checkpoints.gguf.sentencepiece import SPACE, sentencepiece
+from sw.checkpoints.gguf.tokenizer import read_gguf_tokenizer
 from sw.common.errors import UserError
 from sw.export.gguf import FAMILIES, decoder_config, export_gguf, gguf_source
 from sw.export.resolve import find_model, resolve_model
@@ -133,6 +133,45 @@ def test_parts_that_do_not_fit(tmp_path):
     assert gguf_parts(tmp_path / "plain.gguf") == [tmp_path / "plain.gguf"]
     with pytest.raises(UserError, match="is named part 3 of 2"):
         gguf_parts(tmp_path / "m-00003-of-00002.gguf")
+
+
+def rewritten(path, keys=None, tensors=None):
+    """Writes one part again, with other values of its split.* keys, or with the tensors of another file."""
+    reader = gguf.GGUFReader(path)
+    items = [(item.name, np.array(item.data), item.tensor_type) for item in (tensors or reader).tensors]
+    fields = {key: (value.types[0], value.contents()) for key, value in reader.fields.items() if "split." in key}
+    del reader
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, (kind, value) in fields.items():
+        writer.add_key_value(key, (keys or {}).get(key, value), kind)
+    for name, data, kind in items:
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_mixed_parts(tmp_path):
+    """Three parts; then a part of another model, a part twice, and parts that are not all of the model."""
+    write_gguf(tmp_path / "m.gguf")
+    parts = split_gguf(tmp_path / "m.gguf", tmp_path, count=3)
+    assert len(GgufFile(parts[2]).tensors) == len(gguf.GGUFReader(tmp_path / "m.gguf").tensors) == 20
+    rewritten(parts[1], {"split.tensors.count": 21})
+    with pytest.raises(UserError, match=r"m-00002-of-00003\.gguf is of another model: m-00001.* 20 tensors.* part 21"):
+        GgufFile(parts[0])
+    rewritten(parts[1], {"split.tensors.count": 20}, gguf.GGUFReader(parts[2]))
+    with pytest.raises(UserError, match=r"m-00003-of-00003\.gguf: tensor .* is in another part as well"):
+        GgufFile(parts[0])
+    parts[1].write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=r"m-00002-of-00003\.gguf is not a complete GGUF file"):
+        GgufFile(parts[0])
+    (tmp_path / "two").mkdir()
+    parts = split_gguf(tmp_path / "m.gguf", tmp_path / "two")
+    for part in parts:
+        rewritten(part, {"split.tensors.count": 21})
+    with pytest.raises(UserError, match="its parts have 20 tensors, and 21 are announced"):
+        GgufFile(parts[0])
 
 
 def test_names(tmp_path):
@@ -322,11 +361,33 @@ def test_big_endian_and_unknown_tensors(tmp_path):
         gguf_source(GgufFile(tmp_path / "m.gguf"))
 
 
-def test_k_quants_name_the_command(tmp_path):
+def test_other_formats_name_the_command(tmp_path):
     """The message for a format that cannot be run names the command that converts it."""
-    write_gguf(tmp_path / "m.gguf", kind="Q5_0")
-    with pytest.raises(UserError, match=r"is Q5_0; linear layers may be .* \(python -m sw\.quantize makes a model"):
+    write_gguf(tmp_path / "m.gguf", kind="MXFP4")
+    with pytest.raises(UserError, match=r"is MXFP4; layers may be .* \(python -m sw\.quantize makes a model"):
         resolve_model(tmp_path / "m.gguf")
+
+
+def test_special_tokens_of_phi_3(tmp_path):
+    """By the name of the model, as in llama.cpp: most special tokens take the white space after them."""
+    scores = {"tokenizer.ggml.scores": [-float(i) for i in range(len(TOKENS))]} | START
+    found = {}
+    for name in ("Phi-3 mini", "Llama 2"):
+        write_gguf(tmp_path / "m.gguf", tokenizer="llama", changes=scores | {"general.name": name})
+        found[name] = raw_ids(tmp_path / "m.gguf", "<|im_end|> \n<|im_end|>")
+    assert found["Phi-3 mini"] == [BOS, len(TOKENS) - 1, len(TOKENS) - 1]
+    assert len(found["Llama 2"]) > 3
+
+
+def test_unknown_token_in_a_text(tmp_path):
+    """The unknown token's own text is this token, as in llama.cpp, and not its letters."""
+    unknown = TOKENS.index("ab")
+    types = [2 if number == unknown else 1 for number in range(len(TOKENS))]
+    changes = {"tokenizer.ggml.scores": [0.0] * len(TOKENS), "tokenizer.ggml.unknown_token_id": unknown} | START
+    write_gguf(tmp_path / "m.gguf", tokenizer="llama", changes=changes)
+    model = GgufFile(tmp_path / "m.gguf")
+    model._fields["tokenizer.ggml.token_type"] = types
+    assert read_gguf_tokenizer(model).tokenizer.encode("ab").ids == [BOS, unknown]
 
 
 def test_end_tokens(tmp_path):

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 
 from sw.awq.sizes import float16_bytes
-from sw.checkpoints.gguf_reader import GgufFile
+from sw.checkpoints.gguf.reader import GgufFile
 from sw.checkpoints.huggingface import decoder_config, llama3_factors, read_settings
 from sw.common.errors import UserError
 from sw.export.floats import float_model

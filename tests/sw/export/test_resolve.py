@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 from tokenizers import Tokenizer
 
-from sw.checkpoints.gguf_reader import GgufFile
+from sw.checkpoints.gguf.reader import GgufFile
 from sw.common.errors import UserError
 from sw.export.resolve import packaged_gguf, resolve_model
 from sw.graph.linears import find_linears
@@ -183,7 +183,7 @@ def test_autoawq_folder(tmp_path, cache, monkeypatch, capsys):
     assert first.parent.name.startswith("Tiny2.5-AWQ-")
     assert len(find_linears(first)) == 15
     with monkeypatch.context() as patch:
-        patch.setattr("sw.export.autoawq.export_awq", lambda *_, **__: pytest.fail("exported again"))
+        patch.setattr("sw.export.huggingface.export_checkpoint", lambda *_, **__: pytest.fail("exported again"))
         assert resolve_model(str(source)) == first
         patch.chdir(tmp_path)
         assert resolve_model(source.name) == first
@@ -209,7 +209,7 @@ def test_folders_that_are_not_autoawq(tmp_path, cache):
             None,
             r"in is not quantized: .* no quantization_config \(python -m sw\.quantize quantizes float checkpoints\)$",
         ),
-        ({"quant_method": "gptq"}, "is quantized by .gptq., which is not supported"),
+        ({"quant_method": "hqq"}, "is quantized by .hqq., which is not supported"),
     ):
         (source / "config.json").write_text(json.dumps({**QWEN2, "quantization_config": quantization}))
         with pytest.raises(UserError, match=message):

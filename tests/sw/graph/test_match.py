@@ -9,13 +9,13 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from sw.checkpoints.autoawq import awq_format
-from sw.checkpoints.gguf_reader import GgufFile
+from sw.checkpoints.gguf.reader import GgufFile
 from sw.checkpoints.huggingface import decoder_config, read_settings
+from sw.checkpoints.packed.formats import layer_format
 from sw.common.errors import UserError
-from sw.export.autoawq import checkpoint_source, export_awq
 from sw.export.floats import float_model
 from sw.export.gguf import export_gguf, gguf_source
+from sw.export.huggingface import checkpoint_source, export_checkpoint
 from sw.graph.file import OnnxFile
 from sw.graph.linears import read_layer
 from sw.graph.match import match_decoder
@@ -125,7 +125,7 @@ def test_our_exports(export, family, tied, tmp_path):
     config = awq_config(family, tie_word_embeddings=tied)
     if export == "awq":
         make_checkpoint(tmp_path / "in", config)
-        path = export_awq(tmp_path / "in", tmp_path / "out", lm_head="float")
+        path = export_checkpoint(tmp_path / "in", tmp_path / "out", lm_head="float")
     else:
         write_float(tmp_path / "in", config, seed=5)
         path = float_model(tmp_path / "in", tmp_path / "out")
@@ -140,7 +140,7 @@ def test_our_exports(export, family, tied, tmp_path):
 def test_one_model_of_two_checkpoints(tmp_path):
     """GGUF and AutoAWQ files of one model become a DecoderSource each, with equal parts."""
     folder = DATA / "same_weights"
-    awq = matched(export_awq(folder / "autoawq", tmp_path / "a"))
+    awq = matched(export_checkpoint(folder / "autoawq", tmp_path / "a"))
     gguf = matched(export_gguf(folder / "model.gguf", tmp_path / "g"))
     assert awq == gguf
     assert gguf.shape == matched(folder / "genai" / "model.onnx").shape
@@ -155,13 +155,13 @@ def test_weights_are_those_of_the_checkpoint(kind, tmp_path):
     """
     folder = DATA / "same_weights"
     settings = read_settings(folder / "autoawq" / "config.json")
-    source = checkpoint_source(folder / "autoawq", settings, awq_format(settings))
+    source = checkpoint_source(folder / "autoawq", settings, layer_format(settings))
     if kind == "gguf":
         source = gguf_source(GgufFile(folder / "model.gguf"))
         path = export_gguf(folder / "model.gguf", tmp_path / "out")
     else:
         path = folder / "genai" / "model.onnx"
-        path = export_awq(folder / "autoawq", tmp_path / "out") if kind == "autoawq" else path
+        path = export_checkpoint(folder / "autoawq", tmp_path / "out") if kind == "autoawq" else path
     file, decoder = OnnxFile(path), matched(path)
     layers = list(source.layers)
     assert len(layers) == len(decoder.blocks) == 2

@@ -2,6 +2,8 @@
 """The hardware that a model needs, from the shapes of its layers; and layers longer than the default hardware's."""
 
 import json
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from sw import generate, layers
 from sw.common.errors import UserError
 from sw.devices import make_config
 from sw.devices.pack import plan_layer
-from sw.runtime.hardware import LayerShape, choose_config
+from sw.graph.linears import Linears
+from sw.model.linear import Outline
+from sw.runtime.hardware import LayerShape, choose_config, layer_shapes
 from tests.sw.fixtures.checkpoints import awq_config, make_checkpoint
 
 AUTO: dict[str, int | str] = {"weight_bits": "auto", "zero_point": "auto", "max_k": "auto"}
@@ -21,8 +25,8 @@ LONG = 8960
 """K of Qwen2.5-1.5B's down projection, beyond the default."""
 
 
-def shape(k=64, bits=4, group_size=32, name="layer", zero_points=(0.0, 15.0)):
-    return LayerShape(name, k, 32, group_size, bits, np.array(zero_points), False)
+def shape(k=64, bits=4, group_size=32, name="layer", zero_points=(0.0, 15.0), needs_fixed=False):
+    return LayerShape(name, k, 32, group_size, bits, np.array(zero_points), needs_fixed)
 
 
 def test_auto_weight_bits():
@@ -37,6 +41,28 @@ def test_auto_weight_bits():
     assert chosen(2) == chosen(1) == 2
     assert chosen(8) == chosen(5, 8) == 8
     assert chosen(1, 3, 5) == 3
+
+
+def test_auto_zero_point():
+    """Fixed zero points for fractions and for integers outside the field; 8 bits then run as two planes."""
+
+    def chosen(*shapes):
+        config = choose_config(shapes, AUTO)
+        return config.weight_bits, config.zero_point
+
+    fixed = shape(zero_points=(-3.5, 15.9), needs_fixed=True)
+    assert chosen(fixed) == chosen(fixed, shape(bits=8, zero_points=(128.0,))) == (4, "fixed")
+    assert chosen(shape(bits=8, zero_points=(-250.0, 250.0), needs_fixed=True)) == (4, "fixed")
+    assert chosen(shape(bits=8, zero_points=(128.0,))) == (8, "integer")
+
+    def found(zero_points, bits=4):
+        values = np.array([zero_points], np.float32)
+        outline = Outline("l", 1, 32 * len(zero_points), 32, bits, values)
+        (item,) = layer_shapes(cast(Linears, SimpleNamespace(outlines=lambda: [outline])))
+        return item.needs_fixed
+
+    assert found([0.5, 3]) and found([-1, 3]) and found([3, 16]) and found([3, 256], 8)
+    assert not found([0, 15]) and not found([0, 255], 8)
 
 
 def test_auto_max_k():

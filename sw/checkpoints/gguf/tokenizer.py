@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from sw.checkpoints.gguf_pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
-from sw.checkpoints.gguf_reader import GgufFile
-from sw.checkpoints.gguf_sentencepiece import sentencepiece
+from sw.checkpoints.gguf.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
+from sw.checkpoints.gguf.reader import GgufFile
+from sw.checkpoints.gguf.sentencepiece import sentencepiece
 from sw.common.errors import UserError
 from sw.text.folder import begin_with
 
@@ -33,6 +33,11 @@ END_TOKENS = frozenset(
         "[EOS]",
         "<|end_of_text|>",
         "<end_of_utterance>",
+        "<|flush|>",
+        "<|calls|>",
+        "<turn|>",
+        "<|tool_response>",
+        "[e~[",
         "<eos>",
         "<｜end▁of▁sentence｜>",
     }
@@ -44,6 +49,11 @@ FILL_TOKENS = {
     "fim_sep": ("<|file_sep|>",),
 }
 """Tokens of models that fill gaps in code, by key or by text; they end an answer, too."""
+
+STRIPPING = ("phi-3", "phi3")
+"""Parts of general.name of models whose special tokens take the white space after them, as in llama.cpp."""
+NOT_STRIPPING = ("<unk>", "<s>", "<|endoftext|>")
+"""Special tokens of these models that do not."""
 
 
 @dataclass
@@ -89,10 +99,15 @@ def read_gguf_tokenizer(source: GgufFile) -> GgufTokenizer:
         tokenizer, add_bos, default_bos, default_eos = _byte_level(source, tokens, words), words.add_bos, None, None
     stop_ids = _stop_ids(source, tokens, default_eos)
     ends = set(stop_ids)
+    strips = any(word in str(source.meta("general.name", "")).lower() for word in STRIPPING)
+    added = []
     for number, (token, token_type) in enumerate(zip(tokens, types)):
-        is_special = token_type == CONTROL or number in ends
+        is_special = token_type in (CONTROL, UNKNOWN) or number in ends
         if is_special or token_type == USER_DEFINED:
-            tokenizer.add_tokens([AddedToken(token, special=is_special, normalized=False)])
+            rstrip = strips and token not in NOT_STRIPPING
+            added.append(AddedToken(token, special=is_special, normalized=False, rstrip=rstrip))
+    # All in one call: each call builds the search for added tokens again.
+    tokenizer.add_tokens(added)
     bos = _token_id(source, "bos", len(tokens), default_bos)
     if source.meta("tokenizer.ggml.add_bos_token", add_bos):
         if bos is None:

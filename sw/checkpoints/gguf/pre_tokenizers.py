@@ -58,6 +58,14 @@ _DEEPSEEK3 = PreTokenizer(
     )
 )
 _DEEPSEEK_CODER = PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}"))
+_QWEN35 = PreTokenizer(
+    (rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{SPACES}",)
+)
+_MINICPM5 = PreTokenizer((r"\p{N}{1,3}", _qwen2(r"\p{N}+")), ignore_merges=True)
+_SEED_CODER = PreTokenizer((rf"{CONTRACTIONS}|{WORDS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{SPACES}",))
+_BAILING = PreTokenizer(
+    (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",)
+)
 _FALCON = PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", GPT2, r"[0-9][0-9][0-9]"))
 
 _NAMES: dict[PreTokenizer, tuple[str, ...]] = {
@@ -66,13 +74,17 @@ _NAMES: dict[PreTokenizer, tuple[str, ...]] = {
     _DIGITS: ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
     replace(_QWEN2, nfc=True): ("qwen2",),
     _QWEN2: ("deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "stablelm2", "hunyuan", "solar-open", "grok-2"),
-    _LLAMA3: ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+    _LLAMA3: ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
     _THREES: ("smaug-bpe", "dbrx", "glm4", "chatglm-bpe"),
     _TEKKEN: ("tekken",),
-    _GPT4O: ("gpt-4o", "llama4", "kanana2"),
+    _GPT4O: ("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"),
     _DEEPSEEK3: ("deepseek-v3", "hunyuan-dense"),
     _DEEPSEEK_CODER: ("deepseek-coder",),
     _FALCON: ("falcon",),
+    _QWEN35: ("qwen35",),
+    _MINICPM5: ("minicpm5",),
+    _SEED_CODER: ("seed-coder",),
+    _BAILING: ("bailingmoe", "bailingmoe2", "llada-moe"),
 }
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {name: kind for kind, names in _NAMES.items() for name in names}
 """Value of tokenizer.ggml.pre -> its way of splitting."""

@@ -9,7 +9,7 @@ the architecture. A key that is in none of the tables is refused if it begins wi
 
 from typing import Any
 
-from sw.checkpoints.gguf_reader import GgufFile
+from sw.checkpoints.gguf.reader import GgufFile
 from sw.common.errors import UserError
 
 HONOURED = frozenset(

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the formats of packed layers share: fields of 32-bit words, and groups that ONNX's MatMulNBits can hold."""
+
+from typing import TypeGuard
+
+import numpy as np
+
+from sw.checkpoints.safetensors_file import Checkpoint
+from sw.common.errors import UserError
+
+WORD_BITS = 32
+BITS = (4, 8)
+"""Widths of packed weights that are read: they fill a word without a rest, and MatMulNBits has them."""
+MIN_BLOCK = 16
+"""The smallest group of ONNX MatMulNBits, whose groups are powers of two. Other groups must be multiples of it."""
+MAX_SPLIT = 128
+"""A group that is no power of two becomes equal groups of at most this size, so that few scales are repeated."""
+
+
+def matrix(checkpoint: Checkpoint, name: str) -> np.ndarray:
+    """A tensor of packed words, int32 [R, C]. Raises UserError for other types and shapes."""
+    words = checkpoint.integers(name)
+    if words.ndim != 2 or 0 in words.shape:
+        raise UserError(f"{checkpoint.folder}: tensor {name} is {list(words.shape)}, not a matrix")
+    return words
+
+
+def unpack_rows(words: np.ndarray, bits: int) -> np.ndarray:
+    """int32 [R, C] as uint8 [R, C * 32 / bits]: the fields of a word from its low bits, word by word.
+
+    bits: one of BITS.
+    """
+    octets = np.ascontiguousarray(words, "<i4").view(np.uint8).reshape(len(words), -1)
+    if bits == 8:
+        return octets
+    fields = np.empty((*octets.shape, 2), np.uint8)
+    np.bitwise_and(octets, 15, out=fields[..., 0])
+    np.right_shift(octets, 4, out=fields[..., 1])
+    return fields.reshape(len(words), -1)
+
+
+def is_width(bits: object) -> TypeGuard[int]:
+    """Whether a setting is one of BITS; true and 4.0 are not."""
+    return type(bits) is int and bits in BITS
+
+
+def is_group(size: object) -> TypeGuard[int]:
+    """Whether a setting is a size of groups that can be read."""
+    return type(size) is int and size > 0 and size % MIN_BLOCK == 0
+
+
+def block_size(k: int, group_size: int) -> int:
+    """The size of the groups in which a layer is written whose groups have `group_size` features.
+
+    group_size: a multiple of MIN_BLOCK, or at least k (in_features). A single group over all of K becomes several equal
+    ones, and so does a group that is no power of two.
+    """
+    if group_size >= k:
+        return max(MIN_BLOCK, min(k & -k, MAX_SPLIT))
+    power = group_size & -group_size
+    return power if power == group_size else min(power, MAX_SPLIT)
+
+
+def split_groups(values: np.ndarray, k: int, group_size: int, block: int) -> np.ndarray:
+    """Scales or zero points [N, ceil(K / group_size)] for groups of `block` features: [N, ceil(K / block)].
+
+    block: see block_size.
+    """
+    if block == group_size:
+        return values
+    return np.ascontiguousarray(values[:, np.arange(0, k, block) // group_size])
