@@ -15,7 +15,7 @@ import numpy as np
 from sw.checkpoints.gguf.keys import check_keys
 from sw.checkpoints.gguf.reader import GgufFile
 from sw.checkpoints.gguf.tokenizer import read_gguf_tokenizer
-from sw.checkpoints.huggingface import standard_rope_scaling
+from sw.checkpoints.rotary import standard_rope_scaling
 from sw.common.errors import UserError
 from sw.common.status_line import Progress
 from sw.export.folder import EXPORTER_VERSION, write_folder

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every family's float checkpoint, packed checkpoint and GGUF file against transformers (fixtures/families.py)."""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from sw.export.floats import float_model
+from tests.sw.fixtures.checkpoints import empty_cache, step
+from tests.sw.fixtures.families import CONFIGS, PROMPT, ROWS, expected, write_family
+
+
+def check(path: Path, name: str, pieces: int = 1) -> None:
+    """The graph's logits of the prompt in pieces, and its greedy text, are those of transformers."""
+    logits, tokens = expected(name)
+    session = onnxruntime.InferenceSession(path)
+    past, total, found = empty_cache(session), 0, []
+    for piece in np.array_split(PROMPT, pieces):
+        total += len(piece)
+        rows, past = step(session, piece.tolist(), past, total)
+        found.append(rows)
+    rows = np.concatenate(found)
+    assert np.abs(rows[ROWS] - logits).max() < 1e-4
+    text = [int(rows[-1].argmax())]
+    while len(text) < len(tokens):
+        total += 1
+        rows, past = step(session, text[-1:], past, total)
+        text.append(int(rows[-1].argmax()))
+    assert text == tokens
+
+
+@pytest.mark.parametrize("pieces", [1, 5])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_float_checkpoint(name, pieces, tmp_path):
+    write_family(tmp_path / "in", name)
+    check(float_model(tmp_path / "in", tmp_path / "out"), name, pieces)
