@@ -7,9 +7,12 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from sw.checkpoints.gguf.reader import GgufFile
 from sw.export.floats import float_model
+from sw.export.gguf import decoder_config, export_gguf
 from tests.sw.fixtures.checkpoints import empty_cache, step
 from tests.sw.fixtures.families import CONFIGS, PROMPT, ROWS, expected, write_family
+from tests.sw.fixtures.family_gguf import MODELS, write_family_gguf
 
 
 def check(path: Path, name: str, pieces: int = 1) -> None:
@@ -36,3 +39,16 @@ def check(path: Path, name: str, pieces: int = 1) -> None:
 def test_float_checkpoint(name, pieces, tmp_path):
     write_family(tmp_path / "in", name)
     check(float_model(tmp_path / "in", tmp_path / "out"), name, pieces)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gguf(name, tmp_path):
+    write_family_gguf(tmp_path / "m.gguf", name)
+    check(export_gguf(tmp_path / "m.gguf", tmp_path / "out", lm_head="float"), name)
+
+
+def test_scores_of_gemma_27b(tmp_path):
+    """GGUF has no key for their scale; llama.cpp knows the model by its 62 layers."""
+    for layers, size in ((4, 32), (62, 16)):
+        write_family_gguf(tmp_path / "m.gguf", "gemma3", block_count=layers)
+        assert decoder_config(GgufFile(tmp_path / "m.gguf")).attention_scale == size**-0.5
