@@ -13,6 +13,7 @@ from sw.model.lm_head import Linear
 MAX_POSITIONS = 32768
 """Maximum number of positions in an export's rotary tables: for longer contexts they would take many megabytes."""
 MAX_HEAD_SIZE = 1024
+ROTARY_UNIT = 16
 SILU, GELU_TANH = "silu", "gelu_pytorch_tanh"
 ACTIVATIONS = (SILU, GELU_TANH)
 GLOBAL, LOCAL = "", "local_"
@@ -100,6 +101,9 @@ class DecoderConfig(DecoderShape):
         if self.rotated % 2 or self.head_size % 2:
             size = self.head_size if self.head_size % 2 else self.rotated
             raise UserError(f"head size {size} is odd: rotary embedding needs pairs")
+        if self.rotary_size % ROTARY_UNIT:
+            problem = f"a rotation of {self.rotary_size} elements of a head is no multiple of {ROTARY_UNIT}"
+            raise UserError(f"{problem}, which onnxruntime's GroupQueryAttention needs")
         if self.rope_factors is not None:
             expect_shape("the table of rotary factors", self.rope_factors.shape, (self.rotated // 2,))
             if not (self.rope_factors > 0).all():

@@ -72,7 +72,7 @@ FAMILIES = {
         bias_keys=(ATTENTION_BIAS,),
         head_size=256,
         tied=True,
-        hybrid_because="o_proj: where the output of a linear layer is expected",
+        hybrid_because="a norm between o_proj and the residual",
     ),
 }
 """model_type -> its family."""

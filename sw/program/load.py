@@ -66,7 +66,8 @@ class LoadedHeadNorm:
 class LoadedBlock:
     """One block. qkv: one layer if q, k and v have the same format, else up to three. head_norms: of q and of k.
 
-    keys: what is known about the keys, for hardware with attention; else None.
+    keys: what is known about the keys, for hardware with attention; else None. rotary: index of its rotary table among
+    the decoder's, or None without a rotation.
     """
 
     name: str
@@ -78,6 +79,7 @@ class LoadedBlock:
     gate_up: LoadedLayer
     down: LoadedLayer
     keys: KeyHeads | None
+    rotary: int | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +89,8 @@ class LoadedDecoder:
     Members
     -------
     head: None if it is not quantized. hidden: hidden_size. qkv_columns: results of q, k and v. vocab: rows of the head.
-    head_size: elements of a head. rotary: float32 [positions, head_size], see `rotary_rows`; None without a rotation.
+    head_size: elements of a head. rotaries: tables of the blocks' rotations, each float32 [positions, head_size], see
+        `rotary_rows`.
     """
 
     blocks: tuple[LoadedBlock, ...]
@@ -97,7 +100,7 @@ class LoadedDecoder:
     qkv_columns: int
     vocab: int
     head_size: int
-    rotary: np.ndarray | None
+    rotaries: tuple[np.ndarray, ...]
 
 
 class Loader:
@@ -106,6 +109,9 @@ class Loader:
     def __init__(self, device: Device, file: OnnxFile, decoder: Decoder, progress: Progress | None):
         self._device, self._file, self._decoder, self._progress = device, file, decoder, progress
         self._buffers: list[Buffer] = []
+        # Of all blocks, in the order of their first blocks: those with the same tables have the same index.
+        tables = [(block.rotary.cos, block.rotary.sin) for block in decoder.blocks if block.rotary]
+        self._tables = list(dict.fromkeys(tables))
         self._done, self._total = 0, STEPS * len(decoder.blocks) + decoder.head.quantized
 
     def load(self) -> LoadedDecoder:
@@ -123,11 +129,7 @@ class Loader:
         decoder = self._decoder
         blocks = tuple(self._block(index, block) for index, block in enumerate(decoder.blocks))
         first = decoder.blocks[0]
-        attention, rotary = attention_of(first), first.rotary
-        table = None
-        if rotary:
-            cosines, sines = (self._file.constant(name, name).astype(np.float32) for name in (rotary.cos, rotary.sin))
-            table = rotary_rows(cosines, sines, attention.head_size)
+        size = attention_of(first).head_size
         return LoadedDecoder(
             blocks=blocks,
             final_norm=self._norm("norm", decoder.final_norm),
@@ -135,8 +137,8 @@ class Loader:
             hidden=decoder.head.k,
             qkv_columns=sum(part.n for part in (first.q_proj, first.k_proj, first.v_proj)),
             vocab=decoder.head.n,
-            head_size=attention.head_size,
-            rotary=table,
+            head_size=size,
+            rotaries=tuple(self._table(*names, size) for names in self._tables),
         )
 
     def _block(self, index: int, block: Block) -> LoadedBlock:
@@ -150,12 +152,17 @@ class Loader:
             input_norm=self._norm(f"{name}.input_layernorm", block.input_norm),
             qkv=qkv,
             keys=keys,
+            rotary=self._tables.index((block.rotary.cos, block.rotary.sin)) if block.rotary else None,
             head_norms=tuple(self._head_norms(f"{name}.self_attn", block)),
             o=self._place(f"{name}.self_attn.o_proj", [self._read(block.o_proj)]),
             post_attention_norm=self._norm(f"{name}.post_attention_layernorm", block.post_attention_norm),
             gate_up=self._place(f"{name}.mlp.gate_up_proj", [interleave("", gate, up)]),
             down=self._place(f"{name}.mlp.down_proj", [self._read(block.down_proj)]),
         )
+
+    def _table(self, cos: str, sin: str, head_size: int) -> np.ndarray:
+        cosines, sines = (self._file.constant(name, name).astype(np.float32) for name in (cos, sin))
+        return rotary_rows(cosines, sines, head_size)
 
     def _qkv(self, part: str, block: Block) -> tuple[tuple[LoadedLayer, ...], KeyHeads | None]:
         """q, k and v, in this order; neighbours are joined where their formats allow it. And what is known of k."""

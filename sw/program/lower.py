@@ -46,7 +46,7 @@ class Programs:
     -------
     count: number of programs: the blocks and one more.
     embedded: the embedding's rows; the host writes them before program 0.
-    rotary: the rotary table's rows of the tokens; the host writes them before program 0. None without a rotation.
+    rotaries: rows of the tokens of each rotary table; the host writes them before program 0.
     qkv: q, k and v of the last program; heads of q and k have the order of `rotated_rows`.
     attention: attention on the device, or None.
     results: the logits, or the norm before a head that is not quantized: one row or all.
@@ -59,7 +59,7 @@ class Programs:
         self.count = len(decoder.blocks) + 1
         self.embedded, self._middle = Matrix(device, decoder.hidden), Matrix(device, decoder.hidden)
         self.qkv = Matrix(device, decoder.qkv_columns)
-        self.rotary = None if decoder.rotary is None else Matrix(device, decoder.head_size)
+        self.rotaries = [Matrix(device, decoder.head_size) for _ in decoder.rotaries]
         # A head's norm between its two jobs.
         self._heads = Matrix(device, decoder.head_size) if any(block.head_norms for block in decoder.blocks) else None
         self.results = Matrix(device, decoder.vocab if decoder.head else decoder.hidden)
@@ -149,10 +149,11 @@ class Programs:
         # Layers with the same activations are adjacent.
         layers = sorted(block.qkv, key=lambda layer: (layer.plan.planes, layer.plan.layout.k, layer.plan.layout.groups))
         before: LoadedLayer | None = None
+        table = None if block.rotary is None else self.rotaries[block.rotary].rows
         for layer in layers:
             rotation = None
-            if layer.rotated and self.rotary:
-                rotation = Rotation(self.rotary.rows, self._decoder.head_size, layer.rotated)
+            if layer.rotated and table:
+                rotation = Rotation(table, self._decoder.head_size, layer.rotated)
             job = self._linear(
                 layer,
                 self._normed,
@@ -166,7 +167,6 @@ class Programs:
             jobs.append(job)
             before = layer
         if self._heads:
-            table = self.rotary.rows if self.rotary else None
             max_rows = self._device.config.max_tokens
             jobs += head_norm_jobs(block.head_norms, tokens, max_rows, self.qkv.rows, self._heads.rows, table)
         return jobs
