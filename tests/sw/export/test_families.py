@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every family's float checkpoint, packed checkpoint and GGUF file against transformers (fixtures/families.py)."""
+"""Float checkpoints and GGUF files of every family against transformers (fixtures/families/models.py)."""
 
 from pathlib import Path
 
@@ -11,8 +11,8 @@ from sw.checkpoints.gguf.reader import GgufFile
 from sw.export.floats import float_model
 from sw.export.gguf import decoder_config, export_gguf
 from tests.sw.fixtures.checkpoints import empty_cache, step
-from tests.sw.fixtures.families import CONFIGS, PROMPT, ROWS, expected, write_family
-from tests.sw.fixtures.family_gguf import MODELS, write_family_gguf
+from tests.sw.fixtures.families.gguf_files import MODELS, write_family_gguf
+from tests.sw.fixtures.families.models import CONFIGS, PROMPT, ROWS, expected, write_family
 
 
 def check(path: Path, name: str, pieces: int = 1) -> None:

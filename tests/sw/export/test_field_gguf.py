@@ -26,8 +26,8 @@ from sw.export.resolve import find_model, resolve_model
 from sw.model.families import FAMILIES
 from tests.sw.export.test_gguf import ROOT, TOKENS, renamed, write_gguf
 from tests.sw.fixtures.checkpoints import IDS, empty_cache, reference_logits, relative_error, step
-from tests.sw.fixtures.families import configuration
-from tests.sw.fixtures.family_gguf import MODELS, write_family_gguf
+from tests.sw.fixtures.families.gguf_files import MODELS, write_family_gguf
+from tests.sw.fixtures.families.models import configuration
 
 BOS = TOKENS.index("<|im_start|>")
 START = {"tokenizer.ggml.bos_token_id": BOS}

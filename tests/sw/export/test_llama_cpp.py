@@ -28,8 +28,8 @@ from sw.runtime import ProgramDecoder
 from sw.runtime.hardware import choose_config, layer_shapes
 from tests.sw.export.test_gguf import write_gguf
 from tests.sw.fixtures.checkpoints import IDS, empty_cache, relative_error, step
-from tests.sw.fixtures.families import PROMPT
-from tests.sw.fixtures.family_gguf import MODELS, write_family_gguf
+from tests.sw.fixtures.families.gguf_files import MODELS, write_family_gguf
+from tests.sw.fixtures.families.models import PROMPT
 
 pytestmark = [pytest.mark.full, pytest.mark.slow]
 llama_cpp = pytest.importorskip(

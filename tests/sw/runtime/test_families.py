@@ -13,8 +13,8 @@ from sw.model.families import FAMILIES
 from sw.runtime import Decoder, ProgramDecoder
 from sw.runtime.setup import make_decoder
 from tests.sw.fixtures.checkpoints import empty_cache, relative_error, step
-from tests.sw.fixtures.families import CONFIGS, PROMPT, configuration
-from tests.sw.fixtures.family_awq import write_family_awq
+from tests.sw.fixtures.families.awq_folders import write_family_awq
+from tests.sw.fixtures.families.models import CONFIGS, PROMPT, configuration
 
 CONTEXT = 40
 
