@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sw.checkpoints.huggingface import Settings
 from sw.checkpoints.packed.layers import has_words, read_bias
 from sw.checkpoints.packed.words import MIN_BLOCK, block_size, matrix, split_groups
 from sw.checkpoints.safetensors_file import Checkpoint
+from sw.checkpoints.settings import Settings
 from sw.common.errors import UserError
 from sw.model.linear import QuantizedLinear
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from sw.checkpoints.autoawq import BITS
-from sw.checkpoints.huggingface import FAMILIES, Settings
 from sw.checkpoints.integer_tables import KEY
+from sw.checkpoints.settings import Settings
 from sw.common.text_files import read_json
+from sw.model.families import FAMILIES
 
 TEXT_KEYS = ("bos_token", "eos_token", "chat_template")
 """Keys that our exporters write to config.json, and Hugging Face to tokenizer_config.json."""
@@ -36,7 +37,7 @@ def write_config(
     family = str(settings.get("model_type"))
     values = {key: value for key, value in settings.values.items() if key not in ("name", KEY, *TEXT_KEYS)}
     values |= {
-        "architectures": [FAMILIES[family]],
+        "architectures": [FAMILIES[family].class_name],
         "hidden_act": "silu",
         "tie_word_embeddings": tied,
         "torch_dtype": "float16",

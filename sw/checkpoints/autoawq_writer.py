@@ -18,9 +18,10 @@ import numpy as np
 
 from sw.checkpoints.autoawq import BITS, COLUMNS, pack_words
 from sw.checkpoints.autoawq_folder import write_config, write_text_files
-from sw.checkpoints.huggingface import decoder_config, read_settings, text_settings
+from sw.checkpoints.huggingface import decoder_config, family_of, text_settings
 from sw.checkpoints.integer_tables import float_table, write_scales
 from sw.checkpoints.safetensors_file import NewTensor, write_safetensors
+from sw.checkpoints.settings import read_settings
 from sw.common.atomic import atomic_directory
 from sw.common.errors import UserError, one_line
 from sw.common.status_line import Progress
@@ -30,6 +31,7 @@ from sw.graph.match import match_decoder
 from sw.graph.matmul_nbits import unpack_bits
 from sw.graph.nodes import attributes, name_of
 from sw.model.decoder import PROJECTIONS
+from sw.model.families import FAMILIES
 from sw.model.linear import QuantizedLinear
 from sw.model.lm_head import Table, narrowest_exact, quantize_int8
 from sw.model.parts import Block, Decoder, Embedding, Mismatch, Norm, Projection
@@ -92,6 +94,10 @@ class _Decoder:
         self.folder = path.parent
         self.settings = read_settings(self.folder / "config.json", required=True)
         self.config = decoder_config(self.settings)
+        if not family_of(self.settings)[1].autoawq:
+            families = " and ".join(name for name, family in FAMILIES.items() if family.autoawq)
+            problem = f"model_type {self.settings.get('model_type')} has no AutoAWQ folder, only {families}"
+            raise UserError(f"{self.settings.path}: {problem}")
         # Raises UserError here, because a reader of the folder needs these settings.
         text_settings(self.folder, self.settings)
         self.file = find_linears(path).file
@@ -156,7 +162,7 @@ class _Decoder:
             raise UserError(f"{self.file.path}: {problem}")
         block = blocks[index]
         if block.q_norm or block.k_norm:
-            self._refuse(f"model.layers.{index}.self_attn", "it normalises its heads, which no supported model does")
+            self._refuse(f"model.layers.{index}.self_attn", "it normalises its heads, and the family has no such norms")
         if block.rotary and block.rotary.interleaved:
             self._refuse(f"model.layers.{index}.self_attn", "it rotates neighbours (rotary_interleaved), not halves")
         return block

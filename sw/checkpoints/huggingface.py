@@ -9,199 +9,51 @@
 Only the first and the last are required.
 """
 
-import json
-import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
+from sw.checkpoints.families import check_fixed, with_family
+from sw.checkpoints.rotary import rotary_of, scaled
+from sw.checkpoints.settings import Settings, read_settings
 from sw.common.errors import UserError
-from sw.common.text_files import read_json, read_text
+from sw.common.text_files import read_text
 from sw.model.decoder import MAX_POSITIONS, DecoderConfig
+from sw.model.families import FAMILIES, Family
 from sw.model.source import TextSettings
 from sw.text.folder import apply_settings, read_tokenizer
-
-FULL = "full_attention"
-LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-FIXED: dict[str, tuple[object, ...]] = {
-    "hidden_act": (None, "silu"),
-    "use_sliding_window": (None, False),
-    "is_encoder_decoder": (None, False),
-    "add_cross_attention": (None, False),
-}
-"""Keys of config.json that transformers uses for these families, and the supported values."""
-HARMLESS = frozenset(
-    {
-        "attention_dropout",  # for training, like the next two
-        "initializer_range",
-        "pretraining_tp",
-        "torch_dtype",  # each tensor has its own float format
-        "dtype",
-        "use_cache",
-        "pad_token_id",
-        "max_window_layers",  # of sliding windows, which are refused
-        "sliding_window",
-        "transformers_version",
-        "auto_map",  # the classes are checked by name
-        "_name_or_path",
-    }
-)
-"""Keys of config.json that cannot change a result of these families. transformers does not read any other key."""
-FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-
-
-class Settings:
-    """A JSON object whose values are read by key and type; null means absent.
-
-    Raises UserError, with the file, the key and the value, for values of another type.
-    """
-
-    def __init__(self, path: Path, values: dict[str, Any]):
-        self.path = path
-        self._values = values
-
-    @property
-    def values(self) -> dict[str, Any]:
-        """The whole object."""
-        return self._values
-
-    def get(self, key: str) -> Any:
-        """The unchecked value, or None."""
-        return self._values.get(key)
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        """A whole number from 1."""
-        value = self._value(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.wrong(key, "a whole number from 1")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """A positive number."""
-        value = self._value(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
-            raise self.wrong(key, "a positive number")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        """true or false."""
-        value = self._value(key, default)
-        if not isinstance(value, bool):
-            raise self.wrong(key, "true or false")
-        return value
-
-    def part(self, key: str) -> "Settings":
-        """An object inside; empty if it is absent."""
-        value = self._value(key, {})
-        if not isinstance(value, dict):
-            raise self.wrong(key, "an object")
-        return Settings(self.path, value)
-
-    def wrong(self, key: str, expected: str, found: Any = ...) -> UserError:
-        """The error about a value, by default that of `key`."""
-        found = self.get(key) if found is ... else found
-        return UserError(f"{self.path}: {key} is {expected}, not {json.dumps(found)[:80]}")
-
-    def _value(self, key: str, default: Any) -> Any:
-        value = self._values.get(key)
-        return default if value is None else value
-
-
-def read_settings(path: Path, required: bool = False) -> Settings:
-    """A JSON file; empty if it is missing and not required. Raises UserError if it is damaged."""
-    return Settings(path, read_json(path, required))
 
 
 def decoder_config(config: Settings) -> DecoderConfig:
     """The shape in config.json. Raises UserError for families and variants that the graph does not express."""
-
-    def refuse(problem: str) -> UserError:
-        return UserError(f"{config.path}: {problem}")
-
-    family, classes = config.get("model_type"), config.get("architectures")
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise refuse(f"model_type {str(family)[:80]!r} is not supported ({', '.join(FAMILIES)} are)")
-    if classes is not None and classes != [FAMILIES[family]]:
-        raise refuse(f"architectures {str(classes)[:80]} is not supported for {family}, only {FAMILIES[family]}")
-    kinds = config.get("layer_types") or []
-    if config.flag("use_sliding_window", False) or not isinstance(kinds, list) or set(map(str, kinds)) - {FULL}:
-        raise refuse("attention with a sliding window is not supported")
-    for key, values in FIXED.items():
-        if config.get(key) not in values:
-            raise refuse(f"{key} {str(config.get(key))[:80]!r} is not supported, only {values[-1]}")
+    name, family = family_of(config)
+    check_fixed(config, name)
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    kind, rotary = _rotary(config)
+    _, rotary = rotary_of(config)
     shape = DecoderConfig(
         hidden_size=hidden,
         intermediate_size=config.integer("intermediate_size"),
         layer_count=config.integer("num_hidden_layers"),
         head_count=heads,
         kv_head_count=config.integer("num_key_value_heads", heads),
-        head_size=config.integer("head_dim", max(hidden // heads, 1)),
+        head_size=config.integer("head_dim", family.head_size or max(hidden // heads, 1)),
         vocab_size=config.integer("vocab_size"),
         context_length=min(config.integer("max_position_embeddings"), MAX_POSITIONS),
-        rope_theta=rotary.number("rope_theta", config.number("rope_theta", 10000.0)),
+        rope_theta=rotary.number("rope_theta", config.number("rope_theta", family.theta)),
         norm_epsilon=config.number("rms_norm_eps"),
     )
-    if kind == "default":
-        return shape
-    if kind == "linear":
-        factor = np.float32(rotary.number("factor"))
-        return replace(shape, rope_factors=np.full(shape.head_size // 2, factor, np.float32))
-    return replace(shape, rope_factors=_factors(rotary, shape))
+    return with_family(config, scaled(config, shape), name)
 
 
-def _rotary(config: Settings) -> tuple[str, Settings]:
-    """The rotary embedding's kind (default, linear, llama3) and settings; transformers 5 calls them rope_parameters."""
-    settings = config.part("rope_parameters" if config.get("rope_parameters") is not None else "rope_scaling")
-    for part in (settings, config):
-        if part.number("partial_rotary_factor", 1.0) != 1:
-            raise part.wrong("partial_rotary_factor", "1")
-    kind = settings.get("rope_type") or settings.get("type") or "default"
-    if kind not in ("default", "linear", "llama3"):
-        raise UserError(f"{config.path}: rotary scaling {str(kind)[:80]!r} is not supported, only linear and llama3")
-    return kind, settings
-
-
-def rope_scaling(config: Settings) -> dict[str, Any] | None:
-    """The scaling of the rotary embedding in config.json, without other settings; None if there is none."""
-    kind, settings = _rotary(config)
-    if kind == "default":
-        return None
-    keys = ("factor",) if kind == "linear" else LLAMA3_KEYS
-    return {"rope_type": kind} | {key: settings.number(key) for key in keys}
-
-
-def standard_rope_scaling(shape: DecoderConfig) -> dict[str, Any] | None:
-    """The linear or Llama 3.1 scaling that gives the shape's factors; None if there are no factors or other ones."""
-    if shape.rope_factors is None:
-        return None
-    if (shape.rope_factors == shape.rope_factors[0]).all():
-        return {"rope_type": "linear", "factor": float(shape.rope_factors[0])}
-    values = (float(shape.rope_factors.max()), 1.0, 4.0, 8192.0)
-    if not np.allclose(llama3_factors(shape.rotary_frequencies(), *values), shape.rope_factors, rtol=1e-5):
-        return None
-    return {"rope_type": "llama3"} | dict(zip(LLAMA3_KEYS, values, strict=True))
-
-
-def _factors(settings: Settings, shape: DecoderConfig) -> np.ndarray:
-    factor, low, high, original = (settings.number(key) for key in LLAMA3_KEYS)
-    if high <= low:
-        raise settings.wrong("high_freq_factor", f"above low_freq_factor, {low:g},")
-    return llama3_factors(shape.rotary_frequencies(), factor, low, high, original)
-
-
-def llama3_factors(frequencies: np.ndarray, factor: float, low: float, high: float, original: float) -> np.ndarray:
-    """The divisors of the rotary frequencies in Llama 3.1, float32 (transformers' modeling_rope_utils).
-
-    A frequency that turns at least `high` times within the `original` context is not changed. A frequency that turns at
-    most `low` times is divided by `factor`. Between them the result is a linear mix of both.
-    """
-    turns = original * frequencies / (2 * np.pi)
-    share = np.clip((turns - low) / (high - low), 0, 1)
-    return (1 / (share + (1 - share) / factor)).astype(np.float32)
+def family_of(config: Settings) -> tuple[str, Family]:
+    """The model_type in config.json and its family. Raises UserError if it is not supported."""
+    name, classes = config.get("model_type"), config.get("architectures")
+    if not isinstance(name, str) or name not in FAMILIES:
+        problem = f"model_type {str(name)[:80]!r} is not supported ({', '.join(FAMILIES)} are)"
+        raise UserError(f"{config.path}: {problem}")
+    expected = FAMILIES[name].class_name
+    if classes is not None and classes != [expected]:
+        problem = f"architectures {str(classes)[:80]} is not supported for {name}, only {expected}"
+        raise UserError(f"{config.path}: {problem}")
+    return name, FAMILIES[name]
 
 
 def text_settings(folder: Path, config: Settings) -> TextSettings:

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from sw.checkpoints.huggingface import Settings
 from sw.checkpoints.safetensors_file import NewTensor
+from sw.checkpoints.settings import Settings
 from sw.common.arrays import slices
 from sw.common.errors import UserError, one_line
 from sw.model.linear import QuantizedLinear

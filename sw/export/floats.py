@@ -9,7 +9,7 @@ multiplies with the embedding's table, which is stored once. A float ONNX export
 from pathlib import Path
 
 from sw.checkpoints.gguf.reader import GgufFile
-from sw.checkpoints.huggingface import read_settings
+from sw.checkpoints.settings import read_settings
 from sw.common.errors import UserError
 from sw.common.status_line import Progress
 from sw.export.folder import EXPORTER_VERSION, write_folder

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A GGUF model (Llama or Qwen2 family, in one file or several) as a decoder ONNX graph with its tokenizer.
+"""A GGUF model (in one file or several) as a decoder ONNX graph with its tokenizer.
 
 DIR gets model.onnx, model.onnx.data, tokenizer.json and config.json (shapes, stop tokens, chat template).
 The weights of quantized linear layers, including the head, are exact (see sw.checkpoints.gguf.layers); a float head
@@ -12,19 +12,22 @@ from pathlib import Path
 
 import numpy as np
 
+from sw.checkpoints.gguf.families import FUSED, layer_tensors, logits_divisor, norm_tensors, with_architecture
 from sw.checkpoints.gguf.keys import check_keys
 from sw.checkpoints.gguf.reader import GgufFile
 from sw.checkpoints.gguf.tokenizer import read_gguf_tokenizer
-from sw.checkpoints.huggingface import standard_rope_scaling
+from sw.checkpoints.rotary import standard_rope_scaling
 from sw.common.errors import UserError
 from sw.common.status_line import Progress
 from sw.export.folder import EXPORTER_VERSION, write_folder
-from sw.model.decoder import MAX_POSITIONS, DecoderConfig, DecoderLayer
+from sw.model.decoder import MAX_POSITIONS, DecoderConfig, DecoderLayer, split_rows
+from sw.model.families import ARCHITECTURES, of_architecture
 from sw.model.linear import QuantizedLinear
 from sw.model.lm_head import Linear, Table
 from sw.model.source import DecoderSource
 
-FAMILIES = ("llama", "qwen2")
+FAMILIES = ARCHITECTURES
+"""Supported values of general.architecture."""
 
 
 def export_gguf(source: Path, out: Path, *, lm_head: str = "int8", progress: Progress | None = None) -> Path:
@@ -46,11 +49,11 @@ def gguf_source(model: GgufFile) -> DecoderSource:
     embedding, head = _tables(model)
     return DecoderSource(
         name=str(model.meta("general.name", model.path.stem)),
-        family=model.meta("general.architecture"),
+        family=of_architecture(model.meta("general.architecture"))[0],
         config=config,
         embedding=embedding,
         layers=_layers(model, config),
-        final_norm=model.float_tensor("output_norm.weight"),
+        final_norm=model.float_tensor("output_norm.weight") / np.float32(logits_divisor(model)),
         head=head,
         tied="output.weight" not in model,
         tokenizer_json=text.tokenizer.to_str(pretty=True),
@@ -78,9 +81,9 @@ def decoder_config(model: GgufFile) -> DecoderConfig:
         problem = f"vocab_size is {model.integer(f'{family}.vocab_size')}, and the tokenizer has {tokens} tokens"
         raise UserError(f"{model.path}: {problem}")
     rotary = model.integer(f"{family}.rope.dimension_count", head_size)
-    if rotary != head_size:
+    if rotary != head_size and (family != "phi3" or rotary > head_size):
         raise UserError(f"{model.path}: rotary embedding over {rotary} of {head_size} elements is not supported")
-    return DecoderConfig(
+    shape = DecoderConfig(
         hidden_size=hidden,
         intermediate_size=model.integer(f"{family}.feed_forward_length"),
         layer_count=model.integer(f"{family}.block_count"),
@@ -91,17 +94,22 @@ def decoder_config(model: GgufFile) -> DecoderConfig:
         context_length=min(model.integer(f"{family}.context_length"), MAX_POSITIONS),
         rope_theta=model.number(f"{family}.rope.freq_base", 10000.0),
         norm_epsilon=model.number(f"{family}.attention.layer_norm_rms_epsilon"),
-        rope_factors=_rope_factors(model, family, head_size),
+        rope_factors=_rope_factors(model, family, rotary),
+        rotary_size=0 if rotary == head_size else rotary,
     )
+    return with_architecture(model, shape)
 
 
-def _rope_factors(model: GgufFile, family: str, head_size: int) -> np.ndarray | None:
+def _rope_factors(model: GgufFile, family: str, rotary: int) -> np.ndarray | None:
     """The divisors of the rotary frequencies: the file's table, times its linear scaling.
 
     As in llama.cpp, a factor without a type means linear scaling, and rope.scale_linear is its older name.
     """
     factors = model.float_tensor("rope_freqs.weight") if "rope_freqs.weight" in model else None
     kind = model.meta(f"{family}.rope.scaling.type", "linear")
+    if family == "phi3" and kind == "longrope":
+        # The tables are read with the architecture's own keys.
+        return None
     if kind not in ("none", "linear"):
         raise UserError(f"{model.path}: rotary scaling {str(kind)[:80]!r} is not supported, only linear")
     factor = model.number(f"{family}.rope.scaling.factor", model.number(f"{family}.rope.scale_linear", 0.0))
@@ -109,16 +117,19 @@ def _rope_factors(model: GgufFile, family: str, head_size: int) -> np.ndarray | 
         return factors
     if not 0 < factor < np.inf:
         raise UserError(f"{model.path}: metadata {family}.rope.scaling.factor is a positive number, not {factor:g}")
-    return np.float32(factor) * (np.ones(head_size // 2, np.float32) if factors is None else factors)
+    return np.float32(factor) * (np.ones(rotary // 2, np.float32) if factors is None else factors)
 
 
 def _expect_known_tensors(model: GgufFile, config: DecoderConfig) -> None:
     """Raises UserError for a tensor that these families' graphs do not have; llama.cpp refuses such files, too."""
+    architecture = model.meta("general.architecture")
     known = {"token_embd.weight", "output_norm.weight", "output.weight", "rope_freqs.weight"}
-    layers = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    if architecture == "phi3":
+        known |= {"rope_factors_short.weight", "rope_factors_long.weight"}
+    layers, norms = layer_tensors(architecture), norm_tensors(architecture).values()
     for i in range(config.layer_count):
         # Each block may have a copy of the rotary factors; old converters also wrote rotary tables for each block.
-        known |= {f"blk.{i}.{name}.weight" for name in ("attn_norm", "ffn_norm", "rope_freqs")}
+        known |= {f"blk.{i}.{name}.weight" for name in (*norms, "rope_freqs")}
         known |= {f"blk.{i}.{name}.{part}" for name in layers for part in ("weight", "bias")}
         known.add(f"blk.{i}.attn_rot_embd")
     if unknown := sorted(set(model.tensors) - known):
@@ -136,27 +147,36 @@ def _tables(model: GgufFile) -> tuple[Table, Table | None]:
 
 
 def _layers(model: GgufFile, config: DecoderConfig) -> Iterator[DecoderLayer]:
+    architecture = model.meta("general.architecture")
     # ggml's Llama graphs rotate neighbouring elements, so the rows of q and k are reordered in their files.
-    # Qwen2 graphs rotate the halves of a head, like Hugging Face and onnxruntime.
-    reordered = model.meta("general.architecture") == "llama"
+    # Other graphs rotate the halves of a head, like Hugging Face and onnxruntime.
+    _, family = of_architecture(architecture)
 
     def rotated(name: str, heads: int) -> Linear:
         layer = model.linear(name)
-        if reordered and layer.n == heads * config.head_size:
+        if family.neighbours and layer.n == heads * config.head_size:
             rows = np.arange(layer.n).reshape(heads, config.head_size // 2, 2).swapaxes(1, 2)
             layer = layer.with_rows(rows.reshape(-1))
         return layer
 
+    def projections(block: str) -> dict[str, Linear]:
+        found = {"o_proj": model.linear(f"{block}.attn_output"), "down_proj": model.linear(f"{block}.ffn_down")}
+        if family.fused:
+            shapes = config.projection_shapes()
+            for parts, name in FUSED.items():
+                found |= split_rows(model.linear(f"{block}.{name}"), parts, shapes, f"{block}.{name}")
+            return found
+        return found | {
+            "q_proj": rotated(f"{block}.attn_q", config.head_count),
+            "k_proj": rotated(f"{block}.attn_k", config.kv_head_count),
+            "v_proj": model.linear(f"{block}.attn_v"),
+            "gate_proj": model.linear(f"{block}.ffn_gate"),
+            "up_proj": model.linear(f"{block}.ffn_up"),
+        }
+
     for i in range(config.layer_count):
         block = f"blk.{i}"
-        yield DecoderLayer(
-            input_norm=model.float_tensor(f"{block}.attn_norm.weight"),
-            q_proj=rotated(f"{block}.attn_q", config.head_count),
-            k_proj=rotated(f"{block}.attn_k", config.kv_head_count),
-            v_proj=model.linear(f"{block}.attn_v"),
-            o_proj=model.linear(f"{block}.attn_output"),
-            post_attention_norm=model.float_tensor(f"{block}.ffn_norm.weight"),
-            gate_proj=model.linear(f"{block}.ffn_gate"),
-            up_proj=model.linear(f"{block}.ffn_up"),
-            down_proj=model.linear(f"{block}.ffn_down"),
-        )
+        norms = {
+            name: model.float_tensor(f"{block}.{tensor}.weight") for name, tensor in norm_tensors(architecture).items()
+        }
+        yield DecoderLayer(**norms, **projections(block))

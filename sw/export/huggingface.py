@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face folder with quantized layers (Llama or Qwen2 family) as a decoder ONNX graph with its tokenizer.
+"""A Hugging Face folder with quantized layers as a decoder ONNX graph with its tokenizer.
 
 SRC_DIR holds config.json, tokenizer.json and *.safetensors. DIR gets model.onnx, model.onnx.data, tokenizer.json and
 config.json (shapes, stop tokens, chat template). The weights of quantized layers (see sw.checkpoints.packed.formats)
@@ -10,18 +10,36 @@ folder (see sw.checkpoints.integer_tables), it gets them.
 from collections.abc import Iterator
 from pathlib import Path
 
-from sw.checkpoints.huggingface import Settings, decoder_config, read_settings, rope_scaling, text_settings
+import numpy as np
+
+from sw.checkpoints.families import logits_divisor
+from sw.checkpoints.huggingface import decoder_config, family_of, text_settings
 from sw.checkpoints.integer_tables import integer_table
 from sw.checkpoints.packed.formats import layer_format, quantization
 from sw.checkpoints.packed.layers import PACKED, LayerFormat, read_linear
+from sw.checkpoints.rotary import rope_scaling
 from sw.checkpoints.safetensors_file import Checkpoint
+from sw.checkpoints.settings import Settings, read_settings
 from sw.common.errors import UserError
 from sw.common.status_line import Progress
 from sw.export.folder import EXPORTER_VERSION, write_folder
 from sw.export.hub import repository
-from sw.model.decoder import PROJECTIONS, DecoderConfig, DecoderLayer
-from sw.model.lm_head import Table
+from sw.model.decoder import PROJECTIONS, DecoderConfig, DecoderLayer, split_rows
+from sw.model.families import ATTENTION_BIAS, FAMILIES, MLP_BIAS
+from sw.model.lm_head import Linear, Table
 from sw.model.source import DecoderSource
+
+FUSED = {("q_proj", "k_proj", "v_proj"): "self_attn.qkv_proj", ("gate_proj", "up_proj"): "mlp.gate_up_proj"}
+"""Layers that are the rows of one layer, in this order, in Phi-3 -> its module."""
+NORMS = {"input_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"}
+GEMMA_NORMS = {
+    "input_norm": "input_layernorm",
+    "attention_out_norm": "post_attention_layernorm",
+    "post_attention_norm": "pre_feedforward_layernorm",
+    "mlp_out_norm": "post_feedforward_layernorm",
+}
+"""Norm of DecoderLayer -> Hugging Face's module."""
+HEAD_NORMS = ("qwen3", "gemma3_text")
 
 
 def export_checkpoint(source: Path, out: Path, *, lm_head: str = "int8", progress: Progress | None = None) -> Path:
@@ -70,14 +88,17 @@ def checkpoint_source(folder: Path, settings: Settings, form: LayerFormat | None
     config = decoder_config(settings)
     checkpoint = Checkpoint(folder)
     _check_biases(checkpoint, settings)
-    tied = settings.flag("tie_word_embeddings", False)
+    name, family = family_of(settings)
+    tied = settings.flag("tie_word_embeddings", family.tied)
+    final_norm = _norm(checkpoint, "model.norm.weight", name)
     return DecoderSource(
         name=repository(folder.resolve()) or folder.resolve().name,
-        family=settings.get("model_type"),
+        family=name,
         config=config,
         embedding=_table(checkpoint, settings, form, "model.embed_tokens.weight"),
-        layers=_layers(checkpoint, config, form),
-        final_norm=checkpoint.floats("model.norm.weight"),
+        layers=_layers(checkpoint, config, form, name),
+        # The head has no other factor than this norm, and none of its own weights changes.
+        final_norm=final_norm / np.float32(logits_divisor(settings, name)),
         head=None if tied else _head(checkpoint, settings, form),
         tied=tied,
         rope_scaling=rope_scaling(settings),
@@ -90,17 +111,15 @@ def _check_biases(checkpoint: Checkpoint, settings: Settings) -> None:
 
     A missing bias is no error: transformers makes it zero. A bias of zeros changes nothing.
     """
-    llama = settings.get("model_type") == "llama"
-    attention = settings.flag("attention_bias", False) if llama else None
-    has = dict.fromkeys("qkv", attention is None or attention) | {"o": bool(attention)}
-    allowed = {f"self_attn.{name}_proj": wanted for name, wanted in has.items()}
-    mlp = llama and settings.flag("mlp_bias", False)
-    allowed |= {f"mlp.{name}_proj": mlp for name in ("gate", "up", "down")}
-    for layer, wanted in allowed.items():
-        tensor = f"model.layers.0.{layer}.bias"
-        if tensor in checkpoint and not wanted and checkpoint.floats(tensor).any():
-            key = "mlp_bias" if layer.startswith("mlp") else "attention_bias"
-            said = f"{key} is false in {settings.path.name}" if llama else f"{settings.get('model_type')} has none"
+    name, family = family_of(settings)
+    for module in (*PROJECTIONS.values(), *FUSED.values()):
+        key = MLP_BIAS if module.startswith("mlp") else ATTENTION_BIAS
+        always = family.qkv_bias and module.startswith(("self_attn.q", "self_attn.k", "self_attn.v"))
+        if always or (key in family.bias_keys and settings.flag(key, False)):
+            continue
+        tensor = f"model.layers.0.{module}.bias"
+        if tensor in checkpoint and checkpoint.floats(tensor).any():
+            said = f"{key} is false in {settings.path.name}" if key in family.bias_keys else f"{name} has none"
             raise UserError(f"{checkpoint.folder}: tensor {tensor} is there, and {said}")
 
 
@@ -119,11 +138,38 @@ def _table(checkpoint: Checkpoint, settings: Settings, form: LayerFormat | None,
     return values if form is None else integer_table(checkpoint.folder, settings, name, values)
 
 
-def _layers(checkpoint: Checkpoint, config: DecoderConfig, form: LayerFormat | None) -> Iterator[DecoderLayer]:
-    for i in range(config.layer_count):
-        layer = f"model.layers.{i}"
+def _layers(
+    checkpoint: Checkpoint, config: DecoderConfig, form: LayerFormat | None, name: str
+) -> Iterator[DecoderLayer]:
+    gemma = name == "gemma3_text"
+    norms = GEMMA_NORMS if gemma else NORMS
+    for index in range(config.layer_count):
+        layer = f"model.layers.{index}"
+        found = {field: f"{layer}.{module}.weight" for field, module in norms.items()}
+        # The norms of heads are those of Qwen3 and Gemma 3, which always have them.
+        if name in HEAD_NORMS:
+            found |= {f"{kind}_norm": f"{layer}.self_attn.{kind}_norm.weight" for kind in "qk"}
         yield DecoderLayer(
-            input_norm=checkpoint.floats(f"{layer}.input_layernorm.weight"),
-            post_attention_norm=checkpoint.floats(f"{layer}.post_attention_layernorm.weight"),
-            **{name: read_linear(checkpoint, f"{layer}.{module}", form) for name, module in PROJECTIONS.items()},
+            **{field: _norm(checkpoint, tensor, name) for field, tensor in found.items()},
+            **_projections(checkpoint, layer, config, form, FAMILIES[name].fused),
         )
+
+
+def _norm(checkpoint: Checkpoint, tensor: str, name: str) -> np.ndarray:
+    """The weight of a norm. Gemma's checkpoints store it less 1."""
+    values = checkpoint.floats(tensor)
+    return values + np.float32(1) if name == "gemma3_text" else values
+
+
+def _projections(
+    checkpoint: Checkpoint, layer: str, config: DecoderConfig, form: LayerFormat | None, fused: bool
+) -> dict[str, Linear]:
+    if not fused:
+        return {field: read_linear(checkpoint, f"{layer}.{module}", form) for field, module in PROJECTIONS.items()}
+    found = {}
+    for field in ("o_proj", "down_proj"):
+        found[field] = read_linear(checkpoint, f"{layer}.{PROJECTIONS[field]}", form)
+    shapes = config.projection_shapes()
+    for parts, module in FUSED.items():
+        found |= split_rows(read_linear(checkpoint, f"{layer}.{module}", form), parts, shapes, f"{layer}.{module}")
+    return found

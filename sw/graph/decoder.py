@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a Llama or Qwen2 decoder as an ONNX graph for onnxruntime, from weights of any source.
+"""Writes a decoder of one of sw.model.families as an ONNX graph for onnxruntime, from weights of any source.
 
 Inputs and outputs carry the names that onnxruntime-genai and optimum use:
     input_ids int64 [batch, sequence], attention_mask int64 [batch, total_sequence] (1 = attend),
@@ -20,7 +20,7 @@ from sw.common.errors import UserError
 from sw.graph.matmul_nbits import PLANE_BITS, planes
 from sw.graph.nodes import CONTRIB, LOGITS, TOKEN_IDS
 from sw.graph.writer import GraphBuilder, OnnxWriter, tensor_name
-from sw.model.decoder import PROJECTIONS, DecoderConfig, DecoderLayer, expect_shape
+from sw.model.decoder import GELU_TANH, PROJECTIONS, DecoderConfig, DecoderLayer, expect_shape
 from sw.model.linear import QuantizedLinear
 from sw.model.lm_head import Linear, Table, head_layer, narrowest_exact
 
@@ -82,9 +82,9 @@ class _DecoderGraph:
         ids = w.input(TOKEN_IDS, TensorProto.INT64, ["batch_size", "sequence_length"])
         mask = w.input("attention_mask", TensorProto.INT64, ["batch_size", "total_sequence_length"])
         w.output(LOGITS, TensorProto.FLOAT, ["batch_size", "sequence_length", self.config.vocab_size])
-        cos, sin = self.config.rotary_cache()
-        w.tensor("cos_cache", cos)
-        w.tensor("sin_cache", sin)
+        for name in sorted({self.config.rotation(index) for index in range(self.config.layer_count)} - {None}):
+            for kind, table in zip(("cos", "sin"), self.config.rotary_cache(name)):
+                w.tensor(f"{name}{kind}_cache", table)
         one = w.tensor("one", np.array([1], np.int64))
         # GroupQueryAttention needs the index of the last token of every sequence, and the padded length.
         path = "/model/attention_mask"
@@ -94,7 +94,11 @@ class _DecoderGraph:
         shape = w.node(f"{path}/Shape", "Shape", [mask], start=1, end=2)
         scalar = w.node(f"{path}/Squeeze", "Squeeze", [shape])
         w.node(f"{path}/Cast_1", "Cast", [scalar], ["total_sequence_length"], to=TensorProto.INT32)
-        self.residual = self.embed("/model/embed_tokens", embedding, ids, shared)
+        path = "/model/embed_tokens"
+        self.residual = self.embed(path, embedding, ids, shared)
+        if self.config.embedding_scale != 1:
+            scale = w.tensor(f"{tensor_name(path)}.scale", np.array(self.config.embedding_scale, np.float32))
+            self.residual = w.node(f"{path}/Mul", "Mul", [self.residual, scale])
 
     def embed(self, path: str, embedding: Table, ids: str, shared: bool) -> str:
         """The embedding's rows for these ids. `table` keeps its tensors, for a head that shares it."""
@@ -122,14 +126,26 @@ class _DecoderGraph:
 
         x = self.norm(f"{path}/input_layernorm", layer.input_norm)
         q, k, v = (linear(name, x) for name in ("q_proj", "k_proj", "v_proj"))
+        q = self.head_norm(f"{path}/self_attn/q_norm", q, layer.q_norm, self.config.head_count)
+        k = self.head_norm(f"{path}/self_attn/k_norm", k, layer.k_norm, self.config.kv_head_count)
         attended = self.attention(index, f"{path}/self_attn/GroupQueryAttention", q, k, v)
-        self.branch = linear("o_proj", attended)
+        self.branch = self.plain_norm(
+            f"{path}/attention_out_norm", linear("o_proj", attended), layer.attention_out_norm
+        )
 
         x = self.norm(f"{path}/post_attention_layernorm", layer.post_attention_norm)
         gate, up = linear("gate_proj", x), linear("up_proj", x)
-        sigmoid = w.node(f"{path}/mlp/act_fn/Sigmoid", "Sigmoid", [gate])
-        silu = w.node(f"{path}/mlp/act_fn/Mul", "Mul", [gate, sigmoid])
-        self.branch = linear("down_proj", w.node(f"{path}/mlp/Mul", "Mul", [silu, up]))
+        activated = self.activation(f"{path}/mlp/act_fn", gate)
+        down = linear("down_proj", w.node(f"{path}/mlp/Mul", "Mul", [activated, up]))
+        self.branch = self.plain_norm(f"{path}/mlp_out_norm", down, layer.mlp_out_norm)
+
+    def activation(self, path: str, gate: str) -> str:
+        """The activation of gate."""
+        w = self.writer
+        if self.config.activation == GELU_TANH:
+            return w.node(f"{path}/Gelu", "Gelu", [gate], approximate="tanh")
+        sigmoid = w.node(f"{path}/Sigmoid", "Sigmoid", [gate])
+        return w.node(f"{path}/Mul", "Mul", [gate, sigmoid])
 
     def end(self, final_norm: np.ndarray, head: Linear, shared: bool) -> None:
         c = self.config
@@ -144,16 +160,43 @@ class _DecoderGraph:
                 shape = ["batch_size", c.kv_head_count, length, c.head_size]
                 declare(f"{way}.{index}.{kind}", TensorProto.FLOAT, shape)
         past = [f"past_key_values.{index}.key", f"past_key_values.{index}.value"]
+        rotation, window = c.rotation(index), c.window(index)
+        tables = [] if rotation is None else [f"{rotation}cos_cache", f"{rotation}sin_cache"]
+        # Only what is not the default, so that plain decoders have plain nodes.
+        extra = {} if window is None else {"local_window_size": window}
+        extra |= {} if c.attention_scale is None else {"scale": c.attention_scale}
         return w.node(
             name,
             "GroupQueryAttention",
-            [q, k, v, *past, "seqlens_k", "total_sequence_length", "cos_cache", "sin_cache"],
+            [q, k, v, *past, "seqlens_k", "total_sequence_length", *tables],
             [f"{name}/output_0", f"present.{index}.key", f"present.{index}.value"],
             CONTRIB,
             num_heads=c.head_count,
             kv_num_heads=c.kv_head_count,
-            do_rotary=1,
+            do_rotary=int(rotation is not None),
+            **extra,
         )
+
+    def head_norm(self, path: str, x: str, weight: np.ndarray | None, heads: int) -> str:
+        """Normalises every head of queries or keys [batch, sequence, heads * head_size]; None: x itself."""
+        if weight is None:
+            return x
+        w, size = self.writer, self.config.head_size
+        expect_shape(path, weight.shape, (size,))
+        apart = w.tensor(f"{tensor_name(path)}.heads", np.array([0, -1, size]))
+        together = w.tensor(f"{tensor_name(path)}.columns", np.array([0, -1, heads * size]))
+        normed = self.plain_norm(path, w.node(f"{path}/Reshape", "Reshape", [x, apart]), weight, size)
+        return w.node(f"{path}/Reshape_1", "Reshape", [normed, together])
+
+    def plain_norm(self, path: str, x: str, weight: np.ndarray | None, size: int = 0) -> str:
+        """Normalises a tensor along its last axis of `size` elements (0: hidden_size); None: x itself."""
+        if weight is None:
+            return x
+        w, c = self.writer, self.config
+        expect_shape(path, weight.shape, (size or c.hidden_size,))
+        gamma = w.tensor(f"{tensor_name(path)}.weight", weight.astype(np.float32))
+        operator = "SimplifiedLayerNormalization"
+        return w.node(f"{path}/{operator}", operator, [x, gamma], axis=-1, stash_type=1, epsilon=c.norm_epsilon)
 
     def norm(self, name: str, weight: np.ndarray) -> str:
         """Adds branch to residual (except before the first norm, which has no branch) and normalises the sum."""

@@ -75,10 +75,16 @@ class _Walk:
             problem = f"{len(nodes)} nodes choose rows of a constant table by {TOKEN_IDS}, not one"
             raise NotThisShape(Mismatch(part, problem))
         node, output = nodes[0], nodes[0].output[0]
-        # A Cast may follow a float16 table, and a Reshape may follow GatherBlockQuantized.
-        while len(following := self.layers.readers(output)) == 1 and following[0].op_type in SAME_VALUES:
+        # A Cast may follow a float16 table, a Reshape may follow GatherBlockQuantized, and a scale any of them.
+        while len(following := self.layers.readers(output)) == 1 and self._keeps_rows(following[0]):
             output = following[0].output[0]
         return Embedding(name_of(node), node.op_type, node.input[0], TOKEN_IDS, output)
+
+    def _keeps_rows(self, node: onnx.NodeProto) -> bool:
+        """Whether a node's output is the embedding's rows, maybe scaled by one factor."""
+        if node.op_type != "Mul":
+            return node.op_type in SAME_VALUES
+        return any(self.file.is_constant(name) and not self.file.shape(name, name) for name in node.input)
 
     def _head(self) -> Projection:
         tensors = before_logits(self.file)
@@ -101,6 +107,8 @@ class _Walk:
     def _block(self, part: str, stream: str, input_norm: Norm) -> tuple[Block, Norm]:
         """One block, and the norm after it."""
         total, branch = self._sum(stream, f"{part}.self_attn")
+        if branch in self.layers.norms:
+            raise self.layers.wrong(f"{part}.self_attn", "a norm between o_proj and the residual", branch)
         o = self.layers.rows(branch, f"{part}.self_attn.o_proj")
         q, k, v, attention = match_attention(self.layers, f"{part}.self_attn", input_norm, o)
         middle, post_norm = self._after(total, f"{part}.post_attention_layernorm")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Llama or Qwen2 decoder as plain data, independent of the format of its weight files."""
+"""A decoder of one of sw.model.families as plain data, independent of the format of its weight files."""
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -12,6 +13,11 @@ from sw.model.lm_head import Linear
 MAX_POSITIONS = 32768
 """Maximum number of positions in an export's rotary tables: for longer contexts they would take many megabytes."""
 MAX_HEAD_SIZE = 1024
+ROTARY_UNIT = 16
+SILU, GELU_TANH = "silu", "gelu_pytorch_tanh"
+ACTIVATIONS = (SILU, GELU_TANH)
+GLOBAL, LOCAL = "", "local_"
+"""Prefixes of the names of rotary tables."""
 PROJECTIONS = {
     "q_proj": "self_attn.q_proj",
     "k_proj": "self_attn.k_proj",
@@ -53,9 +59,18 @@ class DecoderShape:
 
 @dataclass(frozen=True)
 class DecoderConfig(DecoderShape):
-    """A decoder's shape, and how it encodes positions. context_length: tokens.
+    """A decoder's shape, and what its graph computes besides. context_length: tokens.
 
-    rope_factors: float32 [head_size / 2] that divide the rotary frequencies (Llama 3.1), or None.
+    Members
+    -------
+    rope_theta: base of the rotary frequencies. rope_factors: float32 [rotary_size / 2] that divide them (Llama 3.1), or
+        None. rotary_size: a head's first elements that are rotated; 0: all. rotary_scale: factor of cosines and sines.
+    local_rope_theta: base in layers with a window, which have no factors; None: as in all others (Gemma 3).
+    unrotated: indices of layers without a rotation.
+    windows: of each layer, the number of positions that a token attends to, itself included; None: all. () if all see
+        all positions.
+    attention_scale: factor of scores; None: 1 / sqrt(head_size). embedding_scale: factor of the embedding's rows.
+    activation: that of gate, one of ACTIVATIONS.
 
     Raises UserError for values that no decoder has.
     """
@@ -63,40 +78,76 @@ class DecoderConfig(DecoderShape):
     context_length: int
     rope_theta: float
     rope_factors: np.ndarray | None = None
+    rotary_size: int = 0
+    rotary_scale: float = 1.0
+    local_rope_theta: float | None = None
+    unrotated: frozenset[int] = frozenset()
+    windows: tuple[int | None, ...] = ()
+    attention_scale: float | None = None
+    embedding_scale: float = 1.0
+    activation: str = SILU
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "rope_factors" and not 0 < value < math.inf:
+            if field.name in ("rotary_size", "activation") or not isinstance(value, int | float):
+                continue
+            if not 0 < value < math.inf:
                 raise UserError(f"{field.name} of the model is {value}, not a positive number")
         if self.head_count % self.kv_head_count:
             raise UserError(f"{self.head_count} heads are not a multiple of {self.kv_head_count} key-value heads")
-        if self.head_size % 2:
-            raise UserError(f"head size {self.head_size} is odd: rotary embedding needs pairs")
         if self.head_size > MAX_HEAD_SIZE:
             raise UserError(f"head size {self.head_size} is above {MAX_HEAD_SIZE}")
+        if self.rotated % 2 or self.head_size % 2:
+            size = self.head_size if self.head_size % 2 else self.rotated
+            raise UserError(f"head size {size} is odd: rotary embedding needs pairs")
+        if self.rotary_size % ROTARY_UNIT:
+            problem = f"a rotation of {self.rotary_size} elements of a head is no multiple of {ROTARY_UNIT}"
+            raise UserError(f"{problem}, which onnxruntime's GroupQueryAttention needs")
         if self.rope_factors is not None:
-            expect_shape("the table of rotary factors", self.rope_factors.shape, (self.head_size // 2,))
+            expect_shape("the table of rotary factors", self.rope_factors.shape, (self.rotated // 2,))
             if not (self.rope_factors > 0).all():
                 raise UserError("a rotary factor of the model is not positive")
 
-    def rotary_frequencies(self) -> np.ndarray:
-        """Radians per position of each pair of elements, float64 [head_size / 2], before rope_factors."""
-        return self.rope_theta ** (-np.arange(0, self.head_size, 2) / self.head_size)
+    @property
+    def rotated(self) -> int:
+        """A head's first elements that are rotated."""
+        return self.rotary_size or self.head_size
 
-    def rotary_cache(self) -> tuple[np.ndarray, np.ndarray]:
-        """(cos, sin), float32 [context_length, head_size / 2]."""
-        frequencies = self.rotary_frequencies()
-        if self.rope_factors is not None:
+    def window(self, index: int) -> int | None:
+        """The window of a layer; None if it sees all positions of the context."""
+        window = self.windows[index] if self.windows else None
+        return None if window is None or window >= self.context_length else window
+
+    def rotation(self, index: int) -> str | None:
+        """The name of a layer's rotary tables: GLOBAL or LOCAL; None without a rotation."""
+        if index in self.unrotated:
+            return None
+        # The base belongs to the kind of layer, also if its window is longer than the context.
+        is_local = self.local_rope_theta is not None and self.windows and self.windows[index] is not None
+        return LOCAL if is_local else GLOBAL
+
+    def rotary_frequencies(self, theta: float | None = None) -> np.ndarray:
+        """Radians per position of each pair of elements, float64 [rotated / 2], before rope_factors."""
+        return (theta or self.rope_theta) ** (-np.arange(0, self.rotated, 2) / self.rotated)
+
+    def rotary_cache(self, name: str = GLOBAL) -> tuple[np.ndarray, np.ndarray]:
+        """(cos, sin) of the tables GLOBAL or LOCAL, float32 [context_length, rotated / 2]."""
+        frequencies = self.rotary_frequencies(self.local_rope_theta if name == LOCAL else None)
+        if self.rope_factors is not None and name == GLOBAL:
             frequencies = frequencies / self.rope_factors
         angles = np.outer(np.arange(self.context_length), frequencies)
-        return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+        cosines, sines = np.cos(angles) * self.rotary_scale, np.sin(angles) * self.rotary_scale
+        return cosines.astype(np.float32), sines.astype(np.float32)
 
 
 @dataclass(frozen=True)
 class DecoderLayer:
     """The weights of one layer; the norms are float32 [hidden_size]. Rows of q and k are in Hugging Face's order
     (the two halves of a head are rotated against each other).
+
+    q_norm, k_norm: norms of every head, float32 [head_size], or None. attention_out_norm, mlp_out_norm: norms of what
+    attention and mlp add to the residual, or None (Gemma 3). post_attention_norm: the norm before mlp.
     """
 
     input_norm: np.ndarray
@@ -108,9 +159,37 @@ class DecoderLayer:
     gate_proj: Linear
     up_proj: Linear
     down_proj: Linear
+    q_norm: np.ndarray | None = None
+    k_norm: np.ndarray | None = None
+    attention_out_norm: np.ndarray | None = None
+    mlp_out_norm: np.ndarray | None = None
 
 
 def expect_shape(what: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     """Raises UserError unless weights have the shape that the model's configuration gives."""
     if shape != expected:
         raise UserError(f"{what} is {list(shape)}, but the model's configuration asks for {list(expected)}")
+
+
+def scale_residual(config: DecoderConfig, factor: float) -> DecoderConfig:
+    """The decoder in which `factor` does not scale what attention and mlp add to the residual (Granite).
+
+    The whole residual is divided by the factor instead: the embedding's scale by the factor, and the epsilon of every
+    norm by its square, so that all norms have the same results.
+    """
+    return replace(
+        config, embedding_scale=config.embedding_scale / factor, norm_epsilon=config.norm_epsilon / factor**2
+    )
+
+
+def split_rows(
+    whole: Linear, parts: Sequence[str], shapes: Mapping[str, tuple[int, int]], name: str
+) -> dict[str, Linear]:
+    """The layers whose rows follow each other in one layer.
+
+    shapes: (N, K) of each. name: of the whole layer. Raises UserError if they do not fit.
+    """
+    counts = [shapes[part][0] for part in parts]
+    expect_shape(name, (whole.n, whole.k), (sum(counts), shapes[parts[0]][1]))
+    ends = np.cumsum(counts)
+    return {part: whole.with_rows(slice(int(end - count), int(end))) for part, count, end in zip(parts, counts, ends)}

@@ -142,6 +142,6 @@ class FloatLinear:
         """in_features."""
         return self.weight.shape[1]
 
-    def with_rows(self, order: np.ndarray) -> "FloatLinear":
-        """The same layer with its output rows in another order (int [N])."""
+    def with_rows(self, order: np.ndarray | slice) -> "FloatLinear":
+        """The same layer with its output rows in another order (int [N]), or with some of its rows (a slice)."""
         return replace(self, weight=self.weight[order], bias=None if self.bias is None else self.bias[order])

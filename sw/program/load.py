@@ -68,7 +68,8 @@ class LoadedHeadNorm:
 class LoadedBlock:
     """One block. qkv: one layer if q, k and v have the same format, else up to three. head_norms: of q and of k.
 
-    keys: what is known about the keys, if the device computes attention; else None.
+    keys: what is known about the keys, if the device computes attention; else None. rotary: index of its rotary table
+    among the decoder's, or None without a rotation.
     """
 
     name: str
@@ -80,6 +81,7 @@ class LoadedBlock:
     gate_up: LoadedLayer
     down: LoadedLayer
     keys: KeyHeads | None
+    rotary: int | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +91,8 @@ class LoadedDecoder:
     Members
     -------
     head: None if it is not quantized. hidden: hidden_size. qkv_columns: results of q, k and v. vocab: rows of the head.
-    head_size: elements of a head. rotary: float32 [positions, head_size], see `rotary_rows`; None without a rotation.
+    head_size: elements of a head. rotaries: tables of the blocks' rotations, each float32 [positions, head_size], see
+        `rotary_rows`.
     """
 
     blocks: tuple[LoadedBlock, ...]
@@ -99,7 +102,7 @@ class LoadedDecoder:
     qkv_columns: int
     vocab: int
     head_size: int
-    rotary: np.ndarray | None
+    rotaries: tuple[np.ndarray, ...]
 
 
 class Loader:
@@ -121,7 +124,10 @@ class Loader:
         self._pad = context is not None and attention_of(decoder.blocks[0]).head_size % BLOCK > 0
         self._device, self._file, self._decoder, self._progress = device, file, decoder, progress
         self._buffers: list[Buffer] = []
-        self._table: np.ndarray | None = None
+        # Of all blocks, in the order of their first blocks: those with the same tables have the same index.
+        names = [(block.rotary.cos, block.rotary.sin) for block in decoder.blocks if block.rotary]
+        self._names = list(dict.fromkeys(names))
+        self._tables: list[np.ndarray] = []
         self._done, self._total = 0, STEPS * len(decoder.blocks) + decoder.head.quantized
 
     def load(self) -> LoadedDecoder:
@@ -138,11 +144,9 @@ class Loader:
     def _load(self) -> LoadedDecoder:
         decoder = self._decoder
         first = decoder.blocks[0]
-        attention, rotary = attention_of(first), first.rotary
+        attention = attention_of(first)
         size = padded_size(attention.head_size) if self._pad else attention.head_size
-        if rotary:
-            cosines, sines = (self._file.constant(name, name).astype(np.float32) for name in (rotary.cos, rotary.sin))
-            self._table = rotary_rows(cosines, sines, size)
+        self._tables = [self._table(*names, size) for names in self._names]
         blocks = tuple(self._block(index, block) for index, block in enumerate(decoder.blocks))
         return LoadedDecoder(
             blocks=blocks,
@@ -152,7 +156,7 @@ class Loader:
             qkv_columns=(attention.heads + 2 * attention.kv_heads) * size,
             vocab=decoder.head.n,
             head_size=size,
-            rotary=self._table,
+            rotaries=tuple(self._tables),
         )
 
     def _block(self, index: int, block: Block) -> LoadedBlock:
@@ -169,12 +173,21 @@ class Loader:
             input_norm=self._norm(f"{name}.input_layernorm", block.input_norm),
             qkv=qkv,
             keys=keys,
+            rotary=self._index(block),
             head_norms=tuple(self._head_norms(f"{name}.self_attn", block)),
             o=self._place(f"{name}.self_attn.o_proj", [o]),
             post_attention_norm=self._norm(f"{name}.post_attention_layernorm", block.post_attention_norm),
             gate_up=self._place(f"{name}.mlp.gate_up_proj", [interleave("", gate, up)]),
             down=self._place(f"{name}.mlp.down_proj", [self._read(block.down_proj)]),
         )
+
+    def _index(self, block: Block) -> int | None:
+        """The index of a block's rotary table."""
+        return self._names.index((block.rotary.cos, block.rotary.sin)) if block.rotary else None
+
+    def _table(self, cos: str, sin: str, head_size: int) -> np.ndarray:
+        cosines, sines = (self._file.constant(name, name).astype(np.float32) for name in (cos, sin))
+        return rotary_rows(cosines, sines, head_size)
 
     def _qkv(self, part: str, block: Block) -> tuple[tuple[LoadedLayer, ...], KeyHeads | None]:
         """q, k and v, in this order; neighbours are joined where their formats allow it. And what is known of k."""
@@ -194,7 +207,8 @@ class Loader:
             if self._pad:
                 layers = [pad_rows(layer, attention.head_size) for layer in layers]
                 keys = pad_keys(keys, attention.head_size)
-            factors = pair_factors(keys, self._table, self._context)
+            index = self._index(block)
+            factors = pair_factors(keys, None if index is None else self._tables[index], self._context)
             if factors is not None:
                 shared = np.repeat(factors, attention.heads // attention.kv_heads, axis=0)
                 layers[:2] = scale_rows(layers[0], shared.reshape(-1)), scale_rows(layers[1], 1 / factors.reshape(-1))

@@ -50,8 +50,8 @@ class Programs:
     -------
     count: number of programs: the blocks and one more.
     embedded: the embedding's rows; the host writes them before program 0.
-    rotary: the rotary table's rows of the tokens; the host writes them before program 0. None without a rotation, and
-        with attention on the device: then the whole table is in the device's memory.
+    rotaries: rows of the tokens of each rotary table; the host writes them before program 0. None with attention on the
+        device: then the whole tables are in the device's memory.
     qkv: q, k and v of the last program; heads of q and k have the order of `rotated_rows`.
     attention: attention on the device, or None.
     results: the logits, or the norm before a head that is not quantized: one row or all.
@@ -64,11 +64,12 @@ class Programs:
         self.count = len(decoder.blocks) + 1
         self.embedded, self._middle = Matrix(device, decoder.hidden), Matrix(device, decoder.hidden)
         self.qkv = Matrix(device, decoder.qkv_columns)
-        self.rotary = self._table = None
-        if decoder.rotary is not None and attention:
-            self._table = Table(device, decoder.rotary[: attention.context])
-        elif decoder.rotary is not None:
-            self.rotary = Matrix(device, decoder.head_size)
+        self.rotaries: list[Matrix] = []
+        self._tables: list[Table] = []
+        if attention:
+            self._tables = [Table(device, rotary[: attention.context]) for rotary in decoder.rotaries]
+        else:
+            self.rotaries = [Matrix(device, decoder.head_size) for _ in decoder.rotaries]
         # A head's norm between its two jobs.
         self._heads = Matrix(device, decoder.head_size) if any(block.head_norms for block in decoder.blocks) else None
         self.results = Matrix(device, decoder.vocab if decoder.head else decoder.hidden)
@@ -174,12 +175,14 @@ class Programs:
         place, copies = self._normed.spread(norm.name, [layer.plan for layer in readers], tokens)
         return Second(norm.weight, place), copies
 
-    def _rotation(self, heads: int, position: int) -> Rotation | None:
+    def _rotation(self, block: LoadedBlock, heads: int, position: int) -> Rotation | None:
         """The rotation of heads of the tokens from a position on."""
-        size = self._decoder.head_size
-        if self._table:
-            return Rotation(self._table.rows(position), size, heads, self._table.row(position))
-        return Rotation(self.rotary.rows, size, heads) if self.rotary else None
+        size, index = self._decoder.head_size, block.rotary
+        if index is None:
+            return None
+        if self._tables:
+            return Rotation(self._tables[index].rows(position), size, heads, self._tables[index].row(position))
+        return Rotation(self.rotaries[index].rows, size, heads)
 
     def _qkv(self, block: LoadedBlock, tokens: int, position: int) -> list[Job]:
         jobs: list[Job] = []
@@ -187,7 +190,7 @@ class Programs:
         layers = sorted(block.qkv, key=lambda layer: (layer.plan.planes, layer.plan.layout.k, layer.plan.layout.groups))
         before: LoadedLayer | None = None
         for layer in layers:
-            rotation = self._rotation(layer.rotated, position) if layer.rotated else None
+            rotation = self._rotation(block, layer.rotated, position) if layer.rotated else None
             job = self._linear(
                 layer,
                 self._normed,
@@ -201,7 +204,7 @@ class Programs:
             jobs.append(job)
             before = layer
         if self._heads:
-            rotation, max_rows = self._rotation(1, position), self._device.config.max_tokens
+            rotation, max_rows = self._rotation(block, 1, position), self._device.config.max_tokens
             jobs += head_norm_jobs(block.head_norms, tokens, max_rows, self.qkv.rows, self._heads.rows, rotation)
         return jobs
 

@@ -43,10 +43,10 @@ def _mismatches(file: OnnxFile, decoder: Decoder, context: int) -> Iterator[Mism
         if isinstance(attention, Mismatch):
             yield attention
         else:
-            shapes.add((attention.heads, attention.kv_heads, attention.head_size, block.rotary))
+            shapes.add((attention.heads, attention.kv_heads, attention.head_size))
             yield from _block(file, f"layers.{index}", block, attention, context)
     if len(shapes) > 1:
-        yield Mismatch("layers", "their heads or rotations differ")
+        yield Mismatch("layers", "their numbers or sizes of heads differ")
     # A head that is not quantized stays in the graph.
     if decoder.head.quantized and decoder.head.output not in _same(file, decoder.logits):
         yield Mismatch("lm_head", f"its output {decoder.head.output} is not the logits")

@@ -87,11 +87,16 @@ class ProgramDecoder(BaseDecoder):
         self._cache = KvCache(file, context)
         self._attentions = [] if self.whole else _attentions(file, decoder, self._cache)
         loaded = Loader(device, file, decoder, progress, context if self.whole else None).load()
-        self._rotary, self._vocab = loaded.rotary, loaded.vocab
+        self._rotaries, self._vocab = () if self.whole else loaded.rotaries, loaded.vocab
         on_device = None
         if self.whole:
-            heads = [block.keys for block in loaded.blocks if block.keys]
-            keys = [key_forms(known, loaded.rotary, context, key_bits) for known in heads]
+            keys = [
+                key_forms(
+                    block.keys, None if block.rotary is None else loaded.rotaries[block.rotary], context, key_bits
+                )
+                for block in loaded.blocks
+                if block.keys
+            ]
             on_device = DeviceAttention(device, attentions, keys, context)
         self._programs = Programs(device, loaded, on_device)
         self._sessions = list(dict.fromkeys(attention.session for attention in self._attentions))
@@ -191,11 +196,11 @@ class ProgramDecoder(BaseDecoder):
         self.usage.tokens += tokens
 
     def _begin(self, ids: Sequence[int], total: int) -> None:
-        """Writes the embedding's rows, and those of the rotary table."""
+        """Writes the embedding's rows, and those of the rotary tables."""
         tokens, programs = len(ids), self._programs
         start = time.perf_counter()
-        if self._rotary is not None and programs.rotary:
-            programs.rotary.view(tokens)[:] = self._rotary[total - tokens : total]
+        for table, place in zip(self._rotaries, programs.rotaries, strict=True):
+            place.view(tokens)[:] = table[total - tokens : total]
         for session in self._sessions:
             session.expect(total)
         place = programs.embedded.view(tokens)[None]

@@ -2,7 +2,7 @@
 """Every metadata key of a GGUF file that changes what llama.cpp computes: it is honoured, or refused by name.
 
 Source: the keys that src/llama-model.cpp, src/llama-vocab.cpp and src/llama-hparams.h of llama.cpp read for the
-architectures llama and qwen2, and the list of keys in the Python package gguf (gguf.constants.Keys). {arch} stands for
+supported architectures, and the list of keys in the Python package gguf (gguf.constants.Keys). {arch} stands for
 the architecture. A key that is in none of the tables is refused if it begins with the architecture or with
 ``tokenizer.ggml.``, because llama.cpp reads its settings there. Any other key is a note that no program reads.
 """
@@ -56,6 +56,26 @@ HONOURED = frozenset(
 )
 """Keys whose value is used here."""
 
+HONOURED_BY: dict[str, tuple[str, ...]] = {
+    "granite": (
+        "{arch}.attention.scale",
+        "{arch}.embedding_scale",
+        "{arch}.residual_scale",
+        "{arch}.logit_scale",
+    ),
+    "phi3": (
+        "{arch}.attention.sliding_window",
+        "{arch}.rope.scaling.original_context_length",
+        "{arch}.rope.scaling.attn_factor",
+    ),
+    "gemma3": (
+        "{arch}.attention.sliding_window",
+        "{arch}.attention.sliding_window_pattern",
+        "{arch}.rope.freq_base_swa",
+    ),
+}
+"""Architecture -> further keys whose value is used in its models."""
+
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "{arch}.expert_count": ((0,), "mixture-of-experts models"),
     "{arch}.expert_used_count": ((0,), "mixture-of-experts models"),
@@ -81,6 +101,11 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "tokenizer.ggml.suppress_tokens": (([],), "tokens that are never chosen"),
 }
 """Keys that are supported only with these values, which change nothing, and the meaning of other values."""
+
+NEUTRAL_BY: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
+    "granite": {"{arch}.rope.scaling.finetuned": ((True,), "no rotation")},
+}
+"""The same for one architecture."""
 
 HARMLESS: dict[str, str] = {
     "general.": "describes the file; general.sampling.* are defaults of llama.cpp's own command lines",
@@ -127,7 +152,8 @@ def check_keys(model: GgufFile, families: tuple[str, ...]) -> None:
     for key in model.keys:
         if status(key, family) == "refused":
             value = model.meta(key)
-            neutral, meaning = NEUTRAL.get(general(key, family), ((), ""))
+            name = general(key, family)
+            neutral, meaning = (NEUTRAL | NEUTRAL_BY.get(family, {})).get(name, ((), ""))
             if value not in neutral:
                 only = f" ({meaning}), only {' and '.join(map(str, neutral))}" if neutral else ""
                 raise UserError(f"{model.path}: metadata {key} = {str(value)[:80]} is not supported{only}")
@@ -141,9 +167,9 @@ def general(key: str, family: str) -> str:
 def status(key: str, family: str) -> str:
     """The status of a key: honoured, refused (unless its value is neutral), or harmless."""
     name = general(key, family)
-    if name in HONOURED:
+    if name in HONOURED or name in HONOURED_BY.get(family, ()):
         return "honoured"
-    if name in NEUTRAL:
+    if name in NEUTRAL or name in NEUTRAL_BY.get(family, {}):
         return "refused"
     if any(name == known or (name.startswith(known) and known[-1] in "._") for known in HARMLESS):
         return "harmless"

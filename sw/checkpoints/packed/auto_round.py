@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from sw.checkpoints.autoawq import awq_format
-from sw.checkpoints.huggingface import Settings
 from sw.checkpoints.packed.gptq import gptq_format
 from sw.checkpoints.packed.layers import LayerFormat
+from sw.checkpoints.settings import Settings
 
 LAYOUTS = {
     "auto_round:auto_gptq": "gptq",

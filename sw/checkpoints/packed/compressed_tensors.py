@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sw.checkpoints.huggingface import Settings
 from sw.checkpoints.packed.layers import has_words, read_bias
 from sw.checkpoints.packed.order import read_order
 from sw.checkpoints.packed.targets import Target, Targets, read_targets
@@ -32,6 +31,7 @@ from sw.checkpoints.packed.words import (
     unpack_rows,
 )
 from sw.checkpoints.safetensors_file import Checkpoint
+from sw.checkpoints.settings import Settings
 from sw.common.errors import UserError
 from sw.model.linear import QuantizedLinear
 

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sw.checkpoints.autoawq import awq_format
-from sw.checkpoints.huggingface import Settings, read_settings
 from sw.checkpoints.packed.auto_round import auto_round_format
 from sw.checkpoints.packed.compressed_tensors import compressed_format
 from sw.checkpoints.packed.gptq import gptq_format
 from sw.checkpoints.packed.layers import LayerFormat
+from sw.checkpoints.settings import Settings, read_settings
 from sw.common.errors import UserError
 
 KEYS = ("quantization_config", "compression_config")

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sw.checkpoints.huggingface import Settings
 from sw.checkpoints.packed.layers import has_words, read_bias
 from sw.checkpoints.packed.order import read_order
 from sw.checkpoints.packed.patterns import read_pattern
@@ -31,6 +30,7 @@ from sw.checkpoints.packed.words import (
     unpack_rows,
 )
 from sw.checkpoints.safetensors_file import Checkpoint
+from sw.checkpoints.settings import Settings
 from sw.common.errors import UserError
 from sw.model.linear import QuantizedLinear
 

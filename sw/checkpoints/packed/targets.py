@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from sw.checkpoints.huggingface import Settings
 from sw.checkpoints.packed.patterns import read_pattern
+from sw.checkpoints.settings import Settings
 
 PATTERN = "re:"
 LINEAR = ("Linear", "Module")

@@ -15,7 +15,8 @@ from onnx import numpy_helper
 
 from sw.awq.int8_head import quantize_head
 from sw.checkpoints.autoawq_writer import write_autoawq_folder
-from sw.checkpoints.huggingface import decoder_config, read_settings
+from sw.checkpoints.huggingface import decoder_config
+from sw.checkpoints.settings import read_settings
 from sw.common.errors import UserError
 from sw.export.floats import float_model
 from sw.export.gguf import export_gguf

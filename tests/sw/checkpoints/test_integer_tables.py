@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sw.checkpoints.huggingface import Settings
 from sw.checkpoints.integer_tables import float_table, integer_table, write_scales
+from sw.checkpoints.settings import Settings
 from sw.common.arrays import ROWS_AT_ONCE
 from sw.common.errors import UserError
 from sw.model.linear import QuantizedLinear

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sw.checkpoints.huggingface import Settings
 from sw.checkpoints.packed.compressed_tensors import compressed_format
 from sw.checkpoints.packed.gptq import gptq_format
 from sw.checkpoints.packed.layers import LayerFormat
 from sw.checkpoints.packed.targets import Targets, read_targets
 from sw.checkpoints.packed.words import BITS, block_size, split_groups, unpack_rows
 from sw.checkpoints.safetensors_file import Checkpoint
+from sw.checkpoints.settings import Settings
 from sw.common.errors import UserError
 from tests.sw.fixtures.checkpoints import write_tensors
 from tests.sw.fixtures.huggingface.packed import Form, gptq_config, gptq_tensors, make_layer, pack

@@ -15,7 +15,8 @@ import onnxruntime
 import pytest
 
 from sw.checkpoints.autoawq import pack_words, unpack_words
-from sw.checkpoints.huggingface import decoder_config, read_settings
+from sw.checkpoints.huggingface import decoder_config
+from sw.checkpoints.settings import read_settings
 from sw.common.errors import UserError
 from sw.export.huggingface import export_checkpoint
 from sw.graph.linears import find_linears
@@ -283,11 +284,11 @@ ROTARY = {"rope_type": "llama3", **LLAMA3}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "float": ({"quantization_config": None}, "is not quantized: its config.json has no quantization_config"),
     "object": ({"quantization_config": [4]}, "quantization_config is an object, not [4]"),
-    "architecture": ({"model_type": "gemma"}, "model_type 'gemma' is not supported (llama, qwen2 are)"),
-    "no architecture": ({"model_type": ["qwen2"]}, "is not supported (llama, qwen2 are)"),
+    "architecture": ({"model_type": "gemma"}, "model_type 'gemma' is not supported (llama, qwen2, qwen3, "),
+    "no architecture": ({"model_type": ["qwen2"]}, "is not supported (llama, qwen2, "),
     "class": ({"architectures": ["Qwen2ForSequenceClassification"]}, "only Qwen2ForCausalLM"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported, only silu"),
-    "window": ({"use_sliding_window": True}, "attention with a sliding window is not supported"),
+    "window": ({"use_sliding_window": True}, "use_sliding_window 'True' is not supported, only False"),
     "windows": ({"layer_types": ["full_attention", "sliding_attention"]}, "attention with a sliding window"),
     "yarn": (
         {"rope_scaling": {"type": "yarn", "factor": 4}},

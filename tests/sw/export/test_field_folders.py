@@ -3,6 +3,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -10,7 +11,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from sw import generate, layers
-from sw.checkpoints.huggingface import FIXED, HARMLESS, decoder_config, read_settings
+from sw.checkpoints import families, rotary
+from sw.checkpoints.families import FIXED, HARMLESS
+from sw.checkpoints.huggingface import decoder_config
+from sw.checkpoints.settings import read_settings
 from sw.common.errors import UserError
 from sw.export.floats import float_model
 from sw.export.huggingface import export_checkpoint
@@ -169,8 +173,31 @@ def test_config_values_that_are_refused(key, tmp_path):
         decoder_config(read_settings(tmp_path / "config.json"))
 
 
+OWN_KEYS = {
+    "phi3": {"original_max_position_embeddings", "resid_pdrop", "embd_pdrop"},
+    "smollm3": {"no_rope_layers", "no_rope_layer_interval"},
+    "granite": {"embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"},
+    "gemma3_text": {
+        "hidden_activation",
+        "query_pre_attn_scalar",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "use_bidirectional_attention",
+        "sliding_window_pattern",
+        "rope_local_base_freq",
+    },
+}
+"""Family -> the keys of its class in transformers (4.57 and 5.24) that LlamaConfig and Qwen2Config do not have."""
+
+
 def test_every_config_key_is_known():
-    """Every key of transformers' LlamaConfig and Qwen2Config (4.57) is read here, fixed, or harmless."""
+    """Every key of transformers' LlamaConfig and Qwen2Config (4.57) is read here, fixed, or harmless; so are the keys
+    of other families.
+    """
+    sources = "".join(Path(module.__file__).read_text() for module in (families, rotary))
+    for family, names in OWN_KEYS.items():
+        fixed = FIXED | families.FIXED_OF.get(family, {})
+        assert all(f'"{name}"' in sources or name in fixed or name in HARMLESS for name in names), family
     read = [
         "vocab_size",
         "hidden_size",

@@ -14,17 +14,20 @@ from gguf.constants import Keys
 from tokenizers import Tokenizer
 
 from sw import generate
-from sw.checkpoints.gguf.keys import HONOURED, NEUTRAL, general, status
+from sw.checkpoints.gguf.keys import HONOURED, HONOURED_BY, NEUTRAL, NEUTRAL_BY, general, status
 from sw.checkpoints.gguf.parts import gguf_parts
 from sw.checkpoints.gguf.pre_tokenizers import PRE_TOKENIZERS
 from sw.checkpoints.gguf.reader import GgufFile
 from sw.checkpoints.gguf.sentencepiece import SPACE, sentencepiece
 from sw.checkpoints.gguf.tokenizer import read_gguf_tokenizer
 from sw.common.errors import UserError
-from sw.export.gguf import FAMILIES, decoder_config, export_gguf, gguf_source
+from sw.export.gguf import decoder_config, export_gguf, gguf_source
 from sw.export.resolve import find_model, resolve_model
+from sw.model.families import FAMILIES
 from tests.sw.export.test_gguf import ROOT, TOKENS, renamed, write_gguf
 from tests.sw.fixtures.checkpoints import IDS, empty_cache, reference_logits, relative_error, step
+from tests.sw.fixtures.families.gguf_files import MODELS, write_family_gguf
+from tests.sw.fixtures.families.models import configuration
 
 BOS = TOKENS.index("<|im_start|>")
 START = {"tokenizer.ggml.bos_token_id": BOS}
@@ -293,6 +296,9 @@ def test_sentencepiece_model_runs(tmp_path):
     assert resolve_model(tmp_path / "m.gguf").is_file()
 
 
+FAMILIES_OF = {name: FAMILIES[configuration(name)["model_type"]].architecture for name in MODELS}
+
+
 def llama_cpp_keys():
     """Every key in the gguf package that llama.cpp could use."""
     for group in vars(Keys).values():
@@ -301,7 +307,7 @@ def llama_cpp_keys():
                 yield key.replace("{id}", "0").replace("{name}", "tool").replace("{dense}", "dense_2")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("key", sorted(set(llama_cpp_keys())))
 def test_no_key_is_ignored(key, family, tmp_path):
     """A key of llama.cpp is honoured, refused by name, or harmless; no key of the architecture is unknown."""
@@ -317,8 +323,28 @@ def test_no_key_is_ignored(key, family, tmp_path):
         gguf_source(GgufFile(tmp_path / "m.gguf"))
 
 
+@pytest.mark.parametrize("name", [name for name in MODELS if FAMILIES_OF[name] not in ("llama", "qwen2")])
+def test_no_key_of_other_families_is_ignored(name, tmp_path):
+    """The same, with metadata that is changed after the file is read."""
+    write_family_gguf(tmp_path / "m.gguf", name)
+    model, family = GgufFile(tmp_path / "m.gguf"), FAMILIES_OF[name]
+    plain, found = dict(model._fields), []
+    for key in sorted(set(llama_cpp_keys())):
+        key = key.replace("{arch}", family)
+        model._fields = plain | {key: 77}
+        found.append(status(key, family))
+        if found[-1] == "refused":
+            with pytest.raises(UserError, match=f"metadata {key.replace('.', '[.]')} = 77 .*is not supported"):
+                decoder_config(model)
+        elif found[-1] == "harmless":
+            decoder_config(model)
+    assert set(found) == {"honoured", "refused", "harmless"}
+
+
 def test_key_tables():
     assert not HONOURED & set(NEUTRAL)
+    for family, keys in HONOURED_BY.items():
+        assert not HONOURED & set(keys) and not set(keys) & set(NEUTRAL_BY.get(family, {}))
     assert general("llama.rope.freq_base", "llama") == "{arch}.rope.freq_base"
     assert status("llama.made_up", "llama") == status("tokenizer.ggml.made_up", "llama") == "refused"
     assert status("qwen2.made_up", "llama") == status("mradermacher.note", "llama") == "harmless"

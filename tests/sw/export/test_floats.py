@@ -13,7 +13,9 @@ import pytest
 
 from sw.awq.sizes import float16_bytes
 from sw.checkpoints.gguf.reader import GgufFile
-from sw.checkpoints.huggingface import decoder_config, llama3_factors, read_settings
+from sw.checkpoints.huggingface import decoder_config
+from sw.checkpoints.rotary import llama3_factors
+from sw.checkpoints.settings import read_settings
 from sw.common.errors import UserError
 from sw.export.floats import float_model
 from sw.synthetic import write_float

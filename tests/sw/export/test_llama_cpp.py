@@ -28,6 +28,8 @@ from sw.runtime import ProgramDecoder
 from sw.runtime.hardware import choose_config, layer_shapes
 from tests.sw.export.test_gguf import write_gguf
 from tests.sw.fixtures.checkpoints import IDS, empty_cache, relative_error, step
+from tests.sw.fixtures.families.gguf_files import MODELS, write_family_gguf
+from tests.sw.fixtures.families.models import PROMPT
 
 pytestmark = [pytest.mark.full, pytest.mark.slow]
 llama_cpp = pytest.importorskip(
@@ -112,6 +114,28 @@ def test_logits(quantized, tmp_path):
             logits = ProgramDecoder(OnnxFile(exported), device, context=16).forward(IDS, every=True)
         # Activations of 16 bits, and scales of 12 bits in the layers of 8.
         assert relative_error(logits, expected) < 1e-2
+
+
+CHANGES = {
+    # llama.cpp ignores the window of Phi-3.
+    "phi3": {"attention__sliding_window": 0},
+    # It takes the long factors if its cache, which has a multiple of 256 positions, is longer than the first context.
+    "phi4": {"context_length": 512, "rope__scaling__original_context_length": 256},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_families(name, tmp_path):
+    """The files with which other tests compare GGUF with transformers."""
+    write_family_gguf(tmp_path / "m.gguf", name, **CHANGES.get(name, {}))
+    path = export_gguf(tmp_path / "m.gguf", tmp_path / "out", lm_head="float")
+    session = onnxruntime.InferenceSession(path)
+    logits, _ = step(session, PROMPT, empty_cache(session), len(PROMPT))
+    model = llama_cpp.Llama(
+        str(tmp_path / "m.gguf"), n_ctx=64, logits_all=True, type_k=0, type_v=0, flash_attn=False, n_threads=1
+    )
+    model.eval(PROMPT)
+    assert relative_error(logits, np.array(model.scores[: len(PROMPT)])) < 1e-3
 
 
 TEXTS = [

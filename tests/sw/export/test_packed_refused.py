@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sw.checkpoints.huggingface import Settings
 from sw.checkpoints.packed.formats import layer_format
 from sw.checkpoints.packed.layers import read_linear
 from sw.checkpoints.safetensors_file import Checkpoint
+from sw.checkpoints.settings import Settings
 from sw.common.errors import UserError
 from sw.export.floats import float_model
 from sw.export.huggingface import export_checkpoint

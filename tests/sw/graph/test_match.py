@@ -10,8 +10,9 @@ import pytest
 from onnx import numpy_helper
 
 from sw.checkpoints.gguf.reader import GgufFile
-from sw.checkpoints.huggingface import decoder_config, read_settings
+from sw.checkpoints.huggingface import decoder_config
 from sw.checkpoints.packed.formats import layer_format
+from sw.checkpoints.settings import read_settings
 from sw.common.errors import UserError
 from sw.export.floats import float_model
 from sw.export.gguf import export_gguf, gguf_source

@@ -14,7 +14,8 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 from sw.awq.int8_head import quantize_head
-from sw.checkpoints.huggingface import decoder_config, read_settings
+from sw.checkpoints.huggingface import decoder_config
+from sw.checkpoints.settings import read_settings
 from sw.common.errors import UserError
 from sw.export.floats import float_model
 from sw.graph.linears import find_linears

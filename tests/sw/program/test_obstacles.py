@@ -37,6 +37,9 @@ def test_accepted(file, decoder):
     # Without a rotation, no table limits the context.
     blocks = tuple(replace(block, rotary=None) for block in decoder.blocks)
     check_decoder(file, replace(decoder, blocks=blocks), 1000)
+    # Blocks may be rotated differently.
+    check_decoder(file, with_block(decoder, rotary=None), CONTEXT)
+    check_decoder(file, with_rotary(decoder, interleaved=True), CONTEXT)
     # A head that is not quantized stays in onnxruntime, with what follows it.
     check_decoder(file, replace(decoder, head=replace(decoder.head, quantized=False), logits="other"), CONTEXT)
 
@@ -96,7 +99,7 @@ CASES = [
     (lambda d: with_rotary(d, position_ids="other"), f"{ATTENTION}: its rotation reads positions from other"),
     (lambda d: with_rotary(d, cos="input_ids"), NO_TABLE),
     (lambda d: with_rotary(d, size=0), NO_TABLE),
-    (lambda d: with_rotary(d, interleaved=True), "layers: their heads or rotations differ"),
+    (lambda d: with_head_size(d, 32), "layers: their numbers or sizes of heads differ"),
     (lambda d: replace(d, head=replace(d.head, k=72)), "model: its hidden size 72 is no multiple of 32"),
     (lambda d: replace(d, logits="other"), "lm_head: its output logits is not the logits"),
 ]

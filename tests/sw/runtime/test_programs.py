@@ -49,6 +49,7 @@ GRAPHS = {
     "mixed": {"formats": MIXED},
     "padded": {"formats": {"down_proj": (4, 128)}, "intermediate": 1120},
     "normed": {"head_size": 32, "head_norms": "qk"},
+    "local": {"windows": (7, None), "local_rope_theta": 7.0, "embedding_scale": 3.0},
 }
 
 
@@ -61,7 +62,7 @@ def model(request, tmp_path_factory):
     """Two blocks with QKV biases and a tied int8 head.
 
     mixed: with layers of 2, 4 and 8 bits. padded: down has whole groups of 128 with padding. normed: queries and keys
-    have a norm of every head.
+    have a norm of every head. local: a window and another rotation in the first block, and a scaled embedding.
     """
     return write_random(tmp_path_factory.mktemp(request.param), **GRAPHS[request.param])
 
