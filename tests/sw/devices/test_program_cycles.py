@@ -10,7 +10,7 @@ from hw.spec.control.descriptor import weight_bytes
 from hw.spec.memory.geometry import fit_layer
 from hw.spec.memory.operands import result_pitch
 from hw.spec.ops import Wait
-from hw.spec.program_cycles import program_cycles
+from hw.spec.timing.program import program_cycles
 from sw.devices import Device, make_config
 from sw.devices.jobs import NOWHERE, Epilogue, LinearJob, Rotation, Rows, Second, VectorJob
 from sw.devices.rtl import RtlDevice
