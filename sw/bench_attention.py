@@ -14,6 +14,7 @@ from typing import NamedTuple
 from hw.spec.config import AcceleratorConfig
 from hw.spec.cycles import tile_cycles
 from hw.spec.kv260 import FABRIC_HZ
+from hw.spec.memory.kv_cache import KEY_BITS
 from hw.spec.timing.decoder import QWEN, prompt_cycles, token_cycles
 from sw.bench_decoder import qwen_folder
 from sw.common.errors import UserError
@@ -195,6 +196,8 @@ def _row(what: str, tokens: Tokens, length: int, cost: Cost, predicted: int) -> 
 
 def measure(sizes: dict[str, int], key_bits: int, contexts: Sequence[int], prompts: Sequence[int]) -> list[dict]:
     """Tokens and prompts on hardware of these sizes."""
+    if not (contexts or prompts):
+        return []
     longest = max([*contexts, *prompts])
     with Tokens(sizes, longest, key_bits) as tokens:
         config, shape = tokens.config, tokens.shape
@@ -207,7 +210,8 @@ def measure_attention() -> list[dict]:
     """Tokens and prompts on all hardware."""
     rows = []
     for sizes in HARDWARE:
-        rows += measure(sizes, QWEN.key_bits, CONTEXTS, PROMPTS)
-        if sizes["tile"] in WIDE:
-            rows += measure(sizes, 2 * QWEN.key_bits, WIDE[sizes["tile"]], ())
+        # Each on a device of its own: cycles in DDR depend a little on what it did before.
+        rows += measure(sizes, QWEN.key_bits, CONTEXTS, ())
+        rows += measure(sizes, QWEN.key_bits, (), PROMPTS)
+        rows += measure(sizes, max(KEY_BITS), WIDE.get(sizes["tile"], ()), ())
     return rows

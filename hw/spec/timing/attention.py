@@ -16,27 +16,27 @@ from hw.spec.memory.geometry import LayerLayout, ceil_div
 from hw.spec.memory.kv_cache import value_chunk, value_group, value_planes
 from hw.spec.numerics.attention import CHUNK
 from hw.spec.ops import Wait
-from hw.spec.ops.base import DescriptorWords
-from hw.spec.ops.scores import SCORES, bank_words
+from hw.spec.ops.scores import SCORES, ScoresDescriptor, bank_words
+from hw.spec.ops.values import ValuesDescriptor
 from hw.spec.timing.timeline import Timeline
 
 _BLOCKS_AHEAD = 5
-"""Rows that are requested at most: the activation fetch knows the lengths of the one that it merges and of four more."""
+"""Rows that are requested at most: the activation fetch knows the length of the one that it merges, and of four more."""
 
 
-def scores(config: AcceleratorConfig, now: Timeline, descriptor: DescriptorWords) -> None:
+def scores(config: AcceleratorConfig, now: Timeline, descriptor: ScoresDescriptor) -> None:
     """Moves the timeline to the completion of a descriptor of scores: they are on chip."""
-    fields = vars(descriptor)
-    latencies, rows, bank = Latencies(config), fields["tokens"], fields["bank"]
-    layer, planes = SCORES.cache(config, fields).layer, fields["planes"]
-    waits = fields["wait"] != Wait.NOTHING
-    begin = now.memory if waits else now.loaded
-    now.loaded = _rows_loaded(config, begin, rows, layer.slices // planes)
-    first_slice = max(now.array, now.loaded + first_slice_cycles(config, rows))
-    ahead = 0 if fields["wait"] == Wait.WEIGHTS else first_slice - now.array
-    if fields["wait"] == Wait.WEIGHTS:
+    latencies, rows, bank = Latencies(config), descriptor.tokens, descriptor.bank
+    layer = SCORES.cache(config, vars(descriptor)).layer
+    begin = now.loaded if descriptor.wait == Wait.NOTHING else now.memory
+    now.loaded = _rows_loaded(config, begin, rows, layer.slices // descriptor.planes)
+    first_slice, ahead = now.loaded + first_slice_cycles(config, rows), 0
+    if descriptor.wait == Wait.WEIGHTS:
         # The weights are requested behind the rows.
-        first_slice = max(first_slice, now.loaded + latencies.beat + layer.header_beats)
+        first_slice = max(now.array, first_slice, now.loaded + latencies.beat + layer.header_beats)
+    else:
+        first_slice = max(now.array, first_slice)
+        ahead = first_slice - now.array
     last_slice = first_slice + slices_cycles(layer, rows, ahead, writes=False)
     results = last_slice + result_cycles(layer, rows)
     drain = rows * config.tile // config.lanes
@@ -45,7 +45,7 @@ def scores(config: AcceleratorConfig, now: Timeline, descriptor: DescriptorWords
     now.array = max(last_slice + max(rows, layer.stream.words_per_slice), results - 2 * drain - latencies.core)
     stored = results + latencies.epilogue + latencies.score_writer
     now.memory = max(now.memory, stored)
-    _softmax(config, now, bank, rows, fields["out_features"], stored)
+    _softmax(config, now, bank, rows, descriptor.out_features, stored)
 
 
 def _softmax(config: AcceleratorConfig, now: Timeline, bank: int, rows: int, positions: int, stored: int) -> None:
@@ -56,9 +56,8 @@ def _softmax(config: AcceleratorConfig, now: Timeline, bank: int, rows: int, pos
     now.softmax = begin + rows * row
     now.ready[bank] = now.softmax + latencies.softmax
     first_sum = begin + row + latencies.softmax
-    now.inverse = max(now.inverse, first_sum) + latencies.inverse
-    now.inverse = max(now.inverse + (rows - 1) * latencies.inverse, now.ready[bank] + latencies.inverse)
-    now.inverted[bank] = now.inverse
+    one_by_one = max(now.inverse, first_sum) + rows * latencies.inverse
+    now.inverse = now.inverted[bank] = max(one_by_one, now.ready[bank] + latencies.inverse)
 
 
 def _rows_loaded(config: AcceleratorConfig, begin: int, rows: int, slices: int) -> int:
@@ -69,58 +68,53 @@ def _rows_loaded(config: AcceleratorConfig, begin: int, rows: int, slices: int) 
     return begin + rows_cycles(config, chunks * rows, 0, _BLOCKS_AHEAD * len(chunks))[0]
 
 
-def values(config: AcceleratorConfig, now: Timeline, descriptor: DescriptorWords) -> int:
+def values(config: AcceleratorConfig, now: Timeline, descriptor: ValuesDescriptor) -> int:
     """Moves the timeline to the last sum of a descriptor of values, and returns its cycle."""
-    fields = vars(descriptor)
-    latencies, rows, bank = Latencies(config), fields["tokens"], fields["bank"]
-    layers = value_layers(config, fields["positions"])
-    tiles = ceil_div(fields["out_features"], config.tile)
-    ready = max(now.ready[bank], now.loaded + latencies.read)
-    first, last = layers[0], layers[-1]
-    loads = [rows * layer.slices // value_planes(config) for layer in (first, last)]
-    begin = ready + latencies.value_rows
-    first_slice = max(now.array, begin + loads[0] + first_slice_cycles(config, rows))
-    periods = [chunk_cycles(layer, rows) for layer in layers]
-    steady = tiles * sum(periods) - periods[-1]
-    beats = tiles * sum(layer.tile_beats for layer in layers)
-    room = first.header_beats + first.stream.word_fifo_depth * first.stream.beats_per_word
+    latencies, rows, bank = Latencies(config), descriptor.tokens, descriptor.bank
+    chunks = value_layers(config, descriptor.positions)
+    tiles = ceil_div(descriptor.out_features, config.tile)
+    begin = max(now.ready[bank], now.loaded + latencies.read) + latencies.value_rows
+    in_first = rows * chunks[0].slices // value_planes(config)
+    first_slice = max(now.array, begin + in_first + first_slice_cycles(config, rows))
+    periods = [chunk_cycles(chunk, rows) for chunk in chunks]
+    last, stream = chunks[-1], chunks[-1].stream
+    one_slice = max(rows, stream.words_per_slice)
+    array = last.slices * one_slice
+    beats = tiles * sum(_beats(chunk) for chunk in chunks)
+    room = value_chunk(config).header_beats + stream.word_fifo_depth * stream.beats_per_word
     ahead = min(max(0, first_slice - now.array), room, beats)
-    one_slice = max(rows, last.stream.words_per_slice)
-    last_slice = first_slice + max(steady + last.slices * one_slice - one_slice, beats - ahead - 1)
+    steady = tiles * sum(periods) - periods[-1] + array - one_slice
+    last_slice = first_slice + max(steady, beats - ahead - 1)
     now.array = last_slice + one_slice
-    # The unit takes in the next layer's rows when the last chunk but one is sent.
-    now.loaded = max(now.loaded, last_slice - periods[-1] - last.slices * one_slice)
-    now.released[bank] = max(last_slice + result_cycles(last, rows), now.inverted[bank])
-    if len(layers) > 1:
-        now.released[bank] += latencies.chunk_sums
+    # The unit takes in the rows of the next descriptor when the last chunk but one is sent.
+    now.loaded = max(now.loaded, last_slice - periods[-1] - array)
+    results = max(last_slice + result_cycles(last, rows), now.inverted[bank])
+    now.released[bank] = results + (latencies.chunk_sums if len(chunks) > 1 else 0)
     return now.released[bank]
 
 
 def value_layers(config: AcceleratorConfig, positions: int) -> list[LayerLayout]:
-    """The layers of the chunks of one column tile."""
-    chunk, (whole, rest) = value_chunk(config), divmod(positions, CHUNK)
-    layers = [chunk] * whole
+    """The layers of the chunks of one column tile. The last one ends with its last group of positions."""
+    whole, rest = divmod(positions, CHUNK)
+    chunks = [value_chunk(config)] * whole
     if rest:
         group = value_group(config)
-        layers.append(_Part(config, ceil_div(rest, group) * group * value_planes(config), config.tile, group))
-    return layers
+        chunks.append(LayerLayout(config, ceil_div(rest, group) * group * value_planes(config), config.tile, group))
+    return chunks
 
 
-class _Part(LayerLayout):
-    """A chunk that is not full: its header is that of a full one."""
-
-    @property
-    def header_beats(self) -> int:  # type: ignore[override]
-        """See LayerLayout."""
-        return value_chunk(self.config).header_beats
+def _beats(chunk: LayerLayout) -> int:
+    """Beats of a chunk. Its header is that of a full one."""
+    return value_chunk(chunk.config).header_beats + chunk.body_words * chunk.stream.beats_per_word
 
 
-def chunk_cycles(layer: LayerLayout, rows: int) -> int:
+def chunk_cycles(chunk: LayerLayout, rows: int) -> int:
     """Cycles of a chunk of values in the steady state."""
-    config, latencies = layer.config, Latencies(layer.config)
-    sent = layer.slices * rows
-    taken, turn = sent // value_planes(config), latencies.turnaround
-    unit = max(sent, taken) if abs(sent - taken) >= turn else (sent + taken + turn + 1) // 2
-    array = layer.slices * max(rows, layer.stream.words_per_slice)
+    config, turn = chunk.config, Latencies(chunk.config).turnaround
+    sent = chunk.slices * rows
+    taken = sent // value_planes(config)
+    # A half of the unit is taken in while the other one is sent.
+    unit = max(sent, taken) if abs(sent - taken) >= turn else ceil_div(sent + taken + turn, 2)
+    array = chunk.slices * max(rows, chunk.stream.words_per_slice)
     drain = rows * config.tile // config.lanes
-    return max(layer.tile_beats, layer.header_cycles, array, drain, unit)
+    return max(_beats(chunk), chunk.header_cycles, array, drain, unit)

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the performance model knows between two descriptors of a program."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from hw.spec.ops.scores import BANKS
 
@@ -18,7 +16,7 @@ class Timeline:
     """The outputs of all descriptors so far are in memory, or on chip if they are scores."""
     loaded: int
     """The last activations are on chip."""
-    before: Any = None
+    before: object = None
     """The descriptor before."""
     softmax: int = 0
     """The softmax is free."""
@@ -26,14 +24,9 @@ class Timeline:
     """The divider of the softmax is free."""
     writer: int = 0
     """The cache writer is free."""
-    taken: int = 0
-    """The scores of the last descriptor are stored."""
     ready: list[int] = field(default_factory=lambda: [0] * BANKS)
     """By bank: its probabilities can be read."""
     inverted: list[int] = field(default_factory=lambda: [0] * BANKS)
     """By bank: 1/S of all rows is known."""
     released: list[int] = field(default_factory=lambda: [0] * BANKS)
     """By bank: it can take scores."""
-
-
-Fields = Mapping[str, int]
