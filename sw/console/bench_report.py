@@ -139,8 +139,8 @@ def _print_attention(console: Console, rows: list[dict]) -> None:
         )
     console.print(table)
     console.print(
-        "Memory kv260-2400, tokens/s at 250 MHz. token N: it sees N positions; prompt N: N tokens in calls of 16. Linear"
-        " layers: what they take if nothing ever waits; attention: from the last result before it to its own last"
+        "Memory kv260-2400, tokens/s at 250 MHz. token N: it sees N positions; prompt N: N tokens in calls of 16."
+        " Linear layers: what they take if nothing waits; attention: from the last result before it to its own last"
         " result; waiting: the rest. Predicted: hw.spec.timing, for memory without delays. Limit: one beat in every"
         " cycle. Of a prompt's equal blocks two and the last one are simulated, and of 64 calls ten.\n"
     )

@@ -21,7 +21,7 @@ from hw.spec.ops.values import ValuesDescriptor
 from hw.spec.timing.timeline import Timeline
 
 _BLOCKS_AHEAD = 5
-"""Rows that are requested at most: the activation fetch knows the length of the one that it merges, and of four more."""
+"""Rows that are requested at most: the activation fetch knows the length of the one it merges and of four more."""
 
 
 def scores(config: AcceleratorConfig, now: Timeline, descriptor: ScoresDescriptor) -> None:
