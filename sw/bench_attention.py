@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Benchmarks of whole tokens and prompts of Qwen2.5-0.5B's shape, with attention on the simulated accelerator.
 
+    python -m sw.bench_attention [--tile 16|32] [--key-bits 8|16] [--contexts N,...] [--prompts N,...]
+
+It prints JSON. `sw.bench` measures :data:`CONTEXTS` and :data:`PROMPTS` at all tiles.
+
 Cycles do not depend on values, so a cache of any length is taken as it is. A prompt is measured call by call, in calls
 of ``max_tokens`` tokens: of its equal blocks two are simulated, the last one, and the head. Of a long prompt only some
 calls are simulated; a call between two of them takes what lies on the line between the two.
 """
 
+import argparse
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -14,10 +20,11 @@ from typing import NamedTuple
 from hw.spec.config import AcceleratorConfig
 from hw.spec.cycles import tile_cycles
 from hw.spec.kv260 import FABRIC_HZ
-from hw.spec.memory.kv_cache import KEY_BITS
+from hw.spec.memory.kv_cache import KEY_BITS, LONGEST_CONTEXT
 from hw.spec.timing.decoder import QWEN, prompt_cycles, token_cycles
 from sw.bench_decoder import qwen_folder
-from sw.common.errors import UserError
+from sw.common.command_line import Parser
+from sw.common.errors import UserError, run_cli
 from sw.devices.base import Completion, Job, PreparedBatch
 from sw.devices.batches import Prepared
 from sw.devices.jobs import AppendJob, LinearJob, ScoresJob, ValuesJob
@@ -215,3 +222,29 @@ def measure_attention() -> list[dict]:
         rows += measure(sizes, QWEN.key_bits, (), PROMPTS)
         rows += measure(sizes, max(KEY_BITS), WIDE.get(sizes["tile"], ()), ())
     return rows
+
+
+def _lengths(text: str) -> list[int]:
+    lengths = [int(part) for part in text.split(",") if part.isdecimal() and 1 <= int(part) <= LONGEST_CONTEXT]
+    if text and len(lengths) != len(text.split(",")):
+        raise argparse.ArgumentTypeError(f"numbers of tokens from 1 to {LONGEST_CONTEXT:,} are wanted, not {text!r}")
+    return lengths
+
+
+def main() -> None:
+    """The command line."""
+    parser = Parser(prog="python -m sw.bench_attention", description="Cycles of tokens and prompts, as JSON.")
+    sizes = {each["tile"]: each for each in HARDWARE}
+    parser.add_argument("--tile", type=int, choices=list(sizes), default=HARDWARE[0]["tile"])
+    parser.add_argument("--key-bits", type=int, choices=KEY_BITS, default=min(KEY_BITS))
+    parser.add_argument("--contexts", type=_lengths, default=[], metavar="N,...", help="tokens that see N positions")
+    parser.add_argument("--prompts", type=_lengths, default=[], metavar="N,...", help="prompts of N tokens")
+    options = parser.parse_args()
+    if not options.contexts + options.prompts:
+        raise UserError("there is nothing to measure: --contexts or --prompts is wanted")
+    rows = measure(sizes[options.tile], options.key_bits, options.contexts, options.prompts)
+    print(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -16,7 +16,7 @@ from sw.common.errors import UserError
 from sw.pages.regressions import compare
 from sw.pages.store import load, save
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ROW = {"name": "qkv", "memory": "ideal", "tile": 16, "m": 1, "k": 896, "n": 1152, "cycles": 100, "cycles_in_a_row": 9.5}
 
 
