@@ -101,7 +101,11 @@ class BlockDevice(RtlDevice):
 
     def submit(self, batch: Sequence[Job] | PreparedBatch) -> int:
         """See Device."""
-        jobs = list(batch.moving.jobs if isinstance(batch, Prepared) else batch)
+        if isinstance(batch, PreparedBatch):
+            assert isinstance(batch, Prepared), "this device has prepared it"
+            jobs = list(batch.moving.jobs)
+        else:
+            jobs = list(batch)
         last = max(block_of(job) for job in jobs)
         self.jobs = [job for job in jobs if not self.few or not 1 < block_of(job) < last]
         return super().submit(self.jobs)
@@ -190,7 +194,8 @@ def _row(what: str, tokens: Tokens, length: int, cost: Cost, predicted: int) -> 
     count = length if what == "prompt" else 1
     numbers = {name: round(getattr(cost, name)) for name in ("cycles", "linear", "attention", "waiting", "beats")}
     return {
-        "name": f"{what} {length}",
+        "name": what,
+        "length": length,
         "memory": MEMORY,
         "tile": tokens.config.tile,
         "key_bits": tokens.shape.key_bits,

@@ -130,7 +130,7 @@ def _print_attention(console: Console, rows: list[dict]) -> None:
     table = _table("Qwen2.5-0.5B's shape with attention on the device", ("what",), numbers)
     for row in rows:
         table.add_row(
-            row["name"],
+            f"{row['name']} {row['length']:,}",
             *(f"{row[key]:,}" for key in ("tile", "key_bits", "cycles")),
             *(_percent(row[part] / row["cycles"]) for part in ("linear", "attention", "waiting")),
             f"{row['predicted']:,}",

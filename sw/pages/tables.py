@@ -98,7 +98,7 @@ def attention(sections: Sections) -> str:
     )
     rows = [
         (
-            row["name"],
+            f"{row['name']} {row['length']:,}",
             *(f"{row[key]:,}" for key in ("tile", "key_bits", "cycles")),
             *(_percent(row[part] / row["cycles"]) for part in ("linear", "attention", "waiting")),
             f"{row['predicted'] / row['cycles']:.4f}",

@@ -124,9 +124,9 @@ class _Program:
         return self._layer(layer, tokens, source, results, **epilogue)
 
     def _layer(self, layer: LayerLayout, tokens: int, source: int, results: int, **epilogue: int) -> Descriptor:
-        return Descriptor.from_layer(
-            layer, tokens, activations=source, weights=0, results=results, wait=Wait.ACTIVATIONS, **epilogue
-        )
+        wait = Wait.ACTIVATIONS
+        plain = Descriptor.from_layer(layer, tokens, activations=source, weights=0, results=results, wait=wait)
+        return replace(plain, **epilogue)
 
     def _appends(self) -> Iterator[AppendDescriptor]:
         shape, config = self.shape, self.config

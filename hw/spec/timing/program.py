@@ -25,6 +25,7 @@ from hw.spec.memory.geometry import LayerLayout, ceil_div
 from hw.spec.memory.operands import activation_beats
 from hw.spec.ops import Wait
 from hw.spec.ops.append import AppendDescriptor
+from hw.spec.ops.base import DescriptorWords
 from hw.spec.ops.linear import LINEAR
 from hw.spec.ops.scores import ScoresDescriptor
 from hw.spec.ops.values import ValuesDescriptor
@@ -39,7 +40,7 @@ _FOLLOW = 4
 """Cycles from the acknowledgement of a piece to the request of its last chunk."""
 
 
-def program_cycles(config: AcceleratorConfig, program: Sequence[AnyDescriptor]) -> list[int]:
+def program_cycles(config: AcceleratorConfig, program: Sequence[DescriptorWords]) -> list[int]:
     """For each descriptor of a program the cycles from the start to its completion.
 
     program : checked descriptors, of hardware with programs (``config.has_programs``)
@@ -56,7 +57,7 @@ def program_cycles(config: AcceleratorConfig, program: Sequence[AnyDescriptor]) 
             append(config, now, descriptor)
         elif isinstance(descriptor, ScoresDescriptor):
             scores(config, now, descriptor)
-        else:
+        elif isinstance(descriptor, ValuesDescriptor):
             _values(config, now, descriptor)
         now.before = descriptor
         completions.append(now.memory)

@@ -78,10 +78,9 @@ def test_figures_and_predictions():
     rows = load()["attention"]["figures"]
     assert {row["tile"] for row in rows} == {16, 32} and {row["key_bits"] for row in rows} == {8, 16}
     for row in rows:
-        what, length = row["name"].split()
         sizes = next(sizes for sizes in bench_attention.HARDWARE if sizes["tile"] == row["tile"])
         config, shape = replace(CONFIG, **sizes), replace(QWEN, key_bits=row["key_bits"])
-        predicted = {"token": token_cycles, "prompt": prompt_cycles}[what](config, shape, int(length))
+        predicted = {"token": token_cycles, "prompt": prompt_cycles}[row["name"]](config, shape, row["length"])
         assert predicted == row["predicted"], f"python -m sw.bench --only attention --update: {row}"
         assert abs(predicted - row["cycles"]) <= 0.03 * row["cycles"], row
         assert row["linear"] + row["attention"] + row["waiting"] == pytest.approx(row["cycles"], abs=2)

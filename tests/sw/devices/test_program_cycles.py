@@ -95,10 +95,10 @@ def test_prediction_with_attention(device, tmp_path):
         pytest.skip("hardware without attention")
     path, context = write_random(tmp_path, head_size=HEAD, context=2100), 2100
     decoder = ProgramDecoder(OnnxFile(path), device, context=context, key_bits=8, tell=pytest.fail)
+    assert decoder._programs.attention
+    decoder._programs.attention.use()
     for tokens, position in CALLS:
-        decoder.restore(decoder.cache_arrays(), position)
-        batch = decoder._programs.call(tokens, position, Output.BEST)
-        jobs = batch.moving.jobs
+        jobs = decoder._programs.whole(tokens, position, Output.BEST)
         took = np.cumsum([done.cycles for done in device.wait(device.submit(jobs), 600)])
         predicted = program_cycles(device.config, [job.descriptor() for job in jobs])
         lines = [f"{job.name}: {cycles}, {count}" for job, cycles, count in zip(jobs, took, predicted, strict=True)]
