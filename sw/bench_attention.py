@@ -12,7 +12,7 @@ calls are simulated; a call between two of them takes what lies on the line betw
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -162,17 +162,7 @@ class Tokens:
 
     def prompt(self, tokens: int) -> Cost:
         """A whole prompt."""
-        calls = list(prompt_calls(self.config, tokens))
-        step = -(-len(calls) // WHOLE_CALLS)
-        # No call lies on a line to the last one, because this one alone has the head.
-        measured = [index for index in range(len(calls) - 1) if index % step == 0 or index == len(calls) - 2]
-        costs = [self.call(*calls[index]) for index in measured]
-        total = self.call(*calls[-1])
-        for (index, following), (one, other) in zip(pairwise(measured), pairwise(costs), strict=True):
-            for place in range(following - index):
-                part = place / (following - index)
-                total = total.plus(one, 1 - part).plus(other, part)
-        return total.plus(costs[-1]) if costs else total
+        return prompt_cost(self.config, tokens, self.call)
 
 
 class Call(NamedTuple):
@@ -188,6 +178,21 @@ def prompt_calls(config: AcceleratorConfig, tokens: int) -> Iterator[Call]:
     for start in range(0, tokens, config.max_tokens):
         count = min(config.max_tokens, tokens - start)
         yield Call(start, count, start + count == tokens)
+
+
+def prompt_cost(config: AcceleratorConfig, tokens: int, cost: Callable[[int, int, bool], Cost]) -> Cost:
+    """A prompt. cost : of a call, by the fields of :class:`Call`; of some calls alone if there are many."""
+    calls = list(prompt_calls(config, tokens))
+    step = -(-len(calls) // WHOLE_CALLS)
+    # No call lies on a line to the last one, because this one alone has the head.
+    measured = [index for index in range(len(calls) - 1) if index % step == 0 or index == len(calls) - 2]
+    costs = [cost(*calls[index]) for index in measured]
+    total = cost(*calls[-1])
+    for (index, following), (one, other) in zip(pairwise(measured), pairwise(costs), strict=True):
+        for place in range(following - index):
+            part = place / (following - index)
+            total = total.plus(one, 1 - part).plus(other, part)
+    return total.plus(costs[-1]) if costs else total
 
 
 def _row(what: str, tokens: Tokens, length: int, cost: Cost, predicted: int) -> dict:

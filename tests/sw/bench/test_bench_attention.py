@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark of whole tokens and prompts: what it counts, and that its figures and predictions belong together."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +9,7 @@ import pytest
 from hw.spec.config import SCORE_UNIT, AcceleratorConfig
 from hw.spec.timing.decoder import QWEN, prompt_cycles, token_cycles
 from sw import bench_attention
-from sw.bench_attention import BlockDevice, Cost, Tokens, block_of, cost_of, prompt_calls
+from sw.bench_attention import BlockDevice, Cost, block_of, cost_of, prompt_calls, prompt_cost
 from sw.devices.base import Completion
 from sw.devices.reference import ReferenceDevice
 from sw.graph.file import OnnxFile
@@ -49,28 +49,20 @@ def test_blocks(jobs):
     assert numbers[:-2] == sorted(numbers[:-2])
 
 
-@dataclass
-class _Calls:
-    """A decoder whose calls take a number of cycles that a function of the position gives."""
-
-    config: AcceleratorConfig
-    cycles: object
-    measured: list
-
-    def call(self, start, tokens, last):
-        self.measured.append(start)
-        return Cost(linear=5000.0 if last else self.cycles(start), beats=tokens)
-
-
 @pytest.mark.parametrize("tokens", [1, 16, 17, 128, 1000, 1024])
 def test_prompts(tokens):
     """If the cycles of a call grow evenly, a prompt whose calls are not all simulated has the exact sum."""
     calls = list(prompt_calls(CONFIG, tokens))
     assert sum(call.tokens for call in calls) == tokens and [call.last for call in calls].count(True) == 1
-    fake = _Calls(CONFIG, lambda start: 100 + 3 * start, [])
-    total = Tokens.prompt(fake, tokens)
+    measured = []
+
+    def cost(start: int, count: int, last: bool) -> Cost:
+        measured.append(start)
+        return Cost(linear=5000 if last else 100 + 3 * start, beats=count)
+
+    total = prompt_cost(CONFIG, tokens, cost)
     assert total.linear == pytest.approx(sum(5000 if last else 100 + 3 * start for start, _, last in calls))
-    assert len(fake.measured) <= 11 and len(set(fake.measured)) == len(fake.measured)
+    assert len(measured) <= 11 and len(set(measured)) == len(measured)
 
 
 def test_figures_and_predictions():
