@@ -27,6 +27,7 @@ from hw.spec.kv260 import FABRIC_HZ
 from hw.spec.memory.geometry import LayerLayout, ceil_div, fit_layer
 from hw.spec.memory.packing import pack
 from hw.spec.numerics.linear import Weights
+from sw import bench_attention
 from sw.bench_decoder import measure_host, measure_qwen
 from sw.common.command_line import Parser
 from sw.common.errors import UserError, run_cli
@@ -280,6 +281,12 @@ def measure_decoders(status: Console) -> dict:
     return {"host": measure_host(), "qwen": measure_qwen()}
 
 
+def measure_attention(status: Console) -> list[dict]:
+    """Whole tokens and prompts with attention on the device."""
+    status.print("running tokens and prompts with attention on the device ...")
+    return bench_attention.measure_attention()
+
+
 def measure_tools(status: Console) -> dict:
     """Measures the seconds that the tools take."""
     status.print("timing the tools ...")
@@ -292,6 +299,7 @@ PARTS: dict[str, Callable[[Console], Any]] = {
     "tokens": measure_tokens,
     "simulation": measure_simulation,
     "decoders": measure_decoders,
+    "attention": measure_attention,
     "tools": measure_tools,
 }
 """The benchmarks' parts by name, in order."""

@@ -23,6 +23,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "hw.spec.cycles",
         "hw.spec.ops",
         "hw.spec.control",
+        "hw.spec.timing",
         "hw.spec",
         "hw.boards",
         "hw.rtl.common",

@@ -5,6 +5,8 @@ The memory is the simulated one named `ideal`: a fixed latency, then a beat per 
 latencies are in :mod:`hw.spec.latencies`.
 """
 
+from collections.abc import Sequence
+
 from hw.spec.config import FLOAT_BITS, AcceleratorConfig
 from hw.spec.latencies import Latencies
 from hw.spec.memory.access import CHUNK_BYTES, CHUNKS_AHEAD, IDEAL_READ_LATENCY, IDEAL_WRITE_LATENCY, PIECE_FLOATS
@@ -58,33 +60,42 @@ def core_cycles(layer: LayerLayout, tokens: int) -> int:
 
 
 def activation_cycles(config: AcceleratorConfig, tokens: int, slices: int) -> tuple[int, int]:
-    """Cycles from the push to the last row of activations in the unit, and to their last beat on any port.
-
-    Ports take turns, chunk by chunk.
-    """
+    """Cycles from the push to the last row of activations in the unit, and to their last beat on any port."""
     row_beats = config.tile * FLOAT_BITS // config.port_width
     chunk_rows = CHUNK_BYTES * 8 // config.port_width // row_beats
-    left = activation_beats(config, tokens, slices) // row_beats
-    window = CHUNKS_AHEAD * config.ports
-    latencies, pushed = Latencies(config), dispatch_cycles(config)
+    whole, rest = divmod(activation_beats(config, tokens, slices) // row_beats, chunk_rows)
+    return rows_cycles(config, [chunk_rows] * whole + [rest] * (rest > 0), dispatch_cycles(config))
+
+
+def rows_cycles(
+    config: AcceleratorConfig, chunks: Sequence[int], begin: int, ahead: int | None = None
+) -> tuple[int, int]:
+    """When the last row of chunks of activations is in the unit, and their last beat on its port.
+
+    chunks : rows of each. Ports take turns, chunk by chunk. begin : the cycle of the first block. ahead : chunks that
+    are requested at most, if there is another limit than the room on chip
+    """
+    row_beats = config.tile * FLOAT_BITS // config.port_width
+    window = min(CHUNKS_AHEAD * config.ports, ahead or CHUNKS_AHEAD * config.ports)
+    latencies = Latencies(config)
     latency = latencies.activation_fetch + latencies.read + IDEAL_READ_LATENCY
     arrived, merged = [0] * config.ports, []
-    while left:
-        port, rows = len(merged) % config.ports, min(left, chunk_rows)
+    for rows in chunks:
+        port = len(merged) % config.ports
         # A chunk is requested when there is room for it, and comes after the previous one on its port.
-        asked = merged[-window] if len(merged) >= window else pushed
+        asked = merged[-window] if len(merged) >= window else begin
         begins = max(arrived[port], asked + latency)
         arrived[port] = begins + rows * row_beats
         begun = max(merged[-1] if merged else 0, begins + row_beats + latencies.row - 1)
         merged.append(max(begun + rows, arrived[port] + latencies.row))
-        left -= rows
     return merged[-1], max(arrived)
 
 
-def slices_cycles(layer: LayerLayout, tokens: int, ahead: int) -> int:
+def slices_cycles(layer: LayerLayout, tokens: int, ahead: int, writes: bool = True) -> int:
     """Cycles from the array's first slice of a layer to its last one.
 
     ahead : beats that came before the first slice; only as many as the header's ring and the words' FIFO hold count
+    writes : the results go to memory
 
     A slice starts when its last word is there. So if the stream is the slowest, the last slice starts with the last
     beat.
@@ -94,7 +105,7 @@ def slices_cycles(layer: LayerLayout, tokens: int, ahead: int) -> int:
     array, drain = layer.slices * one_slice, tokens * config.tile // config.lanes
     room = layer.header_beats + stream.word_fifo_depth * stream.beats_per_word
     # A single piece is written after its last result, so its writing delays no slice.
-    writing = _tile_write_cycles(config, tokens) if layer.n > PIECE_FLOATS else 0
+    writing = _tile_write_cycles(config, tokens) if writes and layer.n > PIECE_FLOATS else 0
     steady = (layer.out_tiles - 1) * max(layer.header_cycles, array, drain, writing)
     return max(steady + array - one_slice, layer.beats - min(max(0, ahead), room, layer.beats) - 1)
 

@@ -15,6 +15,13 @@ def _of(block: str, name: str = "latency", cycles: int | None = None):
     return field(init=False, metadata=metadata) if cycles is None else field(default=cycles, metadata=metadata)
 
 
+ATTENTION = (
+    *("turnaround", "score_writer", "softmax", "inverse", "value_rows", "chunk_sums"),
+    *("cache_writer", "cache_row", "cache_head", "cache_job"),
+)
+"""Latencies of attention. Hardware without it does not have them."""
+
+
 @dataclass(frozen=True)
 class Latencies:
     """Latencies of one config's hardware. Each field names its block and its property in the block's manifest."""
@@ -58,6 +65,26 @@ class Latencies:
     """Cycles from the last row of activations to the first slice of mantissas."""
     core: int = _of("core")
     """Cycles from the sequencer's decision on the last slice of an output tile to the tile's first result."""
+    turnaround: int = _of("activation_unit", "turnaround")
+    """With attention: cycles in which the unit neither loads nor sends a short layer."""
+    score_writer: int = _of("score_banks", "write_latency")
+    """With attention: cycles from the last score until the scores of a bank are stored."""
+    softmax: int = _of("score_banks", "softmax_latency", cycles=25)
+    """With attention: cycles from the last part of a bank until its probabilities can be read."""
+    inverse: int = _of("score_banks", "inverse_latency", cycles=31)
+    """With attention: cycles from the sum of a row to 1/S."""
+    value_rows: int = _of("value_rows", cycles=3)
+    """With attention: cycles from a word of probabilities to the row of activations."""
+    chunk_sums: int = _of("chunk_sums", "sum_latency", cycles=10)
+    """With attention: cycles from a result to its sum with those of other chunks."""
+    cache_writer: int = _of("cache_writer")
+    """With attention: cycles from a row's last transfer to its first piece."""
+    cache_row: int = _of("cache_writer", "row_gap", cycles=4)
+    """With attention: cycles between the transfers of two rows that are appended."""
+    cache_head: int = _of("cache_writer", "head_gap", cycles=2)
+    """With attention: cycles between the beats of two rows that are appended."""
+    cache_job: int = _of("cache_writer", "job_gap", cycles=7)
+    """With attention: cycles between the beats of two appends."""
 
     def __post_init__(self) -> None:
         tile, sum_bits = self.config.tile, self.config.sum_bits
@@ -67,12 +94,20 @@ class Latencies:
         intake = int(self.config.has_attention)
         # Start, read, the memory's output register, three steps of rounding, the FIFO.
         object.__setattr__(self, "activation_unit", intake + exponent + 1 + 1 + 1 + 3 + 1)
+        object.__setattr__(self, "turnaround", intake + exponent + 1)
+        lane_bits = self.config.vector_lanes.bit_length() - 1
+        # Registers, mask, maximum of the lanes and of the row.
+        object.__setattr__(self, "score_writer", 6 + lane_bits)
+        # The exponent of a head: lanes in pairs, rows, two steps; then the pipeline.
+        object.__setattr__(self, "cache_writer", 18 + lane_bits)
         array, columns, drain = tile + 2, 7, tile + 1
         float_out = 3 + (max(sum_bits - 1, 24) - 1).bit_length()
         # Sequencer, activation buffer, array, columns, drain chain, conversion, FIFO.
         object.__setattr__(self, "core", 1 + 2 + array + columns + drain + float_out + 1)
 
     def figures(self) -> list[tuple[str, str, int]]:
-        """(block, property of its manifest, cycles) of every latency."""
+        """(block, property of its manifest, cycles) of every latency of this hardware."""
         known = [item for item in fields(self) if item.metadata]
+        if not self.config.has_attention:
+            known = [item for item in known if item.name not in ATTENTION]
         return [(item.metadata["block"], item.metadata["property"], getattr(self, item.name)) for item in known]

@@ -122,6 +122,30 @@ def _print_decoders(console: Console, decoders: dict) -> None:
     )
 
 
+def _print_attention(console: Console, rows: list[dict]) -> None:
+    numbers = (
+        *("tile", "key bits", "cycles", "linear layers", "attention", "waiting", "predicted", "/ cycles"),
+        *("tokens/s", "limit of the beats"),
+    )
+    table = _table("Qwen2.5-0.5B's shape with attention on the device", ("what",), numbers)
+    for row in rows:
+        table.add_row(
+            f"{row['name']} {row['length']:,}",
+            *(f"{row[key]:,}" for key in ("tile", "key_bits", "cycles")),
+            *(_percent(row[part] / row["cycles"]) for part in ("linear", "attention", "waiting")),
+            f"{row['predicted']:,}",
+            f"{row['predicted'] / row['cycles']:.4f}",
+            *(f"{row[key]:.1f}" for key in ("tokens_per_second", "limit")),
+        )
+    console.print(table)
+    console.print(
+        "Memory kv260-2400, tokens/s at 250 MHz. token N: it sees N positions; prompt N: N tokens in calls of 16."
+        " Linear layers: what they take if nothing waits; attention: from the last result before it to its own last"
+        " result; waiting: the rest. Predicted: hw.spec.timing, for memory without delays. Limit: one beat in every"
+        " cycle. Of a prompt's equal blocks two and the last one are simulated, and of 64 calls ten.\n"
+    )
+
+
 def _mean(value: float | None, bound: float) -> tuple[str, str]:
     return ("", "") if value is None else (f"{value:,.0f}", f"{value / bound:.4f}")
 
@@ -181,5 +205,6 @@ _PRINT = {
     "tokens": _print_tokens,
     "simulation": _print_simulation,
     "decoders": _print_decoders,
+    "attention": _print_attention,
     "tools": _print_tools,
 }

@@ -10,7 +10,7 @@ from typing import Any
 from sw.common.errors import UserError
 from sw.pages.store import FILE, Sections
 
-KEYS = ("name", "memory", "tile", "m", "k", "n")
+KEYS = ("name", "length", "memory", "tile", "key_bits", "m", "k", "n")
 """Members that identify a row; the others are measured."""
 
 

@@ -90,6 +90,25 @@ def layers(sections: Sections) -> str:
     return markdown_table(head, rows)
 
 
+def attention(sections: Sections) -> str:
+    """Whole tokens and prompts with attention on the device."""
+    head = (
+        *("", "tile", "key bits", "cycles", "linear layers", "attention", "waiting"),
+        *("predicted / cycles", "tokens/s at 250 MHz", "limit of the beats"),
+    )
+    rows = [
+        (
+            f"{row['name']} {row['length']:,}",
+            *(f"{row[key]:,}" for key in ("tile", "key_bits", "cycles")),
+            *(_percent(row[part] / row["cycles"]) for part in ("linear", "attention", "waiting")),
+            f"{row['predicted'] / row['cycles']:.4f}",
+            *(f"{row[key]:.1f}" for key in ("tokens_per_second", "limit")),
+        )
+        for row in sections["attention"]["figures"]
+    ]
+    return markdown_table(head, rows, right=True)
+
+
 def gemm(sections: Sections) -> str:
     """The matrix multiplication of arXiv 2503.16731."""
     head = ("tile", "memory", "cycles", "GFLOPS at 100 MHz", "of the array's peak")
@@ -205,6 +224,7 @@ def levels(sections: Sections) -> str:
 
 
 TABLES: dict[str, Callable[[Sections], str]] = {
+    "attention": attention,
     "demo": demo,
     "gemm": gemm,
     "layers": layers,

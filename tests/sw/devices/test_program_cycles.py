@@ -10,20 +10,27 @@ from hw.spec.control.descriptor import weight_bytes
 from hw.spec.memory.geometry import fit_layer
 from hw.spec.memory.operands import result_pitch
 from hw.spec.ops import Wait
-from hw.spec.program_cycles import program_cycles
+from hw.spec.timing.program import program_cycles
 from sw.devices import Device, make_config
 from sw.devices.jobs import NOWHERE, Epilogue, LinearJob, Rotation, Rows, Second, VectorJob
 from sw.devices.rtl import RtlDevice
+from sw.graph.file import OnnxFile
+from sw.program.lower import Output
+from sw.runtime import ProgramDecoder
+from tests.sw.fixtures.random_decoder import write_random
 
 pytestmark = pytest.mark.simulator
 
 CONFIGS = {
-    "tile4": dict(tile=4, ports=1, max_k=1024, max_tokens=5),
+    "tile4": dict(tile=4, ports=1, max_k=1024, max_tokens=5, score_words=1 << 14),
     "tile8": dict(tile=8, max_k=2048, max_tokens=8),
-    "tile16": dict(tile=16, lanes=2),
+    "tile16": dict(tile=16, lanes=2, score_words=1 << 17),
 }
 HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, HEAD = 192, 512, 1000, 3, 1, 64
 TOLERANCE = 0.05
+ATTENTION_TOLERANCE = 0.03
+CALLS = ((1, 63), (1, 1023), (1, 2047), (5, 0), (5, 500))
+"""Tokens and the first one's position. At 2,048 positions five rows do not fit a bank of tile4."""
 
 
 @pytest.fixture(
@@ -80,6 +87,24 @@ def test_prediction(device):
         assert abs(predicted[-1] - took[-1]) <= TOLERANCE * took[-1], what
         # Also within the program; the start and single short layers are off by more.
         assert (abs(predicted[2:] - took[2:]) <= 2 * TOLERANCE * took[2:]).all(), what
+
+
+def test_prediction_with_attention(device, tmp_path):
+    """A whole call of a decoder: two blocks with appends, scores and values, and the head."""
+    if not device.config.has_attention:
+        pytest.skip("hardware without attention")
+    path, context = write_random(tmp_path, head_size=HEAD, context=2100), 2100
+    decoder = ProgramDecoder(OnnxFile(path), device, context=context, key_bits=8, tell=pytest.fail)
+    assert decoder._programs.attention
+    decoder._programs.attention.use()
+    for tokens, position in CALLS:
+        jobs = decoder._programs.whole(tokens, position, Output.BEST)
+        took = np.cumsum([done.cycles for done in device.wait(device.submit(jobs), 600)])
+        predicted = program_cycles(device.config, [job.descriptor() for job in jobs])
+        lines = [f"{job.name}: {cycles}, {count}" for job, cycles, count in zip(jobs, took, predicted, strict=True)]
+        what = f"M {tokens} at {position}: {took[-1]}, {predicted[-1]}, {predicted[-1] / took[-1]:.4f}"
+        print(what)
+        assert abs(predicted[-1] - took[-1]) <= ATTENTION_TOLERANCE * took[-1], "\n".join([what, *lines])
 
 
 def test_waiting_costs_time(device):

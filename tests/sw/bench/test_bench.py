@@ -16,7 +16,9 @@ from sw.common.errors import UserError
 from sw.pages.regressions import compare
 from sw.pages.store import load, save
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
+ROWS = ("layers", "gemm", "tokens", "attention")
+"""Sections that are lists of rows."""
 ROW = {"name": "qkv", "memory": "ideal", "tile": 16, "m": 1, "k": 896, "n": 1152, "cycles": 100, "cycles_in_a_row": 9.5}
 
 
@@ -36,7 +38,7 @@ def test_cycles_of_layers():
 @pytest.mark.timeout(7200)
 def test_cycles_of_everything():
     """All simulated cycles of README's tables, whole tokens and the whole runtime included."""
-    command = [sys.executable, "-m", "sw.bench", "--check", "--only", "layers,gemm,tokens,decoders"]
+    command = [sys.executable, "-m", "sw.bench", "--check", "--only", "layers,gemm,tokens,decoders,attention"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=7000, check=False)
     assert done.returncode == 0, done.stderr
     assert "better:" not in done.stderr, done.stderr
@@ -56,10 +58,10 @@ def test_compare():
 def test_compare_knows_every_count_of_the_file():
     """Counts are those of layers alone and in a row, tokens, the GEMM and the whole runtime; seconds are not counts."""
     sections = load()
-    report = {name: json.loads(json.dumps(sections[name]["figures"])) for name in ("layers", "gemm", "tokens")}
+    report = {name: json.loads(json.dumps(sections[name]["figures"])) for name in ROWS}
     report["decoders"] = json.loads(json.dumps(sections["decoders"]["figures"]))
     assert compare(sections, report) == ([], [])
-    for rows in (report["layers"], report["gemm"], report["tokens"]):
+    for rows in (report[name] for name in ROWS):
         for row in rows:
             row["cycles"] += 1
             row["cycles_per_cpu_second"] = 1e9
@@ -67,7 +69,7 @@ def test_compare_knows_every_count_of_the_file():
     report["decoders"]["host"][0]["host"] = 1e9
     worse, better = compare(sections, report)
     assert better == []
-    assert len(worse) == len(report["layers"]) + len(report["gemm"]) + len(report["tokens"]) + 1
+    assert len(worse) == sum(len(report[name]) for name in ROWS) + 1
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rows: list[dict], *options: str) -> int:
