@@ -79,7 +79,7 @@ class Latencies:
     """With attention: cycles from a result to its sum with those of other chunks."""
     cache_writer: int = _of("cache_writer")
     """With attention: cycles from a row's last transfer to its first piece."""
-    cache_row: int = _of("cache_writer", "row_gap", cycles=4)
+    cache_row: int = _of("cache_writer", "row_gap")
     """With attention: cycles between the transfers of two rows that are appended."""
     cache_head: int = _of("cache_writer", "head_gap", cycles=2)
     """With attention: cycles between the beats of two rows that are appended."""
@@ -98,8 +98,10 @@ class Latencies:
         lane_bits = self.config.vector_lanes.bit_length() - 1
         # Registers, mask, maximum of the lanes and of the row.
         object.__setattr__(self, "score_writer", 6 + lane_bits)
-        # The exponent of a head: lanes in pairs, rows, two steps; then the pipeline.
-        object.__setattr__(self, "cache_writer", 18 + lane_bits)
+        # The exponent of a head: lanes in pairs, rows, three steps; then the pipeline. Two heads are on chip.
+        head = lane_bits + 4
+        object.__setattr__(self, "cache_writer", head + 15)
+        object.__setattr__(self, "cache_row", head // 2 + 2)
         array, columns, drain = tile + 2, 7, tile + 1
         float_out = 3 + (max(sum_bits - 1, 24) - 1).bit_length()
         # Sequencer, activation buffer, array, columns, drain chain, conversion, FIFO.
