@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from hw.spec.config import SCORE_UNIT, AcceleratorConfig
-from hw.spec.timing.decoder import QWEN, prompt_cycles, token_cycles
+from hw.spec.timing.decoder import QWEN, call_cycles, prompt_cycles, token_cycles
 from sw import bench_attention
-from sw.bench_attention import BlockDevice, Cost, block_of, cost_of, prompt_calls, prompt_cost
+from sw.bench_attention import BlockDevice, Cost, Tokens, block_of, cost_of, prompt_calls, prompt_cost
 from sw.devices.base import Completion
 from sw.devices.reference import ReferenceDevice
 from sw.graph.file import OnnxFile
@@ -76,6 +76,21 @@ def test_figures_and_predictions():
         assert predicted == row["predicted"], f"python -m sw.bench --only attention --update: {row}"
         assert abs(predicted - row["cycles"]) <= 0.03 * row["cycles"], row
         assert row["linear"] + row["attention"] + row["waiting"] == pytest.approx(row["cycles"], abs=2)
+
+
+@pytest.mark.simulator
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("sizes", bench_attention.HARDWARE, ids=str)
+def test_prediction(sizes):
+    """In memory without delays the prediction of a token and of a call of a prompt is within 1 %."""
+    with Tokens(sizes, 1024, QWEN.key_bits, memory="ideal") as tokens:
+        config = tokens.config
+        pairs = [(tokens.token(context).cycles, token_cycles(config, QWEN, context)) for context in (64, 1024)]
+        pairs += [(tokens.call(at, 16, False).cycles, call_cycles(config, QWEN, 16, at, False)) for at in (0, 1008)]
+    print(pairs)
+    for cycles, predicted in pairs:
+        assert abs(predicted - cycles) <= 0.01 * cycles, pairs
 
 
 def test_blocks_that_are_left_out(jobs, tmp_path: Path):
