@@ -82,7 +82,7 @@ def decoder_config(model: GgufFile) -> DecoderConfig:
         problem = f"vocab_size is {model.integer(f'{family}.vocab_size')}, and the tokenizer has {tokens} tokens"
         raise UserError(f"{model.path}: {problem}")
     rotary = model.integer(f"{family}.rope.dimension_count", head_size)
-    if rotary != head_size and (family != "phi3" or rotary > head_size):
+    if rotary != head_size and (family != "phi3" or not 0 < rotary < head_size):
         raise UserError(f"{model.path}: rotary embedding over {rotary} of {head_size} elements is not supported")
     shape = DecoderConfig(
         hidden_size=hidden,

@@ -77,6 +77,7 @@ REFUSED = {
     "multiplier": ("granite", {"residual_multiplier": 0}, "residual_multiplier is a positive number, not 0"),
     "part": ("phi3", {"partial_rotary_factor": 0.8}, "a rotation of 25 elements of a head is no multiple of 16"),
     "large part": ("phi3", {"partial_rotary_factor": 2.0}, "partial_rotary_factor is at most 1"),
+    "no part": ("phi3", {"partial_rotary_factor": 0.01}, "one element of a head at least, not 0.01"),
     "other part": ("granite", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 1, not 0.5"),
     "no factors": ("phi3", {"rope_scaling": {"type": "longrope"}}, "short_factor is a list of numbers, not null"),
     "factors": ("phi4", {"rope_scaling": {"type": "su", "short_factor": [1.0]}}, "the table of rotary factors is [1]"),
@@ -129,6 +130,7 @@ REFUSED_GGUF = {
     "pattern": ("gemma3", {"attention__sliding_window_pattern": [True]}, "has 1 values, and the model 4 layers"),
     "context": ("phi4", {"rope__scaling__original_context_length": 1}, "original_context_length is 1, not above 1"),
     "rotation": ("qwen3", {"rope__dimension_count": 16}, "rotary embedding over 16 of 32 elements is not supported"),
+    "no part": ("phi4", {"rope__dimension_count": 0}, "rotary embedding over 0 of 32 elements is not supported"),
     "window": ("qwen3", {"attention__sliding_window": 5}, "qwen3.attention.sliding_window = 5 is not supported"),
 }
 
