@@ -6,7 +6,7 @@ from pathlib import Path
 from sw.model.families import FAMILIES, of_architecture, table
 from tests.sw.fixtures.families.models import CONFIGS
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "models.md"
 
 
 def test_table():
@@ -16,6 +16,6 @@ def test_table():
 
 
 def test_every_family_has_a_model():
-    """test_families.py and test_quantize_families.py check what the table says with these models."""
+    """The other tests beside this one check what the table says with these models."""
     assert {config["model_type"] for config in CONFIGS.values()} == FAMILIES.keys()
     assert of_architecture("llama")[0] == "llama"
