@@ -3,7 +3,7 @@
 
     python -m sw.awq_export SRC_DIR --out DIR [--lm-head int8|float]
 
-SRC_DIR holds an AutoAWQ GEMM, GPTQ or compressed-tensors checkpoint of the Llama or Qwen2 family. sw.export.huggingface
+SRC_DIR holds an AutoAWQ GEMM, GPTQ or compressed-tensors checkpoint. sw.export.huggingface
 lists the files that are written into DIR.
 """
 

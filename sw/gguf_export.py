@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m sw.gguf_export``: a GGUF model (Llama or Qwen2 family) as a decoder ONNX graph.
+"""``python -m sw.gguf_export``: a GGUF model as a decoder ONNX graph.
 
     python -m sw.gguf_export SRC.gguf --out DIR [--lm-head int8|float]
 

@@ -23,7 +23,8 @@ from pathlib import Path
 from sw.awq.quantizer import FLOAT, METHODS, Result, Texts, quantize
 from sw.awq.rounding import ZERO_POINTS, Form
 from sw.awq.sizes import Sizes, compare
-from sw.checkpoints.autoawq_writer import write_autoawq_folder
+from sw.checkpoints.autoawq_writer import check_family, write_autoawq_folder
+from sw.checkpoints.settings import read_settings
 from sw.common.atomic import atomic_directory
 from sw.common.command_line import Parser, check_positive
 from sw.common.errors import UserError, run_cli
@@ -129,6 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         scratch = Path(work)
         model = float_model(options.source, scratch / "float", _counter(status, "exporting layer {done} of {total}"))
+        if options.format == "autoawq" and (config := model.with_name("config.json")).is_file():
+            check_family(read_settings(config))
         folder = open_text(model)
         texts = _texts(options, folder, sources, model)
         result = quantize(

@@ -21,7 +21,7 @@ from sw.checkpoints.autoawq_folder import write_config, write_text_files
 from sw.checkpoints.huggingface import decoder_config, family_of, text_settings
 from sw.checkpoints.integer_tables import float_table, write_scales
 from sw.checkpoints.safetensors_file import NewTensor, write_safetensors
-from sw.checkpoints.settings import read_settings
+from sw.checkpoints.settings import Settings, read_settings
 from sw.common.atomic import atomic_directory
 from sw.common.errors import UserError, one_line
 from sw.common.status_line import Progress
@@ -41,6 +41,15 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", f"{HEAD_MODULE}.weight"
 HEAD_BITS = 8
 ROTARY_TOLERANCE = 0.05
 """Tolerance of cosines and sines: tables made in float32 differ by 0.01 at the end of a long context."""
+
+
+def check_family(settings: Settings) -> None:
+    """Raises UserError for families that cannot be written. settings: config.json beside the ONNX model."""
+    name, family = family_of(settings)
+    if not family.autoawq:
+        families = " and ".join(name for name, family in FAMILIES.items() if family.autoawq)
+        problem = f"AutoAWQ folders are written for {families} alone, not for {name}; the ONNX format holds it"
+        raise UserError(f"{settings.path.parent}: {problem}")
 
 
 def write_autoawq_folder(model: Path, out: Path, progress: Progress | None = None) -> None:
@@ -93,11 +102,8 @@ class _Decoder:
     def __init__(self, path: Path):
         self.folder = path.parent
         self.settings = read_settings(self.folder / "config.json", required=True)
+        check_family(self.settings)
         self.config = decoder_config(self.settings)
-        if not family_of(self.settings)[1].autoawq:
-            families = " and ".join(name for name, family in FAMILIES.items() if family.autoawq)
-            problem = f"model_type {self.settings.get('model_type')} has no AutoAWQ folder, only {families}"
-            raise UserError(f"{self.settings.path}: {problem}")
         # Raises UserError here, because a reader of the folder needs these settings.
         text_settings(self.folder, self.settings)
         self.file = find_linears(path).file

@@ -42,10 +42,11 @@ def scaled(config: Settings, shape: DecoderConfig) -> DecoderConfig:
     """The decoder with the scaling of the rotary embedding in config.json. shape: without a scaling."""
     kind, settings = rotary_of(config)
     part = settings.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
-    if part > 1:
-        raise settings.wrong("partial_rotary_factor", "at most 1")
+    size = int(shape.head_size * part)
+    if not 0 < size <= shape.head_size:
+        raise settings.wrong("partial_rotary_factor", "at most 1, and one element of a head at least", part)
     if part != 1:
-        shape = replace(shape, rotary_size=int(shape.head_size * part))
+        shape = replace(shape, rotary_size=size)
     if kind == "linear":
         factor = np.float32(settings.number("factor"))
         return replace(shape, rope_factors=np.full(shape.rotated // 2, factor, np.float32))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Any model as a float ONNX decoder graph, which the quantizer calibrates on and rewrites.
 
-A GGUF file of any block format, and a Hugging Face folder with float weights (safetensors; Llama and Qwen2 families),
+A GGUF file of any block format, and a Hugging Face folder with float weights (safetensors),
 become our own exporter's graph with FusedMatMul layers in float32, with its text files beside it. A tied head
 multiplies with the embedding's table, which is stored once. A float ONNX export of any tool needs no conversion.
 """

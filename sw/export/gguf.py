@@ -9,6 +9,7 @@ others); any other becomes float16 if this is exact, else float32.
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -81,7 +82,7 @@ def decoder_config(model: GgufFile) -> DecoderConfig:
         problem = f"vocab_size is {model.integer(f'{family}.vocab_size')}, and the tokenizer has {tokens} tokens"
         raise UserError(f"{model.path}: {problem}")
     rotary = model.integer(f"{family}.rope.dimension_count", head_size)
-    if rotary != head_size and (family != "phi3" or rotary > head_size):
+    if rotary != head_size and (family != "phi3" or not 0 < rotary < head_size):
         raise UserError(f"{model.path}: rotary embedding over {rotary} of {head_size} elements is not supported")
     shape = DecoderConfig(
         hidden_size=hidden,
@@ -159,8 +160,11 @@ def _layers(model: GgufFile, config: DecoderConfig) -> Iterator[DecoderLayer]:
             layer = layer.with_rows(rows.reshape(-1))
         return layer
 
-    def projections(block: str) -> dict[str, Linear]:
-        found = {"o_proj": model.linear(f"{block}.attn_output"), "down_proj": model.linear(f"{block}.ffn_down")}
+    def projections(block: str) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "o_proj": model.linear(f"{block}.attn_output"),
+            "down_proj": model.linear(f"{block}.ffn_down"),
+        }
         if family.fused:
             shapes = config.projection_shapes()
             for parts, name in FUSED.items():
@@ -176,7 +180,7 @@ def _layers(model: GgufFile, config: DecoderConfig) -> Iterator[DecoderLayer]:
 
     for i in range(config.layer_count):
         block = f"blk.{i}"
-        norms = {
+        norms: dict[str, Any] = {
             name: model.float_tensor(f"{block}.{tensor}.weight") for name, tensor in norm_tensors(architecture).items()
         }
         yield DecoderLayer(**norms, **projections(block))

@@ -9,6 +9,7 @@ folder (see sw.checkpoints.integer_tables), it gets them.
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ from sw.export.folder import EXPORTER_VERSION, write_folder
 from sw.export.hub import repository
 from sw.model.decoder import PROJECTIONS, DecoderConfig, DecoderLayer, split_rows
 from sw.model.families import ATTENTION_BIAS, FAMILIES, MLP_BIAS
-from sw.model.lm_head import Linear, Table
+from sw.model.lm_head import Table
 from sw.model.source import DecoderSource
 
 FUSED = {("q_proj", "k_proj", "v_proj"): "self_attn.qkv_proj", ("gate_proj", "up_proj"): "mlp.gate_up_proj"}
@@ -149,10 +150,8 @@ def _layers(
         # The norms of heads are those of Qwen3 and Gemma 3, which always have them.
         if name in HEAD_NORMS:
             found |= {f"{kind}_norm": f"{layer}.self_attn.{kind}_norm.weight" for kind in "qk"}
-        yield DecoderLayer(
-            **{field: _norm(checkpoint, tensor, name) for field, tensor in found.items()},
-            **_projections(checkpoint, layer, config, form, FAMILIES[name].fused),
-        )
+        fields: dict[str, Any] = {field: _norm(checkpoint, tensor, name) for field, tensor in found.items()}
+        yield DecoderLayer(**fields, **_projections(checkpoint, layer, config, form, FAMILIES[name].fused))
 
 
 def _norm(checkpoint: Checkpoint, tensor: str, name: str) -> np.ndarray:
@@ -163,10 +162,10 @@ def _norm(checkpoint: Checkpoint, tensor: str, name: str) -> np.ndarray:
 
 def _projections(
     checkpoint: Checkpoint, layer: str, config: DecoderConfig, form: LayerFormat | None, fused: bool
-) -> dict[str, Linear]:
+) -> dict[str, Any]:
     if not fused:
         return {field: read_linear(checkpoint, f"{layer}.{module}", form) for field, module in PROJECTIONS.items()}
-    found = {}
+    found: dict[str, Any] = {}
     for field in ("o_proj", "down_proj"):
         found[field] = read_linear(checkpoint, f"{layer}.{PROJECTIONS[field]}", form)
     shapes = config.projection_shapes()

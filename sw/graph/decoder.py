@@ -82,7 +82,8 @@ class _DecoderGraph:
         ids = w.input(TOKEN_IDS, TensorProto.INT64, ["batch_size", "sequence_length"])
         mask = w.input("attention_mask", TensorProto.INT64, ["batch_size", "total_sequence_length"])
         w.output(LOGITS, TensorProto.FLOAT, ["batch_size", "sequence_length", self.config.vocab_size])
-        for name in sorted({self.config.rotation(index) for index in range(self.config.layer_count)} - {None}):
+        rotations = [self.config.rotation(index) for index in range(self.config.layer_count)]
+        for name in sorted({rotation for rotation in rotations if rotation is not None}):
             for kind, table in zip(("cos", "sin"), self.config.rotary_cache(name)):
                 w.tensor(f"{name}{kind}_cache", table)
         one = w.tensor("one", np.array([1], np.int64))

@@ -8,7 +8,7 @@ DequantizeLinear (4 or 8 bits) -> [Cast, Transpose ->] MatMul or Gemm: see sw.gr
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import onnx
@@ -172,8 +172,14 @@ def read_norm(file: OnnxFile, norm: Norm) -> np.ndarray:
 
 def read_layer(file: OnnxFile, block: Block) -> DecoderLayer:
     """The weights of a matched block, as a checkpoint's DecoderSource has them. Raises UserError as `read_linear`."""
+    projections: dict[str, Any] = {name: read_linear(file, getattr(block, name)) for name in PROJECTIONS}
+    heads: dict[str, Any] = {
+        name: None if norm is None else file.constant(norm.weight, name).astype(np.float32)
+        for name, norm in (("q_norm", block.q_norm), ("k_norm", block.k_norm))
+    }
     return DecoderLayer(
         input_norm=read_norm(file, block.input_norm),
         post_attention_norm=read_norm(file, block.post_attention_norm),
-        **{name: read_linear(file, getattr(block, name)) for name in PROJECTIONS},
+        **projections,
+        **heads,
     )

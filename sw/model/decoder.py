@@ -98,12 +98,11 @@ class DecoderConfig(DecoderShape):
             raise UserError(f"{self.head_count} heads are not a multiple of {self.kv_head_count} key-value heads")
         if self.head_size > MAX_HEAD_SIZE:
             raise UserError(f"head size {self.head_size} is above {MAX_HEAD_SIZE}")
-        if self.rotated % 2 or self.head_size % 2:
-            size = self.head_size if self.head_size % 2 else self.rotated
-            raise UserError(f"head size {size} is odd: rotary embedding needs pairs")
         if self.rotary_size % ROTARY_UNIT:
             problem = f"a rotation of {self.rotary_size} elements of a head is no multiple of {ROTARY_UNIT}"
             raise UserError(f"{problem}, which onnxruntime's GroupQueryAttention needs")
+        if self.head_size % 2:
+            raise UserError(f"head size {self.head_size} is odd: rotary embedding needs pairs")
         if self.rope_factors is not None:
             expect_shape("the table of rotary factors", self.rope_factors.shape, (self.rotated // 2,))
             if not (self.rope_factors > 0).all():

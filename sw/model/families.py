@@ -86,4 +86,18 @@ def of_architecture(architecture: str) -> tuple[str, Family]:
     raise KeyError(architecture)
 
 
+def table() -> list[str]:
+    """The families as the lines of a table in Markdown, which docs/models.md has."""
+    lines = [
+        "| model_type | models | GGUF architecture | checkpoints, packed or float, and GGUF | hybrid | whole token | "
+        "`sw.quantize` | AutoAWQ folder |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, family in FAMILIES.items():
+        whole = "no" if family.hybrid_because else "yes"
+        awq = "yes" if family.autoawq else "no"
+        lines.append(f"| `{name}` | {family.models} | `{family.architecture}` | yes | yes | {whole} | yes | {awq} |")
+    return lines
+
+
 ARCHITECTURES = tuple(dict.fromkeys(family.architecture for family in FAMILIES.values()))

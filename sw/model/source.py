@@ -32,9 +32,9 @@ class TextSettings:
 class DecoderSource(TextSettings):
     """A decoder as read from a checkpoint, with its text settings; see write_decoder for the weights.
 
-    family: llama or qwen2. tied: the head has the embedding's weights (`head` may still be given, in another number
-    format). rope_scaling: Hugging Face's description of config's rope_factors, if there is one. warnings: messages to
-    show whenever the model is used, one line each.
+    family: its model_type in sw.model.families. tied: the head has the embedding's weights (`head` may still be given,
+    in another number format). rope_scaling: Hugging Face's description of config's rope_factors, if there is one.
+    warnings: messages to show whenever the model is used, one line each.
     """
 
     name: str

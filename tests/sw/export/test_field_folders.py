@@ -194,7 +194,7 @@ def test_every_config_key_is_known():
     """Every key of transformers' LlamaConfig and Qwen2Config (4.57) is read here, fixed, or harmless; so are the keys
     of other families.
     """
-    sources = "".join(Path(module.__file__).read_text() for module in (families, rotary))
+    sources = "".join(Path(str(module.__file__)).read_text() for module in (families, rotary))
     for family, names in OWN_KEYS.items():
         fixed = FIXED | families.FIXED_OF.get(family, {})
         assert all(f'"{name}"' in sources or name in fixed or name in HARMLESS for name in names), family

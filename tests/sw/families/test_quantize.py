@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 
 from sw import quantize as sw_quantize
+from sw.common.errors import UserError
 from sw.export.floats import float_model
 from sw.graph.file import OnnxFile
 from sw.graph.linears import find_linears
@@ -54,3 +55,12 @@ def test_family(name, tmp_path, capsys):
             check_decoder(file, decoder, 64)
     else:
         assert isinstance(decoder, Decoder) and not isinstance(check_decoder(file, decoder, 64), Mismatch)
+
+
+def test_no_autoawq_folder(tmp_path):
+    """One line, before anything is quantized."""
+    write_family(tmp_path / "in", "qwen3")
+    options = [str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--format", "autoawq"]
+    with pytest.raises(UserError, match="AutoAWQ folders are written for llama and qwen2 alone, not for qwen3"):
+        sw_quantize.main(options)
+    assert [item.name for item in tmp_path.iterdir()] == ["in"]
