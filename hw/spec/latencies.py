@@ -98,8 +98,8 @@ class Latencies:
         lane_bits = self.config.vector_lanes.bit_length() - 1
         # Registers, mask, maximum of the lanes and of the row.
         object.__setattr__(self, "score_writer", 6 + lane_bits)
-        # The exponent of a head: lanes in pairs, rows, three steps; then the pipeline. Two heads are on chip.
-        head = lane_bits + 4
+        # The exponent of a head: lanes in pairs, rows, two steps; then the pipeline. Two heads are on chip.
+        head = lane_bits + 3
         object.__setattr__(self, "cache_writer", head + 15)
         object.__setattr__(self, "cache_row", head // 2 + 2)
         array, columns, drain = tile + 2, 7, tile + 1

@@ -124,9 +124,9 @@ class ValueRows(Block):
         with m.If(chunk_end):
             m.d.sync += current.eq(current + 1)
         # The rows of a chunk become free one by one.
-        more, ended = Signal(range(self._CHUNKS * rows + 1)), Signal()
+        more = Signal(range(self._CHUNKS * rows + 1))
         m.d.comb += free.add.eq(more != 0)
-        m.d.sync += [ended.eq(chunk_end), more.eq(more + Mux(ended, rows, 0) - (more != 0))]
+        m.d.sync += more.eq(more + Mux(chunk_end, rows, 0) - (more != 0))
         return read.data.word_select(part[:part_bits], self.floats * EXPONENT_BITS)
 
     def _walk(

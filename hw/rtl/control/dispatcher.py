@@ -296,9 +296,8 @@ class Dispatcher(Block):
             # Many descriptors have no weights, so the cursors are often apart while those of a running layer are read.
             m.submodules.ahead = layers = Credits(TABLE_DEPTH)
             (regions,) = (share for share in weights.shares if share.name == "regions")
-            # Late, so that no path ends here: a cursor makes its step two cycles after its last share.
-            m.d.sync += layers.add.eq(weights.regions.valid & weights.regions.ready)
             m.d.comb += [
+                layers.add.eq(weights.regions.valid & weights.regions.ready),
                 layers.take.eq(activations.step & regions.wanted(activations.work)),
                 self.early.eq(layers.enough),
             ]
