@@ -112,6 +112,11 @@ class LayerCommand:
             reuse=int(reuse),
         )
 
+    def fields(self, config: AcceleratorConfig) -> dict[str, int]:
+        """The fields that hardware of this config has."""
+        values = asdict(self)
+        return {name: values[name] for name in command_fields(config)}
+
     def to_int(self, config: AcceleratorConfig) -> int:
         """The command as a number, for the core's command port."""
         values, position, word = asdict(self), 0, 0

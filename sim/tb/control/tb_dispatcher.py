@@ -48,7 +48,7 @@ class _Work(NamedTuple):
         """The expected share of a unit, or None if it gets nothing."""
         command = self.command
         if unit == "core":
-            return command.__dict__
+            return command.fields(config())
         if unit == "unit":
             return {"command": command.to_int(config()), "address": self.activations}
         if unit == "blocks":

@@ -2,7 +2,7 @@
 """The activation unit: from float32 values, the mantissas and exponents of the numpy definition, bit for bit."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import cocotb
 import numpy as np
@@ -51,7 +51,7 @@ class _Layer:
         return is_short(config(), len(self.x), self.layout.slices)
 
     def command(self, reuse: bool = False) -> list[int]:
-        fields = asdict(LayerCommand.from_layer(self.layout, len(self.x), reuse=reuse))
+        fields = LayerCommand.from_layer(self.layout, len(self.x), reuse=reuse).fields(config())
         if ATTENTION:
             fields |= dict(planes=self.planes, values=int(self.values), short=int(self.short))
         return payload("command").pack(**fields)
