@@ -162,7 +162,7 @@ def _merge(ranges: Iterable[tuple[int, int]], near: int) -> list[tuple[int, int]
     """(start, end) of ranges (start, bytes): whole cache lines, ascending; ranges at most `near` apart are joined."""
     merged: list[tuple[int, int]] = []
     for start, size in sorted(set(ranges)):
-        end = -(-(start + size) // LINE) * LINE
+        start, end = start // LINE * LINE, -(-(start + size) // LINE) * LINE
         if merged and start - merged[-1][1] <= near:
             merged[-1] = merged[-1][0], max(end, merged[-1][1])
         else:
