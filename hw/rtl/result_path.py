@@ -16,7 +16,7 @@ from hw.rtl.common.float32 import FLOAT
 from hw.rtl.common.results import output_payload, result_payload
 from hw.rtl.memory.axi import ADDRESS_BITS, owed_layout, write_signature
 from hw.rtl.memory.burst_cutter import burst_layout
-from hw.rtl.memory.completion import Completion, expected_layout
+from hw.rtl.memory.completion import Completion, expected_layout, expected_outputs
 from hw.rtl.memory.gatherer import Gatherer, gather_layout
 from hw.rtl.memory.operand_fetch import OperandFetch, operand_layout
 from hw.rtl.memory.progress import Progress
@@ -88,7 +88,7 @@ class ResultPath(Block):
             operands = len(Operand)
             members |= {
                 "epilogue": In(stream.Signature(epilogue_layout(config))),
-                "expected": In(stream.Signature(expected_layout(self.clients + config.has_attention))),
+                "expected": In(stream.Signature(expected_layout(expected_outputs(config)))),
                 "pieces": Out(range(MAX_PIECES + 1)).array(self.clients),
                 "whole": Out(self.clients),
                 "operands": In(stream.Signature(operand_layout(config.max_tokens))).array(operands),
@@ -167,7 +167,7 @@ class ResultPath(Block):
             watch=[epilogue.available, *([epilogue.inverted] if config.has_attention else [])],
             pipeline=(epilogue.works, epilogue.settling),
         )
-        m.submodules.completion = completion = Completion(self.clients + config.has_attention, EXPECTED)
+        m.submodules.completion = completion = Completion(expected_outputs(config), EXPECTED)
         m.submodules.progress = progress = Progress(self.clients)
         if config.has_attention:
             self._attention(m, writer, epilogue, platform)

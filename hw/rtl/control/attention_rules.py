@@ -99,14 +99,17 @@ def attention_comparisons(
     def no_head(v: Mapping[str, Value]) -> Value:
         return v["out_features"][:_BLOCK_BITS].any()
 
-    def pitch_short(v: Mapping[str, Value], name: str, row: str) -> Value:
-        return v["several"] & (v[row] > units(v[name]))
+    def rows_overlap(v: Mapping[str, Value], row: str) -> Value:
+        return v["several"] & (v[row] > units(v["activation_pitch"]))
+
+    def bank_too_small(v: Mapping[str, Value]) -> Value:
+        return v["bank_units"] > config.score_words // SCORE_UNIT
 
     append: tuple[Comparison, ...] = (
         no_head,
         lambda v: Mux(v["keys"], keys_wrong(v), v["planes"] != value_planes(config)),
         lambda v: v["slot"] >= v["slots"],
-        lambda v: pitch_short(v, "activation_pitch", "operand_units"),
+        lambda v: rows_overlap(v, "operand_units"),
         lambda v: v["add"] & ~v["keys"],
     )
     scores: tuple[Comparison, ...] = (
@@ -119,14 +122,14 @@ def attention_comparisons(
         lambda v: v["turn"] > v["slots"],
         lambda v: v["out_features"] > v["slots"],
         lambda v: (v["window"] == 0) & (v["out_features"] > v["turn"]),
-        lambda v: v["several"] & (v["head_groups"] > units(v["activation_pitch"])),
-        lambda v: v["bank_units"] > config.score_words // SCORE_UNIT,
+        lambda v: rows_overlap(v, "head_groups"),
+        bank_too_small,
         lambda v: v["bank_holds"],
     )
     values: tuple[Comparison, ...] = (
         no_head,
         lambda v: v["positions"] > v["slots"],
-        lambda v: v["bank_units"] > config.score_words // SCORE_UNIT,
+        bank_too_small,
         lambda v: ~v["bank_holds"] | v["bank_differs"],
     )
     return {Opcode.APPEND: append, Opcode.SCORES: scores, Opcode.VALUES: values}

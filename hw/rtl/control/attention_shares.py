@@ -17,9 +17,7 @@ from hw.rtl.control.descriptor_check import ATTENTION_FIELDS
 from hw.rtl.control.share import JOBS_AHEAD, Share, Side
 from hw.rtl.core.activation_unit import unit_command_layout
 from hw.rtl.memory.axi import ADDRESS_BITS
-from hw.rtl.memory.completion import expected_layout
 from hw.rtl.memory.row_blocks import rows_layout
-from hw.rtl.memory.write_manager import write_clients
 from hw.rtl.vector.layouts import Target
 from hw.spec.config import AcceleratorConfig
 from hw.spec.control.program import LENGTH_BITS
@@ -125,12 +123,7 @@ def _expected(config: AcceleratorConfig, share: Share) -> Share:
         outputs = Cat(writes_results(work), work.second | work.pieces, work.append, work.scores)
         return {"outputs": outputs, "interrupt": work.interrupt}
 
-    return replace(share, layout=expected_layout(expected_outputs(config)), fields=fields)
-
-
-def expected_outputs(config: AcceleratorConfig) -> int:
-    """Outputs that complete a descriptor: those of the write manager's clients, and scores on chip."""
-    return write_clients(config) + config.has_attention
+    return replace(share, fields=fields)
 
 
 def _source(config: AcceleratorConfig, share: Share) -> Share:

@@ -19,11 +19,10 @@ from hw.rtl.control.descriptor_check import epilogue_fields, work_layout
 from hw.rtl.control.share import JOBS_AHEAD, Share, Side
 from hw.rtl.memory.activation_fetch import fetch_layout
 from hw.rtl.memory.axi import ADDRESS_BITS
-from hw.rtl.memory.completion import expected_layout
+from hw.rtl.memory.completion import expected_layout, expected_outputs
 from hw.rtl.memory.gatherer import gather_layout
 from hw.rtl.memory.operand_fetch import operand_layout
 from hw.rtl.memory.weight_fetch import weights_layout
-from hw.rtl.memory.write_manager import write_clients
 from hw.rtl.vector.layouts import epilogue_layout
 from hw.spec.config import AcceleratorConfig
 from hw.spec.control.program import LENGTH_BITS
@@ -162,7 +161,7 @@ def _vector_shares(config: AcceleratorConfig) -> tuple[Share, ...]:
         Share(
             "expected",
             Side.ACTIVATIONS,
-            expected_layout(write_clients(config)),
+            expected_layout(expected_outputs(config)),
             lambda work: {"outputs": Cat(~work.quiet, second(work)), "interrupt": work.interrupt},
         ),
         operand("source", "activations", "source_pitch", "out_features", "vector"),

@@ -7,6 +7,13 @@ from amaranth.lib.wiring import In, Out
 
 from hw.rtl.common.block import Block
 from hw.rtl.common.fifo import Counter, StreamFifo
+from hw.rtl.memory.write_manager import write_clients
+from hw.spec.config import AcceleratorConfig
+
+
+def expected_outputs(config: AcceleratorConfig) -> int:
+    """Outputs that complete a descriptor: one for each client of the write manager, then scores that stay on chip."""
+    return write_clients(config) + config.has_attention
 
 
 def expected_layout(clients: int) -> data.StructLayout:

@@ -337,8 +337,7 @@ class ValueCache(CacheStream):
         layer, (whole, rest) = self.layer, divmod(positions, CHUNK)
         beats = whole * layer.tile_beats
         if rest:
-            part = LayerLayout(self.config, ceil_div(rest, self.group) * self.group * self.planes, 1, self.group)
-            beats += layer.header_beats + part.body_words * layer.stream.beats_per_word
+            beats += layer.header_beats + ceil_div(rest, self.group) * group_beats(self.config)
         return beats * self.column_tiles
 
     @property

@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from hw.spec.config import SCORE_UNIT
 from hw.spec.control.registers import CACHE_UNIT
 from hw.spec.memory.kv_cache import KeyCache, ValueCache
 from hw.spec.memory.operands import WEIGHT_ALIGNMENT, result_pitch
 from hw.spec.ops import Wait
 from hw.spec.ops.append import AppendDescriptor
 from hw.spec.ops.epilogue import float_bits
-from hw.spec.ops.scores import ScoresDescriptor, bank_words
+from hw.spec.ops.scores import ScoresDescriptor
 from hw.spec.ops.values import ValuesDescriptor
 from sim.bench.accelerator_driver import AcceleratorDriver
 from sim.bench.programs import Program
@@ -95,10 +94,6 @@ class AttentionProgram(Program):
                 )
             )
         head.written += count
-
-    def fits(self, head: Head, rows: int) -> bool:
-        """Whether the scores of rows fit a bank."""
-        return bank_words(rows, min(head.written, head.slots)) <= self.c.score_words // SCORE_UNIT * SCORE_UNIT
 
     def scores(self, head: Head, rows: int, bank: int, wait: Wait = Wait.WEIGHTS, **fields: int) -> ScoresDescriptor:
         """Scores of random queries for all positions; fields: ``window``, ``causal``."""

@@ -181,6 +181,13 @@ class Bench:
             self.job.send(one.payload)
             self.rows.send(one.transfers(self.random))
 
+    async def run(self, appends: list[Append]) -> None:
+        """Sends appends after the reset, and compares the memory."""
+        await begin(self.dut)
+        self.send(*appends)
+        await self.complete(len(appends))
+        self.check(appends)
+
     async def complete(self, count: int) -> None:
         done = lambda: len(self.monitor["complete"]) == count  # noqa: E731
         await until(self.dut.clk, done, f"{count} jobs", 400_000)
@@ -211,12 +218,7 @@ class Bench:
 async def test_random(dut, stalls):
     """Job, rows and memory, each with or without random pauses."""
     bench = Bench(dut, stalls)
-    appends = Places(bench.random).several(14)
-    await begin(dut)
-    for one in appends:
-        bench.send(one)
-    await bench.complete(len(appends))
-    bench.check(appends)
+    await bench.run(Places(bench.random).several(14))
 
 
 @cocotb.test()
@@ -226,11 +228,7 @@ async def test_every_head(dut):
     places = Places(bench.random)
     shapes = [(kind, size) for kind in range(3) for size in SIZES]
     appends = [places.append(kind, size, 70, 65, min(2, CONFIG.max_tokens)) for kind, size in shapes]
-    sent = [one for one in appends if one]
-    await begin(dut)
-    bench.send(*sent)
-    await bench.complete(len(sent))
-    bench.check(sent)
+    await bench.run([one for one in appends if one])
 
 
 @cocotb.test()
@@ -243,11 +241,7 @@ async def test_around_the_last_slot(dut, kind):
         places.append(kind, 64, slots, slots - 1, min(CONFIG.max_tokens, slots))
         for slots in (2, tile, tile + 1, 3 * tile + 2, CHUNK, 2 * CHUNK, 2 * CHUNK + 3)
     ]
-    sent = [one for one in appends if one]
-    await begin(dut)
-    bench.send(*sent)
-    await bench.complete(len(sent))
-    bench.check(sent)
+    await bench.run([one for one in appends if one])
 
 
 @cocotb.test()

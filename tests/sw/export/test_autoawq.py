@@ -17,7 +17,6 @@ import pytest
 from sw.checkpoints.autoawq import pack_words, unpack_words
 from sw.checkpoints.huggingface import decoder_config
 from sw.checkpoints.settings import read_settings
-from sw.common.errors import UserError
 from sw.export.huggingface import export_checkpoint
 from sw.graph.linears import find_linears
 from sw.synthetic import encode
@@ -34,6 +33,7 @@ from tests.sw.fixtures.checkpoints import (
     nibble,
     read_tensors,
     reference_logits,
+    refused,
     relative_error,
     slow_linear,
     step,
@@ -338,16 +338,6 @@ REFUSED_FORMATS: dict[str, tuple[dict[str, Any], str]] = {
     "long group": ({"group_size": 128}, "scales hold [2, 64] values, qweight [64, 64], and group_size is 128"),
     "zero point": ({"zero_point": 1}, "zero_point is true or false, not 1"),
 }
-
-
-def refused(folder: Path, message: str) -> None:
-    """The error is one line, and no file remains."""
-    before = sorted(item.name for item in folder.parent.iterdir())
-    with pytest.raises(UserError) as error:
-        export_checkpoint(folder, folder.parent / "out")
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
-    assert sorted(item.name for item in folder.parent.iterdir()) == before
 
 
 @pytest.fixture(scope="module")

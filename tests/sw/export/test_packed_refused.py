@@ -22,9 +22,8 @@ from sw.checkpoints.safetensors_file import Checkpoint
 from sw.checkpoints.settings import Settings
 from sw.common.errors import UserError
 from sw.export.floats import float_model
-from sw.export.huggingface import export_checkpoint
 from sw.export.resolve import resolve_model
-from tests.sw.fixtures.checkpoints import QWEN2, make_checkpoint, read_tensors, write_tensors
+from tests.sw.fixtures.checkpoints import QWEN2, make_checkpoint, read_tensors, refused, write_tensors
 from tests.sw.fixtures.huggingface.packed import (
     Form,
     auto_round_config,
@@ -38,16 +37,6 @@ from tests.sw.fixtures.huggingface.packed import (
 ROOT = Path(__file__).resolve().parents[3]
 ASYMMETRIC = Form(symmetric=False)
 FIRST = "model.layers.0.self_attn.q_proj"
-
-
-def refused(folder: Path, message: str) -> None:
-    """The error is one line, and no file remains."""
-    before = sorted(item.name for item in folder.parent.iterdir())
-    with pytest.raises(UserError) as error:
-        export_checkpoint(folder, folder.parent / "out")
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
-    assert sorted(item.name for item in folder.parent.iterdir()) == before
 
 
 @pytest.fixture(scope="module")
