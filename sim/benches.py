@@ -135,10 +135,11 @@ BENCHES: list[Bench] = [
     _bench("epilogue", _SMALL_ATTENTION),
     _bench("piece_maximum", dict(_SMALL_DECODER, lanes=4)),
     _bench("unit_float", _SMALL),
-    *(_bench(block, _SMALL_ATTENTION) for block in ("score_banks", "value_rows")),
+    # Words of several parts: the rows of values read a bank between those of the softmax.
+    *(_bench(block, dict(_TWO_PORTS_DECODER, score_words=4096)) for block in ("score_banks", "probabilities")),
+    _bench("value_rows", _SMALL_ATTENTION),
     _bench("value_layers", _SMALL_ATTENTION, tb="value_walk"),
     _bench("value_regions", _SMALL_ATTENTION, tb="value_walk", regions=True),
-    _bench("probabilities", _SMALL_ATTENTION),
     _bench("chunk_sums", dict(_TWO_PORTS_DECODER, lanes=2, score_words=2048)),
     *(
         _bench("cache_path", dict(params, **_WITH_ATTENTION), tb="cache_writer")
@@ -176,7 +177,7 @@ BENCHES: list[Bench] = [
     _bench("scales", _SMALL_DECODER, full=True),
     *(_bench(f"head_float_{lanes}", _SMALL, tb="head_float", full=True) for lanes in (1, 8)),
     *(_bench(block, _ATTENTION, full=True) for block in ("score_banks", "value_rows", "probabilities")),
-    _bench("probabilities", dict(_TWO_PORTS_DECODER, score_words=4096), full=True),
+    *(_bench(block, _SMALL_ATTENTION, full=True) for block in ("score_banks", "probabilities")),
     # All transfers of a token are the same sums; one lane; many lanes and tokens.
     *(
         _bench("chunk_sums", dict(params, score_words=2048), full=True)

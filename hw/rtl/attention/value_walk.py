@@ -33,7 +33,7 @@ def layers_layout(command: data.StructLayout, config: AcceleratorConfig) -> data
 
 
 class ValueLayers(Block):
-    """Sends layers as they are, and values as one layer for each chunk of each column tile.
+    """Sends layers as they are, and values as one layer for each column tile of each chunk.
 
     Parameters
     ----------
@@ -72,9 +72,9 @@ class ValueLayers(Block):
             taken.eq(commands.valid & commands.ready & asked.values),
         ]
         with m.If(taken):
-            m.d.sync += chunk.eq(Mux(last_chunk, 1, chunk + 1))
-            with m.If(last_chunk):
-                m.d.sync += tile.eq(Mux(last_tile, 1, tile + 1))
+            m.d.sync += tile.eq(Mux(last_tile, 1, tile + 1))
+            with m.If(last_tile):
+                m.d.sync += chunk.eq(Mux(last_chunk, 1, chunk + 1))
         m.d.comb += chosen.eq(asked.command)
         with m.If(asked.values):
             m.d.comb += [chosen[name].eq(value) for name, value in self._chunk(asked, last_chunk).items()]
@@ -100,17 +100,23 @@ class ValueLayers(Block):
 
 
 def tiles_layout(config: AcceleratorConfig) -> data.StructLayout:
-    """The weights of each of ``tiles`` column tiles, on every port ``step`` bytes after those of the one before."""
-    tiles = range(MAX_HEAD // config.tile + 1)
-    return data.StructLayout({**weights_layout().members, "tiles": tiles, "step": unsigned(tile_step_bits(config))})
+    """The weights of a layer, or of values.
+
+    chunks : of values; a layer has 1
+    tiles : column tiles; on every port the weights of a column tile are ``step`` bytes after those of the one before,
+        and those of a chunk follow those of the chunk before. A layer has 1
+    beats : of the layer, or of a column tile of the last chunk; the other chunks are full
+    """
+    counts = {"tiles": range(MAX_HEAD // config.tile + 1), "chunks": unsigned(chunk_bits())}
+    return data.StructLayout({**weights_layout().members, **counts, "step": unsigned(tile_step_bits(config))})
 
 
 class ValueRegions(Block):
-    """Sends the weights of each column tile as a region of its own.
+    """Sends the weights of each column tile of each chunk as a region of its own, in the order of the layers.
 
     Members
     -------
-    tiles : the weights of a descriptor; a layer has one tile
+    tiles : the weights of a descriptor
     regions : for :class:`hw.rtl.memory.weight_fetch.WeightFetch`
 
     Latency 0 cycles, throughput 1 region per cycle.
@@ -128,20 +134,33 @@ class ValueRegions(Block):
     def elaborate(self, platform) -> Module:
         m = Module()
         tiles, regions = self.tiles, self.regions
-        tile, last, later = Signal.like(tiles.payload.tiles, init=1), Signal(), Signal()
-        address = Signal.like(regions.payload.address)
+        tile, chunk = Signal.like(tiles.payload.tiles, init=1), Signal.like(tiles.payload.chunks, init=1)
+        last_tile, last_chunk, later = Signal(), Signal(), Signal()
+        # The address of this region, and of the first one of its chunk, unless it is the descriptor's first region.
+        address, start = Signal.like(regions.payload.address), Signal.like(regions.payload.address)
+        whole, bytes_per_beat = value_chunk(self.config).tile_beats, self.config.port_width // 8
+        origin, step, following = Signal.like(address), Signal.like(address), Signal.like(address)
         m.d.comb += [
-            last.eq(tile == tiles.payload.tiles),
+            last_tile.eq(tile == tiles.payload.tiles),
+            last_chunk.eq(chunk == tiles.payload.chunks),
             regions.valid.eq(tiles.valid),
-            tiles.ready.eq(regions.ready & last),
-            *(regions.payload[name].eq(tiles.payload[name]) for name in ("stride", "beats")),
+            tiles.ready.eq(regions.ready & last_tile & last_chunk),
+            regions.payload.stride.eq(tiles.payload.stride),
+            regions.payload.beats.eq(Mux(last_chunk, tiles.payload.beats, whole)),
             regions.payload.address.eq(Mux(later, address, tiles.payload.address)),
+            origin.eq(Mux(last_tile, Mux(later, start, tiles.payload.address), regions.payload.address)),
+            step.eq(Mux(last_tile, whole * bytes_per_beat, tiles.payload.step)),
+            # This cannot wrap: a descriptor's addresses are below 2^40 - 2^34.
+            following.eq(origin + step),
         ]
         with m.If(regions.valid & regions.ready):
             m.d.sync += [
-                tile.eq(Mux(last, 1, tile + 1)),
-                later.eq(~last),
-                # This cannot wrap: a descriptor's addresses are below 2^40 - 2^34.
-                address.eq(regions.payload.address + tiles.payload.step),
+                tile.eq(Mux(last_tile, 1, tile + 1)),
+                later.eq(~(last_tile & last_chunk)),
+                address.eq(following),
             ]
+            with m.If(last_tile):
+                m.d.sync += [chunk.eq(Mux(last_chunk, 1, chunk + 1)), start.eq(following)]
+            with m.Elif(~later):
+                m.d.sync += start.eq(tiles.payload.address)
         return m

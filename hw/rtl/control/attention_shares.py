@@ -66,7 +66,7 @@ def _core(config: AcceleratorConfig, share: Share) -> Share:
 
 def _regions(config: AcceleratorConfig, share: Share) -> Share:
     def fields(work: data.View) -> dict[str, Value]:
-        return {**share.fields(work), "tiles": work.weight_tiles, "step": work.tile_step}
+        return {**share.fields(work), "tiles": work.weight_tiles, "chunks": work.chunks, "step": work.tile_step}
 
     # The exponents of values are read while the array works, so not all of them are requested before.
     return replace(share, layout=tiles_layout(config), fields=fields, apart=lambda work: work.values)
@@ -98,6 +98,7 @@ def _blocks(config: AcceleratorConfig, share: Share) -> Share:
             "pitch": work.fetch_pitch,
             "rows": work.fetch_rows,
             "exponents": work.values,
+            "chunks": work.chunks,
         }
 
     return replace(share, layout=rows_layout(config), fields=fields)

@@ -67,9 +67,11 @@ def work_layout(config: AcceleratorConfig) -> data.StructLayout:
     and with attention
 
     append, scores, values : the operation is this one
-    chunks, last_groups, tile_step : see :func:`hw.rtl.control.attention_rules.attention_values`
-    fetch_rows, fetch_pitch : rows that the activation fetch reads, from ``activations`` on, ``activation_beats`` each
-    weight_tiles : parts of the weights that are apart in memory, ``weight_beats`` each
+    last_groups, tile_step : see :func:`hw.rtl.control.attention_rules.attention_values`
+    chunks : chunks of values; 1 for other operations
+    fetch_rows, fetch_pitch : rows that the activation fetch reads, from ``activations`` on, ``activation_beats`` each,
+        for each chunk
+    weight_tiles : column tiles of a chunk; in the last chunk they have ``weight_beats`` each
     unit_groups : groups of activations, each of which is sent for every plane
     """
     names = ["interrupt", "wait", "activations", "results", "weights", "weights_stride", *epilogue_fields(config)]
@@ -271,7 +273,8 @@ class DescriptorCheck(Block):
             "planes": Mux(scores | append, values["planes"], 1),
             "unit_groups": Mux(scores, values["head_groups"], values["groups"]),
             "activations": Mux(output, values["exponents"], values["activations"]),
-            "activation_beats": chosen(head, values["chunks"] * (CHUNK // port_bytes), values["activation_beats"]),
+            "activation_beats": chosen(head, CHUNK // port_bytes, values["activation_beats"]),
+            "chunks": Mux(output, values["chunks"], 1),
             "fetch_rows": chosen(values["tokens"], values["out_tiles"], 1),
             "fetch_pitch": Mux(output, values["exponent_pitch"], values["activation_pitch"]),
             "weight_beats": Mux(output, values["value_beats"], values["weight_beats"]),

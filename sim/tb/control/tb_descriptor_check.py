@@ -91,7 +91,7 @@ def _expected(descriptor: AnyDescriptor, layer: LayerLayout | None) -> dict[str,
     if HAS_VECTOR:
         found["vector"] = int(layer is None)
     if c.has_attention and layer:
-        found |= {"fetch_rows": 1, "weight_tiles": 1, "planes": 1, "unit_groups": layer.groups}
+        found |= {"fetch_rows": 1, "weight_tiles": 1, "planes": 1, "unit_groups": layer.groups, "chunks": 1}
     present = command_fields(c)
     return found | {f"command.{name}": int(value) for name, value in counts.items() if name in present}
 
@@ -106,19 +106,21 @@ def _attention(descriptor: AttentionDescriptor) -> dict[str, int]:
         cache, paired = SCORES.cache(c, vars(descriptor)), int(c.weight_bits == PAIRED_BITS)
         command = LayerCommand.from_layer(cache.layer, descriptor.tokens).__dict__ | {"paired": paired}
         found |= {"weight_beats": cache.layer.beats, "weight_tiles": 1, "unit_groups": cache.head_size // BLOCK}
+        found["chunks"] = 1
         found |= {"fetch_rows": descriptor.tokens, "fetch_pitch": descriptor.activation_pitch}
         found["activation_beats"] = FLOAT_BYTES * cache.head_size * 8 // c.port_width
         return found | {f"command.{name}": int(value) for name, value in command.items()}
     cache, positions = VALUES.cache(c, vars(descriptor)), descriptor.positions
+    chunks = -(-positions // CHUNK)
     assert cache.beats_of(positions) % cache.column_tiles == 0
     return found | {
         "command.out_tiles": cache.column_tiles,
-        "chunks": -(-positions // CHUNK),
+        "chunks": chunks,
         "last_groups": -(-((positions - 1) % CHUNK + 1) // cache.group),
         "weight_tiles": cache.column_tiles,
-        "weight_beats": cache.beats_of(positions) // cache.column_tiles,
+        "weight_beats": (cache.beats_of(positions) - cache.beats_of((chunks - 1) * CHUNK)) // cache.column_tiles,
         "activations": descriptor.exponents,
-        "activation_beats": -(-positions // CHUNK) * CHUNK * 8 // c.port_width,
+        "activation_beats": CHUNK * 8 // c.port_width,
         "fetch_rows": cache.column_tiles,
         "fetch_pitch": cache.exponent_pitch,
         "planes": 1,
