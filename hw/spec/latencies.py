@@ -69,8 +69,8 @@ class Latencies:
     """With attention: cycles in which the unit neither loads nor sends a short layer."""
     score_writer: int = _of("score_banks", "write_latency")
     """With attention: cycles from the last score until the scores of a bank are stored."""
-    softmax: int = _of("score_banks", "softmax_latency", cycles=25)
-    """With attention: cycles from the last part of a bank until its probabilities can be read."""
+    softmax: int = _of("score_banks", "softmax_latency", cycles=26)
+    """With attention: cycles from the last part of a chunk until its probabilities can be read."""
     inverse: int = _of("score_banks", "inverse_latency", cycles=31)
     """With attention: cycles from the sum of a row to 1/S."""
     value_rows: int = _of("value_rows", cycles=3)

@@ -24,8 +24,8 @@ class Timeline:
     """The divider of the softmax is free."""
     writer: int = 0
     """The cache writer is free."""
-    ready: list[int] = field(default_factory=lambda: [0] * BANKS)
-    """By bank: its probabilities can be read."""
+    ready: list[list[int]] = field(default_factory=lambda: [[0]] * BANKS)
+    """By bank: for each chunk, its probabilities can be read."""
     inverted: list[int] = field(default_factory=lambda: [0] * BANKS)
     """By bank: 1/S of all rows is known."""
     released: list[int] = field(default_factory=lambda: [0] * BANKS)
