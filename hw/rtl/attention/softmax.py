@@ -109,39 +109,48 @@ class Softmax(Block):
         place, token = Signal(place_layout(config)), Signal.like(self.row.token)
         words = Signal.like(row_words(config, job.positions))
         whole = CHUNK // word_floats(config)
-        # Words of a row; of this row in this chunk, from here on; the same at its begin; of a row behind this chunk.
-        of_row, left, of_chunk, behind = (Signal.like(words, name=name) for name in ("row", "left", "chunk", "behind"))
+        whole_bits = whole.bit_length() - 1
+        # Words of a row, of a row in the last chunk, of a row in this chunk; the same from here on; chunks behind this.
+        of_row, of_last, of_chunk = (Signal.like(words, name=name) for name in ("row", "last", "chunk"))
+        left, behind = Signal.like(words), Signal(range(((1 << len(words)) - 1) // whole + 1))
         chunk_start, row_start = Signal.like(place.address), Signal.like(place.address)
         chunk_slot, slot = Signal(COUNT_BITS), Signal(COUNT_BITS)
-        first, first_chunk, final = Signal(init=1), Signal(init=1), Signal()
-        row_end, chunk_end, last_token = Signal(), Signal(), Signal()
-        tokens_after_first = Signal.like(token)
+        first, first_chunk, tokens_after_first = Signal(init=1), Signal(init=1), Signal.like(token)
+        # Registers: of the rows' words and of the rows this is the last one, and of the chunks.
+        last_word, last_token, final = Signal(), Signal(), Signal()
+        row_end, chunk_end = Signal(), Signal()
+        rest = words - 1
         m.d.comb += [
             self.job.ready.eq(~active),
             words.eq(row_words(config, self.job.payload.positions)),
-            final.eq(behind == 0),
             step.eq(active & (sums.room | ~(first & final))),
             sums.claim.eq(step & first & final),
             word_end.eq(place.part == self.parts - 1),
-            row_end.eq(word_end & (left == 1)),
-            last_token.eq(token == tokens_after_first),
+            row_end.eq(word_end & last_word),
             chunk_end.eq(row_end & last_token),
             place.bank.eq(job.bank),
         ]
 
-        def begin(count: Value) -> list:
-            """The chunk that begins with so many words of a row left."""
-            more = count > whole
-            now = Mux(more, whole, count)
-            return [behind.eq(Mux(more, count - whole, 0)), left.eq(now), of_chunk.eq(now)]
+        def begin(behind_it: Value, last: Value) -> list:
+            """The chunk that has so many behind it, and a row has so many words in the last one."""
+            ends = behind_it == 0
+            count = Signal.like(words)
+            m.d.comb += count.eq(Mux(ends, last, whole))
+            registers = [(behind, behind_it), (final, ends), (of_chunk, count), (left, count), (last_word, count == 1)]
+            return [register.eq(value) for register, value in registers]
 
         with m.If(self.job.valid & self.job.ready):
-            m.d.sync += [job.eq(self.job.payload), active.eq(1), of_row.eq(words), first_chunk.eq(1), *begin(words)]
-            m.d.sync += tokens_after_first.eq(self.job.payload.tokens - 1)
+            last = rest[:whole_bits] + 1
+            m.d.sync += [job.eq(self.job.payload), active.eq(1), of_row.eq(words), of_last.eq(last), first_chunk.eq(1)]
+            m.d.sync += [
+                tokens_after_first.eq(self.job.payload.tokens - 1),
+                last_token.eq(self.job.payload.tokens == 1),
+            ]
+            m.d.sync += begin(rest[whole_bits:], last)
         with m.If(step):
             m.d.sync += [first.eq(row_end), place.part.eq(Mux(word_end, 0, place.part + 1)), slot.eq(slot + self.lanes)]
             with m.If(word_end):
-                m.d.sync += [place.address.eq(place.address + 1), left.eq(left - 1)]
+                m.d.sync += [place.address.eq(place.address + 1), left.eq(left - 1), last_word.eq(left == 2)]
             with m.If(row_end):
                 following = Signal.like(row_start)
                 # Behind the last row it is not used.
@@ -149,8 +158,10 @@ class Softmax(Block):
                 m.d.sync += [
                     *(register.eq(following) for register in (row_start, place.address)),
                     token.eq(token + 1),
+                    last_token.eq(token + 1 == tokens_after_first),
                     slot.eq(chunk_slot),
                     left.eq(of_chunk),
+                    last_word.eq(of_chunk == 1),
                 ]
             with m.If(chunk_end):
                 next_start = Signal.like(chunk_start)
@@ -160,9 +171,10 @@ class Softmax(Block):
                     *(register.eq(next_start) for register in (chunk_start, row_start, place.address)),
                     *(register.eq(next_slot) for register in (chunk_slot, slot)),
                     token.eq(0),
+                    last_token.eq(tokens_after_first == 0),
                     first_chunk.eq(0),
                     active.eq(~final),
-                    *begin(behind),
+                    *begin((behind - 1)[: len(behind)], of_last),
                 ]
         layout = {
             "valid": 1,

@@ -105,10 +105,12 @@ def tiles_layout(config: AcceleratorConfig) -> data.StructLayout:
     chunks : of values; a layer has 1
     tiles : column tiles; on every port the weights of a column tile are ``step`` bytes after those of the one before,
         and those of a chunk follow those of the chunk before. A layer has 1
-    beats : of the layer, or of a column tile of the last chunk; the other chunks are full
+    beats : of the layer, or of a column tile of the first chunk
+    last_beats : of a column tile of the last chunk; those between the first and the last one are full
     """
     counts = {"tiles": range(MAX_HEAD // config.tile + 1), "chunks": unsigned(chunk_bits())}
-    return data.StructLayout({**weights_layout().members, **counts, "step": unsigned(tile_step_bits(config))})
+    sizes = {"last_beats": range(value_chunk(config).tile_beats + 1), "step": unsigned(tile_step_bits(config))}
+    return data.StructLayout({**weights_layout().members, **counts, **sizes})
 
 
 class ValueRegions(Block):
@@ -134,33 +136,38 @@ class ValueRegions(Block):
     def elaborate(self, platform) -> Module:
         m = Module()
         tiles, regions = self.tiles, self.regions
-        tile, chunk = Signal.like(tiles.payload.tiles, init=1), Signal.like(tiles.payload.chunks, init=1)
-        last_tile, last_chunk, later = Signal(), Signal(), Signal()
-        # The address of this region, and of the first one of its chunk, unless it is the descriptor's first region.
-        address, start = Signal.like(regions.payload.address), Signal.like(regions.payload.address)
+        # The next chunk: so that a comparison has no adder before it.
+        asked, tile = tiles.payload, Signal.like(tiles.payload.tiles, init=1)
+        chunk, following = Signal.like(asked.chunks, init=1), Signal.like(asked.chunks, init=2)
+        # Registers: this is not the descriptor's first region; it is in the last chunk; it is the first one of a chunk.
+        later, ends, begins = Signal(), Signal(), Signal()
+        last_tile, last_chunk = Signal(), Signal()
+        # The next region's address as a sum, so that no choice comes before the adder. The chunk's first region.
+        address, origin, first = (Signal.like(asked.address, name=name) for name in ("address", "origin", "first"))
+        start, step = Signal.like(asked.address), Signal.like(asked.step)
         whole, bytes_per_beat = value_chunk(self.config).tile_beats, self.config.port_width // 8
-        origin, step, following = Signal.like(address), Signal.like(address), Signal.like(address)
         m.d.comb += [
-            last_tile.eq(tile == tiles.payload.tiles),
-            last_chunk.eq(chunk == tiles.payload.chunks),
+            last_tile.eq(tile == asked.tiles),
+            last_chunk.eq(chunk == asked.chunks),
             regions.valid.eq(tiles.valid),
             tiles.ready.eq(regions.ready & last_tile & last_chunk),
-            regions.payload.stride.eq(tiles.payload.stride),
-            regions.payload.beats.eq(Mux(last_chunk, tiles.payload.beats, whole)),
-            regions.payload.address.eq(Mux(later, address, tiles.payload.address)),
-            origin.eq(Mux(last_tile, Mux(later, start, tiles.payload.address), regions.payload.address)),
-            step.eq(Mux(last_tile, whole * bytes_per_beat, tiles.payload.step)),
             # This cannot wrap: a descriptor's addresses are below 2^40 - 2^34.
-            following.eq(origin + step),
+            address.eq(origin + step),
+            regions.payload.stride.eq(asked.stride),
+            regions.payload.address.eq(Mux(later, address, asked.address)),
+            regions.payload.beats.eq(Mux(later, Mux(ends, asked.last_beats, whole), asked.beats)),
+            start.eq(Mux(later & ~begins, first, regions.payload.address)),
         ]
         with m.If(regions.valid & regions.ready):
             m.d.sync += [
                 tile.eq(Mux(last_tile, 1, tile + 1)),
                 later.eq(~(last_tile & last_chunk)),
-                address.eq(following),
+                ends.eq(Mux(last_tile, following == asked.chunks, last_chunk)),
+                begins.eq(last_tile),
+                origin.eq(Mux(last_tile, start, regions.payload.address)),
+                step.eq(Mux(last_tile, whole * bytes_per_beat, asked.step)),
+                first.eq(start),
             ]
             with m.If(last_tile):
-                m.d.sync += [chunk.eq(Mux(last_chunk, 1, chunk + 1)), start.eq(following)]
-            with m.Elif(~later):
-                m.d.sync += start.eq(tiles.payload.address)
+                m.d.sync += [chunk.eq(Mux(last_chunk, 1, following)), following.eq(Mux(last_chunk, 2, following + 1))]
         return m

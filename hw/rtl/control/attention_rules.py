@@ -35,7 +35,7 @@ def attention_values(config: AcceleratorConfig) -> tuple[Derived, ...]:
 
     head_groups : groups of a query
     chunks, last_groups : chunks of the positions that are read; groups of positions in the last one
-    value_beats : beats of a column tile of the last chunk of values
+    last_beats : beats of a column tile of the last chunk of values
     tile_step : bytes on a port from one column tile of the cache to the next
     exponent_pitch : bytes from the exponents of a group of columns to those of the next
     position_units, bank_units : a row of scores; all rows of a descriptor
@@ -64,7 +64,7 @@ def attention_values(config: AcceleratorConfig) -> tuple[Derived, ...]:
         Derived("slot_chunks", chunk_bits(), lambda v: ceil_div(v["slots"], CHUNK)),
         Derived("last_groups", groups.bit_length(), lambda v: groups - v["missing"]),
         Derived(
-            "value_beats",
+            "last_beats",
             beats.bit_length(),
             lambda v: beats - v["missing"] * group_beats(config),
         ),

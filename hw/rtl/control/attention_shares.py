@@ -24,7 +24,7 @@ from hw.spec.control.program import LENGTH_BITS
 from hw.spec.ops.command import command_fields
 
 _VALUE_FIELDS = ("values", "chunks", "last_groups")
-WEIGHTS_OF_ATTENTION = (*_VALUE_FIELDS, "weight_tiles", "tile_step")
+WEIGHTS_OF_ATTENTION = (*_VALUE_FIELDS, "weight_tiles", "last_beats", "tile_step")
 """The fields of attention that the weights side needs."""
 ACTIVATIONS_OF_ATTENTION = (
     *("append", "scores", *_VALUE_FIELDS, "weights", "weights_stride"),
@@ -66,7 +66,8 @@ def _core(config: AcceleratorConfig, share: Share) -> Share:
 
 def _regions(config: AcceleratorConfig, share: Share) -> Share:
     def fields(work: data.View) -> dict[str, Value]:
-        return {**share.fields(work), "tiles": work.weight_tiles, "chunks": work.chunks, "step": work.tile_step}
+        values = {"chunks": work.chunks, "last_beats": work.last_beats, "step": work.tile_step}
+        return {**share.fields(work), "tiles": work.weight_tiles, **values}
 
     # The exponents of values are read while the array works, so not all of them are requested before.
     return replace(share, layout=tiles_layout(config), fields=fields, apart=lambda work: work.values)

@@ -17,7 +17,7 @@ from hw.spec.config import AcceleratorConfig
 from hw.spec.control.descriptor import DESCRIPTOR_WORDS, FIELDS, FLOAT_BYTES, PITCH_BITS, VALUE_BITS
 from hw.spec.control.program import LENGTH_BITS
 from hw.spec.control.registers import ErrorCode
-from hw.spec.memory.kv_cache import PAIRED_BITS
+from hw.spec.memory.kv_cache import PAIRED_BITS, value_chunk
 from hw.spec.numerics.attention import CHUNK
 from hw.spec.numerics.block_float import BLOCK
 from hw.spec.ops import ATTENTION, LINEAR, OPS, VECTOR, Op
@@ -67,11 +67,11 @@ def work_layout(config: AcceleratorConfig) -> data.StructLayout:
     and with attention
 
     append, scores, values : the operation is this one
-    last_groups, tile_step : see :func:`hw.rtl.control.attention_rules.attention_values`
+    last_groups, last_beats, tile_step : see :func:`hw.rtl.control.attention_rules.attention_values`
     chunks : chunks of values; 1 for other operations
     fetch_rows, fetch_pitch : rows that the activation fetch reads, from ``activations`` on, ``activation_beats`` each,
         for each chunk
-    weight_tiles : column tiles of a chunk; in the last chunk they have ``weight_beats`` each
+    weight_tiles : column tiles of a chunk; in the first chunk they have ``weight_beats`` each
     unit_groups : groups of activations, each of which is sent for every plane
     """
     names = ["interrupt", "wait", "activations", "results", "weights", "weights_stride", *epilogue_fields(config)]
@@ -97,7 +97,7 @@ def _attention_work(config: AcceleratorConfig) -> dict[str, int]:
     return {
         **{name: VALUE_BITS[name] for name in ATTENTION_FIELDS},
         **dict.fromkeys(("append", "scores", "values"), 1),
-        **{name: widths[name] for name in ("chunks", "last_groups", "tile_step")},
+        **{name: widths[name] for name in ("chunks", "last_groups", "last_beats", "tile_step")},
         "fetch_rows": max(tiles, config.max_tokens.bit_length()),
         "fetch_pitch": max(widths["exponent_pitch"], PITCH_BITS),
         "weight_tiles": tiles,
@@ -259,6 +259,7 @@ class DescriptorCheck(Block):
         def chosen(of_scores: ValueLike, of_values: ValueLike, otherwise: ValueLike) -> Value:
             return Mux(scores, of_scores, Mux(output, of_values, otherwise))
 
+        whole = value_chunk(self.config).tile_beats
         head = values["head_groups"] * (BLOCK * FLOAT_BYTES // port_bytes)
         found = {
             "append": append,
@@ -277,7 +278,9 @@ class DescriptorCheck(Block):
             "chunks": Mux(output, values["chunks"], 1),
             "fetch_rows": chosen(values["tokens"], values["out_tiles"], 1),
             "fetch_pitch": Mux(output, values["exponent_pitch"], values["activation_pitch"]),
-            "weight_beats": Mux(output, values["value_beats"], values["weight_beats"]),
+            "weight_beats": Mux(
+                output, Mux(values["chunks"] == 1, values["last_beats"], whole), values["weight_beats"]
+            ),
             "weight_tiles": Mux(output, values["out_tiles"], 1),
         }
         layout = self.work.payload.shape()

@@ -73,16 +73,18 @@ class RowBlocks(Block):
         m = Module()
         # The row that is offered: that of the job at the input, or the next one of the job that was taken.
         job, held = self.jobs.payload, Signal(rows_layout(self.config), reset_less=True)
-        row = Signal.like(held)
-        # The first row of the chunk, and the rows of a chunk.
-        first, start, rows = Signal.like(job.address), Signal.like(job.address), Signal.like(job.rows)
+        row, rows = Signal.like(held), Signal.like(job.rows)
         active, last_row, last, taken, moves = Signal(), Signal(), Signal(), Signal(), Signal()
+        # The next row's address as a sum, so that no choice comes before the adder. The first row of the chunk.
+        origin, step, first = Signal.like(job.address), Signal.like(job.pitch), Signal.like(job.address)
+        start, begins = Signal.like(job.address), Signal()
         tiles = BLOCK // self.config.tile
         turn = Signal(range(max(2, tiles)))
-        origin, step, following = (Signal.like(job.address, name=name) for name in ("origin", "step", "following"))
         m.d.comb += [
             self.asking.eq(active),
             row.eq(Mux(active, held.as_value(), job.as_value())),
+            # This cannot wrap: a descriptor's addresses are below 2^40 - 2^34.
+            row.address.eq(Mux(active, origin + step, job.address)),
             *(self.blocks.payload[name].eq(row[name]) for name, _ in fetch_layout(self.config)),
             self.blocks.valid.eq(active | self.jobs.valid),
             self.jobs.ready.eq(~active & self.blocks.ready),
@@ -90,10 +92,7 @@ class RowBlocks(Block):
             last_row.eq(row.rows == 1),
             last.eq(last_row & (row.chunks == 1)),
             moves.eq(~row.exponents | (turn == tiles - 1)),
-            start.eq(Mux(active, first, job.address)),
-            origin.eq(Mux(last_row, start, row.address)),
-            step.eq(Mux(last_row, CHUNK, Mux(moves, row.pitch, 0))),
-            following.eq(origin + step),
+            start.eq(Mux(active & ~begins, first, row.address)),
         ]
         with m.If(taken):
             m.d.sync += [
@@ -101,8 +100,10 @@ class RowBlocks(Block):
                 held.eq(row),
                 held.rows.eq(Mux(last_row, Mux(active, rows, job.rows), row.rows - 1)),
                 held.chunks.eq(row.chunks - last_row),
-                held.address.eq(following),
-                first.eq(Mux(last_row, following, start)),
+                origin.eq(Mux(last_row, start, row.address)),
+                step.eq(Mux(last_row, CHUNK, Mux(moves, row.pitch, 0))),
+                first.eq(start),
+                begins.eq(last_row),
                 turn.eq(Mux(last_row | moves, 0, turn + 1)),
             ]
             with m.If(~active):

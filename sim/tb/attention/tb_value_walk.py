@@ -73,11 +73,15 @@ async def regions(dut, stalls):
         tiles, chunks = int(random.choice([1, 1, 2, 256 // c.tile])), int(random.choice([1, 1, 2, 5, 128]))
         address, stride = 4096 * int(random.integers(1 << 27)), 4096 * int(random.integers(1 << 20))
         beats, step = (int(random.integers(1, 1 << width)) for width in (13, payload("tiles").fields["step"].width))
+        last_beats = int(random.integers(1, whole, endpoint=True))
+        if (tiles, chunks) != (1, 1):
+            beats = whole if chunks > 1 else last_beats
         fields = {"address": address, "stride": stride, "beats": beats, "tiles": tiles, "chunks": chunks, "step": step}
+        fields["last_beats"] = last_beats
         source.send(payload("tiles").pack(**{name: [value] for name, value in fields.items()}))
         expected += [
-            (address + chunk * whole * c.port_width // 8 + tile * step, stride, whole if chunk < chunks - 1 else beats)
-            for chunk in range(chunks)
+            (address + chunk * whole * c.port_width // 8 + tile * step, stride, last_beats if last else beats)
+            for chunk, last in enumerate([False] * (chunks - 1) + [chunks > 1])
             for tile in range(tiles)
         ]
     got = payload("regions").unpack(await sink.take(len(expected)))
