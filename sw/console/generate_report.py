@@ -23,7 +23,7 @@ HOST = ("onnxruntime", "conversion", "driver")
 STOPS = {
     "stop_token": "the model ended its answer",
     "max_new_tokens": "stopped at --max-new-tokens",
-    "context": "stopped: the context of {context:,} tokens is full",
+    "context": "stopped: the context of {context:,} tokens (--context) is full",
     "interrupted": "interrupted",
 }
 

@@ -144,6 +144,11 @@ class ProgramDecoder(BaseDecoder):
         return token
 
     @property
+    def head_on_host(self) -> bool:
+        """Whether onnxruntime computes lm_head, because it is not quantized."""
+        return self._head is not None
+
+    @property
     def cache_form(self) -> str:
         """See BaseDecoder."""
         attention = self._programs.attention

@@ -351,6 +351,11 @@ def test_hardware_options(fake, monkeypatch):
     assert config == CONFIG and values == CONFIG.to_dict()
     for same in (["--tile", "4"], ["--weight-bits", "auto"], ["--tile=4", "--max-tokens=5"]):
         assert hardware_options.hardware_options(parse("--device", "reference,kv260", *same))[1] == CONFIG
+    # The board keeps its hardware, whatever it is.
+    assert hardware_options.hardware_options(parse("--device", "kv260", "--operators", "host")) == (values, CONFIG)
+    other = "linear" if CONFIG.has_vector_unit else "decoder"
+    with pytest.raises(UserError, match=rf"^the board's hardware has operators \w+, and {other} is asked for$"):
+        hardware_options.hardware_options(parse("--device", "kv260", "--operators", other))
     long = LayerShape("down", 8960, 32, 128, 4, np.zeros(1), False)
     message = r"^layer down: K is at most max_k \(1,024\), not 8,960; hardware built with --max-k 8960 takes it$"
     with pytest.raises(UserError, match=message):
@@ -360,7 +365,8 @@ def test_hardware_options(fake, monkeypatch):
     # With another device the board is not accessed.
     monkeypatch.setattr(kv260, "Host", lambda: pytest.fail("a board was looked for"))
     assert hardware_options.hardware_options(parse("--device", "reference"))[1].max_tokens == 7
-    for options, lanes in (([], 4), (["--operators", "linear"], 2), (["--lanes", "8"], 8)):
+    host = ["--operators", "host"]
+    for options, lanes in (([], 4), (["--operators", "linear"], 2), (host, 2), (["--lanes", "8"], 8)):
         values, config = hardware_options.hardware_options(parse("--device", "reference", "--tile", "32", *options))
         assert config.lanes == choose_config([], values | dict(weight_bits=4, max_k=1024)).lanes == lanes
     assert isinstance(parse("--device", "rtl"), argparse.Namespace)
