@@ -8,7 +8,7 @@ from hw.spec.memory.kv_cache import check_cache
 from hw.spec.ops.scores import bank_words
 from sw.graph.file import OnnxFile
 from sw.graph.match import match_decoder
-from sw.model.parts import Mismatch
+from sw.model.parts import Attention, Decoder, Mismatch
 from sw.program.attention import check_attention, check_padding
 from sw.program.load import attention_of
 from sw.program.obstacles import Obstacle, check_decoder
@@ -29,6 +29,13 @@ def score_words_for(max_tokens: int, context: int) -> int:
     return min(max(LEAST_SCORE_WORDS, 1 << (wanted - 1).bit_length()), rule.high)
 
 
+def attentions_of(config: AcceleratorConfig, file: OnnxFile, decoder: Decoder, context: int) -> list[Attention]:
+    """The attention of each block as hardware computes it, see check_attention. Raises Obstacle if it cannot."""
+    attentions = check_attention(config, [attention_of(block) for block in decoder.blocks], context)
+    check_padding(config, file, decoder)
+    return attentions
+
+
 def config_with_attention(config: AcceleratorConfig, file: OnnxFile, context: int) -> AcceleratorConfig:
     """The same hardware with attention for this graph and this number of positions.
 
@@ -40,6 +47,5 @@ def config_with_attention(config: AcceleratorConfig, file: OnnxFile, context: in
         check_cache(config)
     except ConfigError as error:
         raise Obstacle(Mismatch("the hardware", str(error))) from None
-    check_attention(config, [attention_of(block) for block in decoder.blocks], context)
-    check_padding(config, file, decoder)
+    attentions_of(config, file, decoder, context)
     return config
