@@ -60,11 +60,8 @@ def capture_attention(
         q = query.reshape(tokens, -1, size)[:, : attention.heads]
         if rotary is not None and rotary.in_attention:
             q = rotated(path, rotary, q)
-        captured = CapturedAttention(
-            np.ascontiguousarray(q),
-            *(np.ascontiguousarray(cached[0].swapaxes(0, 1)) for cached in (key, value)),
-            output.reshape(tokens, attention.heads, size),
-        )
+        k, v = (np.ascontiguousarray(cached[0].swapaxes(0, 1)) for cached in (key, value))
+        captured = CapturedAttention(np.ascontiguousarray(q), k, v, output.reshape(tokens, attention.heads, size))
         if not all(np.isfinite(array).all() for array in (captured.q, captured.k, captured.v, captured.y)):
             raise UserError(f"attention {attention.node}: its tensors are not finite (NaN or infinity)")
         found.append(captured)

@@ -75,9 +75,10 @@ class BaseDecoder(ABC):
         """The cache by names that are unique: arrays of numbers, which the next call may change."""
 
     @abstractmethod
-    def restore(self, arrays: Mapping[str, np.ndarray], length: int, reached: int) -> None:
-        """Takes the first `length` tokens of a cache: the arrays, and `reached`, of a decoder with the same model and
-        form.
+    def restore(self, arrays: Mapping[str, np.ndarray], length: int, reached: int = 0) -> None:
+        """Takes the first `length` tokens of a cache: the arrays of a decoder with the same model and form.
+
+        reached: that of the decoder, if it is more than `length`.
 
         Raises ValueError if an array has another shape; then the cache is as before.
         """

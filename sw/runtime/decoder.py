@@ -122,10 +122,10 @@ class Decoder(BaseDecoder):
         """See BaseDecoder."""
         return self._cache.arrays()
 
-    def restore(self, arrays: Mapping[str, np.ndarray], length: int, reached: int) -> None:
+    def restore(self, arrays: Mapping[str, np.ndarray], length: int, reached: int = 0) -> None:
         """See BaseDecoder."""
         self._cache.restore(arrays, length)
-        self.length, self.reached = length, reached
+        self.length, self.reached = length, max(length, reached)
 
     def shorten(self, length: int) -> None:
         """See BaseDecoder."""

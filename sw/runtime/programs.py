@@ -160,14 +160,14 @@ class ProgramDecoder(BaseDecoder):
         attention = self._programs.attention
         return attention.arrays() if attention else self._cache.arrays()
 
-    def restore(self, arrays: Mapping[str, np.ndarray], length: int, reached: int) -> None:
+    def restore(self, arrays: Mapping[str, np.ndarray], length: int, reached: int = 0) -> None:
         """See BaseDecoder."""
         attention = self._programs.attention
         if attention:
             attention.restore(arrays)
         else:
             self._cache.restore(arrays, length)
-        self.length, self.reached = length, reached
+        self.length, self.reached = length, max(length, reached)
 
     def can_shorten(self, reached: int, length: int) -> bool:
         """See BaseDecoder. A cache that has begun again no longer has its first positions."""
