@@ -231,10 +231,12 @@ def test_smollm2(smollm2, tmp_path, capsys):
 
 
 @pytest.mark.full
-def test_smollm2_at_length(smollm2, tmp_path, capsys):
-    """Over 8 windows of 512 tokens the accelerator's arithmetic costs less than a thousandth."""
+@pytest.mark.parametrize(("operators", "most"), [("host", 1e-3), ("decoder", 3e-3)])
+def test_smollm2_at_length(operators, most, smollm2, tmp_path, capsys):
+    """Over 8 windows of 512 tokens the linear layers' arithmetic costs less than 0.1 %, the whole token's 0.3 %."""
     path = tmp_path / "text"
     path.write_text("\n".join(pydoc_data.topics.topics.values()))
-    first, reference = run(capsys, smollm2, path, "--device", "onnxruntime,reference")["rows"]
+    options = ("--device", "onnxruntime,reference", "--operators", operators)
+    first, reference = run(capsys, smollm2, path, *options)["rows"]
     assert first["tokens"] == 8 * 511
-    assert 0 < abs(reference["relative_difference"]) < 1e-3
+    assert 0 < abs(reference["relative_difference"]) < most

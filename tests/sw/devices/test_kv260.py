@@ -351,11 +351,6 @@ def test_hardware_options(fake, monkeypatch):
     assert config == CONFIG and values == CONFIG.to_dict()
     for same in (["--tile", "4"], ["--weight-bits", "auto"], ["--tile=4", "--max-tokens=5"]):
         assert hardware_options.hardware_options(parse("--device", "reference,kv260", *same))[1] == CONFIG
-    # The board keeps its hardware, whatever it is.
-    assert hardware_options.hardware_options(parse("--device", "kv260", "--operators", "host")) == (values, CONFIG)
-    other = "linear" if CONFIG.has_vector_unit else "decoder"
-    with pytest.raises(UserError, match=rf"^the board's hardware has operators \w+, and {other} is asked for$"):
-        hardware_options.hardware_options(parse("--device", "kv260", "--operators", other))
     long = LayerShape("down", 8960, 32, 128, 4, np.zeros(1), False)
     message = r"^layer down: K is at most max_k \(1,024\), not 8,960; hardware built with --max-k 8960 takes it$"
     with pytest.raises(UserError, match=message):
@@ -370,6 +365,18 @@ def test_hardware_options(fake, monkeypatch):
         values, config = hardware_options.hardware_options(parse("--device", "reference", "--tile", "32", *options))
         assert config.lanes == choose_config([], values | dict(weight_bits=4, max_k=1024)).lanes == lanes
     assert isinstance(parse("--device", "rtl"), argparse.Namespace)
+
+
+@pytest.mark.parametrize("config", [CONFIG, make_config(operators="decoder", score_words=1024)])
+def test_host_on_a_board(config, monkeypatch):
+    """With --operators host a board keeps its hardware, whatever it is, and the linear layers alone run on it."""
+    monkeypatch.setattr(hardware_options, "board_config", lambda: config)
+    chosen = hardware_options.chosen_devices(parse("--device", "kv260", "--operators", "host"), ["kv260"])
+    assert chosen.host and chosen.known == config and chosen.hardware == config.to_dict()
+    assert not hardware_options.chosen_devices(parse("--device", "kv260"), ["kv260"]).host
+    other = "linear" if config.has_vector_unit else "decoder"
+    with pytest.raises(UserError, match=rf"^the board's hardware has operators \w+, and {other} is asked for$"):
+        hardware_options.chosen_devices(parse("--device", "kv260", "--operators", other), ["kv260"])
 
 
 def test_real_files(tmp_path):
