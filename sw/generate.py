@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m sw.generate``: a model answers a prompt. Its linear layers run on a device, the rest in onnxruntime.
+"""``python -m sw.generate``: a model answers a prompt. It runs on a device, as far as its graph allows it.
 
     python -m sw.generate --prompt "What is the capital of France?" --max-new-tokens 8 --device rtl
 
 The text streams to stdout, and a table of cycles and tokens/s follows (see sw.console.generate_report); --json prints
 one document instead of both. The devices' results are equal bit for bit, so the text does not depend on the device.
 ``--device onnxruntime`` runs the same graph without the accelerator's arithmetic, for comparison. With
-``--operators decoder`` everything but embedding and attention runs on the device, if the model's graph allows it.
+``--operators host`` the device runs the linear layers alone, and onnxruntime everything between them.
 """
 
 import io
@@ -124,7 +124,12 @@ def _parser() -> Parser:
     parser.add_argument("--system", metavar="TEXT", help="a system message before the prompt")
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
     parser.add_argument("--max-new-tokens", type=int, default=NEW_TOKENS, metavar="N", help=f"(default: {NEW_TOKENS})")
-    parser.add_argument("--context", type=int, metavar="N", help="tokens of the cache (default: as many as needed)")
+    parser.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="tokens of the cache (default: as many as needed, or as the loaded cache has)",
+    )
     parser.add_argument("--save-cache", type=Path, metavar="FILE", help="write the cache after the answer")
     parser.add_argument(
         "--load-cache",
@@ -169,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.load_cache and not options.context:
         options.context = saved_context(options.load_cache)
     context = _context(options, model.limits.context, len(ids))
-    config = decoder_config(model.path, devices.names, devices.hardware)
+    config = decoder_config(model.path, devices.names, devices.hardware, context)
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal without UTF-8 shows question marks; an encoding error would end the program.
@@ -178,7 +183,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(format_rows(config_rows(config)), end="\n\n", file=sys.stderr)
     with (
         StatusLine() as status,
-        open_decoder(model.path, options.device, devices.memory, config, context, status, options.key_bits) as decoder,
+        open_decoder(
+            model.path, options.device, devices.memory, config, context, status, options.key_bits, devices.host
+        ) as decoder,
     ):
         known = load_cache(options.load_cache, decoder, ids) if options.load_cache else 0
         if options.load_cache:
@@ -246,6 +253,8 @@ def _context(options: Namespace, limit: int, length: int) -> int:
     context = options.context or min(length + options.max_new_tokens, limit)
     if length > context:
         whose = "--context" if options.context else "the model's context"
+        if options.context and options.load_cache:
+            whose += f", or the cache in {options.load_cache},"
         raise UserError(f"the prompt has {length:,} tokens, more than {whose} holds ({context:,})")
     return context
 

@@ -65,14 +65,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if sum(map(len, windows)) < options.windows * length:
         given = f"{len(windows)} of {options.windows} windows, the last of {len(windows[-1]):,} tokens"
         print(f"the text has {len(ids):,} tokens: {given}", file=sys.stderr, flush=True)
-    config = decoder_config(model.path, names, devices.hardware)
+    context = len(beginning) + length
+    config = decoder_config(model.path, names, devices.hardware, context)
 
     scores = []
     for name in names:
-        context = len(beginning) + length
         with (
             StatusLine() as status,
-            open_decoder(model.path, name, devices.memory, config, context, status, options.key_bits) as decoder,
+            open_decoder(
+                model.path, name, devices.memory, config, context, status, options.key_bits, devices.host
+            ) as decoder,
         ):
             scores.append(score(decoder, name, beginning, windows, _progress(status, len(windows))))
     sizes = [len(window) for window in windows]

@@ -3,7 +3,7 @@
 
 from collections.abc import Iterable
 
-from hw.spec.config import AcceleratorConfig
+from hw.spec.config import SCORE_UNIT, AcceleratorConfig
 from hw.spec.memory.geometry import StreamLayout
 
 Row = tuple[str, str]
@@ -26,6 +26,11 @@ def config_rows(config: AcceleratorConfig) -> list[Row]:
                           f"group {stream.typical_layer.group_size}"),
         ("limits", f"M {config.max_tokens}, K {config.max_k:,}, groups of {config.max_group_size} (longer: split)"),
     ]  # fmt: skip
+    if config.has_attention:
+        rows.append(
+            ("attention", f"{config.score_words:,} scores in each of two banks: M tokens at once see up to "
+                          f"{config.score_words // config.max_tokens // SCORE_UNIT * SCORE_UNIT:,} positions")
+        )  # fmt: skip
     if stream.array_factor > 1:
         rows.append(
             ("warning", f"a beat holds {stream.array_factor:g} slices and the array takes one per cycle: "

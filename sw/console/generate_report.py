@@ -2,9 +2,9 @@
 """The cost of an answer, as a table for people and as JSON for programs.
 
 Cycles are those of the device's jobs alone, from a job's start to its last result in memory: the linear layers, or with
-programs everything but embedding and attention. Tokens/s is FABRIC_HZ / cycles per token. The roofline is FABRIC_HZ /
-beats of the weight stream per decoded token, the speed if every port delivers weights in every cycle. Host time is wall
-time of this machine.
+programs everything but the embedding, and attention if onnxruntime computes it. Tokens/s is FABRIC_HZ / cycles per
+token. The roofline is FABRIC_HZ / beats of the weight stream per decoded token, the speed if every port delivers
+weights in every cycle. Host time is wall time of this machine.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -23,7 +23,7 @@ HOST = ("onnxruntime", "conversion", "driver")
 STOPS = {
     "stop_token": "the model ended its answer",
     "max_new_tokens": "stopped at --max-new-tokens",
-    "context": "stopped: the context of {context:,} tokens is full",
+    "context": "stopped: the context of {context:,} tokens (--context) is full",
     "interrupted": "interrupted",
 }
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from hw.spec.config import AcceleratorConfig
 from sw.console.output import stdout_console
+from sw.program.alone import AttentionResult
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Report:
     -------
     memory: preset of the simulated memory.
     prompt_source: "tokenizer" or "bytes"; "noise" if the model reads no token ids.
+    attention: of each block; empty if it is not computed.
     seconds: wall time of the whole command.
     """
 
@@ -67,7 +69,13 @@ class Report:
     tokens: int
     prompt_source: str
     layers: Sequence[LayerResult]
+    attention: Sequence[AttentionResult]
     seconds: float
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether all results are equal to the definitions."""
+        return all(result.exact for result in (*self.layers, *self.attention))
 
     def totals(self) -> dict:
         """Sums and the worst error."""
@@ -98,6 +106,7 @@ class Report:
             "tokens": self.tokens,
             "prompt_source": self.prompt_source,
             "layers": [layer.to_dict() for layer in self.layers],
+            "attention": [asdict(block) for block in self.attention],
             "totals": self.totals(),
         }
 
@@ -138,6 +147,7 @@ def _summary(report: Report, totals: dict) -> str:
         f"hardware: tile {config.tile}, {config.weight_bits}-bit weights, {config.zero_point} zero points,"
         f" {config.beat_bytes} bytes a beat, config {config.digest[:16]}",
     ]
+    lines[2:2] = _attention(report.attention)
     if totals["cycles"]:
         lines.append(
             f"cycles are simulated, memory {report.memory}, each layer alone on an idle accelerator;"
@@ -151,6 +161,20 @@ def _summary(report: Report, totals: dict) -> str:
     elif report.prompt_source == "noise":
         lines.append("the model reads no token ids (input_ids): its inputs were seeded noise")
     return "\n".join(lines)
+
+
+def _attention(blocks: Sequence[AttentionResult]) -> list[str]:
+    """One line about the attention of all blocks, and the names of those that differ."""
+    if not blocks:
+        return []
+    exact, cycles = sum(block.exact for block in blocks), sum(block.cycles for block in blocks)
+    worst = max(block.relative_error for block in blocks)
+    text = (
+        f"attention of {exact} of {len(blocks)} blocks equals its numpy definition bit for bit,"
+        f" {blocks[0].positions} positions; {f'{cycles:,} cycles; ' if cycles else ''}the worst error is {worst:.1e}"
+    )
+    wrong = [block.name for block in blocks if not block.exact]
+    return [text, *([f"NOT equal: {', '.join(wrong)}"] if wrong else [])]
 
 
 def _cycles(value: int) -> str:

@@ -18,6 +18,10 @@ from sw.program.attention import KEY_CHOICES
 from sw.program.keys import AUTO_BITS
 from sw.runtime.hardware import AUTO
 
+HOST = "host"
+"""The value of --operators with which the device runs the linear layers alone: simulated hardware has operators linear
+then, and a board keeps what it has."""
+
 MODEL_HELP = "an ONNX or GGUF file, a folder with a model, org/name on the Hugging Face Hub, or smollm2"
 """See sw.export.resolve."""
 
@@ -39,11 +43,13 @@ def add_hardware_options(parser: Parser, **defaults: int) -> None:
         auto = item.name in AUTO
         kind = _number_or_auto if auto and isinstance(item.default, int) else type(item.default)
         default = "auto" if auto else values.get(item.name, item.default)
-        shown = default
+        shown, rule = default, RULES[item.name].text
         if item.name == "lanes":
             # It depends on tile and operators.
             default, shown = None, DEFAULT_LANES_TEXT
-        text = f"{RULES[item.name].text} (default: {shown})"
+        if item.name == "operators":
+            rule += f"; {HOST}: the linear layers alone, on any hardware"
+        text = f"{rule} (default: {shown})"
         hardware.add_argument(option(item.name), type=kind, default=default, action=_Given, help=text)
 
 
@@ -85,12 +91,14 @@ class Devices:
     memory: preset of the simulated memory, for sw.devices.open_device.
     hardware: fields of AcceleratorConfig, for sw.runtime.hardware.choose_config.
     known: config of the hardware, without the fields that depend on the model.
+    host: the operators between linear layers stay on the host, also if the hardware has them.
     """
 
     names: Sequence[str]
     memory: str
     hardware: dict[str, int | str]
     known: AcceleratorConfig
+    host: bool
 
     @property
     def shown_memory(self) -> str | None:
@@ -105,7 +113,7 @@ def chosen_devices(options: Namespace, names: Sequence[str], others: Sequence[st
     Raises UserError as `check_devices` and `hardware_options` do.
     """
     memory = check_devices(names, options.memory, others)
-    return Devices(names, memory, *hardware_options(options))
+    return Devices(names, memory, *hardware_options(options), options.operators == HOST)
 
 
 def check_devices(names: Sequence[str], memory: str | None, others: Sequence[str] = ()) -> str:
@@ -136,8 +144,12 @@ def hardware_options(options: Namespace) -> tuple[dict[str, int | str], Accelera
     """
     names = (item.name for item in fields(AcceleratorConfig))
     values = {name: value for name in names if (value := getattr(options, name)) is not None}
+    given = getattr(options, "given", frozenset())
+    if values["operators"] == HOST:
+        values["operators"] = "linear"
+        given -= {"operators"}
     if "kv260" in options.device.split(","):
-        config, given = board_config(), getattr(options, "given", frozenset())
+        config = board_config()
         check_config(config, {name: value for name, value in values.items() if name in given and value != "auto"})
         return config.to_dict(), config
     return values, make_config(**{name: value for name, value in values.items() if value != "auto"})

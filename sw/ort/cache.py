@@ -88,6 +88,11 @@ class KvCache:
                 kept = np.ascontiguousarray(values[:, :, :length])
                 self._values[pair.past] = OrtValue.ortvalue_from_numpy(kept)
 
+    def shorten(self, length: int) -> None:
+        """Removes all but the first `length` tokens."""
+        if not self.in_place:
+            self.restore(self.arrays(), length)
+
     def reset(self) -> None:
         """Removes all tokens."""
         if not self.in_place:

@@ -24,6 +24,7 @@ class BaseDecoder(ABC):
     path: the ONNX file.
     block: most tokens of one call.
     context, length: tokens that the cache can hold, and tokens that it holds.
+    reached: the most tokens that it has held since it was empty.
     usage: sums since the decoder was opened.
 
     Every method raises UserError if the tokens are too many for one call or for the context, or if a layer's
@@ -34,7 +35,7 @@ class BaseDecoder(ABC):
         if context < 1:
             raise UserError(f"the context is 1 token or more, not {context}")
         self.path, self.block = Path(path), block
-        self.context, self.length = context, 0
+        self.context, self.length, self.reached = context, 0, 0
         self.usage = Usage()
 
     @abstractmethod
@@ -62,7 +63,7 @@ class BaseDecoder(ABC):
 
     def reset(self) -> None:
         """Empties the cache."""
-        self.length = 0
+        self.length = self.reached = 0
 
     @property
     @abstractmethod
@@ -74,15 +75,22 @@ class BaseDecoder(ABC):
         """The cache by names that are unique: arrays of numbers, which the next call may change."""
 
     @abstractmethod
-    def restore(self, arrays: Mapping[str, np.ndarray], length: int) -> None:
+    def restore(self, arrays: Mapping[str, np.ndarray], length: int, reached: int = 0) -> None:
         """Takes the first `length` tokens of a cache: the arrays of a decoder with the same model and form.
+
+        reached: that of the decoder, if it is more than `length`.
 
         Raises ValueError if an array has another shape; then the cache is as before.
         """
 
-    def can_shorten(self, before: int, length: int) -> bool:
-        """Whether a cache of `before` tokens still has all that its first `length` tokens need."""
-        return length <= before
+    def can_shorten(self, reached: int, length: int) -> bool:
+        """Whether a cache that has held `reached` tokens still has all that its first `length` tokens need."""
+        return length <= reached
+
+    def shorten(self, length: int) -> None:
+        """Removes all but the first `length` tokens of the cache; `can_shorten` allows it."""
+        assert length <= self.length
+        self.length = length
 
     @abstractmethod
     def close(self) -> None:
@@ -93,6 +101,10 @@ class BaseDecoder(ABC):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _hold(self, total: int) -> None:
+        """Notes that the cache holds these tokens."""
+        self.length, self.reached = total, max(self.reached, total)
 
     def _total(self, ids: Sequence[int]) -> int:
         """Tokens in the cache after these ones. Raises UserError if they are too many."""

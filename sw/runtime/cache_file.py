@@ -18,8 +18,9 @@ import numpy as np
 from sw.common.errors import UserError, one_line
 from sw.graph.file import OnnxFile
 from sw.runtime.base import BaseDecoder
+from sw.runtime.conversation import common
 
-IDS, CONTEXT, DIGEST = "ids", "context", "digest"
+IDS, CONTEXT, REACHED, DIGEST = "ids", "context", "reached", "digest"
 
 _DAMAGES = (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile)
 """What numpy raises for a file that is missing, cut, or something else."""
@@ -34,6 +35,7 @@ def save_cache(path: Path, decoder: BaseDecoder, ids: Sequence[int]) -> None:
     values: dict[str, Any] = {
         IDS: np.asarray(ids, np.int64),
         CONTEXT: decoder.context,
+        REACHED: decoder.reached,
         DIGEST: _digest(decoder),
         **decoder.cache_arrays(),
     }
@@ -69,31 +71,23 @@ def load_cache(path: Path, decoder: BaseDecoder, ids: Sequence[int]) -> int:
     """
     try:
         with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
-            saved, digest = file[IDS], str(file[DIGEST])
+            saved, reached, digest = file[IDS], int(file[REACHED]), str(file[DIGEST])
             if digest != _digest(decoder):
                 raise UserError(
                     f"{path} is the cache of another model, other hardware, or another --context or --key-bits"
                 )
-            same = _common(saved.tolist(), ids[:-1])
-            if same and decoder.can_shorten(len(saved), same):
+            same = common(saved.tolist(), ids[:-1])
+            if same and decoder.can_shorten(reached, same):
                 wanted = decoder.cache_arrays()
                 arrays = {name: file[name] for name in wanted}
                 for name, array in wanted.items():
                     if (arrays[name].dtype, arrays[name].ndim) != (array.dtype, array.ndim):
                         raise UserError(f"{path} is not a complete cache: {name} has another form")
-                decoder.restore(arrays, same)
+                decoder.restore(arrays, same, reached)
                 return same
     except _DAMAGES as error:
         raise UserError(f"{path} is not a complete cache ({one_line(error)})") from None
     return 0
-
-
-def _common(saved: Sequence[int], ids: Sequence[int]) -> int:
-    """The number of first ids that are equal."""
-    for index, (one, other) in enumerate(zip(saved, ids)):
-        if one != other:
-            return index
-    return min(len(saved), len(ids))
 
 
 def _digest(decoder: BaseDecoder) -> str:

@@ -109,7 +109,7 @@ class Decoder(BaseDecoder):
             if batch and (index < steps or steps == len(self._steps)):
                 batch.run(tokens, last, values, places, self.usage)
         self._cache.take(values)
-        self.length = total
+        self._hold(total)
         self.usage.tokens += tokens
         return values
 
@@ -122,10 +122,15 @@ class Decoder(BaseDecoder):
         """See BaseDecoder."""
         return self._cache.arrays()
 
-    def restore(self, arrays: Mapping[str, np.ndarray], length: int) -> None:
+    def restore(self, arrays: Mapping[str, np.ndarray], length: int, reached: int = 0) -> None:
         """See BaseDecoder."""
         self._cache.restore(arrays, length)
-        self.length = length
+        self.length, self.reached = length, max(length, reached)
+
+    def shorten(self, length: int) -> None:
+        """See BaseDecoder."""
+        super().shorten(length)
+        self._cache.shorten(length)
 
     def reset(self) -> None:
         """See BaseDecoder."""

@@ -12,7 +12,7 @@ from sw.graph.linears import Linears
 
 ONNXRUNTIME = "onnxruntime"
 """The value of --device that means no device: the whole model runs in onnxruntime."""
-AUTO = ("weight_bits", "zero_point", "max_k")
+AUTO = ("weight_bits", "zero_point", "max_k", "score_words")
 """Fields of AcceleratorConfig that may be chosen from the model."""
 NATIVE_BITS = 4
 """Weights of more bits do not need wider hardware: they run as two planes of half their width."""
@@ -50,6 +50,7 @@ def layer_shapes(linears: Linears) -> list[LayerShape]:
 def choose_config(shapes: Sequence[LayerShape], options: dict[str, int | str]) -> AcceleratorConfig:
     """The hardware for these layers: options are fields of AcceleratorConfig; "auto" means the least sufficient value.
 
+    Layers take no score_words, so "auto" is 0: see `sw.program.whole` for attention.
     Raises UserError if that hardware does not exist or a layer does not fit it.
     """
     if options["zero_point"] == "auto":
@@ -58,7 +59,7 @@ def choose_config(shapes: Sequence[LayerShape], options: dict[str, int | str]) -
         is_fixed = options["zero_point"] == "fixed"
         options = options | {"weight_bits": _least_weight_bits([shape.bits for shape in shapes], is_fixed)}
     auto_k = options.get("max_k") == "auto"
-    config = make_config(**{name: value for name, value in options.items() if name != "max_k" or not auto_k})
+    config = make_config(**{name: value for name, value in options.items() if value != "auto"})
     if auto_k:
         # Prefer the default where it is enough, so that most models run on the same hardware, which is built once.
         config = replace(config, max_k=max(pack.needed_max_k(config, shape) for shape in shapes))

@@ -144,6 +144,11 @@ class ProgramDecoder(BaseDecoder):
         return token
 
     @property
+    def head_on_host(self) -> bool:
+        """Whether onnxruntime computes lm_head, because it is not quantized."""
+        return self._head is not None
+
+    @property
     def cache_form(self) -> str:
         """See BaseDecoder."""
         attention = self._programs.attention
@@ -155,20 +160,20 @@ class ProgramDecoder(BaseDecoder):
         attention = self._programs.attention
         return attention.arrays() if attention else self._cache.arrays()
 
-    def restore(self, arrays: Mapping[str, np.ndarray], length: int) -> None:
+    def restore(self, arrays: Mapping[str, np.ndarray], length: int, reached: int = 0) -> None:
         """See BaseDecoder."""
         attention = self._programs.attention
         if attention:
             attention.restore(arrays)
         else:
             self._cache.restore(arrays, length)
-        self.length = length
+        self.length, self.reached = length, max(length, reached)
 
-    def can_shorten(self, before: int, length: int) -> bool:
+    def can_shorten(self, reached: int, length: int) -> bool:
         """See BaseDecoder. A cache that has begun again no longer has its first positions."""
         attention = self._programs.attention
-        lost = attention and before > min(attention.capacities) and length < before - self.block
-        return super().can_shorten(before, length) and not lost
+        lost = attention and reached > min(attention.capacities) and length < reached - self.block
+        return super().can_shorten(reached, length) and not lost
 
     def close(self) -> None:
         """See BaseDecoder."""
@@ -192,7 +197,7 @@ class ProgramDecoder(BaseDecoder):
                 self._attend(index, tokens)
             if output:
                 self._submit(self._programs.count - 1, tokens, output)
-        self.length = total
+        self._hold(total)
         self.usage.tokens += tokens
 
     def _begin(self, ids: Sequence[int], total: int) -> None:

@@ -23,7 +23,7 @@ class Score:
     -------
     tokens: number of scored tokens.
     nll: sum of -ln p over them.
-    cycles: cycles of the device's linear layers, 0 without hardware.
+    cycles: cycles of the device's jobs, 0 without hardware.
     seconds: wall time.
     """
 

@@ -3,7 +3,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from sw.graph.linears import find_linears
 from sw.program.keys import AUTO_BITS
 from sw.program.load import Progress
 from sw.program.obstacles import Obstacle
+from sw.program.whole import config_with_attention
 from sw.runtime import BaseDecoder, Decoder, ProgramDecoder
 from sw.runtime.hardware import ONNXRUNTIME, choose_config, layer_shapes
 from sw.text.folder import TextFolder, open_text
@@ -88,14 +89,23 @@ def read_model(name: str) -> LanguageModel:
     return LanguageModel(path, text, decoder_limits(path, text.context))
 
 
-def decoder_config(model: Path, devices: Sequence[str], hardware: dict[str, int | str]) -> AcceleratorConfig | None:
+def decoder_config(
+    model: Path, devices: Sequence[str], hardware: dict[str, int | str], context: int
+) -> AcceleratorConfig | None:
     """The hardware for a model's layers, see sw.runtime.hardware.choose_config; None if no device needs hardware.
 
+    With score_words "auto" it has attention, for a cache of `context` tokens, if the graph allows it.
     Raises UserError as choose_config does.
     """
     if set(devices) == {ONNXRUNTIME}:
         return None
-    return choose_config(layer_shapes(find_linears(model)), hardware)
+    linears = find_linears(model)
+    config = choose_config(layer_shapes(linears), hardware)
+    if hardware.get("score_words") == "auto" and config.has_vector_unit:
+        with suppress(Obstacle):
+            # `open_decoder` says why there is none.
+            config = config_with_attention(config, linears.file, context)
+    return config
 
 
 def make_decoder(
@@ -106,14 +116,15 @@ def make_decoder(
     progress: Progress | None = None,
     tell: Callable[[str], None] = lambda text: None,
     key_bits: int | str = AUTO_BITS,
+    host: bool = False,
 ) -> BaseDecoder:
     """A decoder on an open device; None: in onnxruntime. It has programs if hardware and graph allow them.
 
     tell: called with one line that says why there are no programs, or why they have no attention, although the hardware
-    could run them. key_bits: see ProgramDecoder.
+    could run them. key_bits: see ProgramDecoder. host: no programs, the device runs the linear layers alone.
     Raises UserError as the decoders do.
     """
-    if device and device.config.has_vector_unit:
+    if device and device.config.has_vector_unit and not host:
         try:
             file = OnnxFile(model)
             return ProgramDecoder(file, device, context=context, progress=progress, key_bits=key_bits, tell=tell)
@@ -131,18 +142,22 @@ def open_decoder(
     context: int,
     status: StatusLine,
     key_bits: int | str = AUTO_BITS,
+    host: bool = False,
 ) -> Iterator[BaseDecoder]:
-    """A decoder on a device by name, both closed afterwards.
+    """A decoder on a device by name, both closed afterwards. One line on stderr says what the device computes.
 
     memory: preset for rtl. config: config of the hardware; onnxruntime does not need it. context: tokens that the cache
-    holds. key_bits: see ProgramDecoder.
+    holds. key_bits, host: see make_decoder.
     Raises UserError as sw.devices.open_device and the decoder do.
     """
 
     def packed(done: int, total: int, layer: str) -> None:
         status.count("packing layer {done} of {total}", done, total)
 
+    told: list[str] = []
+
     def tell(text: str) -> None:
+        told.append(text)
         status.clear()
         print(f"note: {text}", file=sys.stderr, flush=True)
 
@@ -151,9 +166,28 @@ def open_decoder(
         if name != ONNXRUNTIME and config is not None:
             device = stack.enter_context(open_device(name, config, memory))
         try:
-            made = make_decoder(model, device, context=context, progress=packed, tell=tell, key_bits=key_bits)
+            made = make_decoder(
+                model, device, context=context, progress=packed, tell=tell, key_bits=key_bits, host=host
+            )
             decoder = stack.enter_context(made)
         except MemoryError:
             raise UserError(f"this machine has no memory for the model and a context of {context:,} tokens") from None
         status.clear()
+        if device and not told:
+            tell(_division(decoder, device.config, host))
         yield decoder
+
+
+def _division(decoder: BaseDecoder, config: AcceleratorConfig, host: bool) -> str:
+    """What the device computes, and what onnxruntime, if neither is the consequence of an obstacle to programs."""
+    if not isinstance(decoder, ProgramDecoder):
+        why = "--operators host" if host else f"the hardware has operators {config.operators}"
+        return f"the accelerator runs the linear layers alone: {why}"
+    if decoder.whole:
+        rest = "embedding and lm_head are" if decoder.head_on_host else "the embedding is"
+        return f"the accelerator runs the whole token, attention included; only {rest} in onnxruntime"
+    try:
+        config_with_attention(config, OnnxFile(decoder.path), decoder.context)
+    except Obstacle as obstacle:
+        return f"onnxruntime computes attention, because of {obstacle}"
+    return f"onnxruntime computes attention: the hardware has score_words {config.score_words}"

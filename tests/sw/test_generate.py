@@ -13,7 +13,6 @@ import onnxruntime
 import pytest
 from tokenizers import Tokenizer
 
-from hw.spec.config import OPERATORS
 from sw import generate
 from sw.common.errors import UserError
 from sw.export.gguf import export_gguf
@@ -87,10 +86,14 @@ def greedy(model, prompt_ids, count):
     return ids[len(prompt_ids) :]
 
 
-@pytest.mark.parametrize("device", ["onnxruntime", "reference", "rtl"])
-def test_greedy(device, model, capsys):
+@pytest.mark.parametrize(
+    ("device", "score_words"),
+    [("onnxruntime", "auto"), ("reference", "auto"), ("rtl", 0), pytest.param("rtl", "auto", marks=pytest.mark.full)],
+)
+def test_greedy(device, score_words, model, capsys):
     """The tokens equal onnxruntime's on every device, with the prompt in one block or several."""
-    values = run(capsys, model, "--device", device, "--tile", 8, "--max-new-tokens", 12)
+    options = ("--device", device, "--score-words", score_words, "--tile", 8, "--max-new-tokens", 12)
+    values = run(capsys, model, *options)
     assert tuple(values) == KEYS
     folder = TextFolder(model.parent)
     assert values["prompt_ids"] == folder.tokenizer.encode(f"u{PROMPT}<|im_end|>").ids
@@ -99,6 +102,7 @@ def test_greedy(device, model, capsys):
     assert values["stop"] == "max_new_tokens"
     assert (values["device"], values["prompt"], values["system"]) == (device, PROMPT, None)
     assert values["programs"] == (device != "onnxruntime")
+    assert values["attention"] == (device != "onnxruntime" and score_words == "auto")
     assert values["sampling"] == {"temperature": 0.0, "top_p": 1.0, "seed": 0}
     assert values["context"] == PROMPT_IDS + 12
     prefill, decode, roofline = values["prefill"], values["decode"], values["roofline"]
@@ -126,26 +130,6 @@ def test_greedy(device, model, capsys):
     else:
         assert values["memory"] is decode["tokens_per_second"] is roofline["reached"] is None
         assert decode["cycles"] == 0
-
-
-@pytest.mark.parametrize("operators", OPERATORS)
-@pytest.mark.parametrize("options", [[], ["--temperature", 1, "--top-p", 0.01]], ids=["greedy", "drawn"])
-def test_operators(options, operators, model, capsys, monkeypatch):
-    """A model that runs as programs, or its linear layers alone, gives onnxruntime's tokens."""
-    wanted = run(capsys, model, "--max-new-tokens", 12, *options)["ids"]
-    monkeypatch.setattr(decoder_setup, "Decoder" if operators == "decoder" else "ProgramDecoder", None)
-    arguments = ["--device", "reference", "--operators", operators, "--tile", 8, "--max-new-tokens", 12, *options]
-    values = run(capsys, model, *arguments)
-    assert values["config"]["operators"] == operators and values["programs"] == (operators == "decoder")
-    assert values["ids"] == wanted
-
-
-@pytest.mark.parametrize("operators", OPERATORS)
-def test_table_names_programs(operators, model, capsys):
-    arguments = ["--model", str(model), "--prompt", PROMPT, "--device", "reference", "--operators", operators]
-    assert generate.main([*arguments, "--max-new-tokens", "2", "--tile", "8"]) == 0
-    line = "\nthe model ran as programs, with attention in onnxruntime\n"
-    assert (line in capsys.readouterr().out) == (operators == "decoder")
 
 
 def test_blocks(model, capsys):
@@ -346,7 +330,7 @@ def test_text_and_table(model):
     """The text comes first and then the figures; progress is on stderr only."""
     status, out, err = command(
         *("--model", model, "--prompt", PROMPT, "--device", "rtl", "--tile", 8, "--max-new-tokens", 6),
-        *("--memory", "ideal"),
+        *("--score-words", 0, "--memory", "ideal"),
     )
     assert status == 0
     lines = out.splitlines()

@@ -18,5 +18,9 @@ def test_saved_cache(model, tmp_path, capsys):
     assert (first["prefill"]["tokens"], again["prefill"]["tokens"]) == (PROMPT_IDS, 1)
     with pytest.raises(UserError, match="another model, other hardware, or another --context"):
         run(capsys, model, "--context", 29, "--load-cache", file)
+    with pytest.raises(
+        UserError, match=r"^the prompt has 31 tokens, more than --context, or the cache in .*, holds \(30\)$"
+    ):
+        run(capsys, model, "--prompt", "x" * 29, "--load-cache", file)
     with pytest.raises(UserError, match="nothing is not a complete cache"):
         run(capsys, model, "--load-cache", tmp_path / "nothing")

@@ -98,9 +98,10 @@ def float_model(path, *, zero_points="none", block=32, k=64, scale=0.1, bits=4):
 @pytest.mark.parametrize("model", [SYMMETRIC, ASYMMETRIC], ids=["symmetric", "asymmetric"])
 def test_genai_builder(model, device, capsys):
     """Models from onnxruntime-genai's builder: every layer is exact and close to onnxruntime."""
-    status, values = document(capsys, model, "--device", device, "--tile", 8)
+    status, values = document(capsys, model, "--device", device, "--tile", 8, "--score-words", 0)
     assert status == 0
-    keys = ("model", "device", "memory", "config", "config_digest", "tokens", "prompt_source", "layers", "totals")
+    keys = ("model", "device", "memory", "config", "config_digest", "tokens", "prompt_source")
+    keys += ("layers", "attention", "totals")
     assert tuple(values) == keys
     assert values["device"] == device
     assert values["config"]["zero_point"] == "integer"
@@ -167,7 +168,7 @@ def test_json_alone_on_stdout():
 def test_every_memory(memory, capsys):
     """The results are the same with every memory, for M 1 and more."""
     for tokens in (1, 16):
-        options = ("--device", "rtl", "--tile", 8, "--memory", memory, "--tokens", tokens)
+        options = ("--device", "rtl", "--tile", 8, "--score-words", 0, "--memory", memory, "--tokens", tokens)
         status, values = document(capsys, SYMMETRIC, *options)
         assert status == 0 and values["memory"] == memory
         assert values["totals"]["exact"] == values["totals"]["layers"] == 11
@@ -185,11 +186,11 @@ def test_difference_is_found(monkeypatch, capsys):
         return y
 
     monkeypatch.setattr(layers, "reference_linear", wrong)
-    status, values = document(capsys, SYMMETRIC, "--device", "rtl", "--tile", 8)
+    status, values = document(capsys, SYMMETRIC, "--device", "rtl", "--tile", 8, "--score-words", 0)
     assert status == 1
     assert [row["exact"] for row in values["layers"]] == [row["n"] != 352 for row in values["layers"]]
     assert values["totals"]["exact"] == 7
-    assert main([SYMMETRIC, "--device", "rtl", "--tile", "8"]) == 1
+    assert main([SYMMETRIC, "--device", "rtl", "--tile", "8", "--score-words", "0"]) == 1
     out = capsys.readouterr().out
     assert out.count("NO") == 4
     assert "7 of 11 layers equal" in out
@@ -260,7 +261,7 @@ def test_memory_is_given_back(monkeypatch):
         return buffer
 
     monkeypatch.setattr(Arena, "alloc", watched)
-    assert main([SYMMETRIC, "--device", "reference"]) == 0
+    assert main([SYMMETRIC, "--device", "reference", "--score-words", "0"]) == 0
     assert len(held) == 3 * 11
     assert max(held) == 6
 

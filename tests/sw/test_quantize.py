@@ -185,7 +185,7 @@ def test_on_the_rtl(form, source, texts, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("GRISTMILL_CACHE", str(tmp_path / "cache"))
     out = str(tmp_path / "out")
     run(capsys, source, out, *texts, "--format", form)
-    hardware = ["--tile", "8", "--json"]
+    hardware = ["--tile", "8", "--score-words", "0", "--json"]
     assert sw_layers.main([out, "--device", "rtl", "--tokens", "2", *hardware]) == 0
     found = json.loads(capsys.readouterr().out)["layers"]
     assert len(found) == LAYERS + 1 and all(layer["exact"] for layer in found)

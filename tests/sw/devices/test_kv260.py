@@ -360,10 +360,23 @@ def test_hardware_options(fake, monkeypatch):
     # With another device the board is not accessed.
     monkeypatch.setattr(kv260, "Host", lambda: pytest.fail("a board was looked for"))
     assert hardware_options.hardware_options(parse("--device", "reference"))[1].max_tokens == 7
-    for options, lanes in (([], 4), (["--operators", "linear"], 2), (["--lanes", "8"], 8)):
+    host = ["--operators", "host"]
+    for options, lanes in (([], 4), (["--operators", "linear"], 2), (host, 2), (["--lanes", "8"], 8)):
         values, config = hardware_options.hardware_options(parse("--device", "reference", "--tile", "32", *options))
         assert config.lanes == choose_config([], values | dict(weight_bits=4, max_k=1024)).lanes == lanes
     assert isinstance(parse("--device", "rtl"), argparse.Namespace)
+
+
+@pytest.mark.parametrize("config", [CONFIG, make_config(operators="decoder", score_words=1024)])
+def test_host_on_a_board(config, monkeypatch):
+    """With --operators host a board keeps its hardware, whatever it is, and the linear layers alone run on it."""
+    monkeypatch.setattr(hardware_options, "board_config", lambda: config)
+    chosen = hardware_options.chosen_devices(parse("--device", "kv260", "--operators", "host"), ["kv260"])
+    assert chosen.host and chosen.known == config and chosen.hardware == config.to_dict()
+    assert not hardware_options.chosen_devices(parse("--device", "kv260"), ["kv260"]).host
+    other = "linear" if config.has_vector_unit else "decoder"
+    with pytest.raises(UserError, match=rf"^the board's hardware has operators \w+, and {other} is asked for$"):
+        hardware_options.chosen_devices(parse("--device", "kv260", "--operators", other), ["kv260"])
 
 
 def test_real_files(tmp_path):

@@ -371,6 +371,17 @@ def test_fallback(plain, tmp_path):
             assert told[0].startswith(f"the accelerator runs the linear layers alone, because of {reason}")
 
 
+def test_host(plain, capsys):
+    """The linear layers alone on hardware that has more, for comparison; one line says why."""
+    config = hardware(score_words=8192)
+    with StatusLine() as status, open_decoder(plain, "reference", "ideal", config, CONTEXT, status, host=True) as made:
+        assert type(made) is Decoder
+        hybrid = in_blocks(made)
+    assert "note: the accelerator runs the linear layers alone: --operators host\n" in capsys.readouterr().err
+    with open_device("reference", hardware(operators="linear")) as device:
+        assert same_bits(hybrid, in_blocks(make_decoder(plain, device, context=CONTEXT)))
+
+
 def test_memory_of_an_attempt_is_free_again(tmp_path):
     path = write_random(tmp_path, {"1.up_proj": (8, 32)})
     places = []
