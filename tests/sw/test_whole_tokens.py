@@ -80,7 +80,7 @@ def test_long_run(smollm2):
         expected, expected_rows = continued(decoder, tokens[-1:], AGAIN)
         expected_caches = decoder.cache_arrays()
     with open_decoder("rtl", smollm2, 2048, "fixed", 16 * 2048) as decoder:
-        decoder.restore(caches, length)
+        decoder.restore(caches, length, length)
         found, rows = continued(decoder, tokens[-1:], AGAIN)
         assert_equal_caches(decoder.cache_arrays(), expected_caches)
     assert found == expected
