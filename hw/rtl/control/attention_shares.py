@@ -17,7 +17,7 @@ from hw.rtl.control.descriptor_check import ATTENTION_FIELDS
 from hw.rtl.control.share import JOBS_AHEAD, Share, Side
 from hw.rtl.core.activation_unit import unit_command_layout
 from hw.rtl.memory.axi import ADDRESS_BITS
-from hw.rtl.memory.row_blocks import rows_layout
+from hw.rtl.memory.row_pieces import pieces_layout
 from hw.rtl.vector.layouts import Target
 from hw.spec.config import AcceleratorConfig
 from hw.spec.control.program import LENGTH_BITS
@@ -31,6 +31,8 @@ ACTIVATIONS_OF_ATTENTION = (
     *(*ATTENTION_FIELDS, "fetch_rows", "fetch_pitch", "unit_groups"),
 )
 """The fields of attention that the activations side needs."""
+BY_PIECES = ("by_pieces", "last_slice", "row_end", "results_end")
+"""The same in hardware that reads activations by pieces."""
 
 
 def uses_array(work: data.View) -> Value:
@@ -81,6 +83,7 @@ def _unit(config: AcceleratorConfig, share: Share) -> Share:
             "planes": work.planes,
             "values": work.values,
             "short": work.scores | work.values,
+            **({name: work[name] for name in BY_PIECES[:2]} if config.reads_by_pieces else {}),
         }
         return {
             "command": Cat(command[name] for name, _ in unit_command_layout(config)),
@@ -100,9 +103,10 @@ def _blocks(config: AcceleratorConfig, share: Share) -> Share:
             "rows": work.fetch_rows,
             "exponents": work.values,
             "chunks": work.chunks,
+            **({"by_pieces": work.by_pieces} if config.reads_by_pieces else {}),
         }
 
-    return replace(share, layout=rows_layout(config), fields=fields)
+    return replace(share, layout=pieces_layout(config), fields=fields)
 
 
 def _epilogue(config: AcceleratorConfig, share: Share) -> Share:

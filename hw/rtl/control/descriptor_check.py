@@ -11,7 +11,9 @@ from hw.rtl.common.block import Block
 from hw.rtl.common.walker import command_layout
 from hw.rtl.control.attention_rules import attention_values
 from hw.rtl.control.descriptor_rules import HEADS_BITS, comparisons, derived_values, epilogue_comparisons
+from hw.rtl.core.activation_unit import slice_bits
 from hw.rtl.memory.activation_fetch import max_activation_beats
+from hw.rtl.memory.axi import ADDRESS_BITS
 from hw.rtl.memory.burst_cutter import BEAT_COUNT_BITS
 from hw.spec.config import AcceleratorConfig
 from hw.spec.control.descriptor import DESCRIPTOR_WORDS, FIELDS, FLOAT_BYTES, PITCH_BITS, VALUE_BITS
@@ -73,6 +75,13 @@ def work_layout(config: AcceleratorConfig) -> data.StructLayout:
         for each chunk
     weight_tiles : column tiles of a chunk; in the first chunk they have ``weight_beats`` each
     unit_groups : groups of activations, each of which is sent for every plane
+
+    and with ``config.reads_by_pieces``
+
+    by_pieces : the rows that the activation fetch reads come piece by piece: those of a linear layer of several tokens
+    last_slice : its number of K-slices minus 1
+    row_end : the address behind the first row that the activation fetch reads
+    results_end : the address behind the first row of results
     """
     names = ["interrupt", "wait", "activations", "results", "weights", "weights_stride", *epilogue_fields(config)]
     if config.has_vector_unit:
@@ -102,6 +111,11 @@ def _attention_work(config: AcceleratorConfig) -> dict[str, int]:
         "fetch_pitch": max(widths["exponent_pitch"], PITCH_BITS),
         "weight_tiles": tiles,
         "unit_groups": command_layout(config)["groups"].width,
+        **(
+            {"by_pieces": 1, "last_slice": slice_bits(config), "row_end": ADDRESS_BITS, "results_end": ADDRESS_BITS}
+            if config.reads_by_pieces
+            else {}
+        ),
     }
 
 
@@ -261,11 +275,24 @@ class DescriptorCheck(Block):
 
         whole = value_chunk(self.config).tile_beats
         head = values["head_groups"] * (BLOCK * FLOAT_BYTES // port_bytes)
+        rows, beats, pitch = 1, values["activation_beats"], values["activation_pitch"]
+        linear, pieces = self._is(descriptor, LINEAR), {}
+        if self.config.reads_by_pieces:
+            # A linear layer's rows follow each other in memory.
+            row_bytes = self.config.tile * FLOAT_BYTES
+            rows, beats = values["tokens"], values["slices"] * (row_bytes // port_bytes)
+            pitch = Mux(linear, values["slices"] * row_bytes, pitch)
+            pieces = {
+                "by_pieces": linear & values["several"],
+                "last_slice": values["slices"] - 1,
+                "row_end": values["activations"] + values["slices"] * row_bytes,
+                "results_end": values["results"] + values["columns"] * FLOAT_BYTES,
+            }
         found = {
             "append": append,
             "scores": scores,
             "values": output,
-            "reuse": values["reuse"] & self._is(descriptor, LINEAR),
+            "reuse": values["reuse"] & linear,
             "paired": scores if self.config.weight_bits == PAIRED_BITS else Const(0),
             "spare_records": Const(0),
             # Scores are multiplied by a constant, and results by 1/S.
@@ -274,14 +301,15 @@ class DescriptorCheck(Block):
             "planes": Mux(scores | append, values["planes"], 1),
             "unit_groups": Mux(scores, values["head_groups"], values["groups"]),
             "activations": Mux(output, values["exponents"], values["activations"]),
-            "activation_beats": chosen(head, CHUNK // port_bytes, values["activation_beats"]),
+            "activation_beats": chosen(head, CHUNK // port_bytes, beats),
             "chunks": Mux(output, values["chunks"], 1),
-            "fetch_rows": chosen(values["tokens"], values["out_tiles"], 1),
-            "fetch_pitch": Mux(output, values["exponent_pitch"], values["activation_pitch"]),
+            "fetch_rows": chosen(values["tokens"], values["out_tiles"], rows),
+            "fetch_pitch": Mux(output, values["exponent_pitch"], pitch),
             "weight_beats": Mux(
                 output, Mux(values["chunks"] == 1, values["last_beats"], whole), values["weight_beats"]
             ),
             "weight_tiles": Mux(output, values["out_tiles"], 1),
+            **pieces,
         }
         layout = self.work.payload.shape()
         widths = {name: field.width for name, field in (*layout, *layout["command"].shape)}

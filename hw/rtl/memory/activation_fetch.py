@@ -16,7 +16,7 @@ from hw.rtl.memory.burst_cutter import burst_layout
 from hw.rtl.vector.layouts import MAX_PIECES
 from hw.spec.config import FLOAT_BITS, AcceleratorConfig
 from hw.spec.control.descriptor import activation_beats
-from hw.spec.memory.access import CHUNK_BYTES, CHUNKS_AHEAD, PIECE_FLOATS
+from hw.spec.memory.access import BLOCKS_AHEAD, CHUNK_BYTES, CHUNKS_AHEAD, PIECE_FLOATS
 from hw.spec.memory.operands import FLOAT_BYTES
 
 PIECE_CHUNKS = PIECE_FLOATS * FLOAT_BYTES // CHUNK_BYTES
@@ -99,7 +99,8 @@ class ActivationFetch(Block):
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        m.submodules.lengths = lengths = StreamFifo(self._length_layout(), 4)
+        blocks = BLOCKS_AHEAD if self.config.has_attention else 4
+        m.submodules.lengths = lengths = StreamFifo(self._length_layout(), blocks)
         chunks = CHUNKS_AHEAD * self.config.ports
         m.submodules.room = room = Credits(chunks, init=chunks)
         self._ask(m, lengths, room)

@@ -11,7 +11,7 @@ drain, and the activation unit, which takes one in while it sends the one before
 from hw.spec.config import FLOAT_BITS, AcceleratorConfig
 from hw.spec.cycles import first_slice_cycles, result_cycles, rows_cycles, slices_cycles
 from hw.spec.latencies import Latencies
-from hw.spec.memory.access import CHUNK_BYTES
+from hw.spec.memory.access import BLOCKS_AHEAD, CHUNK_BYTES
 from hw.spec.memory.geometry import LayerLayout, ceil_div
 from hw.spec.memory.kv_cache import value_chunk, value_group, value_planes
 from hw.spec.numerics.attention import CHUNK
@@ -20,8 +20,8 @@ from hw.spec.ops.scores import SCORES, ScoresDescriptor, bank_words
 from hw.spec.ops.values import ValuesDescriptor
 from hw.spec.timing.timeline import Timeline
 
-_BLOCKS_AHEAD = 5
-"""Rows that are requested at most: the activation fetch knows the length of the one it merges and of four more."""
+_ROWS_AHEAD = BLOCKS_AHEAD + 1
+"""Rows that are requested at most: the activation fetch also knows the length of the one it merges."""
 
 
 def scores(config: AcceleratorConfig, now: Timeline, descriptor: ScoresDescriptor) -> None:
@@ -67,7 +67,7 @@ def _rows_loaded(config: AcceleratorConfig, begin: int, rows: int, slices: int) 
     row_beats = config.tile * FLOAT_BITS // config.port_width
     most = CHUNK_BYTES * 8 // config.port_width // row_beats
     chunks = [most] * (slices // most) + [slices % most] * (slices % most > 0)
-    return begin + rows_cycles(config, chunks * rows, 0, _BLOCKS_AHEAD * len(chunks))[0]
+    return begin + rows_cycles(config, chunks * rows, 0, _ROWS_AHEAD * len(chunks))[0]
 
 
 def values(config: AcceleratorConfig, now: Timeline, descriptor: ValuesDescriptor) -> int:

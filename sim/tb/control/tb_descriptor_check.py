@@ -92,6 +92,18 @@ def _expected(descriptor: AnyDescriptor, layer: LayerLayout | None) -> dict[str,
         found["vector"] = int(layer is None)
     if c.has_attention and layer:
         found |= {"fetch_rows": 1, "weight_tiles": 1, "planes": 1, "unit_groups": layer.groups, "chunks": 1}
+    if c.reads_by_pieces and layer:
+        assert isinstance(descriptor, Descriptor)
+        row = FLOAT_BYTES * layer.k
+        found |= {"by_pieces": int(descriptor.tokens > 1), "last_slice": layer.slices - 1}
+        found |= {"fetch_rows": descriptor.tokens, "fetch_pitch": row, "activation_beats": row * 8 // c.port_width}
+        columns = descriptor.out_features >> descriptor.silu
+        found |= {
+            "row_end": descriptor.activations + row,
+            "results_end": descriptor.results + FLOAT_BYTES * columns,
+        }
+    elif c.reads_by_pieces:
+        found["by_pieces"] = 0
     present = command_fields(c)
     return found | {f"command.{name}": int(value) for name, value in counts.items() if name in present}
 
@@ -100,6 +112,8 @@ def _attention(descriptor: AttentionDescriptor) -> dict[str, int]:
     """The derived values of attention, and the flags that other operations have in the places of its fields."""
     c, found = config(), {"vector": 0, "rotary": 0, "silu": 0, "quiet": 0, "second": 0, "squares": 0, "pieces": 0}
     found |= {"scale": int(descriptor.opcode != Opcode.APPEND), "command.tokens": descriptor.tokens, "command.reuse": 0}
+    if c.reads_by_pieces:
+        found["by_pieces"] = 0
     if isinstance(descriptor, AppendDescriptor):
         return found | {"addend_pitch": 0, "fetch_pitch": descriptor.activation_pitch}
     if isinstance(descriptor, ScoresDescriptor):
@@ -124,6 +138,7 @@ def _attention(descriptor: AttentionDescriptor) -> dict[str, int]:
         "activation_beats": CHUNK * 8 // c.port_width,
         "fetch_rows": cache.column_tiles,
         "fetch_pitch": cache.exponent_pitch,
+        **({"results_end": descriptor.results + FLOAT_BYTES * descriptor.out_features} if c.reads_by_pieces else {}),
         "planes": 1,
         "tile_step": cache.chunks * cache.layer.tile_beats * c.port_width // 8,
     }
