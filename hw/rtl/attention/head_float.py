@@ -180,7 +180,9 @@ class HeadFloat(Block):
     def _bounded(found):
         """Zeros and subnormal numbers have the lowest exponent, too."""
         exponent = found.exponent + found.carries
-        return Mux(exponent < EXPONENT_MIN, EXPONENT_MIN, exponent)[:EXPONENT_BITS]
+        # Compared before the addition, because both together are a long path.
+        low = Mux(found.carries, found.exponent < EXPONENT_MIN - 1, found.exponent < EXPONENT_MIN)
+        return Mux(low, EXPONENT_MIN, exponent)[:EXPONENT_BITS]
 
     def _send(self, m: Module, memory: Memory, full: StreamFifo, free: Credits, exponents, largest) -> None:
         """Reads the rows of one half after the other, and rounds them."""

@@ -59,7 +59,8 @@ class _Bench:
         dut.follow.value = dut.tail.value = dut.pieces.value = 0
 
     def send(self, jobs: list[_Job]) -> None:
-        self.source.send(payload("jobs").pack(**{name: [getattr(job, name) for job in jobs] for name in _FIELDS}))
+        fields = {name: [getattr(job, name) for job in jobs] for name in _FIELDS}
+        self.source.send(payload("jobs").pack(**fields, chunks=[1] * len(jobs)))
 
     async def check(self, jobs: list[_Job], cycles: int = 100_000) -> None:
         expected = [block for job in jobs for block in job.blocks()]
