@@ -23,7 +23,7 @@ from hw.rtl.common.delay import delay
 from hw.rtl.common.fifo import CreditFifo
 from hw.rtl.common.float32 import FLOAT
 from hw.rtl.common.stage import stage
-from hw.spec.config import AcceleratorConfig
+from hw.spec.config import SCORE_UNIT, AcceleratorConfig
 from hw.spec.memory.kv_cache import LONGEST_CONTEXT
 from hw.spec.numerics.attention import CHUNK
 from hw.spec.numerics.functions import UNIT_BITS
@@ -109,7 +109,6 @@ class Softmax(Block):
         place, token = Signal(place_layout(config)), Signal.like(self.row.token)
         words = Signal.like(row_words(config, job.positions))
         whole = CHUNK // word_floats(config)
-        whole_bits = whole.bit_length() - 1
         # Words of a row, of a row in the last chunk, of a row in this chunk; the same from here on; chunks behind this.
         of_row, of_last, of_chunk = (Signal.like(words, name=name) for name in ("row", "last", "chunk"))
         left, behind = Signal.like(words), Signal(range(((1 << len(words)) - 1) // whole + 1))
@@ -119,7 +118,6 @@ class Softmax(Block):
         # Registers: of the rows' words and of the rows this is the last one, and of the chunks.
         last_word, last_token, final = Signal(), Signal(), Signal()
         row_end, chunk_end = Signal(), Signal()
-        rest = words - 1
         m.d.comb += [
             self.job.ready.eq(~active),
             words.eq(row_words(config, self.job.payload.positions)),
@@ -140,13 +138,18 @@ class Softmax(Block):
             return [register.eq(value) for register, value in registers]
 
         with m.If(self.job.valid & self.job.ready):
-            last = rest[:whole_bits] + 1
+            # From the last position, because the way over the words of a row is longer.
+            at = self.job.payload.positions - 1
+            unit_bits = (SCORE_UNIT - 1).bit_length()
+            last = (at[unit_bits : (CHUNK - 1).bit_length()] + 1) << (
+                SCORE_UNIT // word_floats(config)
+            ).bit_length() - 1
             m.d.sync += [job.eq(self.job.payload), active.eq(1), of_row.eq(words), of_last.eq(last), first_chunk.eq(1)]
             m.d.sync += [
                 tokens_after_first.eq(self.job.payload.tokens - 1),
                 last_token.eq(self.job.payload.tokens == 1),
             ]
-            m.d.sync += begin(rest[whole_bits:], last)
+            m.d.sync += begin(at[(CHUNK - 1).bit_length() : COUNT_BITS], last)
         with m.If(step):
             m.d.sync += [first.eq(row_end), place.part.eq(Mux(word_end, 0, place.part + 1)), slot.eq(slot + self.lanes)]
             with m.If(word_end):

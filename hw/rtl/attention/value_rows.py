@@ -147,7 +147,9 @@ class ValueRows(Block):
         token, tile = Signal.like(job.tokens), Signal.like(job.tiles)
         last_token, final_tile = Signal.like(token), Signal.like(tile)
         chunk_start, row_start = Signal.like(self.address), Signal.like(self.address)
-        row_end, token_end, last_tile, tiles_end = Signal(), Signal(), Signal(), Signal()
+        # Registers: it is the last row, the last output tile.
+        token_end, last_tile = Signal(), Signal()
+        row_end, tiles_end = Signal(), Signal()
         positions = self.job.payload.positions
         groups = (positions + (value_group(config) - 1)) >> group_bits
         parts = groups * (value_group(config) // self.floats)
@@ -159,8 +161,6 @@ class ValueRows(Block):
             self.address.eq(row_start + part),
             final.eq(left == 0),
             row_end.eq(part == last_part),
-            token_end.eq(token == last_token),
-            last_tile.eq(tile == final_tile),
             chunk_end.eq(step & row_end & token_end),
             tiles_end.eq(last_tile & row_end & token_end),
             self.finished.eq(step & tiles_end),
@@ -178,6 +178,8 @@ class ValueRows(Block):
                 words.eq(row_words(config, positions)),
                 last_token.eq(self.job.payload.tokens - 1),
                 final_tile.eq(self.job.payload.tiles - 1),
+                token_end.eq(self.job.payload.tokens == 1),
+                last_tile.eq(self.job.payload.tiles == 1),
                 *begin(parts),
             ]
         next_chunk = Signal.like(self.address)
@@ -188,9 +190,11 @@ class ValueRows(Block):
                 of_tile = Mux(last_tile, next_chunk, chunk_start)
                 m.d.sync += [
                     token.eq(Mux(token_end, 0, token + 1)),
+                    token_end.eq(Mux(token_end, 0, token + 1) == last_token),
                     row_start.eq(Mux(token_end, of_tile, row_start + words)),
                 ]
         with m.If(chunk_end):
-            m.d.sync += tile.eq(Mux(last_tile, 0, tile + 1))
+            next_tile = Mux(last_tile, 0, tile + 1)
+            m.d.sync += [tile.eq(next_tile), last_tile.eq(next_tile == final_tile)]
         with m.If(step & tiles_end):
             m.d.sync += [chunk_start.eq(next_chunk), *begin(left), active.eq(~final)]

@@ -121,7 +121,8 @@ class ValueRegions(Block):
     tiles : the weights of a descriptor
     regions : for :class:`hw.rtl.memory.weight_fetch.WeightFetch`
 
-    Latency 0 cycles, throughput 1 region per cycle.
+    Latency 0 cycles, throughput 1 region per cycle, but the weights of a descriptor are taken 1 cycle after their last
+    region.
     """
 
     def __init__(self, config: AcceleratorConfig):
@@ -141,6 +142,8 @@ class ValueRegions(Block):
         chunk, following = Signal.like(asked.chunks, init=1), Signal.like(asked.chunks, init=2)
         # Registers: this is not the descriptor's first region; it is in the last chunk; it is the first one of a chunk.
         later, ends, begins = Signal(), Signal(), Signal()
+        # All regions are taken: a register, because the way from the ports through the weight fetch is long.
+        done = Signal()
         last_tile, last_chunk = Signal(), Signal()
         # The next region's address as a sum, so that no choice comes before the adder. The chunk's first region.
         address, origin, first = (Signal.like(asked.address, name=name) for name in ("address", "origin", "first"))
@@ -149,8 +152,8 @@ class ValueRegions(Block):
         m.d.comb += [
             last_tile.eq(tile == asked.tiles),
             last_chunk.eq(chunk == asked.chunks),
-            regions.valid.eq(tiles.valid),
-            tiles.ready.eq(regions.ready & last_tile & last_chunk),
+            regions.valid.eq(tiles.valid & ~done),
+            tiles.ready.eq(done),
             # This cannot wrap: a descriptor's addresses are below 2^40 - 2^34.
             address.eq(origin + step),
             regions.payload.stride.eq(asked.stride),
@@ -158,6 +161,7 @@ class ValueRegions(Block):
             regions.payload.beats.eq(Mux(later, Mux(ends, asked.last_beats, whole), asked.beats)),
             start.eq(Mux(later & ~begins, first, regions.payload.address)),
         ]
+        m.d.sync += done.eq(regions.valid & regions.ready & last_tile & last_chunk)
         with m.If(regions.valid & regions.ready):
             m.d.sync += [
                 tile.eq(Mux(last_tile, 1, tile + 1)),
