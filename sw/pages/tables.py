@@ -29,12 +29,13 @@ def designs(sections: Sections, kind: str) -> dict[str, tuple[str, str, str]]:
 
     kind: what was measured, "levels" or "resources".
     """
-    pattern = re.compile(rf"{kind}_tile_(\d+)(_decoder)?(_fixed)?")
+    operators = {"_attention": "decoder, attention", "_decoder": "decoder", None: "linear"}
+    pattern = re.compile(rf"{kind}_tile_(\d+)(_attention|_decoder)?(_fixed)?")
     found = {name: match for name in sections if (match := pattern.fullmatch(name))}
-    order = sorted(found, key=lambda name: (not found[name][2], bool(found[name][3]), int(found[name][1])))
+    places = {suffix: place for place, suffix in enumerate(operators)}
+    order = sorted(found, key=lambda name: (places[found[name][2]], bool(found[name][3]), int(found[name][1])))
     return {
-        name: (found[name][1], "decoder" if found[name][2] else "linear", "fixed" if found[name][3] else "integer")
-        for name in order
+        name: (found[name][1], operators[found[name][2]], "fixed" if found[name][3] else "integer") for name in order
     }
 
 
