@@ -16,6 +16,7 @@ import numpy as np
 
 from sw.awq.calibration import Step, walk
 from sw.awq.clipping import clip
+from sw.awq.compensation import compensate
 from sw.awq.folding import Fold, find_fold
 from sw.awq.graph import Group
 from sw.awq.int8_head import quantize_head
@@ -32,6 +33,8 @@ from sw.text.scoring import negative_log_likelihood
 
 METHODS = ("awq", "rtn")
 """rtn: round to nearest, without any search."""
+ROUNDINGS = ("gptq", "nearest")
+"""How AWQ's weights become integers: with compensation (see sw.awq.compensation), or each by itself."""
 FLOAT = "float"
 ROWS_AT_ONCE = 64
 """Tokens whose logits are in memory at the same time; a vocabulary may have 150,000 tokens."""
@@ -101,19 +104,20 @@ def quantize(
     scratch: Path,
     *,
     method: str = "awq",
+    rounding: str = ROUNDINGS[0],
     compare: Sequence[str] = (),
     int8_head: bool = True,
     progress: Progress = lambda done, name: None,
 ) -> Result:
     """Quantizes every float linear layer of a decoder.
 
-    method: one of METHODS. compare: further models (FLOAT or METHODS) to score on texts.evaluation; all have the same
+    method: one of METHODS. rounding: one of ROUNDINGS, for AWQ. compare: further models (FLOAT or METHODS) to score on texts.evaluation; all have the same
     head. scratch: directory for files that the result's functions read. int8_head: the head becomes int8 (see
     sw.awq.int8_head), else it stays float. progress: called with the fraction that is done and a layer's name.
     Raises UserError for graphs that are not decoders or have no float linear layers, and for values that are not
     finite.
     """
-    return _Quantizer(file, form, texts, scratch, method, compare, int8_head).run(progress)
+    return _Quantizer(file, form, texts, scratch, method, rounding, compare, int8_head).run(progress)
 
 
 class _Quantizer:
@@ -124,9 +128,11 @@ class _Quantizer:
         texts: Texts,
         scratch: Path,
         method: str,
+        rounding: str,
         compare: Sequence[str],
         int8_head: bool,
     ):
+        self.rounding = rounding
         self.file, self.form, self.texts, self.scratch = file, form, texts, scratch
         self.method, self.compare, self.int8_head = method, list(compare) if texts.evaluation else [], int8_head
         self.searches = "awq" in (method, *self.compare)
@@ -174,7 +180,7 @@ class _Quantizer:
         fold, scale, searched = None, None, plain
         if self.searches:
             fold = find_fold(self.file, step, group)
-            scale, searched = search(weights, statistics, self.form, fold)
+            scale, searched = search(weights, statistics, self.form, fold, self.rounding)
         factors = np.float32(1) if scale is None else scale.values
         chosen = searched if self.method == "awq" else plain
         for site, weight, near, found, take in zip(group.sites, weights, plain, searched, chosen):
@@ -265,12 +271,20 @@ def gather(inputs: Sequence[np.ndarray]) -> Statistics:
 
 
 def search(
-    weights: Sequence[np.ndarray], statistics: Statistics, form: Form, fold: Fold | None
+    weights: Sequence[np.ndarray],
+    statistics: Statistics,
+    form: Form,
+    fold: Fold | None,
+    rounding: str = ROUNDINGS[0],
 ) -> tuple[Scale | None, list[Rounded]]:
     """AWQ of layers that share an input: their scale (None without a fold), and the rounded weights times the scale."""
-    if fold is None:
-        return None, [clip(weight, statistics.gram, form) for weight in weights]
-    classes = None if fold.rows is None else np.unique(fold.rows, return_inverse=True)[1]
-    scale = search_scale(weights, statistics, form, classes)
-    gram = scaled_gram(statistics.gram, scale.values)
-    return scale, [clip(weight * scale.values, gram, form) for weight in weights]
+    scale, gram, scaled = None, statistics.gram, list(weights)
+    if fold is not None:
+        classes = None if fold.rows is None else np.unique(fold.rows, return_inverse=True)[1]
+        scale = search_scale(weights, statistics, form, classes)
+        gram = scaled_gram(gram, scale.values)
+        scaled = [weight * scale.values for weight in weights]
+    found = [clip(weight, gram, form) for weight in scaled]
+    if rounding == "gptq":
+        found = [compensate(weight, gram, start) for weight, start in zip(scaled, found)]
+    return scale, found

@@ -119,7 +119,9 @@ def test_symmetric_three_bits(tmp_path):
     reader = gptq_format(Settings(tmp_path / "config.json", gptq_config(form)))
     assert (reader.read(Checkpoint(tmp_path), "layer").zero_points == 4).all()
     write_tensors(tmp_path / "a.safetensors", tensors | {"layer.qzeros": np.zeros((1, 3), np.int32)})
-    with pytest.raises(UserError, match=r"layer\.qzeros: a zero point is not 4, and sym is true: older versions of GPT"):
+    with pytest.raises(
+        UserError, match=r"layer\.qzeros: a zero point is not 4, and sym is true: older versions of GPT"
+    ):
         reader.read(Checkpoint(tmp_path), "layer")
 
 

@@ -161,7 +161,10 @@ COMPRESSED: dict[str, tuple[dict[str, Any], str]] = {
     "rotated": ({"transform_config": {"config_groups": {"u": {}}}}, 'transform_config is null, not {"u": {}}'),
     "no weights": ({"config_groups": group(weights=None)}, "config_groups.group_0.weights is an object, not null"),
     "floats": ({"config_groups": weights(type="float")}, 'config_groups.group_0.weights.type is int, not "float"'),
-    "float": ({"config_groups": weights(num_bits=4.0)}, "config_groups.group_0.weights.num_bits is 2, 3, 4 or 8, not 4.0"),
+    "float": (
+        {"config_groups": weights(num_bits=4.0)},
+        "config_groups.group_0.weights.num_bits is 2, 3, 4 or 8, not 4.0",
+    ),
     "bits": ({"config_groups": weights(num_bits=5)}, "config_groups.group_0.weights.num_bits is 2, 3, 4 or 8, not 5"),
     "tensor": (
         {"config_groups": weights(strategy=None, group_size=None)},

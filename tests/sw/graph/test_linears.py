@@ -173,7 +173,14 @@ def dequantize_model(
 ) -> onnx.ModelProto:
     """DequantizeLinear -> [Transpose ->] MatMul or Gemm. transposed: weights are [N, K], with a Transpose or transB."""
     rng = np.random.default_rng(len(kind) + blocked + 2 * transposed)
-    low, high = {"int2": (-2, 2), "uint2": (0, 4), "int4": (-8, 8), "uint4": (0, 16), "int8": (-128, 128), "uint8": (0, 256)}[kind]
+    low, high = {
+        "int2": (-2, 2),
+        "uint2": (0, 4),
+        "int4": (-8, 8),
+        "uint4": (0, 16),
+        "int8": (-128, 128),
+        "uint8": (0, 256),
+    }[kind]
     dtype: Any = getattr(ml_dtypes, kind, np.dtype(kind) if kind in ("int8", "uint8") else None)
     groups = -(-K // block) if blocked else 1
     weights, shape = rng.integers(low, high, (K, N)), (groups, N)
