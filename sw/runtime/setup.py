@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hw.spec.config import AcceleratorConfig
+from sw.checkpoints.adapter import Adapter
 from sw.common.errors import UserError
 from sw.common.status_line import StatusLine
 from sw.devices import open_device
@@ -20,6 +21,7 @@ from sw.program.keys import AUTO_BITS
 from sw.program.load import Progress
 from sw.program.obstacles import Obstacle
 from sw.runtime import BaseDecoder, Decoder, ProgramDecoder
+from sw.runtime.adapters import adapter_layers, adapter_shapes
 from sw.runtime.hardware import ONNXRUNTIME, choose_config, layer_shapes
 from sw.text.folder import TextFolder, open_text
 
@@ -88,14 +90,21 @@ def read_model(name: str) -> LanguageModel:
     return LanguageModel(path, text, decoder_limits(path, text.context))
 
 
-def decoder_config(model: Path, devices: Sequence[str], hardware: dict[str, int | str]) -> AcceleratorConfig | None:
-    """The hardware for a model's layers, see sw.runtime.hardware.choose_config; None if no device needs hardware.
+def decoder_config(
+    model: Path, devices: Sequence[str], hardware: dict[str, int | str], adapter: Adapter | None = None
+) -> AcceleratorConfig | None:
+    """The hardware for the layers of a model and of an adapter, see sw.runtime.hardware.choose_config; None if no
+    device needs hardware.
 
-    Raises UserError as choose_config does.
+    Raises UserError as choose_config does, and for an adapter of another model.
     """
     if set(devices) == {ONNXRUNTIME}:
         return None
-    return choose_config(layer_shapes(find_linears(model)), hardware)
+    shapes = layer_shapes(find_linears(model))
+    if adapter:
+        layers = adapter_layers(adapter, {shape.name: (shape.n, shape.k) for shape in shapes})
+        shapes += adapter_shapes(layers.values())
+    return choose_config(shapes, hardware)
 
 
 def make_decoder(
@@ -106,13 +115,22 @@ def make_decoder(
     progress: Progress | None = None,
     tell: Callable[[str], None] = lambda text: None,
     key_bits: int | str = AUTO_BITS,
+    adapter: Adapter | None = None,
 ) -> BaseDecoder:
-    """A decoder on an open device; None: in onnxruntime. It has programs if hardware and graph allow them.
+    """A decoder on an open device; None: in onnxruntime. It has programs if hardware and graph allow them, and there is
+    no adapter.
 
     tell: called with one line that says why there are no programs, or why they have no attention, although the hardware
-    could run them. key_bits: see ProgramDecoder.
+    could run them. key_bits: see ProgramDecoder. adapter: is used from the first token on.
     Raises UserError as the decoders do.
     """
+    if adapter:
+        if device and device.config.has_vector_unit:
+            tell(f"the accelerator runs the linear layers alone, because of the adapter {adapter.path}")
+        name = str(adapter.path)
+        decoder = Decoder(model, device, context=context, progress=progress, adapters={name: adapter})
+        decoder.adapter = name
+        return decoder
     if device and device.config.has_vector_unit:
         try:
             file = OnnxFile(model)
@@ -131,11 +149,12 @@ def open_decoder(
     context: int,
     status: StatusLine,
     key_bits: int | str = AUTO_BITS,
+    adapter: Adapter | None = None,
 ) -> Iterator[BaseDecoder]:
     """A decoder on a device by name, both closed afterwards.
 
     memory: preset for rtl. config: config of the hardware; onnxruntime does not need it. context: tokens that the cache
-    holds. key_bits: see ProgramDecoder.
+    holds. key_bits: see ProgramDecoder. adapter: a LoRA adapter, or None.
     Raises UserError as sw.devices.open_device and the decoder do.
     """
 
@@ -151,8 +170,8 @@ def open_decoder(
         if name != ONNXRUNTIME and config is not None:
             device = stack.enter_context(open_device(name, config, memory))
         try:
-            made = make_decoder(model, device, context=context, progress=packed, tell=tell, key_bits=key_bits)
-            decoder = stack.enter_context(made)
+            options = {"context": context, "progress": packed, "tell": tell, "key_bits": key_bits, "adapter": adapter}
+            decoder = stack.enter_context(make_decoder(model, device, **options))
         except MemoryError:
             raise UserError(f"this machine has no memory for the model and a context of {context:,} tokens") from None
         status.clear()
