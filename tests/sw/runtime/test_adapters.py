@@ -80,7 +80,7 @@ def merged_logits(base, pairs, factor: float) -> np.ndarray:
 def test_layers_are_exact(rank, dtype, bias):
     """y = base + B (A x), each as hw.spec.numerics defines it, and the sums in float32; twice in the same buffers."""
     rng = np.random.default_rng(rank)
-    k, n, tokens = 72, 40, 5
+    k, n, tokens = 72, 48, 5
     own = rng.standard_normal(n).astype(np.float32) if bias else None
     layers = [named(random_linear(rng, n, k, 32), "x", name, own) for name in ("one", "two", "other")]
     a, b = (quantize_int8(rng.standard_normal(shape).astype(np.float32)) for shape in ((rank, k), (n, rank)))
@@ -104,6 +104,24 @@ def test_layers_are_exact(rank, dtype, bias):
                 y = y if layer.name == "other" else y + added
                 assert found[layer.name].dtype == dtype
                 assert same_bits(found[layer.name].astype(np.float32), y.astype(np.float32)), layer.name
+
+
+def test_sums_are_in_the_hosts_memory():
+    """The host does not write where the device writes: a cache could hold its sum back over the next result."""
+    rng = np.random.default_rng(1)
+    layer = named(random_linear(rng, 64, 64, 32), "x", "one")
+    a, b = (quantize_int8(rng.standard_normal(shape).astype(np.float32)) for shape in ((4, 64), (64, 4)))
+    with ReferenceDevice(CONFIG) as device:
+        placed = place(device, layer)
+        batch = Batch(device, [placed], frozenset(), frozenset(), frozenset({"one"}))
+        update = AdapterBatch(device, "name", [(placed, AdapterLayer(a, b))], frozenset())
+        places: dict[str, OrtValue] = {}
+        x = rng.standard_normal((1, 1, 64)).astype(np.float32)
+        values = {"x": OrtValue.ortvalue_from_numpy(x)}
+        batch.run(1, False, values, places, Usage())
+        update.run(1, False, values, places, Usage())
+        ((_, buffer),) = batch._groups[0][1]
+        assert same_bits(device.view(buffer)[: 4 * 64].view(np.float32)[None], expected(CONFIG, layer, x[0]))
 
 
 @pytest.mark.parametrize("names", [LINEARS, LINEARS[:1], ["mlp.down_proj"]], ids=["all", "q", "down"])
