@@ -5,8 +5,8 @@
 
 SRC is a Hugging Face folder with float weights or its name on the hub, a GGUF file (its quantized tensors are converted
 to float), smollm2, or a float ONNX export of a decoder. AWQ (activation-aware weight quantization, Lin et al. 2023,
-arXiv 2306.00978) searches scales and ranges that keep the outputs of the layers on a calibration text, and GPTQ (Frantar
-et al. 2022, arXiv 2210.17323) compensates the errors of rounding; see sw.awq.search, sw.awq.clipping and
+arXiv 2306.00978) searches scales and ranges that keep the outputs of the layers on a calibration text, and GPTQ
+(Frantar et al. 2022, arXiv 2210.17323) compensates the errors of rounding; see sw.awq.search, sw.awq.clipping and
 sw.awq.compensation.
 The command writes into DIR: model.onnx with MatMulNBits layers, or an AutoAWQ GEMM folder; the source's text files; and
 the report, quantize.json.
@@ -49,7 +49,7 @@ BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128)
 FORMATS = ("onnx", "autoawq")
 AUTOAWQ_BITS = (3, 4)
-CALIBRATION_WINDOWS = 16
+CALIBRATION_WINDOWS = 64
 BUILT_IN = "pydoc_data.topics"
 """The calibration text without --calibration: a file of every CPython, 700 kB of English about Python."""
 HELD_OUT = 4

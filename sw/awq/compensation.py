@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Second-order rounding: the error of each rounded weight is compensated by the weights after it.
 
-This is GPTQ (Frantar et al. 2022, arXiv 2210.17323), after AWQ's scales and ranges. The error of row n of the weights is
-dW[n] H dW[n]^T, with H the Gram matrix of the layer's inputs and a small multiple of the identity. If column k is rounded
-with the error e, the best change of the columns after it is
+This is GPTQ (Frantar et al. 2022, arXiv 2210.17323), after AWQ's scales and ranges. The error of row n of the weights
+is dW[n] H dW[n]^T, with H the Gram matrix of the layer's inputs and a small multiple of the identity. If column k is
+rounded with the error e, the best change of the columns after it is
 
     w[j] -= e * U[k, j] / U[k, k],   with H^-1 = U^T U and U upper triangular
 U comes from one Cholesky factor without an inverse of H: H = R R^T with R upper triangular, and U = R^-1.
 
-The columns are rounded in the order of the model, because the hardware's groups are neighbours. A group's scale and zero
-point are chosen when its first column is reached, for the weights as they are then: the metric is that of the error
-which no later column can compensate, the inverse of U[g, g]^T U[g, g].
+The columns are rounded in the order of the model, because the hardware's groups are neighbours. A group's scale and
+zero point are chosen when its first column is reached, for the weights as they are then: the metric is that of the
+error which no later column can compensate, the inverse of U[g, g]^T U[g, g].
 """
 
 import numpy as np
@@ -20,8 +20,8 @@ from sw.awq.rounding import Form, Rounded, extent
 from sw.awq.threads import threaded
 from sw.common.arrays import slices
 
-DAMPING = 0.01
-"""What is added to H's diagonal, relative to its mean: GPTQ's value."""
+DAMPING = 0.05
+"""What is added to H's diagonal, relative to its mean. With GPTQ's 0.01 the error on other texts is larger."""
 ROWS_AT_ONCE = 256
 """Rows of the weights that one thread rounds; each column is a few operations of numpy on them."""
 
@@ -89,7 +89,7 @@ def _round_rows(
 def _choose(
     form: Form, columns: np.ndarray, metric: np.ndarray, scales: np.ndarray, zero_points: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best scale and zero point of each row for a group's weights, float32 [S, R]; scales, zero_points: tried too."""
+    """Best scale and zero point of each row for a group's weights, float32 [S, R]. scales, zero_points: tried too."""
     groups = form.split(np.ascontiguousarray(columns.T))[:, 0]
     tried = Group(form, groups, metric, np.zeros_like(groups))
     tried.consider(scales[None], zero_points[None])

@@ -39,6 +39,12 @@ FLOAT = "float"
 ROWS_AT_ONCE = 64
 """Tokens whose logits are in memory at the same time; a vocabulary may have 150,000 tokens."""
 
+LARGEST_TOKEN = 4
+"""A token's squared activations count at most this many times the median token's. The first token of a sequence, to
+which heads attend when nothing else fits, has activations of down_proj that are hundreds of times as large (massive
+activations, Sun et al. 2024, arXiv 2402.17762); it would decide alone which error is least. The norm after the residual
+sum divides by them, so its error matters no more than another token's."""
+
 Progress = Callable[[float, str], None]
 
 
@@ -111,9 +117,10 @@ def quantize(
 ) -> Result:
     """Quantizes every float linear layer of a decoder.
 
-    method: one of METHODS. rounding: one of ROUNDINGS, for AWQ. compare: further models (FLOAT or METHODS) to score on texts.evaluation; all have the same
-    head. scratch: directory for files that the result's functions read. int8_head: the head becomes int8 (see
-    sw.awq.int8_head), else it stays float. progress: called with the fraction that is done and a layer's name.
+    method: one of METHODS. rounding: one of ROUNDINGS, for AWQ. compare: further models (FLOAT or METHODS) to score on
+    texts.evaluation; all have the same head. scratch: directory for files that the result's functions read. int8_head:
+    the head becomes int8 (see sw.awq.int8_head), else it stays float. progress: called with the fraction that is done
+    and a layer's name.
     Raises UserError for graphs that are not decoders or have no float linear layers, and for values that are not
     finite.
     """
@@ -254,8 +261,9 @@ class _Quantizer:
 
 
 def gather(inputs: Sequence[np.ndarray]) -> Statistics:
-    """Statistics of a layer's inputs, float32 [tokens, K] for every window."""
+    """Statistics of a layer's inputs, float32 [tokens, K] for every window, in which no token counts too much."""
     tokens = sum(map(len, inputs))
+    inputs = _even(inputs)
 
     def total(share: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         gram = np.zeros((inputs[0].shape[1],) * 2, np.float32)
@@ -268,6 +276,16 @@ def gather(inputs: Sequence[np.ndarray]) -> Statistics:
     gram = sum((gram for gram, _ in totals[1:]), totals[0][0]) / np.float32(tokens)
     magnitude = np.sum([magnitude for _, magnitude in totals], axis=0) / tokens
     return Statistics(gram, magnitude.astype(np.float32), tokens)
+
+
+def _even(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The inputs, with those of a few tokens made smaller: see LARGEST_TOKEN."""
+    squares = threaded(lambda x: np.einsum("tk,tk->t", x, x), inputs)
+    limit = np.float32(LARGEST_TOKEN) * np.median(np.concatenate(squares))
+    if not limit > 0:
+        return list(inputs)
+    factors = [np.sqrt(np.minimum(1, limit / np.maximum(square, limit))) for square in squares]
+    return [x * factor[:, None] if factor.min() < 1 else x for x, factor in zip(inputs, factors)]
 
 
 def search(

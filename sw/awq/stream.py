@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bytes that the accelerator reads for the weights of one token, or of one batch of tokens.
 
-They are not the bytes of a file: the hardware's weights have one width (`weight_bits`), scales are 16 bits, and narrower
-weights take as much as that width. An int8 head needs a width of 4 at least, because it runs as two planes.
+They are not the bytes of a file: the hardware's weights have one width (`weight_bits`), scales are 16 bits, and
+narrower weights take as much as that width. An int8 head needs a width of 4 at least, because it runs as two planes.
 """
 
 from dataclasses import dataclass, replace
@@ -29,12 +29,14 @@ class Stream:
     weight_bits: the least width of hardware that runs all layers. layers, head: bytes there; head is 0 if it is float.
     narrow: bytes of the layers without the head on hardware whose width is that of the layers' weights; None if a layer
         does not fit it.
+    float16: bytes of the same layers' weights as float16.
     """
 
     weight_bits: int
     layers: int
     head: int
     narrow: int | None
+    float16: int
 
 
 def stream(model: Path, form: Form) -> Stream | None:
@@ -57,7 +59,7 @@ def stream(model: Path, form: Form) -> Stream | None:
         narrow = sum(_bytes(own, shape) for shape in body)
     except UserError:
         narrow = None
-    return Stream(config.weight_bits, layers, last, narrow)
+    return Stream(config.weight_bits, layers, last, narrow, sum(2 * shape.n * shape.k for shape in body))
 
 
 def _bytes(config: AcceleratorConfig, shape: Shape) -> int:

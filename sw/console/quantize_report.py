@@ -137,10 +137,8 @@ def _lines(report: Report) -> list[str]:
         f"calibrated on {report.calibration}: {report.calibration_tokens:,} tokens",
     ]
     if recovered is not None:
-        lines.insert(
-            0,
-            f"{_name(report, 'awq')} recovers {100 * recovered:.1f} % of the perplexity that rounding to nearest loses",
-        )
+        part = f"{100 * recovered:.1f} % of the perplexity that rounding to nearest loses"
+        lines.insert(0, f"{_name(report, 'awq')} recovers {part}")
     fields = ", stored in 4" if form.bits == 3 else ""
     return [
         *lines,

@@ -250,17 +250,11 @@ def matmul_node(
 
     weights: what `layer_tensors` returned. Two planes (see sw.graph.matmul_nbits) have a Concat node before it.
     """
-    shape = {
-        "K": layer.k,
-        "N": layer.n,
-        "bits": stored_bits(layer.bits),
-        "block_size": layer.group_size,
-        "accuracy_level": 0,
-    }
+    shape = {"K": layer.k, "N": layer.n, "bits": stored_bits(layer.bits), "block_size": layer.group_size}
     if _in_planes(layer):
         shape |= {"K": 2 * layer.k, "bits": PLANE_BITS}
         x = w.node(f"{name.removesuffix('/MatMulNBits')}/Concat", "Concat", [x, x], axis=-1)
-    return w.node(name, "MatMulNBits", [x, *weights], outputs, CONTRIB, **shape)
+    return w.node(name, "MatMulNBits", [x, *weights], outputs, CONTRIB, **shape, accuracy_level=0)
 
 
 def can_gather(table: QuantizedLinear) -> bool:

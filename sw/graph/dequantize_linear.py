@@ -2,7 +2,8 @@
 """Reads DequantizeLinear(weights) -> [Cast, Transpose ->] MatMul or Gemm as quantized linear layers.
 
 The weights are int2, uint2 (opset 25), int4, uint4, int8 or uint8, [K, N] or, before a Transpose or Gemm's transB,
-[N, K]. ONNX has no type of 3 bits: such weights come as int4 or uint4. Scales and zero points (absent: 0) are per block along K (opset 21: axis, block_size), per output row, or one for the whole matrix.
+[N, K]. ONNX has no type of 3 bits: such weights are int4 or uint4. Scales and zero points (absent: 0) are per block
+along K (opset 21: axis, block_size), per output row, or one for the whole matrix.
 Signed weights become unsigned: q and zero point are both raised by half the range.
 """
 

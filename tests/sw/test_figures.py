@@ -100,7 +100,7 @@ def test_take(tmp_path: Path, monkeypatch):
     assert figures.main(["--take", f"quantize={document}"]) == 0
     assert "layers" not in load(copy)["quantize"]["figures"]
     text = (tmp_path / "docs" / "quantize.md").read_text()
-    assert "| AWQ | 22.5000 | +12.50 % |" in text and "AWQ recovers 75.0<!--= quantize.recovered" in text
+    assert "| AWQ and GPTQ | 22.5000 | +12.50 % |" in text and "recover 75.0<!--= quantize.recovered" in text
 
 
 @pytest.mark.parametrize(

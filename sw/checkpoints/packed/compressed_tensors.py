@@ -3,15 +3,15 @@
 
 Format (the Python package compressed-tensors, compressors/pack_quantized), tensors of one layer with groups of G
 features:
-    weight_packed int32 [N, ceil(K * bits / 32)]   q[n, k] is in bits `bits * k` and up of row n, from the low bits of its
-        first word; 3 bits may begin in one word and end in the next
+    weight_packed int32 [N, ceil(K * bits / 32)]   q[n, k] is in bits `bits * k` and up of row n, from the low bits of
+        its first word; 3 bits may begin in one word and end in the next
     weight_scale float [N, ceil(K / G)]; weight_shape int64 [2], the values N and K
     weight_zero_point int32 [ceil(N * bits / 32), ceil(K / G)], if asymmetric   z[n, g] is in bits `bits * n` and up of
         column g; in early versions (0.6): int8 [N, ceil(K / G)], less 2^(bits - 1)
     weight_g_idx int32 [K] with actorder "group" (see sw.checkpoints.packed.order); bias [N] or absent
     w[n, k] = (q[n, k] - z[n, k // G]) * s[n, k // G], where symmetric layers have z = 2^(bits - 1)
-Older versions (0.17) store 10 numbers of 3 bits in a word, and 2 free bits. The number of words shows which form a layer
-has. Of less than 160 features both may have as many words; the layer is read in the newer form then.
+Older versions (0.17) store 10 numbers of 3 bits in a word, and 2 free bits. The number of words shows which form a
+layer has. Of less than 160 features both may have as many words; the layer is read in the newer form then.
 """
 
 from collections.abc import Mapping

@@ -132,9 +132,7 @@ class GptqFormat:
         if doubtful and not self.borrows:
             problem = f"a zero point is stored as {top}, which programs read in different ways"
         elif self.bits == WIDE and self.symmetric and (by_field != 1 << (self.bits - 1)).any():
-            problem = (
-                "a zero point is not 4, and sym is true: older versions of GPTQModel wrote such numbers for 3 bits"
-            )
+            problem = "a zero point is not 4, and sym is true: older versions of GPTQModel wrote 3 bits so"
         if problem:
             hint = "GPTQModel writes checkpoint_format gptq_v2, which has no such numbers"
             raise UserError(f"{checkpoint.folder}: tensor {name}.qzeros: {problem} ({hint})")

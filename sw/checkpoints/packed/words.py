@@ -10,7 +10,7 @@ from sw.common.errors import UserError
 
 WORD_BITS = 32
 BITS = (2, 3, 4, 8)
-"""Widths of packed weights that are read. MatMulNBits has no 3 bits: such weights become its 4 (see sw.graph.decoder)."""
+"""Widths of packed weights that are read. 3 bits become 4 in MatMulNBits, which has no 3 (see sw.graph.decoder)."""
 WIDTHS = "2, 3, 4 or 8"
 """BITS in messages."""
 MIN_BLOCK = 16

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Second-order rounding equals the definition, column by column, and lowers the error on inputs that it has not seen."""
+"""Second-order rounding equals the definition, column by column, and lowers the error on inputs it has not seen."""
 
 import numpy as np
 import pytest
 
+from sw.awq import compensation
 from sw.awq.clipping import clip
 from sw.awq.compensation import DAMPING, compensate, inverse_factor
 from sw.awq.quantizer import gather, search
@@ -58,6 +59,19 @@ def test_lowers_the_error(bits):
     assert after < 0.6 * before
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_ranges_of_what_is_left(bits, monkeypatch):
+    """A range by the error that later columns cannot compensate is better than one by the weights' own error."""
+    rng, form = np.random.default_rng(bits), Form(bits, 32)
+    weight = (rng.standard_normal((64, 128)) / 11).astype(np.float32)
+    x = rng.standard_normal((4096, 48)) @ rng.standard_normal((48, 128)) + 0.3 * rng.standard_normal((4096, 128))
+    gram = gather([(x * np.exp(rng.standard_normal(128))).astype(np.float32)]).gram
+    start = clip(weight, gram, form)
+    good = output_error(compensate(weight, gram, start).values() - weight, gram)
+    monkeypatch.setattr(compensation, "_metric", lambda *_: np.eye(32, dtype=np.float32))
+    assert good < 0.75 * output_error(compensate(weight, gram, start).values() - weight, gram)
+
+
 def test_inputs_without_correlation():
     """Nothing can be compensated, so weights are rounded to nearest, in ranges that are not worse."""
     weight, form = case(16, 64, seed=3)[0], Form(4, 32)
@@ -78,7 +92,7 @@ def test_factor():
     assert np.array_equal(factor, np.triu(factor))
     assert np.allclose(factor @ damped @ factor.T, np.eye(48), atol=1e-6)
     # Sums in float32 may be indefinite by more than the damping.
-    gram = np.diag(np.linspace(-0.02, 1, 48, dtype=np.float32))
+    gram = np.diag(np.linspace(-0.1, 1, 48, dtype=np.float32))
     factor = inverse_factor(gram)
     damping = 1 / factor[-1, -1] ** 2 - 1
     assert damping == pytest.approx(10 * DAMPING * gram.diagonal().mean(), rel=1e-6)

@@ -37,7 +37,8 @@ def test_packed_layers(bits, head, width, tmp_path):
     body = [layer for layer in layers.values() if layer.bits == bits]
     assert found.layers == sum(prepare(config, layer).beats.size for layer in body)
     assert found.head == (prepare(config, eight["/lm_head/MatMulNBits"]).beats.size if head else 0)
-    assert found.narrow == sum(prepare(own, layer).beats.size for layer in body)
+    assert found.narrow is not None and found.narrow == sum(prepare(own, layer).beats.size for layer in body)
+    assert found.float16 == 2 * sum(layer.q.size for layer in body)
     assert (found.narrow < found.layers) == (bits == 2 and head)
 
 
