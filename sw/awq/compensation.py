@@ -13,10 +13,13 @@ zero point are chosen when its first column is reached, for the weights as they 
 error which no later column can compensate, the inverse of U[g, g]^T U[g, g].
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from sw.awq.clipping import Group
 from sw.awq.rounding import Form, Rounded, extent
+from sw.awq.search import Statistics
 from sw.awq.threads import threaded
 from sw.common.arrays import slices
 
@@ -40,6 +43,19 @@ def compensate(weight: np.ndarray, gram: np.ndarray, start: Rounded) -> Rounded:
 
     parts = threaded(rounded, slices(len(weight), ROWS_AT_ONCE))
     return Rounded(form, *(np.concatenate(values) for values in zip(*parts)))
+
+
+def corrected(weights: Sequence[np.ndarray], statistics: Statistics) -> list[np.ndarray]:
+    """The weights, float32 [N, K] each, that give the float model's outputs for the inputs of the quantized one, by
+    least squares: W + W D H^-1 with D the drift. Without a drift they are unchanged.
+
+    This is the target of GPTAQ (Li et al. 2025, arXiv 2504.02692).
+    """
+    if statistics.drift is None:
+        return list(weights)
+    factor = inverse_factor(statistics.gram)
+    change = (statistics.drift @ factor.T @ factor).astype(np.float32)
+    return [weight + weight @ change for weight in weights]
 
 
 def inverse_factor(gram: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 
 from sw.awq.calibration import Step, walk
 from sw.awq.clipping import clip
-from sw.awq.compensation import compensate
+from sw.awq.compensation import compensate, corrected
 from sw.awq.folding import Fold, find_fold
 from sw.awq.graph import Group
 from sw.awq.int8_head import quantize_head
@@ -158,7 +158,7 @@ class _Quantizer:
         return [site for site in self.sites if not site.is_head]
 
     def run(self, progress: Progress) -> Result:
-        windows = [*self.texts.calibration]
+        windows = [*self.texts.calibration] * self._paths
         for _ in self.compare:
             windows += [window[:-1] for window in self.texts.evaluation]
         windows = [[*self.texts.beginning, *window] for window in windows]
@@ -179,10 +179,19 @@ class _Quantizer:
         self.result.reports.sort(key=lambda report: self._order[report.name])
         return self.result
 
+    @property
+    def _paths(self) -> int:
+        """How often the calibration text is computed: by the quantized layers, and for gptq by the float model, too."""
+        return 2 if self.searches and self.rounding == "gptq" else 1
+
     def _quantize(self, step: Step, group: Group) -> None:
         """Quantizes one group of layers, and computes their products for all windows."""
         weights = [site.weight(self.file) for site in group.sites]
-        statistics = gather(step.inputs(group)[: len(self.texts.calibration)])
+        count = len(self.texts.calibration)
+        inputs = step.inputs(group)
+        exact = inputs[count : 2 * count] if self._paths > 1 else None
+        statistics = gather(inputs[:count], exact)
+        del inputs, exact
         plain = [nearest(weight, self.form) for weight in weights]
         fold, scale, searched = None, None, plain
         if self.searches:
@@ -199,7 +208,8 @@ class _Quantizer:
                 report = LayerReport(site.name, site.k, site.n, before, after, scale.ratio, name)
             self.result.reports.append(report)
             self._rounded[site.name] = self._spilled(site, take)
-            of_each = [values["awq" if self.searches else "rtn"]] * len(self.texts.calibration)
+            of_each = [values["awq" if self.searches else "rtn"]] * count
+            of_each += [weight] * (count * (self._paths - 1))
             for way in self.compare:
                 of_each += [values[way]] * len(self.texts.evaluation)
             step.compute(site, of_each, self._own_bias(site))
@@ -247,7 +257,7 @@ class _Quantizer:
         head: Linear = self._head(site) if self.int8_head else FloatLinear(site.name, site.weight(self.file))
         weight = head.dequantize() if isinstance(head, QuantizedLinear) else head.weight
         bias = self.file.constant(site.bias, site.name).astype(np.float32).reshape(-1) if site.bias else np.float32(0)
-        xs = step.inputs(group)[len(self.texts.calibration) :]
+        xs = step.inputs(group)[self._paths * len(self.texts.calibration) :]
         count = len(self.texts.evaluation)
 
         def nll(item: tuple[np.ndarray, Sequence[int]]) -> np.ndarray:
@@ -260,32 +270,40 @@ class _Quantizer:
             self.result.nll[way] = np.concatenate(threaded(nll, items))
 
 
-def gather(inputs: Sequence[np.ndarray]) -> Statistics:
-    """Statistics of a layer's inputs, float32 [tokens, K] for every window, in which no token counts too much."""
-    tokens = sum(map(len, inputs))
-    inputs = _even(inputs)
+def gather(inputs: Sequence[np.ndarray], exact: Sequence[np.ndarray] | None = None) -> Statistics:
+    """Statistics of a layer's inputs, float32 [tokens, K] for every window, in which no token counts too much.
 
-    def total(share: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        gram = np.zeros((inputs[0].shape[1],) * 2, np.float32)
-        for x in share:
+    exact: the inputs in the float model, for the drift.
+    """
+    tokens, size = sum(map(len, inputs)), inputs[0].shape[1]
+    factors = _factors(inputs)
+
+    def total(share: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        gram, magnitude = np.zeros((size, size), np.float32), np.zeros(size)
+        drift = np.zeros((size, size) if exact else (0, 0), np.float32)
+        for window in share:
+            x = inputs[window] * factors[window]
             gram += x.T @ x
-        return gram, sum((np.abs(x).sum(axis=0, dtype=np.float64) for x in share), np.zeros(len(gram)))
+            magnitude += np.abs(x).sum(axis=0, dtype=np.float64)
+            if exact:
+                drift += (exact[window] * factors[window] - x).T @ x
+        return gram, magnitude, drift
 
     # One sum per thread and not per window, because the matrix may have 100 MB.
-    totals = threaded(total, [inputs[first::THREADS] for first in range(min(THREADS, len(inputs)))])
-    gram = sum((gram for gram, _ in totals[1:]), totals[0][0]) / np.float32(tokens)
-    magnitude = np.sum([magnitude for _, magnitude in totals], axis=0) / tokens
-    return Statistics(gram, magnitude.astype(np.float32), tokens)
+    count = min(THREADS, len(inputs))
+    parts = list(zip(*threaded(total, [range(first, len(inputs), count) for first in range(count)])))
+    gram, magnitude, drift = (sum(values[1:], values[0]) for values in parts)
+    found = (drift / np.float32(tokens)) if exact else None
+    return Statistics(gram / np.float32(tokens), (magnitude / tokens).astype(np.float32), tokens, found)
 
 
-def _even(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The inputs, with those of a few tokens made smaller: see LARGEST_TOKEN."""
+def _factors(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """What the inputs of each token are multiplied by, float32 [tokens, 1] of every window: see LARGEST_TOKEN."""
     squares = threaded(lambda x: np.einsum("tk,tk->t", x, x), inputs)
     limit = np.float32(LARGEST_TOKEN) * np.median(np.concatenate(squares))
     if not limit > 0:
-        return list(inputs)
-    factors = [np.sqrt(np.minimum(1, limit / np.maximum(square, limit))) for square in squares]
-    return [x * factor[:, None] if factor.min() < 1 else x for x, factor in zip(inputs, factors)]
+        return [np.ones((len(square), 1), np.float32) for square in squares]
+    return [np.sqrt(limit / np.maximum(square, limit)).astype(np.float32)[:, None] for square in squares]
 
 
 def search(
@@ -296,12 +314,13 @@ def search(
     rounding: str = ROUNDINGS[0],
 ) -> tuple[Scale | None, list[Rounded]]:
     """AWQ of layers that share an input: their scale (None without a fold), and the rounded weights times the scale."""
-    scale, gram, scaled = None, statistics.gram, list(weights)
+    scale, gram = None, statistics.gram
+    scaled = corrected(weights, statistics) if rounding == "gptq" else list(weights)
     if fold is not None:
         classes = None if fold.rows is None else np.unique(fold.rows, return_inverse=True)[1]
         scale = search_scale(weights, statistics, form, classes)
         gram = scaled_gram(gram, scale.values)
-        scaled = [weight * scale.values for weight in weights]
+        scaled = [weight * scale.values for weight in scaled]
     found = [clip(weight, gram, form) for weight in scaled]
     if rounding == "gptq":
         found = [compensate(weight, gram, start) for weight, start in zip(scaled, found)]

@@ -6,7 +6,7 @@ import pytest
 
 from sw.awq import compensation
 from sw.awq.clipping import clip
-from sw.awq.compensation import DAMPING, compensate, inverse_factor
+from sw.awq.compensation import DAMPING, compensate, corrected, inverse_factor
 from sw.awq.quantizer import gather, search
 from sw.awq.rounding import ZERO_POINTS, Form, nearest
 from sw.awq.search import output_error
@@ -96,6 +96,21 @@ def test_factor():
     factor = inverse_factor(gram)
     damping = 1 / factor[-1, -1] ** 2 - 1
     assert damping == pytest.approx(10 * DAMPING * gram.diagonal().mean(), rel=1e-6)
+
+
+def test_corrected_weights():
+    """They give the float model's outputs for inputs with errors, as well as a matrix can; without errors, W."""
+    rng = np.random.default_rng(6)
+    weight = rng.standard_normal((16, 32)).astype(np.float32)
+    x = rng.standard_normal((512, 32)).astype(np.float32)
+    shift = np.eye(32) + 0.1 * rng.standard_normal((32, 32))
+    wrong = (x @ shift.T).astype(np.float32)
+    statistics = gather(np.split(wrong, 4), np.split(x, 4))
+    (made,) = corrected([weight], statistics)
+    before, after = (float(np.square(wrong @ each.T - x @ weight.T).mean()) for each in (weight, made))
+    assert after < 0.05 * before
+    assert np.allclose(corrected([weight], gather([x], [x]))[0], weight)
+    assert corrected([weight], gather([x]))[0] is weight
 
 
 def test_rounding_is_chosen():

@@ -143,6 +143,9 @@ def test_gather():
     assert statistics.tokens == 18
     assert np.allclose(statistics.gram, whole.T @ whole / 18, rtol=1e-5, atol=1e-6)
     assert np.allclose(statistics.magnitude, np.abs(whole).mean(axis=0), rtol=1e-5)
+    assert statistics.drift is None
+    drift = gather(parts, [2 * part + 1 for part in parts]).drift
+    assert drift is not None and np.allclose(drift, (whole + 1).T @ whole / 18, rtol=1e-4, atol=1e-5)
 
 
 def test_no_token_counts_too_much():
