@@ -291,10 +291,17 @@ def gather(inputs: Sequence[np.ndarray], exact: Sequence[np.ndarray] | None = No
 
     # One sum per thread and not per window, because the matrix may have 100 MB.
     count = min(THREADS, len(inputs))
-    parts = list(zip(*threaded(total, [range(first, len(inputs), count) for first in range(count)])))
-    gram, magnitude, drift = (sum(values[1:], values[0]) for values in parts)
-    found = (drift / np.float32(tokens)) if exact else None
+    gram, magnitude, drift = _sums(threaded(total, [range(first, len(inputs), count) for first in range(count)]))
+    found = drift / np.float32(tokens) if exact else None
     return Statistics(gram / np.float32(tokens), (magnitude / tokens).astype(np.float32), tokens, found)
+
+
+def _sums(parts: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
+    """The sums of the first arrays, of the second ones, and so on, in the places of the first part's."""
+    for part in parts[1:]:
+        for whole, more in zip(parts[0], part):
+            whole += more
+    return list(parts[0])
 
 
 def _factors(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -204,19 +204,23 @@ def quantize(sections: Sections) -> str:
     return markdown_table(("", "perplexity", "against float"), rows)
 
 
+_WIDTHS = ("quantize", "quantize_4", "quantize_3", "quantize_2")
+
+
 def quantize_bits(sections: Sections) -> str:
-    """SmolLM2 in groups of 32 with 4, 3 and 2 bits: what each width costs, in perplexity and in bytes."""
+    """SmolLM2 with 4, 3 and 2 bits: what each width costs, in perplexity and in bytes."""
     head = (
-        *("bits", "round to nearest", "AWQ and GPTQ", "against float", "file, MB", "times smaller than float16"),
+        *("bits", "groups of", "round to nearest", "AWQ and GPTQ", "against float", "file, MB", "times smaller than float16"),
         *("stream without the head, MB", "the same, hardware of this width", "times smaller than float16"),
     )
     rows = []
-    for bits in (4, 3, 2):
-        figures = sections[f"quantize_{bits}"]["figures"]
+    for name in _WIDTHS:
+        figures = sections[name]["figures"]
         perplexity, size, stream = figures["perplexity"], figures["bytes"], figures["stream"]
         rows.append(
             (
-                str(bits),
+                str(figures["bits"]),
+                str(figures["group_size"]),
                 *(f"{perplexity[name]:,.2f}" for name in ("rtn", "awq")),
                 f"{100 * (perplexity['awq'] / perplexity['float'] - 1):+.1f} %",
                 f"{size['quantized'] / 1e6:.2f}",

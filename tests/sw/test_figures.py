@@ -96,6 +96,7 @@ def test_take(tmp_path: Path, monkeypatch):
     copy = project(tmp_path, monkeypatch)
     document = tmp_path / "quantize.json"
     new = {"perplexity": {"float": 20.0, "rtn": 30.0, "awq": 22.5}, "recovered": 0.75, "layers": [1, 2]}
+    new |= {"bits": 4, "group_size": 64, "stream": {"layers": 2, "narrow": 2, "float16": 8}}
     document.write_text(json.dumps({**new, "bytes": {"float16": 4_000_000, "quantized": 1_000_000, "smaller": 75.0}}))
     assert figures.main(["--take", f"quantize={document}"]) == 0
     assert "layers" not in load(copy)["quantize"]["figures"]
@@ -110,7 +111,7 @@ def test_take(tmp_path: Path, monkeypatch):
         (["--take", "quantize=missing.json"], r"missing\.json: .*No such file"),
         (["--take", "nothing=list.json"], r"figures\.json has no section nothing, but layers, gemm, "),
         (["--take", "quantize=list.json"], "section quantize of .* is a dict, not a list"),
-        (["--take", "quantize=dict.json"], "section quantize of .* needs perplexity, recovered, bytes, which the"),
+        (["--take", "quantize=dict.json"], "section quantize of .* needs bits, group_size, perplexity, recovered, bytes, str"),
         (["--check", "--take", "quantize=list.json"], "argument --take: not allowed with argument --check"),
     ],
 )
