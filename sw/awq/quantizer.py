@@ -40,10 +40,10 @@ ROWS_AT_ONCE = 64
 """Tokens whose logits are in memory at the same time; a vocabulary may have 150,000 tokens."""
 
 LARGEST_TOKEN = 4
-"""A token's squared activations count at most this many times the median token's. The first token of a sequence, to
-which heads attend when nothing else fits, has activations of down_proj that are hundreds of times as large (massive
-activations, Sun et al. 2024, arXiv 2402.17762); it would decide alone which error is least. The norm after the residual
-sum divides by them, so its error matters no more than another token's."""
+"""A token's squared activations count at most this many times the median token's. A few tokens, often the first of a
+sequence, have far larger ones in the input of down_proj than all others (massive activations, Sun et al. 2024, arXiv
+2402.17762), and would decide alone which error is least. The norm after the residual sum divides by them, so their
+errors matter no more than those of other tokens."""
 
 Progress = Callable[[float, str], None]
 

@@ -204,17 +204,19 @@ def quantize(sections: Sections) -> str:
     return markdown_table(("", "perplexity", "against float"), rows)
 
 
-_WIDTHS = ("quantize", "quantize_4", "quantize_3", "quantize_2")
+WIDTHS = ("quantize", "quantize_4", "quantize_3", "quantize_2")
+"""Sections of the same model in several widths."""
 
 
 def quantize_bits(sections: Sections) -> str:
-    """SmolLM2 with 4, 3 and 2 bits: what each width costs, in perplexity and in bytes."""
+    """What each width costs, in perplexity and in bytes."""
     head = (
-        *("bits", "groups of", "round to nearest", "AWQ and GPTQ", "against float", "file, MB", "times smaller than float16"),
+        *("bits", "groups of", "round to nearest", "AWQ and GPTQ", "against float"),
+        *("file, MB", "times smaller than float16"),
         *("stream without the head, MB", "the same, hardware of this width", "times smaller than float16"),
     )
     rows = []
-    for name in _WIDTHS:
+    for name in filter(sections.__contains__, WIDTHS):
         figures = sections[name]["figures"]
         perplexity, size, stream = figures["perplexity"], figures["bytes"], figures["stream"]
         rows.append(
