@@ -204,7 +204,7 @@ def quantize(sections: Sections) -> str:
     return markdown_table(("", "perplexity", "against float"), rows)
 
 
-WIDTHS = ("quantize", "quantize_4", "quantize_3", "quantize_2")
+WIDTHS: tuple[str, ...] = ("quantize", "quantize_4", "quantize_3", "quantize_2")
 """Sections of the same model in several widths."""
 
 
