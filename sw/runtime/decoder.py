@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from onnxruntime import OrtValue
 
+from sw.checkpoints.adapter import Adapter
 from sw.common.errors import UserError
 from sw.devices.base import Device
 from sw.graph.file import OnnxFile, tensor_type
@@ -18,6 +19,7 @@ from sw.ort.cut import Stage, cut
 from sw.ort.feeds import DTYPES, LOGITS_TO_KEEP, every_token, unknown_input
 from sw.ort.stages import Constants, StageSession, open_stage
 from sw.program.load import Progress
+from sw.runtime.adapters import AdapterBatch, AdapterLayer, adapter_layers
 from sw.runtime.base import BLOCK, BaseDecoder
 from sw.runtime.placement import Batch, place
 
@@ -31,12 +33,24 @@ class Decoder(BaseDecoder):
     device: computes every quantized linear layer; None: onnxruntime computes them as well, in float32.
     context: tokens that the cache holds.
     progress: called with (layers done, layers in all, name) while weights are packed into the device's memory.
+    adapters: LoRA adapters by a name; all are in the device's memory, and `adapter` says which is used.
 
-    Raises UserError for graphs that are no decoder, and for layers that the device cannot run.
+    Raises UserError for graphs that are no decoder, for layers that the device cannot run, and for adapters of other
+    models.
     """
 
-    def __init__(self, path: Path, device: Device | None, *, context: int, progress: Progress | None = None):
+    def __init__(
+        self,
+        path: Path,
+        device: Device | None,
+        *,
+        context: int,
+        progress: Progress | None = None,
+        adapters: Mapping[str, Adapter] | None = None,
+    ):
         super().__init__(path, device.config.max_tokens if device else BLOCK, context)
+        if adapters and device is None:
+            raise UserError("an adapter needs an accelerator, not --device onnxruntime: that runs the graph as it is")
         self._digest = device.config.digest if device else ""
         linears = find_linears(path) if device else None
         file = linears.file if linears else OnnxFile(path)
@@ -55,6 +69,13 @@ class Decoder(BaseDecoder):
         stages = cut(file, linears.nodes if linears else [], [self._logits, *self._cache.outputs])
         constants = Constants(file, stages)
         types = dict(self._inputs)
+        self._adapters, self._adapter = dict(adapters or {}), None
+        updates = {}
+        if linears and adapters:
+            shapes = {outline.name: (outline.n, outline.k) for outline in linears.outlines()}
+            updates = {name: adapter_layers(each, shapes) for name, each in adapters.items()}
+        # An adapter's name -> its layers after each step.
+        self._updates: dict[str, list[AdapterBatch | None]] = {name: [] for name in updates}
         self._steps: list[tuple[StageSession | None, Batch | None]] = []
         # The number of stages after which the cache is complete.
         self._cache_steps = done = 0
@@ -63,14 +84,22 @@ class Decoder(BaseDecoder):
             types.update(session.types if session else {})
             batch = None
             if device and linears and stage.accelerated:
-                batch, done = self._place(device, linears, stage, done, progress)
+                batch, done = self._place(device, linears, stage, done, progress, updates)
                 types.update((linears.tensors[i][1], types[linears.tensors[i][0]]) for i in stage.accelerated)
             self._steps.append((session, batch))
+            for made in self._updates.values():
+                made.extend([None] * (len(self._steps) - len(made)))
             if not set(self._cache.outputs).isdisjoint(stage.outputs):
                 self._cache_steps = len(self._steps)
 
     def _place(
-        self, device: Device, linears: Linears, stage: Stage, done: int, progress: Progress | None
+        self,
+        device: Device,
+        linears: Linears,
+        stage: Stage,
+        done: int,
+        progress: Progress | None,
+        updates: Mapping[str, Mapping[str, AdapterLayer]],
     ) -> tuple[Batch, int]:
         layers = []
         for index in stage.accelerated:
@@ -80,7 +109,27 @@ class Decoder(BaseDecoder):
             done += 1
         # Only the caller reads the logits, so those that it did not request need not be computed.
         heads = frozenset(layer.name for layer in layers if layer.output_name == self._logits)
-        return Batch(device, layers, heads, frozenset(stage.outputs)), done
+        for name, own in updates.items():
+            pairs = [(layer, own[layer.name]) for layer in layers if layer.name in own]
+            self._updates[name].append(AdapterBatch(device, name, pairs, heads) if pairs else None)
+        kept = frozenset(layer.name for layer in layers if any(layer.name in own for own in updates.values()))
+        return Batch(device, layers, heads, frozenset(stage.outputs), kept), done
+
+    @property
+    def adapter(self) -> str | None:
+        """The adapter that is used, None for the model alone. A change empties the cache, which is of the old model.
+
+        Raises UserError for a name that is not in `adapters`.
+        """
+        return self._adapter
+
+    @adapter.setter
+    def adapter(self, name: str | None) -> None:
+        if name is not None and name not in self._adapters:
+            raise UserError(f"there is no adapter {name}, but {', '.join(self._adapters) or 'none'}")
+        if name != self._adapter:
+            self._adapter = name
+            self.reset()
 
     def forward(self, ids: Sequence[int], every: bool = False) -> np.ndarray:
         """See BaseDecoder."""
@@ -108,6 +157,9 @@ class Decoder(BaseDecoder):
                 self.usage.onnxruntime += time.perf_counter() - start
             if batch and (index < steps or steps == len(self._steps)):
                 batch.run(tokens, last, values, places, self.usage)
+                update = self._updates[self._adapter][index - 1] if self._adapter is not None else None
+                if update:
+                    update.run(tokens, last, values, places, self.usage)
         self._cache.take(values)
         self._hold(total)
         self.usage.tokens += tokens
@@ -116,7 +168,8 @@ class Decoder(BaseDecoder):
     @property
     def cache_form(self) -> str:
         """See BaseDecoder. Linear layers of hardware have other results than those of onnxruntime."""
-        return f"onnxruntime {self._digest} {self.context}"
+        adapter = f" {self._adapters[self._adapter].digest}" if self._adapter is not None else ""
+        return f"onnxruntime {self._digest} {self.context}{adapter}"
 
     def cache_arrays(self) -> dict[str, np.ndarray]:
         """See BaseDecoder."""
@@ -141,6 +194,7 @@ class Decoder(BaseDecoder):
         """See BaseDecoder."""
         self._steps.clear()
         self._places.clear()
+        self._updates.clear()
 
     def _feeds(self, ids: Sequence[int], total: int) -> dict[str, OrtValue]:
         feeds = {
