@@ -134,8 +134,8 @@ def make_decoder(
     no adapter.
 
     tell: called with one line that says why there are no programs, or why they have no attention, although the hardware
-    could run them. key_bits: see ProgramDecoder. host: no programs, the device runs the linear layers alone. adapter: is
-    used from the first token on.
+    could run them. key_bits: see ProgramDecoder. host: no programs, the device runs the linear layers alone. adapter:
+    is used from the first token on.
     Raises UserError as the decoders do.
     """
     if adapter:
