@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Softmax without its division: the scores of a bank become probabilities."""
 
-from amaranth.hdl import Cat, Module, Mux, Signal, Value
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -117,6 +117,8 @@ class Softmax(Block):
         first, first_chunk, tokens_after_first = Signal(init=1), Signal(init=1), Signal.like(token)
         # Registers: of the rows' words and of the rows this is the last one, and of the chunks.
         last_word, last_token, final = Signal(), Signal(), Signal()
+        # A row has one word in this chunk, in the last chunk.
+        one_word, last_single = Signal(), Signal()
         row_end, chunk_end = Signal(), Signal()
         m.d.comb += [
             self.job.ready.eq(~active),
@@ -129,27 +131,26 @@ class Softmax(Block):
             place.bank.eq(job.bank),
         ]
 
-        def begin(behind_it: Value, last: Value) -> list:
-            """The chunk that has so many behind it, and a row has so many words in the last one."""
-            ends = behind_it == 0
-            count = Signal.like(words)
-            m.d.comb += count.eq(Mux(ends, last, whole))
-            registers = [(behind, behind_it), (final, ends), (of_chunk, count), (left, count), (last_word, count == 1)]
-            return [register.eq(value) for register, value in registers]
+        def begin(behind_it: Value, ends: Value, last: Value, single: Value) -> list:
+            """The chunk that has so many behind it. ends: none; last: words of a row in the last chunk; single: 1."""
+            count, one = Mux(ends, last, whole), Mux(ends, single, int(whole == 1))
+            registers = [(behind, behind_it), (final, ends), (of_chunk, count), (left, count)]
+            return [register.eq(value) for register, value in (*registers, (last_word, one), (one_word, one))]
 
         with m.If(self.job.valid & self.job.ready):
             # From the last position, because the way over the words of a row is longer.
             at = self.job.payload.positions - 1
             unit_bits = (SCORE_UNIT - 1).bit_length()
-            last = (at[unit_bits : (CHUNK - 1).bit_length()] + 1) << (
-                SCORE_UNIT // word_floats(config)
-            ).bit_length() - 1
+            units, per_unit = at[unit_bits : (CHUNK - 1).bit_length()], SCORE_UNIT // word_floats(config)
+            last, single = (units + 1) << per_unit.bit_length() - 1, ~units.any() if per_unit == 1 else Const(0)
+            m.d.sync += last_single.eq(single)
             m.d.sync += [job.eq(self.job.payload), active.eq(1), of_row.eq(words), of_last.eq(last), first_chunk.eq(1)]
             m.d.sync += [
                 tokens_after_first.eq(self.job.payload.tokens - 1),
                 last_token.eq(self.job.payload.tokens == 1),
             ]
-            m.d.sync += begin(at[(CHUNK - 1).bit_length() : COUNT_BITS], last)
+            chunks = at[(CHUNK - 1).bit_length() : COUNT_BITS]
+            m.d.sync += begin(chunks, ~chunks.any(), last, single)
         with m.If(step):
             m.d.sync += [first.eq(row_end), place.part.eq(Mux(word_end, 0, place.part + 1)), slot.eq(slot + self.lanes)]
             with m.If(word_end):
@@ -164,7 +165,7 @@ class Softmax(Block):
                     last_token.eq(token + 1 == tokens_after_first),
                     slot.eq(chunk_slot),
                     left.eq(of_chunk),
-                    last_word.eq(of_chunk == 1),
+                    last_word.eq(one_word),
                 ]
             with m.If(chunk_end):
                 next_start = Signal.like(chunk_start)
@@ -177,7 +178,7 @@ class Softmax(Block):
                     last_token.eq(tokens_after_first == 0),
                     first_chunk.eq(0),
                     active.eq(~final),
-                    *begin((behind - 1)[: len(behind)], of_last),
+                    *begin((behind - 1)[: len(behind)], behind == 1, of_last, last_single),
                 ]
         layout = {
             "valid": 1,
