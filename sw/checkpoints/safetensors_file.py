@@ -157,6 +157,11 @@ class Checkpoint:
                 )
             self._files |= dict.fromkeys(file.names, file)
 
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors."""
+        return list(self._files)
+
     def __contains__(self, name: str) -> bool:
         return name in self._files
 

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a mixture of experts with operators of ONNX, so that onnxruntime can run it by itself.
+
+    logits = gate(x)                              a float layer
+    values, indices = TopK(Softmax(logits))       [.., used]; values are divided by their sum where the family does it
+    weights = ScatterElements(zeros, indices, values)                                         [.., experts]
+    w_0, w_1, ... = Split(weights)                                                            [.., 1] each
+    y = w_0 * expert_0(x) + w_1 * expert_1(x) + ...                                           in this order
+
+An expert is an mlp with linear layers of its own, /model/layers.{i}/mlp/experts.{e}/gate_proj and so on. onnxruntime
+computes all experts of all tokens, which is right and slow: weights of 0 change nothing. sw.graph.experts.match finds
+the parts again, and sw.runtime.experts computes only what the router chose.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from sw.graph.writer import GraphBuilder, tensor_name
+from sw.model.decoder import expect_shape
+from sw.model.experts import EXPERT, Experts, Routing
+from sw.model.linear import FloatLinear
+from sw.model.lm_head import Linear
+
+WriteLinear = Callable[[str, str, Linear, tuple[int, int]], str]
+"""(path, input, layer, (N, K)) -> output."""
+Activate = Callable[[str, str], str]
+"""(path, gate) -> output."""
+
+
+def write_experts(
+    w: GraphBuilder, linear: WriteLinear, activate: Activate, path: str, x: str, experts: Experts, routing: Routing
+) -> str:
+    """Adds the nodes of a block's mixture, and returns its output.
+
+    path: of the block's mlp. x: tensor [batch, sequence, hidden]. Raises UserError where weights and routing disagree.
+    """
+    hidden = experts.router.shape[-1]
+    router = FloatLinear(f"{path}/gate", experts.router)
+    weights = _route(w, f"{path}/gate", linear(f"{path}/gate", x, router, (routing.count, hidden)), routing)
+    names = [f"{path}/gate/Split/output_{index}" for index in range(routing.count)]
+    w.node(f"{path}/gate/Split", "Split", [weights], names, axis=-1, num_outputs=routing.count)
+    total, count, shapes = "", 0, routing.shapes(hidden)
+    for layers in experts.experts:
+        if count == routing.count:
+            count += 1
+            break
+        expert = f"{path}/experts.{count}"
+
+        def layer(name: str, tensor: str, layers=layers, expert=expert) -> str:
+            return linear(f"{expert}/{name}", tensor, layers[name], shapes[name])
+
+        gate, up, down = EXPERT
+        activated = activate(f"{expert}/act_fn", layer(gate, x))
+        product = layer(down, w.node(f"{expert}/Mul", "Mul", [activated, layer(up, x)]))
+        weighted = w.node(f"{expert}/Mul_1", "Mul", [product, names[count]])
+        total = w.node(f"{expert}/Add", "Add", [total, weighted]) if count else weighted
+        count += 1
+    expect_shape(f"{path}: the number of experts", (count,), (routing.count,))
+    return total
+
+
+def _route(w: GraphBuilder, path: str, logits: str, routing: Routing) -> str:
+    """The weights of all experts, [batch, sequence, experts]: 0 of those that are not chosen."""
+    tensor = tensor_name(path)
+    used = w.tensor(f"{tensor}.used", np.array([routing.used], np.int64))
+    probabilities = w.node(f"{path}/Softmax", "Softmax", [logits], axis=-1)
+    chosen = [f"{path}/TopK/output_{index}" for index in range(2)]
+    values = w.node(f"{path}/TopK", "TopK", [probabilities, used], chosen, axis=-1)
+    if routing.normalised:
+        last = w.tensor(f"{tensor}.last_axis", np.array([-1], np.int64))
+        values = w.node(f"{path}/Div", "Div", [values, w.node(f"{path}/ReduceSum", "ReduceSum", [values, last])])
+    shape = w.node(f"{path}/Shape", "Shape", [probabilities])
+    zeros = w.node(f"{path}/ConstantOfShape", "ConstantOfShape", [shape])
+    return w.node(f"{path}/ScatterElements", "ScatterElements", [zeros, chosen[1], values], axis=-1)
