@@ -138,7 +138,7 @@ def _experts(config: Settings, size_key: str, counts: tuple[int, int]) -> Routin
     keys = [key for key in ("num_experts", "num_local_experts") if config.get(key) is not None]
     values = {config.integer(key) for key in keys} or {counts[0]}
     if len(values) > 1:
-        raise config.wrong("num_experts", f"num_local_experts, which is {config.get('num_local_experts')},")
+        raise config.wrong("num_experts", f"equal to num_local_experts {config.get('num_local_experts')}")
     count, used = values.pop(), config.integer("num_experts_per_tok", counts[1])
     if used > count:
         raise config.wrong("num_experts_per_tok", f"at most the number of experts {count}")

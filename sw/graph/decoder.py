@@ -139,7 +139,7 @@ class _DecoderGraph:
         x = self.norm(f"{path}/post_attention_layernorm", layer.post_attention_norm)
         if layer.experts is not None:
             assert self.config.routing is not None, "a layer has experts only where the configuration has"
-            parts = layer.experts, self.config.routing
+            parts = self.config.hidden_size, layer.experts, self.config.routing
             down = write_experts(w, self.linear, self.activation, f"{path}/mlp", x, *parts)
         else:
             gate, up = linear("gate_proj", x), linear("up_proj", x)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ExpertModules:
-    """Names of a checkpoint's modules in a layer. router, experts: of the mixture, the latter before an expert's number.
+    """Names of a checkpoint's modules in a layer.
 
-    names: gate_proj, up_proj and down_proj of an expert.
+    router, experts: of the mixture; the number of an expert follows the latter. names: gate_proj, up_proj and down_proj of an expert.
     """
 
     router: str

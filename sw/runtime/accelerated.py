@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a device computes of a graph: quantized linear layers, and mixtures of experts whose layers are all quantized."""
+"""What a device computes of a graph: quantized linear layers, and mixtures of experts of which all layers are that."""
 
 from typing import Protocol
 

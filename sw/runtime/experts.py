@@ -109,11 +109,13 @@ class ExpertBatch:
         chosen = choose(weights)
         inputs = [job for part in chosen for job in self._gate_and_up(part, x)]
         usage.conversion += time.perf_counter() - start
-        run_batch(self._device, inputs, usage)
+        if inputs:
+            run_batch(self._device, inputs, usage)
         start = time.perf_counter()
         outputs = [self._down(part) for part in chosen]
         usage.conversion += time.perf_counter() - start
-        run_batch(self._device, outputs, usage)
+        if outputs:
+            run_batch(self._device, outputs, usage)
         start = time.perf_counter()
         total = np.zeros((tokens, self._experts[0].down.layout.n), np.float32)
         for part in chosen:

@@ -36,7 +36,9 @@ def read_routing(model: GgufFile) -> Routing | None:
         return None
     count, used = (model.integer(f"{architecture}.{key}") for key in ("expert_count", "expert_used_count"))
     if not 1 <= used <= count:
-        raise UserError(f"{model.path}: metadata {architecture}.expert_used_count is 1 to expert_count {count}, not {used}")
+        raise UserError(
+            f"{model.path}: metadata {architecture}.expert_used_count is 1 to expert_count {count}, not {used}"
+        )
     size = model.integer(f"{architecture}.feed_forward_length")
     return Routing(count, used, model.integer(f"{architecture}.expert_feed_forward_length", size))
 

@@ -29,13 +29,19 @@ Activate = Callable[[str, str], str]
 
 
 def write_experts(
-    w: GraphBuilder, linear: WriteLinear, activate: Activate, path: str, x: str, experts: Experts, routing: Routing
+    w: GraphBuilder,
+    linear: WriteLinear,
+    activate: Activate,
+    path: str,
+    x: str,
+    hidden: int,
+    experts: Experts,
+    routing: Routing,
 ) -> str:
     """Adds the nodes of a block's mixture, and returns its output.
 
     path: of the block's mlp. x: tensor [batch, sequence, hidden]. Raises UserError where weights and routing disagree.
     """
-    hidden = experts.router.shape[-1]
     router = FloatLinear(f"{path}/gate", experts.router)
     weights = _route(w, f"{path}/gate", linear(f"{path}/gate", x, router, (routing.count, hidden)), routing)
     names = [f"{path}/gate/Split/output_{index}" for index in range(routing.count)]

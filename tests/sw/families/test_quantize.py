@@ -47,7 +47,10 @@ def test_family(name, tmp_path, capsys):
     path = tmp_path / "out" / "model.onnx"
     count = sum(tensor.endswith(MODULES) for tensor in weights)
     family = FAMILIES[configuration(name)["model_type"]]
-    assert len(report["layers"]) == (28 if family.fused else count) and len(find_linears(path)) == len(report["layers"]) + 1
+    assert (
+        len(report["layers"]) == (28 if family.fused else count)
+        and len(find_linears(path)) == len(report["layers"]) + 1
+    )
     if family.experts is None:
         assert all(layer["fold"] for layer in report["layers"])
     found, wanted = logits_of(path), logits_of(float_model(tmp_path / "in", tmp_path / "float"))
