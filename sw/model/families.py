@@ -11,7 +11,8 @@ from dataclasses import dataclass
 class ExpertModules:
     """Names of a checkpoint's modules in a layer.
 
-    router, experts: of the mixture; the number of an expert follows the latter. names: gate_proj, up_proj and down_proj of an expert.
+    router, experts: of the mixture; the number of an expert follows the latter.
+    names: gate_proj, up_proj and down_proj of an expert.
     """
 
     router: str

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from sw.graph.file import OnnxFile
 from sw.graph.nodes import attributes, is_output, name_of, readers
@@ -60,7 +61,10 @@ def _used(file: OnnxFile, weights: str) -> int:
     if scatter is None or scatter.op_type != "ScatterElements" or len(scatter.input) != 3:
         return 0
     zeros, indices = (file.producers.get(name) for name in scatter.input[:2])
-    if zeros is None or zeros.op_type != "ConstantOfShape" or attributes(zeros):
+    if zeros is None or zeros.op_type != "ConstantOfShape":
+        return 0
+    value = attributes(zeros).get("value")
+    if value is not None and numpy_helper.to_array(value).any():
         return 0
     if indices is None or indices.op_type != "TopK" or scatter.input[1] != indices.output[1]:
         return 0

@@ -12,9 +12,10 @@ computes all experts of all tokens, which is right and slow: weights of 0 change
 the parts again, and sw.runtime.experts computes only what the router chose.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
+from onnx import numpy_helper
 
 from sw.graph.writer import GraphBuilder, tensor_name
 from sw.model.decoder import expect_shape
@@ -43,31 +44,16 @@ def write_experts(
     path: of the block's mlp. x: tensor [batch, sequence, hidden]. Raises UserError where weights and routing disagree.
     """
     router = FloatLinear(f"{path}/gate", experts.router)
-    weights = _route(w, f"{path}/gate", linear(f"{path}/gate", x, router, (routing.count, hidden)), routing)
-    names = [f"{path}/gate/Split/output_{index}" for index in range(routing.count)]
-    w.node(f"{path}/gate/Split", "Split", [weights], names, axis=-1, num_outputs=routing.count)
-    total, count, shapes = "", 0, routing.shapes(hidden)
-    for layers in experts.experts:
-        if count == routing.count:
-            count += 1
-            break
-        expert = f"{path}/experts.{count}"
-
-        def layer(name: str, tensor: str, layers=layers, expert=expert) -> str:
-            return linear(f"{expert}/{name}", tensor, layers[name], shapes[name])
-
-        gate, up, down = EXPERT
-        activated = activate(f"{expert}/act_fn", layer(gate, x))
-        product = layer(down, w.node(f"{expert}/Mul", "Mul", [activated, layer(up, x)]))
-        weighted = w.node(f"{expert}/Mul_1", "Mul", [product, names[count]])
-        total = w.node(f"{expert}/Add", "Add", [total, weighted]) if count else weighted
-        count += 1
-    expect_shape(f"{path}: the number of experts", (count,), (routing.count,))
-    return total
+    logits = linear(f"{path}/gate", x, router, (routing.count, hidden))
+    weights = write_choice(w, f"{path}/gate", logits, routing, np.float32)
+    return write_sum(w, linear, activate, path, x, weights, experts.experts, routing.shapes(hidden), routing.count)
 
 
-def _route(w: GraphBuilder, path: str, logits: str, routing: Routing) -> str:
-    """The weights of all experts, [batch, sequence, experts]: 0 of those that are not chosen."""
+def write_choice(w: GraphBuilder, path: str, logits: str, routing: Routing, dtype: type[np.floating]) -> Sequence[str]:
+    """Adds the router's choice, and returns the weight of each expert, [.., 1]: 0 if it is not chosen.
+
+    logits: tensor [.., experts] with elements of `dtype`.
+    """
     tensor = tensor_name(path)
     used = w.tensor(f"{tensor}.used", np.array([routing.used], np.int64))
     probabilities = w.node(f"{path}/Softmax", "Softmax", [logits], axis=-1)
@@ -77,5 +63,47 @@ def _route(w: GraphBuilder, path: str, logits: str, routing: Routing) -> str:
         last = w.tensor(f"{tensor}.last_axis", np.array([-1], np.int64))
         values = w.node(f"{path}/Div", "Div", [values, w.node(f"{path}/ReduceSum", "ReduceSum", [values, last])])
     shape = w.node(f"{path}/Shape", "Shape", [probabilities])
-    zeros = w.node(f"{path}/ConstantOfShape", "ConstantOfShape", [shape])
-    return w.node(f"{path}/ScatterElements", "ScatterElements", [zeros, chosen[1], values], axis=-1)
+    zero = numpy_helper.from_array(np.zeros(1, dtype))
+    zeros = w.node(f"{path}/ConstantOfShape", "ConstantOfShape", [shape], value=zero)
+    weights = w.node(f"{path}/ScatterElements", "ScatterElements", [zeros, chosen[1], values], axis=-1)
+    sizes = w.tensor(f"{tensor}.ones", np.ones(routing.count, np.int64))
+    names = [f"{path}/Split/output_{index}" for index in range(routing.count)]
+    w.node(f"{path}/Split", "Split", [weights, sizes], names, axis=-1)
+    return names
+
+
+def write_sum(
+    w: GraphBuilder,
+    linear: WriteLinear,
+    activate: Activate,
+    path: str,
+    x: str,
+    weights: Sequence[str],
+    experts: Iterable[Mapping[str, Linear]],
+    shapes: Mapping[str, tuple[int, int]],
+    count: int,
+    output: Sequence[str] = (),
+) -> str:
+    """Adds the experts and their weighted sum, and returns it. output: its name, or nothing.
+
+    Raises UserError for another number of experts than `count`.
+    """
+    total, done = "", 0
+    for layers in experts:
+        if done == count:
+            done += 1
+            break
+        expert = f"{path}/experts.{done}"
+
+        def layer(name: str, tensor: str, layers: Mapping[str, Linear] = layers, expert: str = expert) -> str:
+            return linear(f"{expert}/{name}", tensor, layers[name], shapes[name])
+
+        last = output if done == count - 1 else ()
+        gate, up, down = EXPERT
+        activated = activate(f"{expert}/act_fn", layer(gate, x))
+        product = layer(down, w.node(f"{expert}/Mul", "Mul", [activated, layer(up, x)]))
+        weighted = w.node(f"{expert}/Mul_1", "Mul", [product, weights[done]], () if done else last)
+        total = w.node(f"{expert}/Add", "Add", [total, weighted], last) if done else weighted
+        done += 1
+    expect_shape(f"{path}: the number of experts", (done,), (count,))
+    return total
