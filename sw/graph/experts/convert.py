@@ -88,7 +88,8 @@ def _write(w: GraphBuilder, mixture: QMoE) -> None:
 
 def _dtype(mixture: QMoE, x: str) -> type[np.floating]:
     """Element type of the activations."""
-    kinds = {item.name: item.type.tensor_type.elem_type for item in mixture.file.graph.value_info}
+    graph = mixture.file.graph
+    kinds = {item.name: item.type.tensor_type.elem_type for item in (*graph.value_info, *graph.input)}
     if x in kinds:
         return np.float16 if kinds[x] == onnx.TensorProto.FLOAT16 else np.float32
     return mixture.dtype

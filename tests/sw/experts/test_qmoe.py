@@ -2,7 +2,10 @@
 """Graphs with QMoE nodes: read as onnxruntime's own kernel computes them, or refused in one line."""
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
+from onnx import helper, numpy_helper
 
 from sw.common.errors import UserError
 from sw.devices import open_device
@@ -10,6 +13,7 @@ from sw.export.resolve import resolve_model
 from sw.graph.experts.convert import has_qmoe, write_without_qmoe
 from sw.graph.experts.match import find_mixtures
 from sw.graph.file import OnnxFile
+from sw.graph.nodes import CONTRIB
 from sw.model.experts import Routing
 from sw.runtime import Decoder
 from tests.sw.fixtures.families.qmoe import with_qmoe
@@ -78,6 +82,34 @@ def test_scale_of_a_row(tmp_path):
     with_qmoe(tmp_path / "plain" / "model.onnx", path, block_size=None, inputs=scales)
     converted = write_without_qmoe(path, tmp_path / "other", [])
     assert relative(whole_graph(converted), whole_graph(path)) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [[1, 5, 64], [5, 64]], ids=str)
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+def test_one_node(kind, shape, tmp_path):
+    """A node alone: activations of both types, with two or three axes; the k of the schema and no block_size."""
+    rng, dtype = np.random.default_rng(2), helper.np_dtype_to_tensor_dtype(np.dtype(kind))
+    tensors = {
+        "w1": rng.integers(0, 256, (3, 64, 32)).astype(np.uint8),
+        "s1": rng.uniform(0.01, 0.03, (3, 64)).astype(kind),
+        "w2": rng.integers(0, 256, (3, 64, 16)).astype(np.uint8),
+        "s2": rng.uniform(0.01, 0.03, (3, 64)).astype(kind),
+    }
+    values = {"activation_type": "swiglu", "swiglu_fusion": 1, "k": 2}
+    node = helper.make_node("QMoE", ["x", "r", "w1", "s1", "", "w2", "s2"], ["y"], domain=CONTRIB, **values)
+    infos = [helper.make_tensor_value_info(name, dtype, size) for name, size in (("x", shape), ("r", [5, 3]))]
+    made = [numpy_helper.from_array(tensor, name) for name, tensor in tensors.items()]
+    graph = helper.make_graph([node], "one", infos, [helper.make_tensor_value_info("y", dtype, shape)], made)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(CONTRIB, 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "one.onnx")
+    converted = write_without_qmoe(tmp_path / "one.onnx", tmp_path / "out", [])
+    feeds = {"x": rng.standard_normal(shape).astype(kind), "r": rng.standard_normal((5, 3)).astype(kind)}
+    wanted, found = (
+        np.asarray(onnxruntime.InferenceSession(path).run(None, feeds)[0], np.float32)
+        for path in (tmp_path / "one.onnx", converted)
+    )
+    assert found.shape == tuple(shape)
+    assert relative(found, wanted) < (1e-5 if kind is np.float32 else 5e-3)
 
 
 def test_resolved(tmp_path, monkeypatch):
