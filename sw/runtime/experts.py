@@ -3,9 +3,9 @@
 sw.model.experts.
 
 The tokens of a call are grouped by expert. Each expert that at least one token chose is read once, in ascending order,
-with the rows of its tokens; the weights of all others are not read (the idea of EPS-MoE, arXiv 2410.12247: an expert's
-weights are streamed for all of its tokens). One batch has gate and up of all chosen experts, and one has down. SwiGLU
-between them and the weighted sum after them are computed on the host.
+with the rows of its tokens; the weights of all others are not read. EPS-MoE (arXiv 2410.12247) submits experts one
+after the other as well. One batch has gate and up of all chosen experts, and one has down. SwiGLU between them and the
+weighted sum after them are computed on the host.
 """
 
 import time

@@ -91,7 +91,7 @@ def _mixture(file: OnnxFile, split: onnx.NodeProto, layers: dict[str, Projection
             total = weighted.output[0]
             continue
         add = _only_reader(file, total, "Add")
-        if add is None or _other(add, total) != weighted.output[0] or readers(file, weighted.output[0]) != [add]:
+        if add is None or readers(file, weighted.output[0]) != [add]:
             return None
         total = add.output[0]
     name = name_of(file.producers[total])

@@ -11,9 +11,10 @@ from onnxruntime import OrtValue
 from sw.devices import open_device
 from sw.graph.experts.match import find_mixtures
 from sw.graph.file import OnnxFile
+from sw.graph.float_linears import find_sites
 from sw.graph.linears import find_linears
 from sw.graph.match import match_decoder
-from sw.model.experts import EXPERT, Routing
+from sw.model.experts import EXPERT, Routing, swiglu
 from sw.model.parts import Mismatch
 from sw.runtime import Decoder
 from sw.runtime.experts import ExpertBatch, PlacedExpert, Scratch, choose
@@ -122,6 +123,22 @@ def test_what_is_read(mixture):
         assert read == 0 and not nobody.any()
 
 
+def test_swiglu():
+    """SiLU is that of float64, rounded once, for all magnitudes; a large negative gate gives a zero."""
+    rng = np.random.default_rng(SEED)
+    gate = (rng.standard_normal(5000) * np.exp(rng.uniform(-9, 4, 5000))).astype(np.float32)
+    up = rng.standard_normal(5000).astype(np.float32)
+    silu = np.array([g / (1 + math.exp(-g)) for g in map(float, gate)]).astype(np.float32)
+    assert same_bits(swiglu(gate, up), silu * up), f"seed {SEED}"
+    assert swiglu(np.array([-1e4, 1e4], np.float32), np.ones(2, np.float32)).tolist() == [0, 1e4]
+
+
+def test_router_stays_float(tmp_path):
+    """sw.quantize leaves out a router, however many experts it has."""
+    path = write_random(tmp_path, routing=Routing(count=16, used=2, size=32), head="float")
+    assert [site.name for site in find_sites(OnnxFile(path))] == ["/lm_head/FusedMatMul"]
+
+
 def test_order():
     """Experts are in ascending order, with the rows of their tokens."""
     weights = np.array([[0, 0.5, 0.5], [0.25, 0, 0.75], [0, 1, 0]], np.float32)
@@ -165,19 +182,49 @@ def test_programs_are_refused(model):
     assert found.part == "layers.1.mlp" and found.problem == "a mixture of experts, whose router chooses on the host"
 
 
-def test_other_forms_are_no_mixtures(model, tmp_path):
-    """Experts in another order: onnxruntime computes the sum, and the device all layers of all experts."""
+def swap_order(nodes: list[onnx.NodeProto]) -> None:
+    """The experts are added in another order."""
+    adds = [node for node in nodes if "/experts." in node.name and node.op_type == "Add"]
+    adds[0].input[1], adds[1].input[1] = adds[1].input[1], adds[0].input[1]
+    rest = [node for node in nodes if node not in adds]
+    place = max(index for index, node in enumerate(rest) if "/experts." in node.name) + 1
+    nodes[:] = [*rest[:place], *adds, *rest[place:]]
+
+
+def other_input(nodes: list[onnx.NodeProto], name: str) -> None:
+    """Layers of an expert read another tensor than the other layers."""
+    for node in nodes:
+        if node.op_type == "MatMulNBits" and name in node.name:
+            node.input[0] = "/model/layers.1/input_layernorm/output_0"
+
+
+def other_activation(nodes: list[onnx.NodeProto]) -> None:
+    """SiLU of another tensor than gate."""
+    activations = [node for node in nodes if "/experts.1/act_fn" in node.name and node.op_type == "Sigmoid"]
+    activations[0].op_type = "Tanh"
+
+
+CHANGES = {
+    "order": swap_order,
+    "input of up": lambda nodes: other_input(nodes, "/experts.1/up_proj"),
+    "input of an expert": lambda nodes: (other_input(nodes, "/experts.1/up"), other_input(nodes, "/experts.1/gate")),
+    "activation": other_activation,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_other_forms_are_no_mixtures(change, model, tmp_path):
+    """onnxruntime computes their sum, and the device all layers of all experts."""
     path = tmp_path / "model.onnx"
     file = onnx.load(model)
-    adds = [node for node in file.graph.node if "/experts." in node.name and node.op_type == "Add"]
-    adds[0].input[1], adds[1].input[1] = adds[1].input[1], adds[0].input[1]
-    order = [node for node in file.graph.node if node not in adds]
-    place = max(order.index(file_node) for file_node in order if "/experts." in file_node.name) + 1
+    nodes = list(file.graph.node)
+    change(nodes)
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del file.graph.node[:]
-    file.graph.node.extend([*order[:place], *adds, *order[place:]])
+    file.graph.node.extend(copies)
     onnx.save(file, path)
     assert len(find_mixtures(OnnxFile(model))) == 1
     assert not find_mixtures(OnnxFile(path))
     with open_device("reference", hardware()) as device:
         rows = in_blocks(Decoder(path, device, context=CONTEXT))
-        assert relative(rows, whole_graph(model)) < 1e-3
+        assert relative(rows, whole_graph(path)) < 1e-3
