@@ -9,8 +9,6 @@ The last is how transformers 5 holds all of them in memory; it is read as well, 
 
 from collections.abc import Iterator, Mapping
 
-import numpy as np
-
 from sw.checkpoints.packed.layers import LayerFormat, read_linear
 from sw.checkpoints.safetensors_file import Checkpoint
 from sw.common.errors import UserError
@@ -64,11 +62,13 @@ def _number(tensor: str, prefix: str) -> str | None:
 
 
 def _whole(checkpoint: Checkpoint, path: str, routing: Routing) -> Iterator[Mapping[str, Linear]]:
-    both, down = checkpoint.floats(f"{path}.gate_up_proj"), checkpoint.floats(f"{path}.down_proj")
-    hidden = both.shape[-1]
-    expect_shape(f"{path}.gate_up_proj", both.shape, (routing.count, 2 * routing.size, hidden))
-    expect_shape(f"{path}.down_proj", down.shape, (routing.count, hidden, routing.size))
+    both, down = f"{path}.gate_up_proj", f"{path}.down_proj"
+    shape = checkpoint.shape(both)
+    hidden = shape[-1] if shape else 0
+    expect_shape(both, shape, (routing.count, 2 * routing.size, hidden))
+    expect_shape(down, checkpoint.shape(down), (routing.count, hidden, routing.size))
     for index in range(routing.count):
-        weights = (both[index, : routing.size], both[index, routing.size :], down[index])
+        first = checkpoint.floats(both, index)
+        weights = (first[: routing.size], first[routing.size :], checkpoint.floats(down, index))
         layers = zip(EXPERT, weights, strict=True)
-        yield {name: FloatLinear(f"{path}.{index}.{name}", np.ascontiguousarray(weight)) for name, weight in layers}
+        yield {name: FloatLinear(f"{path}.{index}.{name}", weight) for name, weight in layers}

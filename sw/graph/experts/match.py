@@ -8,7 +8,7 @@ import onnx
 from onnx import numpy_helper
 
 from sw.graph.file import OnnxFile
-from sw.graph.nodes import attributes, is_output, name_of, readers
+from sw.graph.nodes import attributes, is_output, made, name_of, read, readers
 from sw.graph.projections import find_projections
 from sw.model.parts import Projection
 
@@ -48,7 +48,7 @@ class Mixture:
 
 def find_mixtures(file: OnnxFile) -> list[Mixture]:
     """The graph's mixtures, in its order. Reads no weights; raises UserError as `find_projections` does."""
-    routers = [node for node in file.graph.node if node.op_type == "Split" and _used(file, node.input[0])]
+    routers = [node for node in file.graph.node if node.op_type == "Split" and _used(file, read(node, 0))]
     if not routers:
         return []
     layers = {layer.product: layer for layer in find_projections(file)}
@@ -66,9 +66,10 @@ def _used(file: OnnxFile, weights: str) -> int:
     value = attributes(zeros).get("value")
     if value is not None and numpy_helper.to_array(value).any():
         return 0
-    if indices is None or indices.op_type != "TopK" or scatter.input[1] != indices.output[1]:
+    if indices is None or indices.op_type != "TopK" or scatter.input[1] != made(indices, 1):
         return 0
-    k = file.constant(indices.input[1], name_of(indices)) if file.is_constant(indices.input[1]) else np.zeros(0)
+    used = read(indices, 1)
+    k = file.constant(used, name_of(indices)) if file.is_constant(used) else np.zeros(0)
     axes = (attributes(node).get("axis", default) for node, default in ((scatter, 0), (indices, -1)))
     return int(k.reshape(-1)[0]) if k.size == 1 and all(axis == -1 for axis in axes) else 0
 
@@ -121,7 +122,7 @@ def silu_of(file: OnnxFile, tensor: str) -> str | None:
         return None
     for x, sigmoid in (tuple(node.input), tuple(node.input)[::-1]):
         source = file.producers.get(sigmoid)
-        if source is not None and source.op_type == "Sigmoid" and source.input[0] == x:
+        if source is not None and source.op_type == "Sigmoid" and read(source, 0) == x:
             return x
     return None
 

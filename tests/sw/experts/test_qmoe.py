@@ -109,6 +109,7 @@ def test_one_node(kind, shape, tmp_path):
         for path in (tmp_path / "one.onnx", converted)
     )
     assert found.shape == tuple(shape)
+    assert [(len(part.experts), part.used) for part in find_mixtures(OnnxFile(converted))] == [(3, 2)]
     assert relative(found, wanted) < (1e-5 if kind is np.float32 else 5e-3)
 
 

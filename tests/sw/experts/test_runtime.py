@@ -228,3 +228,16 @@ def test_other_forms_are_no_mixtures(change, model, tmp_path):
     with open_device("reference", hardware()) as device:
         rows = in_blocks(Decoder(path, device, context=CONTEXT))
         assert relative(rows, whole_graph(path)) < 1e-3
+
+
+@pytest.mark.parametrize("operator", ["Split", "ScatterElements", "TopK", "ConstantOfShape", "Sigmoid", "Softmax"])
+def test_damaged_nodes(operator, model, tmp_path):
+    """Nodes without inputs, or with one output, are no mixture and no exception."""
+    for count in (0, 1):
+        file = onnx.load(model)
+        for node in file.graph.node:
+            if node.op_type == operator:
+                del node.input[count:]
+                del node.output[1:]
+        onnx.save(file, tmp_path / "model.onnx")
+        find_mixtures(OnnxFile(tmp_path / "model.onnx"))
