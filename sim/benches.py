@@ -125,6 +125,7 @@ BENCHES: list[Bench] = [
     *(_bench(block, _SMALL) for block in ("burst_cutter", "burst_splitter", "read_manager", "dispatcher")),
     *(_bench("weight_fetch", params) for params in (_SMALL, _TILE_16)),
     *(_bench("gatherer", params) for params in (_SMALL, _LANES_4)),
+    _bench("patient_reader", _SMALL, tb="patient"),
     _bench("operand_fetch", _SMALL),
     _bench("table_fetch", _SMALL, tb="operand_fetch", periodic=True),
     _bench("write_manager", dict(_SMALL, **_WITH_ATTENTION)),
@@ -135,10 +136,11 @@ BENCHES: list[Bench] = [
     _bench("epilogue", _SMALL_ATTENTION),
     _bench("piece_maximum", dict(_SMALL_DECODER, lanes=4)),
     _bench("unit_float", _SMALL),
-    *(_bench(block, _SMALL_ATTENTION) for block in ("score_banks", "value_rows")),
+    # Words of several parts: the rows of values read a bank between those of the softmax.
+    *(_bench(block, dict(_TWO_PORTS_DECODER, score_words=4096)) for block in ("score_banks", "probabilities")),
+    _bench("value_rows", _SMALL_ATTENTION),
     _bench("value_layers", _SMALL_ATTENTION, tb="value_walk"),
     _bench("value_regions", _SMALL_ATTENTION, tb="value_walk", regions=True),
-    _bench("probabilities", _SMALL_ATTENTION),
     _bench("chunk_sums", dict(_TWO_PORTS_DECODER, lanes=2, score_words=2048)),
     *(
         _bench("cache_path", dict(params, **_WITH_ATTENTION), tb="cache_writer")
@@ -156,7 +158,7 @@ BENCHES: list[Bench] = [
     _bench("core", _TILE_16),
     _bench("core", _TILE_16, tb="core_speed"),
     *(_bench("activation_fetch", params) for params in (_SMALL_DECODER, _TWO_PORTS, _TILE_16, _ATTENTION)),
-    _bench("row_blocks", _SMALL_ATTENTION),
+    *(_bench(block, _SMALL_ATTENTION) for block in ("row_blocks", "row_pieces")),
     _bench("first_error", _SMALL),
     _bench("watchdog", _TWO_PORTS),
     *(_bench("selftest", params) for params in (_ULX3S, _ULX3S_8)),
@@ -176,7 +178,7 @@ BENCHES: list[Bench] = [
     _bench("scales", _SMALL_DECODER, full=True),
     *(_bench(f"head_float_{lanes}", _SMALL, tb="head_float", full=True) for lanes in (1, 8)),
     *(_bench(block, _ATTENTION, full=True) for block in ("score_banks", "value_rows", "probabilities")),
-    _bench("probabilities", dict(_TWO_PORTS_DECODER, score_words=4096), full=True),
+    *(_bench(block, _SMALL_ATTENTION, full=True) for block in ("score_banks", "probabilities")),
     # All transfers of a token are the same sums; one lane; many lanes and tokens.
     *(
         _bench("chunk_sums", dict(params, score_words=2048), full=True)
@@ -197,7 +199,7 @@ BENCHES: list[Bench] = [
         )
     ),
     _bench("activation_fetch", _SMALL, full=True),
-    _bench("row_blocks", _ATTENTION, full=True),
+    *(_bench(block, _ATTENTION, full=True) for block in ("row_blocks", "row_pieces")),
     _bench("accelerator", _SMALL, full=True),
     _bench("accelerator", _SMALL, tb="accelerator_faults", full=True),
     _bench("program_fetch", _TILE_16, full=True),

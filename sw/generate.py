@@ -20,6 +20,7 @@ from typing import TypeVar
 import numpy as np
 
 from hw.spec.summary import config_rows, format_rows
+from sw.checkpoints.adapter import read_adapter
 from sw.common.command_line import Parser, check_positive
 from sw.common.errors import UserError, run_cli
 from sw.common.status_line import StatusLine, stderr_is_stdout
@@ -123,6 +124,12 @@ def _parser() -> Parser:
     prompt.add_argument("--prompt-file", metavar="FILE", help="UTF-8; - is stdin; a line break at its end is dropped")
     parser.add_argument("--system", metavar="TEXT", help="a system message before the prompt")
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="FOLDER",
+        help="a LoRA adapter of PEFT (adapter_config.json, adapter_model.safetensors): runs in int8 beside the layers",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=NEW_TOKENS, metavar="N", help=f"(default: {NEW_TOKENS})")
     parser.add_argument(
         "--context",
@@ -166,6 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not prompt:
         raise UserError("the prompt is empty")
 
+    adapter = read_adapter(options.adapter) if options.adapter else None
+    if adapter and options.device == ONNXRUNTIME:
+        raise UserError(f"--adapter needs an accelerator, not --device {ONNXRUNTIME}, which runs the graph as it is")
     model = read_model(options.model)
     ids = model.text.prompt_ids(prompt, options.system, options.raw)
     if not ids:
@@ -174,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.load_cache and not options.context:
         options.context = saved_context(options.load_cache)
     context = _context(options, model.limits.context, len(ids))
-    config = decoder_config(model.path, devices.names, devices.hardware, context)
+    config = decoder_config(model.path, devices.names, devices.hardware, context, adapter)
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal without UTF-8 shows question marks; an encoding error would end the program.
@@ -184,7 +194,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with (
         StatusLine() as status,
         open_decoder(
-            model.path, options.device, devices.memory, config, context, status, options.key_bits, devices.host
+            model.path,
+            options.device,
+            devices.memory,
+            config,
+            context,
+            status,
+            key_bits=options.key_bits,
+            host=devices.host,
+            adapter=adapter,
         ) as decoder,
     ):
         known = load_cache(options.load_cache, decoder, ids) if options.load_cache else 0
@@ -200,6 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config=config,
             programs=isinstance(decoder, ProgramDecoder),
             attention=isinstance(decoder, ProgramDecoder) and decoder.whole,
+            adapter=None if adapter is None else str(adapter.path),
             prompt=prompt,
             system=options.system,
             context=context,

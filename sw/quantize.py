@@ -5,8 +5,9 @@
 
 SRC is a Hugging Face folder with float weights or its name on the hub, a GGUF file (its quantized tensors are converted
 to float), smollm2, or a float ONNX export of a decoder. AWQ (activation-aware weight quantization, Lin et al. 2023,
-arXiv 2306.00978) searches scales and ranges that keep the outputs of the layers on a calibration text; see
-sw.awq.search and sw.awq.clipping.
+arXiv 2306.00978) searches scales and ranges that keep the outputs of the layers on a calibration text, and GPTQ
+(Frantar et al. 2022, arXiv 2210.17323) compensates the errors of rounding; see sw.awq.search, sw.awq.clipping and
+sw.awq.compensation.
 The command writes into DIR: model.onnx with MatMulNBits layers, or an AutoAWQ GEMM folder; the source's text files; and
 the report, quantize.json.
 """
@@ -20,9 +21,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sw.awq.quantizer import FLOAT, METHODS, Result, Texts, quantize
+from sw.awq.quantizer import FLOAT, METHODS, ROUNDINGS, Result, Texts, quantize
 from sw.awq.rounding import ZERO_POINTS, Form
 from sw.awq.sizes import Sizes, compare
+from sw.awq.stream import Stream, stream
 from sw.checkpoints.autoawq_writer import check_family, write_autoawq_folder
 from sw.checkpoints.settings import read_settings
 from sw.common.atomic import atomic_directory
@@ -43,10 +45,11 @@ from sw.runtime.setup import decoder_limits
 from sw.text.folder import TextFolder, encode, open_text
 from sw.text.scoring import cut_windows
 
-BITS = (3, 4, 8)
+BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128)
 FORMATS = ("onnx", "autoawq")
-CALIBRATION_WINDOWS = 16
+AUTOAWQ_BITS = (3, 4)
+CALIBRATION_WINDOWS = 64
 BUILT_IN = "pydoc_data.topics"
 """The calibration text without --calibration: a file of every CPython, 700 kB of English about Python."""
 HELD_OUT = 4
@@ -75,7 +78,7 @@ class _Sources:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="python -m sw.quantize", description="Quantize a float decoder to 3-, 4- or 8-bit weights by AWQ."
+        prog="python -m sw.quantize", description="Quantize a float decoder to 2-, 3-, 4- or 8-bit weights by AWQ."
     )
     parser.add_argument(
         "source",
@@ -87,6 +90,12 @@ def _parser() -> Parser:
         "--method",
         default="awq,rtn",
         help="awq, rtn (round to nearest), or both: the first is written, the second compared (default: awq,rtn)",
+    )
+    parser.add_argument(
+        "--rounding",
+        choices=ROUNDINGS,
+        default=ROUNDINGS[0],
+        help=f"AWQ's weights: gptq compensates each error by later weights (default: {ROUNDINGS[0]})",
     )
     parser.add_argument("--bits", type=int, choices=BITS, default=4, help="(default: 4)")
     parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=64, help="(default: 64)")
@@ -140,6 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             texts,
             scratch,
             method=methods[0],
+            rounding=options.rounding,
             compare=[FLOAT, *methods[1:]],
             int8_head=options.lm_head == "int8",
             progress=_time_left(status),
@@ -152,7 +162,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_autoawq_folder(path, made, _writing(status))
         status.clear()
         sizes = compare(model, path if options.format == "onnx" else made)
-        report = _report(options, methods[0], form, sources, texts, result, scores, sizes, time.monotonic() - start)
+        seconds = time.monotonic() - start
+        streamed = stream(path, form)
+        report = _report(options, methods[0], form, sources, texts, result, scores, sizes, streamed, seconds)
         for item in sorted(made.iterdir()):
             item.rename(final / item.name)
         write_json(report, final / "quantize.json")
@@ -181,6 +193,7 @@ def _report(
     result: Result,
     scores: list[Score],
     sizes: Sizes,
+    streamed: Stream | None,
     seconds: float,
 ) -> Report:
     return Report(
@@ -188,6 +201,7 @@ def _report(
         out=str(options.out),
         form=form,
         method=method,
+        rounding=options.rounding,
         lm_head=options.lm_head,
         format=options.format,
         calibration=sources.calibration_name,
@@ -196,6 +210,7 @@ def _report(
         windows=[len(window) for window in texts.evaluation],
         scores=scores,
         sizes=sizes,
+        stream=streamed,
         layers=result.reports,
         seconds=seconds,
     )
@@ -214,9 +229,10 @@ def _methods(options: Namespace) -> list[str]:
     if options.length is not None and options.length < 2:
         raise UserError(f"--length is 2 or more, not {options.length}: a window's first token is not predicted")
     if options.zero_point == "fixed" and options.bits == 8:
-        raise UserError("--zero-point fixed is for --bits 3 and 4: in the hardware such zero points are below 16")
-    if options.format == "autoawq" and (options.bits == 8 or options.zero_point == "fixed"):
-        raise UserError("--format autoawq holds 4 bits (3 too) and integer zero points, no 8 bits and no fixed ones")
+        raise UserError("--zero-point fixed is for --bits 2, 3 and 4: in the hardware such zero points are below 16")
+    if options.format == "autoawq" and (options.bits not in AUTOAWQ_BITS or options.zero_point == "fixed"):
+        chosen = "fixed ones" if options.zero_point == "fixed" else f"--bits {options.bits}"
+        raise UserError(f"--format autoawq holds --bits 4 (3 too) and integer zero points, not {chosen}")
     return methods
 
 

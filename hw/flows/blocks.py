@@ -54,6 +54,7 @@ from hw.rtl.memory.operand_fetch import OperandFetch
 from hw.rtl.memory.progress import Progress
 from hw.rtl.memory.read_manager import ReadManager, read_fifo_depths
 from hw.rtl.memory.row_blocks import RowBlocks
+from hw.rtl.memory.row_pieces import RowPieces
 from hw.rtl.memory.weight_fetch import WeightFetch
 from hw.rtl.memory.write_manager import WriteClient, WriteManager, write_clients
 from hw.rtl.vector.epilogue import Epilogue
@@ -116,6 +117,7 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "drain": lambda config: Drain(config, chain_latency=config.tile),
     "fifo": lambda config: StreamFifo(StreamLayout(config).word_bits, StreamLayout(config).word_fifo_depth),
     "read_manager": lambda config: ReadManager(config.port_width, read_fifo_depths(config)),
+    "patient_reader": lambda config: ReadManager(config.port_width, [0, 0, read_fifo_depths(config)[-1]], patient=[1]),
     "burst_cutter": lambda config: BurstCutter(config.port_width),
     "burst_splitter": lambda config: BurstSplitter(config.port_width, EARLY_BURST_BEATS),
     "weight_fetch": lambda config: WeightFetch(config, read_fifo_depths(config)[-1]),
@@ -133,6 +135,7 @@ BLOCKS: dict[str, Callable[[AcceleratorConfig], wiring.Component]] = {
     "register_bank": RegisterBank,
     "activation_fetch": ActivationFetch,
     "row_blocks": RowBlocks,
+    "row_pieces": RowPieces,
     "descriptor_check": DescriptorCheck,
     "first_error": lambda config: FirstError(errors_of(config)),
     "watchdog": lambda config: Watchdog(config.ports + 1),

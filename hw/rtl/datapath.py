@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The datapath: everything between the descriptor queue and the memory ports."""
 
-from amaranth.hdl import Array, Cat, Module, Mux, Signal, Value
+from amaranth.hdl import Array, Cat, Module, Mux, Signal
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -20,8 +20,14 @@ from hw.rtl.core.core import Core
 from hw.rtl.memory.activation_fetch import ActivationFetch
 from hw.rtl.memory.axi import ADDRESS_BITS, owed_layout, read_signature, write_signature
 from hw.rtl.memory.gatherer import Gatherer
-from hw.rtl.memory.read_manager import ReadManager, operands_of, read_fifo_depths, weights_ahead
-from hw.rtl.memory.row_blocks import RowBlocks
+from hw.rtl.memory.read_manager import (
+    ReadManager,
+    operands_of,
+    patient_clients,
+    read_fifo_depths,
+    weights_ahead,
+)
+from hw.rtl.memory.row_pieces import RowPieces
 from hw.rtl.memory.weight_fetch import WeightFetch
 from hw.rtl.memory.write_manager import WriteClient, WriteManager
 from hw.rtl.result_path import ResultPath
@@ -236,7 +242,8 @@ class Datapath(Block):
         m.d.sync += many.eq(Cat(port.bursts >= EARLY_BURSTS for port in self.reads_owed).any())
         asking = activations.asking
         if config.has_attention:
-            asking |= self._read_attention(m, dispatcher, activations, weights)
+            rows = self._read_attention(m, dispatcher, activations, weights)
+            asking |= rows.asking
         else:
             wiring.connect(m, dispatcher.blocks, activations.blocks)
             wiring.connect(m, dispatcher.regions, weights.regions)
@@ -250,10 +257,15 @@ class Datapath(Block):
             weights.hold.eq(early & many),
         ]
         if config.has_vector_unit:
-            m.d.comb += [
-                activations.follow.eq(dispatcher.follow),
-                activations.pieces.eq(Array(self.path.pieces)[dispatcher.followed]),
-            ]
+            pieces = Array(self.path.pieces)[dispatcher.followed]
+            m.d.comb += activations.pieces.eq(pieces)
+            if config.has_attention:
+                m.d.comb += [rows.follow.eq(dispatcher.follow), rows.pieces.eq(pieces)]
+                if config.reads_by_pieces:
+                    m.d.comb += rows.tail.eq(dispatcher.follow_tail)
+                m.d.comb += activations.follow.eq(rows.follow_row)
+            else:
+                m.d.comb += activations.follow.eq(dispatcher.follow)
         fault = self.faults[ErrorCode.READ_BUS]
         for port in range(config.ports):
             clients = [(fetch.bursts[port], fetch.port_beats[port]) for fetch in (activations, weights)]
@@ -262,7 +274,8 @@ class Datapath(Block):
             if config.has_programs and port == 0:
                 clients.insert(-1, (queue.bursts, queue.beats))
             depths = read_fifo_depths(config, port)
-            m.submodules[f"reader_{port}"] = reader = ReadManager(config.port_width, depths, OUTSTANDING)
+            patient = patient_clients(config, port)
+            m.submodules[f"reader_{port}"] = reader = ReadManager(config.port_width, depths, OUTSTANDING, patient)
             wiring.connect(m, reader.axi, wiring.flipped(self.reads[port]))
             for client, (bursts, beats) in enumerate(clients):
                 wiring.connect(m, bursts, reader.bursts[client])
@@ -277,16 +290,16 @@ class Datapath(Block):
 
     def _read_attention(
         self, m: Module, dispatcher: Dispatcher, activations: ActivationFetch, weights: WeightFetch
-    ) -> Value:
-        """Rows and weights that are apart in memory, and the exponents of values. Returns whether rows are left."""
-        m.submodules.row_blocks = rows = RowBlocks(self.config)
+    ) -> RowPieces:
+        """Rows and weights that are apart in memory, and the exponents of values."""
+        m.submodules.row_pieces = rows = RowPieces(self.config)
         m.submodules.value_regions = regions = ValueRegions(self.config)
         wiring.connect(m, dispatcher.blocks, rows.jobs)
         wiring.connect(m, rows.blocks, activations.blocks)
         wiring.connect(m, dispatcher.regions, regions.tiles)
         wiring.connect(m, regions.regions, weights.regions)
         wiring.connect(m, activations.exponents, self.probabilities.exponents)
-        return rows.asking
+        return rows
 
     def _attend(self, m: Module, dispatcher: Dispatcher, unit: ActivationUnit) -> None:
         """Connects attention: scores on chip, their softmax, and appends to the cache."""

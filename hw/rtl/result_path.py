@@ -34,6 +34,11 @@ EXPECTED = 16
 """Number of descriptors with outputs on their way to memory that :class:`hw.rtl.memory.completion.Completion` holds."""
 
 
+def followed_rows(config: AcceleratorConfig) -> int:
+    """Most rows of an output that is read while it is being written."""
+    return config.max_tokens if config.reads_by_pieces else 1
+
+
 class ResultPath(Block):
     """Writes the core's results to memory. With a vector unit they pass the epilogue, which may have a second output.
 
@@ -89,7 +94,7 @@ class ResultPath(Block):
             members |= {
                 "epilogue": In(stream.Signature(epilogue_layout(config))),
                 "expected": In(stream.Signature(expected_layout(expected_outputs(config)))),
-                "pieces": Out(range(MAX_PIECES + 1)).array(self.clients),
+                "pieces": Out(range(MAX_PIECES * followed_rows(config) + 1)).array(self.clients),
                 "whole": Out(self.clients),
                 "operands": In(stream.Signature(operand_layout(config.max_tokens))).array(operands),
                 "bursts": Out(stream.Signature(burst_layout(config.port_width))).array(operands),
@@ -168,7 +173,7 @@ class ResultPath(Block):
             pipeline=(epilogue.works, epilogue.settling),
         )
         m.submodules.completion = completion = Completion(expected_outputs(config), EXPECTED)
-        m.submodules.progress = progress = Progress(self.clients)
+        m.submodules.progress = progress = Progress(self.clients, followed_rows(config))
         if config.has_attention:
             self._attention(m, writer, epilogue, platform)
         else:
@@ -234,8 +239,9 @@ class ResultPath(Block):
         config, place = self.config, self.operands[operand]
         rows = 1 if operand is Operand.FACTOR else config.max_tokens
         periodic = operand is Operand.TABLE
-        # Only the addend is read at the array's rate by many tokens: a table is one chunk, and a source has no array.
-        chunks = 2 if operand is Operand.ADDEND else 1
+        # The addend is read at the array's rate by many tokens. The sources of appends follow each other, and one is
+        # fetched while the one before is read. Without attention a source is one chunk, and a table always is.
+        chunks = 2 if operand is Operand.ADDEND or (operand is Operand.SOURCE and config.has_attention) else 1
         fetch = OperandFetch(config.port_width, rows, config.vector_lanes, chunks=chunks, periodic=periodic)
         cutting = fetch.cutter.regions
         name = f"fetch_{operand.name.lower()}"

@@ -183,6 +183,11 @@ class AcceleratorConfig:
         return self.score_words > 0
 
     @property
+    def reads_by_pieces(self) -> bool:
+        """Whether layers of several tokens read their activations piece by piece, as the layer before writes them."""
+        return self.has_attention and self.max_tokens > 1
+
+    @property
     def vector_lanes(self) -> int:
         """Lanes of the vector unit: at least two, because some operations take pairs of columns."""
         return max(2, self.lanes)

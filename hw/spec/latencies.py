@@ -69,8 +69,8 @@ class Latencies:
     """With attention: cycles in which the unit neither loads nor sends a short layer."""
     score_writer: int = _of("score_banks", "write_latency")
     """With attention: cycles from the last score until the scores of a bank are stored."""
-    softmax: int = _of("score_banks", "softmax_latency", cycles=25)
-    """With attention: cycles from the last part of a bank until its probabilities can be read."""
+    softmax: int = _of("score_banks", "softmax_latency", cycles=26)
+    """With attention: cycles from the last part of a chunk until its probabilities can be read."""
     inverse: int = _of("score_banks", "inverse_latency", cycles=31)
     """With attention: cycles from the sum of a row to 1/S."""
     value_rows: int = _of("value_rows", cycles=3)
@@ -89,7 +89,8 @@ class Latencies:
     def __post_init__(self) -> None:
         tile, sum_bits = self.config.tile, self.config.sum_bits
         # Comparisons of four values per cycle; then the maximum of the token, its exponent, and the exponent in memory.
-        exponent = tile.bit_length() // 2 + 3
+        # By pieces, the maximum of the piece and that of the token.
+        exponent = tile.bit_length() // 2 + 3 + self.config.reads_by_pieces
         # With attention, a register behind the choice between two inputs.
         intake = int(self.config.has_attention)
         # Start, read, the memory's output register, three steps of rounding, the FIFO.
@@ -98,8 +99,8 @@ class Latencies:
         lane_bits = self.config.vector_lanes.bit_length() - 1
         # Registers, mask, maximum of the lanes and of the row.
         object.__setattr__(self, "score_writer", 6 + lane_bits)
-        # The exponent of a head: lanes in pairs, rows, two steps; then the pipeline. Two heads are on chip.
-        head = lane_bits + 3
+        # The exponent of a head: lanes in pairs, rows, three steps; then the pipeline. Two heads are on chip.
+        head = lane_bits + 4
         object.__setattr__(self, "cache_writer", head + 15)
         object.__setattr__(self, "cache_row", head // 2 + 2)
         array, columns, drain = tile + 2, 7, tile + 1

@@ -74,21 +74,15 @@ class _Rows:
         part = slice(group * size, (group + 1) * size)
         block = np.ascontiguousarray(self.gram[part, part])
         before = self.errors[:, part].copy()
-        tried = _Group(self.form, self.weights[:, group], block, slopes[:, part] - before @ block)
+        tried = Group(self.form, self.weights[:, group], block, slopes[:, part] - before @ block)
         tried.consider(self.scales[None, :, group], self.zero_points[None, :, group])
-        low, high = SHRINKS[:, None, None] * self.low[:, group], SHRINKS[None, :, None] * self.high[:, group]
-        tried.consider(*(values.reshape(-1, len(before)) for values in grid(self.form, low, high)))
-        scales, zero_points = tried.least_squares(), tried.zero_points
-        nudge = np.float32(1 if self.form.zero_point == "integer" else 0.25)
-        near = np.clip(np.stack([zero_points, zero_points - nudge, zero_points + nudge]), 0, self.form.top)
-        both = np.concatenate([near, near[1:]]), np.concatenate([np.stack([scales] * 3), np.stack([tried.scales] * 2)])
-        tried.consider(both[1], both[0])
+        tried.search(self.low[:, group], self.high[:, group])
         self.q[:, group], self.errors[:, part] = tried.q, tried.errors
         self.scales[:, group], self.zero_points[:, group] = tried.scales, tried.zero_points
         slopes += (tried.errors - before) @ self.gram[part]
 
 
-class _Group:
+class Group:
     """One group of every row, and its best candidate so far. weights: [R, S]. block: its part of the Gram matrix.
     slope: the contribution of the other groups' errors, [R, S].
     """
@@ -115,7 +109,17 @@ class _Group:
         self.q[better], self.errors[better], self.loss[better] = q[best, rows], errors[best, rows], losses[best, rows]
         self.scales[better], self.zero_points[better] = scales[best, rows], zero_points[best, rows]
 
-    def least_squares(self) -> np.ndarray:
+    def search(self, low: np.ndarray, high: np.ndarray) -> None:
+        """Tries all shrunk ranges, then a better scale and zero points beside the best. low, high: float32 [R]."""
+        ends = SHRINKS[:, None, None] * low, SHRINKS[None, :, None] * high
+        self.consider(*(values.reshape(-1, len(low)) for values in grid(self.form, *ends)))
+        scales, zero_points = self._least_squares(), self.zero_points
+        nudge = np.float32(1 if self.form.zero_point == "integer" else 0.25)
+        near = np.clip(np.stack([zero_points, zero_points - nudge, zero_points + nudge]), 0, self.form.top)
+        both = np.concatenate([near, near[1:]]), np.concatenate([np.stack([scales] * 3), np.stack([self.scales] * 2)])
+        self.consider(both[1], both[0])
+
+    def _least_squares(self) -> np.ndarray:
         """The best scales for the best candidate's q by least squares, float32 [R]."""
         u = self.q - self.zero_points[:, None]
         toward = u @ self.block

@@ -16,6 +16,7 @@ import numpy as np
 
 from sw.awq.calibration import Step, walk
 from sw.awq.clipping import clip
+from sw.awq.compensation import compensate, corrected
 from sw.awq.folding import Fold, find_fold
 from sw.awq.graph import Group
 from sw.awq.int8_head import quantize_head
@@ -32,9 +33,17 @@ from sw.text.scoring import negative_log_likelihood
 
 METHODS = ("awq", "rtn")
 """rtn: round to nearest, without any search."""
+ROUNDINGS = ("gptq", "nearest")
+"""How AWQ's weights become integers: with compensation (see sw.awq.compensation), or each by itself."""
 FLOAT = "float"
 ROWS_AT_ONCE = 64
 """Tokens whose logits are in memory at the same time; a vocabulary may have 150,000 tokens."""
+
+LARGEST_TOKEN = 4
+"""A token's squared activations count at most this many times the median token's. A few tokens, often the first of a
+sequence, have far larger ones in the input of down_proj than all others (massive activations, Sun et al. 2024, arXiv
+2402.17762), and would decide alone which error is least. The norm after the residual sum divides by them, so their
+errors matter no more than those of other tokens."""
 
 Progress = Callable[[float, str], None]
 
@@ -101,19 +110,21 @@ def quantize(
     scratch: Path,
     *,
     method: str = "awq",
+    rounding: str = ROUNDINGS[0],
     compare: Sequence[str] = (),
     int8_head: bool = True,
     progress: Progress = lambda done, name: None,
 ) -> Result:
     """Quantizes every float linear layer of a decoder.
 
-    method: one of METHODS. compare: further models (FLOAT or METHODS) to score on texts.evaluation; all have the same
-    head. scratch: directory for files that the result's functions read. int8_head: the head becomes int8 (see
-    sw.awq.int8_head), else it stays float. progress: called with the fraction that is done and a layer's name.
+    method: one of METHODS. rounding: one of ROUNDINGS, for AWQ. compare: further models (FLOAT or METHODS) to score on
+    texts.evaluation; all have the same head. scratch: directory for files that the result's functions read. int8_head:
+    the head becomes int8 (see sw.awq.int8_head), else it stays float. progress: called with the fraction that is done
+    and a layer's name.
     Raises UserError for graphs that are not decoders or have no float linear layers, and for values that are not
     finite.
     """
-    return _Quantizer(file, form, texts, scratch, method, compare, int8_head).run(progress)
+    return _Quantizer(file, form, texts, scratch, method, rounding, compare, int8_head).run(progress)
 
 
 class _Quantizer:
@@ -124,9 +135,11 @@ class _Quantizer:
         texts: Texts,
         scratch: Path,
         method: str,
+        rounding: str,
         compare: Sequence[str],
         int8_head: bool,
     ):
+        self.rounding = rounding
         self.file, self.form, self.texts, self.scratch = file, form, texts, scratch
         self.method, self.compare, self.int8_head = method, list(compare) if texts.evaluation else [], int8_head
         self.searches = "awq" in (method, *self.compare)
@@ -145,7 +158,7 @@ class _Quantizer:
         return [site for site in self.sites if not site.is_head]
 
     def run(self, progress: Progress) -> Result:
-        windows = [*self.texts.calibration]
+        windows = [*self.texts.calibration] * self._paths
         for _ in self.compare:
             windows += [window[:-1] for window in self.texts.evaluation]
         windows = [[*self.texts.beginning, *window] for window in windows]
@@ -166,15 +179,24 @@ class _Quantizer:
         self.result.reports.sort(key=lambda report: self._order[report.name])
         return self.result
 
+    @property
+    def _paths(self) -> int:
+        """How often the calibration text is computed: by the quantized layers, and for gptq by the float model, too."""
+        return 2 if self.searches and self.rounding == "gptq" else 1
+
     def _quantize(self, step: Step, group: Group) -> None:
         """Quantizes one group of layers, and computes their products for all windows."""
         weights = [site.weight(self.file) for site in group.sites]
-        statistics = gather(step.inputs(group)[: len(self.texts.calibration)])
+        count = len(self.texts.calibration)
+        inputs = step.inputs(group)
+        exact = inputs[count : 2 * count] if self._paths > 1 else None
+        statistics = gather(inputs[:count], exact)
+        del inputs, exact
         plain = [nearest(weight, self.form) for weight in weights]
         fold, scale, searched = None, None, plain
         if self.searches:
             fold = find_fold(self.file, step, group)
-            scale, searched = search(weights, statistics, self.form, fold)
+            scale, searched = search(weights, statistics, self.form, fold, self.rounding)
         factors = np.float32(1) if scale is None else scale.values
         chosen = searched if self.method == "awq" else plain
         for site, weight, near, found, take in zip(group.sites, weights, plain, searched, chosen):
@@ -186,7 +208,8 @@ class _Quantizer:
                 report = LayerReport(site.name, site.k, site.n, before, after, scale.ratio, name)
             self.result.reports.append(report)
             self._rounded[site.name] = self._spilled(site, take)
-            of_each = [values["awq" if self.searches else "rtn"]] * len(self.texts.calibration)
+            of_each = [values["awq" if self.searches else "rtn"]] * count
+            of_each += [weight] * (count * (self._paths - 1))
             for way in self.compare:
                 of_each += [values[way]] * len(self.texts.evaluation)
             step.compute(site, of_each, self._own_bias(site))
@@ -234,7 +257,7 @@ class _Quantizer:
         head: Linear = self._head(site) if self.int8_head else FloatLinear(site.name, site.weight(self.file))
         weight = head.dequantize() if isinstance(head, QuantizedLinear) else head.weight
         bias = self.file.constant(site.bias, site.name).astype(np.float32).reshape(-1) if site.bias else np.float32(0)
-        xs = step.inputs(group)[len(self.texts.calibration) :]
+        xs = step.inputs(group)[self._paths * len(self.texts.calibration) :]
         count = len(self.texts.evaluation)
 
         def nll(item: tuple[np.ndarray, Sequence[int]]) -> np.ndarray:
@@ -247,30 +270,65 @@ class _Quantizer:
             self.result.nll[way] = np.concatenate(threaded(nll, items))
 
 
-def gather(inputs: Sequence[np.ndarray]) -> Statistics:
-    """Statistics of a layer's inputs, float32 [tokens, K] for every window."""
-    tokens = sum(map(len, inputs))
+def gather(inputs: Sequence[np.ndarray], exact: Sequence[np.ndarray] | None = None) -> Statistics:
+    """Statistics of a layer's inputs, float32 [tokens, K] for every window, in which no token counts too much.
 
-    def total(share: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        gram = np.zeros((inputs[0].shape[1],) * 2, np.float32)
-        for x in share:
+    exact: the inputs in the float model, for the drift.
+    """
+    tokens, size = sum(map(len, inputs)), inputs[0].shape[1]
+    factors = _factors(inputs)
+
+    def total(share: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        gram, magnitude = np.zeros((size, size), np.float32), np.zeros(size)
+        drift = np.zeros((size, size) if exact else (0, 0), np.float32)
+        for window in share:
+            x = inputs[window] * factors[window]
             gram += x.T @ x
-        return gram, sum((np.abs(x).sum(axis=0, dtype=np.float64) for x in share), np.zeros(len(gram)))
+            magnitude += np.abs(x).sum(axis=0, dtype=np.float64)
+            if exact:
+                drift += (exact[window] * factors[window] - x).T @ x
+        return gram, magnitude, drift
 
     # One sum per thread and not per window, because the matrix may have 100 MB.
-    totals = threaded(total, [inputs[first::THREADS] for first in range(min(THREADS, len(inputs)))])
-    gram = sum((gram for gram, _ in totals[1:]), totals[0][0]) / np.float32(tokens)
-    magnitude = np.sum([magnitude for _, magnitude in totals], axis=0) / tokens
-    return Statistics(gram, magnitude.astype(np.float32), tokens)
+    count = min(THREADS, len(inputs))
+    gram, magnitude, drift = _sums(threaded(total, [range(first, len(inputs), count) for first in range(count)]))
+    found = drift / np.float32(tokens) if exact else None
+    return Statistics(gram / np.float32(tokens), (magnitude / tokens).astype(np.float32), tokens, found)
+
+
+def _sums(parts: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
+    """The sums of the first arrays, of the second ones, and so on, in the places of the first part's."""
+    for part in parts[1:]:
+        for whole, more in zip(parts[0], part):
+            whole += more
+    return list(parts[0])
+
+
+def _factors(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """What the inputs of each token are multiplied by, float32 [tokens, 1] of every window: see LARGEST_TOKEN."""
+    squares = threaded(lambda x: np.einsum("tk,tk->t", x, x), inputs)
+    limit = np.float32(LARGEST_TOKEN) * np.median(np.concatenate(squares))
+    if not limit > 0:
+        return [np.ones((len(square), 1), np.float32) for square in squares]
+    return [np.sqrt(limit / np.maximum(square, limit)).astype(np.float32)[:, None] for square in squares]
 
 
 def search(
-    weights: Sequence[np.ndarray], statistics: Statistics, form: Form, fold: Fold | None
+    weights: Sequence[np.ndarray],
+    statistics: Statistics,
+    form: Form,
+    fold: Fold | None,
+    rounding: str = ROUNDINGS[0],
 ) -> tuple[Scale | None, list[Rounded]]:
     """AWQ of layers that share an input: their scale (None without a fold), and the rounded weights times the scale."""
-    if fold is None:
-        return None, [clip(weight, statistics.gram, form) for weight in weights]
-    classes = None if fold.rows is None else np.unique(fold.rows, return_inverse=True)[1]
-    scale = search_scale(weights, statistics, form, classes)
-    gram = scaled_gram(statistics.gram, scale.values)
-    return scale, [clip(weight * scale.values, gram, form) for weight in weights]
+    scale, gram = None, statistics.gram
+    scaled = corrected(weights, statistics) if rounding == "gptq" else list(weights)
+    if fold is not None:
+        classes = None if fold.rows is None else np.unique(fold.rows, return_inverse=True)[1]
+        scale = search_scale(weights, statistics, form, classes)
+        gram = scaled_gram(gram, scale.values)
+        scaled = [weight * scale.values for weight in scaled]
+    found = [clip(weight, gram, form) for weight in scaled]
+    if rounding == "gptq":
+        found = [compensate(weight, gram, start) for weight, start in zip(scaled, found)]
+    return scale, found

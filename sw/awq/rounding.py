@@ -28,7 +28,7 @@ class Form:
 
     Members
     -------
-    bits: 3, 4 or 8. group_size: weights along K with one scale; the last group of a row may be short.
+    bits: 2, 3, 4 or 8. group_size: weights along K with one scale; the last group of a row may be short.
     zero_point: one of ZERO_POINTS.
     """
 
@@ -45,6 +45,10 @@ class Form:
     def fraction(self) -> int:
         """Number of steps of a zero point between two whole numbers."""
         return 1 if self.zero_point == "integer" else 1 << FIXED_FRACTION_BITS
+
+    def parts(self, k: int) -> list[slice]:
+        """The groups of K weights."""
+        return [slice(start, min(start + self.group_size, k)) for start in range(0, k, self.group_size)]
 
     def split(self, weight: np.ndarray) -> np.ndarray:
         """Reshapes float32 [N, K] to [N, G, group_size], padded with zeros."""

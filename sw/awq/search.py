@@ -32,11 +32,13 @@ class Statistics:
     Members
     -------
     gram: X^T X / tokens, float32 [K, K]. magnitude: mean of |x|, float32 [K]. tokens: number of tokens.
+    drift: (Y - X)^T X / tokens, float32 [K, K], with the inputs Y of the float model; None if they are not known.
     """
 
     gram: np.ndarray
     magnitude: np.ndarray
     tokens: int
+    drift: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)

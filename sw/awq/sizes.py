@@ -82,4 +82,6 @@ def _weights(file: OnnxFile) -> Iterator[tuple[str, int, int]]:
 def _bytes(kind: int, count: int) -> int:
     if kind in (TensorProto.INT4, TensorProto.UINT4):
         return -(-count // 2)
+    if kind in (TensorProto.INT2, TensorProto.UINT2):
+        return -(-count // 4)
     return count * helper.tensor_dtype_to_np_dtype(kind).itemsize

@@ -90,6 +90,7 @@ class Report:
     config: AcceleratorConfig | None
     programs: bool
     attention: bool
+    adapter: str | None
     prompt: str
     system: str | None
     context: int
@@ -120,6 +121,7 @@ class Report:
             "config_digest": self.config.digest if self.config else None,
             "programs": self.programs,
             "attention": self.attention,
+            "adapter": self.adapter,
             "prompt": self.prompt,
             "system": self.system,
             "context": self.context,

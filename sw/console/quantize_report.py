@@ -14,6 +14,7 @@ from rich.table import Table
 from sw.awq.quantizer import FLOAT, LayerReport
 from sw.awq.rounding import Form
 from sw.awq.sizes import Sizes
+from sw.awq.stream import Stream
 from sw.console.output import stdout_console
 from sw.runtime.score import Score
 
@@ -26,10 +27,12 @@ class Report:
 
     Members
     -------
-    source, out: paths as given. format: format of `out`. method: method by which `out` was quantized.
+    source, out: paths as given. format: format of `out`. method: method by which `out` was quantized. rounding: that of
+    AWQ, one of sw.awq.quantizer.ROUNDINGS.
     lm_head: one of sw.model.lm_head.HEAD_MODES. calibration, evaluation: names of the texts.
     calibration_tokens: number of tokens used for calibration. windows: tokens of each scored window.
     scores: perplexities, the float model's first and that of `out` last. All have the same lm_head.
+    stream: what the accelerator reads, None if no hardware runs the model.
     layers: reports of the layers in the graph's order. seconds: wall time.
     """
 
@@ -37,6 +40,7 @@ class Report:
     out: str
     form: Form
     method: str
+    rounding: str
     lm_head: str
     format: str
     calibration: str
@@ -45,6 +49,7 @@ class Report:
     windows: Sequence[int]
     scores: Sequence[Score]
     sizes: Sizes
+    stream: Stream | None
     layers: Sequence[LayerReport]
     seconds: float
 
@@ -67,6 +72,7 @@ class Report:
             "source": self.source,
             "out": self.out,
             "method": self.method,
+            "rounding": self.rounding,
             **asdict(self.form),
             "lm_head": self.lm_head,
             "format": self.format,
@@ -77,6 +83,7 @@ class Report:
             },
             "recovered": self.recovered(),
             "bytes": {"float16": self.sizes.before, "quantized": self.sizes.after, "smaller": self.sizes.smaller},
+            "stream": None if self.stream is None else asdict(self.stream),
             "seconds": self.seconds,
             "layers": [asdict(layer) for layer in self.layers],
         }
@@ -113,9 +120,13 @@ def print_table(report: Report) -> None:
     first = report.scores[0]
     for score in report.scores:
         more = f"{100 * math.expm1(min(score.mean - first.mean, 700)):+.2f} %" if score is not first else ""
-        table.add_row(NAMES[score.device], f"{score.perplexity:,.4f}", more)
+        table.add_row(_name(report, score.device), f"{score.perplexity:,.4f}", more)
     console.print(table)
     console.print("\n".join(_lines(report)), highlight=False, soft_wrap=True)
+
+
+def _name(report: Report, way: str) -> str:
+    return "AWQ and GPTQ" if (way, report.rounding) == ("awq", "gptq") else NAMES[way]
 
 
 def _lines(report: Report) -> list[str]:
@@ -126,16 +137,29 @@ def _lines(report: Report) -> list[str]:
         f"calibrated on {report.calibration}: {report.calibration_tokens:,} tokens",
     ]
     if recovered is not None:
-        lines.insert(0, f"AWQ recovers {100 * recovered:.1f} % of the perplexity that rounding to nearest loses")
+        part = f"{100 * recovered:.1f} % of the perplexity that rounding to nearest loses"
+        lines.insert(0, f"{_name(report, 'awq')} recovers {part}")
     fields = ", stored in 4" if form.bits == 3 else ""
     return [
         *lines,
         f"errors are E|x dW|^2 / E|x W|^2 of a layer's output; the geometric mean is {100 * report.error_ratio():.0f} %"
         " of rounding to nearest's",
         report.sizes.line(),
+        *_stream(report),
         f"{report.out}: {form.bits} bits{fields}, groups of {form.group_size}, {form.zero_point} zero points,"
         f" {report.format}; {report.seconds:.0f} s",
     ]
+
+
+def _stream(report: Report) -> list[str]:
+    found, bits = report.stream, report.form.bits
+    if found is None:
+        return []
+    line = f"stream of a token: {found.layers / 1e6:,.2f} MB, head {found.head / 1e6:,.2f} MB,"
+    line += f" on hardware of {found.weight_bits}-bit weights"
+    if bits < found.weight_bits and found.narrow is not None:
+        line += f"; {found.narrow / 1e6:,.2f} MB without the head on hardware of {bits}-bit weights"
+    return [line]
 
 
 def _short(name: str) -> str:

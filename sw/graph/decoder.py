@@ -12,6 +12,7 @@ sw.graph.experts.write.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -256,11 +257,11 @@ def matmul_node(
 
     weights: what `layer_tensors` returned. Two planes (see sw.graph.matmul_nbits) have a Concat node before it.
     """
-    shape = {"K": layer.k, "N": layer.n, "bits": layer.bits, "block_size": layer.group_size, "accuracy_level": 0}
+    shape = {"K": layer.k, "N": layer.n, "bits": stored_bits(layer.bits), "block_size": layer.group_size}
     if _in_planes(layer):
         shape |= {"K": 2 * layer.k, "bits": PLANE_BITS}
         x = w.node(f"{name.removesuffix('/MatMulNBits')}/Concat", "Concat", [x, x], axis=-1)
-    return w.node(name, "MatMulNBits", [x, *weights], outputs, CONTRIB, **shape)
+    return w.node(name, "MatMulNBits", [x, *weights], outputs, CONTRIB, **shape, accuracy_level=0)
 
 
 def can_gather(table: QuantizedLinear) -> bool:
@@ -292,11 +293,11 @@ def layer_tensors(
     """Writes the inputs of MatMulNBits: weights, scales and, where they are not the default, zero points.
 
     path: name of the layer in errors. tensor: prefix of the tensors' names. dtype: type of the layer's activations, and
-    so of scales and float zero points; float16 must hold them exactly. Returns the tensors' names. Raises UserError for
-    a layer that MatMulNBits cannot hold.
+    so of scales and float zero points; float16 must hold them exactly. Weights of 3 bits are stored in fields of 4,
+    because onnxruntime has no kernel for 3. Returns the tensors' names. Raises UserError for a layer that MatMulNBits
+    cannot hold.
     """
-    if _in_planes(layer):
-        layer = planes(layer)
+    layer = planes(layer) if _in_planes(layer) else replace(layer, bits=stored_bits(layer.bits))
     if layer.bits not in (2, 4, 8):
         raise UserError(f"{path}: MatMulNBits stores 2, 4 or 8 bits, not {layer.bits}")
     block = layer.group_size
@@ -317,13 +318,18 @@ def layer_tensors(
     return names
 
 
+def stored_bits(bits: int) -> int:
+    """The width of the fields in which MatMulNBits stores weights of these bits."""
+    return 4 if bits == 3 else bits
+
+
 def _in_planes(layer: QuantizedLinear) -> bool:
     """Whether onnxruntime's MatMulNBits needs two planes for a layer: 8 bits with float zero points."""
     return layer.bits == 2 * PLANE_BITS and not layer.has_integer_zero_points
 
 
 def _has_default_zero_points(layer: QuantizedLinear) -> bool:
-    return layer.has_integer_zero_points and bool(np.all(layer.zero_points == 1 << (layer.bits - 1)))
+    return layer.has_integer_zero_points and bool(np.all(layer.zero_points == 1 << (stored_bits(layer.bits) - 1)))
 
 
 def _exactly(values: np.ndarray, dtype: type[np.floating], what: str) -> np.ndarray:

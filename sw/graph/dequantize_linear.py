@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads DequantizeLinear(weights) -> [Cast, Transpose ->] MatMul or Gemm as quantized linear layers.
 
-The weights are int4, uint4, int8 or uint8, [K, N] or, before a Transpose or Gemm's transB, [N, K]. Scales and zero
-points (absent: 0) are per block along K (opset 21: axis, block_size), per output row, or one for the whole matrix.
+The weights are int2, uint2 (opset 25), int4, uint4, int8 or uint8, [K, N] or, before a Transpose or Gemm's transB,
+[N, K]. ONNX has no type of 3 bits: such weights are int4 or uint4. Scales and zero points (absent: 0) are per block
+along K (opset 21: axis, block_size), per output row, or one for the whole matrix.
 Signed weights become unsigned: q and zero point are both raised by half the range.
 """
 
@@ -17,7 +18,7 @@ from sw.graph.nodes import STANDARD, attributes
 from sw.model.linear import QuantizedLinear
 
 # element type -> (bits, offset that makes it unsigned)
-TYPES = {"int4": (4, 8), "uint4": (4, 0), "int8": (8, 128), "uint8": (8, 0)}
+TYPES = {"int2": (2, 2), "uint2": (2, 0), "int4": (4, 8), "uint4": (4, 0), "int8": (8, 128), "uint8": (8, 0)}
 BIAS = 2
 
 

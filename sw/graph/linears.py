@@ -2,7 +2,7 @@
 """Reads every quantized linear layer of an ONNX file, and the weights of matched parts.
 
 MatMulNBits (com.microsoft)   2, 4 or 8 bits, all forms of scales and zero points: see sw.graph.matmul_nbits
-DequantizeLinear (4 or 8 bits) -> [Cast, Transpose ->] MatMul or Gemm: see sw.graph.dequantize_linear
+DequantizeLinear (2, 4 or 8 bits) -> [Cast, Transpose ->] MatMul or Gemm: see sw.graph.dequantize_linear
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -12,7 +12,6 @@ is exact. Tensors are copied piece by piece, so the memory needed is that of the
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -116,8 +115,6 @@ class Rewriter(GraphBuilder):
         weight = self._weight(node)
         if (layer.n, layer.k) != (weight.n, weight.k):
             self._refuse(node, f"its weight is {[weight.n, weight.k]}, and the quantized layer {[layer.n, layer.k]}")
-        if layer.bits == 3:
-            layer = replace(layer, bits=4)
         path, _, last = name_of(node).rpartition("/")
         name = f"{path}/MatMulNBits" if path and last in PLAIN else name_of(node)
         prefix = tensor_name(path) if path and last in PLAIN else name

@@ -14,6 +14,8 @@ from sw.model.lm_head import Linear
 MAX_POSITIONS = 32768
 """Maximum number of positions in an export's rotary tables: for longer contexts they would take many megabytes."""
 MAX_HEAD_SIZE = 1024
+MAX_LAYERS = 4096
+"""Blocks of a decoder: far more than any model has, and few enough for a list of them."""
 ROTARY_UNIT = 16
 SILU, GELU_TANH = "silu", "gelu_pytorch_tanh"
 ACTIVATIONS = (SILU, GELU_TANH)
@@ -100,6 +102,8 @@ class DecoderConfig(DecoderShape):
             raise UserError(f"{self.head_count} heads are not a multiple of {self.kv_head_count} key-value heads")
         if self.head_size > MAX_HEAD_SIZE:
             raise UserError(f"head size {self.head_size} is above {MAX_HEAD_SIZE}")
+        if self.layer_count > MAX_LAYERS:
+            raise UserError(f"the model has {self.layer_count:,} layers, which is above {MAX_LAYERS:,}")
         if self.rotary_size % ROTARY_UNIT:
             problem = f"a rotation of {self.rotary_size} elements of a head is no multiple of {ROTARY_UNIT}"
             raise UserError(f"{problem}, which onnxruntime's GroupQueryAttention needs")

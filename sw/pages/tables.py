@@ -15,7 +15,7 @@ _MEMORY_NAMES = {
 }
 _BLOCK_TABLES = ("resources_tile_16_decoder", *(f"resources_tile_{tile}" for tile in (4, 8, 16, 32)))
 _DESIGN = ("tile", "operators", "zero points")
-_METHODS = {"float": "float", "rtn": "round to nearest", "awq": "AWQ"}
+_METHODS = {"float": "float", "rtn": "round to nearest", "awq": "AWQ and GPTQ"}
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], right: bool = False) -> str:
@@ -29,12 +29,13 @@ def designs(sections: Sections, kind: str) -> dict[str, tuple[str, str, str]]:
 
     kind: what was measured, "levels" or "resources".
     """
-    pattern = re.compile(rf"{kind}_tile_(\d+)(_decoder)?(_fixed)?")
+    operators = {"_attention": "decoder, attention", "_decoder": "decoder", None: "linear"}
+    pattern = re.compile(rf"{kind}_tile_(\d+)(_attention|_decoder)?(_fixed)?")
     found = {name: match for name in sections if (match := pattern.fullmatch(name))}
-    order = sorted(found, key=lambda name: (not found[name][2], bool(found[name][3]), int(found[name][1])))
+    places = {suffix: place for place, suffix in enumerate(operators)}
+    order = sorted(found, key=lambda name: (places[found[name][2]], bool(found[name][3]), int(found[name][1])))
     return {
-        name: (found[name][1], "decoder" if found[name][2] else "linear", "fixed" if found[name][3] else "integer")
-        for name in order
+        name: (found[name][1], operators[found[name][2]], "fixed" if found[name][3] else "integer") for name in order
     }
 
 
@@ -204,6 +205,53 @@ def quantize(sections: Sections) -> str:
     return markdown_table(("", "perplexity", "against float"), rows)
 
 
+WIDTHS: tuple[str, ...] = ("quantize", "quantize_4", "quantize_3", "quantize_2")
+"""Sections of the same model in several widths."""
+
+
+def quantize_bits(sections: Sections) -> str:
+    """What each width costs, in perplexity and in bytes."""
+    head = (
+        *("bits", "groups of", "round to nearest", "AWQ and GPTQ", "against float"),
+        *("file, MB", "times smaller than float16"),
+        *("stream without the head, MB", "the same, hardware of this width", "times smaller than float16"),
+    )
+    rows = []
+    for name in filter(sections.__contains__, WIDTHS):
+        figures = sections[name]["figures"]
+        perplexity, size, stream = figures["perplexity"], figures["bytes"], figures["stream"]
+        rows.append(
+            (
+                str(figures["bits"]),
+                str(figures["group_size"]),
+                *(f"{perplexity[name]:,.2f}" for name in ("rtn", "awq")),
+                f"{100 * (perplexity['awq'] / perplexity['float'] - 1):+.1f} %",
+                f"{size['quantized'] / 1e6:.2f}",
+                f"{size['float16'] / size['quantized']:.2f}",
+                *(f"{stream[name] / 1e6:.2f}" for name in ("layers", "narrow")),
+                f"{stream['float16'] / stream['narrow']:.2f}",
+            )
+        )
+    return markdown_table(head, rows, right=True)
+
+
+def adapter(sections: Sections) -> str:
+    """Cycles of a LoRA adapter relative to those of the model."""
+    rows = [
+        (
+            str(row["rank"]),
+            *(
+                f"{row[f'{which}_{tokens}']:,} ({100 * row[f'{which}_{tokens}'] / row[f'model_{tokens}']:.1f} %)"
+                for tokens in (1, 16)
+                for which in ("all", "q_v")
+            ),
+        )
+        for row in sections["adapter"]["figures"]
+    ]
+    head = ("rank", "1 token, all layers", "1 token, q and v", "16 tokens, all layers", "16 tokens, q and v")
+    return markdown_table(head, rows, right=True)
+
+
 def quantize_trials(sections: Sections) -> str:
     """The effect of each part of the method."""
     rows = [(row["part"], f"{row['perplexity']:.2f}") for row in sections["quantize_trials"]["figures"]]
@@ -224,12 +272,14 @@ def levels(sections: Sections) -> str:
 
 
 TABLES: dict[str, Callable[[Sections], str]] = {
+    "adapter": adapter,
     "attention": attention,
     "demo": demo,
     "gemm": gemm,
     "layers": layers,
     "levels": levels,
     "quantize": quantize,
+    "quantize_bits": quantize_bits,
     "quantize_trials": quantize_trials,
     "resources": resources,
     **{section: _blocks(section) for section in _BLOCK_TABLES},

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from onnxruntime import OrtValue
 
+from sw.checkpoints.adapter import Adapter
 from sw.common.errors import UserError
 from sw.devices.base import Device
 from sw.graph.file import OnnxFile, tensor_type
@@ -19,6 +20,7 @@ from sw.ort.feeds import DTYPES, LOGITS_TO_KEEP, every_token, unknown_input
 from sw.ort.stages import Constants, StageSession, open_stage
 from sw.program.load import Progress
 from sw.runtime.accelerated import Accelerated, Runs
+from sw.runtime.adapters import AdapterBatch
 from sw.runtime.base import BLOCK, BaseDecoder
 
 
@@ -31,12 +33,24 @@ class Decoder(BaseDecoder):
     device: computes every quantized linear layer; None: onnxruntime computes them as well, in float32.
     context: tokens that the cache holds.
     progress: called with (layers done, layers in all, name) while weights are packed into the device's memory.
+    adapters: LoRA adapters by a name; all are in the device's memory, and `adapter` says which is used.
 
-    Raises UserError for graphs that are no decoder, and for layers that the device cannot run.
+    Raises UserError for graphs that are no decoder, for layers that the device cannot run, and for adapters of other
+    models.
     """
 
-    def __init__(self, path: Path, device: Device | None, *, context: int, progress: Progress | None = None):
+    def __init__(
+        self,
+        path: Path,
+        device: Device | None,
+        *,
+        context: int,
+        progress: Progress | None = None,
+        adapters: Mapping[str, Adapter] | None = None,
+    ):
         super().__init__(path, device.config.max_tokens if device else BLOCK, context)
+        if adapters and device is None:
+            raise UserError("an adapter needs an accelerator, not --device onnxruntime: that runs the graph as it is")
         self._digest = device.config.digest if device else ""
         linears = find_linears(path) if device else None
         file = linears.file if linears else OnnxFile(path)
@@ -52,22 +66,46 @@ class Decoder(BaseDecoder):
         self._check_inputs()
         # (tokens, last token alone) -> tensors that have the same place in every such call.
         self._places: dict[tuple[int, bool], dict[str, OrtValue]] = {}
-        accelerated = Accelerated(device, linears, progress) if device and linears else None
+        self._adapters, self._adapter = dict(adapters or {}), None
+        accelerated = None
+        if device and linears:
+            accelerated = Accelerated(device, linears, self._logits, progress)
+            accelerated.adapt(self._adapters)
         stages = cut(file, accelerated.nodes if accelerated else [], [self._logits, *self._cache.outputs])
         constants = Constants(file, stages)
         types = dict(self._inputs)
         self._steps: list[tuple[StageSession | None, list[Runs]]] = []
+        # An adapter's name -> its layers after each step.
+        self._updates: dict[str, list[AdapterBatch | None]] = {name: [] for name in self._adapters}
         # The number of stages after which the cache is complete.
         self._cache_steps = 0
         for stage in stages:
             session = open_stage(file, stage, constants, types) if stage.nodes else None
             types.update(session.types if session else {})
-            batches = accelerated.place(stage, self._logits) if accelerated else []
+            batches, updates = accelerated.place(stage) if accelerated else ([], {})
             if accelerated:
                 types.update((made, types[read]) for read, made in accelerated.outputs(stage))
             self._steps.append((session, batches))
+            for name, made in self._updates.items():
+                made.append(updates.get(name))
             if not set(self._cache.outputs).isdisjoint(stage.outputs):
                 self._cache_steps = len(self._steps)
+
+    @property
+    def adapter(self) -> str | None:
+        """The adapter that is used, None for the model alone. A change empties the cache, which is of the old model.
+
+        Raises UserError for a name that is not in `adapters`.
+        """
+        return self._adapter
+
+    @adapter.setter
+    def adapter(self, name: str | None) -> None:
+        if name is not None and name not in self._adapters:
+            raise UserError(f"there is no adapter {name}, but {', '.join(self._adapters) or 'none'}")
+        if name != self._adapter:
+            self._adapter = name
+            self.reset()
 
     def forward(self, ids: Sequence[int], every: bool = False) -> np.ndarray:
         """See BaseDecoder."""
@@ -96,6 +134,9 @@ class Decoder(BaseDecoder):
             if index < steps or steps == len(self._steps):
                 for batch in batches:
                     batch.run(tokens, last, values, places, self.usage)
+                update = self._updates[self._adapter][index - 1] if self._adapter is not None else None
+                if update:
+                    update.run(tokens, last, values, places, self.usage)
         self._cache.take(values)
         self._hold(total)
         self.usage.tokens += tokens
@@ -104,7 +145,8 @@ class Decoder(BaseDecoder):
     @property
     def cache_form(self) -> str:
         """See BaseDecoder. Linear layers of hardware have other results than those of onnxruntime."""
-        return f"onnxruntime {self._digest} {self.context}"
+        adapter = f" {self._adapters[self._adapter].digest}" if self._adapter is not None else ""
+        return f"onnxruntime {self._digest} {self.context}{adapter}"
 
     def cache_arrays(self) -> dict[str, np.ndarray]:
         """See BaseDecoder."""
@@ -129,6 +171,7 @@ class Decoder(BaseDecoder):
         """See BaseDecoder."""
         self._steps.clear()
         self._places.clear()
+        self._updates.clear()
 
     def _feeds(self, ids: Sequence[int], total: int) -> dict[str, OrtValue]:
         feeds = {

@@ -59,11 +59,19 @@ class Batch:
     """The layers that follow one stage: one submission, in which layers that share activations are adjacent.
 
     last_only: layers for which a caller may request the last token alone (the head). made: tensors that the stage
-    before makes; they can be written to a place that the batch chooses.
+    before makes; they can be written to a place that the batch chooses. kept: layers whose results the host will
+    change, so that they must not stay in the device's memory.
     """
 
-    def __init__(self, device: Device, layers: Sequence[Placed], last_only: frozenset[str], made: frozenset[str]):
-        self._device = device
+    def __init__(
+        self,
+        device: Device,
+        layers: Sequence[Placed],
+        last_only: frozenset[str],
+        made: frozenset[str],
+        kept: frozenset[str] = frozenset(),
+    ):
+        self._device, self._kept = device, kept
         tokens = device.config.max_tokens
         self._groups: list[tuple[Buffer, list[tuple[Placed, Buffer]]]] = []
 
@@ -114,7 +122,7 @@ class Batch:
             for index, (layer, results) in enumerate(members):
                 job = LinearJob(layer.name, layer.layout, rows, layer.weights, activations, results, index > 0)
                 shape = (*like.shape[:-2], rows, layer.layout.n) if like.ndim > 1 else (rows, layer.layout.n)
-                run.add_output(layer, shape, like.dtype, view_results(self._device, job))
+                run.add_output(layer, shape, like.dtype, view_results(self._device, job), layer.name in self._kept)
                 jobs.append(job)
         run.batch = self._device.prepare(jobs)
         return run
@@ -150,9 +158,11 @@ class _Run:
         else:
             self._before.append((layer.input_name, view[:, :, : layer.k]))
 
-    def add_output(self, layer: Placed, shape: Sequence[int], dtype: np.dtype, view: np.ndarray) -> None:
-        """shape, dtype: shape and element type of the tensor. view: [M, N] in the device's memory."""
-        if dtype == np.float32 and view.flags.c_contiguous:
+    def add_output(self, layer: Placed, shape: Sequence[int], dtype: np.dtype, view: np.ndarray, copy: bool) -> None:
+        """shape, dtype: shape and element type of the tensor. view: [M, N] in the device's memory. copy: whether the
+        tensor must be in the host's.
+        """
+        if dtype == np.float32 and view.flags.c_contiguous and not copy:
             rows = view
         else:
             rows = np.empty(view.shape, dtype)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hw.spec.config import AcceleratorConfig
+from sw.checkpoints.adapter import Adapter
 from sw.common.errors import UserError
 from sw.common.status_line import StatusLine
 from sw.devices import open_device
@@ -21,6 +22,7 @@ from sw.program.load import Progress
 from sw.program.obstacles import Obstacle
 from sw.program.whole import config_with_attention
 from sw.runtime import BaseDecoder, Decoder, ProgramDecoder
+from sw.runtime.adapters import adapter_layers, adapter_shapes
 from sw.runtime.hardware import ONNXRUNTIME, choose_config, layer_shapes
 from sw.text.folder import TextFolder, open_text
 
@@ -90,18 +92,27 @@ def read_model(name: str) -> LanguageModel:
 
 
 def decoder_config(
-    model: Path, devices: Sequence[str], hardware: dict[str, int | str], context: int
+    model: Path,
+    devices: Sequence[str],
+    hardware: dict[str, int | str],
+    context: int,
+    adapter: Adapter | None = None,
 ) -> AcceleratorConfig | None:
-    """The hardware for a model's layers, see sw.runtime.hardware.choose_config; None if no device needs hardware.
+    """The hardware for the layers of a model and of an adapter, see sw.runtime.hardware.choose_config; None if no
+    device needs hardware.
 
-    With score_words "auto" it has attention, for a cache of `context` tokens, if the graph allows it.
-    Raises UserError as choose_config does.
+    With score_words "auto" it has attention, for a cache of `context` tokens, if the graph allows it and there is no
+    adapter. Raises UserError as choose_config does, and for an adapter of another model.
     """
     if set(devices) == {ONNXRUNTIME}:
         return None
     linears = find_linears(model)
-    config = choose_config(layer_shapes(linears), hardware)
-    if hardware.get("score_words") == "auto" and config.has_vector_unit:
+    shapes = layer_shapes(linears)
+    if adapter:
+        layers = adapter_layers(adapter, {shape.name: (shape.n, shape.k) for shape in shapes})
+        shapes += adapter_shapes(layers.values())
+    config = choose_config(shapes, hardware)
+    if hardware.get("score_words") == "auto" and config.has_vector_unit and not adapter:
         with suppress(Obstacle):
             # `open_decoder` says why there is none.
             config = config_with_attention(config, linears.file, context)
@@ -117,13 +128,23 @@ def make_decoder(
     tell: Callable[[str], None] = lambda text: None,
     key_bits: int | str = AUTO_BITS,
     host: bool = False,
+    adapter: Adapter | None = None,
 ) -> BaseDecoder:
-    """A decoder on an open device; None: in onnxruntime. It has programs if hardware and graph allow them.
+    """A decoder on an open device; None: in onnxruntime. It has programs if hardware and graph allow them, and there is
+    no adapter.
 
     tell: called with one line that says why there are no programs, or why they have no attention, although the hardware
-    could run them. key_bits: see ProgramDecoder. host: no programs, the device runs the linear layers alone.
+    could run them. key_bits: see ProgramDecoder. host: no programs, the device runs the linear layers alone. adapter:
+    is used from the first token on.
     Raises UserError as the decoders do.
     """
+    if adapter:
+        if device and device.config.has_vector_unit and not host:
+            tell(f"the accelerator runs the linear layers alone, because of the adapter {adapter.path}")
+        name = str(adapter.path)
+        decoder = Decoder(model, device, context=context, progress=progress, adapters={name: adapter})
+        decoder.adapter = name
+        return decoder
     if device and device.config.has_vector_unit and not host:
         try:
             file = OnnxFile(model)
@@ -143,11 +164,12 @@ def open_decoder(
     status: StatusLine,
     key_bits: int | str = AUTO_BITS,
     host: bool = False,
+    adapter: Adapter | None = None,
 ) -> Iterator[BaseDecoder]:
     """A decoder on a device by name, both closed afterwards. One line on stderr says what the device computes.
 
     memory: preset for rtl. config: config of the hardware; onnxruntime does not need it. context: tokens that the cache
-    holds. key_bits, host: see make_decoder.
+    holds. key_bits, host, adapter: see make_decoder.
     Raises UserError as sw.devices.open_device and the decoder do.
     """
 
@@ -166,9 +188,8 @@ def open_decoder(
         if name != ONNXRUNTIME and config is not None:
             device = stack.enter_context(open_device(name, config, memory))
         try:
-            made = make_decoder(
-                model, device, context=context, progress=packed, tell=tell, key_bits=key_bits, host=host
-            )
+            options = {"context": context, "progress": packed, "tell": tell, "key_bits": key_bits}
+            made = make_decoder(model, device, **options, host=host, adapter=adapter)
             decoder = stack.enter_context(made)
         except MemoryError:
             raise UserError(f"this machine has no memory for the model and a context of {context:,} tokens") from None

@@ -12,7 +12,7 @@ from sw.common.errors import UserError
 from sw.pages import store
 from sw.pages.markdown import render
 from sw.pages.store import FILE, find, load, save, take
-from sw.pages.tables import TABLES, designs
+from sw.pages.tables import TABLES, WIDTHS, designs
 
 SECTIONS = {
     "bench": {
@@ -41,6 +41,7 @@ def test_every_table_and_section_is_used():
     assert set(re.findall(r"^<!-- table: (\w+) -->$", text, re.MULTILINE)) == set(TABLES)
     used = set(re.findall(r"<!--= (\w+)\.", text))
     tables = {"ulx3s": {"ulx3s_tile_4", "ulx3s_tile_8", "ulx3s_paths", "ulx3s_simulated"}}
+    tables["quantize_bits"] = set(WIDTHS) & set(load())
     tables |= {kind: set(designs(load(), kind)) for kind in ("levels", "resources")}
     assert set(load()) == used | (set(TABLES) - set(tables)) | set().union(*tables.values())
 
@@ -96,11 +97,12 @@ def test_take(tmp_path: Path, monkeypatch):
     copy = project(tmp_path, monkeypatch)
     document = tmp_path / "quantize.json"
     new = {"perplexity": {"float": 20.0, "rtn": 30.0, "awq": 22.5}, "recovered": 0.75, "layers": [1, 2]}
+    new |= {"bits": 4, "group_size": 64, "stream": {"layers": 2, "narrow": 2, "float16": 8}}
     document.write_text(json.dumps({**new, "bytes": {"float16": 4_000_000, "quantized": 1_000_000, "smaller": 75.0}}))
     assert figures.main(["--take", f"quantize={document}"]) == 0
     assert "layers" not in load(copy)["quantize"]["figures"]
     text = (tmp_path / "docs" / "quantize.md").read_text()
-    assert "| AWQ | 22.5000 | +12.50 % |" in text and "AWQ recovers 75.0<!--= quantize.recovered" in text
+    assert "| AWQ and GPTQ | 22.5000 | +12.50 % |" in text and "recover 75.0<!--= quantize.recovered" in text
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,10 @@ def test_take(tmp_path: Path, monkeypatch):
         (["--take", "quantize=missing.json"], r"missing\.json: .*No such file"),
         (["--take", "nothing=list.json"], r"figures\.json has no section nothing, but layers, gemm, "),
         (["--take", "quantize=list.json"], "section quantize of .* is a dict, not a list"),
-        (["--take", "quantize=dict.json"], "section quantize of .* needs perplexity, recovered, bytes, which the"),
+        (
+            ["--take", "quantize=dict.json"],
+            "section quantize of .* needs bits, group_size, perplexity, recov",
+        ),
         (["--check", "--take", "quantize=list.json"], "argument --take: not allowed with argument --check"),
     ],
 )

@@ -27,7 +27,8 @@ PROMPT = "Hé!"
 PROMPT_IDS = 6
 """Tokens of PROMPT in TEMPLATE: u, H, the two bytes of é, !, and the end."""
 KEYS = (
-    *("model", "device", "memory", "config", "config_digest", "programs", "attention", "prompt", "system", "context"),
+    *("model", "device", "memory", "config", "config_digest", "programs", "attention", "adapter"),
+    *("prompt", "system", "context"),
     *("sampling", "prompt_ids", "ids", "text", "stop", "prefill", "decode", "roofline", "seconds"),
 )
 PHASE_KEYS = {

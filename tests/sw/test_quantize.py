@@ -39,7 +39,18 @@ OTHER = "".join(pydoc_data.topics.topics[name] for name in ("while", "break", "g
 SMALL = ("--group-size", "32", "--calibration-windows", "4", "--windows", "3", "--length", "16")
 LAYERS = 14
 FORM_KEYS = ["bits", "group_size", "zero_point", "lm_head", "format"]
-KEYS = ["source", "out", "method", *FORM_KEYS, "calibration", "evaluation", "perplexity", "recovered", "bytes"]
+KEYS = [
+    "source",
+    "out",
+    "method",
+    "rounding",
+    *FORM_KEYS,
+    "calibration",
+    "evaluation",
+    "perplexity",
+    "recovered",
+    "bytes",
+]
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2"])
@@ -85,7 +96,7 @@ def test_result(source, texts, tmp_path, capsys):
     report = run(capsys, source, tmp_path / "out", *texts)
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files == ["config.json", "model.onnx", "model.onnx.data", "quantize.json", "tokenizer.json"]
-    assert list(report) == [*KEYS, "seconds", "layers"]
+    assert list(report) == [*KEYS, "stream", "seconds", "layers"]
     assert json.loads((tmp_path / "out" / "quantize.json").read_text()) == report
     made = layers(tmp_path / "out" / "model.onnx")
     assert len(made) == LAYERS + 1
@@ -134,7 +145,8 @@ def test_nearest_rounds_the_float_weights(source, texts, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("bits", "group", "kind"), [(3, 32, "integer"), (8, 64, "integer"), (4, 128, "fixed"), (3, 64, "fixed")]
+    ("bits", "group", "kind"),
+    [(2, 32, "integer"), (3, 32, "integer"), (8, 64, "integer"), (4, 128, "fixed"), (3, 64, "fixed"), (2, 64, "fixed")],
 )
 def test_forms(bits, group, kind, source, texts, tmp_path, capsys):
     """Every width, groups that do not divide K (96 by 64, 64 by 128), and float zero points."""
@@ -144,11 +156,15 @@ def test_forms(bits, group, kind, source, texts, tmp_path, capsys):
     for name, layer in layers(tmp_path / "out" / "model.onnx").items():
         if name == "/lm_head/MatMulNBits":
             continue
-        assert (layer.bits, layer.group_size) == (max(bits, 4), group)
+        assert (layer.bits, layer.group_size) == (4 if bits == 3 else bits, group)
         assert layer.q.max() <= (1 << bits) - 1
         assert layer.zero_points.dtype == (np.uint8 if kind == "integer" else np.float32)
         fixed = layer.zero_points * np.float32(2048)
         assert (np.array_equal(fixed, np.rint(fixed)) and layer.zero_points.max() < 16) or bits == 8
+    stream = report["stream"]
+    assert stream["weight_bits"] == (8 if bits == 8 else 4)
+    # A slice of 3-bit weights is no power of two of bits, and takes the beats of 4 bits.
+    assert stream["narrow"] < stream["layers"] if bits == 2 else stream["narrow"] == stream["layers"]
     options = ["--text", texts[3], "--device", "onnxruntime,reference", "--windows", "3", "--length", "16", "--json"]
     assert perplexity.main([str(tmp_path / "out"), *options]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
@@ -205,7 +221,9 @@ def test_recovered(perplexities, recovered):
     """The fraction of rounding to nearest's loss that AWQ recovers; without a loss there is no figure."""
     scores = [Score(name, 1, math.log(value)) for name, value in zip(("float", "rtn", "awq"), perplexities) if value]
     sizes, layer = Sizes(100, 25), LayerReport("x", 64, 32, 0.02, 0.01)
-    report = Report("a", "b", Form(), "awq", "int8", "onnx", "c", 1, "d", [2], scores, sizes, [layer], 1.0)
+    report = Report(
+        "a", "b", Form(), "awq", "gptq", "int8", "onnx", "c", 1, "d", [2], scores, sizes, None, [layer], 1.0
+    )
     assert report.recovered() == (None if recovered is None else pytest.approx(recovered))
     assert report.error_ratio() == pytest.approx(0.5)
 
@@ -279,11 +297,13 @@ BAD = {
     "not empty": (["m.gguf", "--out", "quantized"], "quantized exists and is not empty"),
     "a file": (["m.gguf", "--out", "text"], "text exists and is not a directory"),
     "group": (["m.gguf", "--group-size", "48"], r"argument --group-size: invalid choice: 48 .*"),
-    "bits": (["m.gguf", "--bits", "2"], r"argument --bits: invalid choice: 2 .*"),
+    "bits": (["m.gguf", "--bits", "5"], r"argument --bits: invalid choice: 5 .*"),
     "method": (["m.gguf", "--method", "gptq"], "--method is awq or rtn, or both with a comma, not gptq"),
     "method twice": (["m.gguf", "--method", "awq,awq"], "--method names awq twice"),
-    "fixed": (["m.gguf", "--bits", "8", "--zero-point", "fixed"], "--zero-point fixed is for --bits 3 and 4: .*"),
-    "autoawq": (["m.gguf", "--bits", "8", "--format", "autoawq"], "--format autoawq holds 4 bits .*"),
+    "fixed": (["m.gguf", "--bits", "8", "--zero-point", "fixed"], "--zero-point fixed is for --bits 2, 3 and 4: .*"),
+    "rounding": (["m.gguf", "--rounding", "up"], r"argument --rounding: invalid choice: 'up' .*"),
+    "autoawq": (["m.gguf", "--bits", "8", "--format", "autoawq"], "--format autoawq holds --bits 4 .*, not --bits 8"),
+    "autoawq of 2 bits": (["m.gguf", "--bits", "2", "--format", "autoawq"], "--format autoawq .*, not --bits 2"),
     "empty": (["m.gguf", "--calibration", "empty"], "empty is empty: there is nothing to calibrate on"),
     "short": (
         ["m.gguf", "--calibration", "short"],

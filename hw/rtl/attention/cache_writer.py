@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Appends keys and values to a KV cache in memory."""
 
-from amaranth.hdl import Module, Signal, Value
+from amaranth.hdl import Module, Mux, Signal, Value
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from hw.rtl.attention.cache.beats import CacheBeats
-from hw.rtl.attention.cache.geometry import CacheGeometry, log2
+from hw.rtl.attention.cache.geometry import SLOT_BITS, CacheGeometry, log2
 from hw.rtl.attention.cache.jobs import CacheJobs
 from hw.rtl.attention.cache.layouts import job_layout
 from hw.rtl.attention.cache.places import PAGE_BITS, CachePlaces, place_layout
 from hw.rtl.attention.cache.steps import CacheSteps
-from hw.rtl.attention.cache.store import HeadStore
+from hw.rtl.attention.cache.store import HeadStore, plan_layout
 from hw.rtl.attention.head_float import HeadFloat
 from hw.rtl.common.block import Block
 from hw.rtl.common.fifo import StreamFifo
@@ -41,14 +41,14 @@ class CacheWriter(Block):
     non_finite : a row had an infinity or a NaN. It stays until the next reset. Nothing of its head is written, nor of
         any after it
 
-    Latency: ``latency`` cycles, and one for each transfer of a row, from the last transfer of the row to its first
-    piece.
+    Latency: ``latency`` cycles, and one for each transfer of a row, from the last transfer of the last row of a bundle
+    to its first piece.
 
-    Throughput: 1 beat per cycle. With tile T and ports of P bytes, a key in G groups and planes takes
-    ``1 + G + 4 G weight_bits / max(1, P / T)`` cycles, and a value with D columns ``D / min(R, P, 2 weight_bits) +
-    D / 32``, where R is the bytes of T weights. After a row there are ``head_gap`` cycles without a beat, after a job
-    ``job_gap``. No row takes less time than its transfers and ``row_gap`` cycles. At tile 16, with 4-bit planes, 4
-    ports of 128 bits and 2 lanes, a key of 64 columns and 8 bits takes 71 cycles, a value 35.
+    Throughput: 1 beat per cycle. Rows of neighbouring slots are written together, as a bundle of up to
+    :func:`hw.spec.memory.kv_cache.append_bundle`. With tile T and ports of P bytes, keys in G groups and planes take
+    ``1 + G + 4 G weight_bits / max(1, P / T)`` cycles for a bundle; values with D columns take ``D / min(R, P)`` for
+    each row, where R is the bytes of T weights, and ``D / 32`` for the bundle. After a bundle there are ``head_gap``
+    cycles without a beat, after a job ``job_gap``. No row takes less time than its transfers and ``row_gap`` cycles.
 
     Raises
     ------
@@ -57,6 +57,8 @@ class CacheWriter(Block):
 
     head_gap, job_gap = 2, CacheSteps.SETTLING + 3
     _JOBS_AHEAD, _FIFO = 2, 16
+    _HEADS = 8
+    """Heads between the last row and the last mantissa, at least: in HeadFloat and in the FIFO behind it."""
 
     def __init__(self, config: AcceleratorConfig):
         self.config, self.shape = config, CacheGeometry(config)
@@ -108,15 +110,14 @@ class CacheWriter(Block):
         m.submodules.jobs = jobs = CacheJobs(config, shape)
         m.submodules.store = store = HeadStore(shape)
         m.submodules.steps = steps = CacheSteps(config, shape)
-        self._take_rows(m, jobs)
+        self._take_rows(m, jobs, store)
         wiring.connect(m, self.float.heads, store.heads)
         wiring.connect(m, self.float.mantissas, store.mantissas)
         wiring.connect(m, jobs.placed, steps.jobs)
-        wiring.connect(m, store.head, steps.head)
+        wiring.connect(m, store.bundle, steps.bundle)
         m.submodules.places = places = CachePlaces(shape)
         m.submodules.make_beats = beats = CacheBeats(shape)
         m.d.comb += [
-            steps.complete.eq(store.complete),
             places.valid.eq(steps.valid),
             places.step.eq(steps.step),
             places.region.eq(steps.region),
@@ -126,7 +127,7 @@ class CacheWriter(Block):
             places.stop.eq(self.float.non_finite),
             beats.step.eq(steps.step),
             store.address.eq(beats.address),
-            beats.word.eq(store.word),
+            beats.words.eq(store.words),
             self.outside.eq(places.outside),
             self.outside_address.eq(places.outside_address),
             self.non_finite.eq(self.float.non_finite),
@@ -134,7 +135,7 @@ class CacheWriter(Block):
         self._send(m, steps, places, beats)
         return m
 
-    def _take_rows(self, m: Module, jobs: CacheJobs) -> None:
+    def _take_rows(self, m: Module, jobs: CacheJobs, store: HeadStore) -> None:
         """Feeds the rows of one job after the other; its place is computed meanwhile."""
         rows, config, lanes = self.rows, self.config, self.config.vector_lanes
         unit = log2(result_unit(config))
@@ -142,6 +143,11 @@ class CacheWriter(Block):
         wiring.connect(m, fifo.o, jobs.job)
         active, keys, wide, token_left = Signal(), Signal(), Signal(), Signal(range(config.max_tokens))
         last_column = Signal.like(rows.payload.column)
+        # The slots of the rows, as far as it matters which ones are written together.
+        bundle_last, slot, left = self.shape.bundle - 1, Signal(SLOT_BITS), Signal(SLOT_BITS)
+        last_slot = Signal(SLOT_BITS)
+        m.submodules.plans = plans = StreamFifo(plan_layout(self.shape), self._HEADS)
+        wiring.connect(m, plans.o, store.plan)
         job, to = self.job.payload, self.float.rows
         step, row_end = Signal(), Signal()
         m.d.comb += [
@@ -167,9 +173,24 @@ class CacheWriter(Block):
                 wide.eq(job.keys & (job.planes == max(KEY_BITS) // config.weight_bits)),
                 token_left.eq(job.tokens - 1),
                 last_column.eq((job.columns - lanes) >> unit),
+                slot.eq(job.slot),
+                left.eq(job.slots - job.slot - 1),
+                last_slot.eq(job.slots - 1),
             ]
         with m.Elif(step & row_end):
-            m.d.sync += [active.eq(token_left != 0), token_left.eq(token_left - 1)]
+            m.d.sync += [
+                active.eq(token_left != 0),
+                token_left.eq(token_left - 1),
+                # A cache that is full begins again at its first slot.
+                slot.eq(Mux(left == 0, 0, slot + 1)),
+                left.eq(Mux(left == 0, last_slot, left - 1)),
+            ]
+        member = self.shape.member(slot)
+        m.d.comb += [
+            plans.i.valid.eq(step & row_end),
+            plans.i.payload.member.eq(member),
+            plans.i.payload.last.eq((member == bundle_last) | (token_left == 0) | (left == 0)),
+        ]
 
     def _send(self, m: Module, steps: CacheSteps, places: CachePlaces, beats: CacheBeats) -> None:
         """Puts pieces and beats into FIFOs, in which each step has its entries."""

@@ -21,7 +21,7 @@ def sums_layout(config: AcceleratorConfig) -> data.StructLayout:
     """The results of one descriptor.
 
     values : they are chunks of values; otherwise they are a layer, and the other fields have no meaning
-    chunks : number of chunks of each column tile, 1 or more
+    chunks : number of chunks, 1 or more
     tiles : number of column tiles, of ``tile`` columns each
     tokens : M
     """
@@ -38,7 +38,7 @@ def sums_layout(config: AcceleratorConfig) -> data.StructLayout:
 class ChunkSums(Block):
     """Adds the chunks of each column tile in ascending order, as float32; all other results pass.
 
-    Of values, the core gives one layer of ``tile`` columns for each chunk of each column tile. The first chunk's
+    Of values, the core gives one layer of ``tile`` columns for each column tile of each chunk. The first chunk's
     results are stored, those of the others are added to them, and the sums of the last chunk leave. They have the
     places of one layer with all column tiles, which is a single piece. Bit for bit
     :func:`hw.spec.numerics.attention.weighted_values` before its product with 1/S.
@@ -115,7 +115,6 @@ class ChunkSums(Block):
             left.take.eq(claim),
             left.add.eq(fifo.o.valid & fifo.o.ready),
         ]
-        tile_end = i.last & (job.passes | final)
         # Whether the tile is the last one: a register, but for the first tile of a job.
         later, later_last = Signal(), Signal()
         last_tile, tile, following_tile = Signal(), Signal.like(job.last_tile), Signal.like(job.last_tile)
@@ -128,9 +127,9 @@ class ChunkSums(Block):
             place.column.eq(Mux(job.values, Cat(i.column[:column_bits], tile), i.column)),
             place.piece_end.eq(i.piece_end & last_tile),
             place.last.eq(i.last & last_tile),
-            job_end.eq(step & tile_end & last_tile),
+            job_end.eq(step & i.last & last_tile & (job.passes | final)),
         ]
-        with m.If(step & tile_end & job.values):
+        with m.If(step & i.last & job.values):
             m.d.sync += [
                 tile.eq(Mux(last_tile, 0, following_tile)),
                 later.eq(~last_tile),
@@ -138,14 +137,14 @@ class ChunkSums(Block):
             ]
         # The number of the chunk after this one, from 1.
         following = Signal.like(job.chunks, init=2)
-        with m.If(step & ~job.passes & i.last):
+        with m.If(step & ~job.passes & i.last & last_tile):
             m.d.sync += [
                 first.eq(final),
                 final.eq(~final & (following == job.chunks)),
                 following.eq(Mux(final, 2, following + 1)),
             ]
         self._wait(m, job.entries, add, added[0], free)
-        sums = self._add(m, store, add, added[0] & ~added[1], column_bits)
+        sums = self._add(m, store, add, added[0] & ~added[1], Cat(i.column[:column_bits], tile, i.token))
         ends = delay(m, place, self.add_latency, name="place")
         o = self.o.payload
         m.d.comb += [
@@ -168,7 +167,8 @@ class ChunkSums(Block):
 
         passes : its results pass
         last_tile, one_tile : index of its last column tile; there is only one, or it has none
-        entries : of a chunk in the memory, or any higher number if a transfer need not wait for the one before
+        entries : of a chunk in the memory; of its first two column tiles, if it has more; or any higher number if a
+            transfer need not wait for the one before
         """
         given, end = self.job.payload, Signal(name="job_end")
         limit = Signal(range(self.interval + 1))
@@ -181,7 +181,7 @@ class ChunkSums(Block):
             "entries": limit.shape(),
         }
         m.submodules.jobs = jobs = StreamFifo(data.StructLayout(layout), self._JOBS)
-        entries = given.tokens << (per_row.bit_length() - 1)
+        entries = Mux(given.tiles == 1, given.tokens, given.tokens << 1) << (per_row.bit_length() - 1)
         m.d.comb += [
             limit.eq(Mux(entries < self.interval, entries, self.interval)),
             jobs.i.valid.eq(self.job.valid),
@@ -207,17 +207,16 @@ class ChunkSums(Block):
             m.d.sync += count.eq(count + Mux(add, 1, -1))
         m.d.sync += free.eq(Mux(add == added, count < entries, Mux(add, count + 1 < entries, count <= entries)))
 
-    def _add(self, m: Module, store: Signal, add: Signal, keeps: Value, column_bits: int) -> list[Value]:
+    def _add(self, m: Module, store: Signal, add: Signal, keeps: Value, entry: Value) -> list[Value]:
         """Adds, and stores the first chunk's results and those sums that it ``keeps``. Returns the sums.
 
-        A first chunk comes after the last sums of the column tile before, which are not kept, and they came after all
+        A first chunk comes after the last sums of the values before, which are not kept, and they came after all
         others were stored. So there is one write in a cycle at most.
         """
-        i, depth = self.i.payload, self.config.max_tokens << column_bits
+        i, depth = self.i.payload, self.config.max_tokens * MAX_HEAD // self.lanes
         shape = data.ArrayLayout(FLOAT_BITS, self.lanes)
-        m.submodules.sums = memory = Memory(shape=shape, depth=max(2, depth), init=[])
+        m.submodules.sums = memory = Memory(shape=shape, depth=depth, init=[])
         write, read = memory.write_port(), memory.read_port()
-        entry = Cat(i.column[:column_bits], i.token)
         sums = [Signal(FLOAT_BITS, name=f"sum_{lane}") for lane in range(self.lanes)]
         late = delay(m, Cat(i.values), 1, name="values")
         valid = delay(m, add, 1, name="adding", reset=True)

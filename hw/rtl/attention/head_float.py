@@ -77,8 +77,8 @@ class HeadFloat(Block):
 
     @property
     def exponent_latency(self) -> int:
-        """Cycles from a group's last row until its exponent is stored: lanes in pairs, rows, two for the exponent."""
-        return (self.lanes - 1).bit_length() + 3
+        """Cycles from a group's last row until its exponent is stored: lanes in pairs, rows, three for the exponent."""
+        return (self.lanes - 1).bit_length() + 4
 
     def properties(self) -> dict[str, int]:
         """See :class:`hw.rtl.common.block.Block`."""
@@ -123,20 +123,19 @@ class HeadFloat(Block):
         now = Signal(layout)
         m.d.comb += [getattr(now, name).eq(value) for name, (_, value) in place.items()]
         wait = self.exponent_latency
-        at_number = delay(m, now, wait - 2, name="at_number")
+        at_number = delay(m, now, wait - 3, name="at_number")
         found = self._exponent(m, number, ended, at_number.wide)
-        after = delay(m, at_number, 1, name="at_exponent")
-        stored = Signal()
-        m.d.sync += stored.eq(ended)
-        exponent = Signal(signed(EXPONENT_BITS))
-        m.d.comb += exponent.eq(self._bounded(found))
+        after = delay(m, at_number, 2, name="at_exponent")
+        stored = delay(m, ended, 2, name="stored", reset=True)
+        exponent, non_finite = Signal(signed(EXPONENT_BITS)), Signal()
+        m.d.sync += [exponent.eq(self._bounded(found)), non_finite.eq(found.non_finite)]
         exponents = Signal(data.ArrayLayout(data.ArrayLayout(signed(EXPONENT_BITS), GROUPS), _HALVES))
         largest = Signal(data.ArrayLayout(signed(EXPONENT_BITS), _HALVES))
         with m.If(stored):
             m.d.sync += exponents[after.half][after.group].eq(exponent)
             before = largest[after.half]
             m.d.sync += before.eq(Mux((after.group == 0) | (exponent > before.as_signed()), exponent, before))
-            m.d.sync += self.non_finite.eq(self.non_finite | found.non_finite)
+            m.d.sync += self.non_finite.eq(self.non_finite | non_finite)
         m.d.sync += [
             full.i.valid.eq(stored & after.last),
             full.i.payload.keys.eq(after.keys),
@@ -146,7 +145,7 @@ class HeadFloat(Block):
         return exponents, largest
 
     def _largest(self, m: Module, step, last):
-        """The largest magnitude of a group, and whether it is complete; ``exponent_latency`` - 2 cycles after a row."""
+        """The largest magnitude of a group, and whether it is complete; ``exponent_latency`` - 3 cycles after a row."""
         values = [Cat(value.fraction, value.exponent) for value in self.rows.payload.values]
         move = step
         while len(values) > 1:
@@ -181,7 +180,9 @@ class HeadFloat(Block):
     def _bounded(found):
         """Zeros and subnormal numbers have the lowest exponent, too."""
         exponent = found.exponent + found.carries
-        return Mux(exponent < EXPONENT_MIN, EXPONENT_MIN, exponent)[:EXPONENT_BITS]
+        # Compared before the addition, because both together are a long path.
+        low = Mux(found.carries, found.exponent < EXPONENT_MIN - 1, found.exponent < EXPONENT_MIN)
+        return Mux(low, EXPONENT_MIN, exponent)[:EXPONENT_BITS]
 
     def _send(self, m: Module, memory: Memory, full: StreamFifo, free: Credits, exponents, largest) -> None:
         """Reads the rows of one half after the other, and rounds them."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From scores to the activations of values."""
 
-from amaranth.hdl import Module, Signal
+from amaranth.hdl import Module
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -21,19 +21,18 @@ class Probabilities(Block):
     """Takes scores, computes their softmax, and gives the activations of values.
 
     A bank is used by scores, then by their values, until it is released. Jobs may come earlier: those of scores are
-    taken when their bank is free, those of values when the values before in the same bank have released it.
+    taken when their bank is free, and values wait for the softmax, chunk by chunk.
 
     Members
     -------
     scores_job, scores : the scores of a descriptor, and their values as the vector unit gives them
     stored : a descriptor's scores are stored, and their maxima are known; one cycle
-    ready : by bank: its probabilities can be read
     values_job, exponents : the values of a descriptor, and the powers of two of the cache; see
         :class:`hw.rtl.attention.value_rows.ValueRows`
     rows : float32: the activations
     inverted : by bank: 1/S of all of its rows can be read
     row, inverse : a row, and its 1/S in the same cycle
-    release : by bank: it is free again; only while it is ``ready`` and ``inverted``, and when its rows have been given
+    release : by bank: it is free again; only while it is ``inverted``, and when its rows have been given
     """
 
     container = True
@@ -47,7 +46,6 @@ class Probabilities(Block):
                 "scores_job": In(stream.Signature(scores_layout(config))),
                 "scores": In(stream.Signature(results)),
                 "stored": Out(1),
-                "ready": Out(BANKS),
                 "values_job": In(stream.Signature(values_layout(config))),
                 "exponents": In(stream.Signature(self.values.exponents.payload.shape())),
                 "rows": Out(stream.Signature(self.values.rows.payload.shape())),
@@ -84,23 +82,14 @@ class Probabilities(Block):
         )
         wiring.connect(m, wiring.flipped(self.scores_job), banks.job)
         wiring.connect(m, wiring.flipped(self.scores), banks.results)
-        # The bank is ``ready`` with the probabilities of the job before until its release.
-        claimed, bank = Signal(BANKS), self.values_job.payload.bank
-        free = ~claimed.bit_select(bank, 1)
+        wiring.connect(m, wiring.flipped(self.values_job), values.job)
         wiring.connect(m, wiring.flipped(self.exponents), values.exponents)
         wiring.connect(m, values.rows, wiring.flipped(self.rows))
-        for index in range(BANKS):
-            with m.If(values.job.valid & values.job.ready & (bank == index)):
-                m.d.sync += claimed[index].eq(1)
-            with m.Elif(self.release[index]):
-                m.d.sync += claimed[index].eq(0)
         m.d.comb += [
-            values.job.payload.eq(self.values_job.payload),
-            values.job.valid.eq(self.values_job.valid & free),
-            self.values_job.ready.eq(values.job.ready & free),
             self.stored.eq(banks.stored),
-            self.ready.eq(banks.ready),
             values.ready.eq(banks.ready),
+            values.busy.eq(banks.busy),
+            *(banks.finished[index].eq(values.finished & (values.bank == index)) for index in range(BANKS)),
             *(getattr(banks, name).eq(getattr(values, name)) for name in ("read", "bank", "address")),
             values.word.eq(banks.word),
             self.inverted.eq(banks.inverted),

@@ -12,12 +12,14 @@ from hw.rtl.attention.score_writer import ScoreWriter
 from hw.rtl.attention.softmax import Softmax
 from hw.rtl.common.block import Block
 from hw.rtl.common.clock_gate import SETTLING
-from hw.rtl.common.fifo import StreamFifo
+from hw.rtl.common.fifo import Credits, StreamFifo
 from hw.rtl.common.float32 import FLOAT
 from hw.rtl.common.ram import buffer_attributes
 from hw.rtl.common.results import output_payload
 from hw.rtl.vector.layouts import result_unit
 from hw.spec.config import AcceleratorConfig
+from hw.spec.memory.geometry import ceil_div
+from hw.spec.numerics.attention import CHUNK
 from hw.spec.ops.scores import BANKS
 
 
@@ -25,15 +27,17 @@ class ScoreBanks(Block):
     """Stores scores, computes their softmax without the division, and holds it until it is read.
 
     A bank belongs to one descriptor of scores until it is released. While one bank is filled, the softmax of the other
-    one is computed, or its probabilities are read.
+    one is computed, and its probabilities are read, chunk by chunk.
 
     Members
     -------
     job : the scores of a descriptor; taken when its bank is free
     results : their values, as the vector unit gives them
     stored : a descriptor's scores are stored, and their maxima are known; one cycle
-    ready : by bank: its probabilities can be read
-    release : by bank: it is free again; only while it is ``ready`` and ``inverted``
+    ready : by bank: probabilities of a chunk that is not ``finished`` can be read
+    finished : by bank: the chunk that is ``ready`` has been read; one cycle
+    busy : by bank: the softmax reads it in this cycle, and nobody else may
+    release : by bank: it is free again; only while it is ``inverted``, and after all chunks are ``finished``
     read, bank, address : read a word in this cycle; rows follow each other, see
         :func:`hw.rtl.attention.layouts.row_words`
     word : its data, float32, from the next cycle on
@@ -54,6 +58,8 @@ class ScoreBanks(Block):
                 "results": In(stream.Signature(results)),
                 "stored": Out(1),
                 "ready": Out(BANKS),
+                "finished": In(BANKS),
+                "busy": Out(BANKS),
                 "release": In(BANKS),
                 "read": In(1),
                 "bank": In(1),
@@ -108,10 +114,13 @@ class ScoreBanks(Block):
                 m.d.sync += free[index].eq(0)
             with m.Elif(self.release[index]):
                 m.d.sync += free[index].eq(1)
-            with m.If(softmax.done & (softmax.done_bank == index)):
-                m.d.sync += self.ready[index].eq(1)
-            with m.Elif(self.release[index]):
-                m.d.sync += self.ready[index].eq(0)
+            m.submodules[f"chunks_{index}"] = chunks = Credits(self._most_chunks)
+            m.d.comb += [
+                chunks.add.eq(softmax.done & (softmax.done_bank == index)),
+                chunks.take.eq(self.finished[index]),
+                self.ready[index].eq(chunks.enough),
+                self.busy[index].eq(softmax.read & (softmax.place.bank == index)),
+            ]
         self._memories(m, platform)
         self._maxima(m)
         self._invert(m)
@@ -131,7 +140,7 @@ class ScoreBanks(Block):
             place = Mux(own, writer.place.as_value(), softmax.write.place.as_value())
             chosen = data.View(writer.place.shape(), place)
             valid = own | (softmax.write.valid & (softmax.write.place.bank == index))
-            inside = softmax.read & (softmax.place.bank == index)
+            inside = self.busy[index]
             values = Mux(own, Cat(writer.values), Cat(softmax.write.values))
             m.d.comb += [
                 write.addr.eq(chosen.address),
@@ -158,6 +167,11 @@ class ScoreBanks(Block):
             read.addr.eq(Cat(self.softmax.row.token, self.softmax.row.bank)),
             Cat(self.softmax.maximum).eq(Cat(read.data)),
         ]
+
+    @property
+    def _most_chunks(self) -> int:
+        """Chunks of the longest row of a bank."""
+        return ceil_div(bank_words(self.config) * word_floats(self.config), CHUNK)
 
     @property
     def _rows(self) -> int:

@@ -26,7 +26,7 @@ def values_layout(config: AcceleratorConfig) -> data.StructLayout:
 
 
 class ValueRows(Block):
-    """For every output tile, for every chunk of 256 slots, for every row: the row's probabilities in the chunk.
+    """For every chunk of 256 slots, for every output tile, for every row: the row's probabilities in the chunk.
 
     Each of them is multiplied by the power of two of its slot's values; a product below the normal numbers is 0. A
     chunk that is not full ends with the last group of slots. The products are exact.
@@ -34,8 +34,10 @@ class ValueRows(Block):
     Members
     -------
     job : the values of a descriptor
-    exponents : for every output tile, for every chunk, 256 powers of two, int8, in the form of rows of floats
-    ready : by bank: its probabilities can be read
+    exponents : for every chunk, for every output tile, 256 powers of two, int8, in the form of rows of floats
+    ready : by bank: the probabilities of the next chunk can be read
+    finished : the last word of a chunk is read, for all output tiles
+    busy : by bank: it cannot be read in this cycle
     read, bank, address, word : the bank, as in :class:`hw.rtl.attention.score_banks.ScoreBanks`
     rows : float32, ``tile`` slots of a row at a time
 
@@ -54,6 +56,8 @@ class ValueRows(Block):
                 "job": In(stream.Signature(values_layout(config))),
                 "exponents": In(stream.Signature(row)),
                 "ready": In(BANKS),
+                "finished": Out(1),
+                "busy": In(BANKS),
                 "read": Out(1),
                 "bank": Out(1),
                 "address": Out(range(bank_words(config))),
@@ -123,40 +127,43 @@ class ValueRows(Block):
             m.d.sync += written.eq(written + 1)
         with m.If(chunk_end):
             m.d.sync += current.eq(current + 1)
-        # The rows of a chunk become free one by one.
-        more = Signal(range(self._CHUNKS * rows + 1))
+        # The rows of a chunk become free one by one, from the second cycle on: a long path ends at ``ended``.
+        more, ended = Signal(range(self._CHUNKS * rows + 1)), Signal()
         m.d.comb += free.add.eq(more != 0)
-        m.d.sync += more.eq(more + Mux(chunk_end, rows, 0) - (more != 0))
+        m.d.sync += [ended.eq(chunk_end), more.eq(more + Mux(ended, rows, 0) - (more != 0))]
         return read.data.word_select(part[:part_bits], self.floats * EXPONENT_BITS)
 
     def _walk(
         self, m: Module, fifo: CreditFifo, chunks: Credits, step: Signal, part: Signal, chunk_end: Signal
     ) -> None:
-        """Output tiles, chunks, rows, parts of a row's chunk."""
+        """Chunks, output tiles, rows, parts of a row's chunk."""
         config, job = self.config, Signal(values_layout(self.config))
         active, whole = Signal(), CHUNK // self.floats
         group_bits = (value_group(config) - 1).bit_length()
         words = Signal.like(row_words(config, job.positions))
-        # Parts of the chunks behind this one, and of this one less 1, in whole groups.
-        all_parts, final = Signal(range((1 << len(job.positions)) // self.floats + 1)), Signal()
-        left, last_part = Signal.like(all_parts), Signal.like(part)
+        # Parts of the chunks behind this one, and of a row of this one less 1, in whole groups.
+        left, final = Signal(range((1 << len(job.positions)) // self.floats + 1)), Signal()
+        last_part = Signal.like(part)
         token, tile = Signal.like(job.tokens), Signal.like(job.tiles)
+        last_token, final_tile = Signal.like(token), Signal.like(tile)
         chunk_start, row_start = Signal.like(self.address), Signal.like(self.address)
-        row_end, token_end, tile_end = Signal(), Signal(), Signal()
+        # Registers: it is the last row, the last output tile.
+        token_end, last_tile = Signal(), Signal()
+        row_end, tiles_end = Signal(), Signal()
         positions = self.job.payload.positions
         groups = (positions + (value_group(config) - 1)) >> group_bits
         parts = groups * (value_group(config) // self.floats)
         m.d.comb += [
             self.job.ready.eq(~active),
-            step.eq(active & fifo.room & chunks.enough & self.ready.bit_select(job.bank, 1)),
+            step.eq(active & fifo.room & chunks.enough & (self.ready & ~self.busy).bit_select(job.bank, 1)),
             self.read.eq(step),
             self.bank.eq(job.bank),
             self.address.eq(row_start + part),
             final.eq(left == 0),
             row_end.eq(part == last_part),
-            token_end.eq(token == job.tokens - 1),
-            tile_end.eq(row_end & token_end & final),
             chunk_end.eq(step & row_end & token_end),
+            tiles_end.eq(last_tile & row_end & token_end),
+            self.finished.eq(step & tiles_end),
         ]
 
         def begin(count: Value) -> list:
@@ -169,18 +176,25 @@ class ValueRows(Block):
                 job.eq(self.job.payload),
                 active.eq(1),
                 words.eq(row_words(config, positions)),
-                all_parts.eq(parts),
+                last_token.eq(self.job.payload.tokens - 1),
+                final_tile.eq(self.job.payload.tiles - 1),
+                token_end.eq(self.job.payload.tokens == 1),
+                last_tile.eq(self.job.payload.tiles == 1),
                 *begin(parts),
             ]
+        next_chunk = Signal.like(self.address)
+        m.d.comb += next_chunk.eq(Mux(final, 0, chunk_start + whole))
         with m.If(step):
             m.d.sync += part.eq(Mux(row_end, 0, part + 1))
             with m.If(row_end):
+                of_tile = Mux(last_tile, next_chunk, chunk_start)
                 m.d.sync += [
                     token.eq(Mux(token_end, 0, token + 1)),
-                    row_start.eq(Mux(token_end, Mux(final, 0, chunk_start + whole), row_start + words)),
+                    token_end.eq(Mux(token_end, 0, token + 1) == last_token),
+                    row_start.eq(Mux(token_end, of_tile, row_start + words)),
                 ]
         with m.If(chunk_end):
-            m.d.sync += [chunk_start.eq(Mux(final, 0, chunk_start + whole)), *begin(Mux(final, all_parts, left))]
-        with m.If(step & tile_end):
-            last = tile == job.tiles - 1
-            m.d.sync += [tile.eq(Mux(last, 0, tile + 1)), active.eq(~last)]
+            next_tile = Mux(last_tile, 0, tile + 1)
+            m.d.sync += [tile.eq(next_tile), last_tile.eq(next_tile == final_tile)]
+        with m.If(step & tiles_end):
+            m.d.sync += [chunk_start.eq(next_chunk), *begin(left), active.eq(~final)]

@@ -33,7 +33,7 @@ def layers_layout(command: data.StructLayout, config: AcceleratorConfig) -> data
 
 
 class ValueLayers(Block):
-    """Sends layers as they are, and values as one layer for each chunk of each column tile.
+    """Sends layers as they are, and values as one layer for each column tile of each chunk.
 
     Parameters
     ----------
@@ -72,9 +72,9 @@ class ValueLayers(Block):
             taken.eq(commands.valid & commands.ready & asked.values),
         ]
         with m.If(taken):
-            m.d.sync += chunk.eq(Mux(last_chunk, 1, chunk + 1))
-            with m.If(last_chunk):
-                m.d.sync += tile.eq(Mux(last_tile, 1, tile + 1))
+            m.d.sync += tile.eq(Mux(last_tile, 1, tile + 1))
+            with m.If(last_tile):
+                m.d.sync += chunk.eq(Mux(last_chunk, 1, chunk + 1))
         m.d.comb += chosen.eq(asked.command)
         with m.If(asked.values):
             m.d.comb += [chosen[name].eq(value) for name, value in self._chunk(asked, last_chunk).items()]
@@ -100,20 +100,29 @@ class ValueLayers(Block):
 
 
 def tiles_layout(config: AcceleratorConfig) -> data.StructLayout:
-    """The weights of each of ``tiles`` column tiles, on every port ``step`` bytes after those of the one before."""
-    tiles = range(MAX_HEAD // config.tile + 1)
-    return data.StructLayout({**weights_layout().members, "tiles": tiles, "step": unsigned(tile_step_bits(config))})
+    """The weights of a layer, or of values.
+
+    chunks : of values; a layer has 1
+    tiles : column tiles; on every port the weights of a column tile are ``step`` bytes after those of the one before,
+        and those of a chunk follow those of the chunk before. A layer has 1
+    beats : of the layer, or of a column tile of the first chunk
+    last_beats : of a column tile of the last chunk; those between the first and the last one are full
+    """
+    counts = {"tiles": range(MAX_HEAD // config.tile + 1), "chunks": unsigned(chunk_bits())}
+    sizes = {"last_beats": range(value_chunk(config).tile_beats + 1), "step": unsigned(tile_step_bits(config))}
+    return data.StructLayout({**weights_layout().members, **counts, **sizes})
 
 
 class ValueRegions(Block):
-    """Sends the weights of each column tile as a region of its own.
+    """Sends the weights of each column tile of each chunk as a region of its own, in the order of the layers.
 
     Members
     -------
-    tiles : the weights of a descriptor; a layer has one tile
+    tiles : the weights of a descriptor
     regions : for :class:`hw.rtl.memory.weight_fetch.WeightFetch`
 
-    Latency 0 cycles, throughput 1 region per cycle.
+    Latency 0 cycles, throughput 1 region per cycle, but the weights of a descriptor are taken 1 cycle after their last
+    region.
     """
 
     def __init__(self, config: AcceleratorConfig):
@@ -128,20 +137,41 @@ class ValueRegions(Block):
     def elaborate(self, platform) -> Module:
         m = Module()
         tiles, regions = self.tiles, self.regions
-        tile, last, later = Signal.like(tiles.payload.tiles, init=1), Signal(), Signal()
-        address = Signal.like(regions.payload.address)
+        # The next chunk: so that a comparison has no adder before it.
+        asked, tile = tiles.payload, Signal.like(tiles.payload.tiles, init=1)
+        chunk, following = Signal.like(asked.chunks, init=1), Signal.like(asked.chunks, init=2)
+        # Registers: this is not the descriptor's first region; it is in the last chunk; it is the first one of a chunk.
+        later, ends, begins = Signal(), Signal(), Signal()
+        # All regions are taken: a register, because the way from the ports through the weight fetch is long.
+        done = Signal()
+        last_tile, last_chunk = Signal(), Signal()
+        # The next region's address as a sum, so that no choice comes before the adder. The chunk's first region.
+        address, origin, first = (Signal.like(asked.address, name=name) for name in ("address", "origin", "first"))
+        start, step = Signal.like(asked.address), Signal.like(asked.step)
+        whole, bytes_per_beat = value_chunk(self.config).tile_beats, self.config.port_width // 8
         m.d.comb += [
-            last.eq(tile == tiles.payload.tiles),
-            regions.valid.eq(tiles.valid),
-            tiles.ready.eq(regions.ready & last),
-            *(regions.payload[name].eq(tiles.payload[name]) for name in ("stride", "beats")),
-            regions.payload.address.eq(Mux(later, address, tiles.payload.address)),
+            last_tile.eq(tile == asked.tiles),
+            last_chunk.eq(chunk == asked.chunks),
+            regions.valid.eq(tiles.valid & ~done),
+            tiles.ready.eq(done),
+            # This cannot wrap: a descriptor's addresses are below 2^40 - 2^34.
+            address.eq(origin + step),
+            regions.payload.stride.eq(asked.stride),
+            regions.payload.address.eq(Mux(later, address, asked.address)),
+            regions.payload.beats.eq(Mux(later, Mux(ends, asked.last_beats, whole), asked.beats)),
+            start.eq(Mux(later & ~begins, first, regions.payload.address)),
         ]
+        m.d.sync += done.eq(regions.valid & regions.ready & last_tile & last_chunk)
         with m.If(regions.valid & regions.ready):
             m.d.sync += [
-                tile.eq(Mux(last, 1, tile + 1)),
-                later.eq(~last),
-                # This cannot wrap: a descriptor's addresses are below 2^40 - 2^34.
-                address.eq(regions.payload.address + tiles.payload.step),
+                tile.eq(Mux(last_tile, 1, tile + 1)),
+                later.eq(~(last_tile & last_chunk)),
+                ends.eq(Mux(last_tile, following == asked.chunks, last_chunk)),
+                begins.eq(last_tile),
+                origin.eq(Mux(last_tile, start, regions.payload.address)),
+                step.eq(Mux(last_tile, whole * bytes_per_beat, asked.step)),
+                first.eq(start),
             ]
+            with m.If(last_tile):
+                m.d.sync += [chunk.eq(Mux(last_chunk, 1, following)), following.eq(Mux(last_chunk, 2, following + 1))]
         return m

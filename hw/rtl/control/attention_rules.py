@@ -18,7 +18,6 @@ from hw.spec.memory.kv_cache import (
     chunk_groups,
     group_beats,
     tile_step_bits,
-    value_beats_bits,
     value_chunk,
     value_planes,
 )
@@ -36,7 +35,7 @@ def attention_values(config: AcceleratorConfig) -> tuple[Derived, ...]:
 
     head_groups : groups of a query
     chunks, last_groups : chunks of the positions that are read; groups of positions in the last one
-    value_beats : beats of a column tile of values
+    last_beats : beats of a column tile of the last chunk of values
     tile_step : bytes on a port from one column tile of the cache to the next
     exponent_pitch : bytes from the exponents of a group of columns to those of the next
     position_units, bank_units : a row of scores; all rows of a descriptor
@@ -65,9 +64,9 @@ def attention_values(config: AcceleratorConfig) -> tuple[Derived, ...]:
         Derived("slot_chunks", chunk_bits(), lambda v: ceil_div(v["slots"], CHUNK)),
         Derived("last_groups", groups.bit_length(), lambda v: groups - v["missing"]),
         Derived(
-            "value_beats",
-            value_beats_bits(config),
-            lambda v: v["chunks"] * beats - v["missing"] * group_beats(config),
+            "last_beats",
+            beats.bit_length(),
+            lambda v: beats - v["missing"] * group_beats(config),
         ),
         Derived("tile_step", tile_step_bits(config), lambda v: v["slot_chunks"] * (beats * port_bytes)),
         Derived("exponent_pitch", _COUNT_BITS, lambda v: v["slot_chunks"] * CHUNK),

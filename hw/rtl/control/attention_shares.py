@@ -17,20 +17,22 @@ from hw.rtl.control.descriptor_check import ATTENTION_FIELDS
 from hw.rtl.control.share import JOBS_AHEAD, Share, Side
 from hw.rtl.core.activation_unit import unit_command_layout
 from hw.rtl.memory.axi import ADDRESS_BITS
-from hw.rtl.memory.row_blocks import rows_layout
+from hw.rtl.memory.row_pieces import pieces_layout
 from hw.rtl.vector.layouts import Target
 from hw.spec.config import AcceleratorConfig
 from hw.spec.control.program import LENGTH_BITS
 from hw.spec.ops.command import command_fields
 
 _VALUE_FIELDS = ("values", "chunks", "last_groups")
-WEIGHTS_OF_ATTENTION = (*_VALUE_FIELDS, "weight_tiles", "tile_step")
+WEIGHTS_OF_ATTENTION = (*_VALUE_FIELDS, "weight_tiles", "last_beats", "tile_step")
 """The fields of attention that the weights side needs."""
 ACTIVATIONS_OF_ATTENTION = (
     *("append", "scores", *_VALUE_FIELDS, "weights", "weights_stride"),
     *(*ATTENTION_FIELDS, "fetch_rows", "fetch_pitch", "unit_groups"),
 )
 """The fields of attention that the activations side needs."""
+BY_PIECES = ("by_pieces", "last_slice", "row_end", "results_end")
+"""The same in hardware that reads activations by pieces."""
 
 
 def uses_array(work: data.View) -> Value:
@@ -66,7 +68,8 @@ def _core(config: AcceleratorConfig, share: Share) -> Share:
 
 def _regions(config: AcceleratorConfig, share: Share) -> Share:
     def fields(work: data.View) -> dict[str, Value]:
-        return {**share.fields(work), "tiles": work.weight_tiles, "step": work.tile_step}
+        values = {"chunks": work.chunks, "last_beats": work.last_beats, "step": work.tile_step}
+        return {**share.fields(work), "tiles": work.weight_tiles, **values}
 
     # The exponents of values are read while the array works, so not all of them are requested before.
     return replace(share, layout=tiles_layout(config), fields=fields, apart=lambda work: work.values)
@@ -80,6 +83,7 @@ def _unit(config: AcceleratorConfig, share: Share) -> Share:
             "planes": work.planes,
             "values": work.values,
             "short": work.scores | work.values,
+            **({name: work[name] for name in BY_PIECES[:2]} if config.reads_by_pieces else {}),
         }
         return {
             "command": Cat(command[name] for name, _ in unit_command_layout(config)),
@@ -98,9 +102,11 @@ def _blocks(config: AcceleratorConfig, share: Share) -> Share:
             "pitch": work.fetch_pitch,
             "rows": work.fetch_rows,
             "exponents": work.values,
+            "chunks": work.chunks,
+            **({"by_pieces": work.by_pieces} if config.reads_by_pieces else {}),
         }
 
-    return replace(share, layout=rows_layout(config), fields=fields)
+    return replace(share, layout=pieces_layout(config), fields=fields)
 
 
 def _epilogue(config: AcceleratorConfig, share: Share) -> Share:

@@ -11,13 +11,15 @@ from hw.rtl.common.block import Block
 from hw.rtl.common.walker import command_layout
 from hw.rtl.control.attention_rules import attention_values
 from hw.rtl.control.descriptor_rules import HEADS_BITS, comparisons, derived_values, epilogue_comparisons
+from hw.rtl.core.activation_unit import slice_bits
 from hw.rtl.memory.activation_fetch import max_activation_beats
+from hw.rtl.memory.axi import ADDRESS_BITS
 from hw.rtl.memory.burst_cutter import BEAT_COUNT_BITS
 from hw.spec.config import AcceleratorConfig
 from hw.spec.control.descriptor import DESCRIPTOR_WORDS, FIELDS, FLOAT_BYTES, PITCH_BITS, VALUE_BITS
 from hw.spec.control.program import LENGTH_BITS
 from hw.spec.control.registers import ErrorCode
-from hw.spec.memory.kv_cache import PAIRED_BITS
+from hw.spec.memory.kv_cache import PAIRED_BITS, value_chunk
 from hw.spec.numerics.attention import CHUNK
 from hw.spec.numerics.block_float import BLOCK
 from hw.spec.ops import ATTENTION, LINEAR, OPS, VECTOR, Op
@@ -67,10 +69,19 @@ def work_layout(config: AcceleratorConfig) -> data.StructLayout:
     and with attention
 
     append, scores, values : the operation is this one
-    chunks, last_groups, tile_step : see :func:`hw.rtl.control.attention_rules.attention_values`
-    fetch_rows, fetch_pitch : rows that the activation fetch reads, from ``activations`` on, ``activation_beats`` each
-    weight_tiles : parts of the weights that are apart in memory, ``weight_beats`` each
+    last_groups, last_beats, tile_step : see :func:`hw.rtl.control.attention_rules.attention_values`
+    chunks : chunks of values; 1 for other operations
+    fetch_rows, fetch_pitch : rows that the activation fetch reads, from ``activations`` on, ``activation_beats`` each,
+        for each chunk
+    weight_tiles : column tiles of a chunk; in the first chunk they have ``weight_beats`` each
     unit_groups : groups of activations, each of which is sent for every plane
+
+    and with ``config.reads_by_pieces``
+
+    by_pieces : the rows that the activation fetch reads come piece by piece: those of a linear layer of several tokens
+    last_slice : its number of K-slices minus 1
+    row_end : the address behind the first row that the activation fetch reads
+    results_end : the address behind the first row of results
     """
     names = ["interrupt", "wait", "activations", "results", "weights", "weights_stride", *epilogue_fields(config)]
     if config.has_vector_unit:
@@ -95,11 +106,16 @@ def _attention_work(config: AcceleratorConfig) -> dict[str, int]:
     return {
         **{name: VALUE_BITS[name] for name in ATTENTION_FIELDS},
         **dict.fromkeys(("append", "scores", "values"), 1),
-        **{name: widths[name] for name in ("chunks", "last_groups", "tile_step")},
+        **{name: widths[name] for name in ("chunks", "last_groups", "last_beats", "tile_step")},
         "fetch_rows": max(tiles, config.max_tokens.bit_length()),
         "fetch_pitch": max(widths["exponent_pitch"], PITCH_BITS),
         "weight_tiles": tiles,
         "unit_groups": command_layout(config)["groups"].width,
+        **(
+            {"by_pieces": 1, "last_slice": slice_bits(config), "row_end": ADDRESS_BITS, "results_end": ADDRESS_BITS}
+            if config.reads_by_pieces
+            else {}
+        ),
     }
 
 
@@ -257,12 +273,26 @@ class DescriptorCheck(Block):
         def chosen(of_scores: ValueLike, of_values: ValueLike, otherwise: ValueLike) -> Value:
             return Mux(scores, of_scores, Mux(output, of_values, otherwise))
 
+        whole = value_chunk(self.config).tile_beats
         head = values["head_groups"] * (BLOCK * FLOAT_BYTES // port_bytes)
+        rows, beats, pitch = 1, values["activation_beats"], values["activation_pitch"]
+        linear, pieces = self._is(descriptor, LINEAR), {}
+        if self.config.reads_by_pieces:
+            # A linear layer's rows follow each other in memory.
+            row_bytes = self.config.tile * FLOAT_BYTES
+            rows, beats = values["tokens"], values["slices"] * (row_bytes // port_bytes)
+            pitch = Mux(linear, values["slices"] * row_bytes, pitch)
+            pieces = {
+                "by_pieces": linear & values["several"],
+                "last_slice": values["slices"] - 1,
+                "row_end": values["activations"] + values["slices"] * row_bytes,
+                "results_end": values["results"] + values["columns"] * FLOAT_BYTES,
+            }
         found = {
             "append": append,
             "scores": scores,
             "values": output,
-            "reuse": values["reuse"] & self._is(descriptor, LINEAR),
+            "reuse": values["reuse"] & linear,
             "paired": scores if self.config.weight_bits == PAIRED_BITS else Const(0),
             "spare_records": Const(0),
             # Scores are multiplied by a constant, and results by 1/S.
@@ -271,11 +301,15 @@ class DescriptorCheck(Block):
             "planes": Mux(scores | append, values["planes"], 1),
             "unit_groups": Mux(scores, values["head_groups"], values["groups"]),
             "activations": Mux(output, values["exponents"], values["activations"]),
-            "activation_beats": chosen(head, values["chunks"] * (CHUNK // port_bytes), values["activation_beats"]),
-            "fetch_rows": chosen(values["tokens"], values["out_tiles"], 1),
-            "fetch_pitch": Mux(output, values["exponent_pitch"], values["activation_pitch"]),
-            "weight_beats": Mux(output, values["value_beats"], values["weight_beats"]),
+            "activation_beats": chosen(head, CHUNK // port_bytes, beats),
+            "chunks": Mux(output, values["chunks"], 1),
+            "fetch_rows": chosen(values["tokens"], values["out_tiles"], rows),
+            "fetch_pitch": Mux(output, values["exponent_pitch"], pitch),
+            "weight_beats": Mux(
+                output, Mux(values["chunks"] == 1, values["last_beats"], whole), values["weight_beats"]
+            ),
             "weight_tiles": Mux(output, values["out_tiles"], 1),
+            **pieces,
         }
         layout = self.work.payload.shape()
         widths = {name: field.width for name, field in (*layout, *layout["command"].shape)}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The dispatcher: sends each unit the fields of a checked descriptor that it needs (its share)."""
 
-from amaranth.hdl import Array, Cat, Module, Signal, Value
+from amaranth.hdl import Array, Cat, Module, Mux, Signal, Value
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -11,9 +11,12 @@ from hw.rtl.control.attention_shares import writes_results
 from hw.rtl.control.descriptor_check import work_layout
 from hw.rtl.control.share import JOBS_AHEAD, Share, Side
 from hw.rtl.control.shares import shares, side_layout, side_names
+from hw.rtl.memory.axi import ADDRESS_BITS
 from hw.rtl.memory.gatherer import Gatherer
 from hw.rtl.memory.write_manager import WriteClient, WriteManager, write_clients
 from hw.spec.config import FLOAT_BITS, AcceleratorConfig
+from hw.spec.memory.access import PIECE_FLOATS
+from hw.spec.memory.operands import FLOAT_BYTES
 from hw.spec.ops.base import Wait
 
 TABLE_DEPTH = 4
@@ -84,7 +87,10 @@ class Dispatcher(Block):
 
     With a vector unit, a layer of one token whose activations are a row that the descriptor just before it writes does
     not wait for all of this row: if all earlier descriptors are complete, its activations are requested as far as they
-    are in memory. The block that was sent then follows the row.
+    are in memory. The block that was sent then follows the row. With ``config.reads_by_pieces`` the same holds for
+    layers of several tokens whose activations are exactly the rows of an output. And a layer whose activations have in
+    their last piece all columns that the descriptor before writes, as the last head of attention does, gets all other
+    pieces at once.
 
     The core, the activation unit and the gatherer each have some layers in advance, so fetching, computing and
     writing can each work on another layer. A layer's weights are requested only after all of its activations: memory
@@ -107,7 +113,8 @@ class Dispatcher(Block):
     and with a vector unit the shares of the second output, the epilogue and its operands, and
 
     whole : by client of the write manager: this output of the oldest incomplete descriptor is in memory
-    follow : the last block is a row that is being written: that of the client ``followed``
+    follow : the last block is a row, or rows, being written: those of the client ``followed``
+    follow_tail : with ``config.reads_by_pieces`` and ``follow``: only columns of the last piece of the rows are written
 
     Latency from the first cycle of a work's ``valid``: 0 cycles for ``core``, ``blocks`` and ``regions``, 1 for the
     others; from ``complete`` to the shares that have waited for it 1 cycle more. Throughput: 1 layer in 5 cycles, in
@@ -141,6 +148,8 @@ class Dispatcher(Block):
     def _follow_members(self) -> dict[str, wiring.Member]:
         clients = write_clients(self.config)
         vector = {"whole": In(clients), "follow": Out(1), "followed": Out(range(clients))}
+        if self.config.reads_by_pieces:
+            vector["follow_tail"] = Out(1)
         return vector if self.config.has_vector_unit else {}
 
     def properties(self) -> dict[str, int]:
@@ -247,13 +256,18 @@ class Dispatcher(Block):
     def _follow(
         self, m: Module, activations: Cursor, table: list[data.View], place: Signal, may: Signal, incomplete: Credits
     ) -> Value:
-        """Whether the descriptor reads a row that is being written; only the one that writes it is incomplete."""
+        """Whether the descriptor reads rows that are being written; only the one that writes them is incomplete."""
         work, early = activations.work, Signal()
         m.submodules.several = several = Credits(incomplete.limit, least=2)
-        # The places of the row that the descriptor before writes, and whether it writes this one and no others.
+        by_pieces = self.config.reads_by_pieces
+        # The places of the rows that the descriptor before writes, and whether it writes these and no others.
         rows = {
-            WriteClient.RESULTS: (work.results, writes_results(work) if self.config.has_attention else ~work.quiet),
-            WriteClient.SECOND: (work.second_results, work.second),
+            WriteClient.RESULTS: (
+                work.results,
+                work.result_pitch,
+                writes_results(work) if self.config.has_attention else ~work.quiet,
+            ),
+            WriteClient.SECOND: (work.second_results, work.second_pitch, work.second),
         }
         single, matches = work.command.tokens == 1, Signal(len(rows))
         # All comparisons are long, so they end in registers. ``fits`` is about the descriptor of the cycle before, and
@@ -266,13 +280,23 @@ class Dispatcher(Block):
         if self.config.has_attention:
             # Values have no activations in memory.
             follows &= ~work.values
-        m.d.sync += fits.eq(current & single & follows & contained)
-        with m.If(activations.step):
-            m.d.sync += columns.eq(work.out_features >> work.silu)
-        for client, (row, written) in rows.items():
-            address, known = Signal.like(row, name=f"row_{client.value}"), Signal(name=f"known_{client.value}")
+        written_columns = work.out_features >> work.silu
+        if by_pieces:
+            # Several rows: as many as before, all of their columns, and nothing between two of them.
+            tokens = Signal.like(work.command.tokens)
             with m.If(activations.step):
-                m.d.sync += [address.eq(row), known.eq(written & single)]
+                m.d.sync += tokens.eq(work.command.tokens)
+            exactly = work.by_pieces & (work.fetch_pitch == columns * FLOAT_BYTES)
+            m.d.sync += fits.eq(current & follows & (work.command.tokens == tokens) & Mux(single, contained, exactly))
+        else:
+            m.d.sync += fits.eq(current & single & follows & contained)
+        with m.If(activations.step):
+            m.d.sync += columns.eq(written_columns)
+        for client, (row, pitch, written) in rows.items():
+            address, known = Signal.like(row, name=f"row_{client.value}"), Signal(name=f"known_{client.value}")
+            one_place = single | (pitch == written_columns * FLOAT_BYTES) if by_pieces else single
+            with m.If(activations.step):
+                m.d.sync += [address.eq(row), known.eq(written & one_place)]
             # Every entry of the table is compared, so that no choice of an entry comes before the comparison.
             equal = Signal(len(table), name=f"equal_{client.value}")
             m.d.sync += equal.eq(Cat(known & (entry.activations == address) for entry in table))
@@ -282,12 +306,39 @@ class Dispatcher(Block):
             several.take.eq(incomplete.take),
             early.eq(matches.any() & fits & incomplete.enough & ~several.enough),
         ]
-        blocks = activations.blocks
+        blocks, second = activations.blocks, ~matches[WriteClient.RESULTS]
+        if by_pieces:
+            tail = self._tail(m, activations, table, place, columns, follows & current)
+            early = early | (tail & incomplete.enough & ~several.enough)
+            second &= ~tail
+            with m.If(blocks.valid & blocks.ready):
+                m.d.sync += self.follow_tail.eq(tail & ~matches.any())
         with m.If(blocks.valid & blocks.ready):
-            m.d.sync += [self.follow.eq(~may), self.followed.eq(~matches[WriteClient.RESULTS])]
+            m.d.sync += [self.follow.eq(~may), self.followed.eq(second)]
         with m.Elif(may | self.whole.bit_select(self.followed, 1)):
             m.d.sync += self.follow.eq(0)
         return early
+
+    def _tail(
+        self, m: Module, activations: Cursor, table: list[data.View], place: Signal, columns: Signal, follows: Value
+    ) -> Value:
+        """Whether the descriptor before writes only columns of the last piece of the rows that this one reads."""
+        work = activations.work
+        end, pitch, known = Signal(ADDRESS_BITS), Signal.like(work.result_pitch), Signal()
+        with m.If(activations.step):
+            m.d.sync += [
+                end.eq(work.results_end),
+                pitch.eq(work.result_pitch),
+                known.eq(writes_results(work) & ~work.second & ~work.pieces),
+            ]
+        equal, fits = Signal(len(table)), Signal()
+        # Columns of the last piece.
+        last = (work.last_slice[: (PIECE_FLOATS // self.config.tile).bit_length() - 1] + 1) * self.config.tile
+        m.d.sync += [
+            equal.eq(Cat(known & (entry.row_end == end) for entry in table)),
+            fits.eq(follows & work.by_pieces & (work.fetch_pitch == pitch) & (columns <= last)),
+        ]
+        return equal.bit_select(place, 1) & fits
 
     def _order(self, m: Module, weights: Cursor, activations: Cursor, apart: Signal) -> None:
         """Whether each share of the weights side may be sent."""
@@ -296,8 +347,9 @@ class Dispatcher(Block):
             # Many descriptors have no weights, so the cursors are often apart while those of a running layer are read.
             m.submodules.ahead = layers = Credits(TABLE_DEPTH)
             (regions,) = (share for share in weights.shares if share.name == "regions")
+            # A register, because the transfer is known late. The activations side is at least as late with the layer.
+            m.d.sync += layers.add.eq(weights.regions.valid & weights.regions.ready)
             m.d.comb += [
-                layers.add.eq(weights.regions.valid & weights.regions.ready),
                 layers.take.eq(activations.step & regions.wanted(activations.work)),
                 self.early.eq(layers.enough),
             ]

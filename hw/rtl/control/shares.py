@@ -9,6 +9,7 @@ from amaranth.lib import data
 from hw.rtl.common.walker import command_layout
 from hw.rtl.control.attention_shares import (
     ACTIVATIONS_OF_ATTENTION,
+    BY_PIECES,
     WEIGHTS_OF_ATTENTION,
     attention_shares,
     uses_array,
@@ -40,7 +41,9 @@ def side_names(config: AcceleratorConfig, side: Side) -> tuple[str, ...]:
     operands = ("activations", "activation_beats", "results", "interrupt")
     index = ("index",) if config.has_programs else ()
     names = ("command", "wait", *operands, *epilogue_fields(config), *rows, *vector, *index)
-    return names + ACTIVATIONS_OF_ATTENTION if config.has_attention else names
+    if not config.has_attention:
+        return names
+    return names + ACTIVATIONS_OF_ATTENTION + (BY_PIECES if config.reads_by_pieces else ())
 
 
 def side_layout(config: AcceleratorConfig, side: Side) -> data.StructLayout:

@@ -16,6 +16,7 @@ from hw.rtl.common.ram import buffer_attributes
 from hw.rtl.common.walker import Walker, command_layout
 from hw.rtl.core.activation_buffer import activation_payload, bank_slices
 from hw.rtl.core.float_in import TokenExponent
+from hw.rtl.core.token_runs import Run, find_runs
 from hw.spec.config import EXPONENT_BITS, FLOAT_BITS, AcceleratorConfig
 from hw.spec.memory.kv_cache import PLANE_COUNTS
 from hw.spec.numerics.linear import EXPONENT_MIN
@@ -31,14 +32,26 @@ def row_layout(config: AcceleratorConfig) -> data.ArrayLayout:
     return data.ArrayLayout(FLOAT_BITS, config.tile)
 
 
+def slice_bits(config: AcceleratorConfig) -> int:
+    """Bits of the number of a K-slice."""
+    return max(1, (config.max_k // config.tile - 1).bit_length())
+
+
 def unit_command_layout(config: AcceleratorConfig) -> data.StructLayout:
     """The unit's command: that of the core, and with attention three fields more.
 
     planes : how often each group is sent, 1, 2 or 4; ``groups`` counts a group once, unlike in the core's command
     values : the rows come from the second input
     short : :func:`hw.spec.ops.command.is_short` with the K-slices of these groups
+
+    and with ``config.reads_by_pieces``
+
+    by_pieces : the rows come piece by piece: the first 256 columns of each token, then the next ones of each token
+    last_slice : the number of K-slices minus 1
     """
     more = {"planes": max(PLANE_COUNTS).bit_length(), "values": 1, "short": 1} if config.has_attention else {}
+    if config.reads_by_pieces:
+        more |= {"by_pieces": 1, "last_slice": slice_bits(config)}
     return data.StructLayout({**{name: field.shape for name, field in command_layout(config)}, **more})
 
 
@@ -49,13 +62,15 @@ class _Intake(NamedTuple):
     step: Value
     """There is a row."""
     starts: Value
-    """It is the first one of a token."""
+    """It is the first one of a run."""
     ends: Value
     """It is the last one of a token."""
     final: Value
     """It is the last one of a layer."""
     values: Value
     """The layer's rows come from the second input."""
+    run: Run
+    """The run of the row, at the time of the row."""
 
 
 class ActivationUnit(Block):
@@ -73,7 +88,8 @@ class ActivationUnit(Block):
     Members
     -------
     command : the layers, :func:`unit_command_layout`
-    rows : float32 [M, K], one token after the other, slice by slice
+    rows : float32 [M, K], one token after the other, slice by slice; or with ``by_pieces`` piece by piece, and within a
+        piece in this order
     slices : for :class:`hw.rtl.core.activation_buffer.ActivationBuffer`
     non_finite, out_of_range : a token of the current layer has such an element or exponent; then this layer and the
         following ones are not sent
@@ -117,9 +133,10 @@ class ActivationUnit(Block):
 
     @property
     def exponent_cycles(self) -> int:
-        """Cycles from a token's last row until its exponent can be read: maximum of the row, of the token, exponent."""
+        """Cycles from a token's last row until its exponent can be read: maximum of the row, of the run, of the token
+        if it can have several runs, exponent."""
         levels = (self.config.tile.bit_length() - 1 + 1) // 2
-        return self.intake_cycles + levels + 1 + TokenExponent.latency + 1
+        return self.intake_cycles + levels + 1 + self.config.reads_by_pieces + TokenExponent.latency + 1
 
     @property
     def turnaround(self) -> int:
@@ -167,9 +184,10 @@ class ActivationUnit(Block):
             self._alternate(m, loader, sender)
         depth = self.config.max_tokens * (_LAYERS if attention else 1)
         m.submodules.exponents = exponents = Memory(shape=signed(EXPONENT_BITS), depth=depth, init=[])
-        intake = self._intake(m, loader)
+        run = find_runs(m, self.config, loader)
+        intake = self._intake(m, loader, run)
         self._find_exponents(m, loader, intake, exponents)
-        self._send(m, sender, exponents, self._store(m, loader, intake, platform))
+        self._send(m, sender, exponents, self._store(m, loader, intake, run, platform))
         return m
 
     def _alternate(self, m: Module, loader: Walker, sender: Walker) -> None:
@@ -236,14 +254,15 @@ class ActivationUnit(Block):
         half = bank_slices(self.config) // _LAYERS
         return Mux(walker.command.payload.short & walker.next_bank, half, 0)
 
-    def _intake(self, m: Module, loader: Walker) -> _Intake:
+    def _intake(self, m: Module, loader: Walker, run: Run) -> _Intake:
         """The rows in the order of the loader."""
         starts, ends = Signal(), Signal()
+        by_pieces, last = self.config.reads_by_pieces, loader.last
         m.d.comb += [
-            starts.eq(loader.first.slice & loader.first.group),
-            ends.eq(loader.step & loader.last.slice & loader.last.group),
+            starts.eq(run.starts),
+            ends.eq(loader.step & run.ends & run.complete if by_pieces else loader.step & last.slice & last.group),
         ]
-        now = _Intake(self.rows.payload, loader.step, starts, ends, loader.done, Const(0))
+        now = _Intake(self.rows.payload, loader.step, starts, ends, loader.done, Const(0), run)
         if not self.config.has_attention:
             return now
         row, values = Signal(row_layout(self.config), reset_less=True), loader.current.values
@@ -257,6 +276,7 @@ class ActivationUnit(Block):
             delay(m, now.ends, cycles, name="taken_ends", reset=True),
             delay(m, now.final, cycles, name="taken_final"),
             delay(m, values, cycles, name="taken_values"),
+            run,
         )
 
     def _find_exponents(self, m: Module, loader: Walker, intake: _Intake, exponents: Memory) -> None:
@@ -280,7 +300,10 @@ class ActivationUnit(Block):
             m.d.sync += of_token.eq(Mux(fresh | (of_row > of_token), of_row, of_token))
         m.submodules.token_exponent = finder = TokenExponent(self.config)
         write = exponents.write_port()
-        cycles = level + 1 + finder.latency
+        cycles = level + 1
+        if self.config.reads_by_pieces:
+            of_token, cycles = self._largest_of_runs(m, loader, intake, of_token, cycles), cycles + 1
+        cycles += finder.latency
         done = delay(m, intake.ends, cycles, name="ends", reset=True)
         exponent, outside = finder.exponent, finder.out_of_range
         if self.config.has_attention:
@@ -312,6 +335,31 @@ class ActivationUnit(Block):
         with m.If(done & ~self.non_finite & ~self.out_of_range):
             m.d.sync += self.earlier.eq(start | (bank != loader.bank))
 
+    def _largest_of_runs(self, m: Module, loader: Walker, intake: _Intake, of_run: Signal, cycles: int) -> Signal:
+        """The largest magnitude of a token so far, a cycle after that of a run, which comes ``cycles`` after its row.
+
+        The numbers of the runs before are stored. Between two runs of a token there are those of other tokens, and the
+        first of these has all rows of a piece, so a number is stored before it is read.
+        """
+        m.submodules.runs = runs = Memory(shape=FLOAT_BITS - 1, depth=self.config.max_tokens, init=[])
+        read, write = runs.read_port(domain="comb"), runs.write_port()
+        run, whole = intake.run, self.intake_cycles + cycles
+        before, largest = Signal.like(of_run), Signal.like(of_run)
+        resumes = delay(m, run.resumes, whole, name="resumes")
+        token = delay(m, run.token, whole - 1, name="token_before")
+        at_write = delay(m, token, 2, name="token")
+        m.d.sync += [
+            before.eq(read.data),
+            largest.eq(Mux(resumes & (before > of_run), before, of_run)),
+        ]
+        m.d.comb += [
+            read.addr.eq(token),
+            write.addr.eq(at_write),
+            write.data.eq(largest),
+            write.en.eq(delay(m, loader.step & run.ends & ~run.complete, whole + 1, name="run_ends", reset=True)),
+        ]
+        return largest
+
     def _first_exponent(self, bank: Value) -> Value:
         """Address of the exponent of a layer's first token."""
         return Mux(bank, self.config.max_tokens, 0)
@@ -323,21 +371,23 @@ class ActivationUnit(Block):
             magnitudes = [Mux(other > one, other, one) for one, other in pairs]
         return magnitudes[0]
 
-    def _store(self, m: Module, loader: Walker, intake: _Intake, platform) -> ReadPort:
+    def _store(self, m: Module, loader: Walker, intake: _Intake, run: Run, platform) -> ReadPort:
         """Stores the floats: one slice of one token per row, rows slice by slice. Returns the read port."""
         config = self.config
         depth = bank_slices(config)
         attributes = buffer_attributes(platform, depth, row_layout(config).size)
         m.submodules.store = store = Memory(shape=row_layout(config), depth=depth, init=[], attrs=attributes)
         write, read = store.write_port(), store.read_port()
-        # ``token`` is the address of the token's first row.
+        # ``token`` is the address of the first row of the token's run.
         tokens = depth if config.has_attention else config.max_tokens
         address, token = Signal(range(bank_slices(config))), Signal(range(tokens))
         if config.has_attention:
             with m.If(loader.step):
                 m.d.sync += address.eq(address + loader.current.tokens)
-                with m.If(loader.last.slice & loader.last.group):
-                    m.d.sync += [token.eq(token + 1), address.eq(token + 1)]
+                with m.If(run.ends):
+                    # Behind the last token's run of a piece is the first row of the next piece.
+                    before = Mux(run.turns, address, token) if config.reads_by_pieces else token
+                    m.d.sync += [token.eq(before + 1), address.eq(before + 1)]
             with m.If(loader.command.valid & loader.command.ready):
                 m.d.sync += [token.eq(self._first_row(loader)), address.eq(self._first_row(loader))]
         else:

@@ -14,13 +14,10 @@ from hw.rtl.core.activation_unit import row_layout
 from hw.rtl.memory.axi import ADDRESS_BITS
 from hw.rtl.memory.burst_cutter import burst_layout
 from hw.rtl.vector.layouts import MAX_PIECES
-from hw.spec.config import EXPONENT_BITS, FLOAT_BITS, AcceleratorConfig
+from hw.spec.config import FLOAT_BITS, AcceleratorConfig
 from hw.spec.control.descriptor import activation_beats
-from hw.spec.memory.access import CHUNK_BYTES, CHUNKS_AHEAD, PIECE_FLOATS
-from hw.spec.memory.geometry import ceil_div
-from hw.spec.memory.kv_cache import LONGEST_CONTEXT
+from hw.spec.memory.access import BLOCKS_AHEAD, CHUNK_BYTES, CHUNKS_AHEAD, PIECE_FLOATS
 from hw.spec.memory.operands import FLOAT_BYTES
-from hw.spec.numerics.attention import CHUNK
 
 PIECE_CHUNKS = PIECE_FLOATS * FLOAT_BYTES // CHUNK_BYTES
 """Chunks of one piece of results. After p pieces of a row this number times p chunks can be read, also if the row does
@@ -37,18 +34,13 @@ def max_activation_beats(config: AcceleratorConfig) -> int:
     return activation_beats(config, config.max_tokens, config.max_k // config.tile)
 
 
-def max_exponent_beats(config: AcceleratorConfig) -> int:
-    """Beats of the exponents of as many values as a row has scores: a byte for each, in whole chunks of positions."""
-    positions = min(config.score_words, LONGEST_CONTEXT)
-    return ceil_div(positions, CHUNK) * CHUNK * EXPONENT_BITS // config.port_width
-
-
 def fetch_layout(config: AcceleratorConfig) -> data.StructLayout:
     """A block of activations: address, and length in beats of one port, at least 1.
 
-    With attention also ``exponents``: it is a block of the exponents of values instead.
+    With attention also ``exponents``: it is a block of the exponents of values instead, which is shorter than the
+    largest block of activations.
     """
-    most = max(max_activation_beats(config), max_exponent_beats(config))
+    most = max_activation_beats(config)
     exponents = {"exponents": 1} if config.has_attention else {}
     return data.StructLayout({"address": unsigned(ADDRESS_BITS), "beats": unsigned(most.bit_length()), **exponents})
 
@@ -107,7 +99,8 @@ class ActivationFetch(Block):
 
     def elaborate(self, platform) -> Module:
         m = Module()
-        m.submodules.lengths = lengths = StreamFifo(self._length_layout(), 4)
+        blocks = BLOCKS_AHEAD if self.config.has_attention else 4
+        m.submodules.lengths = lengths = StreamFifo(self._length_layout(), blocks)
         chunks = CHUNKS_AHEAD * self.config.ports
         m.submodules.room = room = Credits(chunks, init=chunks)
         self._ask(m, lengths, room)

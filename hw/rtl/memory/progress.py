@@ -14,6 +14,7 @@ class Progress(Block):
     Parameters
     ----------
     clients : clients of the write manager
+    rows : most rows of an output
 
     Members
     -------
@@ -25,13 +26,13 @@ class Progress(Block):
 
     latency = 1
 
-    def __init__(self, clients: int):
+    def __init__(self, clients: int, rows: int = 1):
         self.clients = clients
         super().__init__(
             {
                 "written": In(clients),
                 "complete": In(clients),
-                "pieces": Out(range(MAX_PIECES + 1)).array(clients),
+                "pieces": Out(range(MAX_PIECES * rows + 1)).array(clients),
             }
         )
 

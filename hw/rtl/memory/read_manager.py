@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The AXI4 read manager: bursts for several clients over one port."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from amaranth.hdl import Cat, Module, Signal, unsigned
+from amaranth.hdl import Cat, Const, Module, Signal, Value, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from hw.rtl.common.block import Block
-from hw.rtl.common.fifo import BlockFifo, StreamFifo
+from hw.rtl.common.fifo import BlockFifo, Credits, StreamFifo
 from hw.rtl.memory.axi import ADDRESS_BITS, constant_address_fields, is_error, read_signature
 from hw.rtl.memory.burst_cutter import burst_layout, max_burst_beats
 from hw.rtl.vector.layouts import Operand
@@ -24,6 +24,15 @@ def operands_of(config: AcceleratorConfig, port: int) -> list[Operand]:
 def weights_ahead(width: int) -> int:
     """Beats of weights that a port of ``width`` bits is ahead of the core: the depth of its FIFO for them."""
     return WEIGHT_BURSTS_AHEAD * max_burst_beats(width)
+
+
+def patient_clients(config: AcceleratorConfig, port: int) -> range:
+    """Clients of a port that wait for activations: with attention the operands of the vector unit.
+
+    A layer that begins requests both. Its activations come in short bursts from all ports in turn, so one port that
+    also reads an operand would delay them all, and the operand is needed later.
+    """
+    return range(1, 1 + len(operands_of(config, port)) * config.has_attention)
 
 
 def read_fifo_depths(config: AcceleratorConfig, port: int = 0) -> list[int]:
@@ -49,6 +58,8 @@ class ReadManager(Block):
     depths : for each client the depth of its FIFO in beats, a power of two, or 0 for a client that is always ready; the
         first client has precedence
     outstanding : bursts that may be under way, a power of two
+    patient : clients whose bursts are not requested while bursts of the first client are under way. The data of such
+        bursts never wait, so a patient client's turn comes
 
     Members
     -------
@@ -68,10 +79,12 @@ class ReadManager(Block):
     beat_latency = BlockFifo.latency
     """Cycles from R to a client with a FIFO."""
 
-    def __init__(self, width: int, depths: Sequence[int], outstanding: int = OUTSTANDING):
+    def __init__(
+        self, width: int, depths: Sequence[int], outstanding: int = OUTSTANDING, patient: Collection[int] = ()
+    ):
         if outstanding < 2 or outstanding & (outstanding - 1):
             raise ValueError(f"outstanding bursts are a power of two from 2 up, not {outstanding}")
-        self.width, self.depths, self.outstanding = width, tuple(depths), outstanding
+        self.width, self.depths, self.outstanding, self.patient = width, tuple(depths), outstanding, tuple(patient)
         super().__init__(
             {
                 "axi": Out(read_signature(width)),
@@ -119,16 +132,21 @@ class ReadManager(Block):
         ar, free = self.axi.ar, Signal()
         m.d.comb += [
             free.eq((~ar.valid | ar.ready) & tags.i.ready & ~self.halt),
-            tags.i.valid.eq(free & Cat(bursts.valid for bursts in self.bursts).any()),
             *constant_address_fields(ar.payload, self.width),
         ]
+        waits = self._first_under_way(m, tags) if self.patient else Const(0)
+        asked = [
+            bursts.valid & ~waits if index in self.patient else bursts.valid for index, bursts in enumerate(self.bursts)
+        ]
+        m.d.comb += tags.i.valid.eq(free & Cat(asked).any())
         with m.If(ar.ready):
             m.d.sync += ar.valid.eq(0)
         earlier = Signal(len(self.bursts) + 1)
         for index, bursts in enumerate(self.bursts):
+            ready = free & ~earlier[index]
             m.d.comb += [
-                earlier[index + 1].eq(earlier[index] | bursts.valid),
-                bursts.ready.eq(free & ~earlier[index]),
+                earlier[index + 1].eq(earlier[index] | asked[index]),
+                bursts.ready.eq(ready & ~waits if index in self.patient else ready),
             ]
             with m.If(bursts.valid & bursts.ready):
                 m.d.comb += [tags.i.payload.client.eq(index), tags.i.payload.address.eq(bursts.payload.address)]
@@ -137,3 +155,13 @@ class ReadManager(Block):
                     ar.payload.addr.eq(bursts.payload.address),
                     ar.payload.len.eq((bursts.payload.beats - 1)[:8]),
                 ]
+
+    def _first_under_way(self, m: Module, tags: StreamFifo) -> Value:
+        """Whether bursts of the first client are under way, since the cycle before."""
+        m.submodules.first = first = Credits(self.outstanding)
+        bursts = self.bursts[0]
+        m.d.comb += [
+            first.add.eq(bursts.valid & bursts.ready),
+            first.take.eq(tags.o.valid & tags.o.ready & (tags.o.payload.client == 0)),
+        ]
+        return first.enough

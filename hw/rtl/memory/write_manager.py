@@ -17,7 +17,7 @@ PIECE_BYTES = PIECE_FLOATS * FLOAT_BITS // 8
 
 
 class WriteClient(enum.IntEnum):
-    """The clients of the write port, in order of precedence."""
+    """The clients of the write port. Their order of precedence is that of :func:`precedence`."""
 
     RESULTS = 0
     SECOND = 1
@@ -31,6 +31,16 @@ def write_clients(config: AcceleratorConfig) -> int:
     if config.has_attention:
         return len(WriteClient)
     return WriteClient.CACHE if config.has_vector_unit else WriteClient.SECOND
+
+
+def precedence(clients: int) -> list[int]:
+    """The clients in order of precedence.
+
+    With attention the second output is written before the results, because the next layer reads it as activations while
+    the results are read later. Other hardware has the order of :class:`WriteClient`.
+    """
+    first = [WriteClient.SECOND] if clients > WriteClient.CACHE else []
+    return first + [client for client in range(clients) if client not in first]
 
 
 def piece_layout() -> data.StructLayout:
@@ -60,8 +70,8 @@ class WriteManager(Block):
     """Writes pieces with INCR bursts: one burst per piece, or two if a piece crosses a 4 KiB boundary.
 
     A burst is sent to AW as soon as its piece is known; its data follows, never before it. All bursts have the same ID,
-    so they are acknowledged in order. If several clients have pieces, those of the first client are written first. The
-    clients' outputs of a descriptor are complete one by one.
+    so they are acknowledged in order. If several clients have pieces, those of the first one in the order of
+    :func:`precedence` are written first. The clients' outputs of a descriptor are complete one by one.
 
     Parameters
     ----------
@@ -157,14 +167,16 @@ class WriteManager(Block):
         left, keep = Signal(range(PIECE_FLOATS // floats)), Signal(floats)
         offset_bits, page_bits = (self.width // 8 - 1).bit_length(), (BURST_BOUNDARY - 1).bit_length()
         room = Signal(page_bits - offset_bits)
-        fits, length, start = Signal(), Signal.like(left), Signal()
+        fits, length, start, may = Signal(), Signal.like(left), Signal(), Signal()
         m.d.comb += [
             # Beats up to the boundary. Like ``left`` and AxLEN it is one less, which saves all adders but one.
             room.eq(~tag.address[offset_bits:page_bits]),
             fits.eq(left <= room),
             length.eq(Mux(fits, left, room)),
-            start.eq(active & (~aw.valid | aw.ready) & tags.i.ready & ~self.halt),
-            take.eq(~active | (start & fits)),
+            may.eq((~aw.valid | aw.ready) & tags.i.ready & ~self.halt),
+            start.eq(active & may),
+            # Not from ``start``, because long paths go through it to the clients' FIFOs.
+            take.eq(~active | (may & fits)),
             tags.i.valid.eq(start),
             tags.i.payload.eq(tag),
             tags.i.payload.last.eq(tag.last & fits),
@@ -199,16 +211,17 @@ class WriteManager(Block):
 
     def _choose(self, m: Module, take: Signal) -> tuple[data.View, Value, Value]:
         """The piece of the first client that has one, this client, and whether any client has a piece."""
-        fifos, earlier = [], Const(0)
-        for index, pieces in enumerate(self.pieces):
+        fifos, earlier, order = [], Const(0), precedence(self.clients)
+        for index in order:
+            pieces = self.pieces[index]
             # With this FIFO, ``pieces.ready`` does not depend on AWREADY.
             m.submodules[f"fifo_{index}"] = fifo = StreamFifo(piece_layout(), self._PIECES_AHEAD)
             wiring.connect(m, wiring.flipped(pieces), fifo.i)
             m.d.comb += fifo.o.ready.eq(take & ~earlier)
             earlier |= fifo.o.valid
             fifos.append(fifo)
-        piece, client = fifos[-1].o.payload.as_value(), Const(len(fifos) - 1)
-        for index, fifo in reversed(list(enumerate(fifos[:-1]))):
+        piece, client = fifos[-1].o.payload.as_value(), Const(order[-1])
+        for index, fifo in reversed(list(zip(order, fifos[:-1]))):
             piece, client = Mux(fifo.o.valid, fifo.o.payload.as_value(), piece), Mux(fifo.o.valid, index, client)
         return data.View(piece_layout(), piece), client, earlier
 

@@ -22,6 +22,9 @@ single token uses all ports. Chunks end at multiples of this size, so each of th
 none is too long."""
 CHUNKS_AHEAD = 4
 """Number of chunks that a port's FIFO holds: while some leave the FIFO, others arrive from memory, on every port."""
+BLOCKS_AHEAD = 16
+"""With attention: blocks of activations that are requested, at most, behind the one that is taken from the ports. The
+rows of queries, and the pieces of a layer's rows, are short blocks: their number has to cover the memory's latency."""
 PIECE_FLOATS = 256
 """Results of one row that are written together: 1 KiB. Shorter writes would delay reads by more than their own time."""
 IDEAL_READ_LATENCY = 32

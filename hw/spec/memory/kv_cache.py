@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hw.spec.config import SCALE_BITS, AcceleratorConfig, ConfigError
-from hw.spec.memory.geometry import LayerLayout, ceil_div
+from hw.spec.memory.geometry import LayerLayout, StreamLayout, ceil_div
 from hw.spec.memory.operands import DATA_ALIGNMENT, weight_bytes, weights_stride
 from hw.spec.memory.packing import pack, stripe
 from hw.spec.numerics.attention import CHUNK, VALUE_BITS
@@ -46,6 +46,8 @@ PAIRED_BITS = 4
 """``weight_bits`` with which a byte of the keys' stream holds one column of two successive rows."""
 PLANE_COUNTS = (1, 2, 4)
 """Planes of a mantissa: 8 or 16 bits in planes of 4 or 8."""
+_BUNDLE = 4
+"""Positions that an append writes together, at most. Four keys of 64 columns are written as fast as their rows come."""
 
 
 def value_group(config: AcceleratorConfig) -> int:
@@ -95,6 +97,23 @@ def key_layer(config: AcceleratorConfig, groups: int) -> LayerLayout | None:
         return LayerLayout(config, groups * BLOCK, config.tile, BLOCK)
     except ConfigError:
         return None
+
+
+def append_bundle(config: AcceleratorConfig) -> int:
+    """Positions that an append writes together: neighbours whose bytes are in the same beats of a port.
+
+    Their row exponents, scales, and the bytes of their mantissas are next to each other, at multiples of the bundle's
+    bytes. Bundles begin at multiples of this number.
+    """
+    bundle, record = _BUNDLE, StreamLayout(config).record_bits // 8
+    while bundle > 1 and (
+        bundle > config.max_tokens
+        or config.tile % (2 * bundle)
+        or record % (2 * bundle)
+        or 2 * bundle > config.port_width // 8
+    ):
+        bundle //= 2
+    return bundle
 
 
 def check_cache(config: AcceleratorConfig) -> None:

@@ -5,6 +5,7 @@ from hw.spec.config import AcceleratorConfig
 from hw.spec.latencies import Latencies
 from hw.spec.memory.access import IDEAL_WRITE_LATENCY
 from hw.spec.memory.geometry import ceil_div
+from hw.spec.memory.kv_cache import append_bundle
 from hw.spec.numerics.block_float import BLOCK
 from hw.spec.ops import Wait
 from hw.spec.ops.append import AppendDescriptor
@@ -16,27 +17,43 @@ def append(config: AcceleratorConfig, now: Timeline, descriptor: AppendDescripto
     """Moves the timeline to the completion of an append."""
     latencies, tokens, columns = Latencies(config), descriptor.tokens, descriptor.out_features
     begin = now.loaded if descriptor.wait == Wait.NOTHING else now.memory
-    first_row = taken(config, begin, tokens, columns) - (tokens - 1) * ceil_div(columns, config.vector_lanes)
-    arrives = first_row + latencies.epilogue + latencies.cache_writer
-    now.writer = max(now.writer + latencies.cache_job, arrives) + tokens * row_cycles(config, descriptor)
-    end = now.writer + latencies.write_data + latencies.write_complete + IDEAL_WRITE_LATENCY
+    transfers = ceil_div(columns, config.vector_lanes)
+    first_row = taken(config, begin, tokens, columns) + latencies.epilogue - (tokens - 1) * transfers
+    row = transfers + latencies.cache_row
+    arrived, end = max(first_row - row, now.appended), now.writer + latencies.cache_job
+    for rows in bundles(config, descriptor.slot, tokens, descriptor.slots):
+        # A bundle is written when its last row is there; meanwhile the rows of the next one come.
+        arrived += rows * row
+        beats = bundle_beats(config, descriptor, rows)
+        end = max(end, arrived + latencies.cache_writer + transfers) + beats + latencies.cache_head
+    now.writer, now.appended = end, arrived
+    end += latencies.write_data + latencies.write_complete + IDEAL_WRITE_LATENCY
     now.memory = max(now.memory, end)
 
 
-def row_cycles(config: AcceleratorConfig, descriptor: AppendDescriptor) -> int:
-    """Cycles from one row of an append to the next: the slower of its transfers and its beats."""
-    columns, latencies = descriptor.out_features, Latencies(config)
-    beats = key_beats(config, columns, descriptor.planes) if descriptor.keys else value_beats(config, columns)
-    return max(ceil_div(columns, config.vector_lanes) + latencies.cache_row, beats + latencies.cache_head)
+def bundles(config: AcceleratorConfig, slot: int, tokens: int, slots: int) -> list[int]:
+    """The numbers of rows that are written together: of neighbouring slots, from multiples of the bundle on."""
+    found = []
+    while tokens:
+        found.append(min(append_bundle(config) - slot % append_bundle(config), slots - slot, tokens))
+        tokens -= found[-1]
+        slot = (slot + found[-1]) % slots
+    return found
+
+
+def bundle_beats(config: AcceleratorConfig, descriptor: AppendDescriptor, rows: int) -> int:
+    """Beats of a bundle of some rows."""
+    columns = descriptor.out_features
+    return key_beats(config, columns, descriptor.planes) if descriptor.keys else value_beats(config, columns, rows)
 
 
 def key_beats(config: AcceleratorConfig, columns: int, planes: int) -> int:
-    """Beats of a key: its exponent, the scales of its groups and planes, its mantissas; one after the other."""
+    """Beats of keys: their exponents, the scales of their groups and planes, their mantissas; one after the other."""
     groups = columns // BLOCK * planes
     return 1 + groups + 4 * groups * config.weight_bits // max(1, config.port_width // 8 // config.tile)
 
 
-def value_beats(config: AcceleratorConfig, columns: int) -> int:
-    """Beats of a value: its mantissas, column tile by column tile and plane by plane, and its exponents."""
+def value_beats(config: AcceleratorConfig, columns: int, rows: int = 1) -> int:
+    """Beats of values: the mantissas of each row, column tile by column tile and plane by plane, and the exponents."""
     row_bytes = config.tile * config.weight_bits // 8
-    return columns // min(row_bytes, config.port_width // 8, 2 * config.weight_bits) + columns // BLOCK
+    return rows * columns // min(row_bytes, config.port_width // 8) + columns // BLOCK

@@ -2,16 +2,16 @@
 """The performance model of scores and values.
 
 Scores are a layer whose results stay on chip. The softmax of a bank begins when its scores are stored, and takes one
-part of a row per cycle; meanwhile the array computes the next descriptor. Values are a layer for each chunk of 256
-positions of each column tile, whose activations are the probabilities of a bank. So in the steady state a chunk takes
-as long as the slowest of its weights, the array, the drain, and the activation unit, which takes a chunk in while it
-sends the one before.
+part of a row per cycle, chunk by chunk of 256 positions; meanwhile the array computes the next descriptor. Values are a
+layer for each column tile of each chunk, whose activations are the probabilities of a bank; a chunk begins when its
+softmax is computed. So in the steady state a column tile takes as long as the slowest of its weights, the array, the
+drain, and the activation unit, which takes one in while it sends the one before.
 """
 
 from hw.spec.config import FLOAT_BITS, AcceleratorConfig
 from hw.spec.cycles import first_slice_cycles, result_cycles, rows_cycles, slices_cycles
 from hw.spec.latencies import Latencies
-from hw.spec.memory.access import CHUNK_BYTES
+from hw.spec.memory.access import BLOCKS_AHEAD, CHUNK_BYTES
 from hw.spec.memory.geometry import LayerLayout, ceil_div
 from hw.spec.memory.kv_cache import value_chunk, value_group, value_planes
 from hw.spec.numerics.attention import CHUNK
@@ -20,8 +20,8 @@ from hw.spec.ops.scores import SCORES, ScoresDescriptor, bank_words
 from hw.spec.ops.values import ValuesDescriptor
 from hw.spec.timing.timeline import Timeline
 
-_BLOCKS_AHEAD = 5
-"""Rows that are requested at most: the activation fetch knows the length of the one it merges and of four more."""
+_ROWS_AHEAD = BLOCKS_AHEAD + 1
+"""Rows that are requested at most: the activation fetch also knows the length of the one it merges."""
 
 
 def scores(config: AcceleratorConfig, now: Timeline, descriptor: ScoresDescriptor) -> None:
@@ -50,14 +50,16 @@ def scores(config: AcceleratorConfig, now: Timeline, descriptor: ScoresDescripto
 
 def _softmax(config: AcceleratorConfig, now: Timeline, bank: int, rows: int, positions: int, stored: int) -> None:
     """The softmax of a bank: its probabilities, and 1/S of its rows, one after the other."""
-    latencies = Latencies(config)
-    row = bank_words(1, positions) // config.vector_lanes
+    latencies, words = Latencies(config), bank_words(1, positions)
     begin = max(stored, now.softmax) + 1
-    now.softmax = begin + rows * row
-    now.ready[bank] = now.softmax + latencies.softmax
-    first_sum = begin + row + latencies.softmax
+    ends = [*range(CHUNK, words, CHUNK), words]
+    now.softmax = begin + rows * words // config.vector_lanes
+    now.ready[bank] = [begin + rows * end // config.vector_lanes + latencies.softmax for end in ends]
+    # The sums of the rows follow each other in the last chunk.
+    last_chunk = (words - (len(ends) - 1) * CHUNK) // config.vector_lanes
+    first_sum = now.ready[bank][-1] - (rows - 1) * last_chunk
     one_by_one = max(now.inverse, first_sum) + rows * latencies.inverse
-    now.inverse = now.inverted[bank] = max(one_by_one, now.ready[bank] + latencies.inverse)
+    now.inverse = now.inverted[bank] = max(one_by_one, now.ready[bank][-1] + latencies.inverse)
 
 
 def _rows_loaded(config: AcceleratorConfig, begin: int, rows: int, slices: int) -> int:
@@ -65,7 +67,7 @@ def _rows_loaded(config: AcceleratorConfig, begin: int, rows: int, slices: int) 
     row_beats = config.tile * FLOAT_BITS // config.port_width
     most = CHUNK_BYTES * 8 // config.port_width // row_beats
     chunks = [most] * (slices // most) + [slices % most] * (slices % most > 0)
-    return begin + rows_cycles(config, chunks * rows, 0, _BLOCKS_AHEAD * len(chunks))[0]
+    return begin + rows_cycles(config, chunks * rows, 0, _ROWS_AHEAD * len(chunks))[0]
 
 
 def values(config: AcceleratorConfig, now: Timeline, descriptor: ValuesDescriptor) -> int:
@@ -73,18 +75,20 @@ def values(config: AcceleratorConfig, now: Timeline, descriptor: ValuesDescripto
     latencies, rows, bank = Latencies(config), descriptor.tokens, descriptor.bank
     chunks = value_layers(config, descriptor.positions)
     tiles = ceil_div(descriptor.out_features, config.tile)
-    begin = max(now.ready[bank], now.loaded + latencies.read) + latencies.value_rows
-    in_first = rows * chunks[0].slices // value_planes(config)
-    first_slice = max(now.array, begin + in_first + first_slice_cycles(config, rows))
     periods = [chunk_cycles(chunk, rows) for chunk in chunks]
-    last, stream = chunks[-1], chunks[-1].stream
+    # The first slice of each chunk: the array is free, and its first column tile is taken in.
+    begin, free, starts = now.loaded + latencies.read, now.array, []
+    for chunk, period, ready in zip(chunks, periods, now.ready[bank], strict=True):
+        taken_in = max(begin, ready) + latencies.value_rows + rows * chunk.slices // value_planes(config)
+        starts.append(max(free, taken_in + first_slice_cycles(config, rows)))
+        free = starts[-1] + tiles * period
+    first_slice, last, stream = starts[0], chunks[-1], chunks[-1].stream
     one_slice = max(rows, stream.words_per_slice)
     array = last.slices * one_slice
     beats = tiles * sum(_beats(chunk) for chunk in chunks)
     room = value_chunk(config).header_beats + stream.word_fifo_depth * stream.beats_per_word
     ahead = min(max(0, first_slice - now.array), room, beats)
-    steady = tiles * sum(periods) - periods[-1] + array - one_slice
-    last_slice = first_slice + max(steady, beats - ahead - 1)
+    last_slice = max(starts[-1] + (tiles - 1) * periods[-1] + array - one_slice, first_slice + beats - ahead - 1)
     now.array = last_slice + one_slice
     # The unit takes in the rows of the next descriptor when the last chunk but one is sent.
     now.loaded = max(now.loaded, last_slice - periods[-1] - array)

@@ -23,10 +23,8 @@ from hw.spec.ops.values import ValuesDescriptor
 from hw.spec.ops.vector import VectorDescriptor
 from hw.spec.timing.program import AnyDescriptor, program_cycles
 
-_EMBEDDED, _NORMED, _COPIED, _QKV, _ATTENDED, _MIDDLE, _GATED, _LOGITS = (
-    index * DATA_ALIGNMENT for index in range(1, 9)
-)
-"""Places in memory. Only whether two are the same has a meaning."""
+_EMBEDDED, _NORMED, _COPIED, _QKV, _ATTENDED, _MIDDLE, _GATED, _LOGITS = (index << 24 for index in range(1, 9))
+"""Places in memory. Only whether two are the same has a meaning, and where rows end that another descriptor reads."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +115,7 @@ class _Program:
             second=1,
             squares=1,
             second_results=_NORMED,
+            second_pitch=FLOAT_BYTES * self.shape.hidden,
         )
 
     def _linear(self, k: int, n: int, tokens: int, source: int, results: int, **epilogue: int) -> Descriptor:
@@ -174,8 +173,8 @@ class _Program:
                 weights=0,
                 weights_stride=0,
                 exponents=0,
-                results=_ATTENDED,
-                result_pitch=FLOAT_BYTES * shape.head_size,
+                results=_ATTENDED + FLOAT_BYTES * shape.head_size * unit.head,
+                result_pitch=FLOAT_BYTES * shape.head_size * (shape.heads if unit.causal else 1),
                 bank=bank,
             )
         assert before
@@ -183,10 +182,12 @@ class _Program:
 
     def _rest(self, tokens: int, is_last: bool) -> list[Descriptor]:
         shape, pitch = self.shape, FLOAT_BYTES * self.shape.hidden
-        norm = {"add": 1, "addend_pitch": pitch, "second": 1, "squares": 1, "second_results": _NORMED}
+        norm = {"add": 1, "addend_pitch": pitch, "second": 1, "squares": 1}
+        norm |= {"second_results": _NORMED, "second_pitch": pitch}
+        gated = {"scale": 1, "silu": 1, "result_pitch": FLOAT_BYTES * shape.intermediate}
         return [
             self._linear(shape.heads * shape.head_size, shape.hidden, tokens, _ATTENDED, _MIDDLE, **norm),
-            self._linear(shape.hidden, 2 * shape.intermediate, tokens, _NORMED, _GATED, scale=1, silu=1),
+            self._linear(shape.hidden, 2 * shape.intermediate, tokens, _NORMED, _GATED, **gated),
             self._linear(shape.intermediate, shape.hidden, tokens, _GATED, _EMBEDDED, quiet=int(is_last), **norm),
         ]
 

@@ -4,7 +4,7 @@
 As in :mod:`hw.spec.cycles`, the memory is the simulated one named `ideal`. What this model adds is what passes between
 two descriptors. A layer begins when the array is free and its activations are on chip. Activations that do not wait are
 read while the descriptor before is computed; those that wait are read when the results before are in memory, and those
-of a single token piece by piece as they are written.
+of a single token, or with attention of several, piece by piece as they are written.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from hw.spec.cycles import (
 from hw.spec.latencies import Latencies
 from hw.spec.memory.access import CHUNK_BYTES, IDEAL_READ_LATENCY, PIECE_FLOATS
 from hw.spec.memory.geometry import LayerLayout, ceil_div
-from hw.spec.memory.operands import activation_beats
+from hw.spec.memory.operands import FLOAT_BYTES, activation_beats
 from hw.spec.ops import Wait
 from hw.spec.ops.append import AppendDescriptor
 from hw.spec.ops.base import DescriptorWords
@@ -31,7 +31,7 @@ from hw.spec.ops.scores import ScoresDescriptor
 from hw.spec.ops.values import ValuesDescriptor
 from hw.spec.timing.append import append
 from hw.spec.timing.attention import scores, values
-from hw.spec.timing.outputs import operand_cycles, taken, written
+from hw.spec.timing.outputs import operand_cycles, row_beats, taken, written
 from hw.spec.timing.timeline import Timeline
 
 AnyDescriptor = Descriptor | VectorDescriptor | AppendDescriptor | ScoresDescriptor | ValuesDescriptor
@@ -49,6 +49,7 @@ def program_cycles(config: AcceleratorConfig, program: Sequence[DescriptorWords]
     fetched = latencies.program_fetch + latencies.read + IDEAL_READ_LATENCY + beats + latencies.descriptor
     now, completions = Timeline(fetched, fetched, fetched), []
     for descriptor in program:
+        earlier = now.memory
         if isinstance(descriptor, Descriptor):
             _layer(config, now, descriptor)
         elif isinstance(descriptor, VectorDescriptor):
@@ -59,7 +60,7 @@ def program_cycles(config: AcceleratorConfig, program: Sequence[DescriptorWords]
             scores(config, now, descriptor)
         elif isinstance(descriptor, ValuesDescriptor):
             _values(config, now, descriptor)
-        now.before = descriptor
+        now.before, now.earlier = descriptor, earlier
         completions.append(now.memory)
     return completions
 
@@ -84,19 +85,49 @@ def _loaded(config: AcceleratorConfig, now: Timeline, descriptor: Descriptor, la
     if descriptor.wait == Wait.NOTHING:
         return now.loaded + rows_done
     before = now.before
-    if not isinstance(before, Descriptor | VectorDescriptor) or not _follows(descriptor, before):
-        return now.memory + rows_done + operand_cycles(config, descriptor, on_port) - dispatch_cycles(config)
-    # Only the last piece is not on chip yet when memory has acknowledged the row.
+    if isinstance(before, ValuesDescriptor) and _has_tail(config, descriptor, layer, before):
+        # All pieces but the last one are read while the values are computed.
+        last = (layer.slices - 1) % (PIECE_FLOATS // config.tile) + 1
+        rest = activation_cycles(config, tokens, last)[0] - dispatch_cycles(config)
+        return max(now.earlier + rows_done, now.memory + rest)
+    if not isinstance(before, Descriptor | VectorDescriptor) or not _follows(config, descriptor, layer, before):
+        # With attention the operands wait for the activations.
+        operands = 0 if config.has_attention else operand_cycles(config, descriptor, on_port)
+        return now.memory + rows_done + operands - dispatch_cycles(config)
+    # Only the last piece of the last row is not on chip yet when memory has acknowledged the rows.
     columns = before.out_features >> before.silu
     last_piece = (columns - 1) % PIECE_FLOATS + 1
     chunk = min(CHUNK_BYTES, last_piece * FLOAT_BITS // 8) * 8 // config.port_width
-    return now.memory + _FOLLOW + latencies.read + IDEAL_READ_LATENCY + chunk + latencies.row
+    # The second output is written before the results, but for the first row, which comes later.
+    behind = (tokens - 1) * row_beats(config, last_piece) if before.second and not before.quiet else 0
+    return now.memory - behind + _FOLLOW + latencies.read + IDEAL_READ_LATENCY + chunk + latencies.row
 
 
-def _follows(descriptor: Descriptor, before: Descriptor | VectorDescriptor) -> bool:
-    """Whether the activations are a row that is read as the descriptor before writes it."""
-    row = before.second_results if before.second else before.results
-    return descriptor.tokens == before.tokens == 1 and descriptor.activations == row
+def _follows(
+    config: AcceleratorConfig, descriptor: Descriptor, layer: LayerLayout, before: Descriptor | VectorDescriptor
+) -> bool:
+    """Whether the activations are read as the descriptor before writes them: a row, or exactly its rows."""
+    row, pitch = (
+        (before.second_results, before.second_pitch) if before.second else (before.results, before.result_pitch)
+    )
+    if descriptor.tokens != before.tokens or descriptor.activations != row:
+        return False
+    exactly = pitch == FLOAT_BYTES * layer.k == FLOAT_BYTES * (before.out_features >> before.silu)
+    return descriptor.tokens == 1 or (config.reads_by_pieces and exactly)
+
+
+def _has_tail(config: AcceleratorConfig, descriptor: Descriptor, layer: LayerLayout, before: ValuesDescriptor) -> bool:
+    """Whether the values are in the last piece of the activations, and end with their rows."""
+    row, columns = FLOAT_BYTES * layer.k, before.out_features
+    last_piece = (layer.k - 1) % PIECE_FLOATS + 1
+    ends = descriptor.activations + row == before.results + FLOAT_BYTES * columns
+    return (
+        config.reads_by_pieces
+        and descriptor.tokens > 1
+        and ends
+        and before.result_pitch == row
+        and columns <= last_piece
+    )
 
 
 def _vector(config: AcceleratorConfig, now: Timeline, descriptor: VectorDescriptor) -> None:

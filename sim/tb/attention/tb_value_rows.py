@@ -45,13 +45,14 @@ class Job:
     @property
     def exponent_rows(self) -> list[int]:
         """The exponents as they come from memory: a row of floats holds ``4 * tile`` of them."""
-        return pack_elements(self.exponents.astype(np.int64).reshape(-1, 4 * TILE) & 0xFF, 8)
+        by_chunk = self.exponents.reshape(len(self.exponents), -1, CHUNK).transpose(1, 0, 2)
+        return pack_elements(by_chunk.astype(np.int64).reshape(-1, 4 * TILE) & 0xFF, 8)
 
     def expected(self) -> list[np.ndarray]:
         """The rows in order: uint32 [tile] each."""
         found, group = [], value_group(CONFIG)
-        for exponents in self.exponents:
-            for start in range(0, self.p.shape[1], CHUNK):
+        for start in range(0, self.p.shape[1], CHUNK):
+            for exponents in self.exponents:
                 part = self.p[:, start : start + CHUNK]
                 count = -(-part.shape[1] // group) * group
                 products = np.zeros((len(part), count), np.float32)
@@ -62,11 +63,17 @@ class Job:
 
 
 class Banks:
-    """Both banks: gives the word that was read in the cycle before. ``ready`` follows the jobs."""
+    """Both banks: gives the word that was read in the cycle before.
 
-    def __init__(self, dut: Any, jobs: list[Job]):
-        self.dut, self.jobs = dut, jobs
-        dut.ready.value = 0
+    Chunks become ready at random times, and banks are busy in random cycles. pause : probability of either
+    """
+
+    def __init__(self, dut: Any, jobs: list[Job], pause: float):
+        self.dut, self.jobs, self.pause, self.random = dut, jobs, pause, rng(3)
+        self.left = [0, 0]
+        for job in jobs:
+            self.left[job.bank] = -(-job.p.shape[1] // CHUNK)
+        dut.ready.value, dut.busy.value = 0, 0
 
     async def run(self) -> None:
         dut, edge = self.dut, RisingEdge(self.dut.clk)
@@ -74,13 +81,25 @@ class Banks:
         for job in reversed(self.jobs):
             banks[job.bank] = job.words
         packed = [None if bank is None else pack_elements(bank, 32) for bank in banks]
-        dut.ready.value = 3
+        ready, busy = [False, False], [False, False]
         while True:
             await edge
+            # What the block saw in the cycle that ends here.
             if dut.read.value == 1:
-                words = packed[int(dut.bank.value)]
-                assert words is not None
+                bank = int(dut.bank.value)
+                words = packed[bank]
+                assert words is not None and ready[bank] and not busy[bank]
                 dut.word.value = words[int(dut.address.value)]
+                if dut.finished.value == 1:
+                    self.left[bank] -= 1
+                    ready[bank] = False
+            else:
+                assert dut.finished.value == 0
+            for bank in range(2):
+                ready[bank] |= self.left[bank] > 0 and self.random.random() >= 0.9 * bool(self.pause)
+                busy[bank] = bool(self.random.random() < self.pause)
+            dut.ready.value = ready[0] | ready[1] << 1
+            dut.busy.value = busy[0] | busy[1] << 1
 
 
 async def check(dut: Any, jobs: list[Job], stall: float = 0.0) -> None:
@@ -90,7 +109,7 @@ async def check(dut: Any, jobs: list[Job], stall: float = 0.0) -> None:
     source = StreamSource(dut, "job", dut.clk, rule())
     exponents = StreamSource(dut, "exponents", dut.clk, rule())
     sink = StreamSink(dut, "rows", dut.clk, rule())
-    banks = Banks(dut, jobs)
+    banks = Banks(dut, jobs, stall)
     dut.word.value = 0
     await begin(dut)
     cocotb.start_soon(banks.run())
@@ -102,6 +121,8 @@ async def check(dut: Any, jobs: list[Job], stall: float = 0.0) -> None:
     wanted = pack_elements(np.array(expected), 32)
     wrong = [index for index, (one, other) in enumerate(zip(seen, wanted, strict=True)) if one != other]
     assert not wrong, f"row {wrong[0]} is {seen[wrong[0]]:x}, not {wanted[wrong[0]]:x}; {len(wrong)} are wrong"
+    await sink.quiet()
+    assert banks.left == [0, 0]
 
 
 def job(random: np.random.Generator, rows: int, positions: int, tiles: int, bank: int) -> Job:

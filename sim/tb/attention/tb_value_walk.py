@@ -33,7 +33,7 @@ def _chunk(cache: ValueCache, tokens: int, positions: int) -> LayerCommand:
 @cocotb.test(skip=REGIONS)
 @STALLS
 async def layers(dut, stalls):
-    """One layer for each chunk of each column tile, without a cycle between them."""
+    """One layer for each column tile of each chunk, without a cycle between them."""
     random, c, rules = rng(1), config(), _rules(stalls)
     source, sink = StreamSource(dut, "layers", dut.clk, rules[0]), StreamSink(dut, "commands", dut.clk, rules[1])
     await begin(dut)
@@ -54,7 +54,7 @@ async def layers(dut, stalls):
         number = replace(noise, out_tiles=cache.column_tiles).to_int(c)
         last = -(-counts[-1] // cache.group)
         source.send(payload("layers").pack(command=[number], values=[1], chunks=[len(counts)], last_groups=[last]))
-        expected += [_chunk(cache, tokens, count).to_int(c) for _ in range(cache.column_tiles) for count in counts]
+        expected += [_chunk(cache, tokens, count).to_int(c) for count in counts for _ in range(cache.column_tiles)]
     assert await sink.take(len(expected)) == expected
     if not any(stalls):
         assert sink.stalled_by_dut == 0 or source.transfers == 40
@@ -64,19 +64,26 @@ async def layers(dut, stalls):
 @cocotb.test(skip=not REGIONS)
 @STALLS
 async def regions(dut, stalls):
-    """A region for each column tile."""
+    """A region for each column tile of each chunk; a layer is one."""
     random, c, rules = rng(3), config(), _rules(stalls)
     source, sink = StreamSource(dut, "tiles", dut.clk, rules[0]), StreamSink(dut, "regions", dut.clk, rules[1])
     await begin(dut)
-    expected = []
+    expected, whole = [], value_chunk(c).tile_beats
     for _ in range(60):
-        tiles = int(random.choice([1, 1, 2, 256 // c.tile]))
+        tiles, chunks = int(random.choice([1, 1, 2, 256 // c.tile])), int(random.choice([1, 1, 2, 5, 128]))
         address, stride = 4096 * int(random.integers(1 << 27)), 4096 * int(random.integers(1 << 20))
         beats, step = (int(random.integers(1, 1 << width)) for width in (13, payload("tiles").fields["step"].width))
-        source.send(
-            payload("tiles").pack(address=[address], stride=[stride], beats=[beats], tiles=[tiles], step=[step])
-        )
-        expected += [(address + index * step, stride, beats) for index in range(tiles)]
+        last_beats = int(random.integers(1, whole, endpoint=True))
+        if (tiles, chunks) != (1, 1):
+            beats = whole if chunks > 1 else last_beats
+        fields = {"address": address, "stride": stride, "beats": beats, "tiles": tiles, "chunks": chunks, "step": step}
+        fields["last_beats"] = last_beats
+        source.send(payload("tiles").pack(**{name: [value] for name, value in fields.items()}))
+        expected += [
+            (address + chunk * whole * c.port_width // 8 + tile * step, stride, last_beats if last else beats)
+            for chunk, last in enumerate([False] * (chunks - 1) + [chunks > 1])
+            for tile in range(tiles)
+        ]
     got = payload("regions").unpack(await sink.take(len(expected)))
     assert list(zip(*(got[name].tolist() for name in ("address", "stride", "beats")), strict=True)) == expected
     await cycle(dut.clk, 8)

@@ -91,7 +91,19 @@ def _expected(descriptor: AnyDescriptor, layer: LayerLayout | None) -> dict[str,
     if HAS_VECTOR:
         found["vector"] = int(layer is None)
     if c.has_attention and layer:
-        found |= {"fetch_rows": 1, "weight_tiles": 1, "planes": 1, "unit_groups": layer.groups}
+        found |= {"fetch_rows": 1, "weight_tiles": 1, "planes": 1, "unit_groups": layer.groups, "chunks": 1}
+    if c.reads_by_pieces and layer:
+        assert isinstance(descriptor, Descriptor)
+        row = FLOAT_BYTES * layer.k
+        found |= {"by_pieces": int(descriptor.tokens > 1), "last_slice": layer.slices - 1}
+        found |= {"fetch_rows": descriptor.tokens, "fetch_pitch": row, "activation_beats": row * 8 // c.port_width}
+        columns = descriptor.out_features >> descriptor.silu
+        found |= {
+            "row_end": descriptor.activations + row,
+            "results_end": descriptor.results + FLOAT_BYTES * columns,
+        }
+    elif c.reads_by_pieces:
+        found["by_pieces"] = 0
     present = command_fields(c)
     return found | {f"command.{name}": int(value) for name, value in counts.items() if name in present}
 
@@ -100,27 +112,33 @@ def _attention(descriptor: AttentionDescriptor) -> dict[str, int]:
     """The derived values of attention, and the flags that other operations have in the places of its fields."""
     c, found = config(), {"vector": 0, "rotary": 0, "silu": 0, "quiet": 0, "second": 0, "squares": 0, "pieces": 0}
     found |= {"scale": int(descriptor.opcode != Opcode.APPEND), "command.tokens": descriptor.tokens, "command.reuse": 0}
+    if c.reads_by_pieces:
+        found["by_pieces"] = 0
     if isinstance(descriptor, AppendDescriptor):
         return found | {"addend_pitch": 0, "fetch_pitch": descriptor.activation_pitch}
     if isinstance(descriptor, ScoresDescriptor):
         cache, paired = SCORES.cache(c, vars(descriptor)), int(c.weight_bits == PAIRED_BITS)
         command = LayerCommand.from_layer(cache.layer, descriptor.tokens).__dict__ | {"paired": paired}
         found |= {"weight_beats": cache.layer.beats, "weight_tiles": 1, "unit_groups": cache.head_size // BLOCK}
+        found["chunks"] = 1
         found |= {"fetch_rows": descriptor.tokens, "fetch_pitch": descriptor.activation_pitch}
         found["activation_beats"] = FLOAT_BYTES * cache.head_size * 8 // c.port_width
         return found | {f"command.{name}": int(value) for name, value in command.items()}
     cache, positions = VALUES.cache(c, vars(descriptor)), descriptor.positions
+    chunks = -(-positions // CHUNK)
     assert cache.beats_of(positions) % cache.column_tiles == 0
     return found | {
         "command.out_tiles": cache.column_tiles,
-        "chunks": -(-positions // CHUNK),
+        "chunks": chunks,
         "last_groups": -(-((positions - 1) % CHUNK + 1) // cache.group),
         "weight_tiles": cache.column_tiles,
-        "weight_beats": cache.beats_of(positions) // cache.column_tiles,
+        "weight_beats": cache.beats_of(min(positions, CHUNK)) // cache.column_tiles,
+        "last_beats": (cache.beats_of(positions) - cache.beats_of((chunks - 1) * CHUNK)) // cache.column_tiles,
         "activations": descriptor.exponents,
-        "activation_beats": -(-positions // CHUNK) * CHUNK * 8 // c.port_width,
+        "activation_beats": CHUNK * 8 // c.port_width,
         "fetch_rows": cache.column_tiles,
         "fetch_pitch": cache.exponent_pitch,
+        **({"results_end": descriptor.results + FLOAT_BYTES * descriptor.out_features} if c.reads_by_pieces else {}),
         "planes": 1,
         "tile_step": cache.chunks * cache.layer.tile_beats * c.port_width // 8,
     }

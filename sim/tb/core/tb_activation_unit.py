@@ -8,6 +8,7 @@ import cocotb
 import numpy as np
 
 from hw.spec.config import ATTENTION_K
+from hw.spec.memory.access import PIECE_FLOATS
 from hw.spec.memory.geometry import LayerLayout, fit_layer
 from hw.spec.numerics.block_float import quantize
 from hw.spec.numerics.float32 import EXPONENT_MIN, flush
@@ -26,20 +27,28 @@ def _layer(random: np.random.Generator, groups: int | None = None, size: int = 3
     return fit_layer(c, size * count, c.tile, size)
 
 
-def _bits(x: np.ndarray) -> list[int]:
-    """The bits of float32 [M, K], token after token, slice by slice."""
-    raw = np.ascontiguousarray(x, np.float32).view(np.uint8).reshape(-1, 4 * config().tile)
-    return [int.from_bytes(row.tobytes(), "little") for row in raw]
+def _bits(x: np.ndarray, by_pieces: bool = False) -> list[int]:
+    """The bits of float32 [M, K], token after token, slice by slice; or piece by piece in this order."""
+    step = PIECE_FLOATS if by_pieces else x.shape[1]
+    parts = [x[:, first : first + step] for first in range(0, x.shape[1], step)]
+    raw = [np.ascontiguousarray(part, np.float32).view(np.uint8).reshape(-1, 4 * config().tile) for part in parts]
+    return [int.from_bytes(row.tobytes(), "little") for row in np.concatenate(raw)]
 
 
 @dataclass
 class _Layer:
-    """A layer's activations, float32 [M, K]. values: they come from the second input."""
+    """A layer's activations, float32 [M, K]. values: they come from the second input. by_pieces: if M is 2 or more."""
 
     layout: LayerLayout
     x: np.ndarray
     planes: int = 1
     values: bool = False
+    by_pieces: bool = False
+
+    @property
+    def bits(self) -> list[int]:
+        """The rows in their order."""
+        return _bits(self.x, self.by_pieces)
 
     @property
     def rows(self) -> int:
@@ -54,6 +63,8 @@ class _Layer:
         fields = LayerCommand.from_layer(self.layout, len(self.x), reuse=reuse).fields(config())
         if ATTENTION:
             fields |= dict(planes=self.planes, values=int(self.values), short=int(self.short))
+        if config().reads_by_pieces:
+            fields |= dict(by_pieces=int(self.by_pieces), last_slice=self.layout.slices - 1)
         return payload("command").pack(**fields)
 
     def expected(self) -> tuple[np.ndarray, np.ndarray]:
@@ -79,7 +90,7 @@ class _Bench:
 
     def send(self, layer: _Layer) -> None:
         self.command.send(layer.command())
-        (self.values if layer.values else self.rows).send(_bits(layer.x))
+        (self.values if layer.values else self.rows).send(layer.bits)
 
     async def check(self, layer: _Layer) -> None:
         mantissas, exponents = layer.expected()
@@ -124,6 +135,42 @@ async def _run(dut, stalls=never, command_stall=never, sink_stall=never, count=4
         await bench.check(layer)
     await bench.slices.quiet(64)
     assert not int(dut.non_finite.value) and not int(dut.out_of_range.value)
+
+
+@cocotb.test(skip=not config().reads_by_pieces)
+@cocotb.parametrize(stall=[0.0, 0.4, 0.7])
+async def by_pieces(dut, stall):
+    """Rows piece by piece, with all lengths of the last piece, between layers in the other order; all rows in order."""
+    c, random = config(), rng(1)
+    rules = [randomly(stall, rng(2, index)) if stall else never for index in range(3)]
+    bench, layers, most = _Bench(dut, *rules), [], c.max_k // 32
+    await begin(dut)
+    lengths = [1, 2, 8, 9, most, *(int(random.integers(1, most + 1)) for _ in range(10))]
+    for index, groups in enumerate(lengths):
+        tokens = int(random.choice([2, c.max_tokens, int(random.integers(2, c.max_tokens + 1))]))
+        layer = _Layer(_layer(random, groups), _random_x(random, tokens, 32 * groups), by_pieces=index % 4 != 3)
+        # The largest number is in any piece.
+        layer.x[random.integers(tokens), random.integers(32 * groups)] *= 64
+        layers.append(layer)
+        bench.send(layer)
+    for layer in layers:
+        await bench.check(layer)
+    await bench.slices.quiet(64)
+    assert not read(dut.non_finite) and not read(dut.out_of_range)
+
+
+@cocotb.test(skip=not config().reads_by_pieces)
+@cocotb.parametrize(column=[0, -1], token=[0, -1])
+async def error_in_a_piece(dut, column, token):
+    """An element that is not finite is found in the first and in the last piece."""
+    random, bench = rng(1), _Bench(dut)
+    await begin(dut)
+    layout = _layer(random, 9)
+    x = _random_x(random, config().max_tokens, layout.k)
+    x[token, column] = np.nan
+    bench.send(_Layer(layout, x, by_pieces=True))
+    await until(dut.clk, lambda: bool(read(dut.non_finite)), "non_finite", cycles=10_000)
+    await bench.slices.quiet(128)
 
 
 @cocotb.test()

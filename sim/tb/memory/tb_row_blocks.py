@@ -7,7 +7,8 @@ import cocotb
 import numpy as np
 
 from hw.spec.control.descriptor import ADDRESS_LIMIT, DATA_ALIGNMENT, PITCH_BITS
-from hw.spec.memory.kv_cache import ValueCache
+from hw.spec.memory.kv_cache import LONGEST_CONTEXT, ValueCache
+from hw.spec.numerics.attention import CHUNK
 from hw.spec.numerics.block_float import BLOCK
 from hw.spec.ops.epilogue import MAX_HEAD
 from sim.bench.dut import begin, config, latency, payload
@@ -25,11 +26,13 @@ class _Job(NamedTuple):
     rows: int
     beats: int
     exponents: int
+    chunks: int = 1
 
     def blocks(self) -> list[tuple[int, int, int]]:
         """(address, beats, exponents) of each block."""
         steps = np.arange(self.rows) * TILE // BLOCK if self.exponents else np.arange(self.rows)
-        return [(self.address + int(step) * self.pitch, self.beats, self.exponents) for step in steps]
+        starts = [self.address + chunk * CHUNK for chunk in range(self.chunks)]
+        return [(start + int(step) * self.pitch, self.beats, self.exponents) for start in starts for step in steps]
 
 
 def _jobs(random: np.random.Generator, count: int) -> list[_Job]:
@@ -40,16 +43,18 @@ def _jobs(random: np.random.Generator, count: int) -> list[_Job]:
         kind = random.integers(4)
         pitch = DATA_ALIGNMENT * int(random.integers(1, (1 << PITCH_BITS) // DATA_ALIGNMENT))
         rows, exponents, beats = 1, 0, int(random.choice([1, int(random.integers(1, most + 1)), most]))
+        chunks = 1 if kind < 2 else int(random.choice([1, 2, 5]))
         if kind == 1:
             rows = int(random.choice([1, 2, int(random.integers(1, config().max_tokens + 1)), config().max_tokens]))
         elif kind == 2:
             head = BLOCK * int(random.integers(1, MAX_HEAD // BLOCK + 1))
-            rows, exponents, pitch = head // TILE, 1, ValueCache(config(), head, 300).exponent_pitch
+            chunks = LONGEST_CONTEXT // CHUNK if head == BLOCK else chunks
+            rows, exponents, pitch = head // TILE, 1, ValueCache(config(), head, chunks * CHUNK).exponent_pitch
         elif kind == 3:
             rows, exponents, pitch = MAX_HEAD // TILE, 1, (1 << PITCH_BITS) - DATA_ALIGNMENT
-        span = rows * pitch
+        span = rows * pitch + LONGEST_CONTEXT
         address = DATA_ALIGNMENT * int(random.integers(0, (ADDRESS_LIMIT - span) // DATA_ALIGNMENT))
-        jobs.append(_Job(address, pitch, rows, beats, exponents))
+        jobs.append(_Job(address, pitch, rows, beats, exponents, chunks))
     return jobs
 
 
@@ -70,13 +75,13 @@ async def random_jobs(dut, stalls):
     seen = list(zip(*(got[name].tolist() for name in ("address", "beats", "exponents")), strict=True))
     assert seen == expected
     await sink.quiet(16)
-    firsts = np.cumsum([0, *(job.rows for job in jobs[:-1])])
+    firsts = np.cumsum([0, *(len(job.blocks()) for job in jobs[:-1])])
     blocks = monitor["blocks"]
     assert [time - latency() for time in (blocks[first] for first in firsts)] == monitor["jobs"]
     asking = [
         time
         for first, job in zip(firsts, jobs, strict=True)
-        for time in range(blocks[first] + 1, blocks[first + job.rows - 1] + 1)
+        for time in range(blocks[first] + 1, blocks[first + len(job.blocks()) - 1] + 1)
     ]
     assert monitor["asking"] == asking
     if stalls == (0.0, 0.0):

@@ -5,13 +5,17 @@ from dataclasses import replace
 
 import cocotb
 import numpy as np
+from cocotb.triggers import RisingEdge
 
 from hw.spec.control.descriptor import ADDRESS_LIMIT
 from hw.spec.control.registers import ErrorCode
+from hw.spec.memory.operands import result_pitch
 from hw.spec.numerics.attention import CHUNK
 from hw.spec.ops import Wait
+from hw.spec.ops.values import ValuesDescriptor
 from sim.bench.accelerator_driver import MEMORY, AcceleratorDriver, fit, pauses
 from sim.bench.attention.programs import AttentionProgram, allow_caches
+from sim.bench.axi_monitor import Burst
 from sim.bench.dut import config
 from sim.bench.streams import rng
 from sim.harness import settings
@@ -98,6 +102,98 @@ async def results_become_activations(dut):
     work = driver.place(fit(64, 2 * c.tile, 32), 1)
     program.append(replace(work.descriptor, activations=results, wait=Wait.ACTIVATIONS))
     await program.run()
+
+
+class _Hazards:
+    """Watches the reads of some rows: each byte is read only after the acknowledgement of the burst that writes it."""
+
+    def __init__(self, driver: AcceleratorDriver, address: int, size: int):
+        self.driver, self.address = driver, address
+        self.written = np.zeros(size, bool)
+        self.early = 0
+        """Reads before the last acknowledgement."""
+        cocotb.start_soon(self._watch())
+
+    def _part(self, burst: Burst) -> slice:
+        first, size = burst.address - self.address, burst.beats * config().port_width // 8
+        return slice(max(0, first), max(0, first + size))
+
+    async def _watch(self) -> None:
+        writes = self.driver.monitors[0]
+        seen, done = [len(monitor.reads) for monitor in self.driver.monitors], writes.acknowledged
+        while True:
+            await RisingEdge(self.driver.dut.clk)
+            for port, monitor in enumerate(self.driver.monitors):
+                for burst in monitor.reads[seen[port] :]:
+                    part = self.written[self._part(burst)]
+                    assert part.all(), f"hp{port} reads {burst} before it is written"
+                    self.early += len(part) > 0 and not self.written.all()
+                seen[port] = len(monitor.reads)
+            # Acknowledgements count from the next cycle on: an address depends only on registers.
+            for burst in writes.writes[done : writes.acknowledged]:
+                self.written[self._part(burst)] = True
+            done = writes.acknowledged
+
+
+@cocotb.test(skip=not config().reads_by_pieces)
+@cocotb.parametrize(what=["results", "silu", "second"], stalls=[False, True], apart=[False, True])
+async def rows_are_followed(dut, what, stalls, apart):
+    """Activations of several tokens that the layer before writes, in rows of more than a piece.
+
+    apart : there is a gap between the rows that are written, so they are not those that are read
+    """
+    driver, c = await _driver(dut, stalls, 8), config()
+    program, k, tokens = AttentionProgram(driver, rng(39)), 288, c.max_tokens
+    parts = {"results": (), "silu": ("silu",), "second": ("add", "second", "squares")}[what]
+    pitch = result_pitch(k) + 128 * apart
+    name = "second_pitch" if what == "second" else "result_pitch"
+    for count in (tokens, tokens - 1):
+        program.add((), count, 20)
+        if what == "silu":
+            program.add(parts, count, 2 * k, vector=True)
+        else:
+            # Numbers that the next layer can take.
+            moderate = driver.place(fit(96, k, 32), count, "moderate").descriptor
+            program.append(replace(moderate, **program.epilogue(parts, count, k)))
+            program.scaled_tokens = count
+        # Its rows have room for the gaps.
+        rows = driver.take(count * pitch)
+        driver.write(rows, bytes(count * pitch))
+        place = {"second_results" if what == "second" else "results": rows, name: pitch}
+        program.descriptors[-1] = replace(program.descriptors[-1], **place)
+        watched = _Hazards(driver, rows, count * pitch)
+        if apart:
+            watched.written.reshape(count, pitch)[:, k * 4 :] = True
+        work = driver.place(fit(k, 2 * c.tile, 32), count)
+        made = replace(work.descriptor, activations=rows, wait=Wait.ACTIVATIONS)
+        program.append(replace(made, **program.epilogue(("scale",) if what == "second" else (), count, 2 * c.tile)))
+        await program.run()
+        assert watched.early > 0 or apart
+        driver.forget()
+        program = AttentionProgram(driver, rng(40))
+
+
+@cocotb.test(skip=not config().reads_by_pieces)
+@cocotb.parametrize(stalls=[False, True], size=[32, 96, 128])
+async def the_last_head_is_followed(dut, stalls, size):
+    """The next layer reads what all heads before the last one have written, while the last one is computed."""
+    driver, c = await _driver(dut, stalls, 9), config()
+    program, count = AttentionProgram(driver, rng(41)), 384 // size
+    heads = [program.head(size, 70, 8) for _ in range(2)]
+    for head in heads:
+        program.append_positions(head, c.max_tokens)
+    pitch = result_pitch(size * count)
+    rows = driver.take(ROWS * pitch)
+    program.attention([heads[index % 2] for index in range(count)], ROWS)
+    order = [index for index, made in enumerate(program.descriptors) if isinstance(made, ValuesDescriptor)]
+    for number, index in enumerate(order):
+        made = program.descriptors[index]
+        program.descriptors[index] = replace(made, results=rows + 4 * size * number, result_pitch=pitch)
+    watched = _Hazards(driver, rows, ROWS * pitch)
+    work = driver.place(fit(size * count, 2 * c.tile, 32), ROWS)
+    program.append(replace(work.descriptor, activations=rows, wait=Wait.ACTIVATIONS))
+    await program.run()
+    assert watched.early > 0
 
 
 @cocotb.test()

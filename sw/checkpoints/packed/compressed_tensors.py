@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear layers of a compressed-tensors checkpoint in the format pack-quantized, without any loss.
 
-Format (the Python package compressed-tensors, compressors/pack_quantized), tensors of one layer, with F = 32 / bits
-fields in a word and groups of G features:
-    weight_packed int32 [N, ceil(K / F)]   field i of word [n, c] is q[n, F c + i]
+Format (the Python package compressed-tensors, compressors/pack_quantized), tensors of one layer with groups of G
+features:
+    weight_packed int32 [N, ceil(K * bits / 32)]   q[n, k] is in bits `bits * k` and up of row n, from the low bits of
+        its first word; 3 bits may begin in one word and end in the next
     weight_scale float [N, ceil(K / G)]; weight_shape int64 [2], the values N and K
-    weight_zero_point int32 [ceil(N / F), ceil(K / G)], if asymmetric   field i of word [r, g] is z[F r + i, g];
-        in early versions (0.6): int8 [N, ceil(K / G)], less 2^(bits - 1)
+    weight_zero_point int32 [ceil(N * bits / 32), ceil(K / G)], if asymmetric   z[n, g] is in bits `bits * n` and up of
+        column g; in early versions (0.6): int8 [N, ceil(K / G)], less 2^(bits - 1)
     weight_g_idx int32 [K] with actorder "group" (see sw.checkpoints.packed.order); bias [N] or absent
     w[n, k] = (q[n, k] - z[n, k // G]) * s[n, k // G], where symmetric layers have z = 2^(bits - 1)
+Older versions (0.17) store 10 numbers of 3 bits in a word, and 2 free bits. The number of words shows which form a
+layer has. Of less than 160 features both may have as many words; the layer is read in the newer form then.
 """
 
 from collections.abc import Mapping
@@ -20,8 +23,8 @@ from sw.checkpoints.packed.layers import has_words, read_bias
 from sw.checkpoints.packed.order import read_order
 from sw.checkpoints.packed.targets import Target, Targets, read_targets
 from sw.checkpoints.packed.words import (
-    BITS,
     MIN_BLOCK,
+    WIDTHS,
     WORD_BITS,
     block_size,
     is_group,
@@ -29,6 +32,8 @@ from sw.checkpoints.packed.words import (
     matrix,
     split_groups,
     unpack_rows,
+    unpack_separate,
+    word_count,
 )
 from sw.checkpoints.safetensors_file import Checkpoint
 from sw.checkpoints.settings import Settings
@@ -82,23 +87,25 @@ class CompressedFormat:
         assert scheme is not None, "it is quantized"
         words = matrix(checkpoint, f"{name}.weight_packed")
         n, k = _shape(checkpoint, f"{name}.weight_shape")
-        fields = WORD_BITS // scheme.bits
+        older = -(-k // (WORD_BITS // scheme.bits))
+        separate = words.shape[1] == older != word_count(k, scheme.bits)
+        count = older if separate else word_count(k, scheme.bits)
         group = min(scheme.group_size or k, k)
         scales = checkpoint.floats(f"{name}.weight_scale")
         for what, shape, wanted in (
-            ("weight_packed", words.shape, (n, -(-k // fields))),
+            ("weight_packed", words.shape, (n, count)),
             ("weight_scale", scales.shape, (n, -(-k // group))),
         ):
             if shape != wanted:
                 problem = f"{what} is {list(shape)}, not {list(wanted)}: weight_shape is {[n, k]}"
                 raise _wrong(checkpoint, name, f"{problem}, of {scheme.bits} bits in groups of {group}")
-        zero_points = _zero_points(checkpoint, name, scheme, scales.shape)
+        zero_points = _zero_points(checkpoint, name, scheme, scales.shape, separate)
         if scheme.ordered and f"{name}.weight_g_idx" not in checkpoint:
             raise UserError(f"{checkpoint.folder} has no tensor {name}.weight_g_idx, and actorder needs it")
         order, group = read_order(checkpoint, f"{name}.weight_g_idx", k, group, scales.shape[1])
         block = block_size(k, group)
         scales, zero_points = (split_groups(values[:, order], k, group, block) for values in (scales, zero_points))
-        q = np.ascontiguousarray(unpack_rows(words, scheme.bits)[:, :k])
+        q = np.ascontiguousarray(_unpack(words, scheme.bits, separate)[:, :k])
         return QuantizedLinear(name, q, scales, zero_points, block, scheme.bits, read_bias(checkpoint, name))
 
 
@@ -109,23 +116,30 @@ def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
     return int(values[0]), int(values[1])
 
 
-def _zero_points(checkpoint: Checkpoint, name: str, scheme: Scheme, shape: tuple[int, ...]) -> np.ndarray:
-    """uint8 [N, groups]."""
+def _unpack(words: np.ndarray, bits: int, separate: bool) -> np.ndarray:
+    return unpack_separate(words, bits) if separate else unpack_rows(words, bits)
+
+
+def _zero_points(
+    checkpoint: Checkpoint, name: str, scheme: Scheme, shape: tuple[int, ...], separate: bool
+) -> np.ndarray:
+    """uint8 [N, groups]. separate: whether every word holds whole numbers."""
     tensor, middle = f"{name}.weight_zero_point", 1 << (scheme.bits - 1)
     if scheme.symmetric:
         if tensor in checkpoint:
             raise _wrong(checkpoint, name, "it has weight_zero_point, and symmetric is true")
         return np.full(shape, middle, np.uint8)
     values = checkpoint.integers(tensor, ("I32", "I8"))
-    n, fields = shape[0], WORD_BITS // scheme.bits
-    wanted = (n if values.dtype == np.int8 else -(-n // fields), shape[1])
+    n = shape[0]
+    count = -(-n // (WORD_BITS // scheme.bits)) if separate else word_count(n, scheme.bits)
+    wanted = (n if values.dtype == np.int8 else count, shape[1])
     if values.shape != wanted:
         raise _wrong(checkpoint, name, f"weight_zero_point is {list(values.shape)}, not {list(wanted)}")
     if values.dtype == np.int8:
         if values.min() < -middle or values.max() >= middle:
             raise _wrong(checkpoint, name, f"a zero point is outside {-middle} to {middle - 1}")
         return (values.astype(np.int16) + middle).astype(np.uint8)
-    return np.ascontiguousarray(unpack_rows(values.T, scheme.bits)[:, :n].T)
+    return np.ascontiguousarray(_unpack(values.T, scheme.bits, separate)[:, :n].T)
 
 
 def _wrong(checkpoint: Checkpoint, name: str, problem: str) -> UserError:
@@ -189,7 +203,7 @@ def _scheme(group: Settings, where: str) -> Scheme:
         raise weights.wrong(f"{where}.{unknown[0][:80]}", "absent: it is unknown", weights.get(unknown[0]))
     bits = weights.get("num_bits")
     if not is_width(bits):
-        raise weights.wrong(f"{where}.num_bits", " or ".join(map(str, BITS)), bits)
+        raise weights.wrong(f"{where}.num_bits", WIDTHS, bits)
     actorder = weights.get("actorder")
     if actorder not in (*IN_ORDER, True, "group", "dynamic"):
         raise weights.wrong(f"{where}.actorder", "null, static, weight or group", actorder)

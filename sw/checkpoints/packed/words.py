@@ -9,8 +9,10 @@ from sw.checkpoints.safetensors_file import Checkpoint
 from sw.common.errors import UserError
 
 WORD_BITS = 32
-BITS = (4, 8)
-"""Widths of packed weights that are read: they fill a word without a rest, and MatMulNBits has them."""
+BITS = (2, 3, 4, 8)
+"""Widths of packed weights that are read. 3 bits become 4 in MatMulNBits, which has no 3 (see sw.graph.decoder)."""
+WIDTHS = "2, 3, 4 or 8"
+"""BITS in messages."""
 MIN_BLOCK = 16
 """The smallest group of ONNX MatMulNBits, whose groups are powers of two. Other groups must be multiples of it."""
 MAX_SPLIT = 128
@@ -25,18 +27,34 @@ def matrix(checkpoint: Checkpoint, name: str) -> np.ndarray:
     return words
 
 
-def unpack_rows(words: np.ndarray, bits: int) -> np.ndarray:
-    """int32 [R, C] as uint8 [R, C * 32 / bits]: the fields of a word from its low bits, word by word.
+def word_count(numbers: int, bits: int) -> int:
+    """Words that hold some numbers one after the other, without a gap."""
+    return -(-numbers * bits // WORD_BITS)
 
-    bits: one of BITS.
+
+def unpack_rows(words: np.ndarray, bits: int) -> np.ndarray:
+    """int32 [R, C] as uint8 [R, C * 32 // bits]: number i of a row is in bits `bits * i` and up of all its words.
+
+    A number of 3 bits may begin in one word and end in the next. bits: one of BITS.
     """
     octets = np.ascontiguousarray(words, "<i4").view(np.uint8).reshape(len(words), -1)
     if bits == 8:
         return octets
-    fields = np.empty((*octets.shape, 2), np.uint8)
-    np.bitwise_and(octets, 15, out=fields[..., 0])
-    np.right_shift(octets, 4, out=fields[..., 1])
+    if bits == 3:
+        count = octets.shape[1] * 8 // 3
+        octets = np.pad(octets, ((0, 0), (0, -octets.shape[1] % 3))).reshape(len(words), -1, 3).astype(np.uint32)
+        runs = octets[..., 0] | octets[..., 1] << 8 | octets[..., 2] << 16
+        fields = runs[..., None] >> np.arange(0, 24, 3, dtype=np.uint32) & 7
+        return np.ascontiguousarray(fields.reshape(len(words), -1)[:, :count], np.uint8)
+    fields = octets[..., None] >> np.arange(0, 8, bits, dtype=np.uint8) & np.uint8((1 << bits) - 1)
     return fields.reshape(len(words), -1)
+
+
+def unpack_separate(words: np.ndarray, bits: int) -> np.ndarray:
+    """int32 [R, C] as uint8 [R, C * (32 // bits)]: every word holds whole numbers, and a rest of zeros."""
+    shifts = np.arange(WORD_BITS // bits, dtype=np.uint32) * np.uint32(bits)
+    fields = np.ascontiguousarray(words).view(np.uint32)[..., None] >> shifts & np.uint32((1 << bits) - 1)
+    return fields.reshape(len(words), -1).astype(np.uint8)
 
 
 def is_width(bits: object) -> TypeGuard[int]:

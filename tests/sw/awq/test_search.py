@@ -8,7 +8,7 @@ import pytest
 
 from sw.awq.clipping import clip
 from sw.awq.folding import Fold
-from sw.awq.quantizer import gather, search
+from sw.awq.quantizer import LARGEST_TOKEN, gather, search
 from sw.awq.rounding import ZERO_POINTS, Form, Rounded, nearest
 from sw.awq.search import RATIOS, Statistics, output_error, scaled_gram, search_scale
 
@@ -143,6 +143,22 @@ def test_gather():
     assert statistics.tokens == 18
     assert np.allclose(statistics.gram, whole.T @ whole / 18, rtol=1e-5, atol=1e-6)
     assert np.allclose(statistics.magnitude, np.abs(whole).mean(axis=0), rtol=1e-5)
+    assert statistics.drift is None
+    drift = gather(parts, [2 * part + 1 for part in parts]).drift
+    assert drift is not None and np.allclose(drift, (whole + 1).T @ whole / 18, rtol=1e-4, atol=1e-5)
+
+
+def test_no_token_counts_too_much():
+    """A token 1,000 times as large as the others counts as much as LARGEST_TOKEN of them, and the others as before."""
+    rng = np.random.default_rng(8)
+    x = np.sign(rng.standard_normal((64, 24))).astype(np.float32)
+    sink = x[:1] * np.float32(1000)
+    statistics = gather([np.concatenate([sink, x[1:20]]), x[20:]])
+    others = x[1:].astype(np.float64)
+    expected = (others.T @ others + LARGEST_TOKEN * x[:1].T @ x[:1]) / 64
+    assert np.allclose(statistics.gram, expected, rtol=1e-5, atol=1e-6)
+    zeros = gather([np.zeros((9, 24), np.float32), sink])
+    assert np.allclose(zeros.gram, sink.T @ sink / 10, rtol=1e-5)
 
 
 def test_planted_outliers():

@@ -12,12 +12,20 @@ from sw.checkpoints.packed.compressed_tensors import compressed_format
 from sw.checkpoints.packed.gptq import gptq_format
 from sw.checkpoints.packed.layers import LayerFormat
 from sw.checkpoints.packed.targets import Targets, read_targets
-from sw.checkpoints.packed.words import BITS, block_size, split_groups, unpack_rows
+from sw.checkpoints.packed.words import BITS, block_size, split_groups, unpack_rows, unpack_separate, word_count
 from sw.checkpoints.safetensors_file import Checkpoint
 from sw.checkpoints.settings import Settings
 from sw.common.errors import UserError
 from tests.sw.fixtures.checkpoints import write_tensors
-from tests.sw.fixtures.huggingface.packed import Form, gptq_config, gptq_tensors, make_layer, pack
+from tests.sw.fixtures.huggingface.packed import (
+    Form,
+    compressed_config,
+    compressed_tensors,
+    gptq_config,
+    gptq_tensors,
+    make_layer,
+    pack,
+)
 
 DATA = Path(__file__).parents[1] / "fixtures" / "data" / "packed"
 COMPRESSED = [
@@ -26,6 +34,7 @@ COMPRESSED = [
     for bits in BITS
     for kind in ("symmetric", "asymmetric")
 ]
+OLDER = [name for name in COMPRESSED if "_3_" in name]
 GPTQ = [
     f"{version}_{bits}_{size}" for version in ("v1", "v2", "zeros") for bits in BITS for size in ("group", "channel")
 ]
@@ -41,7 +50,7 @@ def check(checkpoint: Checkpoint, form: LayerFormat, name: str) -> None:
     assert np.array_equal(form.read(checkpoint, name).dequantize(), checkpoint.tensor(f"{name}.expected"))
 
 
-@pytest.fixture(scope="module", params=["compressed_tensors", "gptq"])
+@pytest.fixture(scope="module", params=["compressed_tensors", "compressed_tensors_older", "gptq"])
 def folder(request, tmp_path_factory):
     """(folder, format's name)"""
     path = tmp_path_factory.mktemp(request.param)
@@ -52,9 +61,9 @@ def folder(request, tmp_path_factory):
 def test_layers_of_the_packages(folder):
     path, name = folder
     checkpoint = Checkpoint(path)
-    if name == "compressed_tensors":
-        form = compressed_format(settings("compressed_tensors.json"))
-        for layer in COMPRESSED:
+    if name != "gptq":
+        form = compressed_format(settings(f"{name}.json"))
+        for layer in COMPRESSED if name == "compressed_tensors" else OLDER:
             check(checkpoint, form, layer)
         assert not form.targets.scheme("model.other")
         return
@@ -66,7 +75,7 @@ def test_layers_of_the_packages(folder):
         if version == "zeros":
             # The package's own files name it.
             with pytest.raises(
-                UserError, match=r"a zero point is stored as (15|255), which programs read in different"
+                UserError, match=r"a zero point is stored as (3|7|15|255), which programs read in different"
             ):
                 gptq_format(settings("gptq.json", **changes)).read(checkpoint, layer)
             changes["meta"] = {"quantizer": ["gptqmodel:7.7.0"]}
@@ -74,9 +83,46 @@ def test_layers_of_the_packages(folder):
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_words(bits):
-    numbers = np.random.default_rng(2).integers(0, 1 << bits, (5, 64))
-    assert np.array_equal(unpack_rows(pack(numbers, bits), bits), numbers)
+@pytest.mark.parametrize("count", [1, 11, 22, 32, 64, 75])
+def test_words(bits, count):
+    """Rows of any length; a number of 3 bits may be in two words."""
+    numbers = np.random.default_rng(2).integers(0, 1 << bits, (5, count))
+    numbers[0] = (1 << bits) - 1
+    words = pack(numbers, bits)
+    assert words.shape[1] == word_count(count, bits)
+    found = unpack_rows(words, bits)
+    assert found.dtype == np.uint8
+    assert found.shape[1] == words.shape[1] * 32 // bits
+    assert np.array_equal(found[:, :count], numbers)
+    assert np.array_equal(unpack_separate(pack(numbers, bits, separate=True), bits)[:, :count], numbers)
+
+
+@pytest.mark.parametrize(("k", "separate"), [(80, False), (128, False), (128, True), (160, False), (160, True)])
+def test_both_forms_of_three_bits(k, separate, tmp_path):
+    """compressed-tensors: the number of words decides. For 80 features it is 8 in both forms."""
+    layer = make_layer(np.random.default_rng(3), 43, k, Form(bits=3, group=16, symmetric=False))
+    tensors = compressed_tensors("layer", layer, Form(bits=3, group=16, symmetric=False), separate=separate)
+    write_tensors(tmp_path / "a.safetensors", tensors)
+    config = compressed_config(Form(bits=3, group=16, symmetric=False))
+    form = compressed_format(Settings(tmp_path / "config.json", config))
+    found = form.read(Checkpoint(tmp_path), "layer")
+    assert np.array_equal(found.q, layer.q)
+    assert np.array_equal(found.zero_points, layer.z)
+
+
+def test_symmetric_three_bits(tmp_path):
+    """GPTQ of 3 bits, version 1: the zero points of a symmetric layer are 4, or the writer was wrong."""
+    form = Form(bits=3)
+    layer = make_layer(np.random.default_rng(3), 32, 32, form)
+    tensors = gptq_tensors("layer", layer, form)
+    write_tensors(tmp_path / "a.safetensors", tensors)
+    reader = gptq_format(Settings(tmp_path / "config.json", gptq_config(form)))
+    assert (reader.read(Checkpoint(tmp_path), "layer").zero_points == 4).all()
+    write_tensors(tmp_path / "a.safetensors", tensors | {"layer.qzeros": np.zeros((1, 3), np.int32)})
+    with pytest.raises(
+        UserError, match=r"layer\.qzeros: a zero point is not 4, and sym is true: older versions of GPT"
+    ):
+        reader.read(Checkpoint(tmp_path), "layer")
 
 
 @pytest.mark.parametrize(

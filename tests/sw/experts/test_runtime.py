@@ -8,6 +8,8 @@ import onnx
 import pytest
 from onnxruntime import OrtValue
 
+from sw.checkpoints.adapter import Adapter, LowRank
+from sw.common.errors import UserError
 from sw.devices import open_device
 from sw.graph.experts.match import find_mixtures
 from sw.graph.file import OnnxFile
@@ -174,6 +176,23 @@ def test_decoder_in_rtl(model):
             usages.append(decoder.usage)
     assert same_bits(logits[0], logits[1])
     assert usages[0].beats == usages[1].beats <= usages[1].cycles
+
+
+def test_adapters(model, tmp_path):
+    """An adapter of attention is used beside experts; one of an expert is refused, because nothing would add it."""
+    rng = np.random.default_rng(SEED)
+
+    def adapter(module: str, n: int) -> Adapter:
+        a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((4, CONFIG.hidden_size), (n, 4)))
+        return Adapter(tmp_path, {f"model.layers.1.{module}": LowRank(a, b, 1.0)}, "digest")
+
+    with open_device("reference", hardware()) as device:
+        decoder = Decoder(model, device, context=CONTEXT, adapters={"one": adapter("self_attn.q_proj", 64)})
+        plain = decoder.forward(IDS[:4])
+        decoder.adapter = "one"
+        assert relative(decoder.forward(IDS[:4]), plain) > 1e-3
+        with pytest.raises(UserError, match=r"experts\.0\.up_proj, which is no quantized layer"):
+            Decoder(model, device, context=CONTEXT, adapters={"one": adapter("mlp.experts.0.up_proj", 48)})
 
 
 def test_programs_are_refused(model):

@@ -42,6 +42,7 @@ from tests.sw.fixtures.huggingface.packed import (
 LAYERS = QWEN2["num_hidden_layers"]
 GPTQ_V2 = functools.partial(gptq_tensors, version=2)
 WITHOUT_ORDER = functools.partial(gptq_tensors, g_idx=False)
+SEPARATE = functools.partial(compressed_tensors, separate=True)
 OLD_ZEROS = functools.partial(compressed_tensors, old_zeros=True)
 UNTIED = QWEN2 | {"tie_word_embeddings": False}
 ASYMMETRIC = Form(symmetric=False)
@@ -65,6 +66,31 @@ CASES: dict[str, tuple[Packer, dict, Form]] = {
         Form(order="blocks"),
     ),
     "gptq bf16": (gptq_tensors, gptq_config(Form()), Form(scales="BF16", floats="BF16")),
+    "gptq 2 bits": (gptq_tensors, gptq_config(Form(bits=2)), Form(bits=2)),
+    "gptq 2 bits asymmetric": (
+        GPTQ_V2,
+        gptq_config(replace(ASYMMETRIC, bits=2), checkpoint_format="gptq_v2"),
+        replace(ASYMMETRIC, bits=2),
+    ),
+    "gptq 3 bits": (gptq_tensors, gptq_config(Form(bits=3)), Form(bits=3)),
+    "gptq 3 bits asymmetric": (
+        gptq_tensors,
+        gptq_config(replace(ASYMMETRIC, bits=3)),
+        replace(ASYMMETRIC, bits=3),
+    ),
+    "auto-round 2 bits": (WITHOUT_ORDER, auto_round_config(Form(bits=2)), Form(bits=2)),
+    "auto-round 3 bits": (WITHOUT_ORDER, auto_round_config(Form(bits=3)), Form(bits=3)),
+    "compressed 2 bits": (
+        compressed_tensors,
+        compressed_config(replace(ASYMMETRIC, bits=2)),
+        replace(ASYMMETRIC, bits=2),
+    ),
+    "compressed 3 bits": (
+        compressed_tensors,
+        compressed_config(replace(ASYMMETRIC, bits=3)),
+        replace(ASYMMETRIC, bits=3),
+    ),
+    "compressed 3 bits, 0.17": (SEPARATE, compressed_config(Form(bits=3, group=-1)), Form(bits=3, group=-1)),
     "auto-round": (WITHOUT_ORDER, auto_round_config(Form()), Form()),
     "auto-round asymmetric": (
         functools.partial(gptq_tensors, version=2, g_idx=False),

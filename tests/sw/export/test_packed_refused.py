@@ -66,10 +66,10 @@ METHODS = {
     "no object": ([1], "quantization_config is an object, not [1]"),
 }
 GPTQ: dict[str, tuple[dict[str, Any], str]] = {
-    "bits": ({"bits": 3}, "quantization_config's bits is 4 or 8, not 3"),
-    "no bits": ({"bits": None}, "quantization_config's bits is 4 or 8, not null"),
-    "truth": ({"bits": True}, "quantization_config's bits is 4 or 8, not true"),
-    "float": ({"bits": 4.0}, "quantization_config's bits is 4 or 8, not 4.0"),
+    "bits": ({"bits": 5}, "quantization_config's bits is 2, 3, 4 or 8, not 5"),
+    "no bits": ({"bits": None}, "quantization_config's bits is 2, 3, 4 or 8, not null"),
+    "truth": ({"bits": True}, "quantization_config's bits is 2, 3, 4 or 8, not true"),
+    "float": ({"bits": 4.0}, "quantization_config's bits is 2, 3, 4 or 8, not 4.0"),
     "float group": ({"group_size": 32.0}, "group_size is -1 or a multiple of 16, not 32.0"),
     "other bits": ({"bits": 8}, "scales is [2, 64], not [1, 64]: qweight holds [32, 64] weights of 8 bits"),
     "group": ({"group_size": 40}, "quantization_config's group_size is -1 or a multiple of 16, not 40"),
@@ -92,7 +92,7 @@ GPTQ: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "long": ({"dynamic": {".*" * 7: {}}}, "has more than 6 repetitions: it could take very long"),
     "override": ({"dynamic": {".*q_proj": 8}}, "quantization_config's dynamic .*q_proj is an object, not 8"),
-    "override bits": ({"dynamic": {".*q_proj": {"bits": 2}}}, "dynamic .*q_proj's bits is 4 or 8, not 2"),
+    "override bits": ({"dynamic": {".*q_proj": {"bits": 6}}}, "dynamic .*q_proj's bits is 2, 3, 4 or 8, not 6"),
     "not packed": ({"dynamic": {"-:.*q_proj": {}}}, f"layer {FIRST} has qweight, and dynamic says that it is float"),
 }
 
@@ -103,7 +103,7 @@ AUTO_ROUND: dict[str, tuple[dict[str, Any], str]] = {
         "quantization_config's packing_format is auto_round:auto",
     ),
     "no layout": ({"packing_format": None}, "auto_round:auto_awq, not null"),
-    "bits": ({"bits": 2}, "quantization_config's bits is 4 or 8, not 2"),
+    "bits": ({"bits": 7}, "quantization_config's bits is 2, 3, 4 or 8, not 7"),
     "floats": ({"data_type": "mx_fp"}, 'quantization_config\'s data_type is int, not "mx_fp"'),
     "activations": ({"act_bits": 8}, "quantization_config's act_bits is 16 (only weights may be quantized), not 8"),
     "rotated": ({"rotation_config": {"a": 1}}, 'quantization_config\'s rotation_config is null, not {"a": 1}'),
@@ -113,7 +113,7 @@ AUTO_ROUND: dict[str, tuple[dict[str, Any], str]] = {
         {"extra_config": {".*q_proj": {"bits": 8}}},
         "extra_config .*q_proj is a layer's name if its sizes are",
     ),
-    "layer bits": ({"extra_config": {FIRST: {"bits": 2}}}, "q_proj$'s bits is 4 or 8, not 2"),
+    "layer bits": ({"extra_config": {FIRST: {"bits": 1}}}, "q_proj$'s bits is 2, 3, 4 or 8, not 1"),
     "layer type": ({"extra_config": {FIRST: {"data_type": "fp"}}}, f"extra_config {FIRST}'s data_type is int, not"),
     "AWQ": (
         {"packing_format": "auto_round:auto_awq", "extra_config": {FIRST: {"bits": 8}}},
@@ -161,8 +161,11 @@ COMPRESSED: dict[str, tuple[dict[str, Any], str]] = {
     "rotated": ({"transform_config": {"config_groups": {"u": {}}}}, 'transform_config is null, not {"u": {}}'),
     "no weights": ({"config_groups": group(weights=None)}, "config_groups.group_0.weights is an object, not null"),
     "floats": ({"config_groups": weights(type="float")}, 'config_groups.group_0.weights.type is int, not "float"'),
-    "float": ({"config_groups": weights(num_bits=4.0)}, "config_groups.group_0.weights.num_bits is 4 or 8, not 4.0"),
-    "bits": ({"config_groups": weights(num_bits=3)}, "config_groups.group_0.weights.num_bits is 4 or 8, not 3"),
+    "float": (
+        {"config_groups": weights(num_bits=4.0)},
+        "config_groups.group_0.weights.num_bits is 2, 3, 4 or 8, not 4.0",
+    ),
+    "bits": ({"config_groups": weights(num_bits=5)}, "config_groups.group_0.weights.num_bits is 2, 3, 4 or 8, not 5"),
     "tensor": (
         {"config_groups": weights(strategy=None, group_size=None)},
         'config_groups.group_0.weights.strategy is group, or channel without group_size, not "tensor"',
@@ -355,9 +358,9 @@ def test_settings_beside_the_config(tmp_path, monkeypatch):
     older.write_text(json.dumps({"bits": 4, "group_size": 128}))
     with pytest.raises(UserError, match=r"group_size is 16 in config\.json and 128 in quantize_config\.json"):
         resolve_model(tmp_path / "in")
-    older.write_text(json.dumps({"bits": 2, "group_size": 16}))
+    older.write_text(json.dumps({"bits": 5, "group_size": 16}))
     with_config(tmp_path / "in", None)
-    with pytest.raises(UserError, match=r"quantize_config\.json: quantization_config's bits is 4 or 8, not 2"):
+    with pytest.raises(UserError, match=r"quantize_config\.json: quantization_config's bits is 2, 3, 4 or 8, not 5"):
         resolve_model(tmp_path / "in")
 
 
@@ -411,7 +414,7 @@ def test_odd_values(method, checkpoint, compressed, tmp_path):
 
 def test_command_line(tmp_path):
     """Exit status 2, one line, and neither a partial folder nor a partial cache."""
-    write_packed(tmp_path / "in", gptq_tensors, gptq_config(Form(), bits=2), Form())
+    write_packed(tmp_path / "in", gptq_tensors, gptq_config(Form(), bits=5), Form())
     environment = os.environ | {"GRISTMILL_CACHE": str(tmp_path / "cache")}
     for command in (
         ["sw.awq_export", str(tmp_path / "in"), "--out", str(tmp_path / "out")],
@@ -421,5 +424,5 @@ def test_command_line(tmp_path):
             [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
         )
         assert (bad.returncode, bad.stdout) == (2, "")
-        assert bad.stderr == f"error: {tmp_path}/in/config.json: quantization_config's bits is 4 or 8, not 2\n"
+        assert bad.stderr == f"error: {tmp_path}/in/config.json: quantization_config's bits is 2, 3, 4 or 8, not 5\n"
     assert sorted(item.name for item in tmp_path.iterdir()) == ["in"]

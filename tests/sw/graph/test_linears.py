@@ -18,7 +18,7 @@ K, N, TOKENS = 96, 24, 5
 CONTRIB = "com.microsoft"
 
 
-def make_model(nodes, tensors, k=K, outputs=("y",), dtype=TensorProto.FLOAT) -> onnx.ModelProto:
+def make_model(nodes, tensors, k=K, outputs=("y",), dtype=TensorProto.FLOAT, opset=21) -> onnx.ModelProto:
     """A graph from x [TOKENS, k] to the named outputs; tensors are arrays by name."""
     initializers = [numpy_helper.from_array(values, name) for name, values in tensors.items()]
     graph = helper.make_graph(
@@ -28,7 +28,7 @@ def make_model(nodes, tensors, k=K, outputs=("y",), dtype=TensorProto.FLOAT) -> 
         [helper.make_tensor_value_info(name, dtype, None) for name in outputs],
         initializers,
     )
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(CONTRIB, 1)]
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid(CONTRIB, 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
@@ -173,8 +173,15 @@ def dequantize_model(
 ) -> onnx.ModelProto:
     """DequantizeLinear -> [Transpose ->] MatMul or Gemm. transposed: weights are [N, K], with a Transpose or transB."""
     rng = np.random.default_rng(len(kind) + blocked + 2 * transposed)
-    low, high = {"int4": (-8, 8), "uint4": (0, 16), "int8": (-128, 128), "uint8": (0, 256)}[kind]
-    dtype = {"int4": ml_dtypes.int4, "uint4": ml_dtypes.uint4}.get(kind, np.dtype(kind))
+    low, high = {
+        "int2": (-2, 2),
+        "uint2": (0, 4),
+        "int4": (-8, 8),
+        "uint4": (0, 16),
+        "int8": (-128, 128),
+        "uint8": (0, 256),
+    }[kind]
+    dtype: Any = getattr(ml_dtypes, kind, np.dtype(kind) if kind in ("int8", "uint8") else None)
     groups = -(-K // block) if blocked else 1
     weights, shape = rng.integers(low, high, (K, N)), (groups, N)
     scales, zeros = rng.standard_normal(shape).astype(np.float32), rng.integers(low, high, shape)
@@ -197,10 +204,10 @@ def dequantize_model(
         if transposed:
             nodes.append(helper.make_node("Transpose", ["w"], ["wt"], perm=[1, 0]))
         nodes.append(helper.make_node("MatMul", ["x", "wt" if transposed else "w"], ["y"], "layer"))
-    return make_model(nodes, tensors)
+    return make_model(nodes, tensors, opset=25 if "int2" in kind else 21)
 
 
-@pytest.mark.parametrize("kind", ["int4", "uint4", "int8", "uint8"])
+@pytest.mark.parametrize("kind", ["int2", "uint2", "int4", "uint4", "int8", "uint8"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["KN", "NK"])
 @pytest.mark.parametrize("gemm", [False, True], ids=["MatMul", "Gemm"])
 @pytest.mark.parametrize("zero_points", [False, True], ids=["no zero points", "zero points"])
@@ -208,7 +215,7 @@ def test_dequantize_linear(kind, transposed, gemm, zero_points, tmp_path):
     path = save(dequantize_model(kind, transposed=transposed, gemm=gemm, zero_points=zero_points), tmp_path)
     (layer,) = find_linears(path)
     assert (layer.name, layer.k, layer.n, layer.group_size) == ("layer", K, N, 32)
-    assert layer.bits == (4 if "4" in kind else 8)
+    assert layer.bits == int(kind[-1])
     assert layer.bias_in_node == gemm
     assert relative_error(layer.float_output(noise()), run(path, noise())) < 1e-5
 

@@ -3,15 +3,25 @@
 
 from functools import cached_property
 
+from amaranth.hdl import Const, Value
+
 from hw.spec.config import EXPONENT_BITS, SCALE_BITS, AcceleratorConfig
 from hw.spec.memory.geometry import LayerLayout, StreamLayout
-from hw.spec.memory.kv_cache import KEY_BITS, LONGEST_CONTEXT, KeyCache, ValueCache, check_cache, key_layer
+from hw.spec.memory.kv_cache import (
+    KEY_BITS,
+    LONGEST_CONTEXT,
+    KeyCache,
+    ValueCache,
+    append_bundle,
+    check_cache,
+    key_layer,
+)
 from hw.spec.memory.operands import DATA_ALIGNMENT, WEIGHT_ALIGNMENT
 from hw.spec.numerics.attention import CHUNK, VALUE_BITS
 from hw.spec.numerics.block_float import BLOCK
 from hw.spec.ops.epilogue import MAX_HEAD
 
-_WORD = 16
+_WORD = 32
 """Mantissas of a word, if tile and port do not need more or less."""
 
 
@@ -38,6 +48,7 @@ class CacheGeometry:
     spaced : a unit takes several beats of the stream, so a key has no byte in most of them
     value_bytes, parts : bytes of a value in a beat of one port, and such beats of a row
     word : mantissas of a word of the memory
+    bundle : positions that are written together, :func:`hw.spec.memory.kv_cache.append_bundle`
     scale_stride : bytes from the scales of one group and plane to those of the next
     """
 
@@ -56,7 +67,17 @@ class CacheGeometry:
         self.value_bytes = min(row_bytes, self.port_bytes, self.word // self.per_byte)
         self.parts = row_bytes // self.value_bytes
         self.scale_stride = StreamLayout(config).record_bits // 8
+        self.bundle = append_bundle(config)
         self.value = ValueCache(config, BLOCK, 1)
+
+    @property
+    def bundle_bits(self) -> int:
+        """Bits of the index of a position in its bundle."""
+        return log2(self.bundle)
+
+    def member(self, slot) -> Value:
+        """The index of a slot in its bundle."""
+        return slot[: self.bundle_bits] if self.bundle > 1 else Const(0, 0)
 
     @property
     def words(self) -> int:

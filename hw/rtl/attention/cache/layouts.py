@@ -133,9 +133,11 @@ def step_layout(shape: CacheGeometry) -> data.StructLayout:
     address, byte, plane : the first byte of its mantissas: word of the memory, byte of one plane of a word, and plane,
         where 0 is the lowest one
     wide : mantissas have 16 bits
-    exponent, largest : of its group, and of the head
+    exponent, largest : by position of the bundle: of its group, and of the head
+    member : of a value, its index in the bundle
+    mask : by position of the bundle: it is written
     """
-    exponent = signed(EXPONENT_BITS)
+    exponent = data.ArrayLayout(signed(EXPONENT_BITS), shape.bundle)
     return data.StructLayout(
         {
             "part": len(Part),
@@ -151,5 +153,7 @@ def step_layout(shape: CacheGeometry) -> data.StructLayout:
             "wide": 1,
             "exponent": exponent,
             "largest": exponent,
+            "member": unsigned(shape.bundle_bits),
+            "mask": unsigned(shape.bundle),
         }
     )

@@ -7,29 +7,30 @@ from amaranth.lib.wiring import In, Out
 
 from hw.rtl.attention.cache.geometry import CacheGeometry, log2
 from hw.rtl.attention.cache.layouts import GROUP_BITS, PLANE_BITS, Part, placed_layout, region_layout, step_layout
-from hw.rtl.attention.head_float import head_layout
+from hw.rtl.attention.cache.store import bundle_layout
 from hw.rtl.memory.write_manager import PIECE_BYTES
 from hw.spec.config import AcceleratorConfig
 from hw.spec.numerics.attention import CHUNK
 
 
 class CacheSteps(wiring.Component):
-    """Divides a position into beats of one port, and these into pieces.
+    """Divides a bundle of positions into beats of one port, and these into pieces.
 
-    A key: its row exponent; its scales, one by one; its mantissas, port by port, so that the beats of a port are
-    neighbours and form pieces of up to 1 KiB. A value: its mantissas, tile of columns by tile, plane by plane; and its
-    exponents. All pieces but those of a key's mantissas are one beat.
+    Keys: their row exponents; their scales, one by one; their mantissas, port by port, so that the beats of a port are
+    neighbours and form pieces of up to 1 KiB. All positions of the bundle have bytes in each beat. Values: the
+    mantissas of one position after the other, tile of columns by tile, plane by plane; and the exponents of all
+    positions. All pieces but those of keys' mantissas are one beat.
 
     Members
     -------
     jobs : appends
-    head, complete : the oldest head, and whether all of its mantissas are there
+    bundle : the oldest bundle, when all of its mantissas are there
     room : another step may be made
     valid, step : a step
     region, header_beats : where the cache is, and beats of a header; they stay for ``SETTLING`` cycles after the last
         step of a job
 
-    Latency 1 cycle. Throughput 1 step per cycle, with two cycles between heads.
+    Latency 1 cycle. Throughput 1 step per cycle, with two cycles between bundles.
     """
 
     SETTLING = 4
@@ -39,8 +40,7 @@ class CacheSteps(wiring.Component):
         super().__init__(
             {
                 "jobs": In(stream.Signature(placed_layout(config, shape))),
-                "head": In(stream.Signature(head_layout())),
-                "complete": In(1),
+                "bundle": In(stream.Signature(bundle_layout(shape))),
                 "room": In(1),
                 "valid": Out(1),
                 "step": Out(step_layout(shape)),
@@ -52,37 +52,47 @@ class CacheSteps(wiring.Component):
     def elaborate(self, platform) -> Module:
         m = Module()
         self.job = Signal(placed_layout(self.config, self.shape), reset_less=True)
-        # Begin a head; make a step; the last one of the head was made in the cycle before.
+        # Begin a bundle; make a step; the last one of the bundle was made in the cycle before.
         self.begin, self.move, self.head_end = Signal(), Signal(), Signal()
+        # The bundle has the last position of the job; its last slot.
+        self.final, self.last_slot = Signal(), Signal.like(self.job.slot)
         self.part = Signal(len(Part))
         m.d.comb += [
             self.region.eq(self.job.region),
             self.header_beats.eq(self.job.header_beats),
-            self.head.ready.eq(self.head_end),
+            self.bundle.ready.eq(self.head_end),
+            self.last_slot.eq(Cat(self._last_member, self.job.slot[self.shape.bundle_bits :])),
         ]
         self._walk_jobs(m)
         self._walk_head(m)
         return m
 
+    @property
+    def _last_member(self) -> Value:
+        return self.shape.member(self.bundle.payload.last)
+
     # Jobs
 
     def _walk_jobs(self, m: Module) -> None:
-        """Takes jobs, begins heads, and moves from slot to slot."""
+        """Takes jobs, begins bundles, and moves from slot to slot."""
         job, active, working, settling = self.job, Signal(), Signal(), Signal(self.SETTLING)
-        job_end = Signal()
+        job_end, last_slot = Signal(), self.last_slot
         wraps, crosses, beyond = Signal(), Signal(), Signal.like(job.origin)
+        # Positions of the bundle minus 1.
+        more = (self._last_member - self.shape.member(job.slot))[: self.shape.bundle_bits]
         m.d.comb += [
             self.jobs.ready.eq(~active & ~settling.any()),
-            self.begin.eq(active & ~working & self.complete),
+            self.begin.eq(active & ~working & self.bundle.valid),
             self.move.eq(working & self.room & ~self.head_end),
-            job_end.eq(self.head_end & (job.last_token == 0)),
+            job_end.eq(self.head_end & self.final),
             # The next slot is in another output tile, or in another chunk.
-            crosses.eq(Mux(job.keys, job.slot[: log2(self.config.tile)].all(), job.slot[: log2(CHUNK)].all())),
+            crosses.eq(Mux(job.keys, last_slot[: log2(self.config.tile)].all(), last_slot[: log2(CHUNK)].all())),
         ]
         m.d.sync += [
             settling.eq(Cat(job_end, settling)),
-            # Known before the head ends, because a head has three steps or more.
-            wraps.eq(job.slot + 1 == job.slots),
+            # Known before they are needed, because a head has three steps or more.
+            wraps.eq(last_slot + 1 == job.slots),
+            self.final.eq(job.last_token == more),
             beyond.eq(job.origin + job.tile_beats),
         ]
         with m.If(self.jobs.valid & self.jobs.ready):
@@ -93,8 +103,8 @@ class CacheSteps(wiring.Component):
             m.d.sync += [
                 working.eq(0),
                 active.eq(~job_end),
-                job.last_token.eq(job.last_token - 1),
-                job.slot.eq(Mux(wraps, 0, job.slot + 1)),
+                job.last_token.eq(job.last_token - more - 1),
+                job.slot.eq(Mux(wraps, 0, last_slot + 1)),
             ]
             with m.If(wraps):
                 m.d.sync += job.origin.eq(0)
@@ -104,14 +114,15 @@ class CacheSteps(wiring.Component):
     # A head
 
     def _walk_head(self, m: Module) -> None:
-        """Counts through the parts of a head: turns of the ports, groups, tiles in a group, planes, and beats."""
+        """Counts through the parts of a bundle: its positions if they are values, turns of the ports, groups, tiles in
+        a group, planes, and beats."""
         shape, job, part, move = self.shape, self.job, self.part, self.move
         body, values = part[Part.BODY], part[Part.VALUES]
         low = Signal(range(max(shape.group_beats, shape.parts)))
         plane, tile = Signal(PLANE_BITS), Signal(range(shape.value_tiles))
-        group, turn = Signal(GROUP_BITS), Signal(range(shape.turns))
+        group, turn, member = Signal(GROUP_BITS), Signal(range(shape.turns)), Signal(max(1, shape.bundle_bits))
         planes = body | values | part[Part.SCALES]
-        ends = Signal(5)
+        ends = Signal(6)
         m.d.comb += ends.eq(
             Cat(
                 Mux(body, low == shape.group_beats - 1, ~values | (low == shape.parts - 1)),
@@ -119,6 +130,7 @@ class CacheSteps(wiring.Component):
                 ~values | (tile == shape.value_tiles - 1),
                 part[Part.EXPONENT] | (group == job.last_group),
                 ~body | (turn == shape.turns - 1),
+                ~values | (member == self.bundle.payload.last) if shape.bundle > 1 else Const(1),
             )
         )
         part_end = Signal()
@@ -126,7 +138,8 @@ class CacheSteps(wiring.Component):
         m.d.comb += part_end.eq(move & ends.all())
         # A register, because long paths end at the FIFO of heads.
         m.d.sync += self.head_end.eq(part_end & last_part)
-        for index, (counter, start) in enumerate(((low, 0), (plane, job.top), (tile, 0), (group, 0), (turn, 0))):
+        counters = ((low, 0), (plane, job.top), (tile, 0), (group, 0), (turn, 0), (member, shape.member(job.slot)))
+        for index, (counter, start) in enumerate(counters):
             with m.If(self.begin):
                 m.d.sync += counter.eq(start)
             with m.Elif(move & ends[:index].all() if index else move):
@@ -136,9 +149,9 @@ class CacheSteps(wiring.Component):
             m.d.sync += part.eq(Mux(job.keys, 1 << Part.EXPONENT, 1 << Part.VALUES))
         with m.Elif(part_end):
             m.d.sync += part.eq(part << 1)
-        self._places(m, low, plane, tile, group, turn, ends)
+        self._places(m, low, plane, tile, group, turn, member, ends)
 
-    def _places(self, m: Module, low, plane, tile, group, turn, ends: Signal) -> None:
+    def _places(self, m: Module, low, plane, tile, group, turn, member, ends: Signal) -> None:
         """The step of these counters, in a register."""
         shape, job, part, step = self.shape, self.job, self.part, self.step
         # A record is the scales and zero points of one group and plane.
@@ -148,7 +161,7 @@ class CacheSteps(wiring.Component):
         beat, left = Signal(range(longest)), Signal(range(longest))
         origin, table = Signal(shape.origin_bits), Signal(shape.table_bits)
         most = Cat(Const(shape.group_beats - 1, log2(shape.group_beats)), job.last_record)
-        turn_end, piece = ends[:-1].all(), PIECE_BYTES // shape.port_bytes
+        turn_end, piece = ends[:4].all(), PIECE_BYTES // shape.port_bytes
         with m.If(self.begin):
             m.d.sync += [
                 record.eq(self.config.tile),
@@ -163,7 +176,8 @@ class CacheSteps(wiring.Component):
             with m.If(body):
                 m.d.sync += [beat.eq(Mux(turn_end, 0, beat + 1)), left.eq(Mux(turn_end, most, left - 1))]
             with m.If(values & ends[:2].all()):
-                m.d.sync += origin.eq(origin + job.columns_step)
+                # The next position begins again.
+                m.d.sync += origin.eq(Mux(ends[:4].all(), job.origin, origin + job.columns_step))
             with m.If(table_part):
                 m.d.sync += table.eq(table + (job.chunks << log2(CHUNK)))
         if shape.spaced:
@@ -173,7 +187,9 @@ class CacheSteps(wiring.Component):
             long = left >= piece
             last_beat = Mux(body, Mux(long, piece - 1, left), 0)
             last_piece = ~long
-        exponents = Array(self.head.payload.exponents[index] for index in range(1 << GROUP_BITS))
+        first_member, last_member = shape.member(job.slot), self._last_member
+        mask = [values | ((index >= first_member) & (index <= last_member)) for index in range(shape.bundle)]
+        heads = [self.bundle.payload.heads[index] for index in range(shape.bundle)]
         mantissa = Mux(body, self._of_key(low, group, turn), self._of_value(low, tile, group))
         word_bits = log2(shape.word)
         byte = mantissa[log2(shape.per_byte) : word_bits]
@@ -185,17 +201,22 @@ class CacheSteps(wiring.Component):
             m.d.sync += [
                 step.part.eq(part),
                 step.first.eq(first),
-                step.last.eq((job.last_token == 0) & ((body & ends[-1] & last_piece) | (table_part & ends.all()))),
+                step.last.eq(self.final & ((body & ends[4] & last_piece) | (table_part & ends.all()))),
                 step.last_beat.eq(last_beat),
                 step.origin.eq(origin),
-                step.inside.eq(self._inside(low, plane, turn, beat, record)),
+                step.inside.eq(self._inside(low, plane, turn, member, beat, record)),
                 step.table.eq(table),
                 step.address.eq(Cat(mantissa[word_bits:], half)),
                 step.byte.eq(byte),
                 step.plane.eq(plane),
-                step.wide.eq(self.head.payload.wide),
-                step.exponent.eq(exponents[group]),
-                step.largest.eq(self.head.payload.largest),
+                step.member.eq(member),
+                step.mask.eq(Cat(mask)),
+                step.wide.eq(Array(head.wide for head in heads)[last_member] if shape.bundle > 1 else heads[0].wide),
+                *(
+                    step.exponent[index].eq(Array(head.exponents[each] for each in range(1 << GROUP_BITS))[group])
+                    for index, head in enumerate(heads)
+                ),
+                *(step.largest[index].eq(head.largest) for index, head in enumerate(heads)),
             ]
 
     def _of_key(self, low, group, turn) -> Value:
@@ -210,13 +231,13 @@ class CacheSteps(wiring.Component):
         inside = Const(0, log2(shape.value_bytes * shape.per_byte))
         return Cat(inside, low[: log2(shape.parts)], tile[: log2(shape.value_tiles)], group)
 
-    def _inside(self, low, plane, turn, beat, record) -> Value:
+    def _inside(self, low, plane, turn, member, beat, record) -> Value:
         """The first byte of a beat in the header or in the body of its output tile."""
         shape, slot, part = self.shape, self.job.slot, self.part
         column = slot[: log2(self.config.tile)]
         unit = Const(0, max(0, log2(shape.port_bytes) - log2(self.config.tile)))
         of_key = Cat(column, unit, turn[: log2(shape.turns)], beat)
-        position, group_bits = slot[: log2(CHUNK)], log2(shape.value.group)
+        position, group_bits = Cat(shape.member(member), slot[shape.bundle_bits : log2(CHUNK)]), log2(shape.value.group)
         of_value = Cat(
             Const(0, log2(shape.value_bytes)),
             low[: log2(shape.parts)],
