@@ -8,6 +8,7 @@ from sw.checkpoints.rotary import FULL, rotary_of
 from sw.checkpoints.settings import Settings
 from sw.common.errors import UserError
 from sw.model.decoder import GELU_TANH, DecoderConfig, scale_residual
+from sw.model.experts import Routing
 from sw.model.families import FAMILIES
 
 SLIDING = "sliding_attention"
@@ -43,12 +44,15 @@ HARMLESS = frozenset(
         "max_window_layers",  # of sliding windows in Qwen, which are refused
         "sliding_window",  # of families that are not in WINDOWED, where use_sliding_window is false
         "transformers_version",
+        "output_router_logits",  # for training, like the next two
+        "router_aux_loss_coef",
+        "router_jitter_noise",
         "auto_map",  # the classes are checked by name
         "_name_or_path",
     }
 )
 """Keys of config.json that cannot change a result of these families. transformers does not read any other key."""
-WINDOWED = {"mistral": 4096, "ministral": 4096, "phi3": None, "gemma3_text": 4096}
+WINDOWED = {"mistral": 4096, "ministral": 4096, "phi3": None, "gemma3_text": 4096, "mixtral": None}
 """Family with sliding windows -> transformers' window if config.json has none. null means no window."""
 MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 GEMMA_PATTERN = 6
@@ -129,10 +133,38 @@ def _gemma3(config: Settings, shape: DecoderConfig) -> DecoderConfig:
     )
 
 
+def _experts(config: Settings, size_key: str, counts: tuple[int, int]) -> Routing:
+    """The sizes that all families with experts have. counts: experts and experts of a token if there is no key."""
+    keys = [key for key in ("num_experts", "num_local_experts") if config.get(key) is not None]
+    values = {config.integer(key) for key in keys} or {counts[0]}
+    if len(values) > 1:
+        raise config.wrong("num_experts", f"equal to num_local_experts {config.get('num_local_experts')}")
+    count, used = values.pop(), config.integer("num_experts_per_tok", counts[1])
+    if used > count:
+        raise config.wrong("num_experts_per_tok", f"at most the number of experts {count}")
+    return Routing(count, used, config.integer(size_key))
+
+
+def _mixtral(config: Settings, shape: DecoderConfig) -> DecoderConfig:
+    return replace(shape, routing=_experts(config, "intermediate_size", (8, 2)))
+
+
+def _qwen3_moe(config: Settings, shape: DecoderConfig) -> DecoderConfig:
+    listed, step = config.get("mlp_only_layers"), config.integer("decoder_sparse_step", 1)
+    listed = [] if listed is None else listed
+    if not isinstance(listed, list) or not all(type(index) is int for index in listed):
+        raise config.wrong("mlp_only_layers", "a list of indices of layers")
+    dense = frozenset(index for index in range(shape.layer_count) if index in listed or (index + 1) % step)
+    routing = _experts(config, "moe_intermediate_size", (128, 8))
+    return replace(shape, routing=replace(routing, normalised=config.flag("norm_topk_prob", False), dense=dense))
+
+
 SPECIAL: dict[str, Callable[[Settings, DecoderConfig], DecoderConfig]] = {
     "smollm3": _smollm3,
     "granite": _granite,
     "gemma3_text": _gemma3,
+    "mixtral": _mixtral,
+    "qwen3_moe": _qwen3_moe,
 }
 """Family -> what its own keys change."""
 assert SPECIAL.keys() | WINDOWED.keys() <= FAMILIES.keys()

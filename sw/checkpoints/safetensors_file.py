@@ -61,13 +61,17 @@ class SafetensorsFile:
         """The format's name of the tensor's element type: F16, BF16, I32 and so on."""
         return self._tensors[name][0]
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape."""
+        return self._tensors[name][1]
+
     def size(self, name: str) -> int:
         """The tensor's size in bytes."""
         _, _, begin, end = self._tensors[name]
         return end - begin
 
-    def tensor(self, name: str) -> np.ndarray:
-        """A view of the file; for BF16, which numpy does not support, a float32 copy.
+    def tensor(self, name: str, part: int | None = None) -> np.ndarray:
+        """A view of the file; for BF16, which numpy does not support, a float32 copy. part: index of the first axis.
 
         Raises UserError for element types that are not in DTYPES.
         """
@@ -75,6 +79,7 @@ class SafetensorsFile:
         if kind not in DTYPES:
             raise UserError(f"{self.path}: tensor {name} is {kind}; {', '.join(DTYPES)} are read")
         values = self._data[begin:end].view(DTYPES[kind]).reshape(shape)
+        values = values if part is None else values[part]
         if kind == "BF16":
             # BF16 is the upper half of a float32. Shift in place, because a head's table has hundreds of megabytes.
             bits = values.astype(np.uint32)
@@ -157,12 +162,21 @@ class Checkpoint:
                 )
             self._files |= dict.fromkeys(file.names, file)
 
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors."""
+        return list(self._files)
+
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
-    def tensor(self, name: str) -> np.ndarray:
+    def tensor(self, name: str, part: int | None = None) -> np.ndarray:
         """See SafetensorsFile.tensor. Raises UserError if there is no tensor of this name."""
-        return self._file(name).tensor(name)
+        return self._file(name).tensor(name, part)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape. Raises UserError if there is no tensor of this name."""
+        return self._file(name).shape(name)
 
     def integers(self, name: str, kinds: Sequence[str] = ("I32",)) -> np.ndarray:
         """A tensor of integers. kinds: the format's names of the types. Raises UserError for other types."""
@@ -171,22 +185,22 @@ class Checkpoint:
             raise UserError(f"{self.folder}: tensor {name} is {kind}, not {' or '.join(kinds)}")
         return self.tensor(name)
 
-    def table(self, name: str) -> np.ndarray:
-        """A tensor of floats: float16 if it is stored so, else float32.
+    def table(self, name: str, part: int | None = None) -> np.ndarray:
+        """A tensor of floats: float16 if it is stored so, else float32. part: index of the first axis.
 
         Raises UserError for other types and for values that are not finite.
         """
         kind = self._file(name).kind(name)
         if kind not in FLOATS:
             raise UserError(f"{self.folder}: tensor {name} is {kind}, not one of {', '.join(FLOATS)}")
-        values = self.tensor(name)
+        values = self.tensor(name, part)
         if values.ndim == 0 or not is_finite(values):
             raise UserError(f"{self.folder}: tensor {name} holds values that are not finite, or a single one")
         return values
 
-    def floats(self, name: str) -> np.ndarray:
-        """A tensor of floats as a contiguous float32 copy."""
-        return np.array(self.table(name), np.float32)
+    def floats(self, name: str, part: int | None = None) -> np.ndarray:
+        """A tensor of floats, or a part by its index of the first axis, as a contiguous float32 copy."""
+        return np.array(self.table(name, part), np.float32)
 
     def _file(self, name: str) -> SafetensorsFile:
         if name not in self._files:

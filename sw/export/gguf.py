@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from sw.checkpoints.gguf.experts import expert_tensors, family_of, read_experts, read_routing
 from sw.checkpoints.gguf.families import FUSED, layer_tensors, logits_divisor, norm_tensors, with_architecture
 from sw.checkpoints.gguf.keys import check_keys
 from sw.checkpoints.gguf.reader import GgufFile
@@ -22,7 +23,7 @@ from sw.common.errors import UserError
 from sw.common.status_line import Progress
 from sw.export.folder import EXPORTER_VERSION, write_folder
 from sw.model.decoder import MAX_POSITIONS, DecoderConfig, DecoderLayer, split_rows
-from sw.model.families import ARCHITECTURES, of_architecture
+from sw.model.families import ARCHITECTURES
 from sw.model.linear import QuantizedLinear
 from sw.model.lm_head import Linear, Table
 from sw.model.source import DecoderSource
@@ -50,7 +51,7 @@ def gguf_source(model: GgufFile) -> DecoderSource:
     embedding, head = _tables(model)
     return DecoderSource(
         name=str(model.meta("general.name", model.path.stem)),
-        family=of_architecture(model.meta("general.architecture"))[0],
+        family=family_of(model)[0],
         config=config,
         embedding=embedding,
         layers=_layers(model, config),
@@ -97,6 +98,7 @@ def decoder_config(model: GgufFile) -> DecoderConfig:
         norm_epsilon=model.number(f"{family}.attention.layer_norm_rms_epsilon"),
         rope_factors=_rope_factors(model, family, rotary),
         rotary_size=0 if rotary == head_size else rotary,
+        routing=read_routing(model),
     )
     return with_architecture(model, shape)
 
@@ -127,11 +129,13 @@ def _expect_known_tensors(model: GgufFile, config: DecoderConfig) -> None:
     known = {"token_embd.weight", "output_norm.weight", "output.weight", "rope_freqs.weight"}
     if architecture == "phi3":
         known |= {"rope_factors_short.weight", "rope_factors_long.weight"}
+    experts = set() if config.routing is None else set(expert_tensors(config.routing))
     layers, norms = layer_tensors(architecture), norm_tensors(architecture).values()
     for i in range(config.layer_count):
         # Each block may have a copy of the rotary factors; old converters also wrote rotary tables for each block.
         known |= {f"blk.{i}.{name}.weight" for name in (*norms, "rope_freqs")}
         known |= {f"blk.{i}.{name}.{part}" for name in layers for part in ("weight", "bias")}
+        known |= {f"blk.{i}.{name}" for name in experts}
         known.add(f"blk.{i}.attn_rot_embd")
     if unknown := sorted(set(model.tensors) - known):
         raise UserError(f"{model.path}: tensor {unknown[0]} does not belong to a {config.layer_count}-block model")
@@ -151,7 +155,7 @@ def _layers(model: GgufFile, config: DecoderConfig) -> Iterator[DecoderLayer]:
     architecture = model.meta("general.architecture")
     # ggml's Llama graphs rotate neighbouring elements, so the rows of q and k are reordered in their files.
     # Other graphs rotate the halves of a head, like Hugging Face and onnxruntime.
-    _, family = of_architecture(architecture)
+    _, family = family_of(model)
 
     def rotated(name: str, heads: int) -> Linear:
         layer = model.linear(name)
@@ -161,19 +165,22 @@ def _layers(model: GgufFile, config: DecoderConfig) -> Iterator[DecoderLayer]:
         return layer
 
     def projections(block: str) -> dict[str, Any]:
-        found: dict[str, Any] = {
-            "o_proj": model.linear(f"{block}.attn_output"),
-            "down_proj": model.linear(f"{block}.ffn_down"),
-        }
+        found: dict[str, Any] = {"o_proj": model.linear(f"{block}.attn_output")}
+        if config.routing is None:
+            found["down_proj"] = model.linear(f"{block}.ffn_down")
         if family.fused:
             shapes = config.projection_shapes()
             for parts, name in FUSED.items():
                 found |= split_rows(model.linear(f"{block}.{name}"), parts, shapes, f"{block}.{name}")
             return found
-        return found | {
+        found |= {
             "q_proj": rotated(f"{block}.attn_q", config.head_count),
             "k_proj": rotated(f"{block}.attn_k", config.kv_head_count),
             "v_proj": model.linear(f"{block}.attn_v"),
+        }
+        if config.routing is not None:
+            return found | {"experts": read_experts(model, block, config.routing)}
+        return found | {
             "gate_proj": model.linear(f"{block}.ffn_gate"),
             "up_proj": model.linear(f"{block}.ffn_up"),
         }

@@ -7,12 +7,13 @@ and of the embedding are exact. A float head becomes int8 (see sw.model.lm_head)
 folder (see sw.checkpoints.integer_tables), it gets them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sw.checkpoints.experts import read_experts
 from sw.checkpoints.families import logits_divisor
 from sw.checkpoints.huggingface import decoder_config, family_of, text_settings
 from sw.checkpoints.integer_tables import integer_table
@@ -26,6 +27,7 @@ from sw.common.status_line import Progress
 from sw.export.folder import EXPORTER_VERSION, write_folder
 from sw.export.hub import repository
 from sw.model.decoder import PROJECTIONS, DecoderConfig, DecoderLayer, split_rows
+from sw.model.experts import EXPERT
 from sw.model.families import ATTENTION_BIAS, FAMILIES, MLP_BIAS
 from sw.model.lm_head import Table
 from sw.model.source import DecoderSource
@@ -40,7 +42,7 @@ GEMMA_NORMS = {
     "mlp_out_norm": "post_feedforward_layernorm",
 }
 """Norm of DecoderLayer -> Hugging Face's module."""
-HEAD_NORMS = ("qwen3", "gemma3_text")
+HEAD_NORMS = ("qwen3", "gemma3_text", "qwen3_moe")
 
 
 def export_checkpoint(source: Path, out: Path, *, lm_head: str = "int8", progress: Progress | None = None) -> Path:
@@ -151,7 +153,9 @@ def _layers(
         if name in HEAD_NORMS:
             found |= {f"{kind}_norm": f"{layer}.self_attn.{kind}_norm.weight" for kind in "qk"}
         fields: dict[str, Any] = {field: _norm(checkpoint, tensor, name) for field, tensor in found.items()}
-        yield DecoderLayer(**fields, **_projections(checkpoint, layer, config, form, FAMILIES[name].fused))
+        if config.routing is not None and index not in config.routing.dense:
+            fields["experts"] = read_experts(checkpoint, layer, config.routing, form, FAMILIES[name])
+        yield DecoderLayer(**fields, **_projections(checkpoint, layer, config, form, FAMILIES[name].fused, fields))
 
 
 def _norm(checkpoint: Checkpoint, tensor: str, name: str) -> np.ndarray:
@@ -161,10 +165,17 @@ def _norm(checkpoint: Checkpoint, tensor: str, name: str) -> np.ndarray:
 
 
 def _projections(
-    checkpoint: Checkpoint, layer: str, config: DecoderConfig, form: LayerFormat | None, fused: bool
+    checkpoint: Checkpoint,
+    layer: str,
+    config: DecoderConfig,
+    form: LayerFormat | None,
+    fused: bool,
+    others: Container[str],
 ) -> dict[str, Any]:
+    """The linear layers besides experts. others: names of the layer's other parts."""
     if not fused:
-        return {field: read_linear(checkpoint, f"{layer}.{module}", form) for field, module in PROJECTIONS.items()}
+        fields = [field for field in PROJECTIONS if "experts" not in others or field not in EXPERT]
+        return {field: read_linear(checkpoint, f"{layer}.{PROJECTIONS[field]}", form) for field in fields}
     found: dict[str, Any] = {}
     for field in ("o_proj", "down_proj"):
         found[field] = read_linear(checkpoint, f"{layer}.{PROJECTIONS[field]}", form)

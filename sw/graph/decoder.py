@@ -7,7 +7,8 @@ Inputs and outputs carry the names that onnxruntime-genai and optimum use:
     -> logits float32 [batch, sequence, vocab], present.{i}.key and .value
 Quantized layers become MatMulNBits nodes named /model/layers.{i}/self_attn/q_proj/MatMulNBits and so on, with
 accuracy_level 0 (float32 arithmetic); their biases are separate Add nodes. The head is /lm_head/MatMulNBits. A
-quantized embedding is a GatherBlockQuantized node that shares its table with a tied head.
+quantized embedding is a GatherBlockQuantized node that shares its table with a tied head. Mixtures of experts are in
+sw.graph.experts.write.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 from onnx import TensorProto
 
 from sw.common.errors import UserError
+from sw.graph.experts.write import write_experts
 from sw.graph.matmul_nbits import PLANE_BITS, planes
 from sw.graph.nodes import CONTRIB, LOGITS, TOKEN_IDS
 from sw.graph.writer import GraphBuilder, OnnxWriter, tensor_name
@@ -136,9 +138,14 @@ class _DecoderGraph:
         )
 
         x = self.norm(f"{path}/post_attention_layernorm", layer.post_attention_norm)
-        gate, up = linear("gate_proj", x), linear("up_proj", x)
-        activated = self.activation(f"{path}/mlp/act_fn", gate)
-        down = linear("down_proj", w.node(f"{path}/mlp/Mul", "Mul", [activated, up]))
+        if layer.experts is not None:
+            assert self.config.routing is not None, "a layer has experts only where the configuration has"
+            parts = self.config.hidden_size, layer.experts, self.config.routing
+            down = write_experts(w, self.linear, self.activation, f"{path}/mlp", x, *parts)
+        else:
+            gate, up = linear("gate_proj", x), linear("up_proj", x)
+            activated = self.activation(f"{path}/mlp/act_fn", gate)
+            down = linear("down_proj", w.node(f"{path}/mlp/Mul", "Mul", [activated, up]))
         self.branch = self.plain_norm(f"{path}/mlp_out_norm", down, layer.mlp_out_norm)
 
     def activation(self, path: str, gate: str) -> str:

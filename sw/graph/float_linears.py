@@ -16,7 +16,7 @@ from onnx import helper
 
 from sw.common.errors import UserError
 from sw.graph.file import OnnxFile
-from sw.graph.nodes import CONTRIB, STANDARD, attributes, before_logits, name_of, read, separate_bias
+from sw.graph.nodes import CONTRIB, STANDARD, attributes, before_logits, name_of, read, readers, separate_bias
 
 FLOATS = (np.float32, np.float16)
 LEAST = 16
@@ -56,12 +56,12 @@ class FloatSite:
 
 
 def find_sites(file: OnnxFile) -> list[FloatSite]:
-    """The float linear layers of a graph, in its order. Raises UserError if there is none."""
+    """The float linear layers of a graph, in its order, without routers. Raises UserError if there is none."""
     heads = before_logits(file)
     sites, taken = [], set()
     for node in file.graph.node:
         form = float_form(file, node)
-        if form is None:
+        if form is None or is_router(file, node):
             continue
         name = candidate = name_of(node)
         count = 1
@@ -73,6 +73,17 @@ def find_sites(file: OnnxFile) -> list[FloatSite]:
     if not sites:
         raise UserError(f"{file.path} has no float linear layers (MatMul, Gemm or FusedMatMul with constant weights)")
     return sites
+
+
+def is_router(file: OnnxFile, node: onnx.NodeProto) -> bool:
+    """Whether a node's output decides which experts compute a token, by Softmax and TopK."""
+    following = readers(file, node.output[0])
+    return any(
+        other.op_type == "TopK"
+        for softmax in following
+        if softmax.op_type == "Softmax"
+        for other in readers(file, softmax.output[0])
+    )
 
 
 def constant(file: OnnxFile, name: str, layer: str) -> np.ndarray:

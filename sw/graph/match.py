@@ -12,6 +12,7 @@ optimum and transformers.
 import onnx
 
 from sw.graph.attention import match_attention
+from sw.graph.experts.match import find_mixtures, silu_of
 from sw.graph.file import OnnxFile
 from sw.graph.nodes import (
     CONTRIB,
@@ -52,6 +53,7 @@ class _Walk:
     def __init__(self, file: OnnxFile):
         self.file = file
         self.layers = Layers(file)
+        self._mixtures = {mixture.output for mixture in find_mixtures(file)}
         self._ahead = list(file.graph.node)[::-1]
 
     def decoder(self) -> Decoder:
@@ -113,6 +115,8 @@ class _Walk:
         q, k, v, attention = match_attention(self.layers, f"{part}.self_attn", input_norm, o)
         middle, post_norm = self._after(total, f"{part}.post_attention_layernorm")
         total, branch = self._sum(middle, f"{part}.mlp")
+        if branch in self._mixtures:
+            raise self.layers.wrong(f"{part}.mlp", "a mixture of experts, whose router chooses on the host", branch)
         down = self.layers.rows(branch, f"{part}.mlp.down_proj")
         gate, up = self._gate_and_up(f"{part}.mlp", post_norm, down)
         index = int(part.rpartition(".")[2])
@@ -193,13 +197,8 @@ class _Walk:
     def _silu_of(self, name: str) -> str | None:
         """The tensor x if the named tensor is SiLU(x)."""
         node = self.file.producers.get(name)
-        if node is None:
-            return None
-        if node.op_type == "Mul" and len(node.input) == 2:
-            for x, sigmoid in (tuple(node.input), tuple(node.input)[::-1]):
-                source = self.file.producers.get(sigmoid)
-                if source is not None and source.op_type == "Sigmoid" and source.input[0] == x:
-                    return x
+        if node is None or (x := silu_of(self.file, name)):
+            return None if node is None else x
         swish = (node.op_type == "Swish" and node.domain in STANDARD) or (
             node.op_type == "QuickGelu" and node.domain == CONTRIB
         )

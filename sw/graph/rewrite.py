@@ -70,7 +70,7 @@ def write_quantized(
     progress = progress or (lambda done, total: None)
     with atomic_directory(out) as work:
         with TensorData(work / "model.onnx.data", file.data_folder) as data:
-            rewriter = _Rewriter(file, data, share_tied)
+            rewriter = Rewriter(file, data, share_tied)
             nodes = {name_of(node): node for node in rewriter.nodes if node.op_type in PLAIN}
             if missing := [name for name in layers if name not in nodes]:
                 raise UserError(f"{file.path} has no MatMul, Gemm or FusedMatMul named {missing[0]}")
@@ -97,7 +97,7 @@ class _Weight(NamedTuple):
     dtype: type[np.floating]
 
 
-class _Rewriter(GraphBuilder):
+class Rewriter(GraphBuilder):
     """The graph during its conversion. The added nodes replace nodes of the source."""
 
     def __init__(self, file: OnnxFile, data: TensorData, share_tied: bool):
@@ -127,11 +127,11 @@ class _Rewriter(GraphBuilder):
             self.node(f"{name.removesuffix('/MatMulNBits')}/Add", "Add", [product, node.input[BIAS]], node.output)
         else:
             matmul_node(self, name, node.input[0], layer, tensors, node.output)
-        self._close(node)
+        self.close(node)
         for gather in gathers:
             path = name_of(gather).removesuffix("/Gather")
             gather_rows(self, path, prefix, layer, tensors, gather.input[1], gather.output[0])
-            self._close(gather)
+            self.close(gather)
 
     def finish(self, updates: Mapping[str, np.ndarray]) -> None:
         """Writes the other tensors of the new graph."""
@@ -272,7 +272,7 @@ class _Rewriter(GraphBuilder):
             nodes.insert(nodes.index(gather) + 1, cast)
         return self._data.store(tensor.name, values)
 
-    def _close(self, node: onnx.NodeProto) -> None:
+    def close(self, node: onnx.NodeProto) -> None:
         """Puts the nodes that were made since the last call in the place of `node`."""
         self._instead[node.output[0]], self._made = self._made, []
 

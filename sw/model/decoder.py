@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from sw.common.errors import UserError
+from sw.model.experts import Experts, Routing
 from sw.model.lm_head import Linear
 
 MAX_POSITIONS = 32768
@@ -72,7 +73,7 @@ class DecoderConfig(DecoderShape):
     windows: of each layer, the number of positions that a token attends to, itself included; None: all. () if all see
         all positions.
     attention_scale: factor of scores; None: 1 / sqrt(head_size). embedding_scale: factor of the embedding's rows.
-    activation: that of gate, one of ACTIVATIONS.
+    activation: that of gate, one of ACTIVATIONS. routing: that of layers with experts, or None.
 
     Raises UserError for values that no decoder has.
     """
@@ -88,6 +89,7 @@ class DecoderConfig(DecoderShape):
     attention_scale: float | None = None
     embedding_scale: float = 1.0
     activation: str = SILU
+    routing: Routing | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -150,7 +152,8 @@ class DecoderLayer:
     (the two halves of a head are rotated against each other).
 
     q_norm, k_norm: norms of every head, float32 [head_size], or None. attention_out_norm, mlp_out_norm: norms of what
-    attention and mlp add to the residual, or None (Gemma 3). post_attention_norm: the norm before mlp.
+    attention and mlp add to the residual, or None (Gemma 3). post_attention_norm: the norm before mlp. experts: instead
+    of gate_proj, up_proj and down_proj, which are None, or None.
     """
 
     input_norm: np.ndarray
@@ -159,13 +162,14 @@ class DecoderLayer:
     v_proj: Linear
     o_proj: Linear
     post_attention_norm: np.ndarray
-    gate_proj: Linear
-    up_proj: Linear
-    down_proj: Linear
+    gate_proj: Linear | None = None
+    up_proj: Linear | None = None
+    down_proj: Linear | None = None
     q_norm: np.ndarray | None = None
     k_norm: np.ndarray | None = None
     attention_out_norm: np.ndarray | None = None
     mlp_out_norm: np.ndarray | None = None
+    experts: Experts | None = None
 
 
 def expect_shape(what: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:

@@ -8,6 +8,19 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class ExpertModules:
+    """Names of a checkpoint's modules in a layer.
+
+    router, experts: of the mixture; the number of an expert follows the latter.
+    names: gate_proj, up_proj and down_proj of an expert.
+    """
+
+    router: str
+    experts: str
+    names: tuple[str, str, str]
+
+
+@dataclass(frozen=True)
 class Family:
     """One model_type of Hugging Face.
 
@@ -22,6 +35,7 @@ class Family:
     fused: qkv_proj and gate_up_proj are one layer each.
     hybrid_because: the part of the reason that `sw.generate` prints why its graphs have no programs; "" if they have.
     autoawq: whether sw.quantize can write it as an AutoAWQ folder.
+    experts: the modules of a layer's experts; None: the family has none.
     """
 
     models: str
@@ -36,9 +50,11 @@ class Family:
     fused: bool = False
     hybrid_because: str = ""
     autoawq: bool = False
+    experts: ExpertModules | None = None
 
 
 ATTENTION_BIAS, MLP_BIAS = "attention_bias", "mlp_bias"
+MIXTURE = "a mixture of experts"
 FAMILIES = {
     "llama": Family(
         "Llama 2, 3, 3.1, 3.2, SmolLM2, TinyLlama",
@@ -73,6 +89,23 @@ FAMILIES = {
         head_size=256,
         tied=True,
         hybrid_because="a norm between o_proj and the residual",
+    ),
+    "mixtral": Family(
+        "Mixtral 8x7B and 8x22B",
+        "MixtralForCausalLM",
+        "llama",
+        neighbours=True,
+        theta=1e6,
+        hybrid_because=MIXTURE,
+        experts=ExpertModules("block_sparse_moe.gate", "block_sparse_moe.experts", ("w1", "w3", "w2")),
+    ),
+    "qwen3_moe": Family(
+        "Qwen3 30B-A3B and 235B-A22B",
+        "Qwen3MoeForCausalLM",
+        "qwen3moe",
+        bias_keys=(ATTENTION_BIAS,),
+        hybrid_because=MIXTURE,
+        experts=ExpertModules("mlp.gate", "mlp.experts", ("gate_proj", "up_proj", "down_proj")),
     ),
 }
 """model_type -> its family."""

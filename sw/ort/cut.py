@@ -12,6 +12,9 @@ import onnx
 
 from sw.graph.file import OnnxFile
 
+EXPERTS = "Experts"
+"""Operator of a node that stands for a mixture of experts (sw.graph.experts.match); all its inputs are activations."""
+
 
 @dataclass
 class Stage:
@@ -33,15 +36,21 @@ class Stage:
     accelerated: list[int] = field(default_factory=list)
 
 
+def experts_node(name: str, inputs: Sequence[str], output: str) -> onnx.NodeProto:
+    """The node that stands for a mixture of experts: see EXPERTS."""
+    return onnx.NodeProto(name=name, op_type=EXPERTS, input=inputs, output=[output])
+
+
 def cut(file: OnnxFile, accelerated: Sequence[onnx.NodeProto], outputs: Sequence[str]) -> list[Stage]:
     """The stages of a graph, in order; after each stage its accelerated nodes run. Nodes that `outputs` do not need are
     removed.
 
     accelerated: nodes of the graph, with their activations as first input (which may differ from the graph's, if the
     device makes that one itself) and their product as first output. A node with a constant input is not accelerated.
+    An EXPERTS node takes the place of all nodes between its inputs and its output.
     """
     places = {node.output[0]: index for index, node in enumerate(accelerated)}
-    needed = _needed(file, {name: accelerated[index].input[0] for name, index in places.items()}, outputs)
+    needed = _needed(file, {name: _activations(accelerated[index]) for name, index in places.items()}, outputs)
     initializers = {tensor.name for tensor in file.graph.initializer}
     constant: dict[str, onnx.NodeProto] = {}
     made = {item.name: 0 for item in file.inputs}
@@ -50,7 +59,7 @@ def cut(file: OnnxFile, accelerated: Sequence[onnx.NodeProto], outputs: Sequence
         if not needed.intersection(node.output):
             continue
         index = next((places[name] for name in node.output if name in places), None)
-        read = accelerated[index].input[:1] if index is not None else list(reads(node))
+        read = _activations(accelerated[index]) if index is not None else list(reads(node))
         dynamic = [made[name] for name in read if name in made]
         if not dynamic:
             constant.update(dict.fromkeys(node.output, node))
@@ -81,7 +90,12 @@ def reads(node: onnx.NodeProto) -> Iterable[str]:
             yield from (name for part in graph.node for name in reads(part) if name not in inner)
 
 
-def _needed(file: OnnxFile, activations: dict[str, str], outputs: Sequence[str]) -> set[str]:
+def _activations(node: onnx.NodeProto) -> Sequence[str]:
+    """The tensors that the device reads for an accelerated node."""
+    return node.input if node.op_type == EXPERTS else node.input[:1]
+
+
+def _needed(file: OnnxFile, activations: dict[str, Sequence[str]], outputs: Sequence[str]) -> set[str]:
     """activations: product of an accelerated node -> its activations."""
     needed: set[str] = set()
     ahead = list(outputs)
@@ -92,7 +106,7 @@ def _needed(file: OnnxFile, activations: dict[str, str], outputs: Sequence[str])
         needed.add(name)
         node = file.producers.get(name)
         if node is not None:
-            ahead += [activations[name]] if name in activations else reads(node)
+            ahead += activations[name] if name in activations else reads(node)
     return needed
 
 
@@ -121,7 +135,7 @@ def _add_borders(
         stage.inputs = list(
             dict.fromkeys(name for node in stage.nodes for name in reads(node) if name in made and name not in own)
         )
-        wanted = [*stage.inputs, *(accelerated[index].input[0] for index in stage.accelerated)]
+        wanted = [*stage.inputs, *(name for index in stage.accelerated for name in _activations(accelerated[index]))]
         for name in wanted:
             readers.setdefault(name, set()).add(number if name not in own else -1)
     for stage in stages:

@@ -12,16 +12,16 @@ from sw.checkpoints.adapter import Adapter
 from sw.common.errors import UserError
 from sw.devices.base import Device
 from sw.graph.file import OnnxFile, tensor_type
-from sw.graph.linears import Linears, find_linears
+from sw.graph.linears import find_linears
 from sw.graph.nodes import logits_name
 from sw.ort.cache import KvCache
-from sw.ort.cut import Stage, cut
+from sw.ort.cut import cut
 from sw.ort.feeds import DTYPES, LOGITS_TO_KEEP, every_token, unknown_input
 from sw.ort.stages import Constants, StageSession, open_stage
 from sw.program.load import Progress
-from sw.runtime.adapters import AdapterBatch, AdapterLayer, adapter_layers
+from sw.runtime.accelerated import Accelerated, Runs
+from sw.runtime.adapters import AdapterBatch
 from sw.runtime.base import BLOCK, BaseDecoder
-from sw.runtime.placement import Batch, place
 
 
 class Decoder(BaseDecoder):
@@ -66,54 +66,30 @@ class Decoder(BaseDecoder):
         self._check_inputs()
         # (tokens, last token alone) -> tensors that have the same place in every such call.
         self._places: dict[tuple[int, bool], dict[str, OrtValue]] = {}
-        stages = cut(file, linears.nodes if linears else [], [self._logits, *self._cache.outputs])
+        self._adapters, self._adapter = dict(adapters or {}), None
+        accelerated = None
+        if device and linears:
+            accelerated = Accelerated(device, linears, self._logits, progress)
+            accelerated.adapt(self._adapters)
+        stages = cut(file, accelerated.nodes if accelerated else [], [self._logits, *self._cache.outputs])
         constants = Constants(file, stages)
         types = dict(self._inputs)
-        self._adapters, self._adapter = dict(adapters or {}), None
-        updates = {}
-        if linears and adapters:
-            shapes = {outline.name: (outline.n, outline.k) for outline in linears.outlines()}
-            updates = {name: adapter_layers(each, shapes) for name, each in adapters.items()}
+        self._steps: list[tuple[StageSession | None, list[Runs]]] = []
         # An adapter's name -> its layers after each step.
-        self._updates: dict[str, list[AdapterBatch | None]] = {name: [] for name in updates}
-        self._steps: list[tuple[StageSession | None, Batch | None]] = []
+        self._updates: dict[str, list[AdapterBatch | None]] = {name: [] for name in self._adapters}
         # The number of stages after which the cache is complete.
-        self._cache_steps = done = 0
+        self._cache_steps = 0
         for stage in stages:
             session = open_stage(file, stage, constants, types) if stage.nodes else None
             types.update(session.types if session else {})
-            batch = None
-            if device and linears and stage.accelerated:
-                batch, done = self._place(device, linears, stage, done, progress, updates)
-                types.update((linears.tensors[i][1], types[linears.tensors[i][0]]) for i in stage.accelerated)
-            self._steps.append((session, batch))
-            for made in self._updates.values():
-                made.extend([None] * (len(self._steps) - len(made)))
+            batches, updates = accelerated.place(stage) if accelerated else ([], {})
+            if accelerated:
+                types.update((made, types[read]) for read, made in accelerated.outputs(stage))
+            self._steps.append((session, batches))
+            for name, made in self._updates.items():
+                made.append(updates.get(name))
             if not set(self._cache.outputs).isdisjoint(stage.outputs):
                 self._cache_steps = len(self._steps)
-
-    def _place(
-        self,
-        device: Device,
-        linears: Linears,
-        stage: Stage,
-        done: int,
-        progress: Progress | None,
-        updates: Mapping[str, Mapping[str, AdapterLayer]],
-    ) -> tuple[Batch, int]:
-        layers = []
-        for index in stage.accelerated:
-            if progress:
-                progress(done, len(linears), linears.names[index])
-            layers.append(place(device, linears[index]))
-            done += 1
-        # Only the caller reads the logits, so those that it did not request need not be computed.
-        heads = frozenset(layer.name for layer in layers if layer.output_name == self._logits)
-        for name, own in updates.items():
-            pairs = [(layer, own[layer.name]) for layer in layers if layer.name in own]
-            self._updates[name].append(AdapterBatch(device, name, pairs, heads) if pairs else None)
-        kept = frozenset(layer.name for layer in layers if any(layer.name in own for own in updates.values()))
-        return Batch(device, layers, heads, frozenset(stage.outputs), kept), done
 
     @property
     def adapter(self) -> str | None:
@@ -150,13 +126,14 @@ class Decoder(BaseDecoder):
         tokens, total, last = len(ids), self._total(ids), not every
         places = self._places.setdefault((tokens, last), dict(self._cache.fixed))
         values = places | self._feeds(ids, total)
-        for index, (session, batch) in enumerate(self._steps[:steps], 1):
+        for index, (session, batches) in enumerate(self._steps[:steps], 1):
             if session:
                 start = time.perf_counter()
                 session.run((tokens, last), values, places)
                 self.usage.onnxruntime += time.perf_counter() - start
-            if batch and (index < steps or steps == len(self._steps)):
-                batch.run(tokens, last, values, places, self.usage)
+            if index < steps or steps == len(self._steps):
+                for batch in batches:
+                    batch.run(tokens, last, values, places, self.usage)
                 update = self._updates[self._adapter][index - 1] if self._adapter is not None else None
                 if update:
                     update.run(tokens, last, values, places, self.usage)

@@ -25,6 +25,7 @@ LAYERS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ff
 NORMS = {"input_norm": "attn_norm", "post_attention_norm": "ffn_norm"}
 NORMS_OF = {
     "qwen3": {"q_norm": "attn_q_norm", "k_norm": "attn_k_norm"},
+    "qwen3moe": {"q_norm": "attn_q_norm", "k_norm": "attn_k_norm"},
     "gemma3": {
         "q_norm": "attn_q_norm",
         "k_norm": "attn_k_norm",

@@ -56,7 +56,10 @@ HONOURED = frozenset(
 )
 """Keys whose value is used here."""
 
+EXPERTS = ("{arch}.expert_count", "{arch}.expert_used_count", "{arch}.expert_feed_forward_length")
 HONOURED_BY: dict[str, tuple[str, ...]] = {
+    "llama": EXPERTS[:2],
+    "qwen3moe": EXPERTS,
     "granite": (
         "{arch}.attention.scale",
         "{arch}.embedding_scale",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GGUF files: metadata, float tensors, and quantized linear layers."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,10 @@ class GgufFile:
 
     def float_tensor(self, name: str) -> np.ndarray:
         """Any tensor that the gguf package can dequantize, as float32 [N, K] or [N]; some rows are read at a time."""
-        tensor = self._tensor(name)
+        return self._floats(self._tensor(name))
+
+    def _floats(self, tensor: GgufTensor) -> np.ndarray:
+        name = tensor.name
         values = np.empty(tensor.shape, np.float32)
         rows_at_once = max(1, AT_ONCE // max(1, values[:1].size))
         for rows in slices(len(values), rows_at_once) if values.ndim > 1 else [slice(None)]:
@@ -121,12 +125,26 @@ class GgufFile:
 
         Raises UserError for block formats other than those of sw.checkpoints.gguf.blocks, unless they are dequantized.
         """
-        tensor = self._tensor(f"{name}.weight")
         bias = self.float_tensor(f"{name}.bias") if f"{name}.bias" in self else None
+        return self._layer(name, self._tensor(f"{name}.weight"), bias)
+
+    def expert(self, name: str, index: int, count: int) -> QuantizedLinear | FloatLinear:
+        """The linear layer of one of `count` experts, whose weights follow each other in the tensor `name`.weight.
+
+        Raises UserError as `linear` does, and for another number of experts.
+        """
+        tensor = self._tensor(f"{name}.weight")
+        if len(tensor.shape) != 3 or tensor.shape[0] != count:
+            problem = f"tensor {tensor.name} is {list(tensor.shape)}, and the model has {count} experts"
+            raise UserError(f"{self.path}: {problem}")
+        offset = tensor.offset + index * tensor.shape[1] * tensor.row_bytes
+        return self._layer(f"{name}.{index}", replace(tensor, shape=tensor.shape[1:], offset=offset), None)
+
+    def _layer(self, name: str, tensor: GgufTensor, bias: np.ndarray | None) -> QuantizedLinear | FloatLinear:
         if tensor.kind in FLOATS or self._dequantize:
             if len(tensor.shape) != 2:
                 raise UserError(f"{self.path}: tensor {tensor.name} is {list(tensor.shape)}, not a matrix")
-            return FloatLinear(name, self.float_tensor(tensor.name), bias)
+            return FloatLinear(name, self._floats(tensor), bias)
         if tensor.kind not in FORMATS:
             known = ", ".join((*FORMATS, *FLOATS))
             hint = "python -m sw.quantize makes a model of it that can be run"

@@ -186,6 +186,24 @@ OWN_KEYS = {
         "sliding_window_pattern",
         "rope_local_base_freq",
     },
+    "mixtral": {
+        "sliding_window",
+        "num_experts_per_tok",
+        "num_local_experts",
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+    },
+    "qwen3_moe": {
+        "decoder_sparse_step",
+        "moe_intermediate_size",
+        "num_experts_per_tok",
+        "num_experts",
+        "norm_topk_prob",
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "mlp_only_layers",
+    },
 }
 """Family -> the keys of its class in transformers (4.57 and 5.24) that LlamaConfig and Qwen2Config do not have."""
 

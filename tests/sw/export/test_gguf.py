@@ -255,7 +255,7 @@ def test_export_is_deterministic_and_replaces(tmp_path):
 BAD = {
     "family": ({"family": "gemma"}, "architecture 'gemma' is not supported"),
     "pre-tokenizer": ({"pre": "unheard-of"}, "pre-tokenizer 'unheard-of' is not supported"),
-    "experts": ({"changes": {"llama.expert_count": 8}}, "mixture-of-experts"),
+    "experts": ({"family": "qwen2", "changes": {"qwen2.expert_count": 8}}, "mixture-of-experts"),
     "rotary scaling": ({"changes": {"llama.rope.scaling.type": "yarn"}}, "rotary scaling 'yarn'"),
     "partial rotary": ({"changes": {"llama.rope.dimension_count": 8}}, "rotary embedding over 8 of 16"),
     "first token": (

@@ -18,6 +18,7 @@ from sw.model.families import FAMILIES
 from sw.model.parts import Decoder, Mismatch
 from sw.program.obstacles import Obstacle, check_decoder
 from tests.sw.fixtures.checkpoints import empty_cache, relative_error, step
+from tests.sw.fixtures.families.awq_folders import MODULES
 from tests.sw.fixtures.families.models import CONFIGS, PROMPT, configuration, write_family
 
 SMALL = ("--bits", "8", "--group-size", "32", "--calibration-windows", "4", "--windows", "2", "--length", "16")
@@ -37,19 +38,29 @@ QUICK = ("qwen3", "gemma3")
     [pytest.param(name, marks=[] if name in QUICK else pytest.mark.full) for name in CONFIGS if name != "gemma3_27b"],
 )
 def test_family(name, tmp_path, capsys):
-    write_family(tmp_path / "in", name)
+    weights = write_family(tmp_path / "in", name)
     for file, topic in (("one", "lambda"), ("other", "while")):
         (tmp_path / file).write_text(pydoc_data.topics.topics[topic])
     texts = ["--calibration", str(tmp_path / "one"), "--perplexity", str(tmp_path / "other")]
     assert sw_quantize.main([str(tmp_path / "in"), "--out", str(tmp_path / "out"), *SMALL, *texts, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     path = tmp_path / "out" / "model.onnx"
-    assert len(report["layers"]) == 28 and len(find_linears(path)) == 29
-    assert all(layer["fold"] for layer in report["layers"])
-    assert relative_error(logits_of(path), logits_of(float_model(tmp_path / "in", tmp_path / "float"))) < 0.05
+    count = sum(tensor.endswith(MODULES) for tensor in weights)
+    family = FAMILIES[configuration(name)["model_type"]]
+    assert (
+        len(report["layers"]) == (28 if family.fused else count)
+        and len(find_linears(path)) == len(report["layers"]) + 1
+    )
+    if family.experts is None:
+        assert all(layer["fold"] for layer in report["layers"])
+    found, wanted = logits_of(path), logits_of(float_model(tmp_path / "in", tmp_path / "float"))
+    # Rounding may make a router choose another expert for a token or two, and it changes the weights of experts too:
+    # rounding to nearest alone gives this tiny Mixtral an error of 0.06.
+    errors = sorted(relative_error(*rows) for rows in zip(found, wanted))
+    assert errors[-3] < 0.1 if family.experts else relative_error(found, wanted) < 0.05
     file = OnnxFile(path)
     decoder = match_decoder(file)
-    because = FAMILIES[configuration(name)["model_type"]].hybrid_because
+    because = family.hybrid_because
     if because or name == "llama_biased":
         with pytest.raises(Obstacle, match=because or "o_proj: a bias besides the residual"):
             check_decoder(file, decoder, 64)
