@@ -165,7 +165,9 @@ def test_forms(bits, group, kind, source, texts, tmp_path, capsys):
     assert stream["weight_bits"] == (8 if bits == 8 else 4)
     # A slice of 3-bit weights is no power of two of bits, and takes the beats of 4 bits.
     assert stream["narrow"] < stream["layers"] if bits == 2 else stream["narrow"] == stream["layers"]
-    options = ["--text", texts[3], "--device", "onnxruntime,reference", "--windows", "3", "--length", "16", "--json"]
+    # Without the cache of 8 bits, whose error is larger than that of activations.
+    options = ["--text", texts[3], "--device", "onnxruntime,reference", "--operators", "host"]
+    options += ["--windows", "3", "--length", "16", "--json"]
     assert perplexity.main([str(tmp_path / "out"), *options]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert rows[0]["perplexity"] == pytest.approx(report["perplexity"]["awq"], rel=1e-5)

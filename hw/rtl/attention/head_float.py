@@ -92,12 +92,11 @@ class HeadFloat(Block):
         about = data.StructLayout({"keys": 1, "wide": 1, "last_group": range(GROUPS)})
         m.submodules.stored = full = StreamFifo(about, _HALVES)
         m.submodules.halves = free = Credits(_HALVES, init=_HALVES)
-        exponents, largest = self._store(m, memory, full, free)
-        self._send(m, memory, full, free, exponents, largest)
+        self._send(m, memory, full, free, *self._store(m, memory, full, free))
         return m
 
     def _store(self, m: Module, memory: Memory, full: StreamFifo, free: Credits):
-        """Stores rows, and finds the exponents. Returns those of both halves, and the largest of each half."""
+        """Stores rows, and finds the exponents. Returns those of both halves, and of each half the largest and lowest."""
         rows, step = self.rows.payload, Signal()
         half, row = Signal(), Signal(range(MAX_HEAD // self.lanes))
         group_end = Signal()
@@ -142,7 +141,15 @@ class HeadFloat(Block):
             full.i.payload.wide.eq(after.wide),
             full.i.payload.last_group.eq(after.group),
         ]
-        return exponents, largest
+        # The lowest exponent of a head: a register, because the comparisons with it are long. A head leaves ``full``
+        # one cycle after it has come, when its register is there.
+        lowest = Signal(data.ArrayLayout(signed(EXPONENT_BITS + 1), _HALVES))
+        head_half = delay(m, after.half, 1, name="head_half")
+        spreads = Mux(full.i.payload.wide, key_spread(WIDE), key_spread(NARROW))
+        with m.If(full.i.valid):
+            of_keys = largest[head_half].as_signed() - spreads
+            m.d.sync += lowest[head_half].eq(Mux(full.i.payload.keys, of_keys, EXPONENT_MIN))
+        return exponents, largest, lowest
 
     def _largest(self, m: Module, step, last):
         """The largest magnitude of a group, and whether it is complete; ``exponent_latency`` - 3 cycles after a row."""
@@ -184,7 +191,7 @@ class HeadFloat(Block):
         low = Mux(found.carries, found.exponent < EXPONENT_MIN - 1, found.exponent < EXPONENT_MIN)
         return Mux(low, EXPONENT_MIN, exponent)[:EXPONENT_BITS]
 
-    def _send(self, m: Module, memory: Memory, full: StreamFifo, free: Credits, exponents, largest) -> None:
+    def _send(self, m: Module, memory: Memory, full: StreamFifo, free: Credits, exponents, largest, lowests) -> None:
         """Reads the rows of one half after the other, and rounds them."""
         m.submodules.fifo = fifo = CreditFifo(self.mantissas.payload.shape(), self._FIFO)
         wiring.connect(m, fifo.o, wiring.flipped(self.mantissas))
@@ -192,10 +199,8 @@ class HeadFloat(Block):
         head, shown = self.heads.payload, Signal()
         step, group = Signal(), row >> (self.per_group - 1).bit_length()
         end = Signal()
-        spreads = Mux(about.wide, key_spread(WIDE), key_spread(NARROW))
-        lowest = Signal(signed(EXPONENT_BITS + 1))
+        lowest = lowests[half].as_signed()
         m.d.comb += [
-            lowest.eq(Mux(about.keys, largest[half].as_signed() - spreads, EXPONENT_MIN)),
             head.keys.eq(about.keys),
             head.wide.eq(about.wide),
             head.largest.eq(largest[half]),
