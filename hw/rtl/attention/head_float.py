@@ -96,7 +96,7 @@ class HeadFloat(Block):
         return m
 
     def _store(self, m: Module, memory: Memory, full: StreamFifo, free: Credits):
-        """Stores rows, and finds the exponents. Returns those of both halves, and of each half the largest and lowest."""
+        """Stores rows, and finds the exponents. Returns those of both halves, and their largest and lowest ones."""
         rows, step = self.rows.payload, Signal()
         half, row = Signal(), Signal(range(MAX_HEAD // self.lanes))
         group_end = Signal()
