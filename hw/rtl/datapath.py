@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The datapath: everything between the descriptor queue and the memory ports."""
 
-from amaranth.hdl import Array, Cat, Module, Mux, Signal
+from amaranth.hdl import Array, Cat, Module, Mux, Signal, Value
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -242,8 +242,7 @@ class Datapath(Block):
         m.d.sync += many.eq(Cat(port.bursts >= EARLY_BURSTS for port in self.reads_owed).any())
         asking = activations.asking
         if config.has_attention:
-            rows = self._read_attention(m, dispatcher, activations, weights)
-            asking |= rows.asking
+            asking |= self._read_attention(m, dispatcher, activations, weights)
         else:
             wiring.connect(m, dispatcher.blocks, activations.blocks)
             wiring.connect(m, dispatcher.regions, weights.regions)
@@ -257,14 +256,8 @@ class Datapath(Block):
             weights.hold.eq(early & many),
         ]
         if config.has_vector_unit:
-            pieces = Array(self.path.pieces)[dispatcher.followed]
-            m.d.comb += activations.pieces.eq(pieces)
-            if config.has_attention:
-                m.d.comb += [rows.follow.eq(dispatcher.follow), rows.pieces.eq(pieces)]
-                if config.reads_by_pieces:
-                    m.d.comb += rows.tail.eq(dispatcher.follow_tail)
-                m.d.comb += activations.follow.eq(rows.follow_row)
-            else:
+            m.d.comb += activations.pieces.eq(Array(self.path.pieces)[dispatcher.followed])
+            if not config.has_attention:
                 m.d.comb += activations.follow.eq(dispatcher.follow)
         fault = self.faults[ErrorCode.READ_BUS]
         for port in range(config.ports):
@@ -290,8 +283,8 @@ class Datapath(Block):
 
     def _read_attention(
         self, m: Module, dispatcher: Dispatcher, activations: ActivationFetch, weights: WeightFetch
-    ) -> RowPieces:
-        """Rows and weights that are apart in memory, and the exponents of values."""
+    ) -> Value:
+        """Rows and weights that are apart in memory, and the exponents of values. Returns whether rows are left."""
         m.submodules.row_pieces = rows = RowPieces(self.config)
         m.submodules.value_regions = regions = ValueRegions(self.config)
         wiring.connect(m, dispatcher.blocks, rows.jobs)
@@ -299,7 +292,14 @@ class Datapath(Block):
         wiring.connect(m, dispatcher.regions, regions.tiles)
         wiring.connect(m, regions.regions, weights.regions)
         wiring.connect(m, activations.exponents, self.probabilities.exponents)
-        return rows
+        m.d.comb += [
+            rows.follow.eq(dispatcher.follow),
+            rows.pieces.eq(Array(self.path.pieces)[dispatcher.followed]),
+            activations.follow.eq(rows.follow_row),
+        ]
+        if self.config.reads_by_pieces:
+            m.d.comb += rows.tail.eq(dispatcher.follow_tail)
+        return rows.asking
 
     def _attend(self, m: Module, dispatcher: Dispatcher, unit: ActivationUnit) -> None:
         """Connects attention: scores on chip, their softmax, and appends to the cache."""

@@ -12,12 +12,12 @@ from hw.spec.config import AcceleratorConfig
 from sw.awq.rounding import Form
 from sw.common.errors import UserError
 from sw.devices.pack import Shape, plan_layer
-from sw.graph.file import OnnxFile
 from sw.graph.linears import find_linears
 from sw.graph.nodes import logits_name
-from sw.runtime.hardware import choose_config, layer_shapes
+from sw.runtime.hardware import AUTO, choose_config, layer_shapes
 
-AUTO: dict[str, int | str] = dict.fromkeys(("weight_bits", "zero_point", "max_k"), "auto")
+CHOSEN: dict[str, int | str] = dict.fromkeys(AUTO, "auto")
+"""Hardware of which all that may depend on the model does."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,17 @@ def stream(model: Path, form: Form) -> Stream | None:
     model: its ONNX file. Returns None if no such hardware runs it.
     """
     linears = find_linears(model)
-    logits = logits_name(OnnxFile(model))
+    logits = logits_name(linears.file)
     shapes = list(zip(layer_shapes(linears), (output == logits for _, output in linears.tensors)))
     body = [replace(shape, bits=form.bits) for shape, is_head in shapes if not is_head]
     head = [shape for shape, is_head in shapes if is_head]
     try:
-        config = choose_config([*body, *head], AUTO)
+        config = choose_config([*body, *head], CHOSEN)
         layers, last = (sum(_bytes(config, shape) for shape in some) for some in (body, head))
     except UserError:
         return None
     try:
-        own = choose_config(body, AUTO | {"weight_bits": form.bits})
+        own = choose_config(body, CHOSEN | {"weight_bits": form.bits})
         narrow = sum(_bytes(own, shape) for shape in body)
     except UserError:
         narrow = None

@@ -23,12 +23,12 @@ from sw.checkpoints.integer_tables import float_table, write_scales
 from sw.checkpoints.safetensors_file import NewTensor, write_safetensors
 from sw.checkpoints.settings import Settings, read_settings
 from sw.common.atomic import atomic_directory
+from sw.common.bits import unpack_bits
 from sw.common.errors import UserError, one_line
 from sw.common.status_line import Progress
 from sw.graph.file import expect_names
 from sw.graph.linears import find_linears, read_linear, read_norm
 from sw.graph.match import match_decoder
-from sw.graph.matmul_nbits import unpack_bits
 from sw.graph.nodes import attributes, name_of
 from sw.model.decoder import PROJECTIONS
 from sw.model.families import FAMILIES

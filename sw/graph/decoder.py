@@ -153,8 +153,7 @@ class _DecoderGraph:
         w = self.writer
         if self.config.activation == GELU_TANH:
             return w.node(f"{path}/Gelu", "Gelu", [gate], approximate="tanh")
-        sigmoid = w.node(f"{path}/Sigmoid", "Sigmoid", [gate])
-        return w.node(f"{path}/Mul", "Mul", [gate, sigmoid])
+        return silu(w, path, gate)
 
     def end(self, final_norm: np.ndarray, head: Linear, shared: bool) -> None:
         c = self.config
@@ -262,6 +261,11 @@ def matmul_node(
         shape |= {"K": 2 * layer.k, "bits": PLANE_BITS}
         x = w.node(f"{name.removesuffix('/MatMulNBits')}/Concat", "Concat", [x, x], axis=-1)
     return w.node(name, "MatMulNBits", [x, *weights], outputs, CONTRIB, **shape, accuracy_level=0)
+
+
+def silu(w: GraphBuilder, path: str, x: str) -> str:
+    """Adds x * Sigmoid(x)."""
+    return w.node(f"{path}/Mul", "Mul", [x, w.node(f"{path}/Sigmoid", "Sigmoid", [x])])
 
 
 def can_gather(table: QuantizedLinear) -> bool:

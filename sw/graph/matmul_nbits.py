@@ -18,6 +18,7 @@ from dataclasses import replace
 import numpy as np
 import onnx
 
+from sw.common.bits import unpack_bits
 from sw.common.errors import UserError
 from sw.graph.file import OnnxFile
 from sw.graph.nodes import CONTRIB, attributes, is_pair
@@ -159,12 +160,6 @@ def _read_node(file: OnnxFile, node: onnx.NodeProto, name: str) -> QuantizedLine
         output_name=node.output[0],
         bias_in_node=_has(node, BIAS),
     )
-
-
-def unpack_bits(packed: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 [N, bytes] as uint8 [N, 8 / bits * bytes], the low bits of a byte first; bits is 2, 4 or 8."""
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    return (packed[:, :, None] >> shifts & np.uint8((1 << bits) - 1)).reshape(packed.shape[0], -1)
 
 
 def _zero_points(file: OnnxFile, node: onnx.NodeProto, name: str, shape: tuple[int, int], bits: int) -> np.ndarray:

@@ -22,11 +22,12 @@ from sw.ort.cache import KvCache
 from sw.ort.cut import cut
 from sw.ort.feeds import LOGITS_TO_KEEP, every_token
 from sw.ort.stages import Constants, StageSession, open_stage
-from sw.program.attention import DeviceAttention, check_attention, check_padding
+from sw.program.attention import DeviceAttention
 from sw.program.keys import AUTO_BITS, key_forms
 from sw.program.load import Loader, Progress, attention_of
 from sw.program.lower import Output, Programs
 from sw.program.obstacles import Obstacle, check_decoder
+from sw.program.whole import attentions_of
 from sw.runtime.base import BaseDecoder
 from sw.runtime.submit import run_batch
 from sw.text.sampling import Sampler, check_top
@@ -75,12 +76,11 @@ class ProgramDecoder(BaseDecoder):
         self._embedding = _embedding(file, decoder)
         self._embedded = decoder.embedding.output
         self._head = None if decoder.head.quantized else _Head(file, decoder)
-        attentions = [attention_of(block) for block in decoder.blocks]
+        attentions = []
         self.whole = device.config.has_attention
         if self.whole:
             try:
-                attentions = check_attention(device.config, attentions, context)
-                check_padding(device.config, file, decoder)
+                attentions = attentions_of(device.config, file, decoder, context)
             except Obstacle as obstacle:
                 self.whole = False
                 tell(f"onnxruntime computes attention, because of {obstacle}")

@@ -180,31 +180,19 @@ class Softmax(Block):
                     active.eq(~final),
                     *begin((behind - 1)[: len(behind)], behind == 1, of_last, last_single),
                 ]
-        layout = {
-            "valid": 1,
-            "place": place.shape(),
-            "token": token.shape(),
-            "first": 1,
-            "first_chunk": 1,
-            "row_end": 1,
-            "chunk_end": 1,
-            "final": 1,
-            "last": 1,
-            "inside": self.lanes,
+        of_part = {
+            "valid": step,
+            "place": place,
+            "token": token,
+            "first": first,
+            "first_chunk": first_chunk,
+            "row_end": row_end,
+            "chunk_end": chunk_end,
+            "final": final,
+            "inside": Cat((slot | lane) < job.positions for lane in range(self.lanes)),
         }
-        about = Signal(data.StructLayout(layout))
-        m.d.comb += [
-            about.valid.eq(step),
-            about.place.eq(place),
-            about.token.eq(token),
-            about.first.eq(first),
-            about.first_chunk.eq(first_chunk),
-            about.row_end.eq(row_end),
-            about.chunk_end.eq(chunk_end),
-            about.final.eq(final),
-            about.last.eq(chunk_end & final),
-            about.inside.eq(Cat((slot | lane) < job.positions for lane in range(self.lanes))),
-        ]
+        about = Signal(data.StructLayout({name: value.shape() for name, value in of_part.items()}))
+        m.d.comb += [getattr(about, name).eq(value) for name, value in of_part.items()]
         # Registers, because others read the bank in the cycles that this block leaves.
         asked = data.View(about.shape(), delay(m, about, 1, name="asked", reset=True))
         m.d.sync += self.read.eq(step & (place.part == 0))
@@ -277,6 +265,6 @@ class Softmax(Block):
             sums.i.valid.eq(after.valid & after.row_end & after.final),
             row.bank.eq(after.place.bank),
             row.token.eq(after.token),
-            sums.i.payload.last.eq(after.last),
+            sums.i.payload.last.eq(after.chunk_end & after.final),
             sums.i.payload.total.eq(whole),
         ]

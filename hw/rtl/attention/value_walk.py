@@ -32,6 +32,24 @@ def layers_layout(command: data.StructLayout, config: AcceleratorConfig) -> data
     return data.StructLayout({"command": command, "values": 1, "chunks": chunk_bits(), "last_groups": groups})
 
 
+def _tiles_of_chunks(
+    m: Module, config: AcceleratorConfig, taken: Signal, tiles: Value, chunks: Value
+) -> tuple[Value, Signal, Signal]:
+    """Counts column tiles, and chunks around them; one more with ``taken``.
+
+    Returns the number of the chunk, from 1, and whether tile and chunk are the last ones.
+    """
+    tile, chunk = Signal(range(MAX_HEAD // config.tile + 2), init=1), Signal(len(chunks), init=1)
+    last_tile, last_chunk = Signal(), Signal()
+    # From 1: so that a comparison has no adder before it.
+    m.d.comb += [last_tile.eq(tile == tiles), last_chunk.eq(chunk == chunks)]
+    with m.If(taken):
+        m.d.sync += tile.eq(Mux(last_tile, 1, tile + 1))
+        with m.If(last_tile):
+            m.d.sync += chunk.eq(Mux(last_chunk, 1, chunk + 1))
+    return chunk, last_tile, last_chunk
+
+
 class ValueLayers(Block):
     """Sends layers as they are, and values as one layer for each column tile of each chunk.
 
@@ -61,20 +79,13 @@ class ValueLayers(Block):
         m = Module()
         layers, commands = self.layers, self.commands
         asked, chosen = layers.payload, commands.payload
-        # The next chunk and the next column tile: so that a comparison has no adder before it.
-        chunk, tile = Signal.like(asked.chunks, init=1), Signal(range(MAX_HEAD // self.config.tile + 2), init=1)
-        last_chunk, last_tile, taken = Signal(), Signal(), Signal()
+        taken = Signal()
+        _, last_tile, last_chunk = _tiles_of_chunks(m, self.config, taken, asked.command.out_tiles, asked.chunks)
         m.d.comb += [
-            last_chunk.eq(chunk == asked.chunks),
-            last_tile.eq(tile == asked.command.out_tiles),
             commands.valid.eq(layers.valid),
             layers.ready.eq(commands.ready & (~asked.values | (last_chunk & last_tile))),
             taken.eq(commands.valid & commands.ready & asked.values),
         ]
-        with m.If(taken):
-            m.d.sync += tile.eq(Mux(last_tile, 1, tile + 1))
-            with m.If(last_tile):
-                m.d.sync += chunk.eq(Mux(last_chunk, 1, chunk + 1))
         m.d.comb += chosen.eq(asked.command)
         with m.If(asked.values):
             m.d.comb += [chosen[name].eq(value) for name, value in self._chunk(asked, last_chunk).items()]
@@ -137,21 +148,17 @@ class ValueRegions(Block):
     def elaborate(self, platform) -> Module:
         m = Module()
         tiles, regions = self.tiles, self.regions
-        # The next chunk: so that a comparison has no adder before it.
-        asked, tile = tiles.payload, Signal.like(tiles.payload.tiles, init=1)
-        chunk, following = Signal.like(asked.chunks, init=1), Signal.like(asked.chunks, init=2)
+        asked, taken = tiles.payload, Signal()
+        chunk, last_tile, last_chunk = _tiles_of_chunks(m, self.config, taken, asked.tiles, asked.chunks)
         # Registers: this is not the descriptor's first region; it is in the last chunk; it is the first one of a chunk.
         later, ends, begins = Signal(), Signal(), Signal()
         # All regions are taken: a register, because the way from the ports through the weight fetch is long.
         done = Signal()
-        last_tile, last_chunk = Signal(), Signal()
         # The next region's address as a sum, so that no choice comes before the adder. The chunk's first region.
         address, origin, first = (Signal.like(asked.address, name=name) for name in ("address", "origin", "first"))
         start, step = Signal.like(asked.address), Signal.like(asked.step)
         whole, bytes_per_beat = value_chunk(self.config).tile_beats, self.config.port_width // 8
         m.d.comb += [
-            last_tile.eq(tile == asked.tiles),
-            last_chunk.eq(chunk == asked.chunks),
             regions.valid.eq(tiles.valid & ~done),
             tiles.ready.eq(done),
             # This cannot wrap: a descriptor's addresses are below 2^40 - 2^34.
@@ -161,17 +168,15 @@ class ValueRegions(Block):
             regions.payload.beats.eq(Mux(later, Mux(ends, asked.last_beats, whole), asked.beats)),
             start.eq(Mux(later & ~begins, first, regions.payload.address)),
         ]
-        m.d.sync += done.eq(regions.valid & regions.ready & last_tile & last_chunk)
-        with m.If(regions.valid & regions.ready):
+        m.d.comb += taken.eq(regions.valid & regions.ready)
+        m.d.sync += done.eq(taken & last_tile & last_chunk)
+        with m.If(taken):
             m.d.sync += [
-                tile.eq(Mux(last_tile, 1, tile + 1)),
                 later.eq(~(last_tile & last_chunk)),
-                ends.eq(Mux(last_tile, following == asked.chunks, last_chunk)),
+                ends.eq(Mux(last_tile, chunk + 1 == asked.chunks, last_chunk)),
                 begins.eq(last_tile),
                 origin.eq(Mux(last_tile, start, regions.payload.address)),
                 step.eq(Mux(last_tile, whole * bytes_per_beat, asked.step)),
                 first.eq(start),
             ]
-            with m.If(last_tile):
-                m.d.sync += [chunk.eq(Mux(last_chunk, 1, following)), following.eq(Mux(last_chunk, 2, following + 1))]
         return m

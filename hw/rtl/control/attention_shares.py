@@ -83,7 +83,7 @@ def _unit(config: AcceleratorConfig, share: Share) -> Share:
             "planes": work.planes,
             "values": work.values,
             "short": work.scores | work.values,
-            **({name: work[name] for name in BY_PIECES[:2]} if config.reads_by_pieces else {}),
+            **({name: work[name] for name in ("by_pieces", "last_slice")} if config.reads_by_pieces else {}),
         }
         return {
             "command": Cat(command[name] for name, _ in unit_command_layout(config)),

@@ -81,14 +81,10 @@ def chunk_bits() -> int:
     return (LONGEST_CONTEXT // CHUNK).bit_length()
 
 
-def value_beats_bits(config: AcceleratorConfig) -> int:
-    """Width of the number of beats of a column tile of values."""
-    return (LONGEST_CONTEXT // CHUNK * value_chunk(config).tile_beats).bit_length()
-
-
 def tile_step_bits(config: AcceleratorConfig) -> int:
     """Width of the number of bytes on a port from one column tile of the cache to the next."""
-    return value_beats_bits(config) + (config.port_width // 8).bit_length() - 1
+    beats = LONGEST_CONTEXT // CHUNK * value_chunk(config).tile_beats
+    return beats.bit_length() + (config.port_width // 8).bit_length() - 1
 
 
 def key_layer(config: AcceleratorConfig, groups: int) -> LayerLayout | None:

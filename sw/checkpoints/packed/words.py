@@ -6,6 +6,7 @@ from typing import TypeGuard
 import numpy as np
 
 from sw.checkpoints.safetensors_file import Checkpoint
+from sw.common.bits import unpack_bits
 from sw.common.errors import UserError
 
 WORD_BITS = 32
@@ -38,16 +39,13 @@ def unpack_rows(words: np.ndarray, bits: int) -> np.ndarray:
     A number of 3 bits may begin in one word and end in the next. bits: one of BITS.
     """
     octets = np.ascontiguousarray(words, "<i4").view(np.uint8).reshape(len(words), -1)
-    if bits == 8:
-        return octets
     if bits == 3:
         count = octets.shape[1] * 8 // 3
         octets = np.pad(octets, ((0, 0), (0, -octets.shape[1] % 3))).reshape(len(words), -1, 3).astype(np.uint32)
         runs = octets[..., 0] | octets[..., 1] << 8 | octets[..., 2] << 16
         fields = runs[..., None] >> np.arange(0, 24, 3, dtype=np.uint32) & 7
         return np.ascontiguousarray(fields.reshape(len(words), -1)[:, :count], np.uint8)
-    fields = octets[..., None] >> np.arange(0, 8, bits, dtype=np.uint8) & np.uint8((1 << bits) - 1)
-    return fields.reshape(len(words), -1)
+    return unpack_bits(octets, bits)
 
 
 def unpack_separate(words: np.ndarray, bits: int) -> np.ndarray:

@@ -5,6 +5,7 @@ The rest of the graph stays as it is. The weights are the same integers, so that
 float operations.
 """
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import onnx
 from sw.common.atomic import atomic_directory
 from sw.common.errors import UserError
 from sw.common.status_line import Progress
-from sw.graph.decoder import layer_tensors, matmul_node
+from sw.graph.decoder import layer_tensors, matmul_node, silu
 from sw.graph.experts.qmoe import QMoE, matches
 from sw.graph.experts.write import write_choice, write_sum
 from sw.graph.file import OnnxFile, expect_names
@@ -79,11 +80,8 @@ def _write(w: GraphBuilder, mixture: QMoE) -> None:
         tensors = layer_tensors(w, name, tensor_name(name), layer, _dtype(mixture, x))  # pyright: ignore[reportArgumentType]
         return matmul_node(w, f"{name}/MatMulNBits", tensor, layer, tensors)  # pyright: ignore[reportArgumentType]
 
-    def activate(name: str, gate: str) -> str:
-        return w.node(f"{name}/Mul", "Mul", [gate, w.node(f"{name}/Sigmoid", "Sigmoid", [gate])])
-
     layers = mixture.experts(), routing.shapes(mixture.hidden), routing.count
-    write_sum(w, linear, activate, path, x, weights, *layers, node.output[:1])
+    write_sum(w, linear, partial(silu, w), path, x, weights, *layers, node.output[:1])
 
 
 def _dtype(mixture: QMoE, x: str) -> type[np.floating]:

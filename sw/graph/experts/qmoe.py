@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 import onnx
 
+from sw.common.bits import unpack_bits
 from sw.common.errors import UserError
 from sw.graph.file import OnnxFile
 from sw.graph.nodes import CONTRIB, attributes, name_of, read
@@ -175,12 +176,12 @@ class QMoE:
         _, n, k = self._shape(name)
         bits, block = self._bits(name), self._block(name)
         groups = k // block
-        q, scales = _unpacked(arrays[0][index].reshape(n, -1), bits), arrays[1][index].reshape(n, groups)
+        q, scales = unpack_bits(arrays[0][index].reshape(n, -1), bits), arrays[1][index].reshape(n, groups)
         zero_points = np.full((n, groups), 1 << (bits - 1), np.uint8)
         if len(arrays) > 2:
             packed = arrays[2][index]
             rows = packed.reshape(n, -1) if self._values.get("block_size", 0) else packed.reshape(1, -1)
-            found = _unpacked(rows, bits)
+            found = unpack_bits(rows, bits)
             zero_points = found[:, :groups] if len(rows) == n and groups * bits <= 8 * rows.shape[1] else found
             zero_points = np.ascontiguousarray(zero_points.reshape(-1)[: n * groups].reshape(n, groups))
         size = block if block & (block - 1) == 0 else min(block & -block, MOST_BLOCK)
@@ -192,9 +193,3 @@ class QMoE:
 
     def _refuse(self, problem: str) -> NoReturn:
         raise UserError(f"{self.file.path}: QMoE {name_of(self.node)}: {problem}")
-
-
-def _unpacked(rows: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 [N, bytes] as uint8 [N, bytes * 8 / bits]: the fields of a byte from its low bits."""
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    return (rows[:, :, None] >> shifts & np.uint8((1 << bits) - 1)).reshape(len(rows), -1)
